@@ -1,0 +1,79 @@
+"""How many visual tokens to keep: a count per image, or a share of them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+from budwood.errors import BudgetError
+
+_ALLOWED = "keep must be a count ≥ 1 (int) or a ratio in (0, 1] (float)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A validated ``keep``.
+
+    Attributes:
+        keep: tokens per image if an int, a share of the image's tokens if a float.
+    """
+
+    keep: int | float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
+            raise BudgetError(f"keep={self.keep!r} is a {type(self.keep).__name__}; {_ALLOWED}")
+        if isinstance(self.keep, int):
+            if self.keep < 1:
+                raise BudgetError(f"keep={self.keep} is below 1; {_ALLOWED}")
+        elif not 0.0 < self.keep <= 1.0:  # also False for NaN
+            hint = f"; for a count write keep={int(self.keep)}" if _is_count(self.keep) else ""
+            raise BudgetError(f"keep={self.keep} is outside (0, 1]; {_ALLOWED}{hint}")
+
+    @classmethod
+    def parse(cls, keep: Budget | int | float) -> Budget:
+        """A budget from what a user gives; numpy numbers count as Python ones.
+
+        Raises:
+            BudgetError: ``keep`` is neither a count of at least 1 nor a ratio in (0, 1].
+        """
+        if isinstance(keep, Budget):
+            return keep
+        if isinstance(keep, numbers.Integral) and not isinstance(keep, bool):
+            return cls(int(keep))
+        if isinstance(keep, numbers.Real) and not isinstance(keep, bool):
+            return cls(float(keep))
+        return cls(keep)
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether ``keep`` is a share and not a count."""
+        return isinstance(self.keep, float)
+
+    def count(self, n_visual: int, *, clamp: bool = False) -> int:
+        """Tokens to keep out of ``n_visual``.
+
+        A ratio is rounded to the nearest count, halves up, and is at least 1.
+
+        Args:
+            n_visual: candidate tokens of the image, at least 1.
+            clamp: keep all tokens, instead of raising, where the image has fewer than the count.
+
+        Raises:
+            BudgetError: there are no tokens, or fewer than the count and ``clamp`` is off.
+        """
+        if n_visual < 1:
+            raise BudgetError(f"nothing to choose from: the image has {n_visual} visual tokens")
+        if isinstance(self.keep, float):
+            return max(1, math.floor(self.keep * n_visual + 0.5))
+        if self.keep > n_visual and not clamp:
+            raise BudgetError(
+                f"keep={self.keep} exceeds the {n_visual} visual tokens; give at most {n_visual}, "
+                "or a ratio in (0, 1]"
+            )
+        return min(self.keep, n_visual)
+
+
+def _is_count(keep: float) -> bool:
+    return math.isfinite(keep) and keep >= 1 and keep == int(keep)

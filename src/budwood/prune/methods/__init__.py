@@ -1,0 +1,19 @@
+"""Pruning methods, one file each. A new method is a new file and a line here."""
+
+from __future__ import annotations
+
+from budwood.prune.methods.base import Choice, Method
+from budwood.registry import Registry
+
+METHODS = Registry(
+    "method",
+    {
+        "adav": "budwood.prune.methods.adav:AdaV",
+        "fastervlm": "budwood.prune.methods.fastervlm:FasterVLM",
+        "t2i": "budwood.prune.methods.t2i:T2I",
+        "random": "budwood.prune.methods.random:Random",
+        "uniform": "budwood.prune.methods.uniform:Uniform",
+    },
+)
+
+__all__ = ["METHODS", "Choice", "Method"]

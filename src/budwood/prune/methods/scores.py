@@ -1,0 +1,76 @@
+"""Scores and rankings that several methods share. Nothing here syncs with the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def log_relevance(visual: Tensor, text: Tensor, temperature: float) -> Tensor:
+    """Text-to-image attention in the LLM's embedding space, as a logarithm.
+
+    ``log max_m softmax_n(temperature · cos(T_m, V_n))``. The logarithm keeps the order of tokens
+    whose probability is below what float32 holds.
+
+    Source: AdaV, text-to-image attention. Deviation: with no text every token scores 1 / n_visual.
+
+    Args:
+        visual: projected visual tokens, shape (n_visual, d_model).
+        text: embeddings of the question, shape (n_text, d_model), n_text ≥ 0.
+        temperature: factor on the cosine, unitless.
+
+    Returns:
+        Log-probabilities, float32, shape (n_visual,).
+    """
+    query, key = text.float(), visual.float()
+    if len(query) == 0:
+        return key.new_zeros(len(key)).log_softmax(0)
+    # Dividing the (n_text, n_visual) product by the norms spares a normalised copy of `visual`.
+    query = query * (temperature / _norm(query))
+    cosine = (query @ key.T) / _norm(key).T
+    return cosine.log_softmax(-1).amax(0)
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Indices of scores (n,) from best to worst, int64, shape (n,); ties go to the lower index."""
+    return torch.argsort(scores, descending=True, stable=True)
+
+
+def ranks(order: Tensor) -> Tensor:
+    """Position of each item in an ordering (n,) of all items, int64, shape (n,)."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def best_split(log_text: Tensor, saliency: Tensor) -> Tensor:
+    """Share of a budget that maximises the geometric mean of the two kept masses.
+
+    ``argmax_{0≤k≤R} S_t(k) · S_s(R−k)``, where S is a prefix sum and R the length of both lists.
+    The text list is scaled by its largest entry, which leaves the argmax alone and, as the list
+    descends, keeps its sums within [1, R]: no product can underflow.
+
+    Source: AdaV, self-adaptive split. Ties go to the smaller k. Deviation: a saliency list without
+    any mass gets nothing (the product is then 0 for every k).
+
+    Args:
+        log_text: log-scores of the next R tokens by text, descending, float32, shape (R,).
+        saliency: scores of the next R tokens by saliency, descending, float32, shape (R,).
+
+    Returns:
+        The tokens to take by text, int64, shape (), on the device.
+    """
+    n = len(saliency)
+    if n == 0:
+        return torch.zeros((), dtype=torch.int64, device=saliency.device)
+    mass_t = _prefix_sums((log_text - log_text[0]).exp())
+    mass_s = _prefix_sums(saliency)
+    by_count = torch.arange(n + 1, dtype=torch.float32, device=saliency.device)
+    return torch.where(saliency[0] > 0, mass_t * mass_s.flip(0), by_count).argmax()
+
+
+def _norm(x: Tensor) -> Tensor:
+    # The floor is that of torch.nn.functional.normalize: an all-zero token has cosine 0.
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _prefix_sums(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x.cumsum(0), (1, 0))
