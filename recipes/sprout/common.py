@@ -1,10 +1,9 @@
-"""What both stages of the sprout recipe share: optimisers, schedule, checkpoints, the training log."""
+"""What the stages of the sprout recipe share: optimisers, schedule, checkpoints, the log."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,17 +29,21 @@ def optimizers(
         inside = p.ndim == 2 and "layers." in name
         (matrices if inside else others).append(p)
     return [
-        torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=lr_matrix, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=lr_other, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
 
 class MasterWeights:
-    """AdamW on float32 copies of bfloat16 parameters, which get the rounded result after every step."""
+    """AdamW on float32 copies of bfloat16 parameters, which get the rounded results."""
 
     def __init__(self, groups: list[dict], clip: float = 1.0):
         self.live = [p for group in groups for p in group["params"]]
-        copies = [{**g, "params": [p.detach().float().clone() for p in g["params"]]} for g in groups]
+        copies = [
+            {**g, "params": [p.detach().float().clone() for p in g["params"]]} for g in groups
+        ]
         self.masters = [p for group in copies for p in group["params"]]
         self.optim = torch.optim.AdamW(copies, betas=(0.9, 0.98), weight_decay=0.0)
         self.clip = clip
@@ -60,9 +63,11 @@ class MasterWeights:
 
 
 class Run:
-    """A resumable training run: a folder with its last checkpoint and its log, one JSON object a line."""
+    """A resumable training run: a folder with its last checkpoint and its log (JSON lines)."""
 
-    def __init__(self, folder: Path, modules: dict[str, nn.Module], optims: list[torch.optim.Optimizer]):
+    def __init__(
+        self, folder: Path, modules: dict[str, nn.Module], optims: list[torch.optim.Optimizer]
+    ):
         self.folder, self.modules, self.optims = folder, modules, optims
         self.step, self.seconds = 0, 0.0
         self.base_lrs = [[g["lr"] for g in o.param_groups] for o in optims]
@@ -85,7 +90,7 @@ class Run:
         self.seconds, self._clock = self.seconds + now - self._clock, now
         line = json.dumps({"step": self.step, "seconds": round(self.seconds), **values})
         print(line, flush=True)
-        with open(self.folder / "log.jsonl", "a") as log:
+        with (self.folder / "log.jsonl").open("a") as log:
             log.write(line + "\n")
 
     def save(self) -> None:
@@ -93,13 +98,14 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "modules": {
-                name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in self.modules.items()
+                name: {k: v for k, v in m.named_parameters() if v.requires_grad}
+                for name, m in self.modules.items()
             },
             "optims": [o.state_dict() for o in self.optims],
         }
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
-        os.replace(part, self.checkpoint)
+        part.replace(self.checkpoint)
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)

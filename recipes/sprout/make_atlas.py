@@ -1,10 +1,12 @@
 """Build the sprite atlas and the background strip that sprout scenes are drawn from.
 
-Everything comes from package registries: the sprites from the npm packages `@lobehub/fluent-emoji-3d` and
-`emojibase-data` (both MIT), the photographs from the PyPI packages scikit-image and scikit-learn.
+Everything comes from package registries: the sprites from the npm packages
+`@lobehub/fluent-emoji-3d` and `emojibase-data` (both MIT), the photographs from the PyPI packages
+scikit-image and scikit-learn.
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0     # then unpack each into its own folder
-    python recipes/sprout/make_atlas.py --emoji fluent-emoji-3d/package --labels emojibase-data/package
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0     # then unpack each into its
+    own folder python recipes/sprout/make_atlas.py --emoji fluent-emoji-3d/package --labels
+    emojibase-data/package
 """
 
 from __future__ import annotations
@@ -20,26 +22,25 @@ from PIL import Image
 from budwood.sprout.atlas import BACKGROUND_SIZE, DATA, SPRITE_SIZE
 
 CATEGORIES = """
-monkey dog fox cat lion tiger horse zebra cow pig giraffe elephant mouse rabbit bear panda kangaroo
-chicken penguin eagle duck owl parrot frog crocodile turtle snake whale dolphin shark octopus crab
-lobster snail butterfly spider cactus rose sunflower mushroom
-grapes watermelon lemon banana pineapple pear peach strawberry tomato coconut avocado carrot broccoli
-onion bread pizza sandwich egg cookie pie
-castle house tent train bus taxi tractor motorcycle bicycle ship airplane helicopter rocket umbrella
-balloon
-trophy basketball baseball kite crown bell guitar violin drum trumpet camera candle laptop telephone
-key hammer scissors books envelope ladder chair bed bucket broom anchor
-""".split()
+monkey dog fox cat lion tiger horse zebra cow pig giraffe elephant mouse rabbit bear panda
+kangaroo chicken penguin eagle duck owl parrot frog crocodile turtle snake whale dolphin shark
+octopus crab lobster snail butterfly spider cactus rose sunflower mushroom grapes watermelon lemon
+banana pineapple pear peach strawberry tomato coconut avocado carrot broccoli onion bread pizza
+sandwich egg cookie pie castle house tent train bus taxi tractor motorcycle bicycle ship airplane
+helicopter rocket umbrella balloon trophy basketball baseball kite crown bell guitar violin drum
+trumpet camera candle laptop telephone key hammer scissors books envelope ladder chair bed bucket
+broom anchor
+""".split()  # noqa: SIM905
 
-# Public domain or CC0 (scikit-image's data/README), and two CC-BY photographs (scikit-learn): see NOTICE.
-PHOTOGRAPHS = (
-    "astronaut.png brick.png chelsea.png coffee.png grass.png gravel.png hubble_deep_field.jpg rocket.jpg"
-).split()
+# Public domain or CC0 (scikit-image's data/README); scikit-learn adds two CC-BY ones: see NOTICE.
+PHOTOGRAPHS = """
+astronaut.png brick.png chelsea.png coffee.png grass.png gravel.png hubble_deep_field.jpg rocket.jpg
+""".split()  # noqa: SIM905
 COLUMNS = 10
 
 
 def sprite_paths(emoji: Path, labels: Path) -> dict[str, Path]:
-    """Map each category to its picture, matched by hexcode with or without the variation selector."""
+    """Map each category to its picture, by hexcode with or without the variation selector."""
     entries = json.loads((labels / "en" / "data.json").read_text())
     by_label = {e["label"]: e["hexcode"].lower() for e in entries}
     paths = {}
@@ -52,7 +53,7 @@ def sprite_paths(emoji: Path, labels: Path) -> dict[str, Path]:
 
 
 def trimmed(sprite: Image.Image) -> Image.Image:
-    """Crop to what is visible, pad to a square, resize: a sprite's size is then the object's size."""
+    """Crop to what is visible, pad to a square, resize: a sprite is as large as its object."""
     sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
     side = max(sprite.size)
     square = Image.new("RGBA", (side, side))
@@ -62,7 +63,9 @@ def trimmed(sprite: Image.Image) -> Image.Image:
 
 def photographs() -> list[Image.Image]:
     folder = Path(skimage.__file__).parent / "data"
-    pictures = [Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS if (folder / name).exists()]
+    pictures = [
+        Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS if (folder / name).exists()
+    ]
     pictures += [Image.fromarray(p) for p in sklearn.datasets.load_sample_images().images]
     return pictures
 
@@ -70,12 +73,16 @@ def photographs() -> list[Image.Image]:
 def square(picture: Image.Image, side: int) -> Image.Image:
     edge = min(picture.size)
     left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    return picture.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.LANCZOS)
+    return picture.crop((left, top, left + edge, top + edge)).resize(
+        (side, side), Image.Resampling.LANCZOS
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--emoji", type=Path, required=True, help="unpacked @lobehub/fluent-emoji-3d")
+    parser.add_argument(
+        "--emoji", type=Path, required=True, help="unpacked @lobehub/fluent-emoji-3d"
+    )
     parser.add_argument("--labels", type=Path, required=True, help="unpacked emojibase-data")
     args = parser.parse_args()
 

@@ -1,9 +1,10 @@
-"""Stages 2 and 3 of sprout: the projector, then projector and LoRA, by the language-model loss alone.
+"""Stages 2 and 3 of sprout: projector, then projector and LoRA, by the language-model loss alone.
 
-Stage 2 (`regions`) reads single visual tokens aloud: one patch, then a caption of what covers it. The LLM is frozen.
-Stage 3 (`questions`) answers questions about whole pictures. All questions of a scene share one prefill: each sees the
-picture and itself, nothing else, which equals single-turn training at a fraction of the price. LoRA on the LLM learns
-with the projector; the tower stays as stage 1 left it.
+Stage 2 (`regions`) reads single visual tokens aloud: one patch, then a caption of what covers it.
+The LLM is frozen. Stage 3 (`questions`) answers questions about whole pictures. All questions of a
+scene share one prefill: each sees the picture and itself, nothing else, which equals single-turn
+training at a fraction of the price. LoRA on the LLM learns with the projector; the tower stays as
+stage 1 left it.
 
     python recipes/sprout/train_llava.py --tower runs/tower/tower.safetensors --out runs/llava
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from common import MasterWeights, Run, cosine
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
@@ -55,7 +56,7 @@ class Item:
 
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """All that the scene allows, but presence and counts thinned out so that no kind and no answer dominates."""
+    """All that the scene allows, presence and counts thinned out: no kind or answer dominates."""
     questions = [q for q in ask(scene) if q.kind not in ("presence", "count")]
     presence = ask(scene, "presence")
     for answer in ("yes", "no"):
@@ -77,7 +78,11 @@ def caption(scene: Scene, patch: int, side: int) -> str:
     for thing in scene.objects:
         left, top, right, bottom = thing.outer
         if left <= x < right and top <= y < bottom:
-            words = [thing.category, f"{thing.colour or 'no'} frame", f"digit {'no' if thing.digit is None else thing.digit}"]
+            words = [
+                thing.category,
+                f"{thing.colour or 'no'} frame",
+                f"digit {'no' if thing.digit is None else thing.digit}",
+            ]
             return ", ".join([*words, f"{len(scene.copies(thing.category))} times", place])
     return f"background, {place}"
 
@@ -100,8 +105,14 @@ class Packed(Dataset):
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _pack(self, scene: Scene, patches: list[int], shared: list[int], segments: list[tuple[list[int], list[int]]]) -> Item:
-        """Lay out `shared`, then each segment (what is given, what is asked) as if it followed `shared` directly."""
+    def _pack(
+        self,
+        scene: Scene,
+        patches: list[int],
+        shared: list[int],
+        segments: list[tuple[list[int], list[int]]],
+    ) -> Item:
+        """Lay out `shared`, then segments (given, asked) as if each followed `shared` directly."""
         ids, segment, position = list(shared), [0] * len(shared), list(range(len(shared)))
         labels = [-100] * len(shared)
         for k, (given, asked) in enumerate(segments, start=1):
@@ -116,11 +127,12 @@ class Packed(Dataset):
         patches = list(range(self.side**2))
         shared = self._tokens(PREFIX) + [-1] * len(patches)
         segments = [
-            (self._tokens(PROMPT.format(q.text)), self._tokens(q.answer + END)) for q in training_questions(scene, rng)
+            (self._tokens(PROMPT.format(q.text)), self._tokens(q.answer + END))
+            for q in training_questions(scene, rng)
         ]
         return self._pack(scene, patches, shared, segments)
 
-    def _regions(self, scene: Scene, rng: random.Random, shown: int = 24) -> Item:
+    def _regions(self, scene: Scene, rng: random.Random, shown: int = 14) -> Item:
         captions = {patch: caption(scene, patch, self.side) for patch in range(self.side**2)}
         things = [p for p, text in captions.items() if not text.startswith("background")]
         patches = rng.sample(things, min(shown, len(things))) + rng.sample(list(captions), 2)
@@ -129,11 +141,13 @@ class Packed(Dataset):
 
 
 def collate(items: list[Item]) -> dict[str, Tensor]:
-    """Pad on the right; the mask lets a token see the shared part and the earlier tokens of its own segment."""
+    """Pad on the right; a token sees the shared part and the earlier tokens of its segment."""
     length = max(len(item.ids) for item in items)
 
     def stack(name: str, fill: int) -> Tensor:
-        return torch.stack([F.pad(getattr(i, name), (0, length - len(i.ids)), value=fill) for i in items])
+        return torch.stack(
+            [F.pad(getattr(i, name), (0, length - len(i.ids)), value=fill) for i in items]
+        )
 
     segment = stack("segment", -1)
     same = segment[:, :, None] == segment[:, None, :]
@@ -155,7 +169,9 @@ def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
         return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
 
 
-def loss_and_hits(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def loss_and_hits(
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Mean next-token loss over what is asked, and the share of tokens that come first."""
     inner = model.model
     features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
@@ -163,7 +179,9 @@ def loss_and_hits(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]
     visual = batch["ids"] == -1
     embeds = inner.get_input_embeddings()(batch["ids"].clamp(min=0))
     embeds = embeds.masked_scatter(visual[..., None], projected.to(embeds.dtype))
-    mask = torch.zeros_like(batch["mask"], dtype=embeds.dtype).masked_fill(~batch["mask"], torch.finfo(embeds.dtype).min)
+    mask = torch.zeros_like(batch["mask"], dtype=embeds.dtype).masked_fill(
+        ~batch["mask"], torch.finfo(embeds.dtype).min
+    )
     hidden = inner.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=batch["positions"], use_cache=False
     ).last_hidden_state
@@ -197,7 +215,13 @@ def match_scale(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
         projector.linear_2.weight.mul_(wanted / projector(features).std())
 
 
-def train(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, stage: str, out: Path, args: argparse.Namespace) -> None:
+def train(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: str,
+    out: Path,
+    args: argparse.Namespace,
+) -> None:
     """Run or go on with one stage."""
     projector = model.model.multi_modal_projector
     lora = [p for n, p in model.named_parameters() if "lora_" in n]
@@ -206,7 +230,9 @@ def train(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBa
         groups.append({"params": lora, "lr": args.lr_lora})
     for p in lora:
         p.requires_grad_(stage == "questions")
-    modules = {"projector": projector} | ({"llm": model.model.language_model} if stage == "questions" else {})
+    modules = {"projector": projector} | (
+        {"llm": model.model.language_model} if stage == "questions" else {}
+    )
     masters = MasterWeights(groups)
     run = Run(out / stage, modules, [masters.optim])
     masters.resume()
@@ -224,7 +250,9 @@ def train(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBa
         masters.step()
         run.step += 1
         if run.step % 10 == 0:
-            run.log(loss=round(loss.item(), 3), hits=round(hits.item(), 3), length=batch["ids"].shape[1])
+            run.log(
+                loss=round(loss.item(), 3), hits=round(hits.item(), 3), length=batch["ids"].shape[1]
+            )
         if run.step % 100 == 0:
             run.save()
     run.save()
@@ -234,17 +262,23 @@ def export(model: LlavaForConditionalGeneration, out: Path) -> None:
     """Write what ships, in bfloat16."""
     state = {k: v.bfloat16() for k, v in model.model.multi_modal_projector.state_dict().items()}
     save_file(state, out / "projector.safetensors")
-    lora = {n.replace(".default", ""): p.bfloat16() for n, p in model.model.language_model.named_parameters() if "lora_" in n}
+    lora = {
+        n.replace(".default", ""): p.bfloat16()
+        for n, p in model.model.language_model.named_parameters()
+        if "lora_" in n
+    }
     save_file(lora, out / "lora.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tower", type=Path, required=True, help="tower.safetensors of stage 1")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on")
-    parser.add_argument("--regions-images", type=int, default=1_200)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
+    )
+    parser.add_argument("--regions-images", type=int, default=800)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=6_000)
+    parser.add_argument("--questions-images", type=int, default=2_600)
     parser.add_argument("--questions-batch", type=int, default=2)
     parser.add_argument("--lr-projector", type=float, default=1e-3)
     parser.add_argument("--lr-lora", type=float, default=1e-3)

@@ -1,10 +1,11 @@
 """Stage 1 of sprout: train the CLIP-style vision tower on scenes, with dense and [CLS] supervision.
 
-Every patch of the selected layer (-2) learns what object covers it: category, frame colour, digit, where the
-object's centre is, how large it is, and how many of its kind there are. [CLS] of the last layer learns the categories in proportion to
-their area, as captions name what is large: so its attention is a saliency map, not an answer key.
+Every patch of the selected layer (-2) learns what object covers it: category, frame colour, digit,
+where the object's centre is, how large it is, and how many of its kind there are. [CLS] of the
+last layer learns the categories in proportion to their area, as captions name what is large: so
+its attention is a saliency map, not an answer key.
 
-    python recipes/sprout/train_tower.py --out runs/tower --minutes 35
+    python recipes/sprout/train_tower.py --out runs/tower
 """
 
 from __future__ import annotations
@@ -27,15 +28,21 @@ from budwood.sprout.model import image_tensor, tower_config
 from budwood.sprout.scenes import COLOURS, MAX_COPIES, SIZE, Scene, make_scene
 
 N_CATEGORIES = len(categories())
-HEADS = {"category": 1 + N_CATEGORIES, "colour": 1 + len(COLOURS), "digit": 11, "count": MAX_COPIES + 1, "place": 3}
+HEADS = {
+    "category": 1 + N_CATEGORIES,
+    "colour": 1 + len(COLOURS),
+    "digit": 11,
+    "count": MAX_COPIES + 1,
+    "place": 3,
+}
 WEIGHTS = {"category": 1.0, "colour": 0.7, "digit": 3.0, "count": 0.5, "place": 1.0, "cls": 0.5}
 
 
 def patch_targets(scene: Scene, side: int) -> Tensor:
     """What covers the centre of each patch, shape (side², 7).
 
-    Columns: category (0 is background), colour (0 none), digit (0 none), count, x and y offset to the object's
-    centre in hundreds of px, log of its size.
+    Columns: category (0 is background), colour (0 none), digit (0 none), count, x and y offset to
+    the object's centre in hundreds of px, log of its size.
     """
     cell = SIZE / side
     centres = (np.arange(side) + 0.5) * cell
@@ -80,7 +87,9 @@ def grid_positions(side: int, width: int) -> Tensor:
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     waves = torch.arange(side)[:, None] * frequencies
     one = torch.cat([waves.sin(), waves.cos()], 1)
-    grid = torch.cat([one[:, None].expand(-1, side, -1), one[None].expand(side, -1, -1)], -1).flatten(0, 1)
+    grid = torch.cat(
+        [one[:, None].expand(-1, side, -1), one[None].expand(side, -1, -1)], -1
+    ).flatten(0, 1)
     return torch.cat([torch.zeros(1, width), grid])
 
 
@@ -97,23 +106,37 @@ def build(config: CLIPVisionConfig) -> tuple[CLIPVisionModel, nn.ModuleDict]:
     return tower, heads
 
 
-def losses(tower: CLIPVisionModel, heads: nn.ModuleDict, batch: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def losses(
+    tower: CLIPVisionModel, heads: nn.ModuleDict, batch: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted parts of the loss, and the accuracies that the log shows."""
     pixels, targets, shares = batch
     out = tower(pixels, output_hidden_states=True)
     patches = heads["norm"](out.hidden_states[-2][:, 1:])
     predicted = {name: heads[name](patches).float() for name in HEADS}
-    wanted = dict(zip(("category", "colour", "digit", "count"), targets[..., :4].long().unbind(-1), strict=True))
+    wanted = dict(
+        zip(
+            ("category", "colour", "digit", "count"),
+            targets[..., :4].long().unbind(-1),
+            strict=True,
+        )
+    )
     covered = wanted["category"] > 0
     weight = torch.full((HEADS["category"],), 1.0)
     weight[0] = 0.3
-    parts = {"category": F.cross_entropy(predicted["category"].flatten(0, 1), wanted["category"].flatten(), weight)}
+    parts = {
+        "category": F.cross_entropy(
+            predicted["category"].flatten(0, 1), wanted["category"].flatten(), weight
+        )
+    }
     hits = {}
     for name in ("colour", "digit", "count"):
         parts[name] = F.cross_entropy(predicted[name][covered], wanted[name][covered])
     for name in wanted:
         hits[name] = (predicted[name].argmax(-1) == wanted[name])[covered].float().mean()
-    parts["place"] = F.smooth_l1_loss(predicted["place"][covered], targets[..., 4:][covered], beta=0.1)
+    parts["place"] = F.smooth_l1_loss(
+        predicted["place"][covered], targets[..., 4:][covered], beta=0.1
+    )
     named = heads["cls"](out.pooler_output).float()
     parts["cls"] = F.cross_entropy(named, shares)
     hits["largest"] = (named.argmax(-1) == shares.argmax(-1)).float().mean()
@@ -122,7 +145,9 @@ def losses(tower: CLIPVisionModel, heads: nn.ModuleDict, batch: list[Tensor]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
+    )
     parser.add_argument("--images", type=int, default=32_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -149,11 +174,17 @@ def main() -> None:
             optim.step()
         run.step += 1
         if run.step % 25 == 0:
-            run.log(**{k: round(v.item(), 3) for k, v in parts.items()}, **{f"{k}_hit": round(v.item(), 3) for k, v in hits.items()})
+            run.log(
+                **{k: round(v.item(), 3) for k, v in parts.items()},
+                **{f"{k}_hit": round(v.item(), 3) for k, v in hits.items()},
+            )
         if run.step % 200 == 0:
             run.save()
     run.save()
-    save_file({k: v.bfloat16().contiguous() for k, v in tower.state_dict().items()}, args.out / "tower.safetensors")
+    save_file(
+        {k: v.bfloat16().contiguous() for k, v in tower.state_dict().items()},
+        args.out / "tower.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The sprout VLM: put together from the weights that ship here and the SmolLM2-135M that is installed beside.
+"""The sprout VLM: shipped weights put together with the SmolLM2-135M that is installed beside.
 
-It is a plain `LlavaForConditionalGeneration`: a small CLIP vision tower and a two-layer projector (trained by the
-recipes of this project) in front of SmolLM2-135M-Instruct, into which the shipped LoRA is merged.
+It is a plain `LlavaForConditionalGeneration`: a small CLIP vision tower and a two-layer projector
+(trained by the recipes of this project) in front of SmolLM2-135M-Instruct, into which the shipped
+LoRA is merged.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -122,8 +124,10 @@ def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     )
 
 
-def assemble(tower: CLIPVisionModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
-    """A LLaVA around the given tower and LLM, with a fresh projector; the LLM gets a row for `<image>`."""
+def assemble(
+    tower: CLIPVisionModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> LlavaForConditionalGeneration:
+    """A LLaVA around tower and LLM, with a fresh projector; the LLM gets a row for `<image>`."""
     llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         llm.get_input_embeddings().weight[-1].zero_()
@@ -151,7 +155,7 @@ def assemble(tower: CLIPVisionModel, llm: PreTrainedModel, tokenizer: PreTrained
 
 @torch.no_grad()
 def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
-    """Add `(alpha / r) · B A` to each linear layer named in the file (LoRA, arXiv 2106.09685, eq. 3).
+    """Add `(alpha / r) · B A` to each linear layer that is named (LoRA, arXiv 2106.09685, eq. 3).
 
     Args:
         llm: the `LlamaModel`, changed in place.
@@ -167,14 +171,17 @@ def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
 
 
 def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Assemble sprout from a folder with `PARTS`, in bfloat16; takes about ten seconds.
+    """Assemble sprout from a folder with `PARTS`, in bfloat16; takes ten seconds.
 
     Raises:
         InputError: a part is missing.
     """
     missing = [part for part in PARTS if not (weights / part).exists()]
     if missing:
-        raise InputError(f"sprout's weights lack {', '.join(missing)} in {weights}: reinstall budwood or run its recipes")
+        raise InputError(
+            f"sprout's weights lack {', '.join(missing)} in {weights}: "
+            "reinstall budwood or run its recipes"
+        )
     tower = CLIPVisionModel(tower_config())
     tower.load_state_dict(load_file(weights / PARTS[0]))
     tokenizer, llm = load_tokenizer(), load_llm()
@@ -184,11 +191,14 @@ def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, L
     return model, make_processor(tokenizer)
 
 
-def load_vlm(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_vlm(
+    dtype: torch.dtype | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The sprout VLM and its processor, ready to answer.
 
-    The assembled model is kept under `$BUDWOOD_CACHE` (default `~/.cache/budwood`, 290 MB), because reading the
-    quantized LLM takes ten seconds; the folder is an ordinary `save_pretrained` folder.
+    The assembled model is kept under `$BUDWOOD_CACHE` (default `~/.cache/budwood`, 290 MB),
+    because reading the quantized LLM takes ten seconds; the folder is an ordinary
+    `save_pretrained` folder.
 
     Args:
         dtype: default bfloat16 where the processor computes in it, else float32.
@@ -204,7 +214,7 @@ def load_vlm(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGener
 
 
 def vlm_directory() -> Path:
-    """A `save_pretrained` folder of sprout, made on first use and whenever its parts have changed."""
+    """A `save_pretrained` folder of sprout, made on first use and when its parts have changed."""
     cache = Path(os.environ.get("BUDWOOD_CACHE", Path.home() / ".cache" / "budwood"))
     folder = cache / f"sprout-{_fingerprint()}"
     if folder.exists():
@@ -225,7 +235,7 @@ def vlm_directory() -> Path:
 
 
 def _fingerprint() -> str:
-    """A digest of what sprout is assembled from: shipped weights, this file, and the LLM's name and size."""
+    """A digest of what sprout is made from: weights, this file, the LLM's name and size."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for part in PARTS:
         if (WEIGHTS / part).exists():

@@ -1,4 +1,4 @@
-"""Questions about sprout scenes: six kinds, each with one right answer and a known share of lucky guesses."""
+"""Questions about sprout scenes: six kinds, each with exactly one right answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from budwood.sprout.atlas import categories
-from budwood.sprout.scenes import MAX_COPIES, Box, Scene, SceneObject, scene_rng
+from budwood.sprout.scenes import MAX_COPIES, Box, Scene, SceneObject, make_scene, scene_rng
 
 KINDS = ("presence", "colour", "digit", "spatial", "count", "largest")
 TEMPLATES = {
@@ -30,7 +30,9 @@ class Question:
     kind: str  # one of KINDS
     text: str
     answer: str
-    asks_salient: bool  # whether the large, salient object is named by the question, or is its answer
+    asks_salient: (
+        bool  # whether the large, salient object is named by the question, or is its answer
+    )
     boxes: tuple[Box, ...]  # what has to be seen to answer it, px; empty where the answer is "no"
 
 
@@ -43,32 +45,19 @@ def ask(scene: Scene, kind: str | None = None) -> list[Question]:
     return [q for q in questions if kind is None or q.kind == kind]
 
 
-def sample(scene: Scene, n: int, rng: random.Random) -> list[Question]:
-    """`n` questions, balanced over kinds, and within a kind over answers as far as the scene allows."""
-    return [_draw_one(scene, rng) for _ in range(n)]
-
-
-def balanced(seed: int, n_scenes: int, split: str = "test", per_scene: int = 6) -> list[tuple[Scene, list[Question]]]:
+def balanced(seed: int, n_scenes: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
     """The held-out set of a seed: `n_scenes` scenes, one question of each kind that a scene allows.
 
-    Scene `i` has the seed `seed · 1,000,000 + i`; which question of a kind is asked follows from it alone.
+    Scene `i` has the seed `seed · 1,000,000 + i`; which question of a kind is asked follows from
+    it alone.
     """
-    from budwood.sprout.scenes import make_scene
-
     chosen = []
     for i in range(n_scenes):
         scene = make_scene(seed * 1_000_000 + i, split)
         rng = scene_rng(scene.seed, split)
-        by_kind = [_pick(scene, kind, rng) for kind in KINDS[:per_scene]]
+        by_kind = [_pick(scene, kind, rng) for kind in KINDS]
         chosen.append((scene, [q for q in by_kind if q is not None]))
     return chosen
-
-
-def _draw_one(scene: Scene, rng: random.Random) -> Question:
-    while True:
-        question = _pick(scene, rng.choice(KINDS), rng)
-        if question is not None:
-            return question
 
 
 def _pick(scene: Scene, kind: str, rng: random.Random) -> Question | None:
@@ -85,7 +74,7 @@ def _pick(scene: Scene, kind: str, rng: random.Random) -> Question | None:
 
 
 def _pick_count(scene: Scene, found: list[Question], rng: random.Random) -> Question:
-    """The category drawn one to four times (uniformly) is the one counted, so that every count is as frequent."""
+    """Count the category drawn one to four times, uniformly: no count is more frequent."""
     return next(q for q in found if q.text == TEMPLATES["count"].format(scene.objects[1].category))
 
 
@@ -99,10 +88,18 @@ def _presence(scene: Scene) -> list[Question]:
     rng = scene_rng(scene.seed, scene.split)
     absent = rng.sample([c for c in categories() if c not in shown], len(shown))
     there = [
-        Question("presence", TEMPLATES["presence"].format(c), "yes", c == scene.salient.category, _outer(scene, c))
+        Question(
+            "presence",
+            TEMPLATES["presence"].format(c),
+            "yes",
+            c == scene.salient.category,
+            _outer(scene, c),
+        )
         for c in shown
     ]
-    return there + [Question("presence", TEMPLATES["presence"].format(c), "no", False, ()) for c in absent]
+    return there + [
+        Question("presence", TEMPLATES["presence"].format(c), "no", False, ()) for c in absent
+    ]
 
 
 def _outer(scene: Scene, category: str) -> tuple[Box, ...]:
@@ -110,7 +107,9 @@ def _outer(scene: Scene, category: str) -> tuple[Box, ...]:
 
 
 def _about(kind: str, thing: SceneObject, answer: str) -> Question:
-    return Question(kind, TEMPLATES[kind].format(thing.category), answer, thing.salient, (thing.outer,))
+    return Question(
+        kind, TEMPLATES[kind].format(thing.category), answer, thing.salient, (thing.outer,)
+    )
 
 
 def _colour(scene: Scene) -> list[Question]:
@@ -123,7 +122,13 @@ def _digit(scene: Scene) -> list[Question]:
 
 def _count(scene: Scene) -> list[Question]:
     return [
-        Question("count", TEMPLATES["count"].format(c), str(len(boxes)), c == scene.salient.category, boxes)
+        Question(
+            "count",
+            TEMPLATES["count"].format(c),
+            str(len(boxes)),
+            c == scene.salient.category,
+            boxes,
+        )
         for c in dict.fromkeys(o.category for o in scene.objects)
         if len(boxes := _outer(scene, c)) <= MAX_COPIES
     ]
@@ -135,7 +140,7 @@ def _largest(scene: Scene) -> list[Question]:
 
 
 def _spatial(scene: Scene) -> list[Question]:
-    """Pairs in which exactly one object lies within 45° of a direction, and both names are unique."""
+    """Pairs where one object alone lies within 45° of a direction, and both names are unique."""
     unique = _unique(scene)
     questions = []
     for anchor in unique:
@@ -145,7 +150,9 @@ def _spatial(scene: Scene) -> list[Question]:
                 other = found[0]
                 text = TEMPLATES[name].format(anchor.category)
                 salient = anchor.salient or other.salient
-                questions.append(Question("spatial", text, other.category, salient, (anchor.outer, other.outer)))
+                questions.append(
+                    Question("spatial", text, other.category, salient, (anchor.outer, other.outer))
+                )
     return questions
 
 

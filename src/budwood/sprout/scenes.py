@@ -1,8 +1,9 @@
 """Sprout scenes: a seed becomes a picture of named objects, with questions and answers about it.
 
-A scene is 336×336 px: one large, salient object and four to eight smaller ones on a busy background. An object can
-have a coloured frame around it and a digit on a badge beside it. One category may occur up to four times, so that
-counting means something. Nothing is read from disk but the atlas, and nothing depends on global random state.
+A scene is 336×336 px: one large, salient object and four to eight smaller ones on a busy
+background. An object can have a coloured frame around it and a digit on a badge beside it. One
+category may occur up to four times, so that counting means something. Nothing is read from disk
+but the atlas, and nothing depends on global random state.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ BADGE = 36
 MAX_COPIES = 4
 
 # Seeds of the splits never meet: a split's seed is its offset plus the user's seed.
-SPLIT_OFFSETS = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000, "shifted": 3_000_000_000}
+SPLIT_OFFSETS = {
+    "train": 0,
+    "validation": 1_000_000_000,
+    "test": 2_000_000_000,
+    "shifted": 3_000_000_000,
+}
 SEEDS_PER_SPLIT = 1_000_000_000
 
 Box = tuple[int, int, int, int]
@@ -51,7 +57,8 @@ class Look:
 
 
 TRAIN_LOOK = Look(rotation=(0, 12), hue=(0, 0.02))
-# Outside the training range: every sprite is turned and tinted more than any sprite was in training.
+# Outside the training range: every sprite is turned and tinted more than any sprite was in
+# training.
 SHIFTED_LOOK = Look(rotation=(15, 28), hue=(0.03, 0.06), small=(36, 84), large=(108, 172))
 
 
@@ -103,7 +110,7 @@ def make_scene(seed: int, split: str = "test") -> Scene:
 
     Args:
         seed: 0 ≤ seed < 1e9; the same seed and split always give the same picture.
-        split: "train", "validation", "test", or "shifted" (rotation, tint and scale outside the training range).
+        split: "train", "validation", "test", or "shifted" (looks outside the training range).
 
     Raises:
         InputError: unknown split, or seed out of range.
@@ -118,7 +125,7 @@ def make_scene(seed: int, split: str = "test") -> Scene:
 
 
 def _arrange(rng: random.Random, look: Look) -> list[SceneObject]:
-    """Place 5 to 9 objects without overlap, the salient one first; start again when it gets too crowded."""
+    """Place 5 to 9 objects without overlap, the salient first; start again when too crowded."""
     copies = rng.randint(1, MAX_COPIES)  # outside the loop: crowded scenes must not become rarer
     while True:
         names = rng.sample(categories(), 9)
@@ -163,11 +170,15 @@ def _background(rng: random.Random) -> Image.Image:
     photo = rng.choice(backgrounds())
     side = rng.randint(SIZE // 2, BACKGROUND_SIZE)
     left, top = rng.randint(0, BACKGROUND_SIZE - side), rng.randint(0, BACKGROUND_SIZE - side)
-    crop = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    crop = photo.resize(
+        (SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.4, 0.9))
-    veil = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), 0.4, rng.uniform(0.3, 1)))
+    veil = tuple(
+        round(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), 0.4, rng.uniform(0.3, 1))
+    )
     return Image.blend(crop, Image.new("RGB", crop.size, veil), rng.uniform(0.1, 0.45))
 
 
@@ -175,14 +186,28 @@ def _draw(canvas: Image.Image, thing: SceneObject, rng: random.Random, look: Loo
     left, top, right, bottom = thing.box
     pen = ImageDraw.Draw(canvas)
     if thing.colour is not None:
-        grown = (left - FRAME_WIDTH, top - FRAME_WIDTH, right + FRAME_WIDTH - 1, bottom + FRAME_WIDTH - 1)
+        grown = (
+            left - FRAME_WIDTH,
+            top - FRAME_WIDTH,
+            right + FRAME_WIDTH - 1,
+            bottom + FRAME_WIDTH - 1,
+        )
         pen.rectangle(grown, outline=COLOURS[thing.colour], width=FRAME_WIDTH)
     sprite = _dressed(thing.category, right - left, rng, look)
     canvas.paste(sprite, (left, top), sprite)
     if thing.digit is not None:
         x, y = thing.outer[2] - BADGE, (top + bottom - BADGE) // 2
-        pen.rounded_rectangle((x, y, x + BADGE - 2, y + BADGE - 2), radius=5, fill=(20, 20, 20), outline="white")
-        pen.text((x + BADGE / 2 - 1, y + BADGE / 2 - 1), str(thing.digit), "white", _font(), anchor="mm", stroke_width=1)
+        pen.rounded_rectangle(
+            (x, y, x + BADGE - 2, y + BADGE - 2), radius=5, fill=(20, 20, 20), outline="white"
+        )
+        pen.text(
+            (x + BADGE / 2 - 1, y + BADGE / 2 - 1),
+            str(thing.digit),
+            "white",
+            _font(),
+            anchor="mm",
+            stroke_width=1,
+        )
 
 
 def _dressed(category: str, side: int, rng: random.Random, look: Look) -> Image.Image:
@@ -192,7 +217,9 @@ def _dressed(category: str, side: int, rng: random.Random, look: Look) -> Image.
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     turn = rng.choice((-1, 1)) * rng.uniform(*look.rotation)
     hue = rng.choice((-1, 1)) * rng.uniform(*look.hue)
-    sprite = sprite.resize((side, side), Image.Resampling.BILINEAR).rotate(turn, Image.Resampling.BILINEAR)
+    sprite = sprite.resize((side, side), Image.Resampling.BILINEAR).rotate(
+        turn, Image.Resampling.BILINEAR
+    )
     return _tinted(sprite, hue)
 
 

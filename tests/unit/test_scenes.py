@@ -1,0 +1,122 @@
+"""Sprout scenes: deterministic, without overlap, with one right answer a question."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from budwood.errors import InputError
+from budwood.sprout.questions import DIRECTIONS, KINDS, TEMPLATES, ask, balanced
+from budwood.sprout.scenes import SIZE, SPLIT_OFFSETS, Scene, make_scene
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [make_scene(seed) for seed in range(60)]
+
+
+def pixels(scene: Scene) -> np.ndarray:
+    return np.asarray(scene.image)
+
+
+def test_a_seed_decides_everything(scenes: list[Scene]) -> None:
+    random.seed(5)  # global state must not matter
+    again = make_scene(7)
+    assert (pixels(again) == pixels(scenes[7])).all()
+    assert again.objects == scenes[7].objects
+    assert ask(again) == ask(scenes[7])
+    assert (pixels(scenes[8]) != pixels(scenes[7])).any()
+
+
+def test_splits_do_not_share_scenes() -> None:
+    layouts = {make_scene(0, split).objects for split in SPLIT_OFFSETS}
+    assert len(layouts) == len(SPLIT_OFFSETS)
+
+
+def test_objects_lie_inside_and_apart(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        assert 5 <= len(scene.objects) <= 9
+        covered = np.zeros((SIZE, SIZE), dtype=int)
+        for thing in scene.objects:
+            left, top, right, bottom = thing.outer
+            assert 0 <= left < right <= SIZE
+            assert 0 <= top < bottom <= SIZE
+            covered[top:bottom, left:right] += 1
+        assert covered.max() == 1
+
+
+def test_the_salient_object_is_by_far_the_largest(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        large, *others = (o.box[2] - o.box[0] for o in scene.objects)
+        assert large >= 1.5 * max(others)
+        assert [o.salient for o in scene.objects].count(True) == 1
+
+
+def test_every_answer_is_true(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        by_name = {o.category: o for o in scene.objects}
+        for question in ask(scene):
+            named = [
+                o for name, o in by_name.items() if f" {name} " in question.text.replace("?", " ")
+            ]
+            copies = len(scene.copies(named[0].category)) if named else 0
+            if question.kind == "presence":
+                assert question.answer == ("yes" if named else "no")
+            elif question.kind == "count":
+                assert question.answer == str(copies)
+            elif question.kind == "largest":
+                assert question.answer == scene.salient.category
+            else:
+                assert copies == 1
+            if question.kind == "colour":
+                assert question.answer == named[0].colour
+            if question.kind == "digit":
+                assert question.answer == str(named[0].digit)
+
+
+def test_spatial_answers_lie_in_their_direction(scenes: list[Scene]) -> None:
+    asked = [(s, q) for s in scenes for q in ask(s, "spatial")]
+    assert len(asked) > 50
+    for scene, question in asked:
+        by_name = {o.category: o for o in scene.objects}
+        for name, direction in DIRECTIONS.items():
+            start = TEMPLATES[name].split("{}")[0]
+            if question.text.startswith(start):
+                anchor = by_name[question.text.removeprefix(start).removesuffix("?")]
+                answer = by_name[question.answer]
+                offset = np.subtract(answer.centre, anchor.centre)
+                assert offset @ direction > 0
+                assert abs(offset @ direction) > np.abs(offset).sum() / 2
+
+
+def test_the_test_set_is_balanced() -> None:
+    chosen = [q for _, questions in balanced(3, 400) for q in questions]
+    kinds = Counter(q.kind for q in chosen)
+    assert set(kinds) == set(KINDS)
+    assert min(kinds.values()) > 0.6 * max(kinds.values())
+    yes = [q.answer for q in chosen if q.kind == "presence"].count("yes")
+    assert 0.4 < yes / kinds["presence"] < 0.6
+    counts = Counter(q.answer for q in chosen if q.kind == "count")
+    assert set(counts) == set("1234")
+    assert max(counts.values()) < 0.35 * kinds["count"]
+    salient = sum(q.asks_salient for q in chosen) / len(chosen)
+    assert 0.2 < salient < 0.5
+
+
+def test_shifted_scenes_look_different(scenes: list[Scene]) -> None:
+    """Sprites are turned further than any in training; the layout's rules stay."""
+    shifted = make_scene(0, "shifted")
+    assert shifted.objects != scenes[0].objects
+    assert 5 <= len(shifted.objects) <= 9
+
+
+@pytest.mark.parametrize(
+    ("seed", "split", "said"),
+    [(0, "tset", "unknown split 'tset'"), (-1, "test", "seed -1"), (10**9, "test", "out of range")],
+)
+def test_bad_input(seed: int, split: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_scene(seed, split)
