@@ -1,0 +1,152 @@
+"""What a model family is: where things are in a model, and no mathematics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from budwood.errors import UnsupportedModelError
+from budwood.prune.saliency import Recorder
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of one image are. On the CPU, and shared between images of equal size.
+
+    *Candidates* are the tokens that a method chooses from; the others, such as newlines, stay.
+
+    Attributes:
+        n_placeholders: tokens that the image takes in the prompt.
+        boxes: x0, y0, x1, y1 of each candidate in the picture that the encoder sees, as shares of
+            its width and height in [0, 1], float32, shape (n_candidates, 4).
+        candidates: features that may be dropped, in the LLM's order, int64, shape
+            (n_candidates,); None if all may.
+        fixed: features that always stay, int64, shape (n_fixed,).
+        grid: rows and columns of the candidates if they form one raster, else None.
+        n_crops: crops of equal size that the encoder saw.
+        crop_ordered: features come crop by crop and not as the LLM has them; any placeholder may
+            then stand for any feature.
+    """
+
+    n_placeholders: int
+    boxes: Tensor
+    candidates: Tensor | None = None
+    fixed: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    grid: tuple[int, int] | None = None
+    n_crops: int = 1
+    crop_ordered: bool = False
+
+    @property
+    def n_candidates(self) -> int:
+        """Tokens that a method chooses from."""
+        return len(self.boxes)
+
+
+class Family(ABC):
+    """Where a model of one ``config.model_type`` keeps what pruning needs.
+
+    Subclasses know names and orders; scores, choices and prompts are none of their business.
+
+    Attributes:
+        model_type: the ``config.model_type`` that it is for.
+        encoder_inputs: inputs that encoding consumes; the LLM does not see them.
+        video_inputs: inputs that mean there is a video, which is never pruned.
+
+    Args:
+        model: a transformers model for conditional generation.
+        processor: its processor, if there is one at hand; only :meth:`view` reads it.
+        compat: None, or ``"official"`` for the features that the published code selects from.
+
+    Raises:
+        UnsupportedModelError: a part of the model is of a kind that the family does not know.
+    """
+
+    model_type: ClassVar[str]
+    encoder_inputs: ClassVar[tuple[str, ...]]
+    video_inputs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: Any, processor: Any = None, compat: str | None = None) -> None:
+        self.model = model
+        self.processor = processor
+        self.compat = compat
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder in the prompt that each visual token replaces."""
+        return self.model.config.image_token_id
+
+    @property
+    def wrapping_ids(self) -> frozenset[int]:
+        """Special tokens around an image, which neither are text nor end a turn."""
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = (getattr(self.model.config, name, None) for name in names)
+        return frozenset(i for i in ids if i is not None)
+
+    @abstractmethod
+    def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
+        """Hooks on the layer whose attention is the saliency, for one run of :meth:`features`."""
+
+    @abstractmethod
+    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Encode: projected features, one tensor per image, shape (n_features, d_model)."""
+
+    @abstractmethod
+    def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Where the tokens of each image are."""
+
+    @abstractmethod
+    def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Saliency of the candidates, one float32 tensor per image, shape (n_candidates,)."""
+
+    def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).
+
+        None for models whose positions simply count tokens: theirs become compact.
+
+        Args:
+            inputs: what the model was called with.
+            ids: the whole prompt, on the CPU, shape (batch, n_tokens).
+            mask: its attention mask, on the CPU, same shape.
+        """
+        return None
+
+    def placed(self, positions: Tensor, mask: Tensor) -> None:  # noqa: B027
+        """Told the positions that were kept, for models that derive later ones from them."""
+
+    def release(self) -> None:  # noqa: B027
+        """Called on detaching: put back what :meth:`placed` changed."""
+
+    def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of a picture that the encoder sees, as x0, y0, x1, y1 in shares of its size.
+
+        Args:
+            image_size: height and width of the picture in pixels.
+        """
+        return WHOLE
+
+
+def raster_boxes(rows: int, columns: int) -> Tensor:
+    """Boxes of a raster in row-major order, float32, shape (rows · columns, 4)."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    corners = (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows)
+    return torch.stack(corners, dim=-1).view(-1, 4)
+
+
+def refuse_compat(model_type: str, compat: str | None) -> None:
+    """For families that no published code covers.
+
+    Raises:
+        UnsupportedModelError: ``compat`` was asked for.
+    """
+    if compat is not None:
+        raise UnsupportedModelError(
+            f"compat={compat!r} reproduces code for LLaVA models, there is none for "
+            f"{model_type!r}; leave it out"
+        )

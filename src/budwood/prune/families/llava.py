@@ -1,0 +1,96 @@
+"""LLaVA: one crop per image, a CLIP or SigLIP tower, positions that count tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from budwood.prune.families.base import WHOLE, Family, Layout, raster_boxes
+from budwood.prune.families.towers import Tower
+from budwood.prune.saliency import Recorder
+
+
+class Llava(Family):
+    """``LlavaForConditionalGeneration`` (LLaVA-1.5 and the sprout model)."""
+
+    model_type: ClassVar[str] = "llava"
+    encoder_inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_sizes",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+
+    def __init__(self, model: Any, processor: Any = None, compat: str | None = None) -> None:
+        super().__init__(model, processor, compat)
+        self.tower = Tower(model)
+
+    def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
+        return self.tower.recorder(inputs)
+
+    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
+        return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
+
+    def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        # "full" keeps [CLS] among the features: it is no patch, so it is not up for choice.
+        with_cls = self.tower.has_cls and not self.tower.drops_first(inputs)
+        return [_layout(len(image), self.tower.side, with_cls) for image in features]
+
+    def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        # A tower without [CLS] under "default" loses its first patch, so count from the end.
+        scores = recorder.saliency()
+        return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
+
+    def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The centre that is cropped, or the square that is padded, if the processor is known."""
+        return encoder_view(getattr(self.processor, "image_processor", None), image_size)
+
+
+@lru_cache(maxsize=16)
+def _layout(n_features: int, side: int, with_cls: bool) -> Layout:
+    n_candidates = n_features - with_cls
+    complete = n_candidates == side * side
+    return Layout(
+        n_placeholders=n_features,
+        boxes=raster_boxes(side, side)[-n_candidates:],
+        candidates=torch.arange(1, n_features) if with_cls else None,
+        fixed=torch.arange(int(with_cls)),
+        grid=(side, side) if complete else None,
+    )
+
+
+def encoder_view(
+    image_processor: Any, image_size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """The part of a picture that a CLIP-like image processor shows to the encoder.
+
+    Args:
+        image_processor: with ``do_pad``, ``do_center_crop``, ``size`` and ``crop_size``; None if
+            unknown, which counts as stretching the whole picture.
+        image_size: height and width in pixels.
+
+    Returns:
+        x0, y0, x1, y1 in shares of the picture's size; outside [0, 1] where it is padded.
+    """
+    height, width = image_size
+    shortest_edge = _shortest_edge(image_processor)
+    if getattr(image_processor, "do_pad", False):
+        seen_h = seen_w = max(height, width)
+    elif getattr(image_processor, "do_center_crop", False) and shortest_edge:
+        pixels = min(height, width) / shortest_edge
+        seen_h = image_processor.crop_size["height"] * pixels
+        seen_w = image_processor.crop_size["width"] * pixels
+    else:
+        return WHOLE
+    left, top = (1 - seen_w / width) / 2, (1 - seen_h / height) / 2
+    return left, top, 1 - left, 1 - top
+
+
+def _shortest_edge(image_processor: Any) -> int | None:
+    size = getattr(image_processor, "size", None)
+    return size["shortest_edge"] if size is not None and "shortest_edge" in size else None

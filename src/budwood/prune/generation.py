@@ -1,0 +1,186 @@
+"""Arguments of ``generate`` that speak of the prompt, translated to the shorter one and back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from budwood.errors import AttachError, InputError
+
+
+class PromptSwap:
+    """Puts the original prompt back in front of what was generated after the pruned one.
+
+    Args:
+        original: the prompts as the user gave them, int64, shape (batch, n_tokens).
+        n_pruned: length of the pruned prompts.
+    """
+
+    def __init__(self, original: Tensor, n_pruned: int) -> None:
+        self.original = original
+        self.n_pruned = n_pruned
+
+    def restore(self, sequences: Tensor) -> Tensor:
+        """Sequences of shape (batch · n, n_pruned + n_new) to (batch · n, n_tokens + n_new).
+
+        Beams and returned sequences of one prompt stand together, n of them.
+        """
+        each = len(sequences) // len(self.original)
+        prompts = self.original.to(sequences.device).repeat_interleave(each, dim=0)
+        return torch.cat((prompts, sequences[:, self.n_pruned :]), dim=1)
+
+    def restore_row(self, row: int, sequence: Tensor) -> Tensor:
+        """The same for one sequence, shape (n_pruned + n_new,), of the prompt ``row``."""
+        prompt = self.original[row].to(sequence.device)
+        return torch.cat((prompt, sequence[self.n_pruned :]))
+
+    def wrap(self, kwargs: dict[str, Any]) -> None:
+        """Let a user's own criteria, processors and streamer see the original prompt."""
+        if kwargs.get("stopping_criteria") is not None:
+            wrapped = [_Criteria(one, self) for one in kwargs["stopping_criteria"]]
+            kwargs["stopping_criteria"] = StoppingCriteriaList(wrapped)
+        if kwargs.get("logits_processor") is not None:
+            wrapped = [_Processor(one, self) for one in kwargs["logits_processor"]]
+            kwargs["logits_processor"] = LogitsProcessorList(wrapped)
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _Streamer(kwargs["streamer"], self)
+        allowed = kwargs.get("prefix_allowed_tokens_fn")
+        if allowed is not None:
+            kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+                row, self.restore_row(row, ids)
+            )
+
+
+class _Criteria(StoppingCriteria):
+    def __init__(self, inner: Any, swap: PromptSwap) -> None:
+        self.inner, self.swap = inner, swap
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self.inner(self.swap.restore(input_ids), scores, **kwargs)
+
+
+class _Processor(LogitsProcessor):
+    def __init__(self, inner: Any, swap: PromptSwap) -> None:
+        self.inner, self.swap = inner, swap
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.inner(self.swap.restore(input_ids), scores)
+
+
+class _Streamer:
+    """Hands on everything but the first batch of ids, which is the pruned prompt."""
+
+    def __init__(self, inner: Any, swap: PromptSwap) -> None:
+        self.inner, self.swap, self.at_prompt = inner, swap, True
+
+    def put(self, value: Tensor) -> None:
+        value, self.at_prompt = (self.swap.original.cpu() if self.at_prompt else value), False
+        self.inner.put(value)
+
+    def end(self) -> None:
+        self.inner.end()
+
+
+def effective(name: str, kwargs: dict[str, Any], model: Any) -> Any:
+    """A generation option with the priority that ``generate`` gives it; None if it is not set."""
+    for source in (kwargs.get("generation_config"), model.generation_config):
+        if (
+            kwargs.get(name) is None
+            and source is not None
+            and getattr(source, name, None) is not None
+        ):
+            return getattr(source, name)
+    return kwargs.get(name)
+
+
+def shorten_limits(kwargs: dict[str, Any], model: Any, n_removed: int) -> None:
+    """Correct ``max_length`` and ``min_length``, which count the prompt, for the shorter one.
+
+    ``max_new_tokens`` and ``min_new_tokens`` do not count it, go first where given, and stay.
+    """
+    for name, new, least in (
+        ("max_length", "max_new_tokens", 1),
+        ("min_length", "min_new_tokens", 0),
+    ):
+        length = effective(name, kwargs, model)
+        if not length or effective(new, kwargs, model) is not None:
+            continue
+        length = max(length - n_removed, least)
+        if kwargs.get("generation_config") is None or kwargs.get(name) is not None:
+            kwargs[name] = length
+        else:  # as a keyword beside a config it would be deprecated
+            kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
+            setattr(kwargs["generation_config"], name, length)
+
+
+def prompt_mask(ids: Tensor, kwargs: dict[str, Any], model: Any) -> Tensor:
+    """The attention mask that ``generate`` infers where none is given: padding, if that is safe."""
+    pad, eos = effective("pad_token_id", kwargs, model), effective("eos_token_id", kwargs, model)
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    return ids.ne(pad).long()
+
+
+def pad_token(kwargs: dict[str, Any], model: Any) -> int:
+    """What new padding on the left consists of; masked, so any token but a placeholder will do."""
+    pad = effective("pad_token_id", kwargs, model)
+    if pad is None:
+        pad = effective("eos_token_id", kwargs, model)
+    pad = pad[0] if isinstance(pad, list | tuple) else pad
+    return 0 if pad is None else int(pad)
+
+
+def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
+    """Options of ``generate`` that cannot work with a pruned prompt.
+
+    Raises:
+        AttachError: one of them is given; the message says what to do instead.
+    """
+    if kwargs.get("assistant_model") is not None:
+        raise AttachError(
+            "assistant_model cannot see the pruned image features; use prompt_lookup_num_tokens, "
+            "or detach for this call"
+        )
+    if isinstance(kwargs.get("custom_generate"), str):
+        raise AttachError(
+            f"custom_generate={kwargs['custom_generate']!r} replaces generate() as a whole; pass a "
+            "function that decodes, or detach for this call"
+        )
+    if effective("cache_implementation", kwargs, model) == "paged":
+        raise AttachError(
+            "cache_implementation='paged' takes text alone; choose another cache, or detach"
+        )
+
+
+def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None:
+    """Inputs that cannot be cut in step with the prompt.
+
+    Raises:
+        AttachError: a filled cache from an earlier call, or a video beside images.
+        InputError: explicit positions, or an attention mask that is not 2-D.
+    """
+    cache = inputs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise AttachError(
+            "past_key_values is filled and there are images to prune: positions in the cache and "
+            "in the prompt no longer agree; start from an empty cache, or detach"
+        )
+    if any(inputs.get(name) is not None for name in video_inputs):
+        raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
+    if inputs.get("position_ids") is not None:
+        raise InputError("position_ids are worked out from the pruned prompt; leave them out")
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected (batch, n_tokens)"
+        )

@@ -1,0 +1,83 @@
+"""What a session tells about its last call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from budwood.prune.selection import Split
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time that the last call spent before the LLM ran.
+
+    On a GPU these are the times to launch the work, unless ``attach(..., timing=True)``.
+
+    Attributes:
+        encode_ms: the vision encoder and projector.
+        select_ms: saliency row, selection and cutting the prompt.
+    """
+
+    encode_ms: float = 0.0
+    select_ms: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ImageReport:
+    """What was kept of one image.
+
+    Tokens are the image's *candidates*: newlines, which always stay, are not counted.
+
+    Attributes:
+        kept: kept tokens, int64, shape (n_after,), sorted.
+        n_before: tokens before.
+        n_after: tokens after; all of them where the image has no more than were asked for.
+        n_fixed: tokens beside them that always stay, such as newlines.
+        split: how the budget was divided.
+        saliency: score per token, float32, shape (n_before,); None if the method uses none.
+        relevance: text-to-image score per token, likewise.
+        row: row of the batch.
+        image: number of the image in the whole call.
+        grid: rows and columns of the tokens if they form one raster, else None.
+        question: positions in the row that counted as the question.
+        boxes: x0, y0, x1, y1 of each token in the picture that the encoder saw, as shares of its
+            size in [0, 1], float32, shape (n_before, 4).
+    """
+
+    kept: Tensor
+    n_before: int
+    n_after: int
+    n_fixed: int
+    split: Split
+    saliency: Tensor | None
+    relevance: Tensor | None
+    row: int
+    image: int
+    grid: tuple[int, int] | None
+    question: tuple[int, ...]
+    boxes: Tensor = field(repr=False)
+    view: object = field(repr=False)
+
+    @property
+    def kept_all(self) -> bool:
+        """Whether no token was dropped."""
+        return self.n_after == self.n_before
+
+    def boxes_on(self, image_size: tuple[int, int]) -> Tensor:
+        """Boxes in the original picture, which the image processor may have cropped or padded.
+
+        Needs ``attach(..., processor=...)`` where that is so (LLaVA); otherwise the whole picture
+        is taken to have been stretched into what the encoder saw.
+
+        Args:
+            image_size: height and width of the original picture in pixels.
+
+        Returns:
+            x0, y0, x1, y1 as shares of its size in [0, 1], float32, shape (n_before, 4).
+        """
+        x0, y0, x1, y1 = self.view(image_size)  # type: ignore[operator]
+        scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+        return (self.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)

@@ -1,0 +1,252 @@
+"""How much the vision encoder looks at each patch: one attention row of one layer, beside SDPA.
+
+The first half is pure mathematics on tensors. The second half reads a layer's own queries and keys
+through hooks while the encoder runs, so that no projection is computed twice, attention itself
+stays whatever it is (SDPA, FlashAttention, eager), and nothing of size heads × N × N is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budwood.errors import AttachError
+
+# A prime, so that the stride is no whole number of patches on the usual grids: with a stride that
+# divides the width of the raster all queries would sit in a few of its columns.
+N_QUERIES = 61
+_QUERIES_AT_ONCE = 16
+
+
+def cls_attention(query: Tensor, keys: Tensor, n_heads: int, scale: float) -> Tensor:
+    """Attention that the [CLS] query pays to every key, mean over heads.
+
+    Source: AdaV, step 1 (FasterVLM has the same signal). Computed in float32.
+
+    Args:
+        query: projected [CLS] query, shape (n_crops, n_heads · d_head).
+        keys: projected keys, [CLS] included, shape (n_crops, n_keys, n_heads · d_head).
+        n_heads: attention heads.
+        scale: factor on the logits, usually d_head ** -0.5.
+
+    Returns:
+        Attention probabilities, float32, shape (n_crops, n_keys); rows sum to 1.
+    """
+    n_crops, n_keys, _ = keys.shape
+    per_head = query.float().view(n_crops, n_heads, -1, 1)
+    # (n_crops, n_keys, n_heads, d_head) · (n_crops, n_heads, d_head) without a copy of the keys.
+    keys = keys.float().view(n_crops, n_keys, n_heads, -1).transpose(1, 2)
+    logits = (keys @ per_head).squeeze(-1) * scale
+    return logits.softmax(-1).mean(1)
+
+
+def received_attention(queries: Tensor, keys: Tensor, n_heads: int, scale: float) -> Tensor:
+    """Attention that each key receives, mean over heads and over the queries that are asked.
+
+    For towers without [CLS]; :func:`strided` says which queries to ask. Source: none, this is
+    budwood's choice and not the paper's.
+
+    Args:
+        queries: projected queries, shape (n_crops, n_asked, n_heads · d_head).
+        keys: projected keys, shape (n_crops, n_tokens, n_heads · d_head).
+        n_heads: attention heads.
+        scale: factor on the logits, usually d_head ** -0.5.
+
+    Returns:
+        Mean attention probability, float32, shape (n_crops, n_tokens); rows sum to 1.
+    """
+    n_crops, n_tokens, _ = keys.shape
+    n_asked = queries.shape[1]
+    queries = queries.float().view(n_crops, n_asked, n_heads, -1).transpose(1, 2)
+    keys = keys.float().view(n_crops, n_tokens, n_heads, -1).permute(0, 2, 3, 1)
+    received = torch.zeros(n_crops, n_tokens, device=keys.device)
+    for some in queries.split(_QUERIES_AT_ONCE, dim=2):  # bounds memory
+        received += ((some @ keys) * scale).softmax(-1).sum((1, 2))
+    return received / (n_heads * n_asked)
+
+
+def strided(n_tokens: int, device: torch.device, n_queries: int = N_QUERIES) -> Tensor:
+    """Evenly spread queries, so that the cost grows with N and not with N².
+
+    Returns:
+        Indices, int64, shape (min(n_tokens, n_queries),), each in the middle of its share.
+    """
+    if n_tokens <= n_queries:
+        return torch.arange(n_tokens, device=device)
+    steps = torch.arange(n_queries, device=device)
+    return (2 * steps + 1) * n_tokens // (2 * n_queries)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
+    """Rotary position embedding of the rotate-half kind, in float32.
+
+    Args:
+        x: projected queries or keys, shape (n_tokens, n_heads · d_head).
+        cos: cosines, shape (n_tokens, d_head).
+        sin: sines, shape (n_tokens, d_head).
+        n_heads: attention heads.
+
+    Returns:
+        Rotated ``x``, float32, same shape.
+    """
+    heads = x.float().view(len(x), n_heads, -1)
+    low, high = heads.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    return (heads * cos.float()[:, None] + turned * sin.float()[:, None]).view(x.shape)
+
+
+class Recorder(ExitStack):
+    """Hooks that live for one run of the encoder: ``with recorder: encode()``, then the saliency.
+
+    A subclass registers its hooks in :meth:`watch`; they are gone on exit, whatever happened.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[str, Any] = {}
+
+    def watch(self) -> None:
+        """Register hooks with :meth:`on_output` and :meth:`on_call`."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()
+        with ExitStack() as undo:  # a failure half-way must not leave the first hooks behind
+            undo.push(self)
+            self.watch()
+            undo.pop_all()
+        return self
+
+    def on_output(self, module: nn.Module, name: str, first_token_only: bool = False) -> None:
+        """Remember what ``module`` returns, without its gradient."""
+
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self._seen[name] = output[:, 0].detach() if first_token_only else output.detach()
+
+        self.callback(module.register_forward_hook(hook).remove)
+
+    def on_call(self, module: nn.Module, argument: str) -> None:
+        """Remember the keyword argument that ``module`` is called with."""
+
+        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            self._seen[argument] = kwargs.get(argument)
+
+        self.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def seen(self, name: str) -> Any:
+        """What was remembered, released from here.
+
+        Raises:
+            AttachError: the hook did not run: a compiled or replaced vision tower.
+        """
+        value = self._seen.pop(name, None)
+        if value is None:
+            raise AttachError(
+                f"the vision encoder ran without showing its {name}; attach to a model whose "
+                "vision tower is neither compiled nor replaced"
+            )
+        return value
+
+
+class ClsRecorder(Recorder):
+    """[CLS] attention over the patches in a CLIP-like layer.
+
+    Args:
+        attention: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention: Any = attention
+
+    def watch(self) -> None:
+        self.on_output(self.attention.q_proj, "query", first_token_only=True)
+        self.on_output(self.attention.k_proj, "keys")
+
+    def saliency(self) -> Tensor:
+        """Attention over the patches, float32, shape (n_crops, n_patches)."""
+        attention = self.attention
+        query, keys = self.seen("query"), self.seen("keys")
+        return cls_attention(query, keys, attention.num_heads, attention.scale)[:, 1:]
+
+
+class OutputRecorder(Recorder):
+    """What a module returns, as it is.
+
+    Args:
+        module: any module that returns one tensor.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def watch(self) -> None:
+        self.on_output(self.module, "output")
+
+    def output(self) -> Tensor:
+        """The output of the last run, without its gradient."""
+        return self.seen("output")
+
+
+class ReceivedRecorder(Recorder):
+    """Mean attention received in a SigLIP-like layer, which has no [CLS].
+
+    Args:
+        attention: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention: Any = attention
+
+    def watch(self) -> None:
+        self.on_output(self.attention.q_proj, "queries")
+        self.on_output(self.attention.k_proj, "keys")
+
+    def saliency(self) -> Tensor:
+        """Mean attention received, float32, shape (n_crops, n_patches)."""
+        attention = self.attention
+        queries, keys = self.seen("queries"), self.seen("keys")
+        asked = queries[:, strided(queries.shape[1], queries.device)]
+        return received_attention(asked, keys, attention.num_heads, attention.scale)
+
+
+class PackedRecorder(Recorder):
+    """Mean attention received in a layer that packs images of any size into one sequence.
+
+    Args:
+        attention: a self-attention with a fused ``qkv``, rotary ``position_embeddings``,
+            ``num_heads`` and ``scaling``, as in Qwen2.5-VL's full-attention blocks.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention: Any = attention
+
+    def watch(self) -> None:
+        self.on_output(self.attention.qkv, "qkv")
+        self.on_call(self.attention, "position_embeddings")
+
+    def saliency(self, lengths: Sequence[int]) -> list[Tensor]:
+        """Mean attention received, one tensor per image, float32, shape (n_patches,).
+
+        Args:
+            lengths: patches per image, in the order of the sequence.
+        """
+        n_heads, scale = self.attention.num_heads, self.attention.scaling
+        queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
+        cos, sin = self.seen("position_embeddings")
+        scores, start = [], 0
+        for length in lengths:
+            image = slice(start, start + length)
+            asked = start + strided(length, keys.device)
+            q = rotate(queries[asked], cos[asked], sin[asked], n_heads)
+            k = rotate(keys[image], cos[image], sin[image], n_heads)
+            scores.append(received_attention(q[None], k[None], n_heads, scale)[0])
+            start += length
+        return scores

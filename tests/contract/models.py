@@ -1,0 +1,231 @@
+"""Tiny random models of every family, and batches for them, all of unequal sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+PAD, BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO = range(7)
+VOCABULARY = 61
+IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    **IDS,
+}
+CLIP = {
+    "hidden_size": 30,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
+    "image_size": 12,
+    "patch_size": 3,
+    "initializer_range": 0.3,
+    "initializer_factor": 1.0,
+    "projection_dim": 8,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how to make inputs for it.
+
+    `image(seed)` gives one image's inputs and its number of placeholders; the size depends on the
+    seed where the family allows. `join` puts several together.
+    """
+
+    model: Any
+    image: Callable[[int], tuple[dict[str, Tensor], int]]
+    join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    def batch(self, *rows: Sequence[int | list[int]], side: str = "left") -> dict[str, Tensor]:
+        """Rows of text (lists of ids) and images (seeds), padded on `side`."""
+        images, texts, kinds = [], [], []
+        for row in rows:
+            text: list[int] = [BOS]
+            for part in row:
+                if isinstance(part, list):
+                    text += part
+                else:
+                    inputs, n_tokens = self.image(part)
+                    images.append(inputs)
+                    text += [*self.before, *[IMAGE] * n_tokens, *self.after]
+            texts.append(text)
+        length = max(map(len, texts))
+        padded = [pad(text, length, PAD, side) for text in texts]
+        masks = [pad([1] * len(text), length, 0, side) for text in texts]
+        ids = torch.tensor(padded)
+        batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
+        if self.before:  # the family with typed tokens
+            kinds = (ids == IMAGE).int()
+            batch["mm_token_type_ids"] = kinds
+        return batch | (self.join(images) if images else {})
+
+
+def pad(row: list[int], length: int, value: int, side: str) -> list[int]:
+    padding = [value] * (length - len(row))
+    return padding + row if side == "left" else row + padding
+
+
+def words(n_words: int, seed: int) -> list[int]:
+    """Ids of ordinary words."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VIDEO + 1, VOCABULARY, (n_words,), generator=generator).tolist()
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ready(model: Any) -> Any:
+    model.generation_config.eos_token_id = None  # so that answers have full length
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.bos_token_id = BOS
+    with torch.no_grad():  # so that answers hold no placeholders, which no model can be fed back
+        model.lm_head.weight[: VIDEO + 1] = 0
+    return model.eval()
+
+
+def llava(**changes: Any) -> Case:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        **changes,
+    )
+    n_tokens = 17 if changes.get("vision_feature_select_strategy") == "full" else 16
+    return Case(
+        ready(LlavaForConditionalGeneration(config)),
+        lambda seed: ({"pixel_values": noise(seed, 1, 3, 12, 12)}, n_tokens),
+        concatenate,
+    )
+
+
+def llava_siglip() -> Case:
+    torch.manual_seed(0)
+    vision = {key: CLIP[key] for key in CLIP if key not in ("projection_dim", "initializer_factor")}
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**vision),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_select_strategy="full",
+    )
+    return Case(
+        ready(LlavaForConditionalGeneration(config)),
+        lambda seed: ({"pixel_values": noise(seed, 1, 3, 12, 12)}, 16),
+        concatenate,
+    )
+
+
+NEXT_SIZES = [(11, 37), (41, 9), (30, 28)]
+"""Heights and widths: two crops side by side, two above each other, four."""
+
+
+def llava_next() -> Case:
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[12, 24], [24, 12], [24, 24]],
+    )
+    model = ready(LlavaNextForConditionalGeneration(config))
+
+    def image(seed: int) -> tuple[dict[str, Tensor], int]:
+        size = torch.tensor([NEXT_SIZES[seed % 3]])
+        n_crops = 5 if seed % 3 == 2 else 3
+        pixels = {"pixel_values": noise(seed, 1, n_crops, 3, 12, 12), "image_sizes": size}
+        empty = [torch.zeros(n_crops, 16, 1)]
+        _, n_tokens = model.pack_image_features(empty, size, "default", torch.zeros(1))
+        return pixels, int(n_tokens)
+
+    return Case(model, image, join_next)
+
+
+def qwen2_5_vl() -> Case:
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 4,
+            "hidden_size": 24,
+            "intermediate_size": 20,
+            "num_heads": 3,
+            "patch_size": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 12,
+            "out_hidden_size": TEXT["hidden_size"],
+            "fullatt_block_indexes": [0, 2],
+            "initializer_range": 0.3,
+        },
+        text_config=TEXT
+        | {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            }
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+    def image(seed: int) -> tuple[dict[str, Tensor], int]:
+        height, width = [(10, 14), (6, 8), (16, 10)][seed % 3]
+        inputs = {
+            "pixel_values": noise(seed, height * width, 3 * 2 * 2 * 2),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        }
+        return inputs, height * width // 4
+
+    model = ready(Qwen2_5_VLForConditionalGeneration(config))
+    return Case(model, image, concatenate, before=(VISION_START,), after=(VISION_END,))
+
+
+def concatenate(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([image[name] for image in images]) for name in images[0]}
+
+
+def join_next(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    n_crops = max(image["pixel_values"].shape[1] for image in images)
+    for image in images:
+        missing = n_crops - image["pixel_values"].shape[1]
+        padding = (0, 0) * 3 + (0, missing)
+        image["pixel_values"] = torch.nn.functional.pad(image["pixel_values"], padding)
+    return concatenate(images)
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "qwen2_5_vl": qwen2_5_vl,
+}
+
+ROW_IMAGES = [slice(0, 2), slice(2, 2), slice(2, 3)]
+"""Images of each row of the `batch` fixture."""
