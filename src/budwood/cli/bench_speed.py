@@ -1,0 +1,155 @@
+"""`budwood bench prune-speed`: what pruning saves and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood import records
+from budwood.cli import options
+from budwood.cli.console import print_json, print_table, say, working
+from budwood.cli.output import reserve
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.prune.bench.shapes import Shape
+    from budwood.prune.bench.speed import SpeedConfig
+
+_SHOWN = {
+    "method": ("method", ""),
+    "keep": ("keep", ""),
+    "n_prompt": ("prompt", ""),
+    "ttft_ms": ("first token ms", ".1f"),
+    "encode_ms": ("encoder", ".1f"),
+    "select_ms": ("selector", ".2f"),
+    "prefill_ms": ("prefill", ".1f"),
+    "prefill_over_plain": ("÷ plain", ".3f"),
+    "prefill_over_full": ("÷ full", ".3f"),
+    "select_over_full": ("selector ÷ full prefill", ".2%"),
+    "decode_tokens_per_s": ("decode tokens/s", ".1f"),
+    "decode_over_full": ("÷ full", ".3f"),
+}
+MARKDOWN = {key: spec for key, (_, spec) in _SHOWN.items()}
+"""Columns of the Markdown table of a record."""
+
+
+def bench_speed(
+    keep: Annotated[
+        str, typer.Option(metavar="N|RATIO,…", help="Budgets: counts, or ratios in (0, 1].")
+    ] = "0.11,0.055",
+    method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="llava-next", help="Random weights of this shape, not a model."),
+    ] = None,
+    layers: Annotated[int, typer.Option(help="LLM layers of the shape.")] = 4,
+    width: Annotated[int, typer.Option(help="LLM width of the shape.")] = 2048,
+    vision_layers: Annotated[int, typer.Option(help="Encoder layers of the shape.")] = 4,
+    vision_width: Annotated[int, typer.Option(help="Encoder width of the shape.")] = 1024,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of scene, prompt and random weights.")] = 0,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    out: options.Out = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    r"""Time prefill, selector and decoding, with and without pruning, side by side in one run.
+
+    "plain" is the same LLM with a text as long as the pruned prompt and nothing attached. Ratios
+    are taken within a round; the median of the rounds is reported. Also reports the largest tensor
+    that saliency row and selection allocate, next to encoder heads × N × N.
+
+    \b
+    Examples:
+      budwood bench prune-speed --out speed.json
+      budwood bench prune-speed --shape llava-next --layers 4 --width 2048 --repeats 3
+    """
+    if model and shape:
+        raise InputError("give --model or --shape, not both")
+    config = _config(options.listed(keep), method, repeats, new_tokens, seed)
+    built = _shape(shape, layers, width, vision_layers, vision_width)
+    if out:
+        reserve(out, force)
+    record = _measure(config, built, (model, device, dtype))
+    if out:
+        say(f"wrote {records.write(record, out, overwrite=force)}")
+    if json:
+        print_json(dataclasses.asdict(record))
+        return
+    print_table(record.rows, _SHOWN)
+    _say_targets(record)
+
+
+def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
+    from budwood.prune.bench.speed import SpeedConfig
+    from budwood.prune.methods import METHODS
+
+    METHODS.get(method)
+    return SpeedConfig(tuple(map(options.keep_of, keeps)), method, repeats, n_new, seed)
+
+
+def _shape(name: str | None, *size: int) -> Shape | None:
+    from budwood.prune.bench.shapes import Shape
+
+    return None if name is None else Shape(name, *size)
+
+
+def _measure(
+    config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
+) -> records.Record:
+    from budwood.prune.bench.speed import largest_allocation, measure_speed
+
+    model, processor, inputs, described = _subject(config, shape, source)
+    with working("timing"):
+        rows = measure_speed(model, processor, inputs, config)
+        largest = largest_allocation(model, processor, inputs, config.keeps[0])
+    described |= {**dataclasses.asdict(config), "keeps": list(config.keeps), **largest}
+    described |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    return records.new_record("bench prune-speed", rows, seed=config.seed, config=described)
+
+
+def _subject(
+    config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
+) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Model, processor (None for a shape), inputs of one row, and what the record says of them."""
+    from budwood.cli.models import load, place
+
+    if shape is not None:
+        from budwood.prune.bench.shapes import random_llava_next
+
+        device, dtype = place(*source[1:])
+        with working(f"building {shape.name} with random weights"):
+            model, inputs = random_llava_next(shape, config.seed, dtype)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return model.to(device), None, inputs, {"model": None, "shape": dataclasses.asdict(shape)}
+
+    from budwood.prune.chat import prepare
+    from budwood.sprout.questions import ask
+    from budwood.sprout.scenes import make_scene
+
+    scene = make_scene(config.seed, "test")
+    loaded = load(*source)
+    question = ask(scene, "largest")[0].text
+    inputs = prepare(loaded.processor, [scene.image], [question], loaded.model.device)
+    return loaded.model, loaded.processor, inputs, {"model": loaded.name, "shape": None}
+
+
+def _say_targets(record: records.Record) -> None:
+    from budwood.prune.bench.speed import PREFILL_TARGET, SELECT_TARGET
+
+    config, pruned = record.config, [row for row in record.rows if row["prefill_over_plain"]]
+    prefill = max(row["prefill_over_plain"] for row in pruned)
+    selector = max(row["select_over_full"] for row in pruned)
+    decode = min(row["decode_over_full"] for row in pruned)
+    say(f"prefill ÷ plain, at most: {prefill:.3f} (target {PREFILL_TARGET})")
+    say(f"selector ÷ full prefill, at most: {selector:.2%} (target {SELECT_TARGET:.0%})")
+    say(f"decoding speed ÷ full, at least: {decode:.3f} (target 1)")
+    say(
+        f"largest tensor of saliency and selection: {config['largest_numel']:,} numbers, shape "
+        f"{tuple(config['largest_shape'])}; heads × N × N would be {config['limit_numel']:,}"
+    )

@@ -1,0 +1,41 @@
+"""The one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from budwood.errors import BudwoodError
+
+BAD_INPUT = 2
+
+# The base of typer's usage errors. It has no public name: it is click's, which typer brings along
+# in newer versions and takes from the package in older ones.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Commands(TyperGroup):
+    """Ends with one line and exit code 2 on bad input, and lets every other exception through."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **extra))
+        except _UsageError as error:
+            hint = getattr(getattr(error, "ctx", None), "command_path", "budwood")
+            message = error.format_message()  # type: ignore[attr-defined]
+            _refuse(f"{message.rstrip('.')}; see {hint} --help")
+        except BudwoodError as error:
+            _refuse(str(error))
+        except typer.Abort:
+            sys.exit(1)
+
+
+def _refuse(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    typer.echo(f"budwood: error: {line}", err=True)
+    sys.exit(BAD_INPUT)

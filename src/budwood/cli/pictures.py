@@ -1,0 +1,70 @@
+"""Pictures from files: refused in one line if they cannot be used, and before memory is gone."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from budwood.errors import InputError
+
+MAX_PIXELS = 50_000_000
+MAX_ASPECT = 100
+MIN_SIDE = 4
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB, turned as its camera says; of an animation the first frame.
+
+    The size is looked up in the file's header before anything is decoded. A picture that is
+    narrower than ``MIN_SIDE`` pixels is enlarged, as image processors would take its pixels for
+    channels.
+
+    Raises:
+        InputError: there is no such file, it is empty, truncated or no picture; or it has more than
+            ``MAX_PIXELS`` pixels, or one side is over ``MAX_ASPECT`` times the other.
+    """
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give a picture")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty; give a picture")
+        with warnings.catch_warnings():
+            # The size is checked here, and by a lower limit than Pillow's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                _check_size(path, picture.size)
+                return _enlarged(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture that Pillow knows; give PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} has too many pixels; make it smaller first") from None
+    except InputError:
+        raise
+    # What Pillow raises for damaged data depends on the format.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{path} has {width} × {height} pixels, more than {MAX_PIXELS:,}; make it smaller first"
+        )
+    if max(size) > MAX_ASPECT * min(size):
+        raise InputError(
+            f"{path} has {width} × {height} pixels, and one side is more than {MAX_ASPECT} times "
+            "the other; cut it first"
+        )
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    factor = -(-MIN_SIDE // min(picture.size))
+    if factor == 1:
+        return picture
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)

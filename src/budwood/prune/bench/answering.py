@@ -1,0 +1,216 @@
+"""Answers to many questions about few pictures, each picture encoded once.
+
+What is measured is ``attach`` and ``generate`` themselves. Only work that comes out the same each
+time is shared: features and saliency of a picture between the questions, methods and budgets, and,
+without pruning, the keys and values of the prompt up to where the questions begin to differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from budwood.prune.bench.variants import Variant
+from budwood.prune.chat import GREEDY, answers
+from budwood.prune.families import family_of, innermost
+from budwood.prune.session import attach
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What the encoder says about some pictures.
+
+    Attributes:
+        features: projected, one tensor per picture, shape (n_features, d_model).
+        saliency: likewise, float32, shape (n_candidates,).
+    """
+
+    features: list[Tensor]
+    saliency: list[Tensor]
+
+    def rows(self, which: Sequence[int]) -> Encoded:
+        """Picture ``which[i]`` for row i."""
+        return Encoded([self.features[i] for i in which], [self.saliency[i] for i in which])
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers of one call.
+
+    Attributes:
+        texts: one per row.
+        n_visual: visual tokens of each row's picture that there were to choose from.
+        n_kept: those that the LLM saw.
+    """
+
+    texts: list[str]
+    n_visual: list[int]
+    n_kept: list[int]
+
+
+class _Precoded:
+    """A family whose pictures have been encoded before."""
+
+    def __init__(self, family: Any, encoded: Encoded) -> None:
+        self._family = family
+        self._encoded = encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def recorder(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        return self._encoded.features
+
+    def saliency(self, recorder: Any, layouts: Any) -> list[Tensor]:
+        return self._encoded.saliency
+
+
+@torch.no_grad()
+def encode(
+    model: Any, processor: Any, inputs: Mapping[str, Any], compat: str | None = None
+) -> Encoded:
+    """Features and saliency of every picture in the inputs.
+
+    Args:
+        model: the model, with nothing attached.
+        processor: its processor.
+        inputs: one row per picture.
+        compat: as in ``attach``; the published code selects from other features.
+    """
+    family = family_of(innermost(model), processor, compat)
+    recorder = family.recorder(inputs)
+    with recorder:
+        features = family.features(inputs)
+    return Encoded(features, family.saliency(recorder, family.layouts(inputs, features)))
+
+
+@torch.no_grad()
+def answer_pruned(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    encoded: Encoded,
+    variant: Variant,
+    *,
+    keep: int | float,
+    seed: int,
+    max_new_tokens: int,
+) -> Answered:
+    """Answer a batch with pruning attached.
+
+    Args:
+        model: the model, with nothing attached.
+        processor: its processor.
+        inputs: one row per question, one picture in each.
+        encoded: the picture of each row.
+        variant: how to prune.
+        keep: as in ``attach``.
+        seed: for methods that draw.
+        max_new_tokens: where an answer is cut.
+    """
+    options: dict[str, Any] = {**variant.options, "keep": keep, "seed": seed}
+    with attach(model, processor=processor, **options) as session:
+        precoded: Any = _Precoded(session.pruner.family, encoded)
+        session.pruner = replace(session.pruner, family=precoded)
+        output = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
+    report = session.report
+    return Answered(
+        answers(processor, output, inputs["input_ids"].shape[1]),
+        [image.n_before for image in report],
+        [image.n_after for image in report],
+    )
+
+
+@torch.no_grad()
+def answer_full(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    encoded: Encoded,
+    which: Sequence[int],
+    *,
+    max_new_tokens: int,
+) -> list[str]:
+    """Answer a batch with all visual tokens.
+
+    Where positions simply count tokens, rows about one picture share the keys and values of the
+    beginning of their prompts, which is exact for a causal LLM. Other families run as they are.
+
+    Args:
+        model: the model, with nothing attached.
+        processor: its processor.
+        inputs: one row per question, one picture in each.
+        encoded: the pictures.
+        which: picture of each row.
+        max_new_tokens: where an answer is cut.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    options = {**GREEDY, "max_new_tokens": max_new_tokens}
+    groups = {
+        picture: [row for row, about in enumerate(which) if about == picture] for picture in which
+    }
+    prompts = {
+        picture: [ids[row][mask[row].bool()] for row in rows] for picture, rows in groups.items()
+    }
+    if not _can_share(family_of(innermost(model), processor), inputs, list(prompts.values())):
+        return answers(processor, model.generate(**inputs, **options), ids.shape[1])
+    texts = [""] * len(ids)
+    pad = int(processor.tokenizer.pad_token_id)
+    for picture, rows in groups.items():
+        shared = _after_prefix(model, prompts[picture], encoded.features[picture], pad)
+        output = model.generate(**shared, **options)
+        for row, text in zip(rows, answers(processor, output, shared["input_ids"].shape[1])):
+            texts[row] = text
+    return texts
+
+
+def _can_share(family: Any, inputs: Mapping[str, Any], groups: list[list[Tensor]]) -> bool:
+    """Whether positions count tokens, and pictures come before what differs."""
+    ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
+    if family.positions(inputs, ids, mask) is not None:
+        return False
+    rests = (prompt[_n_common(prompts) :] for prompts in groups for prompt in prompts)
+    return not any((rest == family.image_token_id).any() for rest in rests)
+
+
+def _after_prefix(model: Any, prompts: list[Tensor], features: Tensor, pad: int) -> dict[str, Any]:
+    """Inputs of ``generate`` that begin where the prompts begin to differ.
+
+    The cache holds what they share; shorter rests are padded between it and them.
+    """
+    n_shared = _n_common(prompts)
+    prefix = prompts[0][:n_shared]
+    image = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
+    cache = model(
+        input_ids=prefix[None],
+        attention_mask=torch.ones_like(prefix[None]),
+        mm_encoder_outputs={"image": image},
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    cache.batch_repeat_interleave(len(prompts))
+    longest = max(map(len, prompts))
+    ids = prefix.new_full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    ids[:, :n_shared], mask[:, :n_shared] = prefix, 1
+    for row, prompt in enumerate(prompts):
+        rest = len(prompt) - n_shared
+        ids[row, longest - rest :], mask[row, longest - rest :] = prompt[n_shared:], 1
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+
+
+def _n_common(prompts: list[Tensor]) -> int:
+    """Length of the beginning that all prompts share, with at least one token left in each."""
+    shortest = min(map(len, prompts)) - 1
+    heads = torch.stack([prompt[:shortest] for prompt in prompts])
+    differs = (heads != heads[0]).any(0).cpu()
+    return int(differs.int().argmax()) if differs.any() else shortest

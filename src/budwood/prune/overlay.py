@@ -1,0 +1,174 @@
+"""Pictures of what was kept: the kept patches, and the two maps that they were chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from budwood.prune.report import ImageReport
+
+PANEL = 420
+"""Longer side of each panel in pixels."""
+
+_GAP, _LINE, _TEXT = 16, 20, 14
+_DIM, _GREY_OF = 0.35, (0.299, 0.587, 0.114)
+_OUTLINE = (255, 176, 0)
+_INK, _PAPER = (30, 30, 30), (255, 255, 255)
+# Dark to bright, so that it reads without colour as well.
+_HEAT = np.array([(20, 11, 54), (120, 28, 109), (212, 72, 66), (251, 155, 6), (252, 255, 164)])
+
+Floats = NDArray[np.float32]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+Box = tuple[int, int, int, int]
+
+
+def draw(image: Image.Image, report: ImageReport, caption: Sequence[str] = ()) -> Image.Image:
+    """Panels side by side: kept patches bright and the rest dimmed, then the maps that there are.
+
+    Patches are where the model saw them in this picture, whatever its processor cropped or padded.
+    Parts that it never saw are hatched. Where tokens overlap, as an overview and its crops do, a
+    pixel is bright if any of its tokens was kept, and has the largest of its scores. The maps are
+    shaded by the square root of the score over the largest one.
+
+    Args:
+        image: the picture as the processor was given it.
+        report: what was kept of it.
+        caption: lines above the panels.
+
+    Returns:
+        An RGB picture.
+    """
+    picture = _fitted(image)
+    boxes = _pixels(report.boxes_on((image.height, image.width)), picture.size)
+    kept = [boxes[i] for i in report.kept.tolist()]
+    title = f"bright: the {report.n_after} of {report.n_before} visual tokens that were kept"
+    panels = [(_kept_panel(picture, boxes, kept), title, False)]
+    for scores, name in (
+        (report.saliency, "saliency"),
+        (report.relevance, "relevance to the question"),
+    ):
+        if scores is not None:
+            panels.append((_heat_panel(picture, boxes, scores), name, True))
+    return _sheet(panels, caption)
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """The picture at the size of a panel."""
+    scale = PANEL / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _pixels(boxes: Tensor, size: tuple[int, int]) -> list[Box]:
+    """Boxes in pixels of the panel; empty where they are out of sight."""
+    width, height = size
+    scaled = boxes.cpu().double().numpy() * [width, height, width, height]
+    return [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in scaled.round()]
+
+
+def _kept_panel(
+    picture: Image.Image,
+    boxes: Sequence[Box],
+    kept: Sequence[Box],
+) -> Image.Image:
+    colours = np.asarray(picture, dtype=np.float32)
+    bright, seen = _painted(picture, kept), _painted(picture, boxes)
+    dimmed = _grey(picture) * _DIM
+    dimmed = np.where(seen > 0, dimmed, dimmed * _hatch(picture))
+    panel = _as_image(np.where(bright > 0, colours, dimmed))
+    pen = ImageDraw.Draw(panel)
+    for x0, y0, x1, y1 in kept:
+        if x1 > x0 and y1 > y0:
+            pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=_OUTLINE)
+    return panel
+
+
+def _heat_panel(picture: Image.Image, boxes: Sequence[Box], scores: Tensor) -> Image.Image:
+    values = scores.detach().float().cpu().numpy()
+    values = np.sqrt(values / max(float(values.max()), float(np.finfo(np.float32).tiny)))
+    heat = _heat_colour(_painted(picture, boxes, values))
+    grey = _grey(picture) * _DIM
+    seen = _painted(picture, boxes) > 0
+    return _as_image(np.where(seen, 0.7 * heat + grey, grey * _hatch(picture)))
+
+
+def _painted(
+    picture: Image.Image,
+    boxes: Sequence[Box],
+    values: Sequence[float] | NDArray | None = None,
+) -> Floats:
+    """The largest value of the boxes over each pixel, 0 where there is none: (height, width, 1)."""
+    canvas = np.zeros((picture.height, picture.width, 1), dtype=np.float32)
+    for (x0, y0, x1, y1), value in zip(boxes, np.ones(len(boxes)) if values is None else values):
+        patch = canvas[y0:y1, x0:x1]
+        np.maximum(patch, value, out=patch)
+    return canvas
+
+
+def _grey(picture: Image.Image) -> Floats:
+    grey = np.asarray(picture, dtype=np.float32) @ np.array(_GREY_OF, dtype=np.float32)
+    return grey[..., None].repeat(3, axis=-1)
+
+
+def _hatch(picture: Image.Image) -> Floats:
+    y, x = np.mgrid[: picture.height, : picture.width]
+    return ((x + y) // 6 % 2)[..., None].astype(np.float32)
+
+
+def _heat_colour(values: Floats) -> Floats:
+    """Colours of values in [0, 1], shape (height, width, 3)."""
+    stops = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values[..., 0], stops, channel) for channel in _HEAT.T]
+    return np.stack(channels, axis=-1).astype(np.float32)
+
+
+def _as_image(pixels: NDArray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def _sheet(panels: Sequence[tuple[Image.Image, str, bool]], caption: Sequence[str]) -> Image.Image:
+    """Panels beside each other, caption above, titles and colour bars below."""
+    # A narrow picture still needs room for its legend.
+    widths = [max(panel.width, PANEL) for panel, _, _ in panels]
+    height = max(panel.height for panel, _, _ in panels)
+    top = _GAP + _LINE * len(caption) + (_GAP // 2 if caption else 0)
+    size = (sum(widths) + _GAP * (len(panels) + 1), top + height + 2 * _LINE + _GAP)
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(_TEXT)
+    for number, line in enumerate(caption):
+        pen.text(
+            (_GAP, _GAP + number * _LINE), _clipped(line, size[0] - 2 * _GAP, font), _INK, font
+        )
+    left = _GAP
+    for (panel, title, has_bar), width in zip(panels, widths):
+        sheet.paste(panel, (left, top))
+        below = top + height + 6
+        pen.text((left, below), title, _INK, font)
+        if has_bar:
+            _colour_bar(sheet, (left, below + _LINE), font)
+        left += width + _GAP
+    return sheet
+
+
+def _colour_bar(sheet: Image.Image, where: tuple[int, int], font: Font) -> None:
+    x, y = where
+    pen = ImageDraw.Draw(sheet)
+    pen.text((x, y), "low", _INK, font)
+    ramp = np.linspace(0, 1, 120, dtype=np.float32)[None, :, None].repeat(10, axis=0)
+    sheet.paste(_as_image(_heat_colour(ramp)), (x + 32, y + 4))
+    pen.text((x + 160, y), "high", _INK, font)
+
+
+def _clipped(line: str, width: int, font: Font) -> str:
+    """The beginning of a line that fits."""
+    line = " ".join(line.split())
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"

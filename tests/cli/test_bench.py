@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from budwood import records
+from budwood.sprout.questions import KINDS
+
+SMALL = ["--scenes", 4, "--timed", 1, "--batch", 12]
+PROMISED = {
+    *("method", "keep", "n_visual", "n_kept", "accuracy", "accuracy_full", "retention"),
+    *("ttft_ms", "ttft_full_ms", "select_ms"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(model_dir, tmp_path_factory):
+    """One small run with everything, its record and its curve."""
+    from typer.testing import CliRunner
+
+    from budwood.cli import app
+
+    folder = tmp_path_factory.mktemp("bench")
+    command = ["bench", "prune", "--model", model_dir, *SMALL, "--json"]
+    command += ["--methods", "adav,random", "--keep", "0.25,3", "--compat", "official"]
+    command += ["--question", "turn,all"]
+    command += ["--out", folder / "record.json", "--plot", folder / "curve.png"]
+    result = CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+def test_rows(run):
+    _, found = run
+    names = [(row["method"], row["question"], row["keep"]) for row in found["rows"]]
+    assert names[:2] == [("full", None, 1.0), ("blind", None, 1.0)]
+    each = [("adav", "turn"), ("adav", "all"), ("adav-official", "turn"), ("adav-official", "all")]
+    each += [("random", None)]
+    assert names[2:] == [(*one, keep) for keep in (0.25, 3) for one in each]
+    for row in found["rows"]:
+        assert set(row) >= PROMISED
+        assert row["n_visual"] == 16 and row["ttft_ms"] > 0
+        assert {f"accuracy_{group}" for group in (*KINDS, "salient", "other")} <= set(row)
+    kept = {(row["method"], row["keep"]): row["n_kept"] for row in found["rows"]}
+    assert kept["random", 0.25] == 4 and kept["adav", 3] == 3 and kept["adav-official", 3] == 2
+
+
+def test_differences_are_to_the_reference_at_the_same_budget(run):
+    _, found = run
+    rows = {(row["method"], row["question"], row["keep"]): row for row in found["rows"]}
+    assert rows["adav", "turn", 3]["difference"] is None
+    other, own = rows["random", None, 3], rows["adav", "turn", 3]
+    assert other["difference"] == pytest.approx(other["accuracy"] - own["accuracy"])
+    assert other["difference_low"] <= other["difference"] <= other["difference_high"]
+
+
+def test_record_says_how_it_came_about(run):
+    folder, found = run
+    record = records.read(folder / "record.json")
+    assert record.rows == found["rows"] and record.status == "complete" and record.seed == 0
+    config = record.config
+    assert config["n_questions"] == sum(config[f"n_{kind}"] for kind in KINDS)
+    assert config["n_questions"] == config["n_salient"] + config["n_other"]
+    assert config["model"].startswith("llava") and "/" not in config["model"]
+    with Image.open(folder / "curve.png") as curve:
+        assert curve.format == "PNG"
+
+
+def test_show(run, budwood):
+    folder, found = run
+    table = budwood("bench", "show", folder / "record.json").stdout
+    assert table.startswith("| method |") and table.count("\n") == len(found["rows"]) + 2
+    columns = ["--columns", "method,n_kept,accuracy:.1%"]
+    lines = budwood("bench", "show", folder / "record.json", *columns).stdout.splitlines()
+    assert lines[0] == "| method | n_kept | accuracy |"
+    assert lines[2] == f"| full | 16 | {found['rows'][0]['accuracy']:.1%} |"
+
+
+def test_same_seed_same_answers(budwood, model_dir):
+    command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random", "--json"]
+    command += ["--reference", "random", "--keep", 5]
+
+    def scores(seed):
+        rows = json.loads(budwood(*command, "--seed", seed).stdout)["rows"]
+        return [{key: x for key, x in row.items() if not _is_time(key)} for row in rows]
+
+    assert scores(3) == scores(3)
+
+
+def _is_time(key: str) -> bool:
+    return key.endswith("_ms") or key == "speedup"
+
+
+def test_table(budwood, model_dir):
+    result = budwood("bench", "prune", "--model", model_dir, *SMALL, "--methods", "uniform")
+    assert result.exit_code == 0
+    head, *rows = result.stdout.splitlines()
+    assert head.split()[:3] == ["method", "keep", "tokens"]
+    assert [row.split()[0] for row in rows] == ["full", "blind", "uniform", "uniform"]
+    assert "questions about 4 scenes, seed 0" in result.stderr
+
+
+def test_interrupting_leaves_nothing(budwood, model_dir, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("budwood.prune.bench.accuracy.measure", interrupted)
+    target = tmp_path / "record.json"
+    command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random"]
+    assert budwood(*command, "--out", target).exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_speed(budwood, model_dir, tmp_path):
+    command = ["bench", "prune-speed", "--model", model_dir, "--repeats", 2, "--new-tokens", 3]
+    result = budwood(*command, "--keep", "0.25,2", "--out", tmp_path / "speed.json", "--json")
+    found = json.loads(result.stdout)
+    names = [(row["method"], row["keep"]) for row in found["rows"]]
+    pruned = [(name, keep) for keep in (0.25, 2) for name in ("plain", "adav")]
+    assert names == [("full", 1.0), *pruned]
+    full, plain, adav = found["rows"][:3]
+    assert full["n_prompt"] - adav["n_prompt"] == 12 and plain["n_prompt"] == adav["n_prompt"]
+    assert adav["prefill_over_plain"] > 0 and adav["select_over_full"] > 0
+    assert plain["encode_ms"] == plain["select_ms"] == 0
+    assert found["config"]["largest_numel"] > 0
+    assert records.read(tmp_path / "speed.json").rows == found["rows"]
+    assert "| prefill_over_plain |" in budwood("bench", "show", tmp_path / "speed.json").stdout
+
+
+def test_speed_of_a_shape(budwood):
+    shape = ["--shape", "llava-next", "--layers", 1, "--width", 128]
+    shape += ["--vision-layers", 2, "--vision-width", 64]
+    command = ["bench", "prune-speed", *shape, "--repeats", 1, "--new-tokens", 2, "--keep", 160]
+    result = budwood(*command, "--json")
+    full, _, adav = json.loads(result.stdout)["rows"]
+    assert (full["n_visual"], adav["n_kept"]) == (2880, 160)
+    assert full["n_prompt"] - adav["n_prompt"] == 2880 - 160
+    config = json.loads(result.stdout)["config"]
+    assert config["limit_numel"] == 5 * 576**2 > config["largest_numel"]

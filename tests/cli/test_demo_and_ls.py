@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+from PIL import Image
+
+from budwood.prune import FAMILIES, METHODS
+
+
+def test_demo(budwood, model_dir, tmp_path):
+    command = ["demo", "--model", model_dir, "--scenes", 2, "--overlay-dir", tmp_path / "demo"]
+    result = budwood(*command)
+    assert result.exit_code == 0, result.output
+    assert "16 → 2" in result.stdout and "budwood bench prune" in result.stdout
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {f"scene-{i}{end}.png" for i in (1, 2) for end in ("", "-kept")}
+    with Image.open(tmp_path / "demo" / "scene-1.png") as scene:
+        assert scene.size == (336, 336)
+    rows = json.loads(budwood(*command, "--json").stdout)["rows"]  # replaces its own pictures
+    assert {row["scene"] for row in rows} == {1, 2}
+    assert len({row["kind"] for row in rows}) >= 3
+    assert all(row["n_visual"] == 16 and row["n_kept"] == 2 for row in rows)
+
+
+def test_demo_asks_nothing_about_the_salient_object():
+    from budwood.cli.demo import _choose
+
+    chosen = _choose(3, 7)
+    assert all(not q.asks_salient for _, questions in chosen for q in questions)
+    assert all(len(questions) == len({q.kind for q in questions}) for _, questions in chosen)
+
+
+def test_ls(budwood):
+    for what, names in (("methods", METHODS.names()), ("families", FAMILIES.names())):
+        found = json.loads(budwood("ls", what, "--json").stdout)[what]
+        assert [one["name"] for one in found] == list(names)
+        assert all(one["description"] and one["source"] for one in found)
+        assert all(name in budwood("ls", what).stdout for name in names)
+    models = json.loads(budwood("ls", "models", "--json").stdout)["models"]
+    assert models[0]["name"] == "sprout"
+    assert {model["family"] for model in models} <= set(FAMILIES.names())

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from PIL import Image
+
+
+def test_json(budwood, picture, model_dir):
+    result = budwood("prune", picture, "What colour ?", "--model", model_dir, "--keep", 5, "--json")
+    found = json.loads(result.stdout)
+    assert (found["n_visual"], found["n_kept"], len(found["kept"])) == (16, 5, 5)
+    assert sum(found["split"].values()) == 5
+    assert found["answer"] and found["answer_full"]
+    assert found["question"] == "What colour ?" and found["question_span"] == "turn"
+    for times in (found["ttft"], found["ttft_full"]):
+        parts = times["encode_ms"] + times["select_ms"] + times["prefill_ms"]
+        assert np.isclose(parts, times["total_ms"], atol=0.01)
+        assert times["encode_ms"] > 0 and times["prefill_ms"] > 0
+    assert found["ttft"]["select_ms"] > 0 and found["ttft_full"]["select_ms"] == 0
+
+
+def test_keeping_everything_gives_the_same_answer(budwood, picture, model_dir):
+    command = ["prune", picture, "What colour ?", "--model", model_dir, "--json", "--keep"]
+    found = json.loads(budwood(*command, "1.0").stdout)
+    assert found["answer"] == found["answer_full"]
+    pruned = json.loads(budwood(*command, "2").stdout)
+    assert pruned["answer_full"] == found["answer_full"] != pruned["answer"]
+
+
+def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
+    overlay = tmp_path / "new" / "kept.png"
+    command = ["prune", picture, "What colour ?", "--model", model_dir, "--keep", "0.25"]
+    result = budwood(*command, "--overlay", overlay)
+    assert result.exit_code == 0
+    assert "all tokens" in result.stdout and "kept 4 of 16 visual tokens: " in result.stdout
+    assert "saliency" in result.stdout
+    assert f"wrote {overlay}" in result.stderr
+    with Image.open(overlay) as drawn:
+        assert drawn.width > 3 * 420
+    assert [path.name for path in overlay.parent.iterdir()] == ["kept.png"]
+
+
+def test_picture_with_fewer_tokens_than_keep(budwood, picture, model_dir):
+    result = budwood("prune", picture, "What ?", "--model", model_dir, "--keep", 99, "--json")
+    assert json.loads(result.stdout)["n_kept"] == 16
+    assert "16 visual tokens, so all were kept" in result.stderr
+
+
+def test_anyres_model(budwood, picture, next_dir, tmp_path):
+    command = ["prune", picture, "What ?", "--model", next_dir, "--keep", 7, "--json"]
+    found = json.loads(budwood(*command, "--overlay", tmp_path / "kept.png").stdout)
+    assert found["n_kept"] == 7 and found["n_visual"] > 16 and found["n_fixed"] > 0
+
+
+def test_random_follows_the_seed(budwood, picture, model_dir):
+    command = ["prune", picture, "What ?", "--model", model_dir, "--keep", 5, "--json"]
+    kept = [
+        json.loads(budwood(*command, "--method", "random", "--seed", seed).stdout)["kept"]
+        for seed in (1, 1, 2)
+    ]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_question_span_changes_the_choice(budwood, picture, model_dir):
+    command = ["prune", picture, "Is there any owl ?", "--model", model_dir, "--keep", 5, "--json"]
+    kept = [
+        json.loads(budwood(*command, "--method", "t2i", "--question", span).stdout)["kept"]
+        for span in ("turn", "all")
+    ]
+    assert kept[0] != kept[1]
+
+
+def test_picture_is_turned_as_the_camera_says(tmp_path):
+    from budwood.cli.pictures import read_picture
+
+    picture = Image.new("RGB", (30, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # rotated by 90°
+    picture.save(tmp_path / "photo.jpg", exif=exif)
+    assert read_picture(tmp_path / "photo.jpg").size == (20, 30)

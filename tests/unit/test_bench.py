@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from budwood.errors import InputError, UnknownNameError
+from budwood.prune import attach
+from budwood.prune.bench import Config, Outcome, Variant, rows_of, run, variants_of
+from budwood.prune.bench.accuracy import FULL, Asked, normalise
+from budwood.prune.bench.answering import answer_full, answer_pruned, encode
+from budwood.prune.bench.speed import _Largest
+from budwood.prune.bench.statistics import PairedBootstrap, interval
+from budwood.prune.bench.times import Run, Times
+from budwood.prune.chat import answers, prepare, render
+from budwood.prune.latency import FirstToken
+from budwood.sprout.questions import Question, balanced
+from tests import tiny_vlm
+
+WHICH = [0, 0, 0, 1, 1]
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_next"])
+def vlm(request, tmp_path_factory):
+    save = {"llava": tiny_vlm.save_llava, "llava_next": tiny_vlm.save_llava_next}[request.param]
+    folder = save(tmp_path_factory.mktemp(request.param))
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def exam():
+    """Two pictures of unequal shape, and questions of unequal length about them."""
+    images = [
+        balanced(5, 2)[i][0].image.crop((0, 0, 336, side)) for i, side in ((0, 336), (1, 150))
+    ]
+    texts = [
+        "Is there any owl ?",
+        "What ?",
+        "How many times does the owl appear ?",
+        "What ?",
+        "Is ?",
+    ]
+    return images, texts
+
+
+@pytest.mark.parametrize("keep", [12, 0.75])
+@pytest.mark.parametrize(
+    "variant", [Variant("adav"), Variant("adav", "official", "all"), Variant("random")]
+)
+def test_pictures_encoded_once_give_the_same_answers(vlm, exam, variant, keep):
+    model, processor = vlm
+    images, texts = exam
+    inputs = prepare(processor, [images[i] for i in WHICH], texts)
+    encoded = encode(model, processor, prepare(processor, images, ["-", "-"]), variant.compat)
+    options = {"keep": keep, "seed": 3}
+    found = answer_pruned(
+        model, processor, inputs, encoded.rows(WHICH), variant, max_new_tokens=4, **options
+    )
+    with attach(model, processor=processor, **variant.options, **options) as session:
+        output = model.generate(**inputs, **GREEDY)
+    assert found.texts == answers(processor, output, inputs["input_ids"].shape[1])
+    assert found.n_kept == [image.n_after for image in session.report]
+    assert found.n_visual == [image.n_before for image in session.report]
+
+
+def test_shared_prefix_gives_the_same_answers(vlm, exam):
+    model, processor = vlm
+    images, texts = exam
+    inputs = prepare(processor, [images[i] for i in WHICH], texts)
+    encoded = encode(model, processor, prepare(processor, images, ["-", "-"]))
+    found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
+    output = model.generate(**inputs, **GREEDY)
+    assert found == answers(processor, output, inputs["input_ids"].shape[1])
+    assert len(set(found)) == len(found)
+
+
+def test_no_prefix_is_shared_where_the_picture_comes_last(vlm, exam):
+    model, processor = vlm
+    images, texts = exam
+    prompts = [f"user : {text} <image> assistant :" for text in texts]
+    inputs = dict(
+        processor(
+            images=[images[i] for i in WHICH],
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    )
+    encoded = encode(model, processor, prepare(processor, images, ["-", "-"]))
+    found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
+    output = model.generate(**inputs, **GREEDY)
+    assert found == answers(processor, output, inputs["input_ids"].shape[1])
+
+
+def test_run_scores_what_the_model_says(vlm, monkeypatch):
+    """Asked for what it answers when alone, the model is right with all tokens, and only then."""
+    model, processor = vlm
+    scenes = [(scene, [_own(vlm, scene, q) for q in asked]) for scene, asked in balanced(2, 5)]
+    monkeypatch.setattr("budwood.prune.bench.accuracy.balanced", lambda *_: scenes)
+    config = Config(
+        tuple(variants_of(["adav", "uniform"])), (1.0, 2), n_scenes=5, batch=12, n_timed=2
+    )
+    told = []
+    outcome = run(model, processor, config, lambda done, total: told.append((done, total)))
+    rows = {(row["method"], row["keep"]): row for row in rows_of(outcome, config)}
+    for all_kept in (("full", 1.0), ("adav", 1.0), ("uniform", 1.0)):
+        assert rows[all_kept]["accuracy"] == rows[all_kept]["retention"] == 1.0
+    assert rows["blind", 1.0]["accuracy"] < 0.5 and rows["adav", 2]["accuracy"] < 0.5
+    n_questions = sum(len(asked) for _, asked in scenes)
+    assert told[-1] == (6 * n_questions, 6 * n_questions)
+    assert all(len(right) == n_questions for right in outcome.right.values())
+
+
+def _own(vlm, scene, question: Question) -> Question:
+    model, processor = vlm
+    inputs = prepare(processor, [scene.image], [question.text])
+    output = model.generate(**inputs, **GREEDY)
+    return replace(question, answer=answers(processor, output, inputs["input_ids"].shape[1])[0])
+
+
+def outcome_of(right: dict[Run, list[bool]], scenes, salient) -> Outcome:
+    asked = [
+        Asked(scene, Question("digit" if one else "colour", "", "", one, ()))
+        for scene, one in zip(scenes, salient)
+    ]
+    times = dict.fromkeys(right, Times(FirstToken(9.0, 2.0, 1.0), 2.0))
+    counts = {run: [4] * len(asked) for run in right}
+    return Outcome(asked, right, [16] * len(asked), counts, times)
+
+
+def test_rows():
+    config = Config(tuple(variants_of(["random", "adav"])), (4,), n_resamples=500)
+    full, blind, random, adav = config.runs
+    right = {
+        full: [True, True, True, True, False],
+        blind: [False] * 5,
+        random: [False, False, True, False, False],
+        adav: [True, False, True, True, False],
+    }
+    outcome = outcome_of(right, [0, 0, 1, 2, 2], [True, False, False, False, True])
+    rows = {row["method"]: row for row in rows_of(outcome, config)}
+    assert rows["adav"]["accuracy"] == 0.6 and rows["adav"]["retention"] == pytest.approx(0.75)
+    assert rows["adav"]["accuracy_salient"] == 0.5 == rows["adav"]["accuracy_digit"]
+    assert rows["adav"]["accuracy_other"] == pytest.approx(2 / 3) == rows["adav"]["accuracy_colour"]
+    assert rows["adav"]["accuracy_count"] is None and rows["adav"]["difference"] is None
+    assert rows["random"]["difference"] == pytest.approx(-0.4)
+    assert rows["random"]["difference_other"] == pytest.approx(-1 / 3)
+    assert rows["random"]["difference_low"] < -0.4 < rows["random"]["difference_high"] <= 0
+    assert rows["blind"]["retention"] == 0 and rows["full"]["retention_low"] == 1.0
+    assert rows["adav"]["prefill_ms"] == 6.0 and rows["adav"]["speedup"] == 2.0
+
+
+def test_retention_of_a_model_that_is_never_right_is_unknown():
+    config = Config((Variant("adav"),), (4,), n_resamples=50)
+    outcome = outcome_of({run: [False, False] for run in config.runs}, [0, 1], [True, False])
+    row = rows_of(outcome, config)[-1]
+    assert row["retention"] is row["retention_low"] is None and row["accuracy"] == 0
+
+
+def test_bootstrap_draws_scenes_and_not_questions():
+    """Five questions about each of 40 scenes that are all right or all wrong."""
+    scenes = [scene for scene in range(40) for _ in range(5)]
+    right = [scene % 2 == 0 for scene in scenes]
+    draws = PairedBootstrap(scenes, 4000, seed=0)
+    accuracies = draws.accuracies(right, [True] * 200)
+    assert accuracies.mean() == pytest.approx(0.5, abs=0.01)
+    assert accuracies.std() == pytest.approx((0.25 / 40) ** 0.5, rel=0.05)
+    low, high = interval(accuracies)
+    assert low == pytest.approx(0.5 - 1.96 * 0.079, abs=0.015)
+    assert high == pytest.approx(0.5 + 1.96 * 0.079, abs=0.015)
+    # Paired: a difference that every scene shares has no spread.
+    other = draws.accuracies([True] * 200, [True] * 200)
+    assert (other == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes.", "yes"),
+        ("  the   BELL!", "the bell"),
+        ("7", "7"),
+        ("", ""),
+        ("ice-cream", "icecream"),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+def test_variants():
+    names = [(v.name, v.question) for v in variants_of(["adav", "random"], "official", ["all"])]
+    assert names == [("adav", "all"), ("adav-official", "all"), ("random", None)]
+    assert variants_of(["adav-official"])[0].options == {
+        "method": "adav",
+        "compat": "official",
+        "question": "turn",
+    }
+    for wrong in (["adv"], ["adav-unofficial"], ["uniform-official"]):
+        with pytest.raises(UnknownNameError):
+            variants_of(wrong)
+    with pytest.raises(InputError):
+        variants_of([])
+
+
+def test_reference_is_the_method_at_the_same_budget():
+    config = Config(tuple(variants_of(["random", "adav"])), (4, 0.5))
+    assert config.reference_run(0.5) == Run("", Variant("adav"), 0.5)
+    assert replace(config, reference="t2i").reference_run(0.5) is None
+    assert config.runs[0] == FULL
+
+
+def test_template_that_writes_the_first_token_gets_no_second(vlm, exam):
+    _, processor = vlm
+    inputs = prepare(processor, exam[0][:1], ["What ?"])
+    assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 0
+    assert render(processor, "What ?").startswith("user : <image>")
+
+
+def test_largest_allocation_counts_no_views():
+    x = torch.ones(6, 7)
+    with _Largest() as seen:
+        _ = x.expand(5, 6, 7), x.T, x[:2] * 2
+    assert seen.numel == 14 and seen.shape == (2, 7)
+    with _Largest() as seen:
+        (x[:, None] + x).sum()
+    assert seen.numel == 6 * 6 * 7
