@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 def load_llm(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """SmolLM2-135M-Instruct as plain transformers loads it."""
     source, kwargs = llm_source()
-    llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     if getattr(llm.config, "quantization_config", None) is not None:
         del llm.config.quantization_config  # the weights are dequantized; saving is refused with it
     return llm.to(dtype)
@@ -125,7 +126,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 
 
 def assemble(
-    tower: CLIPVisionModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    tower: CLIPVisionModel, llm: Any, tokenizer: PreTrainedTokenizerBase
 ) -> LlavaForConditionalGeneration:
     """A LLaVA around tower and LLM, with a fresh projector; the LLM gets a row for `<image>`."""
     llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -134,12 +135,12 @@ def assemble(
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=llm.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(SIZE // tower.config.patch_size) ** 2,
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
+        image_seq_length=tower.embeddings.num_patches,
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     model.model.language_model = llm.model
     model.lm_head = llm.lm_head
@@ -165,7 +166,7 @@ def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
         if not name.endswith("lora_A.weight"):
             continue
         up = lora[name.replace("lora_A", "lora_B")]
-        weight = llm.get_submodule(name.removesuffix(".lora_A.weight")).weight
+        weight = llm.get_parameter(name.replace(".lora_A.weight", ".weight"))
         change = up.float() @ down.float() * (LORA_ALPHA / LORA_RANK)
         weight.copy_((weight.float() + change).to(weight.dtype))
 
