@@ -34,12 +34,13 @@ from budwood.sprout.model import (
     load_tokenizer,
     tower_config,
 )
-from budwood.sprout.questions import Question, ask
-from budwood.sprout.scenes import SIZE, Scene, make_scene, scene_rng
+from budwood.sprout.questions import KINDS, Question, ask
+from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rng
 
 PREFIX = "<|im_start|>user\n"
 PROMPT = "\n{}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
+STAGES = ("regions", "glimpses", "questions")
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 
 
@@ -53,6 +54,7 @@ class Item:
     segment: Tensor  # (L,): 0 is seen by all later segments
     position: Tensor  # (L,)
     labels: Tensor  # (L,), -100 where nothing is asked
+    kind: Tensor  # (L,): at the first token of an answer the question's place in KINDS, else -1
 
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -78,12 +80,8 @@ def caption(scene: Scene, patch: int, side: int) -> str:
     for thing in scene.objects:
         left, top, right, bottom = thing.outer
         if left <= x < right and top <= y < bottom:
-            words = [
-                thing.category,
-                f"{thing.colour or 'no'} frame",
-                f"digit {'no' if thing.digit is None else thing.digit}",
-            ]
-            return ", ".join([*words, f"{len(scene.copies(thing.category))} times", place])
+            known = [thing.category, thing.colour, thing.digit, place]
+            return ", ".join(str(word) for word in known if word is not None)
     return f"background, {place}"
 
 
@@ -100,7 +98,12 @@ class Packed(Dataset):
     def __getitem__(self, i: int) -> Item:
         scene = make_scene(self.first + i, "train")
         rng = scene_rng(self.first + i, "validation")  # a stream of its own, not the picture's
-        return self._regions(scene, rng) if self.stage == "regions" else self._questions(scene, rng)
+        make = {
+            "regions": self._regions,
+            "glimpses": self._glimpses,
+            "questions": self._questions,
+        }[self.stage]
+        return make(scene, rng)
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -110,34 +113,60 @@ class Packed(Dataset):
         scene: Scene,
         patches: list[int],
         shared: list[int],
-        segments: list[tuple[list[int], list[int]]],
+        segments: list[tuple[list[int], list[int], int]],
     ) -> Item:
-        """Lay out `shared`, then segments (given, asked) as if each followed `shared` directly."""
+        """Lay out `shared`, then segments (given, asked, kind) as if each followed it directly."""
         ids, segment, position = list(shared), [0] * len(shared), list(range(len(shared)))
-        labels = [-100] * len(shared)
-        for k, (given, asked) in enumerate(segments, start=1):
+        labels, kinds = [-100] * len(shared), [-1] * len(shared)
+        for k, (given, asked, kind) in enumerate(segments, start=1):
             ids += given + asked
             segment += [k] * len(given + asked)
             position += range(len(shared), len(shared) + len(given) + len(asked))
             labels += [-100] * len(given) + asked
-        columns = (torch.tensor(c) for c in (patches, ids, segment, position, labels))
+            kinds += [-1] * len(given) + [kind] + [-1] * (len(asked) - 1)
+        columns = (torch.tensor(c) for c in (patches, ids, segment, position, labels, kinds))
         return Item(image_tensor(scene.image), *columns)
 
     def _questions(self, scene: Scene, rng: random.Random) -> Item:
         patches = list(range(self.side**2))
         shared = self._tokens(PREFIX) + [-1] * len(patches)
         segments = [
-            (self._tokens(PROMPT.format(q.text)), self._tokens(q.answer + END))
+            (
+                self._tokens(PROMPT.format(q.text)),
+                self._tokens(q.answer + END),
+                KINDS.index(q.kind),
+            )
             for q in training_questions(scene, rng)
         ]
         return self._pack(scene, patches, shared, segments)
 
     def _regions(self, scene: Scene, rng: random.Random, shown: int = 14) -> Item:
-        captions = {patch: caption(scene, patch, self.side) for patch in range(self.side**2)}
-        things = [p for p, text in captions.items() if not text.startswith("background")]
-        patches = rng.sample(things, min(shown, len(things))) + rng.sample(list(captions), 2)
-        segments = [([-1, *self._tokens("\n")], self._tokens(captions[p] + END)) for p in patches]
+        captions = [caption(scene, patch, self.side) for patch in range(self.side**2)]
+        things = [p for p, text in enumerate(captions) if not text.startswith("background")]
+        patches = rng.sample(things, min(shown, len(things))) + rng.sample(range(self.side**2), 2)
+        segments = [
+            ([-1, *self._tokens("\n")], self._tokens(captions[p] + END), -1) for p in patches
+        ]
         return self._pack(scene, patches, self._tokens(PREFIX), segments)
+
+    def _glimpses(self, scene: Scene, rng: random.Random) -> Item:
+        patches: list[int] = []
+        segments = []
+        for question in training_questions(scene, rng):
+            needed = [o for o in scene.objects if o.outer in question.boxes]
+            others = [o for o in scene.objects if o not in needed]
+            shown = needed + rng.sample(others, rng.randint(not needed, min(2, len(others))))
+            seen = sorted({self._patch_of(thing, rng) for thing in shown for _ in range(2)})
+            patches += seen
+            given = [-1] * len(seen) + self._tokens(PROMPT.format(question.text))
+            asked = self._tokens(question.answer + END)
+            segments.append((given, asked, KINDS.index(question.kind)))
+        return self._pack(scene, patches, self._tokens(PREFIX), segments)
+
+    def _patch_of(self, thing: SceneObject, rng: random.Random) -> int:
+        """A random patch of an object's sprite."""
+        left, top, right, bottom = (int(edge * self.side / SIZE) for edge in thing.box)
+        return rng.randint(top, bottom - 1) * self.side + rng.randint(left, right - 1)
 
 
 def collate(items: list[Item]) -> dict[str, Tensor]:
@@ -159,6 +188,7 @@ def collate(items: list[Item]) -> dict[str, Tensor]:
         "ids": stack("ids", 0),
         "positions": stack("position", 0),
         "labels": stack("labels", -100),
+        "kind": stack("kind", -1),
         "mask": ((same | shared) & causal)[:, None],
     }
 
@@ -172,7 +202,7 @@ def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
 def loss_and_hits(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss over what is asked, and the share of tokens that come first."""
+    """Mean next-token loss over what is asked; kind and success of each token, shape (n, 2)."""
     inner = model.model
     features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
     projected = inner.multi_modal_projector(features[batch["patches"]])
@@ -188,7 +218,9 @@ def loss_and_hits(
     asked = batch["labels"][:, 1:] != -100
     logits = model.lm_head(hidden[:, :-1][asked]).float()
     labels = batch["labels"][:, 1:][asked]
-    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
+    right = logits.argmax(-1) == labels
+    kinds = batch["kind"][:, 1:][asked]
+    return F.cross_entropy(logits, labels), torch.stack((kinds, right.long()), 1)
 
 
 def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
@@ -215,6 +247,14 @@ def match_scale(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
         projector.linear_2.weight.mul_(wanted / projector(features).std())
 
 
+def shares(hits: Tensor) -> dict[str, float]:
+    """How many first tokens were right, by kind of question; all tokens together."""
+    named = {name: hits[hits[:, 0] == k, 1] for k, name in enumerate(KINDS)} | {"all": hits[:, 1]}
+    return {
+        name: round(found.float().mean().item(), 3) for name, found in named.items() if len(found)
+    }
+
+
 def train(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
@@ -225,34 +265,37 @@ def train(
     """Run or go on with one stage."""
     projector = model.model.multi_modal_projector
     lora = [p for n, p in model.named_parameters() if "lora_" in n]
-    groups = [{"params": list(projector.parameters()), "lr": args.lr_projector}]
-    if stage == "questions":
-        groups.append({"params": lora, "lr": args.lr_lora})
+    groups = [{"params": list(projector.parameters()), "lr": getattr(args, f"{stage}_lr")}]
+    if stage != "regions":
+        groups.append({"params": lora, "lr": getattr(args, f"{stage}_lr")})
     for p in lora:
-        p.requires_grad_(stage == "questions")
+        p.requires_grad_(stage != "regions")
     modules = {"projector": projector} | (
-        {"llm": model.model.language_model} if stage == "questions" else {}
+        {"llm": model.model.language_model} if stage != "regions" else {}
     )
     masters = MasterWeights(groups)
     run = Run(out / stage, modules, [masters.optim])
     masters.resume()
     batch_size, images = getattr(args, f"{stage}_batch"), getattr(args, f"{stage}_images")
     steps = images // batch_size
-    first = FIRST_SEED * (1 if stage == "regions" else 2) + run.step * batch_size
+    first = FIRST_SEED * (1 + STAGES.index(stage)) + run.step * batch_size
+    recent: list[float] = []
+    seen: list[Tensor] = []
     data = Packed(tokenizer, stage, first, (steps - run.step) * batch_size)
     for batch in DataLoader(data, batch_size, num_workers=1, prefetch_factor=4, collate_fn=collate):
         if run.step == 0 and stage == "regions":
             match_scale(model, batch)
             masters.resume()
-        run.scale_lr(cosine(run.step, steps, 50))
+        run.scale_lr(cosine(run.step, steps, 30))
         loss, hits = loss_and_hits(model, batch)
+        recent.append(loss.item())
+        seen.append(hits)
         loss.backward()
         masters.step()
         run.step += 1
         if run.step % 10 == 0:
-            run.log(
-                loss=round(loss.item(), 3), hits=round(hits.item(), 3), length=batch["ids"].shape[1]
-            )
+            run.log(loss=round(sum(recent) / len(recent), 3), **shares(torch.cat(seen)))
+            recent, seen = [], []
         if run.step % 100 == 0:
             run.save()
     run.save()
@@ -276,18 +319,21 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--regions-images", type=int, default=800)
+    parser.add_argument("--regions-images", type=int, default=640)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=2_600)
+    parser.add_argument("--glimpses-images", type=int, default=1_200)
+    parser.add_argument("--glimpses-batch", type=int, default=4)
+    parser.add_argument("--questions-images", type=int, default=1_500)
     parser.add_argument("--questions-batch", type=int, default=2)
-    parser.add_argument("--lr-projector", type=float, default=1e-3)
-    parser.add_argument("--lr-lora", type=float, default=1e-3)
+    parser.add_argument("--regions-lr", type=float, default=2e-3)
+    parser.add_argument("--glimpses-lr", type=float, default=6e-4)
+    parser.add_argument("--questions-lr", type=float, default=4e-4)
     args = parser.parse_args()
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     model = build(args.tower, tokenizer)
-    for stage in ("regions", "questions"):
+    for stage in STAGES:
         train(model, tokenizer, stage, args.out, args)
     export(model, args.out)
 
