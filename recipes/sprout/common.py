@@ -20,6 +20,11 @@ def cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.35) -> float:
+    """Learning-rate factor: linear warm-up, constant, then over the last part linearly to zero."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+
+
 def optimizers(
     parameters: Iterable[tuple[str, Tensor]], lr_matrix: float, lr_other: float, decay: float
 ) -> list[torch.optim.Optimizer]:

@@ -1,10 +1,13 @@
 """Stages 2 and 3 of sprout: projector, then projector and LoRA, by the language-model loss alone.
 
-Stage 2 (`regions`) reads single visual tokens aloud: one patch, then a caption of what covers it.
-The LLM is frozen. Stage 3 (`questions`) answers questions about whole pictures. All questions of a
-scene share one prefill: each sees the picture and itself, nothing else, which equals single-turn
-training at a fraction of the price. LoRA on the LLM learns with the projector; the tower stays as
-stage 1 left it.
+Stage 2 (`regions`) reads single visual tokens aloud ("<patch>" goes on with the name of what
+covers it, then its frame, digit and place) and looks them up in tables (" dog A, cat K,<patch>"
+goes on with the letter of what the patch shows, and the other way round). The LLM is frozen, so
+that a visual token becomes something which its own circuits match with words. Stage 3
+(`questions`) answers questions about more and more of the picture, then about all of it. All
+segments of a scene share one prefill: each sees the picture and itself, nothing else, which equals
+single-turn training at a fraction of the price. LoRA on the LLM learns with the projector; the
+tower stays as stage 1 left it.
 
     python recipes/sprout/train_llava.py --tower runs/tower/tower.safetensors --out runs/llava
 """
@@ -18,14 +21,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import MasterWeights, Run, cosine
+from common import MasterWeights, Run, trapezoid
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from budwood.sprout.atlas import categories
 from budwood.sprout.model import (
+    IMAGE_TOKEN,
     LORA_ALPHA,
     LORA_RANK,
     assemble,
@@ -40,21 +47,32 @@ from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rn
 PREFIX = "<|im_start|>user\n"
 PROMPT = "\n{}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-STAGES = ("regions", "glimpses", "questions")
+STAGES = ("regions", "questions")
+LETTERS = [f" {letter}" for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"]
+LOGGED = (*KINDS, "name", "caption", "word key", "visual key", "order", "reverse", "place")
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
+SIDE = SIZE // tower_config().patch_size
+PATCHES = SIDE**2
+BIN = 64  # tokens; segments are packed into bins of this length
+WHOLE = 0.6  # the part of the last stage after which every picture is seen whole
+
+
+@dataclass
+class Segment:
+    """A question or caption. A token is a word's id, or `~patch` for a visual token."""
+
+    given: list[int]
+    asked: list[int]
+    kind: str  # one of LOGGED; what is not in KINDS helps to learn, and is asked nowhere else
 
 
 @dataclass
 class Item:
-    """One packed sequence: prefix, visual tokens, then segments that do not see each other."""
+    """What all segments of one picture see, and the segments, which do not see each other."""
 
     pixels: Tensor  # (3, 336, 336)
-    patches: Tensor  # which of the 256 visual tokens are shown, in segments as `shown_in`; int64
-    ids: Tensor  # (L,), -1 where a visual token goes
-    segment: Tensor  # (L,): 0 is seen by all later segments
-    position: Tensor  # (L,)
-    labels: Tensor  # (L,), -100 where nothing is asked
-    kind: Tensor  # (L,): at the first token of an answer the question's place in KINDS, else -1
+    shared: list[int]
+    segments: list[Segment]
 
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -72,125 +90,253 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return questions
 
 
-def caption(scene: Scene, patch: int, side: int) -> str:
-    """What a single visual token shows, in words."""
-    row, column = divmod(patch, side)
-    x, y = ((edge + 0.5) * SIZE / side for edge in (column, row))
-    place = f"row {row + 1}, column {column + 1}"
+def listings(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
+    """Kind, question, answer for training alone: objects in order, objects by frame or digit."""
+    words, axis = rng.choice((("from left to right", 0), ("from top to bottom", 1)))
+    ordered = sorted(scene.objects, key=lambda o: o.centre[axis])
+    order = ("order", f"Name all objects {words}.", ", ".join(o.category for o in ordered))
+    found = []
+    for text, values in (
+        ("Which object has the {} frame?", [o.colour for o in scene.objects]),
+        ("Which object is beside the digit {}?", [o.digit for o in scene.objects]),
+    ):
+        known = [i for i, v in enumerate(values) if v is not None and values.count(v) == 1]
+        found += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
+    return [order, *rng.sample(found, min(3, len(found)))]
+
+
+def what_covers(scene: Scene, patch: int) -> SceneObject | None:
+    """The object at the centre of a patch."""
+    row, column = divmod(patch, SIDE)
+    x, y = ((edge + 0.5) * SIZE / SIDE for edge in (column, row))
     for thing in scene.objects:
         left, top, right, bottom = thing.outer
         if left <= x < right and top <= y < bottom:
-            known = [thing.category, thing.colour, thing.digit, place]
-            return ", ".join(str(word) for word in known if word is not None)
-    return f"background, {place}"
+            return thing
+    return None
+
+
+def caption(scene: Scene, patch: int) -> str:
+    """What a single visual token shows, in words."""
+    row, column = divmod(patch, SIDE)
+    place = f"row {row + 1}, column {column + 1}"
+    thing = what_covers(scene, patch)
+    if thing is None:
+        return f" background, {place}"
+    known = [thing.category, thing.colour, thing.digit, place]
+    return as_answer(", ".join(str(word) for word in known if word is not None))
+
+
+def as_answer(text: str) -> str:
+    """With a leading space, an answer is the same token as the word in a question."""
+    return text if text.isdigit() else f" {text}"
+
+
+def patches_of(scene: Scene, rng: random.Random) -> dict[SceneObject, int]:
+    """A random patch of each object."""
+    found: dict[SceneObject, list[int]] = {}
+    for patch in range(PATCHES):
+        thing = what_covers(scene, patch)
+        if thing is not None:
+            found.setdefault(thing, []).append(patch)
+    return {thing: rng.choice(patches) for thing, patches in found.items()}
 
 
 class Packed(Dataset):
-    """Scenes as packed sequences; the seed decides everything."""
+    """The scenes of one stage from the `start`-th on; the index decides everything."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stage: str, first: int, count: int):
-        self.tokenizer, self.stage, self.first, self.count = tokenizer, stage, first, count
-        self.side = SIZE // tower_config().patch_size
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stage: str,
+        images: int,
+        start: int,
+        batch: int,
+    ):
+        self.tokenizer, self.images, self.start, self.batch = tokenizer, images, start, batch
+        self.first = FIRST_SEED * (1 + STAGES.index(stage))
+        self.make = {
+            "regions": self._regions,
+            "questions": self._questions,
+        }[stage]
 
     def __len__(self) -> int:
-        return self.count
+        return self.images - self.start
 
     def __getitem__(self, i: int) -> Item:
-        scene = make_scene(self.first + i, "train")
-        rng = scene_rng(self.first + i, "validation")  # a stream of its own, not the picture's
-        make = {
-            "regions": self._regions,
-            "glimpses": self._glimpses,
-            "questions": self._questions,
-        }[self.stage]
-        return make(scene, rng)
+        place = self.start + i
+        scene = make_scene(self.first + place, "train")
+        rng = scene_rng(self.first + place, "validation")  # a stream of its own, not the picture's
+        return self.make(scene, rng, place)
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _pack(
-        self,
-        scene: Scene,
-        patches: list[int],
-        shared: list[int],
-        segments: list[tuple[list[int], list[int], int]],
-    ) -> Item:
-        """Lay out `shared`, then segments (given, asked, kind) as if each followed it directly."""
-        ids, segment, position = list(shared), [0] * len(shared), list(range(len(shared)))
-        labels, kinds = [-100] * len(shared), [-1] * len(shared)
-        for k, (given, asked, kind) in enumerate(segments, start=1):
-            ids += given + asked
-            segment += [k] * len(given + asked)
-            position += range(len(shared), len(shared) + len(given) + len(asked))
-            labels += [-100] * len(given) + asked
-            kinds += [-1] * len(given) + [kind] + [-1] * (len(asked) - 1)
-        columns = (torch.tensor(c) for c in (patches, ids, segment, position, labels, kinds))
-        return Item(image_tensor(scene.image), *columns)
+    def _segment(self, kind: str, given: str, asked: str, *seen: int) -> Segment:
+        """`<image>` in what is given stands for the next of the patches seen."""
+        patches = iter(seen)
+        first, *rest = given.split(IMAGE_TOKEN)
+        ids = self._tokens(first)
+        for text in rest:
+            ids += [~next(patches), *self._tokens(text)]
+        return Segment(ids, self._tokens(asked + END), kind)
 
-    def _questions(self, scene: Scene, rng: random.Random) -> Item:
-        patches = list(range(self.side**2))
-        shared = self._tokens(PREFIX) + [-1] * len(patches)
+    def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
+        things = {p: o for p in range(PATCHES) if (o := what_covers(scene, p)) is not None}
         segments = [
-            (
-                self._tokens(PROMPT.format(q.text)),
-                self._tokens(q.answer + END),
-                KINDS.index(q.kind),
-            )
-            for q in training_questions(scene, rng)
+            self._segment("name", "<image>\n", as_answer(things[p].category), p)
+            for p in rng.sample(list(things), min(40, len(things)))
         ]
-        return self._pack(scene, patches, shared, segments)
+        patches = rng.sample(list(things), 3) + rng.sample(range(PATCHES), 1)
+        segments += [self._segment("caption", "<image>:", caption(scene, p), p) for p in patches]
+        segments += self._lookups(scene, rng, 6)
+        return Item(image_tensor(scene.image), self._tokens(PREFIX), segments)
 
-    def _regions(self, scene: Scene, rng: random.Random, shown: int = 14) -> Item:
-        captions = [caption(scene, patch, self.side) for patch in range(self.side**2)]
-        things = [p for p, text in enumerate(captions) if not text.startswith("background")]
-        patches = rng.sample(things, min(shown, len(things))) + rng.sample(range(self.side**2), 2)
-        segments = [
-            ([-1, *self._tokens("\n")], self._tokens(captions[p] + END), -1) for p in patches
-        ]
-        return self._pack(scene, patches, self._tokens(PREFIX), segments)
-
-    def _glimpses(self, scene: Scene, rng: random.Random) -> Item:
-        patches: list[int] = []
+    def _lookups(self, scene: Scene, rng: random.Random, number: int) -> list[Segment]:
+        """Tables of words looked up by a patch, tables of patches looked up by a word, in turn."""
         segments = []
-        for question in training_questions(scene, rng):
-            needed = [o for o in scene.objects if o.outer in question.boxes]
-            others = [o for o in scene.objects if o not in needed]
-            shown = needed + rng.sample(others, rng.randint(not needed, min(2, len(others))))
-            seen = sorted({self._patch_of(thing, rng) for thing in shown for _ in range(2)})
-            patches += seen
-            given = [-1] * len(seen) + self._tokens(PROMPT.format(question.text))
-            asked = self._tokens(question.answer + END)
-            segments.append((given, asked, KINDS.index(question.kind)))
-        return self._pack(scene, patches, self._tokens(PREFIX), segments)
+        shown = {thing.category for thing in scene.objects}
+        strangers = rng.sample([c for c in categories() if c not in shown], 3)
+        for n in range(number):
+            patches = {thing.category: p for thing, p in patches_of(scene, rng).items()}
+            rows = [*patches, *(strangers if n % 2 else ())]
+            rng.shuffle(rows)
+            letters = dict(zip(rows, rng.sample(LETTERS, len(rows)), strict=True))
+            asked = rng.choice(list(patches))
+            if n % 2:
+                text = "".join(f" {c}{letters[c]}," for c in rows) + "<image>"
+                seen = [patches[asked]]
+            else:
+                text = "".join(f"<image>{letters[c]}," for c in rows) + f" {asked}"
+                seen = [patches[c] for c in rows]
+            kind = "word key" if n % 2 else "visual key"
+            segments.append(self._segment(kind, text, letters[asked], *seen))
+        return segments
 
-    def _patch_of(self, thing: SceneObject, rng: random.Random) -> int:
-        """A random patch of an object's sprite."""
-        left, top, right, bottom = (int(edge * self.side / SIZE) for edge in thing.box)
-        return rng.randint(top, bottom - 1) * self.side + rng.randint(left, right - 1)
+    def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
+        seen = self._seen(scene, rng, place)
+        asked = [(q.kind, q.text, q.answer) for q in training_questions(scene, rng)]
+        asked += listings(scene, rng)
+        for patch in rng.sample(seen, 3):
+            row, column = divmod(patch, SIDE)
+            thing = what_covers(scene, patch)
+            text = f"What is in row {row + 1}, column {column + 1}?"
+            asked.append(("place", text, thing.category if thing else "background"))
+        segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
+        shared = self._tokens(PREFIX) + [~patch for patch in seen]
+        return Item(image_tensor(scene.image), shared, segments)
+
+    def _seen(self, scene: Scene, rng: random.Random, place: int, fewest: int = 16) -> list[int]:
+        """The visual tokens shown: few at first, all later; some of each object in any case.
+
+        Their number is the same for the pictures of a batch.
+        """
+        done = min(1.0, place // self.batch * self.batch / self.images / WHOLE)
+        most = fewest * (PATCHES / fewest) ** done
+        drawn = random.Random(place // self.batch).uniform(0.4 if done < 1 else 1, 1)
+        number = max(fewest, round(most * drawn))
+        seen = list(patches_of(scene, rng).values())
+        rest = [patch for patch in range(PATCHES) if patch not in seen]
+        return sorted(seen + rng.sample(rest, number - len(seen)))
+
+
+def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
+    """Pack into bins of at most `BIN` tokens, the longest first, each into the first that fits."""
+    bins: list[list[Segment]] = []
+    free: list[int] = []
+    for segment in sorted(segments, key=lambda s: -len(s.given + s.asked)):
+        size = len(segment.given + segment.asked)
+        place = next((i for i, room in enumerate(free) if room >= size), None)
+        if place is None:
+            bins.append([])
+            free.append(BIN)
+            place = len(bins) - 1
+        bins[place].append(segment)
+        free[place] -= size
+    return bins
 
 
 def collate(items: list[Item]) -> dict[str, Tensor]:
-    """Pad on the right; a token sees the shared part and the earlier tokens of its segment."""
-    length = max(len(item.ids) for item in items)
+    """Lay out each picture as its shared part, then bins; positions as if each segment stood alone.
 
-    def stack(name: str, fill: int) -> Tensor:
-        return torch.stack(
-            [F.pad(getattr(i, name), (0, length - len(i.ids)), value=fill) for i in items]
-        )
-
-    segment = stack("segment", -1)
-    same = segment[:, :, None] == segment[:, None, :]
-    shared = (segment == 0)[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    Returns:
+        `pixels` (B, 3, 336, 336); `ids`, `positions`, `labels`, `kinds` (B, P + bins · BIN), where
+        an id below zero is a visual token; `patches`, which of the B · 256 these are, in order;
+        `own` (B, bins, BIN, BIN): which token of its bin a token sees.
+    """
+    packed = [fill_bins(item.segments) for item in items]
+    n_bins, shared = max(map(len, packed)), len(items[0].shared)
+    length = shared + n_bins * BIN
+    ids, positions = torch.zeros(len(items), length).long(), torch.zeros(len(items), length).long()
+    labels, kinds = torch.full_like(ids, -100), torch.full_like(ids, -1)
+    part = torch.full_like(ids, -1)
+    for b, (item, bins) in enumerate(zip(items, packed, strict=True)):
+        ids[b, :shared] = torch.tensor(item.shared)
+        positions[b, :shared] = torch.arange(shared)
+        for k, segments in enumerate(bins):
+            start = shared + k * BIN
+            for n, segment in enumerate(segments):
+                asked, end = start + len(segment.given), start + len(segment.given + segment.asked)
+                ids[b, start:end] = torch.tensor(segment.given + segment.asked)
+                positions[b, start:end] = torch.arange(shared, shared + end - start)
+                labels[b, asked:end] = ids[b, asked:end]
+                kinds[b, asked] = LOGGED.index(segment.kind)
+                part[b, start:end] = n
+                start = end
+    visual = ids < 0
+    offset = 256 * torch.arange(len(items))[:, None].expand_as(ids)
+    part = part[:, shared:].unflatten(1, (n_bins, BIN))
     return {
-        "pixels": torch.stack([i.pixels for i in items]),
-        "patches": torch.cat([i.patches + 256 * b for b, i in enumerate(items)]),
-        "ids": stack("ids", 0),
-        "positions": stack("position", 0),
-        "labels": stack("labels", -100),
-        "kind": stack("kind", -1),
-        "mask": ((same | shared) & causal)[:, None],
+        "pixels": torch.stack([item.pixels for item in items]),
+        "ids": ids,
+        "positions": positions,
+        "labels": labels,
+        "kinds": kinds,
+        "patches": (~ids + offset)[visual],
+        "own": (part[..., :, None] == part[..., None, :]) & torch.ones(BIN, BIN).tril().bool(),
     }
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention in `collate`'s layout: the shared part is causal, bins see it and their own.
+
+    Half the price of one masked attention over everything. Registered with transformers.
+
+    Args:
+        module: unused.
+        query: (B, H, P + bins · BIN, d).
+        key: (B, H / g, P + bins · BIN, d).
+        value: as `key`.
+        attention_mask: (B, bins, BIN, BIN), additive.
+        scaling: of the scores.
+
+    Returns:
+        (B, P + bins · BIN, H, d), and no weights.
+    """
+    heads, n_bins = key.shape[1], attention_mask.shape[1]
+    shared = key.shape[2] - n_bins * BIN
+    query = (query * scaling).unflatten(1, (heads, -1))  # (B, H / g, g, L, d)
+    key, value = key[:, :, None], value[:, :, None]
+    (q0, q), (k0, k), (v0, v) = (x.split((shared, n_bins * BIN), -2) for x in (query, key, value))
+    future = torch.ones(shared, shared, dtype=torch.bool).triu(1)
+    first = (q0 @ k0.mT).masked_fill(future, -torch.inf).softmax(-1) @ v0
+    q_own, k_own, v_own = (x.unflatten(-2, (n_bins, BIN)) for x in (q, k, v))
+    own = q_own @ k_own.mT + attention_mask[:, None, None]
+    weights = torch.cat((q @ k0.mT, own.flatten(-3, -2)), -1).softmax(-1)
+    from_own = weights[..., shared:].unflatten(-2, (n_bins, BIN)) @ v_own
+    rest = weights[..., :shared] @ v0 + from_own.flatten(-3, -2)
+    return torch.cat((first, rest), -2).flatten(1, 2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 
 
 def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
@@ -206,12 +352,11 @@ def loss_and_hits(
     inner = model.model
     features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
     projected = inner.multi_modal_projector(features[batch["patches"]])
-    visual = batch["ids"] == -1
+    visual = batch["ids"] < 0
     embeds = inner.get_input_embeddings()(batch["ids"].clamp(min=0))
     embeds = embeds.masked_scatter(visual[..., None], projected.to(embeds.dtype))
-    mask = torch.zeros_like(batch["mask"], dtype=embeds.dtype).masked_fill(
-        ~batch["mask"], torch.finfo(embeds.dtype).min
-    )
+    mask = torch.zeros(batch["own"].shape, dtype=embeds.dtype)
+    mask.masked_fill_(~batch["own"], -torch.inf)
     hidden = inner.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=batch["positions"], use_cache=False
     ).last_hidden_state
@@ -219,7 +364,7 @@ def loss_and_hits(
     logits = model.lm_head(hidden[:, :-1][asked]).float()
     labels = batch["labels"][:, 1:][asked]
     right = logits.argmax(-1) == labels
-    kinds = batch["kind"][:, 1:][asked]
+    kinds = batch["kinds"][:, 1:][asked]
     return F.cross_entropy(logits, labels), torch.stack((kinds, right.long()), 1)
 
 
@@ -231,6 +376,7 @@ def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForCondi
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets)
     inject_adapter_in_model(lora, model.model.language_model)
+    model.model.language_model.set_attn_implementation("packed")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "multi_modal_projector" in name)
     return model.bfloat16()
@@ -249,7 +395,7 @@ def match_scale(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
 
 def shares(hits: Tensor) -> dict[str, float]:
     """How many first tokens were right, by kind of question; all tokens together."""
-    named = {name: hits[hits[:, 0] == k, 1] for k, name in enumerate(KINDS)} | {"all": hits[:, 1]}
+    named = {name: hits[hits[:, 0] == k, 1] for k, name in enumerate(LOGGED)} | {"all": hits[:, 1]}
     return {
         name: round(found.float().mean().item(), 3) for name, found in named.items() if len(found)
     }
@@ -264,29 +410,28 @@ def train(
 ) -> None:
     """Run or go on with one stage."""
     projector = model.model.multi_modal_projector
-    lora = [p for n, p in model.named_parameters() if "lora_" in n]
+    lora = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in lora:
+        layer.enable_adapters(stage == "questions")
     groups = [{"params": list(projector.parameters()), "lr": getattr(args, f"{stage}_lr")}]
-    if stage != "regions":
-        groups.append({"params": lora, "lr": getattr(args, f"{stage}_lr")})
-    for p in lora:
-        p.requires_grad_(stage != "regions")
-    modules = {"projector": projector} | (
-        {"llm": model.model.language_model} if stage != "regions" else {}
-    )
+    modules: dict[str, torch.nn.Module] = {"projector": projector}
+    if stage == "questions":
+        weights = [p for layer in lora for p in layer.parameters() if p.requires_grad]
+        groups.append({"params": weights, "lr": getattr(args, f"{stage}_lr")})
+        modules["llm"] = model.model.language_model
     masters = MasterWeights(groups)
     run = Run(out / stage, modules, [masters.optim])
     masters.resume()
-    batch_size, images = getattr(args, f"{stage}_batch"), getattr(args, f"{stage}_images")
-    steps = images // batch_size
-    first = FIRST_SEED * (1 + STAGES.index(stage)) + run.step * batch_size
+    size, images = getattr(args, f"{stage}_batch"), getattr(args, f"{stage}_images")
+    steps = images // size
     recent: list[float] = []
     seen: list[Tensor] = []
-    data = Packed(tokenizer, stage, first, (steps - run.step) * batch_size)
-    for batch in DataLoader(data, batch_size, num_workers=1, prefetch_factor=4, collate_fn=collate):
+    data = Packed(tokenizer, stage, steps * size, run.step * size, size)
+    for batch in DataLoader(data, size, num_workers=1, prefetch_factor=4, collate_fn=collate):
         if run.step == 0 and stage == "regions":
             match_scale(model, batch)
             masters.resume()
-        run.scale_lr(cosine(run.step, steps, 30))
+        run.scale_lr(trapezoid(run.step, steps, 30))
         loss, hits = loss_and_hits(model, batch)
         recent.append(loss.item())
         seen.append(hits)
@@ -319,15 +464,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--regions-images", type=int, default=640)
+    parser.add_argument("--regions-images", type=int, default=1_000)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--glimpses-images", type=int, default=1_200)
-    parser.add_argument("--glimpses-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=1_500)
-    parser.add_argument("--questions-batch", type=int, default=2)
+    parser.add_argument("--questions-images", type=int, default=4_000)
+    parser.add_argument("--questions-batch", type=int, default=4)
     parser.add_argument("--regions-lr", type=float, default=2e-3)
-    parser.add_argument("--glimpses-lr", type=float, default=6e-4)
-    parser.add_argument("--questions-lr", type=float, default=4e-4)
+    parser.add_argument("--questions-lr", type=float, default=6e-4)
     args = parser.parse_args()
 
     torch.manual_seed(0)
