@@ -1,13 +1,12 @@
 """Stages 2 and 3 of sprout: projector, then projector and LoRA, by the language-model loss alone.
 
-Stage 2 (`regions`) reads single visual tokens aloud ("<patch>" goes on with the name of what
-covers it, then its frame, digit and place) and looks them up in tables (" dog A, cat K,<patch>"
-goes on with the letter of what the patch shows, and the other way round). The LLM is frozen, so
-that a visual token becomes something which its own circuits match with words. Stage 3
-(`questions`) answers questions about more and more of the picture, then about all of it. All
-segments of a scene share one prefill: each sees the picture and itself, nothing else, which equals
-single-turn training at a fraction of the price. LoRA on the LLM learns with the projector; the
-tower stays as stage 1 left it.
+LoRA on the LLM learns with the projector; the tower stays as stage 1 left it. Stage 2 (`regions`)
+reads single visual tokens aloud ("<patch>" goes on with the name of what covers it, then its
+frame, digit and place) and looks them up in tables (" dog A, cat K,<patch>" goes on with the
+letter of what the patch shows, and the other way round). Stage 3 (`questions`) answers questions
+about more and more of the picture, then about all of it. All segments of a scene share one
+prefill: each sees the picture and itself, nothing else, which equals single-turn training at a
+fraction of the price.
 
     python recipes/sprout/train_llava.py --tower runs/tower/tower.safetensors --out runs/llava
 """
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from common import MasterWeights, Run, trapezoid
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -54,7 +52,7 @@ FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SIDE = SIZE // tower_config().patch_size
 PATCHES = SIDE**2
 BIN = 64  # tokens; segments are packed into bins of this length
-WHOLE = 0.6  # the part of the last stage after which every picture is seen whole
+WHOLE = 1_600  # pictures of the last stage, after which every picture is seen whole
 
 
 @dataclass
@@ -184,7 +182,7 @@ class Packed(Dataset):
     def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
         things = {p: o for p in range(PATCHES) if (o := what_covers(scene, p)) is not None}
         segments = [
-            self._segment("name", "<image>\n", as_answer(things[p].category), p)
+            self._segment("name", "<image>,<image>,", as_answer(things[p].category), p, p)
             for p in rng.sample(list(things), min(40, len(things)))
         ]
         patches = rng.sample(list(things), 3) + rng.sample(range(PATCHES), 1)
@@ -231,7 +229,7 @@ class Packed(Dataset):
 
         Their number is the same for the pictures of a batch.
         """
-        done = min(1.0, place // self.batch * self.batch / self.images / WHOLE)
+        done = min(1.0, place // self.batch * self.batch / WHOLE)
         most = fewest * (PATCHES / fewest) ** done
         drawn = random.Random(place // self.batch).uniform(0.4 if done < 1 else 1, 1)
         number = max(fewest, round(most * drawn))
@@ -382,15 +380,20 @@ def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForCondi
     return model.bfloat16()
 
 
-def match_scale(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> None:
-    """Start the projector at the scale of the word embeddings."""
+@torch.no_grad()
+def start_as_words(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> None:
+    """Let visual tokens start as mixtures of random words, so that the LLM takes them for words."""
     inner = model.model
     features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
+    words = inner.get_input_embeddings().weight
     projector = inner.multi_modal_projector
-    with torch.no_grad():
-        wanted = inner.get_input_embeddings().weight.std()
-        projector.linear_1.weight.mul_(1 / projector.linear_1(features).std())
-        projector.linear_2.weight.mul_(wanted / projector(features).std())
+    first, second = projector.linear_1, projector.linear_2
+    first.weight.mul_(1 / first(features).std())
+    mixture = words[torch.randperm(len(words))[: second.in_features]] - words.mean(0)
+    second.weight.copy_(mixture.T)
+    second.bias.zero_()
+    second.weight.mul_(words.std() / projector(features).std(0).mean())
+    second.bias.copy_(words.mean(0) - projector(features).mean(0))
 
 
 def shares(hits: Tensor) -> dict[str, float]:
@@ -410,15 +413,12 @@ def train(
 ) -> None:
     """Run or go on with one stage."""
     projector = model.model.multi_modal_projector
-    lora = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in lora:
-        layer.enable_adapters(stage == "questions")
-    groups = [{"params": list(projector.parameters()), "lr": getattr(args, f"{stage}_lr")}]
-    modules: dict[str, torch.nn.Module] = {"projector": projector}
-    if stage == "questions":
-        weights = [p for layer in lora for p in layer.parameters() if p.requires_grad]
-        groups.append({"params": weights, "lr": getattr(args, f"{stage}_lr")})
-        modules["llm"] = model.model.language_model
+    lora = [p for n, p in model.named_parameters() if "lora_" in n]
+    groups = [
+        {"params": list(projector.parameters()), "lr": args.projector_lr},
+        {"params": lora, "lr": args.lora_lr},
+    ]
+    modules = {"projector": projector, "llm": model.model.language_model}
     masters = MasterWeights(groups)
     run = Run(out / stage, modules, [masters.optim])
     masters.resume()
@@ -429,7 +429,7 @@ def train(
     data = Packed(tokenizer, stage, steps * size, run.step * size, size)
     for batch in DataLoader(data, size, num_workers=1, prefetch_factor=4, collate_fn=collate):
         if run.step == 0 and stage == "regions":
-            match_scale(model, batch)
+            start_as_words(model, batch)
             masters.resume()
         run.scale_lr(trapezoid(run.step, steps, 30))
         loss, hits = loss_and_hits(model, batch)
@@ -464,12 +464,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--regions-images", type=int, default=1_000)
+    parser.add_argument("--regions-images", type=int, default=600)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=4_000)
+    parser.add_argument("--questions-images", type=int, default=6_000)
     parser.add_argument("--questions-batch", type=int, default=4)
-    parser.add_argument("--regions-lr", type=float, default=2e-3)
-    parser.add_argument("--questions-lr", type=float, default=6e-4)
+    parser.add_argument("--projector-lr", type=float, default=5e-4)
+    parser.add_argument("--lora-lr", type=float, default=6e-4)
     args = parser.parse_args()
 
     torch.manual_seed(0)

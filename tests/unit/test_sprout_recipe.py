@@ -35,7 +35,7 @@ def test_a_packed_scene_has_the_loss_of_its_questions_asked_one_by_one(recipe: M
         tie_word_embeddings=True,
     )
     model = assemble(CLIPVisionModel(tower_config()), LlamaForCausalLM(config), tokenizer)
-    scene = recipe.Packed(tokenizer, "questions", images=8, start=7, batch=1)[0]
+    scene = recipe.Packed(tokenizer, "questions", images=2_000, start=1_600, batch=1)[0]
     assert len(scene.shared) == len(tokenizer(recipe.PREFIX)["input_ids"]) + 256
     alone = [single_turn(model, scene, segment, tokenizer) for segment in scene.segments]
     tokens = sum(len(segment.asked) for segment in scene.segments)
@@ -60,7 +60,7 @@ def single_turn(model, scene, segment, tokenizer) -> torch.Tensor:
 
 
 def test_few_patches_show_every_object(recipe: ModuleType) -> None:
-    data = recipe.Packed(load_tokenizer(), "questions", images=400, start=0, batch=4)
+    data = recipe.Packed(load_tokenizer(), "questions", images=2_000, start=0, batch=4)
     shown = [[~token for token in data[i].shared if token < 0] for i in range(4)]
     assert {len(patches) for patches in shown} == {16}
     for i, patches in enumerate(shown):
