@@ -47,12 +47,25 @@ PROMPT = "\n{}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 STAGES = ("regions", "questions")
 LETTERS = [f" {letter}" for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"]
-LOGGED = (*KINDS, "name", "caption", "word key", "visual key", "order", "reverse", "place")
+LOGGED = (
+    *KINDS,
+    "name",
+    "frame",
+    "badge",
+    "caption",
+    "word key",
+    "visual key",
+    "order",
+    "reverse",
+    "about",
+    "place",
+)
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SIDE = SIZE // tower_config().patch_size
 PATCHES = SIDE**2
 BIN = 64  # tokens; segments are packed into bins of this length
-WHOLE = 1_600  # pictures of the last stage, after which every picture is seen whole
+SOME = 600  # pictures of the last stage in which only some of the objects are seen
+WHOLE = 2_000  # pictures of the last stage, after which every picture is seen whole
 
 
 @dataclass
@@ -88,10 +101,12 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return questions
 
 
-def listings(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """Kind, question, answer for training alone: objects in order, objects by frame or digit."""
+def listings(
+    scene: Scene, shown: list[SceneObject], rng: random.Random
+) -> list[tuple[str, str, str]]:
+    """Kind, question, answer for training alone: objects in order, by frame or digit, described."""
     words, axis = rng.choice((("from left to right", 0), ("from top to bottom", 1)))
-    ordered = sorted(scene.objects, key=lambda o: o.centre[axis])
+    ordered = sorted(shown, key=lambda o: o.centre[axis])
     order = ("order", f"Name all objects {words}.", ", ".join(o.category for o in ordered))
     found = []
     for text, values in (
@@ -99,14 +114,33 @@ def listings(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
         ("Which object is beside the digit {}?", [o.digit for o in scene.objects]),
     ):
         known = [i for i, v in enumerate(values) if v is not None and values.count(v) == 1]
+        known = [i for i in known if scene.objects[i] in shown]
         found += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
-    return [order, *rng.sample(found, min(3, len(found)))]
+    single = [o for o in shown if len(scene.copies(o.category)) == 1]
+    about = [("about", f"Describe the {o.category}.", details(o, o.centre)) for o in single]
+    return [
+        order,
+        *rng.sample(found, min(3, len(found))),
+        *rng.sample(about, min(3, len(about))),
+    ]
+
+
+def details(thing: SceneObject | None, point: tuple[float, float]) -> str:
+    """Frame, digit and the place of a point, in words."""
+    column, row = (int(edge * SIDE / SIZE) + 1 for edge in point)
+    known = [thing.colour, thing.digit] if thing else []
+    return ", ".join(str(v) for v in [*known, f"row {row}, column {column}"] if v is not None)
+
+
+def middle(patch: int) -> tuple[float, float]:
+    """Centre of a patch, x and y in px."""
+    row, column = divmod(patch, SIDE)
+    return (column + 0.5) * SIZE / SIDE, (row + 0.5) * SIZE / SIDE
 
 
 def what_covers(scene: Scene, patch: int) -> SceneObject | None:
     """The object at the centre of a patch."""
-    row, column = divmod(patch, SIDE)
-    x, y = ((edge + 0.5) * SIZE / SIDE for edge in (column, row))
+    x, y = middle(patch)
     for thing in scene.objects:
         left, top, right, bottom = thing.outer
         if left <= x < right and top <= y < bottom:
@@ -116,13 +150,9 @@ def what_covers(scene: Scene, patch: int) -> SceneObject | None:
 
 def caption(scene: Scene, patch: int) -> str:
     """What a single visual token shows, in words."""
-    row, column = divmod(patch, SIDE)
-    place = f"row {row + 1}, column {column + 1}"
     thing = what_covers(scene, patch)
-    if thing is None:
-        return f" background, {place}"
-    known = [thing.category, thing.colour, thing.digit, place]
-    return as_answer(", ".join(str(word) for word in known if word is not None))
+    name = thing.category if thing else "background"
+    return as_answer(f"{name}, {details(thing, middle(patch))}")
 
 
 def as_answer(text: str) -> str:
@@ -180,15 +210,26 @@ class Packed(Dataset):
         return Segment(ids, self._tokens(asked + END), kind)
 
     def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
-        things = {p: o for p in range(PATCHES) if (o := what_covers(scene, p)) is not None}
-        segments = [
-            self._segment("name", "<image>,<image>,", as_answer(things[p].category), p, p)
-            for p in rng.sample(list(things), min(40, len(things)))
-        ]
-        patches = rng.sample(list(things), 3) + rng.sample(range(PATCHES), 1)
-        segments += [self._segment("caption", "<image>:", caption(scene, p), p) for p in patches]
+        patches = [p for p in range(PATCHES) if what_covers(scene, p)]
+        patches = rng.sample(patches, 2) + rng.sample(range(PATCHES), 1)
+        segments = [self._segment("caption", "<image>:", caption(scene, p), p) for p in patches]
+        segments += self._readings(scene, rng, {"name": 20, "frame": 12, "badge": 12})
         segments += self._lookups(scene, rng, 6)
         return Item(image_tensor(scene.image), self._tokens(PREFIX), segments)
+
+    def _readings(self, scene: Scene, rng: random.Random, numbers: dict[str, int]) -> list[Segment]:
+        """So many names, frames and digits of single patches."""
+        covers = [(p, what_covers(scene, p)) for p in range(PATCHES)]
+        segments = []
+        for kind, text, attribute in (
+            ("name", "<image>,<image>,", "category"),
+            ("frame", "<image> frame<image>", "colour"),
+            ("badge", "<image> digit<image>", "digit"),
+        ):
+            known = [(p, str(v)) for p, o in covers if (v := getattr(o, attribute, None))]
+            for patch, value in rng.sample(known, min(numbers[kind], len(known))):
+                segments.append(self._segment(kind, text, as_answer(value), patch, patch))
+        return segments
 
     def _lookups(self, scene: Scene, rng: random.Random, number: int) -> list[Segment]:
         """Tables of words looked up by a patch, tables of patches looked up by a word, in turn."""
@@ -213,29 +254,45 @@ class Packed(Dataset):
 
     def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
         seen = self._seen(scene, rng, place)
-        asked = [(q.kind, q.text, q.answer) for q in training_questions(scene, rng)]
-        asked += listings(scene, rng)
-        for patch in rng.sample(seen, 3):
+        shown = [thing for thing in scene.objects if thing in {what_covers(scene, p) for p in seen}]
+        boxes = {thing.outer for thing in shown}
+        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)]
+        asked = [(q.kind, q.text, q.answer) for q in questions]
+        asked += listings(scene, shown, rng)
+        for patch in rng.sample(seen, min(3, len(seen))):
             row, column = divmod(patch, SIDE)
             thing = what_covers(scene, patch)
             text = f"What is in row {row + 1}, column {column + 1}?"
             asked.append(("place", text, thing.category if thing else "background"))
         segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
+        segments += self._lookups(scene, rng, 2)
+        if place < SOME:
+            segments += self._readings(scene, rng, {"name": 2, "frame": 8, "badge": 8})
         shared = self._tokens(PREFIX) + [~patch for patch in seen]
         return Item(image_tensor(scene.image), shared, segments)
 
-    def _seen(self, scene: Scene, rng: random.Random, place: int, fewest: int = 16) -> list[int]:
-        """The visual tokens shown: few at first, all later; some of each object in any case.
+    def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
+        """The visual tokens shown: of one or two objects at first, then of all, then everything.
 
         Their number is the same for the pictures of a batch.
         """
-        done = min(1.0, place // self.batch * self.batch / WHOLE)
-        most = fewest * (PATCHES / fewest) ** done
-        drawn = random.Random(place // self.batch).uniform(0.4 if done < 1 else 1, 1)
-        number = max(fewest, round(most * drawn))
-        seen = list(patches_of(scene, rng).values())
+        first = place // self.batch * self.batch
+        chance = random.Random(first)
+        one_each = patches_of(scene, rng)
+        if first < SOME:
+            objects = chance.randint(1, 2 + 6 * first // SOME)
+            shown = rng.sample(list(one_each), min(objects, len(one_each)))
+            number = 2 * objects
+        else:
+            shown = list(one_each)
+            done = min(1.0, (first - SOME) / (WHOLE - SOME))
+            number = round(20 * (PATCHES / 20) ** done * chance.uniform(0.5 if done < 1 else 1, 1))
+        seen = [one_each[thing] for thing in shown]
         rest = [patch for patch in range(PATCHES) if patch not in seen]
-        return sorted(seen + rng.sample(rest, number - len(seen)))
+        rng.shuffle(rest)
+        if first < SOME:  # others only where the objects have too few
+            rest.sort(key=lambda patch: what_covers(scene, patch) not in shown)
+        return sorted(seen + rest[: number - len(seen)])
 
 
 def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
