@@ -1,0 +1,1 @@
+"""Naming objects made of a few dozen points."""

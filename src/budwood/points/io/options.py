@@ -1,0 +1,40 @@
+"""How files are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from budwood.errors import InputError
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options of every reader; each reads those that mean something for its format.
+
+    Attributes:
+        columns: letters of the columns of a table, such as ``"xyz_rgb"``; None finds out.
+        invalid: ``"error"`` or ``"drop"``, for points with NaN or infinite coordinates.
+        n_points: points sampled from a mesh.
+        seed: seed of that sampling.
+    """
+
+    columns: str | None = None
+    invalid: str = "error"
+    n_points: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.invalid not in ("error", "drop"):
+            raise InputError(f"invalid={self.invalid!r} is unknown; give 'error' or 'drop'")
+        if not 1 <= self.n_points <= 100_000_000:
+            raise InputError(f"n_points={self.n_points} is outside 1…100,000,000")
+        columns = self.columns
+        if columns is None:
+            return
+        letters = columns.replace("_", "")
+        colors = [letter for letter in letters if letter in "rgb"]
+        if sorted(letters) != sorted("xyz" + "".join(colors)) or len(colors) not in (0, 3):
+            raise InputError(
+                f"columns={columns!r} must have x, y, z once, r, g, b once or not at all, and _ "
+                "for what is left out"
+            )

@@ -1,0 +1,220 @@
+"""Every format, read; and every bad file, refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import numpy as np
+import pytest
+
+from budwood.errors import InputError
+from budwood.points.io import READERS, crop, find_files, make_cloud, read
+from budwood.points.io.meshes import sample_surface
+from tests.points import files
+
+pytest.importorskip("trimesh")
+pytest.importorskip("laspy")
+pytest.importorskip("pypcd4")
+
+
+def refused(path, **kwargs):
+    with pytest.raises(InputError) as caught:
+        read(path, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+def test_files_cover_the_registry():
+    assert {f".{name}" for name in files.FORMATS} == set(READERS)
+
+
+@pytest.mark.parametrize("name", files.TABLES + files.SCANS)
+def test_points_come_back(name, tmp_path):
+    cloud = read(files.write(tmp_path / f"cloud.{name}"))
+    np.testing.assert_allclose(cloud.xyz, files.XYZ, atol=1e-4)
+    if name == "bin":
+        assert cloud.rgb is None
+    else:
+        assert cloud.rgb.dtype == np.float32
+        np.testing.assert_allclose(cloud.rgb, files.RGB / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", files.MESHES)
+def test_meshes_are_sampled_with_a_seed(name, tmp_path):
+    path = files.write(tmp_path / f"ball.{name}")
+    cloud = read(path, n_points=500, seed=3)
+    assert len(cloud) == 500
+    radius = np.linalg.norm(cloud.xyz, axis=1)
+    assert radius.max() <= 1.0001 and radius.min() > 0.9
+    assert np.array_equal(cloud.xyz, read(path, n_points=500, seed=3).xyz)
+    assert not np.array_equal(cloud.xyz, read(path, n_points=500, seed=4).xyz)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
+@pytest.mark.parametrize("name", files.FORMATS)
+def test_truncated_files(name, share, tmp_path):
+    whole = files.write(tmp_path / f"whole.{name}")
+    content = whole.read_bytes()
+    path = tmp_path / f"cut.{name}"
+    path.write_bytes(content[: int(share * len(content)) | 1])
+    # Text without counts can be cut between two rows, and OBJ between two records.
+    if name in ("xyz", "txt", "csv", "obj"):
+        with contextlib.suppress(InputError):
+            assert 1 <= len(read(path, n_points=100)) <= 200
+    else:
+        refused(path)
+
+
+@pytest.mark.parametrize("name", files.FORMATS)
+def test_empty_and_foreign_files(name, tmp_path):
+    path = tmp_path / f"a.{name}"
+    path.write_bytes(b"")
+    assert "is empty" in refused(path)
+    path.write_bytes(bytes(range(256)) * 4 + b"x")
+    refused(path)
+    path.write_text("hello, this is no cloud\n")
+    refused(path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["npy", "npz", "bin", "txt", "csv", "ply"])
+def test_nan_and_infinite_coordinates(name, bad, tmp_path, monkeypatch):
+    xyz = files.XYZ.copy()
+    xyz[7, 1] = bad
+    path = tmp_path / f"a.{name}"
+    if name == "ply":
+        rows = "\n".join(" ".join(map(str, row)) for row in xyz)
+        head = "ply\nformat ascii 1.0\nelement vertex 200\nproperty float x\nproperty float y\n"
+        path.write_text(f"{head}property float z\nend_header\n{rows}\n")
+    else:
+        monkeypatch.setattr(files, "XYZ", xyz)
+        files.write(path)
+    assert "1 of 200 points" in refused(path)
+    assert len(read(path, invalid="drop")) == 199
+
+
+def test_columns(tmp_path):
+    def table(width, columns=None, low=0.0):
+        path = tmp_path / "a.npy"
+        np.save(path, np.random.default_rng(0).uniform(low, 1, size=(9, width)))
+        return read(path, columns=columns)
+
+    assert table(3).rgb is None
+    assert table(4).rgb is None
+    assert table(6).rgb is not None
+    assert table(6, low=-1.0).rgb is None  # normals
+    assert table(7, "xyz_rgb").rgb is not None
+    for width in (1, 2, 5, 7):
+        with pytest.raises(InputError, match=f"{width} columns"):
+            table(width)
+    with pytest.raises(InputError, match="names 6"):
+        table(7, "xyzrgb")
+    for columns in ("xy", "xyzz", "xyzrg", "abc"):
+        with pytest.raises(InputError, match="must have x, y, z once"):
+            table(3, columns)
+
+
+def test_text_layouts(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in (
+        "# a comment\n1 2 3\n4 5 6\n",
+        "2\n1 2 3\n4 5 6\n",
+        "1,2,3\n4,5,6\n",
+        "x;y;z\n1;2;3\n4;5;6\n",
+        "intensity,Z,Y,X\n0,3,2,1\n0,6,5,4\n",
+    ):
+        path.write_text(text)
+        assert read(path).xyz.tolist() == [[1, 2, 3], [4, 5, 6]], text
+    path.write_text("1 2 3\n4 5\n")
+    refused(path)
+    path.write_text("a,b,c\n1,2,3\n")
+    assert "names no columns" in refused(path)
+    path.write_text("# nothing else\n")
+    refused(path)
+
+
+def test_numpy_pickles_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array({"xyz": 1}, dtype=object), allow_pickle=True)
+    assert "could run code" in refused(tmp_path / "a.npy")
+    np.savez(tmp_path / "b.npz", other=files.XYZ)
+    assert "expected one of" in refused(tmp_path / "b.npz")
+    np.save(tmp_path / "c.npy", np.zeros((4, 5, 3)))
+    assert "(4, 5, 3)" in refused(tmp_path / "c.npy")
+    np.save(tmp_path / "d.npy", np.zeros((0, 3)))
+    assert "no points" in refused(tmp_path / "d.npy")
+
+
+def test_colours():
+    assert make_cloud([[0, 0, 0]], [[255, 0, 51]]).rgb.tolist() == [[1.0, 0.0, np.float32(0.2)]]
+    assert make_cloud([[0, 0, 0]], [[1, 0, 1]]).rgb[0, 0] == np.float32(1 / 255)
+    assert make_cloud([[0, 0, 0]], [[1.0, 0, 0.5]]).rgb[0].tolist() == [1.0, 0.0, 0.5]
+    assert make_cloud([[0, 0, 0]], [[65535, 0, 300]]).rgb[0, 0] == 1.0
+    for bad in ([[-1, 0, 0]], [[1e6, 0, 0]], [[np.nan, 0, 0]], [[1, 2]]):
+        with pytest.raises(InputError, match="colours"):
+            make_cloud([[0, 0, 0]], bad)
+
+
+def test_crop():
+    cloud = make_cloud(files.XYZ, files.RGB)
+    part = crop(cloud, [0, 0, 0, np.inf, np.inf, np.inf])
+    keep = (files.XYZ >= 0).all(axis=1)
+    assert np.array_equal(part.xyz, files.XYZ[keep]) and len(part.rgb) == keep.sum()
+    for box, message in [
+        ([0, 0, 0], "six numbers"),
+        ([1, 0, 0, 0, 1, 1], "x0 ≤ x1"),
+        ([np.nan] * 6, "x0 ≤ x1"),
+        ([90, 90, 90, 91, 91, 91], "no point in the box"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            crop(cloud, box)
+
+
+def test_folders(tmp_path):
+    with pytest.raises(InputError, match="no file of a known format"):
+        find_files(tmp_path)
+    (tmp_path / "b").mkdir()
+    for name in ("b/z.npy", "a.xyz"):
+        files.write(tmp_path / name)
+    (tmp_path / "readme.md").write_text("no cloud")
+    assert [p.name for p in find_files(tmp_path)] == ["a.xyz", "z.npy"]
+    with pytest.raises(InputError, match="is a folder"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        find_files([tmp_path / "nope.npy"])
+    with pytest.raises(InputError, match="cannot read"):
+        read(tmp_path / "nope.npy")
+    with pytest.raises(InputError, match=r"known: \.ply"):
+        read(tmp_path / "readme.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("a.ply", "trimesh"), ("a.las", "laspy"), ("a.pcd", "pypcd4")]
+)
+def test_missing_libraries(name, library, tmp_path, monkeypatch):
+    path = files.write(tmp_path / name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=rf"needs {library}: pip install"):
+        read(path)
+
+
+def test_sampling_a_surface_is_even():
+    # Two triangles of areas 1 and 3, in different planes.
+    vertices = np.array([[0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 0, 5], [3, 0, 5], [0, 2, 5.0]])
+    faces = np.array([[0, 1, 2], [3, 4, 5]])
+    colors = np.eye(3)[[0, 1, 2, 0, 1, 2]]
+    points, rgb = sample_surface(vertices, faces, 20_000, 0, colors)
+    upper = points[:, 2] > 2.5
+    assert abs(upper.mean() - 0.75) < 0.02
+    np.testing.assert_allclose(points[~upper].mean(axis=0), vertices[:3].mean(axis=0), atol=0.02)
+    np.testing.assert_allclose(points[~upper], rgb[~upper] @ vertices[:3], atol=1e-9)
+    flat, _ = sample_surface(np.zeros((3, 3)), np.array([[0, 1, 2]]), 5)
+    assert np.array_equal(flat, np.zeros((5, 3)))
+
+
+def test_ten_million_points(tmp_path):
+    path = tmp_path / "many.npy"
+    np.save(path, np.ones((10_000_000, 3), dtype=np.float16))
+    assert len(read(path)) == 10_000_000
