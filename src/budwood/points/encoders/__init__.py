@@ -1,0 +1,104 @@
+"""Point encoders, one file each. A new encoder is a new file and a line here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from budwood.errors import InputError
+from budwood.points.encoders.base import EncoderSpec, Hub, PointEncoder, Preparation
+from budwood.points.encoders.checkpoints import fit, read_checkpoint, state_of
+from budwood.registry import Registry
+
+ENCODERS = Registry(
+    "encoder",
+    {
+        "sprout": "budwood.points.encoders.sprout:SPROUT",
+        "ulip": "budwood.points.encoders.pointbert:ULIP",
+        "ulip2": "budwood.points.encoders.pointbert:ULIP2",
+        "openshape": "budwood.points.encoders.openshape:OPENSHAPE",
+        "openshape-l14": "budwood.points.encoders.openshape:OPENSHAPE_L14",
+        "openshape-b32": "budwood.points.encoders.openshape:OPENSHAPE_B32",
+        "uni3d-ti": "budwood.points.encoders.uni3d:TINY",
+        "uni3d-s": "budwood.points.encoders.uni3d:SMALL",
+        "uni3d-b": "budwood.points.encoders.uni3d:BASE",
+        "uni3d-l": "budwood.points.encoders.uni3d:LARGE",
+        "uni3d-g": "budwood.points.encoders.uni3d:GIANT",
+    },
+)
+
+__all__ = [
+    "ENCODERS",
+    "EncoderSpec",
+    "Hub",
+    "PointEncoder",
+    "Preparation",
+    "load_encoder",
+    "load_weights",
+]
+
+
+def load_encoder(
+    name: str = "sprout",
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> PointEncoder:
+    """An encoder with its weights, in evaluation mode, frozen.
+
+    Args:
+        name: a name in ``ENCODERS``.
+        checkpoint: a local file with the published layout; by default the one that ships, or the
+            published one from the Hugging Face hub.
+        device: where to put it.
+
+    Raises:
+        UnknownNameError: no such encoder.
+        InputError: the file is missing, truncated or needs code, or the hub is out of reach.
+        UnsupportedModelError: a checkpoint of another architecture; the message says which keys
+            differ.
+    """
+    spec: EncoderSpec = ENCODERS.get(name)
+    if spec.hub is None:
+        from budwood.points.encoders.sprout import WEIGHTS, load_sprout
+
+        encoder: PointEncoder = load_sprout(WEIGHTS if checkpoint is None else checkpoint)
+    else:
+        path = Path(checkpoint) if checkpoint is not None else download(spec.hub)
+        with torch.device("meta"):
+            encoder = spec.make()
+        load_weights(encoder, path)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:
+    """Load a published checkpoint into an encoder, which may be on the meta device.
+
+    Raises:
+        InputError: the file is missing, truncated or needs code.
+        UnsupportedModelError: another architecture.
+    """
+    state, scale = state_of(read_checkpoint(path))
+    encoder.load_state_dict(fit(encoder, state, str(path)), assign=True)
+    if scale is not None:
+        encoder.logit_scale = scale
+
+
+def download(hub: Hub) -> Path:
+    """A file of the Hugging Face hub, from the cache if it is there.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub.repo, hub.file, repo_type=hub.kind))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot download {hub.file} of {hub.repo}: {line}; give a local file as checkpoint"
+        ) from None

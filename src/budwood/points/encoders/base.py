@@ -1,0 +1,200 @@
+"""What a point encoder is."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from budwood.errors import InputError, ShapeError
+from budwood.points.encoders.blocks import Block
+from budwood.points.grouping import Grouping, check_points
+from budwood.points.io.cloud import Cloud
+from budwood.points.sampling import normalize, sample, to_up, without_duplicates
+
+Around = Callable[[int, Block, Tensor], Tensor]
+"""Called in place of each block with its number, the block and its input; returns its output."""
+
+Published = Mapping[str, tuple[str | None, ...]]
+"""Names here to published names. Several are stacked along the first axis; None is zeros."""
+
+LOGIT_SCALE = 1 / 0.07
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a checkpoint is published.
+
+    Attributes:
+        repo: id on the Hugging Face hub.
+        file: name in that repository.
+        kind: ``"model"`` or ``"dataset"``.
+        licence: of the weights.
+    """
+
+    repo: str
+    file: str
+    kind: str = "model"
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an encoder wants its clouds.
+
+    Attributes:
+        n_points: as many as in training; more are thinned out, fewer stay as they are.
+        color: whether colours are read.
+        grey: colour of clouds without any, in [0, 1].
+        swap_yz: y and z change places before encoding, which mirrors; as in training.
+    """
+
+    n_points: int
+    color: bool = False
+    grey: float = 0.4
+    swap_yz: bool = False
+
+
+class PointEncoder(nn.Module, ABC):
+    """A transformer on groups of points whose features are aligned with text embeddings.
+
+    Subclasses build ``blocks``, a list of :class:`Block`, and the three parts around them.
+
+    Attributes:
+        name: the name in ``ENCODERS``, or that of the family.
+        text: name of the text tower in ``TOWERS`` whose space the features share.
+        embed_dim: width of the features.
+        dim: width of the tokens.
+        grouping: how clouds are cut into groups; may be replaced.
+        preparation: how clouds are prepared.
+        logit_scale: factor on cosines before softmax, from the checkpoint.
+        pos_in_every_block: whether position embeddings are added before each block, or once.
+    """
+
+    blocks: nn.ModuleList
+    pos_in_every_block: ClassVar[bool] = False
+
+    def __init__(
+        self, name: str, text: str, dim: int, embed_dim: int, grouping: Grouping, prep: Preparation
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.text = text
+        self.dim = dim
+        self.embed_dim = embed_dim
+        self.grouping = grouping
+        self.preparation = prep
+        self.logit_scale = LOGIT_SCALE
+
+    @abstractmethod
+    def embed(self, xyz: Tensor, rgb: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens and their positions, [CLS] first, each of shape (batch, 1 + n_groups, dim)."""
+
+    @abstractmethod
+    def pool(self, x: Tensor) -> Tensor:
+        """From tokens to features, shape (batch, embed_dim)."""
+
+    @abstractmethod
+    def published(self) -> Published:
+        """Which published entry each of ``state_dict`` comes from; {} for one of our own."""
+
+    def forward(
+        self, xyz: Tensor, rgb: Tensor | None = None, around: Around | None = None
+    ) -> Tensor:
+        """Encode clouds of equally many points.
+
+        Args:
+            xyz: prepared coordinates, shape (batch, n_points, 3), n_points ≥ 1.
+            rgb: colours in [0, 1], same shape; None, or an encoder without colours, makes them
+                grey or leaves them out.
+            around: in place of each block; see `Around`. Adapters come in here, so that nothing
+                of the encoder is patched.
+
+        Returns:
+            Features, not normalised, shape (batch, embed_dim).
+
+        Raises:
+            ShapeError: wrong shapes.
+        """
+        check_points(xyz)
+        if not self.preparation.color:
+            rgb = None
+        elif rgb is None:
+            rgb = torch.full_like(xyz, self.preparation.grey)
+        elif rgb.shape != xyz.shape:
+            raise ShapeError(f"rgb has shape {tuple(rgb.shape)}, xyz {tuple(xyz.shape)}")
+        x, pos = self.embed(xyz, rgb)
+        for index, block in enumerate(self.blocks):
+            if index == 0 or self.pos_in_every_block:
+                x = x + pos
+            x = block(x) if around is None else around(index, block, x)  # type: ignore[arg-type]
+        return self.pool(x)
+
+    def prepare(
+        self,
+        cloud: Cloud,
+        n_points: int | None = None,
+        *,
+        up: str = "y",
+        sampler: str = "random",
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`forward` takes, of one cloud: turned, sampled, normalised.
+
+        Points at the same place count once.
+
+        Args:
+            cloud: what was read.
+            n_points: points to keep; default as many as in training.
+            up: ``"y"`` or ``"z"``: the axis of the cloud that points up.
+            sampler: a name in ``SAMPLERS``.
+            seed: seed of the sampling.
+
+        Returns:
+            xyz and rgb (or None), float32, shape (n, 3), n ≤ n_points.
+
+        Raises:
+            InputError: one point, or all at the same place: no shape to encode.
+        """
+        cloud = without_duplicates(cloud)
+        if len(cloud) == 1:
+            raise InputError(
+                f"{cloud.source} has only one point, or all at the same place: there is no shape"
+            )
+        turned = Cloud(to_up(cloud.xyz, up, "y"), cloud.rgb, cloud.source)
+        wanted = self.preparation.n_points if n_points is None else n_points
+        cloud = normalize(sample(turned, wanted, sampler, seed))
+        xyz = torch.from_numpy(cloud.xyz).float()
+        if self.preparation.swap_yz:
+            xyz = xyz[:, [0, 2, 1]]
+        keep = self.preparation.color and cloud.rgb is not None
+        return xyz, torch.from_numpy(cloud.rgb) if keep else None
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An entry of ``ENCODERS``.
+
+    Attributes:
+        build: makes the encoder with random weights.
+        hub: where its checkpoint is published; None if it ships.
+        options: arguments of ``build``.
+    """
+
+    build: Callable[..., PointEncoder]
+    hub: Hub | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self) -> PointEncoder:
+        """The encoder with random weights."""
+        return self.build(**self.options)
+
+
+def scale_of(logarithm: float) -> float:
+    """``logit_scale`` as the factor it stands for, capped at 100 as CLIP does."""
+    return min(math.exp(logarithm), 100.0)

@@ -1,0 +1,178 @@
+"""The parts that all encoders are made of: attention, MLP, block, and the network of one group.
+
+One implementation serves every published layout; the encoder files map its names to theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budwood.errors import InputError
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values that the tokens of one block attend to besides each other.
+
+    Attributes:
+        keys: shape (1 or batch, n_heads, n_context, d_head).
+        values: same shape.
+        gate: how far each head lets them in, shape (n_heads,): at 0 the block is as without them,
+            at 1 they are tokens like the others. None is 1.
+    """
+
+    keys: Tensor
+    values: Tensor
+    gate: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection.
+
+    Args:
+        dim: width of the tokens.
+        n_heads: number of heads.
+        d_head: width of a head; default ``dim / n_heads``.
+        bias: whether queries, keys and values have one.
+    """
+
+    def __init__(self, dim: int, n_heads: int, d_head: int | None = None, bias: bool = False):
+        super().__init__()
+        if d_head is None and dim % n_heads:
+            raise InputError(f"dim={dim} does not divide into n_heads={n_heads}")
+        self.n_heads = n_heads
+        self.d_head = d_head or dim // n_heads
+        self.qkv = nn.Linear(dim, 3 * n_heads * self.d_head, bias=bias)
+        self.proj = nn.Linear(n_heads * self.d_head, dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens, each of shape (batch, n_heads, n, d_head)."""
+        batch, n, _ = x.shape
+        qkv = self.qkv(x).view(batch, n, 3, self.n_heads, self.d_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: shape (batch, n, dim).
+            context: what to attend to besides.
+        """
+        q, k, v = self.split(x)
+        out = F.scaled_dot_product_attention(q, k, v) if _alone_counts(context) else None
+        if context is not None:
+            k = torch.cat([k, context.keys.expand(len(k), -1, -1, -1)], dim=2)
+            v = torch.cat([v, context.values.expand(len(v), -1, -1, -1)], dim=2)
+            joint = F.scaled_dot_product_attention(q, k, v)
+            # Joint attention is (1 − m) · own + m · context, with m the context's share of mass:
+            # interpolating towards it scales that share.
+            gate = context.gate
+            out = (
+                joint if out is None or gate is None else out + gate.view(-1, 1, 1) * (joint - out)
+            )
+        assert out is not None
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers: GELU between them, or SwiGLU with the gate in the first half.
+
+    Args:
+        dim: width of the tokens.
+        hidden: width between the layers.
+        swiglu: SwiGLU instead of GELU; the first layer is then twice as wide.
+        norm: a layer norm before the second layer.
+        eps: of that norm.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, swiglu: bool = False, norm: bool = False, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.swiglu = swiglu
+        self.fc1 = nn.Linear(dim, hidden * (2 if swiglu else 1))
+        self.norm = nn.LayerNorm(hidden, eps=eps) if norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.swiglu:
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x)
+        return self.fc2(self.norm(x))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, attn: Attention, mlp: Mlp, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Tokens in and out, shape (batch, n, dim)."""
+        x = x + self.attn(self.norm1(x), context)
+        return x + self.mlp(self.norm2(x))
+
+    def context(self, tokens: Tensor, gate: Tensor | None = None) -> Context:
+        """What tokens contribute to the attention of this block, if nothing else of them is used.
+
+        Args:
+            tokens: shape (n, dim).
+            gate: shape (n_heads,).
+        """
+        _, k, v = self.attn.split(self.norm1(tokens)[None])
+        return Context(k, v, gate)
+
+
+class GroupNet(nn.Module):
+    """The token of a group of points: PointNet twice, the group's maximum in between.
+
+    Source: Point-BERT's mini-PointNet, as in ULIP and Uni3D.
+
+    Args:
+        channels: of a point: 3 offsets, or these and 3 colours.
+        out: width of the token.
+        width: of the first layer; the others are 2, 4 and 4 times as wide.
+    """
+
+    def __init__(self, channels: int, out: int, width: int = 128):
+        super().__init__()
+        self.first_conv = nn.Sequential(
+            nn.Conv1d(channels, width, 1),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Conv1d(width, 2 * width, 1),
+        )
+        self.second_conv = nn.Sequential(
+            nn.Conv1d(4 * width, 4 * width, 1),
+            nn.BatchNorm1d(4 * width),
+            nn.ReLU(),
+            nn.Conv1d(4 * width, out, 1),
+        )
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Shape (batch, n_groups, k, channels) to (batch, n_groups, out)."""
+        x = self.first_conv(groups.flatten(0, 1).transpose(1, 2))
+        top = x.amax(dim=2, keepdim=True).expand_as(x)
+        x = self.second_conv(torch.cat([top, x], dim=1))
+        return x.amax(dim=2).view(*groups.shape[:2], -1)
+
+
+def position_net(dim: int, width: int = 128) -> nn.Sequential:
+    """From the coordinates of a centre to its position embedding."""
+    return nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, dim))
+
+
+def _alone_counts(context: Context | None) -> bool:
+    return context is None or context.gate is not None

@@ -1,0 +1,146 @@
+"""Published checkpoints: reading without executing, and fitting them to an encoder."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.points.encoders.base import PointEncoder, scale_of
+
+# Plain containers that the published files hold beside tensors: options of the run, and scores.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    collections.defaultdict,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+]
+PREFIXES = ("module.", "pc_encoder.", "_orig_mod.")
+# Parts of the published models that encoding clouds does not need: towers for text and images,
+# timm's patch embedding and head.
+UNUSED = re.compile(
+    r"^(open_clip_model|visual|transformer\.resblocks|token_embedding|positional_embedding|ln_final"
+    r"|image_projection|text_projection|logit_scale|cls_head_finetune)(\.|$)"
+    r"|^point_encoder\.visual\.(cls_token|pos_embed|patch_embed|head|rope)(\.|$)"
+    r"|^point_encoder\.cls_head_finetune\."
+)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint, tensors on the CPU.
+
+    Nothing in it is executed: .safetensors, or a torch file of tensors and plain containers.
+
+    Raises:
+        InputError: no such file, truncated, or it would need code of its own.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"checkpoint {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it needs {wanted[1]}, and loading that could run code" if wanted else "damaged"
+        raise InputError(f"{file} is refused: {reason}") from None
+    except (OSError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{file} is truncated or no checkpoint: {line}") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file} holds a {type(content).__name__}, expected a state dict")
+    return dict(content)
+
+
+def state_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors of a checkpoint by bare name, and its ``logit_scale`` as a factor.
+
+    Looks under ``state_dict``, ``module`` and ``model``, and strips the prefixes of wrappers.
+    """
+    inner: Mapping[str, Any] = content
+    for name in ("state_dict", "module", "model"):
+        if isinstance(inner.get(name), Mapping):
+            inner = inner[name]
+    state = {_bare(k): v for k, v in inner.items() if isinstance(v, Tensor)}
+    scale = state.get("logit_scale")
+    outside = content.get("logit_scale")
+    if isinstance(outside, Mapping):
+        outside = next(iter(outside.values()), None)
+    if scale is None and isinstance(outside, Tensor):
+        scale = outside
+    usable = scale is not None and scale.numel() == 1
+    return state, scale_of(float(scale)) if usable else None  # type: ignore[arg-type]
+
+
+def fit(encoder: PointEncoder, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Published tensors under the names of an encoder, float32.
+
+    Args:
+        encoder: whose layout is wanted.
+        state: from :func:`state_of`.
+        source: for messages.
+
+    Raises:
+        UnsupportedModelError: another architecture; the message says which keys differ.
+    """
+    wanted = layout(encoder)
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted and not UNUSED.search(key)]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} ≠ {shape}"
+        for key, shape in wanted.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if missing or extra or shapes:
+        parts = [("missing", missing), ("unexpected", extra), ("of another shape", shapes)]
+        told = "; ".join(f"{len(k)} {what}: {_some(k)}" for what, k in parts if k)
+        raise UnsupportedModelError(f"{source} is no {encoder.name} checkpoint: {told}")
+    fitted = {}
+    own = encoder.state_dict()
+    for key, parts in encoder.published().items():
+        size = own[key].shape[0] // len(parts) if own[key].ndim else 0
+        found = [torch.zeros(size) if part is None else state[part] for part in parts]
+        value = found[0] if len(found) == 1 else torch.cat([part.float() for part in found])
+        fitted[key] = value.float() if value.is_floating_point() else value
+    return fitted
+
+
+def layout(encoder: PointEncoder) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a published checkpoint must hold."""
+    own = encoder.state_dict()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, parts in encoder.published().items():
+        shape = tuple(own[key].shape)
+        for part in parts:
+            if part is not None:
+                shapes[part] = (shape[0] // len(parts), *shape[1:]) if len(parts) > 1 else shape
+    return shapes
+
+
+def _bare(key: str) -> str:
+    while key.startswith(PREFIXES):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def _some(keys: list[str], n: int = 3) -> str:
+    return ", ".join(keys[:n]) + (", …" if len(keys) > n else "")

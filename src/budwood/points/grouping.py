@@ -1,0 +1,294 @@
+"""Local groups of points: farthest-point centres, nearest neighbours, balls.
+
+Pure tensor functions, batched, that work from one point up; and the rule by which the number of
+groups and their size follow the number of points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budwood.errors import InputError, ShapeError
+
+CHUNK = 1 << 24
+"""Distances held at once when neighbours are searched by brute force."""
+TREE_ABOVE = 4096
+"""From this many points on, and on a CPU, a k-d tree beats brute force."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a cloud is cut into groups.
+
+    Attributes:
+        n_groups: groups of a dense cloud.
+        k: points in each of them.
+        n_dense: points for which the encoder was made.
+        radius: groups are balls of this radius instead of nearest neighbours; None for those.
+        density_aware: for clouds of fewer than half of ``n_dense`` points, k falls with the square
+            root of their number (not below ``k_min``), and the number of groups so that a point
+            stays in as many groups; ours. Off, the published numbers hold as far as there are
+            points.
+        k_min: smallest k of that rule.
+        pointnet2: on dense clouds, what ``pointnet2_ops`` does, quirks included; see
+            :func:`farthest_points_pointnet2`.
+    """
+
+    n_groups: int
+    k: int
+    n_dense: int
+    radius: float | None = None
+    density_aware: bool = True
+    k_min: int = 4
+    pointnet2: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_groups", "k", "n_dense", "k_min"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.radius is not None and not 0 < self.radius < math.inf:
+            raise InputError(f"radius={self.radius} must be positive")
+
+    def is_sparse(self, n_points: int) -> bool:
+        """Whether the rule for sparse clouds applies."""
+        return self.density_aware and 2 * n_points < self.n_dense
+
+    def sizes(self, n_points: int) -> tuple[int, int]:
+        """Number of groups and of points in each, both between 1 and ``n_points``."""
+        if not self.is_sparse(n_points):
+            return min(self.n_groups, n_points), min(self.k, n_points)
+        k = round(self.k * math.sqrt(2 * n_points / self.n_dense))
+        k = min(max(k, self.k_min), self.k, n_points)
+        overlap = max(2.0, self.n_groups * self.k / self.n_dense)
+        return max(1, min(self.n_groups, n_points, round(overlap * n_points / k))), k
+
+    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres and members.
+
+        Args:
+            xyz: normalised coordinates, shape (batch, n_points, 3).
+
+        Returns:
+            Indices of the centres, shape (batch, n_groups), and of the members of their groups,
+            shape (batch, n_groups, k), both int64. Centres are distinct unless ``pointnet2`` holds.
+        """
+        check_points(xyz)
+        n_groups, k = self.sizes(xyz.shape[1])
+        sparse = self.is_sparse(xyz.shape[1])
+        quirks = self.pointnet2 and not sparse
+        centers = (farthest_points_pointnet2 if quirks else farthest_points)(xyz, n_groups)
+        queries = gather(xyz, centers)
+        if self.radius is not None and not sparse:
+            return centers, ball(xyz, queries, self.radius, k)
+        return centers, nearest(xyz, queries, k)
+
+
+def check_points(xyz: Tensor) -> None:
+    """Refuse what is no batch of clouds.
+
+    Raises:
+        ShapeError: the shape is not (batch, n_points ≥ 1, 3), or the dtype is no float.
+    """
+    if xyz.ndim != 3 or xyz.shape[2] != 3 or 0 in xyz.shape:
+        raise ShapeError(
+            f"xyz has shape {tuple(xyz.shape)}, expected (batch, n_points, 3), not empty"
+        )
+    if not xyz.is_floating_point():
+        raise ShapeError(f"xyz has dtype {xyz.dtype}, expected a floating-point one")
+
+
+def gather(values: Tensor, indices: Tensor) -> Tensor:
+    """``values[b, indices[b]]`` for each b.
+
+    Args:
+        values: shape (batch, n, channels).
+        indices: int64, shape (batch, …).
+
+    Returns:
+        Shape (batch, …, channels).
+    """
+    flat = indices.flatten(1)
+    picked = values.gather(1, flat[..., None].expand(-1, -1, values.shape[2]))
+    return picked.view(*indices.shape, values.shape[2])
+
+
+def farthest_points(xyz: Tensor, n_samples: int, start: int = 0) -> Tensor:
+    """Farthest-point sampling: each next point is the one farthest from those chosen.
+
+    Source: Eldar et al. 1997, Gonzalez 1985. Ties go to the lower index. Deviation from common
+    code: a point is never chosen twice, also where several lie at one place.
+
+    Args:
+        xyz: shape (batch, n_points, 3).
+        n_samples: 1 ≤ n_samples ≤ n_points.
+        start: the first point, 0 ≤ start < n_points.
+
+    Returns:
+        Distinct indices in the order of choice, int64, shape (batch, n_samples).
+
+    Raises:
+        ShapeError: wrong shape, or numbers outside their range.
+    """
+    check_points(xyz)
+    batch, n_points, _ = xyz.shape
+    if not 1 <= n_samples <= n_points or not 0 <= start < n_points:
+        raise ShapeError(f"{n_samples} samples from point {start} of {n_points}: out of range")
+    points = xyz.detach().float()
+    rows = torch.arange(batch, device=xyz.device)
+    chosen = torch.empty(batch, n_samples, dtype=torch.long, device=xyz.device)
+    distance = torch.full((batch, n_points), torch.inf, device=xyz.device)
+    last = torch.full((batch,), start, dtype=torch.long, device=xyz.device)
+    for i in range(n_samples):
+        chosen[:, i] = last
+        gap = (points - points[rows, last][:, None]).square().sum(-1)
+        distance = torch.minimum(distance, gap)
+        distance[rows, last] = -1.0  # never again, not even where all others lie at one place
+        last = _first_max(distance)
+    return chosen
+
+
+def farthest_points_pointnet2(xyz: Tensor, n_samples: int) -> Tensor:
+    """Farthest-point sampling as ``pointnet2_ops`` does it on a GPU, choice by choice.
+
+    What it does differently: it starts at point 0; it never looks at points with ‖x‖² ≤ 1e-3, so
+    none near the origin is chosen; with more samples than points to choose from it repeats some;
+    and ties go by the tree in which its threads compare: to the thread whose number, read with its
+    bits reversed, is lowest, and within a thread to the lower index. Float32, in the order of its
+    source: x, y, z. (Its compiler may fuse a multiplication and an addition, which this does not.)
+
+    Args:
+        xyz: shape (batch, n_points, 3).
+        n_samples: 1 or more.
+
+    Returns:
+        Indices, int64, shape (batch, n_samples); they may repeat.
+    """
+    check_points(xyz)
+    if n_samples < 1:
+        raise ShapeError(f"{n_samples} samples: give 1 or more")
+    points = xyz.detach().float()
+    batch, n_points, _ = points.shape
+    order = torch.from_numpy(_thread_order(n_points)).to(xyz.device)
+    points = points[:, order]
+    x, y, z = points.unbind(-1)
+    skipped = x * x + y * y + z * z <= 1e-3
+    distance = torch.full((batch, n_points), 1e10, device=xyz.device)
+    rows = torch.arange(batch, device=xyz.device)
+    last = torch.full((batch,), int((order == 0).nonzero()), device=xyz.device)
+    first = last.clone()
+    chosen = torch.empty(batch, n_samples, dtype=torch.long, device=xyz.device)
+    for i in range(n_samples):
+        chosen[:, i] = order[last]
+        dx, dy, dz = (c - c[rows, last][:, None] for c in (x, y, z))
+        distance = torch.minimum(distance, dx * dx + dy * dy + dz * dz)
+        last = _first_max(distance.masked_fill(skipped, -1.0))
+        last = torch.where(skipped.all(1), first, last)
+    return chosen
+
+
+def nearest(xyz: Tensor, queries: Tensor, k: int) -> Tensor:
+    """The k nearest points of each query, nearest first.
+
+    Args:
+        xyz: shape (batch, n_points, 3).
+        queries: shape (batch, n_queries, 3).
+        k: 1 ≤ k ≤ n_points.
+
+    Returns:
+        Indices, int64, shape (batch, n_queries, k). Which of several points at the same distance
+        comes first is not promised.
+
+    Raises:
+        ShapeError: wrong shape, or k outside its range.
+    """
+    check_points(xyz)
+    n_points = xyz.shape[1]
+    if not 1 <= k <= n_points:
+        raise ShapeError(f"k={k} neighbours of {n_points} points: out of range")
+    points, queries = xyz.detach().float(), queries.detach().float()
+    if xyz.device.type == "cpu" and n_points >= TREE_ABOVE:
+        by_tree = _nearest_by_tree(points, queries, k)
+        if by_tree is not None:
+            return by_tree
+    step = max(1, CHUNK // (points.shape[0] * n_points))
+    parts = [
+        # Not by |a|² − 2ab + |b|², which loses the small distances that decide.
+        torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
+        .topk(k, largest=False)
+        .indices
+        for part in queries.split(step, dim=1)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def ball(xyz: Tensor, queries: Tensor, radius: float, k: int, strict: bool = False) -> Tensor:
+    """The first k points, by index, within a radius of each query.
+
+    Source: PointNet++. Fewer than k are filled up with the first of them; a query with none in
+    reach gets the nearest point, k times (``pointnet2_ops``, asked so by ``strict``: point 0).
+
+    Args:
+        xyz: shape (batch, n_points, 3).
+        queries: shape (batch, n_queries, 3).
+        radius: in the units of ``xyz``; a point just at it is in, unless ``strict``.
+        k: 1 or more.
+        strict: as ``pointnet2_ops``: a point at the radius is out, and point 0 stands for none.
+
+    Returns:
+        Indices, int64, shape (batch, n_queries, k).
+    """
+    check_points(xyz)
+    points, queries = xyz.detach().float(), queries.detach().float()
+    n_points = points.shape[1]
+    step = max(1, CHUNK // (points.shape[0] * n_points))
+    limit = torch.tensor(radius, dtype=torch.float32).square().item()
+    index = torch.arange(n_points, device=xyz.device)
+    parts = []
+    for part in queries.split(step, dim=1):
+        gap = _square_distance(part, points)
+        inside = gap < limit if strict else gap <= limit
+        ranked = torch.where(inside, index, n_points).sort(dim=-1).values[..., :k]
+        fallback = torch.zeros_like(ranked[..., :1]) if strict else gap.argmin(-1, keepdim=True)
+        first = torch.where(ranked[..., :1] == n_points, fallback, ranked[..., :1])
+        filled = torch.where(ranked == n_points, first, ranked)
+        lacking = k - filled.shape[-1]
+        parts.append(torch.cat([filled, first.expand(-1, -1, lacking)], dim=-1))
+    return torch.cat(parts, dim=1)
+
+
+def _square_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances, summed as x, y, z, shape (batch, n_a, n_b)."""
+    dx, dy, dz = (a[..., i, None] - b[:, None, :, i] for i in range(3))
+    return dx * dx + dy * dy + dz * dz
+
+
+def _first_max(values: Tensor) -> Tensor:
+    """The lowest index of the maximum of each row, which argmax does not promise."""
+    at_top = values == values.max(dim=1, keepdim=True).values
+    index = torch.arange(values.shape[1], device=values.device)
+    return torch.where(at_top, index, values.shape[1]).min(dim=1).values
+
+
+def _thread_order(n_points: int) -> np.ndarray:
+    """Indices in the order in which ``pointnet2_ops`` prefers them where distances tie."""
+    n_threads = min(1 << int(math.log2(n_points)), 512)
+    bits = n_threads.bit_length() - 1
+    index = np.arange(n_points)
+    thread = index % n_threads
+    reverse = sum(((thread >> i) & 1) << (bits - 1 - i) for i in range(bits)) + 0 * thread
+    return np.lexsort((index, reverse))
+
+
+def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor | None:
+    try:
+        from scipy.spatial import cKDTree
+    except ImportError:
+        return None
+    found = [cKDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
+    stacked = np.stack(found).reshape(len(points), queries.shape[1], k)
+    return torch.from_numpy(stacked.astype(np.int64))

@@ -1,0 +1,196 @@
+"""Fewer points: at random, far apart, as a LiDAR sees them, or half hidden; and normalisation.
+
+Functions on arrays that know no model. Randomness comes from a seed, never from a global stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from numbers import Integral
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from budwood.errors import InputError
+from budwood.points.grouping import farthest_points
+from budwood.points.io.cloud import Array, Cloud
+from budwood.registry import Registry
+
+Indices = NDArray[np.int64]
+THIN_ABOVE = 65_536
+"""Clouds above this many points are thinned at random before farthest-point sampling."""
+
+
+def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
+    """Indices of points drawn without repetition; all, in order, if there are no more.
+
+    Args:
+        xyz: shape (n, 3).
+        n_points: how many, 1 or more.
+        seed: the same seed gives the same points.
+    """
+    _check_count(n_points)
+    if len(xyz) <= n_points:
+        return np.arange(len(xyz))
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(len(xyz), size=n_points, replace=False, shuffle=False))
+
+
+def far_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
+    """Indices of points far apart; arguments as in :func:`random_points`.
+
+    Starts at a point that the seed draws. Deviation: above `THIN_ABOVE` points the cloud is thinned
+    at random first, because the cost grows with points · n_points.
+    """
+    _check_count(n_points)
+    if len(xyz) <= n_points:
+        return np.arange(len(xyz))
+    pool = random_points(xyz, max(THIN_ABOVE, 4 * n_points), seed)
+    start = int(np.random.default_rng(seed).integers(len(pool)))
+    centred = torch.from_numpy(xyz[pool] - xyz[pool].mean(axis=0)).float()
+    picked = farthest_points(centred[None], n_points, start=start)[0].numpy()
+    return pool[picked]
+
+
+def lidar_points(
+    xyz: Array,
+    n_points: int,
+    seed: int = 0,
+    *,
+    beams: int = 64,
+    elevation: tuple[float, float] = (-24.9, 2.0),
+    azimuth_step: float = 0.2,
+    up: str = "y",
+) -> Indices:
+    """Indices of points that a spinning LiDAR would return, about ``n_points`` of them.
+
+    The object is put at the range at which it catches that many returns; of the points in one cell
+    of beam and azimuth the nearest is seen. Range thins the points and beams line them up, which
+    random sampling does not show. A simulation of ours, with the beams of a Velodyne HDL-64E.
+
+    Args:
+        xyz: shape (n, 3); its extent counts as 1.5 m, about that of furniture.
+        n_points: returns wanted, 1 or more; the result has between 1 and this many.
+        seed: seed of the direction from which it is seen.
+        beams: number of beams.
+        elevation: lowest and highest beam, degrees.
+        azimuth_step: angle between shots, degrees.
+        up: ``"y"`` or ``"z"``, the axis that points up.
+    """
+    _check_count(n_points)
+    rng = np.random.default_rng(seed)
+    points = to_up(xyz, up, "z")
+    points = points - points.mean(axis=0)
+    extent = float(np.ptp(points, axis=0).max())
+    points = points * (1.5 / extent if extent > 0 else 1.0)
+    angle = rng.uniform(0, 2 * math.pi)
+    heading = np.array([math.cos(angle), math.sin(angle), 0.0])
+    steps = (math.radians(elevation[1] - elevation[0]) / max(1, beams - 1), azimuth_step)
+    low, high = 2.0, 2000.0
+    seen = _first_returns(points, heading * low, steps)
+    for _ in range(24):  # returns fall with range: bisection on its logarithm
+        middle = math.sqrt(low * high)
+        trial = _first_returns(points, heading * middle, steps)
+        low, high = (middle, high) if len(trial) > n_points else (low, middle)
+        if len(trial) <= n_points:
+            seen = trial
+    if len(seen) > n_points:
+        seen = seen[random_points(xyz[seen], n_points, seed)]
+    return seen
+
+
+def visible_points(xyz: Array, n_points: int, seed: int = 0, *, hidden: float = 0.5) -> Indices:
+    """Indices of points on the side that faces a viewer, then drawn at random.
+
+    Args:
+        xyz: shape (n, 3).
+        n_points: how many at most, 1 or more.
+        seed: seed of the direction of view and of the draw.
+        hidden: share of the points, farthest along the view, that is left out, in [0, 1).
+    """
+    _check_count(n_points)
+    if not 0 <= hidden < 1:
+        raise InputError(f"hidden={hidden} is outside [0, 1)")
+    rng = np.random.default_rng(seed)
+    direction = rng.normal(size=3)
+    depth = xyz @ (direction / np.linalg.norm(direction))
+    n_seen = max(1, math.ceil((1 - hidden) * len(xyz)))
+    seen = np.sort(np.argsort(depth, kind="stable")[:n_seen])
+    return seen[random_points(xyz[seen], n_points, seed)]
+
+
+SAMPLERS = Registry(
+    "sampler",
+    {
+        "random": "budwood.points.sampling:random_points",
+        "farthest": "budwood.points.sampling:far_points",
+        "lidar": "budwood.points.sampling:lidar_points",
+        "occluded": "budwood.points.sampling:visible_points",
+    },
+)
+
+
+def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -> Cloud:
+    """A cloud of at most ``n_points``, colours kept.
+
+    Raises:
+        UnknownNameError: no such method in ``SAMPLERS``.
+        InputError: ``n_points`` is below 1.
+    """
+    return cloud.take(SAMPLERS.get(method)(cloud.xyz, n_points, seed))
+
+
+def without_duplicates(cloud: Cloud) -> Cloud:
+    """The first of all points at the same place, in order."""
+    _, first = np.unique(cloud.xyz, axis=0, return_index=True)
+    return cloud if len(first) == len(cloud) else cloud.take(np.sort(first))
+
+
+def normalize(cloud: Cloud) -> Cloud:
+    """The centroid moved to the origin, the largest norm scaled to 1.
+
+    A cloud without extent is moved and not scaled.
+    """
+    centred = cloud.xyz - cloud.xyz.mean(axis=0)
+    radius = float(np.linalg.norm(centred, axis=1).max())
+    return replace(cloud, xyz=centred / radius if radius > 0 else centred)
+
+
+def to_up(xyz: Array, current: str, wanted: str) -> Array:
+    """Turned so that another axis points up; a rotation, so that nothing is mirrored.
+
+    Args:
+        xyz: shape (n, 3).
+        current: ``"y"`` or ``"z"``, the axis that points up.
+        wanted: the one that shall.
+
+    Raises:
+        InputError: another axis.
+    """
+    for axis in (current, wanted):
+        if axis not in ("y", "z"):
+            raise InputError(f"up={axis!r} is unknown; give 'y' or 'z'")
+    if current == wanted:
+        return xyz
+    x, y, z = xyz[:, 0], xyz[:, 1], xyz[:, 2]
+    return np.stack((x, -z, y) if wanted == "z" else (x, z, -y), axis=1)
+
+
+def _first_returns(points: Array, offset: Array, steps: tuple[float, float]) -> Indices:
+    moved = points + offset
+    distance = np.linalg.norm(moved, axis=1)
+    polar = np.arcsin((moved[:, 2] / np.maximum(distance, 1e-9)).clip(-1, 1))
+    rows = np.floor(polar / steps[0])
+    columns = np.floor(np.degrees(np.arctan2(moved[:, 1], moved[:, 0])) / steps[1])
+    order = np.lexsort((distance, columns, rows))
+    cells = np.stack([rows[order], columns[order]], axis=1)
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (cells[1:] != cells[:-1]).any(axis=1)
+    return np.sort(order[first])
+
+
+def _check_count(n_points: int) -> None:
+    if isinstance(n_points, bool) or not isinstance(n_points, Integral) or n_points < 1:
+        raise InputError(f"n_points={n_points!r} must be an integer of 1 or more")
