@@ -65,7 +65,7 @@ class Grouping:
         k = round(self.k * math.sqrt(2 * n_points / self.n_dense))
         k = min(max(k, self.k_min), self.k, n_points)
         overlap = max(2.0, self.n_groups * self.k / self.n_dense)
-        return max(1, min(self.n_groups, n_points, round(overlap * n_points / k))), k
+        return min(self.n_groups, n_points, math.ceil(overlap * n_points / k)), k
 
     def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
         """Centres and members.

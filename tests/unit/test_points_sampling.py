@@ -1,0 +1,119 @@
+"""Sampling, normalisation and axes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from budwood.errors import InputError, UnknownNameError
+from budwood.points.io import make_cloud
+from budwood.points.sampling import (
+    SAMPLERS,
+    far_points,
+    lidar_points,
+    normalize,
+    random_points,
+    sample,
+    to_up,
+    visible_points,
+    without_duplicates,
+)
+
+
+def ball(n=3000, seed=0):
+    xyz = np.random.default_rng(seed).normal(size=(n, 3))
+    return xyz / np.linalg.norm(xyz, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", SAMPLERS.names())
+@pytest.mark.parametrize("n", [1, 2, 64, 2999, 3000, 9999])
+def test_every_sampler(name, n):
+    cloud = make_cloud(ball(), ball(seed=1).clip(0, 1))
+    got = sample(cloud, n, name, seed=5)
+    assert 1 <= len(got) <= min(n, 3000)
+    assert len(np.unique(got.xyz, axis=0)) == len(got)
+    assert len(got.rgb) == len(got)
+    assert np.array_equal(got.xyz, sample(cloud, n, name, seed=5).xyz)
+    if name in ("random", "farthest"):
+        assert len(got) == min(n, 3000)
+    if name == "random" and n == 64:
+        assert not np.array_equal(got.xyz, sample(cloud, n, name, seed=6).xyz)
+
+
+@pytest.mark.parametrize("name", SAMPLERS.names())
+def test_every_sampler_takes_one_point_and_equal_points(name):
+    for xyz in (np.zeros((1, 3)), np.ones((7, 3)), np.full((7, 3), 5e6)):
+        assert 1 <= len(sample(make_cloud(xyz), 4, name)) <= 4
+
+
+def test_far_points_are_far():
+    xyz = ball()
+    gaps = []
+    for indices in (far_points(xyz, 40), random_points(xyz, 40)):
+        chosen = xyz[indices]
+        distance = np.linalg.norm(chosen[:, None] - chosen[None], axis=2) + 9 * np.eye(40)
+        gaps.append(distance.min())
+    assert gaps[0] > 3 * gaps[1]
+    assert gaps[0] > 0.3
+
+
+def test_lidar_sees_one_side_in_lines():
+    xyz = ball(20_000)
+    seen = xyz[lidar_points(xyz, 200, seed=1, up="z")]
+    assert 100 < len(seen) <= 200
+    # One hemisphere, along the view, which is horizontal.
+    view = seen.mean(axis=0)
+    assert np.linalg.norm(view) > 0.3 and abs(view[2]) < 0.1
+    assert (seen @ view > 0).mean() > 0.95
+    # Lines: heights crowd around as many values as beams hit the ball.
+    heights = np.sort(seen[:, 2])
+    turned = to_up(xyz, "z", "y")
+    assert np.array_equal(
+        lidar_points(turned, 200, seed=1, up="y"), lidar_points(xyz, 200, 1, up="z")
+    )
+    assert len(heights) == len(seen)
+
+
+def test_visible_points_are_near():
+    xyz = ball()
+    indices = visible_points(xyz, 3000, seed=2, hidden=0.75)
+    assert len(indices) == 750
+    centre = xyz[indices].mean(axis=0)
+    assert np.linalg.norm(centre) > 0.5
+    for hidden in (-0.1, 1.0):
+        with pytest.raises(InputError, match="outside"):
+            visible_points(xyz, 5, hidden=hidden)
+
+
+def test_normalize():
+    cloud = normalize(make_cloud(ball(50) * 3 + 5e6))
+    np.testing.assert_allclose(cloud.xyz.mean(axis=0), 0, atol=1e-8)
+    assert np.linalg.norm(cloud.xyz, axis=1).max() == pytest.approx(1)
+    assert normalize(make_cloud(np.full((4, 3), 7.0))).xyz.tolist() == [[0.0] * 3] * 4
+
+
+def test_axes_turn_and_do_not_mirror():
+    eye = np.eye(3)
+    for current, wanted in (("y", "z"), ("z", "y")):
+        turned = to_up(eye, current, wanted)
+        assert np.linalg.det(turned) == pytest.approx(1)
+        assert turned["xyz".index(current)]["xyz".index(wanted)] == 1
+        assert np.array_equal(to_up(turned, wanted, current), eye)
+        assert np.array_equal(to_up(eye, current, current), eye)
+    with pytest.raises(InputError, match="give 'y' or 'z'"):
+        to_up(eye, "x", "y")
+
+
+def test_duplicates():
+    xyz = ball(6)
+    doubled = make_cloud(np.vstack([xyz, xyz[::-1], xyz[:2]]))
+    assert np.array_equal(without_duplicates(doubled).xyz, xyz)
+
+
+def test_refusals():
+    cloud = make_cloud(ball(9))
+    for n in (0, -3, 2.5, True):
+        with pytest.raises(InputError, match="must be an integer of 1 or more"):
+            sample(cloud, n)
+    with pytest.raises(UnknownNameError, match="did you mean 'random'"):
+        sample(cloud, 3, "randm")
