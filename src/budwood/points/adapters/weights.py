@@ -1,0 +1,125 @@
+"""Adapters that lend the encoder other weights: LoRA, norms alone (Tent), or all of them.
+
+The encoder's own stay as they are; the adapter has copies or differences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from budwood.errors import InputError
+from budwood.points.adapters.base import Adapter, AdapterConfig
+from budwood.points.adapters.statistics import BATCH_NORMS
+from budwood.points.encoders.base import PointEncoder
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """Options of LoRA.
+
+    Attributes:
+        rank: of each difference.
+        alpha: it is scaled by ``alpha / rank``; default ``rank``.
+        targets: endings of the names of linear layers in the blocks.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank={self.rank} must be 1 or more")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+
+class Lora(Adapter):
+    """Low-rank differences to the linear layers of the blocks.
+
+    Source: LoRA (arXiv 2106.09685); starts at the frozen encoder.
+    """
+
+    name: ClassVar[str] = "lora"
+    source: ClassVar[str] = "LoRA, arXiv 2106.09685"
+    Config: ClassVar[type[AdapterConfig]] = LoraConfig
+    config: LoraConfig
+
+    def __init__(self, encoder: PointEncoder, config: LoraConfig | None = None) -> None:
+        super().__init__(encoder, config)
+        rank = self.config.rank
+        self.layers = tuple(
+            name
+            for name, module in encoder.named_modules()
+            if isinstance(module, nn.Linear)
+            and name.startswith("blocks.")
+            and name.endswith(self.config.targets)
+        )
+        if not self.layers:
+            raise InputError(f"targets={self.config.targets} match no linear layer of a block")
+        weights = [encoder.get_parameter(f"{name}.weight") for name in self.layers]
+        self.down = nn.ParameterList(torch.empty(rank, w.shape[1]) for w in weights)
+        self.up = nn.ParameterList(torch.zeros(w.shape[0], rank) for w in weights)
+        for down in self.down:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.scale = (self.config.alpha or rank) / rank
+
+    def replaced(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.weight": self.encoder.get_parameter(f"{name}.weight")
+            + self.scale * (up @ down)
+            for name, down, up in zip(self.layers, self.down, self.up)
+        }
+
+
+class _Copies(Adapter):
+    """Copies of some of the encoder's parameters."""
+
+    def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
+        super().__init__(encoder, config)
+        self.names = self.chosen(encoder)
+        self.values = nn.ParameterList(
+            encoder.get_parameter(name).detach().clone() for name in self.names
+        )
+
+    @staticmethod
+    def chosen(encoder: PointEncoder) -> tuple[str, ...]:
+        """Names of the parameters that are copied."""
+        raise NotImplementedError
+
+    def replaced(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values))
+
+
+class Tent(_Copies):
+    """Scales and shifts of the norms alone; meant for :func:`budwood.points.distill.entropy`.
+
+    Source: Tent (arXiv 2006.10726). Deviation: layer norms too, most encoders have few others.
+    """
+
+    name: ClassVar[str] = "tent"
+    source: ClassVar[str] = "Tent, arXiv 2006.10726"
+
+    @staticmethod
+    def chosen(encoder: PointEncoder) -> tuple[str, ...]:
+        return tuple(
+            f"{name}.{last}"
+            for name, module in encoder.named_modules()
+            if isinstance(module, (nn.LayerNorm, *BATCH_NORMS))
+            for last in ("weight", "bias")
+        )
+
+
+class FullFineTuning(_Copies):
+    """A copy of every parameter."""
+
+    name: ClassVar[str] = "full"
+    source: ClassVar[str] = "fine-tuning"
+
+    @staticmethod
+    def chosen(encoder: PointEncoder) -> tuple[str, ...]:
+        return tuple(name for name, _ in encoder.named_parameters())

@@ -1,0 +1,219 @@
+"""Losses of self-distillation, and which clouds the student sees. Pure functions on tensors.
+
+The teacher is the frozen encoder on the dense cloud, the student the adapted one on few points.
+Source: ESP-Zero (arXiv 2404.19639), a reconstruction; what is ours is marked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from budwood.errors import InputError
+
+RULES = ("outside_top_k", "threshold", "all_but_argmax")
+
+
+def negatives(
+    teacher: Tensor, rule: str = "outside_top_k", *, k: int = 5, threshold: float = 0.01
+) -> Tensor:
+    """Which texts the teacher finds irrelevant.
+
+    The paper leaves the rule open. Ours is the first; at least the best text is never a negative.
+
+    Args:
+        teacher: logits, shape (batch, n_texts).
+        rule: ``"outside_top_k"``, ``"threshold"`` (probability below ``threshold``) or
+            ``"all_but_argmax"``.
+        k: for the first rule, 1 or more.
+        threshold: for the second, in (0, 1).
+
+    Returns:
+        Booleans, shape (batch, n_texts).
+
+    Raises:
+        InputError: unknown rule or a parameter outside its range.
+    """
+    if rule not in RULES:
+        raise InputError(f"rule={rule!r} is unknown; give one of {', '.join(RULES)}")
+    if k < 1 or not 0 < threshold < 1:
+        raise InputError(f"k={k} must be 1 or more, threshold={threshold} in (0, 1)")
+    best = F.one_hot(teacher.argmax(-1), teacher.shape[-1]).bool()
+    if rule == "threshold":
+        return (teacher.softmax(-1) < threshold) & ~best
+    n_positive = 1 if rule == "all_but_argmax" else min(k, teacher.shape[-1])
+    kept = torch.zeros_like(best).scatter(-1, teacher.topk(n_positive, dim=-1).indices, True)
+    return ~kept & ~best
+
+
+def complementary(student: Tensor, negative: Tensor) -> Tensor:
+    """Complementary learning: L = −1/|N| · Σ_{c∈N} log(1 − p_c), the mean over the batch.
+
+    Computed as log Σ_{j≠c} exp(s_j) − log Σ_j exp(s_j), which stays finite where p_c is 1 in
+    float32. A row without negatives counts 0.
+
+    Args:
+        student: logits, shape (batch, n_texts).
+        negative: from :func:`negatives`, same shape.
+
+    Returns:
+        Shape ().
+    """
+    if student.shape[-1] == 1:
+        return student.sum() * 0.0  # a lone text has no others
+    log_all = student.logsumexp(-1, keepdim=True)
+    # All but the top text have p ≤ 1/2; for that one, the others are summed instead.
+    small = torch.log1p(-(student - log_all).clamp(max=-0.5).exp())
+    top = student.argmax(-1, keepdim=True)
+    others = student.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True) - log_all
+    is_top = torch.zeros_like(negative).scatter(-1, top, True)
+    log_not = torch.where(is_top, others.expand_as(small), small)
+    log_not = log_not * negative
+    return -(log_not.sum(-1) / negative.sum(-1).clamp(min=1)).mean()
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """A positive term: 1 − cosine of the features, the mean over the batch.
+
+    Ours. Args are features, shape (batch, d).
+    """
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """A positive term: KL(teacher ‖ student) of the names, the mean over the batch.
+
+    Ours, after Hinton et al. 2015. Args are logits, shape (batch, n_texts).
+    """
+    p = (teacher / temperature).log_softmax(-1)
+    q = (student / temperature).log_softmax(-1)
+    return F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
+
+
+def entropy(student: Tensor) -> Tensor:
+    """What Tent minimises: the entropy of the names, the mean over the batch.
+
+    Source: Tent (arXiv 2006.10726).
+    """
+    log_p = student.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A mixture of the terms.
+
+    Attributes:
+        complementary: weight of the negatives, the paper's only term.
+        cosine: weight of the features' cosine. Ours.
+        kl: weight of the divergence of names. Ours.
+        entropy: weight of the entropy, Tent's only term.
+        rule: which texts are negatives.
+        k: for ``"outside_top_k"``.
+        threshold: for ``"threshold"``.
+        temperature: of the divergence.
+    """
+
+    complementary: float = 1.0
+    cosine: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    rule: str = "outside_top_k"
+    k: int = 5
+    threshold: float = 0.01
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = (self.complementary, self.cosine, self.kl, self.entropy)
+        if any(not 0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise InputError(f"weights {weights} must be 0 or more, and one above 0")
+        if self.temperature <= 0:
+            raise InputError(f"temperature={self.temperature} must be above 0")
+        negatives(torch.zeros(1, 2), self.rule, k=self.k, threshold=self.threshold)
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, texts: Tensor, logit_scale: float
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            student: features, shape (batch, d).
+            teacher: features, same shape; no gradient goes there.
+            texts: embeddings of length 1, shape (n_texts, d).
+            logit_scale: factor on cosines.
+
+        Returns:
+            Shape ().
+        """
+        teacher = teacher.detach()
+        own = logit_scale * F.normalize(student, dim=-1) @ texts.T
+        wise = logit_scale * F.normalize(teacher, dim=-1) @ texts.T
+        total = student.new_zeros(())
+        if self.complementary:
+            outside = negatives(wise, self.rule, k=self.k, threshold=self.threshold)
+            total = total + self.complementary * complementary(own, outside)
+        if self.cosine:
+            total = total + self.cosine * cosine(student, teacher)
+        if self.kl:
+            total = total + self.kl * divergence(own, wise, self.temperature)
+        if self.entropy:
+            total = total + self.entropy * entropy(own)
+        return total
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """How many points the student sees. Ours: one adapter for all densities.
+
+    Attributes:
+        counts: numbers of points.
+        order: ``"mixed"``, each step draws one; or ``"falling"``, a step draws among those reached
+            so far, from the largest down.
+    """
+
+    counts: tuple[int, ...] = (1024, 256, 128, 64, 32)
+    order: str = "mixed"
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1:
+            raise InputError(f"counts={self.counts} must be 1 or more, at least one")
+        if self.order not in ("mixed", "falling"):
+            raise InputError(f"order={self.order!r} is unknown; give 'mixed' or 'falling'")
+
+    def points(self, step: int, n_steps: int, generator: torch.Generator | None = None) -> int:
+        """Points in this step, 0 ≤ step < n_steps."""
+        counts = sorted(self.counts, reverse=True)
+        if self.order == "falling":
+            counts = counts[: 1 + step * len(counts) // max(1, n_steps)]
+        return counts[int(torch.randint(len(counts), (), generator=generator))]
+
+
+def adjusted_texts(features: Tensor, texts: Tensor, logit_scale: float, n_keep: int = 20) -> Tensor:
+    """Training-free adaptation: classifiers that lean on the surest unlabelled features.
+
+    Source: T3A (NeurIPS 2021): the vector of a class becomes the mean of its text and of the
+    ``n_keep`` features of least entropy among those that are named so.
+
+    Args:
+        features: of unlabelled clouds, shape (n, d).
+        texts: of length 1, shape (n_texts, d).
+        logit_scale: factor on cosines.
+        n_keep: features per class at most, 0 or more.
+
+    Returns:
+        Vectors of length 1, shape (n_texts, d).
+    """
+    unit = F.normalize(features, dim=-1)
+    log_p = (logit_scale * unit @ texts.T).log_softmax(-1)
+    unsure = -(log_p.exp() * log_p).sum(-1)
+    named = log_p.argmax(-1)
+    sums = texts.clone()
+    for index in range(len(texts)):
+        members = (named == index).nonzero().squeeze(1)
+        surest = members[unsure[members].argsort(stable=True)[:n_keep]]
+        sums[index] += unit[surest].sum(0)
+    return F.normalize(sums, dim=-1)

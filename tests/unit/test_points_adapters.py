@@ -1,0 +1,274 @@
+"""Adapters: the encoder is never written to, fused equals unfused, and files come back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
+from budwood.points.adapters import ADAPTERS, load_adapter, make_adapter
+from budwood.points.adapters.base import FILE
+from tests.points import models
+
+NAMES = [name for name in ADAPTERS if name != "fused"]
+START_FROZEN = {"frozen": {}, "lora": {}, "tent": {}, "full": {}, "adabn": {}}
+START_FROZEN["fca"] = {"init": "closed"}
+
+
+def clouds(n=30, batch=3, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, n, 3, generator=rng) * 0.4, torch.rand(batch, n, 3, generator=rng)
+
+
+def snapshot(encoder):
+    return {key: value.clone() for key, value in encoder.state_dict().items()}
+
+
+def assert_untouched(encoder, before):
+    after = encoder.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in encoder.modules())
+    assert not encoder.training
+
+
+def train(adapter, steps=2):
+    """A few steps on a loss that reaches every path; closed gates open at the first."""
+    xyz, rgb = clouds()
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
+    losses = []
+    for _ in range(steps):
+        loss = adapter(xyz, rgb).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("encoder", models.MAKERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name, encoder, tmp_path):
+    model = models.make(encoder)
+    before = snapshot(model)
+    xyz, rgb = clouds()
+    frozen = model(xyz, rgb)
+    adapter = make_adapter(name, model)
+    assert not any(key in before for key in adapter.state_dict())
+    if name == "adabn":
+        adapter.estimate([clouds(16)])
+    if list(adapter.parameters()):
+        train(adapter)
+        assert not torch.equal(adapter(xyz, rgb), frozen)
+    else:
+        assert torch.equal(adapter(xyz, rgb), frozen) == (name == "frozen")
+    assert_untouched(model, before)
+    assert torch.equal(model(xyz, rgb), frozen)
+    adapter.save(tmp_path / "a")
+    back = load_adapter(tmp_path / "a", models.make(encoder))
+    assert type(back) is type(adapter) and back.config == adapter.config
+    assert torch.equal(back(xyz, rgb), adapter(xyz, rgb))
+    assert not back.training
+
+
+@pytest.mark.parametrize("encoder", models.MAKERS)
+@pytest.mark.parametrize("name", START_FROZEN)
+def test_starts_at_the_frozen_encoder(name, encoder):
+    model = models.make(encoder)
+    adapter = make_adapter(name, model, **START_FROZEN[name])
+    xyz, rgb = clouds()
+    assert torch.equal(adapter(xyz, rgb), model(xyz, rgb))
+
+
+def test_random_init_does_not_start_there():
+    model = models.make("ulip")
+    assert not torch.allclose(make_adapter("fca", model)(*clouds()), model(*clouds()))
+
+
+@pytest.mark.parametrize("encoder", models.MAKERS)
+def test_fca_is_the_published_reading(encoder):
+    # Literally: join, run the frozen block on everything, drop the new tokens.
+    model = models.make(encoder)
+    adapter = make_adapter("fca", model, n_tokens=5)
+    xyz, rgb = clouds()
+
+    def literal(index, block, x):
+        new = adapter.learned[index](adapter.tokens[index : index + 1]).expand(len(x), -1, -1)
+        return block(torch.cat([x, new], dim=1))[:, : x.shape[1]]
+
+    torch.testing.assert_close(adapter(xyz, rgb), model(xyz, rgb, literal), rtol=1e-5, atol=1e-5)
+
+
+def test_an_open_gate_is_no_gate():
+    model = models.make("sprout")
+    closed = make_adapter("fca", model, init="closed")
+    state = {k: v for k, v in closed.state_dict().items() if not k.startswith("gates")}
+    plain = make_adapter("fca", model)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        for gate in closed.gates:
+            gate.fill_(1.0)
+    torch.testing.assert_close(closed(*clouds()), plain(*clouds()), rtol=1e-5, atol=1e-5)
+
+
+def test_closed_gates_learn():
+    model = models.make("sprout")
+    adapter = make_adapter("fca", model, init="closed")
+    losses = train(adapter, 4)
+    assert all(gate.abs().max() > 0 for gate in adapter.gates)
+    assert losses[-1] < losses[0]
+    train(adapter, 1)
+    assert adapter.tokens.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fca", {"n_tokens": 3}),
+        ("fca", {"init": "closed"}),
+        ("fca", {"shared": True, "batch_norm": True}),
+        ("vpt-deep", {"n_tokens": 4}),
+    ],
+)
+@pytest.mark.parametrize("encoder", models.MAKERS)
+def test_fused_equals_unfused(encoder, name, options, tmp_path):
+    model = models.make(encoder)
+    adapter = make_adapter(name, model, **options)
+    if options.get("batch_norm"):
+        adapter.estimate([clouds(16)])
+    train(adapter)
+    fused = adapter.fuse()
+    assert not list(fused.parameters())
+    fused.save(tmp_path)
+    xyz, rgb = clouds(seed=4)
+    for made in (fused, load_adapter(tmp_path, model)):
+        torch.testing.assert_close(made(xyz, rgb), adapter(xyz, rgb), rtol=1e-5, atol=1e-5)
+
+
+def test_deep_prompts_are_literal_prompts():
+    model = models.make("uni3d")
+    adapter = make_adapter("vpt-deep", model, n_tokens=5)
+    xyz, rgb = clouds()
+
+    def literal(index, block, x):
+        joined = torch.cat([x, adapter.tokens[index].expand(len(x), -1, -1)], dim=1)
+        return block(joined)[:, : x.shape[1]]
+
+    torch.testing.assert_close(adapter(xyz, rgb), model(xyz, rgb, literal), rtol=1e-5, atol=1e-5)
+
+
+def test_shallow_prompts_pass_through_and_calls_are_independent():
+    model = models.make("uni3d")
+    adapter = make_adapter("vpt-shallow", model, n_tokens=5)
+    xyz, rgb = clouds()
+    with torch.no_grad():
+        tokens, pos = model.embed(xyz, rgb)
+        x = torch.cat([tokens + pos, adapter.tokens.expand(3, -1, -1)], dim=1)
+        for block in model.blocks:
+            x = block(x)
+        want = model.pool(x)
+        torch.testing.assert_close(adapter(xyz, rgb), want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(adapter(xyz, rgb), adapter(xyz, rgb))
+
+
+def test_lora_is_its_formula():
+    model = models.make("ulip")
+    adapter = make_adapter("lora", model, rank=2, alpha=6.0, targets=("mlp.fc2",))
+    train(adapter)
+    assert adapter.layers == ("blocks.0.mlp.fc2", "blocks.1.mlp.fc2")
+    merged = models.make("ulip")
+    with torch.no_grad():
+        for name, down, up in zip(adapter.layers, adapter.down, adapter.up, strict=True):
+            merged.get_parameter(f"{name}.weight").add_(3.0 * up @ down)
+    torch.testing.assert_close(adapter(*clouds()), merged(*clouds()))
+
+
+@pytest.mark.parametrize("encoder", models.MAKERS)
+def test_adabn_is_what_training_mode_would_track(encoder):
+    model = models.make(encoder)
+    adapter = make_adapter("adabn", model)
+    xyz, rgb = clouds(16, batch=6)
+    adapter.estimate([(xyz, rgb)])
+    tracked = models.make(encoder)
+    for module in tracked.modules():
+        if hasattr(module, "running_var"):
+            module.train()
+            module.momentum = None
+    tracked(xyz, rgb)
+    tracked.eval()
+    for key, value in adapter.statistics.replaced().items():
+        want = tracked.get_buffer(key)
+        # Torch keeps the unbiased variance; 36 values or more a channel.
+        torch.testing.assert_close(value, want, rtol=0.05, atol=1e-4)
+    # In two halves: the same first layer, over all clouds together.
+    other = make_adapter("adabn", model)
+    other.estimate([(xyz[:2], rgb[:2]), (xyz[2:], rgb[2:])])
+    torch.testing.assert_close(other.statistics.mean_0, adapter.statistics.mean_0)
+    torch.testing.assert_close(other.statistics.var_0, adapter.statistics.var_0)
+
+
+def test_estimate_leaves_no_hooks_behind_an_error():
+    model = models.make("ulip")
+    adapter = make_adapter("adabn", model)
+    before = snapshot(model)
+
+    def batches():
+        yield clouds()
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        adapter.estimate(batches())
+    assert_untouched(model, before)
+    with pytest.raises(InputError, match="at least one batch"):
+        adapter.estimate([])
+    with pytest.raises(InputError, match="set batch_norm=True"):
+        make_adapter("fca", model).estimate([clouds()])
+
+
+def test_files(tmp_path):
+    model = models.make("ulip")
+    make_adapter("fca", model).save(tmp_path)
+    with pytest.raises(OutputError, match="exists"):
+        make_adapter("lora", model).save(tmp_path)
+    make_adapter("lora", model).save(tmp_path, overwrite=True)
+    assert load_adapter(tmp_path, model).name == "lora"
+    for other, what in (("sprout", "name 'ulip', here 'sprout'"), ("ulip", "weights")):
+        with pytest.raises(UnsupportedModelError, match=f"made for another encoder: {what}"):
+            load_adapter(tmp_path, models.make(other, seed=1))
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match="truncated or no adapter"):
+        load_adapter(tmp_path, model)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="no adapter"):
+        load_adapter(tmp_path, model)
+    save_file({"a": torch.zeros(1)}, path, {"budwood": json.dumps({"format": 9})})
+    with pytest.raises(InputError, match="format 9"):
+        load_adapter(tmp_path, model)
+    with pytest.raises(InputError, match="there is no adapter"):
+        load_adapter(tmp_path / "nope", model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        make_adapter("lora", model).save(tmp_path / "file" / "inside")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("fcaa", {}, UnknownNameError, "did you mean 'fca'"),
+        ("fused", {}, InputError, "comes from fuse"),
+        ("fca", {"tokens": 3}, InputError, "no option 'tokens'"),
+        ("fca", {"n_tokens": 0}, InputError, "1 or more"),
+        ("fca", {"init": "open"}, InputError, "give 'random' or 'closed'"),
+        ("vpt-deep", {"n_tokens": 0}, InputError, "1 or more"),
+        ("lora", {"rank": 0}, InputError, "1 or more"),
+        ("lora", {"targets": ("nothing",)}, InputError, "match no linear layer"),
+        ("adabn", {"batch_norm": False}, InputError, "take 'frozen'"),
+    ],
+)
+def test_refusals(name, options, error, message):
+    with pytest.raises(error, match=message):
+        make_adapter(name, models.make("ulip"), **options)
