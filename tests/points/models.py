@@ -50,9 +50,8 @@ def make(name, seed=0):
 class Words(TextTower):
     """Embeddings by a hash of the text; counts what it is asked."""
 
-    id = "words"
-
     def __init__(self, width=10):
+        self.id = f"words{width}"
         self.width = width
         self.asked = 0
 

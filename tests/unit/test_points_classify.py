@@ -276,6 +276,10 @@ def test_files_arrays_adapters_and_embeddings(tmp_path):
     adapter.save(tmp_path / "adapter")
     adapted = classify_clouds(xyz, LABELS, text=tower, adapter=tmp_path / "adapter", **options)
     assert adapted[0].scores != by_array[0].scores
+    at_hand = classify_clouds(xyz, LABELS, text=tower, adapter=adapter, **options)
+    assert at_hand[0].scores == adapted[0].scores
+    with pytest.raises(UnsupportedModelError, match="stands around another ulip"):
+        classify_clouds(xyz, LABELS, text=tower, adapter=adapter, encoder=models.make("ulip"))
     with pytest.raises(UnsupportedModelError, match="another encoder"):
         classify_clouds(
             xyz,

@@ -287,6 +287,8 @@ def test_prepare():
     torch.testing.assert_close(
         pointbert().prepare(turned, up="z")[0], pointbert().prepare(axes)[0], rtol=0, atol=1e-6
     )
+    many = make_cloud(np.tile(xyz, (4000, 1)))  # two million
+    assert pointbert().prepare(many, 64)[0].shape == (64, 3)
     for same in ([[1.0, 2, 3]], [[1.0, 2, 3]] * 9):
         with pytest.raises(InputError, match="there is no shape"):
             encoder.prepare(make_cloud(same))

@@ -214,6 +214,36 @@ def test_sampling_a_surface_is_even():
     assert np.array_equal(flat, np.zeros((5, 3)))
 
 
+def test_colours_of_meshes_and_of_ply_points(tmp_path):
+    import trimesh
+
+    red = np.tile(np.array([[255, 0, 0, 255]], dtype=np.uint8), (200, 1))
+    trimesh.PointCloud(files.XYZ, colors=red).export(tmp_path / "points.ply")
+    cloud = read(tmp_path / "points.ply")
+    np.testing.assert_allclose(cloud.xyz, files.XYZ, atol=1e-6)
+    assert np.array_equal(cloud.rgb, np.tile([[1.0, 0, 0]], (200, 1)))
+    ball = trimesh.creation.icosphere(subdivisions=1)
+    ball.visual.vertex_colors = np.tile([[0, 255, 0, 255]], (len(ball.vertices), 1))
+    for name in ("ball.ply", "ball.glb"):
+        ball.export(tmp_path / name)
+        cloud = read(tmp_path / name, n_points=50)
+        np.testing.assert_allclose(cloud.rgb, np.tile([[0, 1.0, 0]], (50, 1)), atol=0.01)
+
+
+def test_scenes_of_several_meshes_keep_their_places(tmp_path):
+    import trimesh
+
+    scene = trimesh.Scene()
+    for x in (0.0, 10.0):
+        place = trimesh.transformations.translation_matrix([x, 0, 0])
+        scene.add_geometry(trimesh.creation.icosphere(subdivisions=1), transform=place)
+    scene.export(tmp_path / "two.glb")
+    xyz = read(tmp_path / "two.glb", n_points=400).xyz
+    right = xyz[:, 0] > 5
+    assert 0.4 < right.mean() < 0.6
+    np.testing.assert_allclose(xyz[right].mean(axis=0), [10, 0, 0], atol=0.2)
+
+
 def test_ten_million_points(tmp_path):
     path = tmp_path / "many.npy"
     np.save(path, np.ones((10_000_000, 3), dtype=np.float16))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budwood.errors import InputError, ShapeError
+from budwood.errors import InputError, ShapeError, UnsupportedModelError
 from budwood.points.adapters import Adapter, load_adapter
 from budwood.points.encoders import PointEncoder, load_encoder
 from budwood.points.io import Cloud, make_cloud, read
@@ -100,6 +100,10 @@ def classify(
     prepared = [model.prepare(cloud, points, up=up, sampler=sampler, seed=seed) for cloud in given]
     if isinstance(adapter, (str, os.PathLike)):
         adapter = load_adapter(adapter, model)
+    elif adapter is not None and adapter.encoder is not model:
+        raise UnsupportedModelError(
+            f"the adapter stands around another {adapter.encoder.name} encoder; give that one too"
+        )
     features = encode(model, prepared, adapter, batch_size)
     scores = score(features, words.vectors, model.logit_scale)
     rankings = []

@@ -83,11 +83,11 @@ def embed_labels(
     """
     names = check_labels(labels)
     lines = resolve_templates(templates)
-    made = TOWERS.get(tower) if isinstance(tower, str) else tower
+    make = TOWERS.get(tower) if isinstance(tower, str) else lambda: tower
     key = _cache_key(tower if isinstance(tower, str) else tower.id, lines, names)
     vectors = _cached(key, len(names)) if cache else None
     if vectors is None:
-        vectors = average_embeddings(names, made() if isinstance(tower, str) else made, lines)
+        vectors = average_embeddings(names, make(), lines)
         if cache:
             _keep(key, vectors)
     if center is not None:

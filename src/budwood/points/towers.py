@@ -6,6 +6,7 @@ cache it never is.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -167,7 +168,9 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, name, torch.arange(buffer.shape[-1]).view(buffer.shape))
-    return ClipText(str(checkpoint), tokenizer, model.eval(), name=f"ulip:{Path(checkpoint).name}")
+    projection = state["text_projection"].float().contiguous().numpy().tobytes()
+    name = f"ulip:{hashlib.sha256(projection).hexdigest()[:16]}"
+    return ClipText(str(checkpoint), tokenizer, model.eval(), name)
 
 
 def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ Published = Mapping[str, tuple[str | None, ...]]
 """Names here to published names. Several are stacked along the first axis; None is zeros."""
 
 LOGIT_SCALE = 1 / 0.07
+THIN_ABOVE = 1 << 20
+"""Looking for points at the same place sorts them, which takes long on millions."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class PointEncoder(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """What :meth:`forward` takes, of one cloud: turned, sampled, normalised.
 
-        Points at the same place count once.
+        Points at the same place count once. Deviation: clouds above `THIN_ABOVE` points are
+        thinned at random before anything else.
 
         Args:
             cloud: what was read.
@@ -161,7 +164,7 @@ class PointEncoder(nn.Module, ABC):
         Raises:
             InputError: one point, or all at the same place: no shape to encode.
         """
-        cloud = without_duplicates(cloud)
+        cloud = without_duplicates(sample(cloud, THIN_ABOVE, "random", seed))
         if len(cloud) == 1:
             raise InputError(
                 f"{cloud.source} has only one point, or all at the same place: there is no shape"

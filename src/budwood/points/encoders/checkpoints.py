@@ -21,6 +21,8 @@ from torch import Tensor
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.points.encoders.base import PointEncoder, scale_of
 
+_SCALAR = np.float64(0).__reduce__()[0]
+
 # Plain containers that the published files hold beside tensors: options of the run, and scores.
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -29,8 +31,8 @@ HARMLESS: list[Any] = [
     np.dtypes.Float64DType,
     np.dtypes.Float32DType,
     np.dtypes.Int64DType,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # its names before and since NumPy 2
+    (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
 PREFIXES = ("module.", "pc_encoder.", "_orig_mod.")
 # Parts of the published models that encoding clouds does not need: towers for text and images,

@@ -6,6 +6,7 @@ import itertools
 import warnings
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,7 @@ def read_text(path: Path, options: ReadOptions) -> Cloud:
         raise InputError(f"{path} is no table of numbers: {_first_line(error)}") from None
     if table.size == 0:
         raise InputError(f"{path} has no points")
-    options = ReadOptions(columns, options.invalid, options.n_points, options.seed)
-    return _from_table(table, path, options)
+    return _from_table(table, path, replace(options, columns=columns))
 
 
 def _layout(path: Path) -> tuple[str | None, str | None, int]:
