@@ -56,8 +56,8 @@ class SproutConfig:
     group_width: int = 32
     embed_dim: int = 384
     n_points: int = 1024
-    n_groups: int = 64
-    k: int = 32
+    n_groups: int = 128
+    k: int = 16
     k_min: int = 4
     scale_token: bool = True
 
