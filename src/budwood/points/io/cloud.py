@@ -31,7 +31,7 @@ class Cloud:
     def __len__(self) -> int:
         return len(self.xyz)
 
-    def take(self, indices: NDArray[np.integer] | NDArray[np.bool_]) -> Cloud:
+    def take(self, indices: NDArray[np.integer] | NDArray[np.bool]) -> Cloud:
         """The points at ``indices``, or where a mask is true."""
         rgb = None if self.rgb is None else self.rgb[indices]
         return replace(self, xyz=self.xyz[indices], rgb=rgb)

@@ -85,8 +85,10 @@ def _part(geometry: Any) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any
     vertices = np.asarray(getattr(geometry, "vertices", np.empty((0, 3))), dtype=np.float64)
     faces = np.asarray(getattr(geometry, "faces", np.empty((0, 3))), dtype=np.int64)
     colors = _colors(geometry)
-    usable = colors is not None and colors.shape[:1] == vertices.shape[:1] and colors.shape[1] >= 3
-    return vertices, colors[:, :3] / 255.0 if usable else None, faces.reshape(-1, 3)
+    if colors is not None:
+        usable = colors.shape[:1] == vertices.shape[:1] and colors.shape[1] >= 3
+        colors = colors[:, :3] / 255.0 if usable else None
+    return vertices, colors, faces.reshape(-1, 3)
 
 
 def _colors(geometry: Any) -> NDArray[Any] | None:
