@@ -91,12 +91,7 @@ def classify(
     if not given:
         raise InputError("there are no clouds; give at least one")
     model = load_encoder(encoder, checkpoint) if isinstance(encoder, str) else encoder
-    words = _words(labels, embeddings, model, text, templates)
-    if words.vectors.shape[1] != model.embed_dim:
-        raise ShapeError(
-            f"text embeddings are {words.vectors.shape[1]} wide, features of {model.name} "
-            f"{model.embed_dim}; use its own text tower {model.text!r}"
-        )
+    words = embed_names(model, labels, embeddings=embeddings, text=text, templates=templates)
     prepared = [model.prepare(cloud, points, up=up, sampler=sampler, seed=seed) for cloud in given]
     if isinstance(adapter, (str, os.PathLike)):
         adapter = load_adapter(adapter, model)
@@ -161,23 +156,37 @@ def score(features: Tensor, vectors: Tensor, logit_scale: float) -> Tensor:
     return (logit_scale * F.normalize(features, dim=-1) @ vectors.to(features).T).softmax(dim=-1)
 
 
-def _words(
-    labels: Sequence[str] | TextEmbeddings | None,
-    embeddings: str | os.PathLike[str] | None,
+def embed_names(
     model: PointEncoder,
-    text: str | TextTower | None,
-    templates: str | Sequence[str],
+    labels: Sequence[str] | TextEmbeddings | None,
+    *,
+    embeddings: str | os.PathLike[str] | None = None,
+    text: str | TextTower | None = None,
+    templates: str | Sequence[str] = "points64",
 ) -> TextEmbeddings:
+    """Names in the space of an encoder; arguments as for :func:`classify`.
+
+    Raises:
+        InputError: neither labels nor a file, both, or unusable ones.
+        ShapeError: embeddings of another width than the encoder's features.
+    """
     if (labels is None) == (embeddings is None):
         raise InputError("give either labels or a file with their embeddings")
     if embeddings is not None:
-        return read_embeddings(embeddings)
-    if isinstance(labels, TextEmbeddings):
-        return labels
-    assert labels is not None
-    center = getattr(model, "text_center", None) if text is None else None
-    center = center.cpu() if center is not None and center.any() else None
-    return embed_labels(labels, text or model.text, templates, center=center)
+        words = read_embeddings(embeddings)
+    elif isinstance(labels, TextEmbeddings):
+        words = labels
+    else:
+        assert labels is not None
+        center = getattr(model, "text_center", None) if text is None else None
+        center = center.cpu() if center is not None and center.any() else None
+        words = embed_labels(labels, text or model.text, templates, center=center)
+    if words.vectors.shape[1] != model.embed_dim:
+        raise ShapeError(
+            f"text embeddings are {words.vectors.shape[1]} wide, features of {model.name} "
+            f"{model.embed_dim}; use its own text tower {model.text!r}"
+        )
+    return words
 
 
 def _as_clouds(clouds: Any) -> Iterator[Cloud]:

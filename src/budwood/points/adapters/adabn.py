@@ -23,6 +23,7 @@ class AdaBNConfig(AdapterConfig):
     batch_norm: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.batch_norm:
             raise InputError("adabn is batch_norm=True; without it, take 'frozen'")
 

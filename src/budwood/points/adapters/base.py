@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC
 from collections.abc import Mapping
@@ -25,9 +26,12 @@ from budwood.errors import InputError, OutputError, UnsupportedModelError
 from budwood.points.adapters.statistics import BatchStatistics
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block
+from budwood.points.grouping import check_points
 
 FILE = "adapter.safetensors"
 FORMAT = 1
+FULLY_AT = 8
+"""With ``fade``, an adapter comes in fully on clouds this many times sparser than in training."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,20 @@ class AdapterConfig:
 
     Attributes:
         batch_norm: hold BatchNorm statistics of their own, filled by :meth:`Adapter.estimate`.
+        counts: numbers of points, each with statistics of its own; a cloud gets those of the
+            nearest. Empty: one set for all. Ours.
+        fade: come in by degrees as points get fewer: not at all on clouds as dense as in training,
+            fully at an eighth of that; see :meth:`Adapter.share`. Ours.
     """
 
     batch_norm: bool = False
+    counts: tuple[int, ...] = ()
+    fade: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))
+        if any(count < 1 for count in self.counts):
+            raise InputError(f"counts={self.counts} must be 1 or more each")
 
 
 class Adapter(nn.Module, ABC):
@@ -66,24 +81,44 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         object.__setattr__(self, "encoder", encoder)  # not a child: its state is not ours
         self.config = config or self.Config()
-        self.statistics = BatchStatistics(encoder) if self.config.batch_norm else None
+        counts = self.config.counts
+        self.statistics = BatchStatistics(encoder, counts) if self.config.batch_norm else None
 
-    def around(self) -> Around | None:
-        """What stands in place of each block during one call; None for the block itself."""
+    def around(self, share: float) -> Around | None:
+        """What stands in place of each block during one call; None for the block itself.
+
+        Args:
+            share: how far the adapter comes in, in (0, 1].
+        """
         return None
 
-    def replaced(self) -> dict[str, Tensor]:
-        """Values that stand in for those of the encoder during one call, by their names there."""
+    def replaced(self, share: float) -> dict[str, Tensor]:
+        """Values that stand in for those of the encoder during one call, by their names there.
+
+        Args:
+            share: how far the adapter comes in, in (0, 1].
+        """
         return {}
+
+    def share(self, n_points: int) -> float:
+        """How far the adapter comes in on clouds of so many points, in [0, 1]; see ``fade``."""
+        if not self.config.fade:
+            return 1.0
+        sparser = math.log(self.encoder.grouping.n_dense / n_points) / math.log(FULLY_AT)
+        return min(max(sparser, 0.0), 1.0)
 
     def forward(self, xyz: Tensor, rgb: Tensor | None = None) -> Tensor:
         """Features, as :meth:`PointEncoder.forward`."""
-        lent = self.replaced()
+        check_points(xyz)
+        share = self.share(xyz.shape[1])
+        if share == 0:
+            return self.encoder(xyz, rgb)
+        lent = self.replaced(share)
         if self.statistics is not None:
-            lent = {**self.statistics.replaced(), **lent}
+            lent = {**self.statistics.replaced(xyz.shape[1]), **lent}
         if not lent:
-            return self.encoder(xyz, rgb, self.around())
-        return functional_call(self.encoder, lent, (xyz, rgb, self.around()))
+            return self.encoder(xyz, rgb, self.around(share))
+        return functional_call(self.encoder, lent, (xyz, rgb, self.around(share)))
 
     @torch.no_grad()
     def estimate(self, batches: Any) -> None:

@@ -9,8 +9,8 @@ on the input, they can be computed once: :meth:`FusedCrossAttention.fuse`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -42,12 +42,23 @@ class FcaConfig(AdapterConfig):
     std: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_tokens < 1:
             raise InputError(f"n_tokens={self.n_tokens} must be 1 or more")
         if self.init not in ("random", "closed"):
             raise InputError(f"init={self.init!r} is unknown; give 'random' or 'closed'")
         if self.mlp_ratio <= 0 or self.std <= 0:
             raise InputError("mlp_ratio and std must be above 0")
+
+
+def attending(contexts: Sequence[Context], share: float) -> Around:
+    """Blocks that attend to a context each, with ``share`` of the mass that it would get."""
+    if share < 1:
+        contexts = [
+            replace(c, gate=share * (c.keys.new_ones(c.keys.shape[1]) if c.gate is None else c.gate))
+            for c in contexts
+        ]
+    return lambda index, block, x: block(x, contexts[index])
 
 
 class FusedCrossAttention(Adapter):
@@ -83,9 +94,8 @@ class FusedCrossAttention(Adapter):
             made.append(block.context(tokens, self.gates[index] if len(self.gates) else None))
         return made
 
-    def around(self) -> Around:
-        contexts = self.contexts()
-        return lambda index, block, x: block(x, contexts[index])
+    def around(self, share: float) -> Around:
+        return attending(self.contexts(), share)
 
     def fuse(self) -> Fused:
         """The same function with keys and values computed once; not for training.
@@ -105,7 +115,8 @@ class Fused(Adapter):
     @classmethod
     def of(cls, adapter: Adapter, contexts: list[Context]) -> Fused:
         """From an adapter and what its blocks attend to."""
-        made = cls(adapter.encoder, AdapterConfig(adapter.config.batch_norm))
+        own = adapter.config
+        made = cls(adapter.encoder, AdapterConfig(own.batch_norm, own.counts, own.fade))
         for index, context in enumerate(contexts):
             made._put(index, context.keys, context.values, context.gate)
         if made.statistics is not None and adapter.statistics is not None:
@@ -123,14 +134,14 @@ class Fused(Adapter):
         made.load_state_dict(dict(state))
         return made
 
-    def around(self) -> Around:
+    def around(self, share: float) -> Around:
         contexts = [
             Context(
                 getattr(self, f"keys_{i}"), getattr(self, f"values_{i}"), getattr(self, f"gate_{i}")
             )
             for i in range(len(self.blocks))
         ]
-        return lambda index, block, x: block(x, contexts[index])
+        return attending(contexts, share)
 
     def _put(self, index: int, keys: Tensor, values: Tensor, gate: Tensor | None) -> None:
         gate = None if gate is None else gate.detach().clone()

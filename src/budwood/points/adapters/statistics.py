@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,33 +17,46 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class BatchStatistics(nn.Module):
     """Mean and variance of each BatchNorm, at first those of the encoder.
 
-    Source: AdaBN (arXiv 1603.04779).
+    Source: AdaBN (arXiv 1603.04779). Ours: one set for each of several numbers of points, since
+    what a group looks like changes with density.
+
+    Args:
+        encoder: whose statistics they stand in for.
+        counts: numbers of points with a set each; empty for one set for all.
     """
 
-    def __init__(self, encoder: PointEncoder) -> None:
+    def __init__(self, encoder: PointEncoder, counts: Sequence[int] = ()) -> None:
         super().__init__()
+        self.counts = tuple(counts)
+        n_sets = max(1, len(self.counts))
         norms = {n: m for n, m in encoder.named_modules() if isinstance(m, BATCH_NORMS)}
         self.names = tuple(norms)
         for index, norm in enumerate(norms.values()):
             assert norm.running_mean is not None and norm.running_var is not None
-            self.register_buffer(f"mean_{index}", norm.running_mean.detach().clone())
-            self.register_buffer(f"var_{index}", norm.running_var.detach().clone())
+            self.register_buffer(f"mean_{index}", norm.running_mean.detach().repeat(n_sets, 1))
+            self.register_buffer(f"var_{index}", norm.running_var.detach().repeat(n_sets, 1))
 
-    def replaced(self) -> dict[str, Tensor]:
-        """By the names of the encoder's buffers."""
-        lent = {}
+    def nearest(self, n_points: int) -> int:
+        """The set for clouds of so many points: that of the nearest count, by their ratio."""
+        gaps = [abs(math.log(n_points / count)) for count in self.counts]
+        return gaps.index(min(gaps)) if gaps else 0
+
+    def replaced(self, n_points: int) -> dict[str, Tensor]:
+        """By the names of the encoder's buffers, for clouds of so many points."""
+        row, lent = self.nearest(n_points), {}
         for index, name in enumerate(self.names):
-            lent[f"{name}.running_mean"] = getattr(self, f"mean_{index}")
-            lent[f"{name}.running_var"] = getattr(self, f"var_{index}")
+            lent[f"{name}.running_mean"] = getattr(self, f"mean_{index}")[row]
+            lent[f"{name}.running_var"] = getattr(self, f"var_{index}")[row]
         return lent
 
     @torch.no_grad()
     def estimate(
         self, encoder: PointEncoder, batches: Iterable[tuple[Tensor, Tensor | None]]
     ) -> None:
-        """Take the statistics of these clouds, over all of them together.
+        """Take the statistics of these clouds, over all of those in one set together.
 
-        Later layers see inputs that were normalised by their own batch, as in training.
+        Later layers see inputs that were normalised by their own batch, as in training. A set
+        without clouds stays as it is.
 
         Args:
             encoder: left as it was.
@@ -51,15 +65,16 @@ class BatchStatistics(nn.Module):
         Raises:
             InputError: there are no batches.
         """
-        totals: dict[str, list[Tensor]] = {}
+        totals: dict[tuple[int, str], list[Tensor]] = {}
+        row = 0
 
         def make_hook(name: str):
             def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 x = inputs[0].transpose(0, 1).flatten(1).double()  # (channels, values)
                 count = torch.tensor(float(x.shape[1]), device=x.device)
                 sums = [count, x.sum(1), x.square().sum(1)]
-                old = totals.get(name)
-                totals[name] = sums if old is None else [a + b for a, b in zip(old, sums)]
+                old = totals.get((row, name))
+                totals[row, name] = sums if old is None else [a + b for a, b in zip(old, sums)]
                 assert isinstance(norm, BATCH_NORMS)
                 return nn.functional.batch_norm(
                     inputs[0], None, None, norm.weight, norm.bias, training=True, eps=norm.eps
@@ -69,16 +84,19 @@ class BatchStatistics(nn.Module):
 
         modules = dict(encoder.named_modules())
         handles = [modules[n].register_forward_hook(make_hook(n)) for n in self.names]
+        n_batches = 0
         try:
             for xyz, rgb in batches:
+                row = self.nearest(xyz.shape[1])
                 encoder(xyz, rgb)
+                n_batches += 1
         finally:
             for handle in handles:
                 handle.remove()
-        if not totals:
+        if not n_batches:
             raise InputError("there are no clouds to take statistics of; give at least one batch")
-        for index, name in enumerate(self.names):
-            count, total, squares = totals[name]
+        for (row, name), (count, total, squares) in totals.items():
+            index = self.names.index(name)
             mean = total / count
-            getattr(self, f"mean_{index}").copy_(mean)
-            getattr(self, f"var_{index}").copy_((squares / count - mean.square()).clamp(min=0))
+            getattr(self, f"mean_{index}")[row] = mean.float()
+            getattr(self, f"var_{index}")[row] = (squares / count - mean.square()).clamp(min=0)

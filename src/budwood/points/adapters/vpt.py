@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError
 from budwood.points.adapters.base import Adapter, AdapterConfig
-from budwood.points.adapters.fca import Fused
+from budwood.points.adapters.fca import Fused, attending
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block, Context
 
@@ -31,6 +31,7 @@ class VptConfig(AdapterConfig):
     std: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_tokens < 1:
             raise InputError(f"n_tokens={self.n_tokens} must be 1 or more")
         if self.std <= 0:
@@ -49,14 +50,15 @@ class ShallowPrompts(Adapter):
         super().__init__(encoder, config)
         self.tokens = nn.Parameter(torch.randn(self.config.n_tokens, encoder.dim) * self.config.std)
 
-    def around(self) -> Around:
+    def around(self, share: float) -> Around:
         carried: Tensor = self.tokens
 
         def layer(index: int, block: Block, x: Tensor) -> Tensor:
             nonlocal carried
             joined = block(torch.cat([x, carried.expand(len(x), -1, -1)], dim=1))
             carried = joined[:, x.shape[1] :]
-            return joined[:, : x.shape[1]]
+            own = joined[:, : x.shape[1]]
+            return own if share == 1 else torch.lerp(block(x), own, share)
 
         return layer
 
@@ -78,9 +80,8 @@ class DeepPrompts(Adapter):
         """What each block attends to besides the points."""
         return [block.context(tokens) for block, tokens in zip(self.blocks, self.tokens)]
 
-    def around(self) -> Around:
-        contexts = self.contexts()
-        return lambda index, block, x: block(x, contexts[index])
+    def around(self, share: float) -> Around:
+        return attending(self.contexts(), share)
 
     def fuse(self) -> Fused:
         """The same function with keys and values computed once; not for training."""

@@ -33,6 +33,7 @@ class LoraConfig(AdapterConfig):
     targets: tuple[str, ...] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise InputError(f"rank={self.rank} must be 1 or more")
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -68,10 +69,10 @@ class Lora(Adapter):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self.scale = (self.config.alpha or rank) / rank
 
-    def replaced(self) -> dict[str, Tensor]:
+    def replaced(self, share: float) -> dict[str, Tensor]:
         return {
             f"{name}.weight": self.encoder.get_parameter(f"{name}.weight")
-            + self.scale * (up @ down)
+            + share * self.scale * (up @ down)
             for name, down, up in zip(self.layers, self.down, self.up)
         }
 
@@ -91,8 +92,13 @@ class _Copies(Adapter):
         """Names of the parameters that are copied."""
         raise NotImplementedError
 
-    def replaced(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.values))
+    def replaced(self, share: float) -> dict[str, Tensor]:
+        if share == 1:
+            return dict(zip(self.names, self.values))
+        return {
+            name: torch.lerp(self.encoder.get_parameter(name), value, share)
+            for name, value in zip(self.names, self.values)
+        }
 
 
 class Tent(_Copies):

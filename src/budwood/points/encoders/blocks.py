@@ -64,18 +64,14 @@ class Attention(nn.Module):
             context: what to attend to besides.
         """
         q, k, v = self.split(x)
-        out = F.scaled_dot_product_attention(q, k, v) if _alone_counts(context) else None
+        n_own = k.shape[2]
         if context is not None:
             k = torch.cat([k, context.keys.expand(len(k), -1, -1, -1)], dim=2)
             v = torch.cat([v, context.values.expand(len(v), -1, -1, -1)], dim=2)
-            joint = F.scaled_dot_product_attention(q, k, v)
-            # Joint attention is (1 − m) · own + m · context, with m the context's share of mass:
-            # interpolating towards it scales that share.
-            gate = context.gate
-            out = (
-                joint if out is None or gate is None else out + gate.view(-1, 1, 1) * (joint - out)
-            )
-        assert out is not None
+        if context is None or context.gate is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = _gated(q, k, n_own, context.gate) @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -174,5 +170,22 @@ def position_net(dim: int, width: int = 128) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, dim))
 
 
-def _alone_counts(context: Context | None) -> bool:
-    return context is None or context.gate is not None
+def _gated(q: Tensor, k: Tensor, n_own: int, gate: Tensor) -> Tensor:
+    """Attention in which the mass m of the context becomes gate · m, and that of the others 1 − it.
+
+    Args:
+        q: shape (batch, n_heads, n_own, d_head).
+        k: the tokens' own keys, then those of the context, shape (batch, n_heads, n, d_head).
+        n_own: how many are the tokens' own.
+        gate: shape (n_heads,).
+
+    Returns:
+        Shape (batch, n_heads, n_own, n), rows that sum to 1.
+    """
+    gate = gate.view(-1, 1, 1)
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    own, context = logits[..., :n_own], logits[..., n_own:]
+    low = own.logsumexp(-1, keepdim=True)
+    # The share of the context by its log-odds: exact where one side has next to all of the mass.
+    mass = gate * torch.sigmoid(context.logsumexp(-1, keepdim=True) - low)
+    return torch.cat([own.softmax(-1) * (1 - mass), context.softmax(-1) * mass], dim=-1)

@@ -1,0 +1,140 @@
+"""`budwood bench points`: what adaptation gains on classes that it never saw."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood import records
+from budwood.cli import clouds, options
+from budwood.cli.console import print_json, print_table, progress, say, working
+from budwood.cli.output import reserve, reserve_picture, write_whole
+from budwood.cli.points import counts_of
+
+if TYPE_CHECKING:
+    from budwood.points.bench import BenchConfig
+
+ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full,esp-zero-paper,esp-zero"
+
+MARKDOWN = {
+    "method": "",
+    "sampler": "",
+    "points": "",
+    "unseen_top1": ".1%",
+    "unseen_std": ".1%",
+    "unseen_top5": ".1%",
+    "seen_top1": ".1%",
+    "seen_std": ".1%",
+    "seen_top5": ".1%",
+    "novel_top1": ".1%",
+    "params": ",",
+    "lr": "",
+    "seconds": ".0f",
+}
+"""Columns of the Markdown table of a record."""
+
+
+def bench_points(
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Some of `budwood ls adaptations`.")
+    ] = ALL,
+    points: Annotated[
+        str, typer.Option(metavar="N,…", help="Numbers of points.")
+    ] = "1024,256,128,64,32,16",
+    lidar: Annotated[
+        str, typer.Option(metavar="N,…", help="Numbers of points of LiDAR-like samples; '' none.")
+    ] = "64",
+    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose each learning rate on seen classes.")
+    ] = False,
+    encoder: clouds.Encoder = "sprout",
+    checkpoint: clouds.Checkpoint = None,
+    out: options.Out = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy against points.")
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    r"""Top-1 and top-5 of every method, by number of points, on the clouds that ship.
+
+    Seen classes are those that adaptation has clouds of (none of the tested ones); unseen classes
+    were in the encoder's pretraining alone; novel ones in neither. A name is chosen among those of
+    the group. Means and standard deviations are over seeds.
+
+    \b
+    Example:
+      budwood bench points --methods tokens,adabn,esp-zero --points 64 --seeds 1 --out record.json
+    """
+    from budwood.points.bench import BenchConfig
+
+    if out:
+        reserve(out, force)
+    if plot:
+        reserve_picture(plot, force)
+        clouds.need_matplotlib()
+    sparse = counts_of(lidar) if options.listed(lidar) else ()
+    config = BenchConfig(
+        tuple(options.listed(methods)), counts_of(points), sparse, seeds, steps, batch, tune=tune
+    )
+    record = _measure(config, encoder, checkpoint)
+    if out:
+        say(f"wrote {records.write(record, out, overwrite=force)}")
+    if plot:
+        _draw(record.rows, plot)
+        say(f"wrote {plot}")
+    if json:
+        print_json(dataclasses.asdict(record))
+        return
+    print_table(record.rows, {key: (key, spec) for key, spec in MARKDOWN.items()})
+    say(_legend(record.config))
+
+
+def _measure(config: BenchConfig, encoder: str, checkpoint: Path | None) -> records.Record:
+    from budwood.points import load_clouds
+    from budwood.points.bench import run
+
+    with working("reading clouds"):
+        given = load_clouds()
+    model, words = clouds.load(encoder, checkpoint, list(given.labels), None)
+    with progress("methods") as advance:
+        rows = run(given, words, model, config, advance)
+    return records.new_record(
+        "bench points", rows, seed=0, config=_described(config, model.name, given)
+    )
+
+
+def _described(config: BenchConfig, encoder: str, given: Any) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    for group in ("seen", "unseen", "novel"):
+        part = given.where(group=group, use="test")
+        sizes |= {f"n_{group}_clouds": len(part), f"n_{group}_classes": len(part.labels)}
+    return {"encoder": encoder, **sizes, **dataclasses.asdict(config)}
+
+
+def _draw(rows: list[records.Row], path: Path) -> None:
+    curves = [
+        row
+        | {
+            "low": row["unseen_top1"] - (row["unseen_std"] or 0),
+            "high": row["unseen_top1"] + (row["unseen_std"] or 0),
+        }
+        for row in rows
+        if row["sampler"] == "random"
+    ]
+    settings = {"x": "points", "y": "unseen_top1", "by": "method", "low": "low", "high": "high"}
+    write_whole(path, lambda part: records.plot(curves, part, **settings))
+
+
+def _legend(config: dict[str, Any]) -> str:
+    groups = (
+        f"{config[f'n_{group}_clouds']} clouds of {config[f'n_{group}_classes']} {group} classes"
+        for group in ("seen", "unseen", "novel")
+    )
+    return f"{', '.join(groups)}; {config['seeds']} seeds; encoder {config['encoder']}"

@@ -1,0 +1,162 @@
+"""`budwood classify`: names for point clouds."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood.cli import clouds, options
+from budwood.cli.console import print_json, print_table, progress, say
+from budwood.cli.output import reserve, reserve_picture, write_whole
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.points import Cloud, PointEncoder, Ranking
+
+BATCH = 32
+
+
+def classify(
+    paths: clouds.Clouds,
+    labels: clouds.Labels = None,
+    labels_file: clouds.LabelsFile = None,
+    embeddings: clouds.Embeddings = None,
+    points: Annotated[
+        int | None, typer.Option(min=2, help="Points to keep of each cloud; default: all.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What `budwood points adapt` wrote.")
+    ] = None,
+    encoder: clouds.Encoder = "sprout",
+    checkpoint: clouds.Checkpoint = None,
+    sampler: clouds.Sampler = "random",
+    up: clouds.Up = "y",
+    columns: clouds.Columns = None,
+    drop_invalid: clouds.DropInvalid = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    top: Annotated[int, typer.Option(min=1, help="Names shown of each cloud.")] = 5,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the cloud (one only).")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the names as CSV.")
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    r"""Name the objects in point clouds, with words from a list.
+
+    Meshes are sampled. Scores are probabilities over the words given. More points than the encoder
+    was trained with are thinned out.
+
+    \b
+    Examples:
+      budwood classify chair.ply --labels chair,table,"desk lamp" --points 64 --plot chair.png
+      budwood classify scans/ --labels-file names.txt --adapter adapted/ --csv names.csv
+    """
+    from budwood.points import SAMPLERS, find_files
+
+    names = clouds.names_of(labels, labels_file, embeddings)
+    SAMPLERS.get(sampler)
+    files = find_files(paths)
+    if plot:
+        if len(files) > 1:
+            raise InputError(f"--plot draws one cloud, and there are {len(files)}")
+        reserve_picture(plot, force)
+        clouds.need_matplotlib()
+    if table:
+        reserve(table, force)
+    model, words = clouds.load(encoder, checkpoint, names, embeddings)
+    settings = {"points": points, "sampler": sampler, "up": up, "seed": seed, "top": top}
+    found = _rank(files, model, words, adapter, settings, (columns, drop_invalid))
+    rankings = [ranking for _, ranking in found]
+    if table:
+        write_whole(table, lambda part: _write_csv(rankings, part))
+        say(f"wrote {table}")
+    if plot:
+        write_whole(plot, lambda part: _draw(found[0], model, settings, part))
+        say(f"wrote {plot}")
+    if json:
+        named = str(adapter) if adapter else None
+        print_json({"encoder": model.name, "adapter": named, **settings, "rows": _rows(rankings)})
+    else:
+        _print(rankings)
+
+
+def _rank(
+    files: list[Path],
+    model: PointEncoder,
+    words: Any,
+    adapter: Path | None,
+    settings: dict[str, Any],
+    reading: tuple[str | None, bool],
+) -> list[tuple[Cloud | None, Ranking]]:
+    """Rankings; with the cloud if there is but one, since a folder's do not fit into memory."""
+    from budwood.points import classify, load_adapter
+
+    adapted = None if adapter is None else load_adapter(adapter, model)
+    found = []
+    with progress("clouds") as advance:
+        for part in clouds.chunks(files, BATCH):
+            given = clouds.read_all(part, *reading, lambda done, _: None)
+            rankings = classify(given, words, encoder=model, adapter=adapted, **settings)
+            kept = given if len(files) == 1 else [None] * len(given)
+            found += zip(kept, rankings)
+            advance(len(found), len(files))
+    return found
+
+
+def _rows(rankings: list[Ranking]) -> list[dict[str, Any]]:
+    return [
+        {
+            "cloud": one.source,
+            "n_points": one.n_points,
+            "names": list(one.names),
+            "scores": [round(score, 6) for score in one.scores],
+        }
+        for one in rankings
+    ]
+
+
+def _write_csv(rankings: list[Ranking], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cloud", "n_points", "rank", "name", "score"])
+        for one in rankings:
+            for rank, (name, score) in enumerate(zip(one.names, one.scores), 1):
+                writer.writerow([one.source, one.n_points, rank, name, f"{score:.6f}"])
+
+
+def _print(rankings: list[Ranking]) -> None:
+    rows = [
+        {
+            "cloud": one.source,
+            "points": one.n_points,
+            "name": one.best,
+            "score": one.scores[0],
+            "then": ", ".join(f"{n} {s:.0%}" for n, s in zip(one.names[1:], one.scores[1:])),
+        }
+        for one in rankings
+    ]
+    specs = {"cloud": "", "points": "", "name": "", "score": ".1%", "then": ""}
+    print_table(rows, {key: (key, spec) for key, spec in specs.items()})
+
+
+def _draw(
+    found: tuple[Cloud | None, Ranking], model: PointEncoder, settings: dict[str, Any], path: Path
+) -> None:
+    from budwood.points.picture import draw
+
+    cloud, ranking = found
+    assert cloud is not None
+    rest = {key: settings[key] for key in ("up", "sampler", "seed")}
+    dense, _ = model.prepare(cloud, **rest)
+    sparse, _ = model.prepare(cloud, settings["points"], **rest)
+    told = f"{len(sparse)} points: {ranking.best} {ranking.scores[0]:.0%}"
+    views = [(told, sparse.numpy())]
+    if len(sparse) < len(dense):
+        views.insert(0, (f"{len(dense)} points", dense.numpy()))
+    draw(views, path)

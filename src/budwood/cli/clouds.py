@@ -1,0 +1,106 @@
+"""What the commands on point clouds share: options, labels, encoders and clouds in batches."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood.cli.console import working
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.points import Cloud, PointEncoder, TextEmbeddings
+
+Clouds = Annotated[
+    list[Path],
+    typer.Argument(metavar="CLOUD…", help="Files or folders: .ply .pcd .las .npy .xyz .obj …."),
+]
+Labels = Annotated[
+    str | None, typer.Option(metavar="NAME,…", help="Names to choose from, with commas.")
+]
+LabelsFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The same from a file, a name in each line.")
+]
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Names with their text embeddings (.safetensors) instead."),
+]
+Encoder = Annotated[str, typer.Option(help="One of `budwood ls encoders`.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Local weights of that encoder.")
+]
+Sampler = Annotated[str, typer.Option(help="random, farthest, lidar or occluded.")]
+Up = Annotated[str, typer.Option(help="y or z: the axis of the clouds that points up.")]
+Columns = Annotated[
+    str | None, typer.Option(metavar="LETTERS", help="Columns of tables, such as xyz_rgb.")
+]
+DropInvalid = Annotated[
+    bool, typer.Option("--drop-invalid", help="Leave out points that are NaN or infinite.")
+]
+
+
+def names_of(labels: str | None, file: Path | None, embeddings: Path | None) -> list[str] | None:
+    """Names from one of the three options; None for those of embeddings.
+
+    Raises:
+        InputError: none or several of them, an unreadable file, or an empty or repeated name.
+    """
+    from budwood.points.text import check_labels
+
+    given = [option for option in (labels, file, embeddings) if option is not None]
+    if len(given) != 1:
+        raise InputError("give one of --labels, --labels-file and --embeddings")
+    if labels is not None:
+        return list(check_labels(labels.split(",")))
+    if file is None:
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise InputError(f"cannot read {file}: {reason}") from None
+    return list(check_labels([line for line in lines if line.strip()]))
+
+
+def load(
+    encoder: str, checkpoint: Path | None, names: list[str] | None, embeddings: Path | None
+) -> tuple[PointEncoder, TextEmbeddings]:
+    """An encoder, and names in its space."""
+    from budwood.points import load_encoder
+    from budwood.points.classify import embed_names
+
+    with working("loading the encoder and the text tower"):
+        model = load_encoder(encoder, checkpoint)
+        return model, embed_names(model, names, embeddings=embeddings)
+
+
+def read_all(
+    files: list[Path], columns: str | None, drop_invalid: bool, advance: Any
+) -> list[Cloud]:
+    """All clouds of some files, in memory."""
+    from budwood.points import read
+
+    clouds = []
+    for path in files:
+        clouds.append(read(path, columns=columns, invalid="drop" if drop_invalid else "error"))
+        advance(len(clouds), len(files))
+    return clouds
+
+
+def chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
+    """Consecutive parts of at most ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def need_matplotlib() -> None:
+    """Fail before the slow work.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib: pip install 'budwood[plot]'")

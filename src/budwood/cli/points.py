@@ -1,0 +1,108 @@
+"""`budwood points adapt`: an encoder adapted to sparse clouds of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from budwood.cli import clouds, options
+from budwood.cli.console import out, print_json, progress
+from budwood.errors import InputError, OutputError
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def points(context: typer.Context) -> None:
+    r"""Adapt point encoders to sparse clouds.
+
+    \b
+    Example:
+      budwood points adapt scans/ --labels chair,table,lamp --output adapted/
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def adapt(
+    paths: clouds.Clouds,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the adapter goes; an unfinished run goes on.")
+    ],
+    labels: clouds.Labels = None,
+    labels_file: clouds.LabelsFile = None,
+    embeddings: clouds.Embeddings = None,
+    encoder: clouds.Encoder = "sprout",
+    checkpoint: clouds.Checkpoint = None,
+    method: Annotated[str, typer.Option(help="One of `budwood ls adaptations`.")] = "esp-zero",
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None,
+    counts: Annotated[
+        str, typer.Option(metavar="N,…", help="Numbers of points to adapt to.")
+    ] = "1024,256,128,64,32",
+    sampler: clouds.Sampler = "random",
+    up: clouds.Up = "y",
+    columns: clouds.Columns = None,
+    drop_invalid: clouds.DropInvalid = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    json: options.Json = False,
+) -> None:
+    r"""Adapt an encoder with unlabelled dense clouds; it learns to see them in a few of their points.
+
+    The names say what could be there; which cloud is which stays unknown. The encoder is not
+    changed: the adapter is a small file beside it, for `budwood classify --adapter`. Killed and
+    started again with the same options, it goes on where it was.
+
+    \b
+    Example:
+      budwood points adapt scans/ --labels-file names.txt --output adapted/
+    """
+    from budwood.points import AdaptConfig, Curriculum, find_files
+    from budwood.points.adapters.base import FILE
+
+    names = clouds.names_of(labels, labels_file, embeddings)
+    config = AdaptConfig(
+        method,
+        steps,
+        batch,
+        lr,
+        seed,
+        curriculum=Curriculum(counts_of(counts)),
+        sampler=sampler,
+    )
+    if (output / FILE).exists():
+        raise OutputError(f"{output / FILE} exists; choose another folder")
+    files = find_files(paths)
+    model, words = clouds.load(encoder, checkpoint, names, embeddings)
+    with progress("reading") as advance:
+        given = clouds.read_all(files, columns, drop_invalid, advance)
+    from budwood.points import adapt as run
+
+    with progress("steps") as advance:
+        adapter = run(given, words, model, config, output=output, up=up, on_step=advance)
+    n_params = sum(p.numel() for p in adapter.parameters())
+    if json:
+        about = {"encoder": model.name, "method": method, "clouds": len(given), "params": n_params}
+        print_json(about | {"steps": steps, "output": str(output)})
+    else:
+        out().print(
+            f"adapted {model.name} by {method} to {len(given)} clouds: {n_params:,} parameters in "
+            f"{output}",
+            markup=False,
+        )
+
+
+def counts_of(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas.
+
+    Raises:
+        InputError: something else, or none.
+    """
+    items = options.listed(text)
+    if not items or not all(item.isdecimal() for item in items):
+        raise InputError(f"{text!r} is no list of whole numbers such as 64,32")
+    return tuple(map(int, items))

@@ -1,0 +1,321 @@
+"""Adapting a frozen encoder to sparse clouds, with unlabelled clouds alone.
+
+Source: ESP-Zero (arXiv 2404.19639), a reconstruction: the frozen encoder on a dense cloud teaches
+the adapted one on a few of its points. What is ours is marked where it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budwood.errors import InputError, OutputError
+from budwood.points.adapters import Adapter, identity, make_adapter
+from budwood.points.adapters.base import FILE
+from budwood.points.classify import embed_names, encode
+from budwood.points.distill import Curriculum, Objective
+from budwood.points.encoders import PointEncoder
+from budwood.points.io import Cloud
+from budwood.points.methods import METHODS, Method
+from budwood.points.sampling import SAMPLERS, normalize
+from budwood.points.text import TextEmbeddings
+
+STATE = "unfinished.pt"
+WARM_UP = 20
+SAVE_EVERY = 50
+ESTIMATE_WITH = 512
+"""Clouds that BatchNorm statistics are taken of, at most, for each number of points."""
+
+Prepared = Sequence[tuple[Tensor, Tensor | None]]
+OnStep = Callable[[int, int], Any]
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """How to adapt.
+
+    Attributes:
+        method: a name in ``METHODS``.
+        steps: optimiser steps, 1 or more; nothing is trained for a method without an objective.
+        batch_size: clouds a step, 1 or more.
+        lr: learning rate; default the method's.
+        seed: of everything drawn.
+        objective: what is minimised; default the method's.
+        curriculum: how many points the student sees.
+        sampler: how they are chosen, a name in ``SAMPLERS``.
+        options: of the adapter, over those of the method.
+    """
+
+    method: str = "esp-zero"
+    steps: int = 400
+    batch_size: int = 32
+    lr: float | None = None
+    seed: int = 0
+    objective: Objective | None = None
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    sampler: str = "random"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        METHODS.get(self.method)
+        SAMPLERS.get(self.sampler)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"lr={self.lr} must be above 0")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed} must be 0 or more")
+
+    @property
+    def resolved(self) -> Method:
+        """The method with what is set here instead of its own."""
+        method: Method = METHODS.get(self.method)
+        return dataclasses.replace(
+            method,
+            lr=self.lr or method.lr,
+            objective=self.objective if method.objective and self.objective else method.objective,
+            options={**method.options, **self.options},
+        )
+
+
+def adapt(
+    clouds: Sequence[Cloud] | Prepared,
+    texts: TextEmbeddings,
+    encoder: PointEncoder,
+    config: AdaptConfig | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    up: str = "y",
+    on_step: OnStep | None = None,
+) -> Adapter:
+    """Adapt an encoder to sparse clouds; the encoder itself is not written to.
+
+    Deviations from the paper, all ours: the teacher sees each cloud as it is, once; the student
+    sees points drawn anew each step, as many as the curriculum says; the objective of the default
+    method has a positive term; AdamW with a cosine schedule.
+
+    Args:
+        clouds: dense ones, unlabelled: as read, or as :meth:`PointEncoder.prepare` returns them.
+        texts: embeddings of names, of the encoder's own text tower. Which of them a cloud is
+            stays unknown.
+        encoder: frozen.
+        config: how; default ``AdaptConfig()``.
+        output: a folder for the adapter. An unfinished run of the same settings there goes on
+            where it was.
+        up: ``"y"`` or ``"z"``: the axis of the clouds that points up.
+        on_step: called with steps done and to do.
+
+    Returns:
+        The adapter, in evaluation mode.
+
+    Raises:
+        InputError: no clouds, or unusable ones.
+        ShapeError: embeddings of another width than the encoder's features.
+        OutputError: the folder has an adapter, an unfinished run of other settings, or cannot be
+            written.
+    """
+    config = config or AdaptConfig()
+    prepared = [encoder.prepare(one, up=up) if isinstance(one, Cloud) else one for one in clouds]
+    if not prepared:
+        raise InputError("there are no clouds to adapt to; give at least one")
+    texts = embed_names(encoder, texts)
+    if output is not None and (Path(output) / FILE).exists():
+        raise OutputError(f"{Path(output) / FILE} exists; choose another folder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        adapter = make_adapter(config.resolved.adapter, encoder, **config.resolved.options)
+    run = _Run(adapter, config, prepared, texts, None if output is None else Path(output))
+    run.go(on_step)
+    if output is not None:
+        adapter.save(output)
+        run.finish()
+    return adapter
+
+
+def thinned(
+    cloud: tuple[Tensor, Tensor | None], n_points: int, sampler: str, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """A prepared cloud with fewer points, normalised again.
+
+    Args:
+        cloud: xyz and rgb (or None), shape (n, 3).
+        n_points: to keep at most.
+        sampler: a name in ``SAMPLERS``.
+        seed: of the draw.
+    """
+    xyz, rgb = cloud
+    points = xyz.double().numpy()
+    kept = SAMPLERS.get(sampler)(points, n_points, seed)
+    thin = normalize(Cloud(points[kept])).xyz
+    return torch.from_numpy(thin).float(), None if rgb is None else rgb[kept]
+
+
+def stacked(clouds: Prepared) -> tuple[Tensor, Tensor | None]:
+    """A batch of as many points each as the smallest has; more are cut off at random places.
+
+    Samplers return their points in no order of importance, LiDAR-like ones varying numbers.
+    """
+    n_points = min(len(xyz) for xyz, _ in clouds)
+    kept = [torch.linspace(0, len(xyz) - 1, n_points).round().long() for xyz, _ in clouds]
+    xyz = torch.stack([cloud[rows] for (cloud, _), rows in zip(clouds, kept)])
+    if any(rgb is None for _, rgb in clouds):
+        return xyz, None
+    return xyz, torch.stack([rgb[rows] for (_, rgb), rows in zip(clouds, kept) if rgb is not None])
+
+
+class _Run:
+    """One adaptation: what is trained, how far it is, and where that is kept."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        config: AdaptConfig,
+        clouds: Prepared,
+        texts: TextEmbeddings,
+        folder: Path | None,
+    ) -> None:
+        self.adapter, self.config, self.clouds, self.texts = adapter, config, clouds, texts
+        self.folder, self.step = folder, 0
+        self.device = next(adapter.encoder.parameters()).device
+        method = config.resolved
+        self.objective = method.objective if any(True for _ in adapter.parameters()) else None
+        self.lr = method.lr
+        self.optim = torch.optim.AdamW(adapter.parameters(), lr=self.lr, weight_decay=0.0) if (
+            self.objective
+        ) else None
+        self.resumed = self._resume()
+
+    def go(self, on_step: OnStep | None) -> None:
+        """Statistics first, then the steps that are left."""
+        if not self.resumed and self.adapter.statistics is not None:
+            self.adapter.estimate(self._sparse_batches())
+        if self.objective is None or self.optim is None:
+            return
+        teacher = encode(self.adapter.encoder, self.clouds).to(self.device)
+        vectors = self.texts.vectors.to(self.device)
+        while self.step < self.config.steps:
+            rng = np.random.default_rng([self.config.seed, self.step])
+            chosen = rng.choice(
+                len(self.clouds), min(self.config.batch_size, len(self.clouds)), replace=False
+            )
+            xyz, rgb = self._batch(chosen, self._points(rng), rng)
+            student = self.adapter(xyz, rgb)
+            loss = self.objective(
+                student, teacher[chosen], vectors, self.adapter.encoder.logit_scale
+            )
+            self._update(loss)
+            if on_step is not None:
+                on_step(self.step, self.config.steps)
+            if self.step % SAVE_EVERY == 0:
+                self._save()
+
+    def finish(self) -> None:
+        """The adapter is written: what was for going on is no longer needed."""
+        if self.folder is not None:
+            (self.folder / STATE).unlink(missing_ok=True)
+
+    def _update(self, loss: Tensor) -> None:
+        assert self.optim is not None
+        for group in self.optim.param_groups:
+            group["lr"] = self.lr * _factor(self.step, self.config.steps)
+        self.optim.zero_grad()
+        if loss.requires_grad:  # not where the adapter fades out
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+            self.optim.step()
+        self.step += 1
+
+    def _points(self, rng: np.random.Generator) -> int:
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 32)))
+        return self.config.curriculum.points(self.step, self.config.steps, generator)
+
+    def _batch(
+        self, chosen: np.ndarray, n_points: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        seeds = rng.integers(1 << 32, size=len(chosen))
+        xyz, rgb = stacked(
+            [
+                thinned(self.clouds[i], n_points, self.config.sampler, int(seed))
+                for i, seed in zip(chosen, seeds)
+            ]
+        )
+        return xyz.to(self.device), None if rgb is None else rgb.to(self.device)
+
+    def _sparse_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        rng = np.random.default_rng(self.config.seed)
+        counts = self.adapter.config.counts or self.config.curriculum.counts
+        most = min(len(self.clouds), ESTIMATE_WITH)
+        for n_points in counts:
+            chosen = rng.choice(len(self.clouds), most, replace=False)
+            for start in range(0, most, 64):
+                yield self._batch(chosen[start : start + 64], n_points, rng)
+
+    # What is kept of an unfinished run. -----------------------------------------------------------
+
+    def _settings(self) -> str:
+        """A digest of everything that the result depends on."""
+        about = json.dumps(
+            [dataclasses.asdict(self.config), identity(self.adapter.encoder), self.texts.labels],
+            default=str,
+            sort_keys=True,
+        )
+        digest = hashlib.sha256(about.encode())
+        for xyz, _ in self.clouds:
+            digest.update(xyz.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _save(self) -> None:
+        if self.folder is None or self.optim is None:
+            return
+        state = {
+            "settings": self._settings(),
+            "step": self.step,
+            "adapter": self.adapter.state_dict(),
+            "optim": self.optim.state_dict(),
+        }
+        part = self.folder / f".part-{STATE}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, part)
+            part.replace(self.folder / STATE)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.folder / STATE}: {error}") from None
+
+    def _resume(self) -> bool:
+        if self.folder is None or self.optim is None or not (self.folder / STATE).exists():
+            return False
+        path = self.folder / STATE
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises what its readers happen to
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path} is damaged, delete it: {line}") from None
+        if state.get("settings") != self._settings():
+            raise OutputError(
+                f"{path} is of a run with other settings or clouds; delete it or choose another "
+                "folder"
+            )
+        self.adapter.load_state_dict(state["adapter"])
+        self.optim.load_state_dict(state["optim"])
+        self.step = state["step"]
+        return True
+
+
+def _factor(step: int, steps: int) -> float:
+    """Of the learning rate: linear warm-up, then a cosine."""
+    warm_up = min(WARM_UP, steps)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))

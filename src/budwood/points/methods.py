@@ -1,0 +1,112 @@
+"""Ways to adapt an encoder to sparse clouds, each an adapter, what is minimised, and a rate.
+
+All are behind one interface, so that a table can hold them side by side. What is trained beside
+ESP-Zero gets the same clouds, steps and objective; only Tent has its own, which it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from budwood.points.distill import Objective
+from budwood.registry import Registry
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt.
+
+    Attributes:
+        adapter: a name in ``ADAPTERS``.
+        source: where it is from.
+        summary: what it does, in a line.
+        objective: what is minimised; None: nothing is trained.
+        lr: learning rate, by default.
+        options: of the adapter.
+        density_aware: whether the tokens follow the number of points. Off, the encoder's published
+            group sizes hold as far as there are points.
+        adjusts_texts: whether the embeddings of names are moved towards unlabelled features when
+            clouds are named; see :func:`budwood.points.distill.adjusted_texts`.
+    """
+
+    adapter: str
+    source: str
+    summary: str
+    objective: Objective | None = None
+    lr: float = 1e-3
+    options: Mapping[str, Any] = field(default_factory=dict)
+    density_aware: bool = True
+    adjusts_texts: bool = False
+
+
+SHARED = Objective(complementary=1.0, cosine=1.0)
+"""The paper's negatives and a positive term, ours: features as those of the dense cloud."""
+
+_DENSITIES = (1024, 512, 256, 128, 64, 32, 16)
+_BY_DENSITY = {"batch_norm": True, "counts": _DENSITIES}
+_ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
+
+FROZEN = Method("frozen", "no adaptation", "the encoder as published", density_aware=False)
+TOKENS = Method("frozen", "ours", "the frozen encoder with density-aware tokens")
+ADABN = Method(
+    "adabn", "AdaBN, arXiv 1603.04779", "BatchNorm statistics of sparse clouds", options=_BY_DENSITY
+)
+TENT = Method(
+    "tent",
+    "Tent, arXiv 2006.10726",
+    "entropy of names, by scales and shifts of the norms",
+    Objective(complementary=0.0, entropy=1.0),
+    1e-4,
+    _BY_DENSITY,
+)
+T3A = Method(
+    "adabn",
+    "T3A, NeurIPS 2021",
+    "training-free: names lean on the surest test features",
+    options=_BY_DENSITY,
+    adjusts_texts=True,
+)
+VPT_SHALLOW = Method(
+    "vpt-shallow", "VPT, arXiv 2203.12119", "prompts before all blocks", SHARED, 1e-2, _BY_DENSITY
+)
+VPT_DEEP = Method(
+    "vpt-deep", "VPT, arXiv 2203.12119", "prompts in each block", SHARED, 1e-2, _BY_DENSITY
+)
+LORA = Method(
+    "lora", "LoRA, arXiv 2106.09685", "low-rank differences", SHARED, 1e-3, _BY_DENSITY
+)
+FULL = Method("full", "fine-tuning", "a copy of every parameter", SHARED, 1e-4, _BY_DENSITY)
+ESP_ZERO_PAPER = Method(
+    "fca",
+    _ESP_ZERO,
+    "fused cross-attention, random start, negatives alone",
+    Objective(complementary=1.0),
+    1e-3,
+)
+ESP_ZERO = Method(
+    "fca",
+    f"{_ESP_ZERO}, with changes of ours",
+    "fused cross-attention, closed start, negatives and cosine, statistics by density",
+    SHARED,
+    1e-3,
+    {"init": "closed", "fade": True, **_BY_DENSITY},
+)
+
+METHODS = Registry(
+    "method",
+    {
+        "frozen": "budwood.points.methods:FROZEN",
+        "tokens": "budwood.points.methods:TOKENS",
+        "adabn": "budwood.points.methods:ADABN",
+        "tent": "budwood.points.methods:TENT",
+        "t3a": "budwood.points.methods:T3A",
+        "vpt-shallow": "budwood.points.methods:VPT_SHALLOW",
+        "vpt-deep": "budwood.points.methods:VPT_DEEP",
+        "lora": "budwood.points.methods:LORA",
+        "full": "budwood.points.methods:FULL",
+        "esp-zero-paper": "budwood.points.methods:ESP_ZERO_PAPER",
+        "esp-zero": "budwood.points.methods:ESP_ZERO",
+    },
+)

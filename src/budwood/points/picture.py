@@ -1,0 +1,47 @@
+"""Pictures of clouds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from budwood.errors import InputError, OutputError
+from budwood.points.io.cloud import Array
+
+SHOWN = 20_000
+"""Points drawn at most."""
+
+
+def draw(clouds: Sequence[tuple[str, Array]], path: Path) -> None:
+    """Clouds side by side, each under its title, as a picture.
+
+    Args:
+        clouds: title and points, y up, shape (n_points, 3).
+        path: its suffix gives the format; an existing file is replaced.
+
+    Raises:
+        InputError: matplotlib is not installed.
+        OutputError: it cannot be written.
+    """
+    try:
+        import mpl_toolkits.mplot3d  # noqa: F401  registers the projection
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("plots need matplotlib: pip install 'budwood[plot]'") from error
+    figure = Figure(figsize=(4.2 * len(clouds), 4.6), layout="constrained")
+    for column, (title, xyz) in enumerate(clouds, 1):
+        axes = figure.add_subplot(1, len(clouds), column, projection="3d")
+        points = xyz[:: -(-len(xyz) // SHOWN)]
+        x, height, z = points.T
+        size = float(np.clip(600 / len(points), 1, 25))
+        axes.scatter(x, -z, height, c=height, s=size, cmap="viridis", depthshade=True)
+        axes.set_title(title, fontsize=10)
+        axes.set_aspect("equal")  # type: ignore[arg-type]
+        axes.set_axis_off()
+        axes.view_init(elev=18, azim=-60)  # type: ignore[attr-defined]
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from None
