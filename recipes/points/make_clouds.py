@@ -35,7 +35,7 @@ def cut(group: str, n: int) -> list[str]:
     if group == NOVEL:
         return ["test"] * min(n, 12) + ["left"] * max(0, n - 12)
     if group == SEEN:
-        n_test, n_adapt = min(6, round(0.3 * n)), min(6, round(0.25 * n))
+        n_test, n_adapt = min(6, round(0.3 * n)), min(10, round(0.25 * n))
         n_val = min(2, round(0.1 * n))
     else:
         n_test, n_adapt, n_val = min(12, n // 2), 0, 0

@@ -80,7 +80,10 @@ def test_starts_at_the_frozen_encoder(name, encoder):
     model = models.make(encoder)
     adapter = make_adapter(name, model, **START_FROZEN[name])
     xyz, rgb = clouds()
-    assert torch.equal(adapter(xyz, rgb), model(xyz, rgb))
+    if name == "fca":  # its attention is computed in another order
+        torch.testing.assert_close(adapter(xyz, rgb), model(xyz, rgb), rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(adapter(xyz, rgb), model(xyz, rgb))
 
 
 def test_random_init_does_not_start_there():

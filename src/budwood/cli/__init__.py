@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 import budwood
-from budwood.cli import bench, demo, ls
+from budwood.cli import bench, demo, ls, points
+from budwood.cli.classify import classify
 from budwood.cli.errors import Commands
 from budwood.cli.prune import prune
 
@@ -17,14 +18,19 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("prune")(prune)
+app.command("classify")(classify)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.add_typer(ls.app, name="ls")
+app.add_typer(points.app, name="points")
 
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context, version: bool = typer.Option(False, "--version")) -> None:
-    r"""A vision-language model that answers from a tenth of its visual tokens, with no training.
+    r"""New abilities for frozen pretrained transformers.
+
+    prune: a vision-language model answers from a tenth of its visual tokens, with no training.
+    classify, points: objects made of a few dozen points are named with words from a list.
 
     Bad input ends with one line on standard error and exit code 2.
 
@@ -32,6 +38,7 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
     Examples:
       budwood demo
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
+      budwood classify chair.ply --labels chair,table,"desk lamp" --points 64
     """
     if version:
         typer.echo(f"budwood {budwood.__version__}")

@@ -8,16 +8,18 @@ from typing import Annotated
 import typer
 
 from budwood import records
-from budwood.cli import bench_prune, bench_speed
+from budwood.cli import bench_points, bench_prune, bench_speed
 from budwood.cli.options import listed
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("prune")(bench_prune.bench_prune)
 app.command("prune-speed")(bench_speed.bench_speed)
+app.command("points")(bench_points.bench_points)
 
 DEFAULT_COLUMNS = {
     "bench prune": bench_prune.MARKDOWN,
     "bench prune-speed": bench_speed.MARKDOWN,
+    "bench points": bench_points.MARKDOWN,
 }
 
 

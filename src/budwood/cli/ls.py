@@ -83,6 +83,47 @@ def models(json: options.Json = False) -> None:
     _show("models", [dict(zip(keys, model)) for model in MODELS], json)
 
 
+@app.command()
+def encoders(json: options.Json = False) -> None:
+    r"""Point encoders, their text towers and where their weights are.
+
+    \b
+    Example:
+      budwood ls encoders
+    """
+    from budwood.points import ENCODERS
+
+    found = {name: ENCODERS.get(name) for name in ENCODERS}
+    rows = [
+        {
+            "name": name,
+            "weights": spec.hub.repo if spec.hub else "this package",
+            "file": spec.hub.file if spec.hub else "sprout.safetensors",
+            "licence": spec.hub.licence if spec.hub else "Apache-2.0",
+        }
+        for name, spec in found.items()
+    ]
+    _show("encoders", rows, json)
+
+
+@app.command()
+def adaptations(json: options.Json = False) -> None:
+    r"""Ways to adapt a point encoder to sparse clouds, and where they come from.
+
+    \b
+    Example:
+      budwood ls adaptations
+    """
+    from budwood.points import METHODS
+
+    found = {name: METHODS.get(name) for name in METHODS}
+    rows = [
+        {"name": name, "description": method.summary, "source": method.source}
+        for name, method in found.items()
+    ]
+    _show("adaptations", rows, json)
+
+
 def _show(title: str, rows: list[dict[str, Any]], json: bool) -> None:
     if json:
         print_json({title: rows})

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from budwood.cli import clouds, options
+from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress
 from budwood.errors import InputError, OutputError
 
 app = typer.Typer(rich_markup_mode=None)
+app.command("demo")(demo_points.demo)
 
 
 @app.callback(invoke_without_command=True)

@@ -34,7 +34,7 @@ from budwood.points.text import TextEmbeddings
 STATE = "unfinished.pt"
 WARM_UP = 20
 SAVE_EVERY = 50
-ESTIMATE_WITH = 512
+ESTIMATE_WITH = 256
 """Clouds that BatchNorm statistics are taken of, at most, for each number of points."""
 
 Prepared = Sequence[tuple[Tensor, Tensor | None]]
@@ -190,11 +190,18 @@ class _Run:
         self.folder, self.step = folder, 0
         self.device = next(adapter.encoder.parameters()).device
         method = config.resolved
-        self.objective = method.objective if any(True for _ in adapter.parameters()) else None
-        self.lr = method.lr
-        self.optim = torch.optim.AdamW(adapter.parameters(), lr=self.lr, weight_decay=0.0) if (
-            self.objective
-        ) else None
+        counts = self._reached(config.curriculum.counts)
+        if not counts:
+            told = ", ".join(map(str, config.curriculum.counts))
+            raise InputError(
+                f"the adapter does nothing at {told} points: {adapter.encoder.name} was made for "
+                f"{adapter.encoder.grouping.n_dense}; give smaller counts"
+            )
+        self.curriculum = dataclasses.replace(config.curriculum, counts=counts)
+        self.objective, self.lr = method.objective, method.lr
+        self.optim = None
+        if self.objective is not None:
+            self.optim = torch.optim.AdamW(adapter.parameters(), lr=self.lr, weight_decay=0.0)
         self.resumed = self._resume()
 
     def go(self, on_step: OnStep | None) -> None:
@@ -231,15 +238,18 @@ class _Run:
         for group in self.optim.param_groups:
             group["lr"] = self.lr * _factor(self.step, self.config.steps)
         self.optim.zero_grad()
-        if loss.requires_grad:  # not where the adapter fades out
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
-            self.optim.step()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+        self.optim.step()
         self.step += 1
+
+    def _reached(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Those at which the adapter does anything: one that fades is out of dense clouds."""
+        return tuple(n for n in counts if self.adapter.share(n) > 0)
 
     def _points(self, rng: np.random.Generator) -> int:
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 32)))
-        return self.config.curriculum.points(self.step, self.config.steps, generator)
+        return self.curriculum.points(self.step, self.config.steps, generator)
 
     def _batch(
         self, chosen: np.ndarray, n_points: int, rng: np.random.Generator
@@ -255,7 +265,7 @@ class _Run:
 
     def _sparse_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         rng = np.random.default_rng(self.config.seed)
-        counts = self.adapter.config.counts or self.config.curriculum.counts
+        counts = self._reached(self.adapter.config.counts) or self.curriculum.counts
         most = min(len(self.clouds), ESTIMATE_WITH)
         for n_points in counts:
             chosen = rng.choice(len(self.clouds), most, replace=False)

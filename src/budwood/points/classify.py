@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,8 @@ def encode(
             for start in range(0, len(members), batch_size):
                 part = members[start : start + batch_size]
                 xyz = torch.stack([prepared[i][0] for i in part]).to(device)
-                rgb = torch.stack([prepared[i][1] for i in part]).to(device) if colored else None
+                colors = [color for i in part if (color := prepared[i][1]) is not None]
+                rgb = torch.stack(colors).to(device) if colored else None
                 features[part] = run(xyz, rgb).float().cpu()
     return features
 
@@ -190,9 +191,9 @@ def embed_names(
 
 
 def _as_clouds(clouds: Any) -> Iterator[Cloud]:
-    single = isinstance(clouds, (str, os.PathLike, Cloud)) or getattr(clouds, "ndim", 0) == 2
-    items: Iterable[Any] = [clouds] if single else clouds
-    for i, item in enumerate(items):
+    if isinstance(clouds, (str, os.PathLike, Cloud)) or getattr(clouds, "ndim", 0) == 2:
+        clouds = [clouds]
+    for i, item in enumerate(clouds):
         if isinstance(item, Cloud):
             yield item
         elif isinstance(item, (str, os.PathLike)):

@@ -286,9 +286,9 @@ def _thread_order(n_points: int) -> np.ndarray:
 
 def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor | None:
     try:
-        from scipy.spatial import cKDTree
+        from scipy.spatial import KDTree
     except ImportError:
         return None
-    found = [cKDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
+    found = [KDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
     stacked = np.stack(found).reshape(len(points), queries.shape[1], k)
     return torch.from_numpy(stacked.astype(np.int64))

@@ -63,7 +63,7 @@ def load_adapter(folder: str | os.PathLike[str], encoder: PointEncoder) -> Adapt
     """
     about, state = read_adapter(folder)
     check_identity(about.get("encoder", {}), encoder, str(folder))
-    kind: type[Adapter] = ADAPTERS.get(about.get("adapter"))
+    kind: type[Adapter] = ADAPTERS.get(str(about.get("adapter")))
     try:
         adapter = kind.restore(encoder, about.get("config", {}), state)
     except (KeyError, RuntimeError) as error:

@@ -29,7 +29,7 @@ class FcaConfig(AdapterConfig):
     Attributes:
         n_tokens: learnable tokens in each block.
         init: ``"random"``, the paper's, or ``"closed"``, ours: every head's way to the new tokens
-            starts shut by a learnable gate, so that step 0 equals the frozen encoder exactly.
+            starts shut by a learnable gate, so that step 0 equals the frozen encoder to rounding.
         mlp_ratio: width inside the MLP of the learnable block, in units of the encoder's.
         shared: one learnable block for all blocks of the encoder; the tokens stay their own. Ours.
         std: spread of the tokens at the start.

@@ -31,8 +31,8 @@ class Cloud:
     def __len__(self) -> int:
         return len(self.xyz)
 
-    def take(self, indices: NDArray[np.integer] | NDArray[np.bool]) -> Cloud:
-        """The points at ``indices``, or where a mask is true."""
+    def take(self, indices: NDArray[np.integer]) -> Cloud:
+        """The points at ``indices``."""
         rgb = None if self.rgb is None else self.rgb[indices]
         return replace(self, xyz=self.xyz[indices], rgb=rgb)
 
@@ -73,7 +73,7 @@ def make_cloud(
         )
     if n_bad == len(points):
         raise InputError(f"{source}: all {n_bad} points have NaN or infinite coordinates")
-    return Cloud(points, colors, source).take(fine)
+    return Cloud(points, colors, source).take(np.flatnonzero(fine))
 
 
 def unit_colors(rgb: object, n_points: int, source: str) -> NDArray[np.float32]:
@@ -117,7 +117,7 @@ def crop(cloud: Cloud, box: Sequence[float]) -> Cloud:
         bounds = [*cloud.xyz.min(axis=0).round(3), *cloud.xyz.max(axis=0).round(3)]
         around = ", ".join(f"{x:g}" for x in bounds)
         raise InputError(f"{cloud.source}: no point in the box; the cloud spans {around}")
-    return cloud.take(inside)
+    return cloud.take(np.flatnonzero(inside))
 
 
 def _floats(values: object, what: str, source: str) -> Array:

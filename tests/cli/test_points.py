@@ -1,0 +1,246 @@
+"""Commands on point clouds, with a tiny random sprout and words that no tower embeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from budwood import records
+from budwood.points import ENCODERS, METHODS
+from budwood.points.data import write_clouds
+from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
+from tests.points import models, sets
+
+NAMES = "ball,stick,plate"
+
+
+@pytest.fixture(autouse=True)
+def tiny_sprout(tmp_path, monkeypatch):
+    """Sprout's weights, its tower and the clouds that ship, all small."""
+    config = SproutConfig(
+        dim=16, depth=2, n_heads=2, embed_dim=12, n_points=60, n_groups=8, k=6, group_width=8
+    )
+    save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+    given = sets.clouds()
+    write_clouds(data / "all.npz", given.xyz, given.about)
+    monkeypatch.setattr("budwood.points.data.FOLDER", data)
+    monkeypatch.setattr("budwood.points.data.FILES", ("all.npz",))
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    given = sets.clouds(2)
+    for i, xyz in enumerate(given.xyz[:7]):
+        np.save(folder / f"{i}.npy", xyz.astype(float))
+    return folder
+
+
+def refused(result, *fragments):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("budwood: error: "), result.stderr
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def test_classify(budwood, scans, tmp_path):
+    command = ["classify", scans / "0.npy", "--labels", NAMES, "--points", 9]
+    result = budwood(*command, "--plot", tmp_path / "out.png", "--csv", tmp_path / "out.csv")
+    assert result.exit_code == 0, result.output
+    head, row = result.stdout.splitlines()
+    assert head.split() == ["cloud", "points", "name", "score", "then"]
+    assert row.split()[1] == "9"
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.format == "PNG" and picture.width > picture.height  # dense beside sparse
+    found = json.loads(budwood(*command, "--json", "--top", 2).stdout)
+    (one,) = found["rows"]
+    assert one["n_points"] == 9 and len(one["names"]) == len(one["scores"]) == 2
+    assert row.split()[2] == one["names"][0]
+    with (tmp_path / "out.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["rank"] for line in lines] == ["1", "2", "3"]
+    assert sum(float(line["score"]) for line in lines) == pytest.approx(1, abs=1e-4)
+    assert [line["name"] for line in lines[:2]] == one["names"]
+
+
+def test_classify_a_folder(budwood, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr("budwood.cli.classify.BATCH", 3)
+    (tmp_path / "names.txt").write_text("ball\n\nstick\ndesk lamp\n", encoding="utf-8")
+    command = ["classify", scans, "--labels-file", tmp_path / "names.txt", "--json"]
+    rows = json.loads(budwood(*command).stdout)["rows"]
+    assert [row["cloud"] for row in rows] == [str(scans / f"{i}.npy") for i in range(7)]
+    assert set(rows[0]["names"]) == {"ball", "stick", "desk lamp"}
+    alone = json.loads(budwood("classify", scans / "4.npy", *command[2:]).stdout)["rows"]
+    assert alone[0]["names"] == rows[4]["names"]
+    assert alone[0]["scores"] == pytest.approx(rows[4]["scores"], abs=1e-5)
+
+
+def test_adapt_then_classify(budwood, scans, tmp_path):
+    output = tmp_path / "adapted"
+    command = ["points", "adapt", scans, "--labels", NAMES, "--output", output]
+    command += ["--steps", 3, "--counts", "12,6", "--lr", 0.1, "--batch", 4]
+    result = budwood(*command)
+    assert result.exit_code == 0, result.output
+    assert "adapted sprout by esp-zero to 7 clouds" in result.stdout
+    classify = ["classify", scans / "0.npy", "--labels", NAMES, "--points", 6, "--json"]
+    before = json.loads(budwood(*classify).stdout)["rows"][0]
+    after = json.loads(budwood(*classify, "--adapter", output).stdout)["rows"][0]
+    assert sorted(before["names"]) == sorted(after["names"])
+    assert sorted(before["scores"]) != pytest.approx(sorted(after["scores"]), abs=1e-5)
+    kept = (output / "adapter.safetensors").read_bytes()
+    refused(budwood(*command), "exists; choose another folder")
+    assert (output / "adapter.safetensors").read_bytes() == kept
+    again = budwood(*command[:-9], tmp_path / "b", "--method", "adabn", "--json")
+    assert json.loads(again.stdout)["params"] == 0
+
+
+def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
+    command = ["points", "adapt", scans, "--labels", NAMES, "--output", tmp_path / "a"]
+    assert budwood(*command, "--method", "adabn").exit_code == 0
+    other = Sprout(SproutConfig(dim=16, depth=3, n_heads=2, embed_dim=12, group_width=8))
+    save_sprout(other, tmp_path / "other.safetensors")
+    command = ["classify", scans / "0.npy", "--labels", NAMES, "--adapter", tmp_path / "a"]
+    result = budwood(*command, "--checkpoint", tmp_path / "other.safetensors")
+    refused(result, "made for another encoder", "depth 2, here 3")
+
+
+def test_bench(budwood, tmp_path):
+    command = ["bench", "points", "--methods", "tokens,esp-zero", "--points", "30,8"]
+    command += ["--lidar", "", "--seeds", 2, "--steps", 2, "--batch", 4, "--json"]
+    result = budwood(*command, "--out", tmp_path / "r.json", "--plot", tmp_path / "curve.png")
+    found = json.loads(result.stdout)
+    names = [(row["method"], row["points"]) for row in found["rows"]]
+    assert names == [(name, n) for name in ("tokens", "esp-zero") for n in (30, 8)]
+    promised = {"method", "points", "unseen_top1", "seen_top1", "unseen_std", "seeds", "params"}
+    assert all(promised <= set(row) for row in found["rows"])
+    assert found["config"]["n_unseen_clouds"] == 6 and found["config"]["n_seen_classes"] == 2
+    assert records.read(tmp_path / "r.json").rows == found["rows"]
+    assert "| tokens | random | 30 |" in budwood("bench", "show", tmp_path / "r.json").stdout
+    with Image.open(tmp_path / "curve.png") as curve:
+        assert curve.format == "PNG"
+    result = budwood(*command[:-1])
+    assert "6 clouds of 2 unseen classes" in result.stderr
+    assert result.stdout.split()[:3] == ["method", "sampler", "points"]
+
+
+def test_demo(budwood, tmp_path):
+    command = ["points", "demo", "--steps", 2, "--points", 8, "--dir", tmp_path / "demo"]
+    result = budwood(*command)
+    assert result.exit_code == 0, result.output
+    assert "All 6 clouds of 2 classes, 8 points each" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if "budwood classify" in line)
+    arguments = [part.strip('"') for part in line.split()[1:]]
+    named = budwood(*arguments, "--json")
+    assert json.loads(named.stdout)["rows"][0]["n_points"] == 8
+    refused(budwood(*command), "earlier demo")
+    found = json.loads(budwood(*command[:-1], tmp_path / "two", "--json").stdout)
+    assert found["n_clouds"] == len(found["rows"]) == 6
+    right = sum(row["after"] == row["truth"] for row in found["rows"])
+    assert found["after"] == pytest.approx(right / 6)
+    assert {row["truth"] for row in found["rows"]} == {"plate", "ring"}
+
+
+def test_ls(budwood):
+    for what, names in (("encoders", ENCODERS.names()), ("adaptations", METHODS.names())):
+        found = json.loads(budwood("ls", what, "--json").stdout)[what]
+        assert [one["name"] for one in found] == list(names)
+        assert all(all(one.values()) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ([], "give one of --labels"),
+        (["--labels", "a,b", "--labels-file", "x"], "give one of --labels"),
+        (["--labels", "ball,,stick"], "label 2 of 3 is empty"),
+        (["--labels", ""], "is empty"),
+        (["--labels", "ball,stick,Ball"], "'Ball' is repeated"),
+        (["--labels-file", "no.txt"], "cannot read no.txt"),
+        (["--embeddings", "no.safetensors"], "do not exist"),
+        (["--labels", NAMES, "--encoder", "ulip3"], "did you mean 'ulip"),
+        (["--labels", NAMES, "--checkpoint", "no.pt"], "no.pt"),
+        (["--labels", NAMES, "--sampler", "dense"], "unknown sampler"),
+        (["--labels", NAMES, "--up", "x"], "up='x'"),
+        (["--labels", NAMES, "--adapter", "no"], "there is no adapter at no"),
+        (["--labels", NAMES, "--points", 1], "--points"),
+        (["--labels", NAMES, "--plot", "out.gif"], "must end in .png"),
+    ],
+)
+def test_bad_options(budwood, scans, options, fragment):
+    refused(budwood("classify", scans / "0.npy", *options), fragment)
+
+
+def test_bad_clouds(budwood, scans, tmp_path):
+    for name, points in {
+        "empty": np.zeros((0, 3)),
+        "one": np.ones((1, 3)),
+        "equal": np.ones((9, 3)),
+        "nan": np.array([[0, 0, np.nan], [1, 1, 1], [2, 2, 0]]),
+        "columns": np.ones((4, 2)),
+    }.items():
+        np.save(tmp_path / f"{name}.npy", points)
+        result = budwood("classify", tmp_path / f"{name}.npy", "--labels", NAMES)
+        refused(result, f"{name}.npy")
+    fine = budwood("classify", tmp_path / "nan.npy", "--labels", NAMES, "--drop-invalid")
+    assert fine.exit_code == 0
+    refused(budwood("classify", tmp_path / "no.ply", "--labels", NAMES), "does not exist")
+    (tmp_path / "nothing").mkdir()
+    refused(budwood("classify", tmp_path / "nothing", "--labels", NAMES), "no file of a known")
+    many = budwood("classify", scans, "--labels", NAMES, "--plot", tmp_path / "a.png")
+    refused(many, "draws one cloud")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    command = ["classify", scans, "--labels-file", tmp_path / "latin.txt"]
+    refused(budwood(*command), "is no text")
+
+
+def test_existing_files_stay(budwood, scans, tmp_path):
+    for option, name in (("--csv", "a.csv"), ("--plot", "a.png")):
+        (tmp_path / name).write_text("mine")
+        command = ["classify", scans / "0.npy", "--labels", NAMES, option, tmp_path / name]
+        refused(budwood(*command), "exists")
+        assert (tmp_path / name).read_text() == "mine"
+        assert budwood(*command, "--force").exit_code == 0
+        assert (tmp_path / name).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--counts", "64,x"], "no list of whole numbers"),
+        (["--counts", ""], "no list of whole numbers"),
+        (["--counts", "0"], "must be 1 or more"),
+        (["--counts", "60,90"], "does nothing at 60, 90 points"),
+        (["--method", "esp"], "unknown method"),
+        (["--lr", "0"], "lr=0.0"),
+        (["--steps", "0"], "--steps"),
+    ],
+)
+def test_bad_adaptation(budwood, scans, tmp_path, options, fragment):
+    command = ["points", "adapt", scans, "--labels", NAMES, "--output", tmp_path / "a"]
+    refused(budwood(*command, *options), fragment)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--methods", "tokens,tokens"], "each once"),
+        (["--methods", ""], "at least one method"),
+        (["--points", "1"], "2 or more"),
+        (["--methods", "espzero"], "did you mean 'esp-zero'"),
+    ],
+)
+def test_bad_benchmark(budwood, options, fragment):
+    refused(budwood("bench", "points", *options), fragment)

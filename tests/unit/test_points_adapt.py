@@ -1,0 +1,267 @@
+"""Adapting: every method runs, learns what it is told to, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from budwood.errors import InputError, OutputError, ShapeError, UnknownNameError
+from budwood.points import METHODS, AdaptConfig, Curriculum, Objective, adapt, load_adapter
+from budwood.points.adapt import SAVE_EVERY, STATE, stacked, thinned
+from budwood.points.classify import encode
+from budwood.points.io import Cloud
+from budwood.points.methods import Method
+from tests.points import models, sets
+
+COUNTS = Curriculum((30, 12, 6))
+
+
+def prepared(encoder, use="adapt"):
+    given = sets.clouds().where(use=use)
+    return [encoder.prepare(Cloud(xyz.astype(float))) for xyz in given.xyz]
+
+
+def sprout():
+    model = models.make("sprout")
+    model.grouping = dataclasses.replace(model.grouping, n_dense=60)
+    return model
+
+
+def distance(encoder, adapter, n_points=6):
+    """Of features of few points to those of all, as 1 − cosine."""
+    dense = prepared(encoder)
+    thin = [thinned(cloud, n_points, "random", i) for i, cloud in enumerate(dense)]
+    sparse, whole = encode(encoder, thin, adapter), encode(encoder, dense)
+    return (1 - torch.cosine_similarity(sparse, whole, dim=-1)).mean().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method, tmp_path):
+    model = sprout()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = AdaptConfig(method, steps=2, batch_size=4, curriculum=COUNTS)
+    steps = []
+    adapter = adapt(
+        prepared(model),
+        sets.texts(model.embed_dim),
+        model,
+        config,
+        output=tmp_path / "a",
+        on_step=lambda done, total: steps.append((done, total)),
+    )
+    assert not adapter.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert steps == ([(1, 2), (2, 2)] if METHODS.get(method).objective else [])
+    xyz = torch.randn(2, 12, 3)
+    assert torch.equal(load_adapter(tmp_path / "a", model)(xyz), adapter(xyz))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["adapter.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["esp-zero", "vpt-deep", "vpt-shallow", "lora", "full"])
+def test_the_student_comes_nearer_to_the_teacher(method):
+    model = sprout()
+    still = AdaptConfig(method, steps=1, lr=1e-9, curriculum=COUNTS)
+    config = dataclasses.replace(still, steps=40, lr=0.01)
+    texts = sets.texts(model.embed_dim)
+    start, end = (
+        distance(model, adapt(prepared(model), texts, model, one)) for one in (still, config)
+    )
+    assert end < 0.8 * start
+
+
+def test_the_paper_s_objective_falls():
+    model = sprout()
+    objective = Objective(complementary=1.0, k=1)
+    texts = sets.texts(model.embed_dim)
+    losses = []
+    for steps, lr in ((1, 1e-9), (40, 0.01)):
+        config = AdaptConfig(
+            "esp-zero-paper", steps, lr=lr, objective=objective, curriculum=Curriculum((12,))
+        )
+        adapter = adapt(prepared(model), texts, model, config)
+        thin = [thinned(c, 12, "random", 7 + i) for i, c in enumerate(prepared(model))]
+        student, teacher = encode(model, thin, adapter), encode(model, prepared(model))
+        losses.append(objective(student, teacher, texts.vectors, model.logit_scale).item())
+    assert losses[1] < losses[0]
+
+
+def test_same_seed_same_adapter():
+    model = sprout()
+    texts, config = sets.texts(model.embed_dim), AdaptConfig(steps=3, curriculum=COUNTS)
+    a, b = (adapt(prepared(model), texts, model, config).state_dict() for _ in range(2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    other = adapt(prepared(model), texts, model, dataclasses.replace(config, seed=1)).state_dict()
+    assert any(not torch.equal(a[key], other[key]) for key in a)
+
+
+def test_going_on_equals_never_stopping(tmp_path):
+    model = sprout()
+    texts, clouds = sets.texts(model.embed_dim), prepared(model)
+    config = AdaptConfig("lora", steps=SAVE_EVERY + 3, batch_size=2, curriculum=COUNTS)
+    whole = adapt(clouds, texts, model, config)
+
+    def die(done, total):
+        if done == SAVE_EVERY + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(clouds, texts, model, config, output=tmp_path, on_step=die)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+    steps = []
+    resumed = adapt(
+        clouds, texts, model, config, output=tmp_path, on_step=lambda done, _: steps.append(done)
+    )
+    assert steps == [SAVE_EVERY + 1, SAVE_EVERY + 2, SAVE_EVERY + 3]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(tmp_path):
+    model = sprout()
+    texts, clouds = sets.texts(model.embed_dim), prepared(model)
+    config = AdaptConfig("lora", steps=SAVE_EVERY + 1, batch_size=2, curriculum=COUNTS)
+
+    def die(done, total):
+        if done == SAVE_EVERY + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(clouds, texts, model, config, output=tmp_path, on_step=die)
+    kept = (tmp_path / STATE).read_bytes()
+    for other in (dataclasses.replace(config, lr=0.5), dataclasses.replace(config, seed=9)):
+        with pytest.raises(OutputError, match="other settings"):
+            adapt(clouds, texts, model, other, output=tmp_path)
+    with pytest.raises(OutputError, match="other settings"):
+        adapt(clouds[1:], texts, model, config, output=tmp_path)
+    assert (tmp_path / STATE).read_bytes() == kept
+    (tmp_path / STATE).write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(InputError, match="is damaged"):
+        adapt(clouds, texts, model, config, output=tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    model = sprout()
+    texts, config = sets.texts(model.embed_dim), AdaptConfig("adabn", curriculum=COUNTS)
+    adapt(prepared(model), texts, model, config, output=tmp_path)
+    with pytest.raises(OutputError, match="exists"):
+        adapt(prepared(model), texts, model, config, output=tmp_path)
+
+
+def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
+    model = sprout()
+    texts = sets.texts(model.embed_dim)
+    config = AdaptConfig(steps=5, lr=0.05, curriculum=COUNTS)
+    adapter = adapt(prepared(model), texts, model, config)
+    dense, sparse = torch.randn(2, 60, 3), torch.randn(2, 6, 3)
+    assert torch.equal(adapter(dense), model(dense))
+    assert not torch.allclose(adapter(sparse), model(sparse), atol=1e-3)
+    shares = [adapter.share(n) for n in (120, 60, 30, 15, 7, 3)]
+    assert shares[:2] == [0, 0] and shares[-2:] == [1, 1]
+    assert shares[2] == pytest.approx(1 / 3) and shares[3] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="does nothing at 60, 100 points"):
+        adapt(
+            prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((60, 100)))
+        )
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow", "lora", "full"])
+def test_fading_is_between_frozen_and_adapted(method):
+    model = sprout()
+    texts = sets.texts(model.embed_dim)
+    config = AdaptConfig(method, steps=5, lr=0.02, curriculum=COUNTS, options={"fade": True})
+    adapter = adapt(prepared(model), texts, model, config)
+    xyz = torch.randn(2, 6, 3)
+    far = [
+        torch.linalg.norm(model(xyz) - _with_share(adapter, model, xyz, share)).item()
+        for share in (0.01, 0.5, 1.0)
+    ]
+    assert far[0] < 0.2 * far[2] and far[0] < far[1]
+
+
+def _with_share(adapter, model, xyz, share):
+    lent = adapter.replaced(share)
+    if lent:
+        return torch.func.functional_call(model, lent, (xyz, None, adapter.around(share)))
+    return model(xyz, None, adapter.around(share))
+
+
+def test_thinned():
+    model = sprout()
+    cloud = prepared(model)[0]
+    thin, rgb = thinned(cloud, 7, "random", 3)
+    assert thin.shape == (7, 3) and rgb is None
+    assert thin.mean(0).abs().max() < 1e-6
+    assert thin.norm(dim=1).max().item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(thinned(cloud, 7, "random", 3)[0], thin)
+    assert not torch.equal(thinned(cloud, 7, "random", 4)[0], thin)
+    colors = torch.arange(60.0)[:, None].expand(-1, 3)
+    kept = thinned((cloud[0], colors), 7, "random", 3)[1]
+    moved = cloud[0][kept[:, 0].long()]
+    moved = moved - moved.mean(0)
+    torch.testing.assert_close(moved / moved.norm(dim=1).max(), thin)
+
+
+def test_stacked_cuts_to_the_smallest():
+    a, b = torch.randn(9, 3), torch.randn(5, 3)
+    xyz, rgb = stacked([(a, a), (b, b)])
+    assert xyz.shape == (2, 5, 3) and torch.equal(xyz[1], b) and torch.equal(rgb, xyz)
+    assert len({tuple(row) for row in xyz[0].tolist()} & {tuple(row) for row in a.tolist()}) == 5
+    assert stacked([(a, a), (b, None)])[1] is None
+
+
+def test_lidar_samples_of_varying_size():
+    model = sprout()
+    config = AdaptConfig("lora", steps=2, curriculum=COUNTS, sampler="lidar")
+    adapt(prepared(model), sets.texts(model.embed_dim), model, config)
+
+
+def test_statistics_by_density():
+    model = sprout()
+    config = AdaptConfig("adabn", curriculum=COUNTS, options={"counts": (60, 6)})
+    adapter = adapt(prepared(model), sets.texts(model.embed_dim), model, config)
+    means = adapter.statistics.mean_0
+    assert means.shape[0] == 2 and not torch.allclose(means[0], means[1], atol=1e-3)
+    assert [adapter.statistics.nearest(n) for n in (100, 60, 20, 18, 6, 2)] == [0, 0, 0, 1, 1, 1]
+    lent = adapter.statistics.replaced(7)
+    assert torch.equal(next(iter(lent.values())), means[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"method": "esp"}, UnknownNameError),
+        ({"sampler": "dense"}, UnknownNameError),
+        ({"steps": 0}, InputError),
+        ({"batch_size": 0}, InputError),
+        ({"lr": 0.0}, InputError),
+        ({"lr": float("nan")}, InputError),
+        ({"seed": -1}, InputError),
+    ],
+)
+def test_bad_settings(options, error):
+    with pytest.raises(error):
+        AdaptConfig(**options)
+
+
+def test_bad_input():
+    model = sprout()
+    config = AdaptConfig(steps=1, curriculum=COUNTS)
+    with pytest.raises(InputError, match="no clouds"):
+        adapt([], sets.texts(model.embed_dim), model, config)
+    with pytest.raises(ShapeError, match="13 wide"):
+        adapt(prepared(model), sets.texts(13), model, config)
+    with pytest.raises(InputError, match="no option 'rank'"):
+        bad = dataclasses.replace(config, options={"rank": 3})
+        adapt(prepared(model), sets.texts(model.embed_dim), model, bad)
+    with pytest.raises(InputError, match="only one point"):
+        adapt([Cloud(np.zeros((5, 3)))], sets.texts(model.embed_dim), model, config)
+
+
+def test_methods_say_what_they_are():
+    for name in METHODS:
+        method = METHODS.get(name)
+        assert isinstance(method, Method) and method.summary and method.source
+        assert (method.objective is None) == (method.adapter in ("frozen", "adabn"))

@@ -1,0 +1,134 @@
+"""The benchmark's rows: against counting by hand, and with the method that each promises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from budwood.errors import InputError, UnknownNameError
+from budwood.points import Curriculum
+from budwood.points.adapt import thinned
+from budwood.points.bench import BenchConfig, run, top_k
+from budwood.points.io import Cloud
+from tests.points import models, sets
+
+SMALL = {"points": (30, 8), "lidar": (8,), "steps": 2, "batch_size": 4}
+COUNTS = Curriculum((30, 8))
+
+
+def sprout():
+    model = models.make("sprout")
+    model.grouping = dataclasses.replace(model.grouping, n_dense=60)
+    return model
+
+
+def test_rows():
+    model = sprout()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    grouping, jobs = model.grouping, []
+    config = BenchConfig(("frozen", "t3a", "esp-zero"), **SMALL, seeds=2, curriculum=COUNTS)
+    rows = run(
+        sets.clouds(),
+        sets.texts(model.embed_dim),
+        model,
+        config,
+        lambda done, total: jobs.append((done, total)),
+    )
+    assert jobs == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    each = [("random", 30), ("random", 8), ("lidar", 8)]
+    names = [(row["method"], row["sampler"], row["points"]) for row in rows]
+    assert names == [(m, *density) for m in config.methods for density in each]
+    for row in rows:
+        assert row["seeds"] == 2 and row["seconds"] >= 0
+        for group in ("seen", "unseen", "novel"):
+            assert 0 <= row[f"{group}_top1"] <= row[f"{group}_top5"] == 1  # five names at most
+            assert row[f"{group}_std"] >= 0
+        assert row["novel_top1"] == 1  # one name
+    params = {row["method"]: row["params"] for row in rows}
+    assert params["frozen"] == params["t3a"] == 0 < params["esp-zero"]
+    assert {row["lr"] for row in rows if row["method"] == "frozen"} == {None}
+    assert model.grouping is grouping
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_accuracy_is_what_counting_gives():
+    model = sprout()
+    clouds, texts = sets.clouds(), sets.texts(model.embed_dim)
+    config = BenchConfig(("tokens",), points=(8,), lidar=(), seeds=1, curriculum=COUNTS)
+    (row,) = run(clouds, texts, model, config)
+    tested = clouds.where(group="unseen", use="test")
+    hits = 0
+    for i, (xyz, one) in enumerate(zip(tested.xyz, tested.about)):
+        thin, _ = thinned(model.prepare(Cloud(xyz.astype(float))), 8, "random", i)
+        feature = model(thin[None])[0]
+        scores = {
+            label: float(feature @ texts.vectors[texts.labels.index(label)])
+            for label in ("plate", "ring")
+        }
+        hits += max(scores, key=scores.get) == one.label
+    assert row["unseen_top1"] == pytest.approx(hits / len(tested))
+    assert row["unseen_std"] is None
+
+
+def test_frozen_has_the_published_groups_and_tokens_do_not():
+    model = sprout()
+    seen = []
+    forward = type(model).forward
+
+    class Watching(type(model)):
+        def forward(self, xyz, rgb=None, around=None):
+            seen.append((self.grouping.density_aware, xyz.shape[1]))
+            return forward(self, xyz, rgb, around)
+
+    model.__class__ = Watching
+    clouds, texts = sets.clouds(1), sets.texts(model.embed_dim)
+    for method, aware in (("frozen", False), ("tokens", True)):
+        seen.clear()
+        run(clouds, texts, model, BenchConfig((method,), points=(8,), lidar=(), seeds=1))
+        assert {one for one, _ in seen} == {aware}
+
+
+def test_tuning_tries_rates_of_the_method():
+    model = sprout()
+    config = BenchConfig(
+        ("lora",), points=(8,), lidar=(), steps=1, seeds=1, tune=True, curriculum=COUNTS
+    )
+    (row,) = run(sets.clouds(), sets.texts(model.embed_dim), model, config)
+    assert row["lr"] in [pytest.approx(1e-3 * factor) for factor in (0.3, 1, 3)]
+
+
+def test_groups_without_clouds_are_empty():
+    model = sprout()
+    clouds = sets.clouds()
+    kept = [i for i, one in enumerate(clouds.about) if one.group != "novel"]
+    rest = dataclasses.replace(
+        clouds, xyz=clouds.xyz[kept], about=tuple(clouds.about[i] for i in kept)
+    )
+    config = BenchConfig(("tokens",), points=(8,), lidar=(), seeds=1)
+    (row,) = run(rest, sets.texts(model.embed_dim), model, config)
+    assert row["novel_top1"] is row["novel_std"] is None and row["seen_top1"] is not None
+
+
+def test_top_k():
+    features = torch.tensor([[2.0, 0.1], [0.1, 3.0], [-1.0, -0.9]])
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert top_k(features, vectors, torch.tensor([0, 1, 2]), 1) == 1
+    assert top_k(features, vectors, torch.tensor([1, 1, 0]), 1) == pytest.approx(1 / 3)
+    assert top_k(features, vectors, torch.tensor([1, 0, 0]), 2) == pytest.approx(2 / 3)
+    assert top_k(features, vectors, torch.tensor([1, 0, 0]), 9) == 1
+
+
+def test_bad_settings():
+    with pytest.raises(UnknownNameError):
+        BenchConfig(("esp",))
+    for options in (
+        {"methods": ()},
+        {"methods": ("lora", "lora")},
+        {"methods": ("lora",), "seeds": 0},
+        {"methods": ("lora",), "points": (1,)},
+        {"methods": ("lora",), "points": (), "lidar": ()},
+    ):
+        with pytest.raises(InputError):
+            BenchConfig(**options)
