@@ -2,7 +2,8 @@
 
     apt-get download sweethome3d-furniture=1.8-1 kicad-packages3d=6.0.10-1
     dpkg-deb -x sweethome3d-furniture_*.deb furniture
-    dpkg-deb --fsys-tarfile kicad-packages3d_*.deb | tar -x -C parts --wildcards '*.wrl' '*copyright'
+    mkdir parts; dpkg-deb --fsys-tarfile kicad-packages3d_*.deb |
+        tar -x -C parts --wildcards '*.wrl' '*copyright'
     python recipes/points/make_clouds.py --furniture furniture --parts parts --out runs/points
 
 Each class is cut by shapes, in an order drawn once. Seen classes: test, adaptation, validation,
@@ -27,6 +28,7 @@ from budwood.points.io.meshes import sample_surface
 
 N_DENSE = 4096
 N_SHIPPED = 1024
+
 
 def cut(group: str, n: int) -> list[str]:
     """What each of the n shapes of a class is for, in their drawn order."""

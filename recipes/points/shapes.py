@@ -9,6 +9,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def read_vrml(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
             if number >= 0:
                 polygon.append(number + start)
                 continue
-            faces += [(polygon[0], b, c) for b, c in zip(polygon[1:], polygon[2:])]
+            faces += [(polygon[0], b, c) for b, c in pairwise(polygon[1:])]
             polygon = []
         vertices.append(corners)
         start += len(corners)

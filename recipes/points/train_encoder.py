@@ -2,8 +2,8 @@
 
 Each step draws shapes, thins each out to one random number of points for the batch, turns, scales
 and jitters them, and asks which of all names is meant (cross-entropy of scaled cosines, as in
-CLIP's text-to-shape half). Points fall to an eighth at least, as with the point dropout of PointNet++
-that published encoders were trained with: so what is fewer is new to it.
+CLIP's shape-to-text half). Points fall to an eighth at least, as with the point dropout of
+PointNet++ that published encoders were trained with: what is fewer is new to it.
 
     python recipes/points/train_encoder.py --clouds runs/points/clouds.npz --out runs/points/encoder
 

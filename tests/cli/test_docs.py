@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
@@ -82,6 +83,21 @@ def snippets() -> list[tuple[str, str]]:
     return found
 
 
+def _lend_points(folder, monkeypatch):
+    """A folder of scans, and a small sprout with words that no tower embeds."""
+    from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
+    from tests.points import models, sets
+
+    (folder / "scans").mkdir()
+    for i, xyz in enumerate(sets.clouds(1).xyz):
+        np.save(folder / "scans" / f"{i}.npy", xyz.astype(float))
+    sizes = {"dim": 16, "depth": 2, "n_heads": 2, "embed_dim": 12, "group_width": 8}
+    save_sprout(Sprout(SproutConfig(**sizes)), folder / "tiny.safetensors")
+    monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", folder / "tiny.safetensors")
+    monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
+    monkeypatch.setenv("BUDWOOD_CACHE", str(folder / "cache"))
+
+
 @pytest.mark.parametrize(("page", "code"), snippets())
 def test_python_on_the_page_runs(page, code, model_dir, tmp_path, monkeypatch):
     from PIL import Image
@@ -97,4 +113,5 @@ def test_python_on_the_page_runs(page, code, model_dir, tmp_path, monkeypatch):
     known = dict(METHODS._targets)
     monkeypatch.setattr(METHODS, "_targets", known)
     monkeypatch.chdir(tmp_path)
+    _lend_points(tmp_path, monkeypatch)
     exec(code, {"model": model, "processor": processor, "inputs": inputs, "image": image})

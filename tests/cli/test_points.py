@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_classify(budwood, scans, tmp_path):
 
 
 def test_classify_a_folder(budwood, scans, tmp_path, monkeypatch):
-    monkeypatch.setattr("budwood.cli.classify.BATCH", 3)
+    monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", 3)
     (tmp_path / "names.txt").write_text("ball\n\nstick\ndesk lamp\n", encoding="utf-8")
     command = ["classify", scans, "--labels-file", tmp_path / "names.txt", "--json"]
     rows = json.loads(budwood(*command).stdout)["rows"]
@@ -133,6 +134,14 @@ def test_bench(budwood, tmp_path):
     result = budwood(*command[:-1])
     assert "6 clouds of 2 unseen classes" in result.stderr
     assert result.stdout.split()[:3] == ["method", "sampler", "points"]
+
+
+def test_bench_speed(budwood, tmp_path):
+    command = ["bench", "points-speed", "--points", "20", "--batch", 2, "--repeats", 1]
+    rows = json.loads(budwood(*command, "--out", tmp_path / "s.json", "--json").stdout)["rows"]
+    assert rows[0]["what"] == "frozen" and rows[-1]["what"] == "groups, loop"
+    assert "| frozen | 20 |" in budwood("bench", "show", tmp_path / "s.json").stdout
+    assert budwood(*command).stdout.split()[:3] == ["what", "points", "clouds_per_s"]
 
 
 def test_demo(budwood, tmp_path):
@@ -221,7 +230,6 @@ def test_existing_files_stay(budwood, scans, tmp_path):
         (["--counts", "64,x"], "no list of whole numbers"),
         (["--counts", ""], "no list of whole numbers"),
         (["--counts", "0"], "must be 1 or more"),
-        (["--counts", "60,90"], "does nothing at 60, 90 points"),
         (["--method", "esp"], "unknown method"),
         (["--lr", "0"], "lr=0.0"),
         (["--steps", "0"], "--steps"),
@@ -231,6 +239,14 @@ def test_bad_adaptation(budwood, scans, tmp_path, options, fragment):
     command = ["points", "adapt", scans, "--labels", NAMES, "--output", tmp_path / "a"]
     refused(budwood(*command, *options), fragment)
     assert not (tmp_path / "a").exists()
+
+
+def test_adaptation_to_dense_clouds_alone(budwood, scans, tmp_path):
+    command = ["points", "adapt", scans, "--labels", NAMES, "--output", tmp_path / "a"]
+    result = budwood(*command, "--counts", "60,90")
+    assert result.exit_code == 2 and not (tmp_path / "a").exists()
+    reading, error = result.stderr.splitlines()  # a progress bar that came to its end, and a line
+    assert reading.startswith("reading") and "does nothing at 60, 90 points" in error
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,7 @@ def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
     assert shares[:2] == [0, 0] and shares[-2:] == [1, 1]
     assert shares[2] == pytest.approx(1 / 3) and shares[3] == pytest.approx(2 / 3)
     with pytest.raises(InputError, match="does nothing at 60, 100 points"):
-        adapt(
-            prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((60, 100)))
-        )
+        adapt(prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((60, 100))))
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow", "lora", "full"])
@@ -253,8 +251,8 @@ def test_bad_input():
         adapt([], sets.texts(model.embed_dim), model, config)
     with pytest.raises(ShapeError, match="13 wide"):
         adapt(prepared(model), sets.texts(13), model, config)
+    bad = dataclasses.replace(config, options={"rank": 3})
     with pytest.raises(InputError, match="no option 'rank'"):
-        bad = dataclasses.replace(config, options={"rank": 3})
         adapt(prepared(model), sets.texts(model.embed_dim), model, bad)
     with pytest.raises(InputError, match="only one point"):
         adapt([Cloud(np.zeros((5, 3)))], sets.texts(model.embed_dim), model, config)

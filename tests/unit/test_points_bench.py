@@ -11,7 +11,9 @@ from budwood.errors import InputError, UnknownNameError
 from budwood.points import Curriculum
 from budwood.points.adapt import thinned
 from budwood.points.bench import BenchConfig, run, top_k
+from budwood.points.grouping import Grouping
 from budwood.points.io import Cloud
+from budwood.points.speed import encoder_rows, grouping_rows, looped_groups
 from tests.points import models, sets
 
 SMALL = {"points": (30, 8), "lidar": (8,), "steps": 2, "batch_size": 4}
@@ -118,6 +120,25 @@ def test_top_k():
     assert top_k(features, vectors, torch.tensor([1, 1, 0]), 1) == pytest.approx(1 / 3)
     assert top_k(features, vectors, torch.tensor([1, 0, 0]), 2) == pytest.approx(2 / 3)
     assert top_k(features, vectors, torch.tensor([1, 0, 0]), 9) == 1
+
+
+def test_a_loop_makes_the_same_groups():
+    grouping = Grouping(9, 5, 40)
+    xyz = torch.randn(3, 31, 3, generator=torch.Generator().manual_seed(1))
+    centers, members = grouping(xyz)
+    for cloud, own_centers, own_members in zip(xyz, centers, members):
+        looped = looped_groups(cloud.numpy(), *grouping.sizes(31))
+        assert looped[0].tolist() == own_centers.tolist()
+        assert [sorted(a) for a in looped[1].tolist()] == [sorted(b) for b in own_members.tolist()]
+
+
+def test_speed_rows():
+    model = sprout()
+    rows = encoder_rows(model, 20, 2, 2)
+    assert [row["what"] for row in rows][:3] == ["frozen", "fca random", "fca random, fused"]
+    assert rows[0]["over_frozen"] == 1 and all(row["clouds_per_s"] > 0 for row in rows)
+    ours, loop = grouping_rows(model.grouping, 20, 2, 2)
+    assert loop["over_loop"] == 1 and ours["over_loop"] > 0
 
 
 def test_bad_settings():

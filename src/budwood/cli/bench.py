@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from budwood import records
-from budwood.cli import bench_points, bench_prune, bench_speed
+from budwood.cli import bench_points, bench_points_speed, bench_prune, bench_speed
 from budwood.cli.options import listed
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("prune")(bench_prune.bench_prune)
 app.command("prune-speed")(bench_speed.bench_speed)
 app.command("points")(bench_points.bench_points)
+app.command("points-speed")(bench_points_speed.bench_points_speed)
 
 DEFAULT_COLUMNS = {
     "bench prune": bench_prune.MARKDOWN,
     "bench prune-speed": bench_speed.MARKDOWN,
     "bench points": bench_points.MARKDOWN,
+    "bench points-speed": bench_points_speed.MARKDOWN,
 }
 
 

@@ -93,4 +93,8 @@ def progress(message: str) -> Iterator[Advance]:
     )
     with bar:
         task = bar.add_task(message, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except BaseException:
+            bar.live.transient = True  # what is left on the screen is the error
+            raise

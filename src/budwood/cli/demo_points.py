@@ -29,10 +29,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
     json: options.Json = False,
 ) -> None:
-    r"""Adapt the embedded point encoder, and name sparse clouds of classes that it was not adapted to.
+    r"""Adapt the embedded point encoder, and name sparse clouds of classes not seen in that.
 
-    Works offline. The clouds that ship are split by class: adaptation has clouds of one part, without
-    their names; tested are those of the other.
+    Works offline. The clouds that ship are split by class: adaptation has clouds of one part,
+    without their names; tested are those of the other.
 
     \b
     Example:
@@ -51,7 +51,8 @@ def demo(
     rows = _name_all(tested, words, model, adapter, points, seed)
     files = _save_some(tested, rows, points, seed, folder)
     share = {
-        key: sum(row[key] == row["truth"] for row in rows) / len(rows) for key in ("before", "after")
+        key: sum(row[key] == row["truth"] for row in rows) / len(rows)
+        for key in ("before", "after")
     }
     if json:
         print_json({"points": points, "steps": steps, "n_clouds": len(rows), **share, "rows": rows})

@@ -10,9 +10,9 @@ from __future__ import annotations
 from budwood.points.adapt import AdaptConfig, adapt
 from budwood.points.adapters import ADAPTERS, Adapter, load_adapter, make_adapter
 from budwood.points.classify import Ranking, classify
-from budwood.points.encoders import ENCODERS, PointEncoder, load_encoder
 from budwood.points.data import CloudSet, load_clouds
 from budwood.points.distill import Curriculum, Objective
+from budwood.points.encoders import ENCODERS, PointEncoder, load_encoder
 from budwood.points.io import READERS, Cloud, crop, find_files, read
 from budwood.points.methods import METHODS
 from budwood.points.sampling import SAMPLERS, sample

@@ -85,7 +85,7 @@ class AdaptConfig:
         return dataclasses.replace(
             method,
             lr=self.lr or method.lr,
-            objective=self.objective if method.objective and self.objective else method.objective,
+            objective=method.objective and (self.objective or method.objective),
             options={**method.options, **self.options},
         )
 
@@ -202,6 +202,7 @@ class _Run:
         self.optim = None
         if self.objective is not None:
             self.optim = torch.optim.AdamW(adapter.parameters(), lr=self.lr, weight_decay=0.0)
+        self.settings = "" if folder is None else self._settings()
         self.resumed = self._resume()
 
     def go(self, on_step: OnStep | None) -> None:
@@ -290,7 +291,7 @@ class _Run:
         if self.folder is None or self.optim is None:
             return
         state = {
-            "settings": self._settings(),
+            "settings": self.settings,
             "step": self.step,
             "adapter": self.adapter.state_dict(),
             "optim": self.optim.state_dict(),
@@ -312,7 +313,7 @@ class _Run:
         except Exception as error:  # torch raises what its readers happen to
             line = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{path} is damaged, delete it: {line}") from None
-        if state.get("settings") != self._settings():
+        if state.get("settings") != self.settings:
             raise OutputError(
                 f"{path} is of a run with other settings or clouds; delete it or choose another "
                 "folder"

@@ -74,9 +74,7 @@ VPT_SHALLOW = Method(
 VPT_DEEP = Method(
     "vpt-deep", "VPT, arXiv 2203.12119", "prompts in each block", SHARED, 1e-2, _BY_DENSITY
 )
-LORA = Method(
-    "lora", "LoRA, arXiv 2106.09685", "low-rank differences", SHARED, 1e-3, _BY_DENSITY
-)
+LORA = Method("lora", "LoRA, arXiv 2106.09685", "low-rank differences", SHARED, 1e-3, _BY_DENSITY)
 FULL = Method("full", "fine-tuning", "a copy of every parameter", SHARED, 1e-4, _BY_DENSITY)
 ESP_ZERO_PAPER = Method(
     "fca",

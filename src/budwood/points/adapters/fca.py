@@ -55,7 +55,9 @@ def attending(contexts: Sequence[Context], share: float) -> Around:
     """Blocks that attend to a context each, with ``share`` of the mass that it would get."""
     if share < 1:
         contexts = [
-            replace(c, gate=share * (c.keys.new_ones(c.keys.shape[1]) if c.gate is None else c.gate))
+            replace(
+                c, gate=share * (c.keys.new_ones(c.keys.shape[1]) if c.gate is None else c.gate)
+            )
             for c in contexts
         ]
     return lambda index, block, x: block(x, contexts[index])

@@ -30,8 +30,8 @@ class Split:
 
     Attributes:
         label: its class.
-        group: of the class: ``"seen"`` in adaptation, ``"unseen"`` there but known from pretraining,
-            or ``"novel"`` in both.
+        group: of the class: ``"seen"`` in adaptation; ``"unseen"`` there, but in
+            pretraining; or ``"novel"``, in neither.
         use: ``"adapt"``, ``"val"`` or ``"test"``; only seen classes have the first two.
     """
 
@@ -131,5 +131,3 @@ def _unpack(planes: NDArray[np.uint8]) -> NDArray[np.float32]:
     codes = np.cumsum(gaps, axis=1, dtype=np.uint32)
     steps = np.stack([codes >> 20, codes >> 10 & 1023, codes & 1023], axis=-1)
     return (steps.astype(np.float32) / LEVELS * 2 - 1).astype(np.float32)
-
-

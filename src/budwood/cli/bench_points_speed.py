@@ -1,0 +1,58 @@
+"""`budwood bench points-speed`: what adapters cost in time, and groups against a loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from budwood import records
+from budwood.cli import clouds, options
+from budwood.cli.console import print_json, print_table, say, working
+from budwood.cli.output import reserve
+from budwood.cli.points import counts_of
+
+MARKDOWN = {"what": "", "points": "", "clouds_per_s": ".1f", "over_frozen": ".3f"}
+MARKDOWN |= {"over_loop": ".1f"}
+"""Columns of the Markdown table of a record."""
+
+
+def bench_points_speed(
+    points: Annotated[str, typer.Option(metavar="N,…", help="Numbers of points.")] = "1024,64",
+    batch: Annotated[int, typer.Option(min=1, help="Clouds at once.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs everything once.")] = 20,
+    encoder: clouds.Encoder = "sprout",
+    checkpoint: clouds.Checkpoint = None,
+    out: options.Out = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    r"""Clouds per second: the frozen encoder, with adapters, fused and not; groups against a loop.
+
+    Ratios are taken within a round, and their medians shown.
+
+    \b
+    Example:
+      budwood bench points-speed --points 1024,64 --out speed.json
+    """
+    from budwood.points import load_encoder
+    from budwood.points.speed import encoder_rows, grouping_rows
+
+    counts = counts_of(points)
+    if out:
+        reserve(out, force)
+    model = load_encoder(encoder, checkpoint)
+    rows = []
+    with working("measuring"):
+        for n_points in counts:
+            rows += encoder_rows(model, n_points, batch, repeats)
+            rows += grouping_rows(model.grouping, n_points, batch, repeats)
+    config = {"encoder": model.name, "points": counts, "batch": batch, "repeats": repeats}
+    record = records.new_record("bench points-speed", rows, seed=0, config=config)
+    if out:
+        say(f"wrote {records.write(record, out, overwrite=force)}")
+    if json:
+        print_json(dataclasses.asdict(record))
+    else:
+        print_table(record.rows, {key: (key, spec) for key, spec in MARKDOWN.items()})

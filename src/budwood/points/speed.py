@@ -1,0 +1,124 @@
+"""How fast: encoders with and without adapters, and groups against a loop over centres."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budwood.points.adapters import Adapter, make_adapter
+from budwood.points.adapters.fca import FusedCrossAttention
+from budwood.points.encoders import PointEncoder
+from budwood.points.grouping import Grouping
+
+Row = dict[str, Any]
+
+
+def encoder_rows(encoder: PointEncoder, n_points: int, batch: int, repeats: int) -> list[Row]:
+    """Encoding with fused cross-attention before and after ``fuse()``, and with LoRA.
+
+    Adapters are fresh and fully in, since speed does not depend on what they have learnt. In each
+    round everything runs once; ratios are taken within a round and their medians reported.
+
+    Args:
+        encoder: frozen.
+        n_points: of each cloud.
+        batch: clouds at once.
+        repeats: rounds, after one to warm up.
+
+    Returns:
+        Rows with ``what, points, clouds_per_s, over_frozen``.
+    """
+    xyz = torch.randn(batch, n_points, 3, generator=torch.Generator().manual_seed(0))
+    xyz = xyz / xyz.norm(dim=-1).amax(dim=1)[:, None, None]
+    runs: dict[str, PointEncoder | Adapter] = {"frozen": encoder}
+    for init in ("random", "closed"):
+        adapter = make_adapter("fca", encoder, init=init)
+        assert isinstance(adapter, FusedCrossAttention)
+        runs |= {f"fca {init}": adapter, f"fca {init}, fused": adapter.fuse().eval()}
+    runs["lora"] = make_adapter("lora", encoder)
+    with torch.inference_mode():
+        times = _in_turn({name: _caller(run, xyz) for name, run in runs.items()}, repeats)
+    return [
+        {
+            "what": name,
+            "points": n_points,
+            "clouds_per_s": batch / statistics.median(own),
+            "over_frozen": statistics.median(a / b for a, b in zip(own, times["frozen"])),
+        }
+        for name, own in times.items()
+    ]
+
+
+def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -> list[Row]:
+    """Groups by tensors, against a loop over clouds and centres with NumPy.
+
+    Returns:
+        Rows with ``what, points, clouds_per_s, over_loop`` (speed, in units of the loop's).
+    """
+    xyz = torch.randn(batch, n_points, 3, generator=torch.Generator().manual_seed(0))
+    n_groups, k = grouping.sizes(n_points)
+    by_distance = dataclasses.replace(grouping, radius=None, pointnet2=False)
+    runs = {
+        "groups": lambda: by_distance(xyz),
+        "groups, loop": lambda: [looped_groups(cloud.numpy(), n_groups, k) for cloud in xyz],
+    }
+    times = _in_turn(runs, repeats)
+    return [
+        {
+            "what": name,
+            "points": n_points,
+            "clouds_per_s": batch / statistics.median(own),
+            "over_loop": statistics.median(b / a for a, b in zip(own, times["groups, loop"])),
+        }
+        for name, own in times.items()
+    ]
+
+
+def looped_groups(xyz: np.ndarray, n_groups: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Farthest-point centres, then the neighbours of one centre after the other.
+
+    What is often written first. The same groups as :class:`Grouping` makes.
+
+    Args:
+        xyz: one cloud, shape (n_points, 3).
+        n_groups: centres.
+        k: members of each group.
+
+    Returns:
+        Indices of centres, shape (n_groups,), and of members, shape (n_groups, k).
+    """
+    centers, gaps = [0], np.full(len(xyz), np.inf)
+    while len(centers) < n_groups:
+        gaps = np.minimum(gaps, np.square(xyz - xyz[centers[-1]]).sum(axis=1))
+        gaps[centers[-1]] = -1
+        centers.append(int(gaps.argmax()))
+    members = []
+    for center in centers:
+        distance = np.square(xyz - xyz[center]).sum(axis=1)
+        members.append(np.argsort(distance, kind="stable")[:k])
+    return np.array(centers), np.stack(members)
+
+
+def _caller(run: PointEncoder | Adapter, xyz: Tensor) -> Callable[[], Any]:
+    return lambda: run(xyz)
+
+
+def _in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each; every round begins with another one."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(repeats + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            runs[name]()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
