@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -70,11 +72,13 @@ WHOLE = 2_000  # pictures of the last stage, after which every picture is seen w
 
 @dataclass
 class Segment:
-    """A question or caption. A token is a word's id, or `~patch` for a visual token."""
+    """Turns of what is given and what is asked. A token is a word's id, or `~patch` if visual."""
 
-    given: list[int]
-    asked: list[int]
+    turns: list[tuple[list[int], list[int]]]
     kind: str  # one of LOGGED; what is not in KINDS helps to learn, and is asked nowhere else
+
+    def __len__(self) -> int:
+        return sum(len(given + asked) for given, asked in self.turns)
 
 
 @dataclass
@@ -202,12 +206,14 @@ class Packed(Dataset):
 
     def _segment(self, kind: str, given: str, asked: str, *seen: int) -> Segment:
         """`<image>` in what is given stands for the next of the patches seen."""
-        patches = iter(seen)
-        first, *rest = given.split(IMAGE_TOKEN)
+        return Segment([(self._given(given, iter(seen)), self._tokens(asked + END))], kind)
+
+    def _given(self, text: str, patches: Iterator[int]) -> list[int]:
+        first, *rest = text.split(IMAGE_TOKEN)
         ids = self._tokens(first)
-        for text in rest:
-            ids += [~next(patches), *self._tokens(text)]
-        return Segment(ids, self._tokens(asked + END), kind)
+        for part in rest:
+            ids += [~next(patches), *self._tokens(part)]
+        return ids
 
     def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
         patches = [p for p in range(PATCHES) if what_covers(scene, p)]
@@ -241,15 +247,16 @@ class Packed(Dataset):
             rows = [*patches, *(strangers if n % 2 else ())]
             rng.shuffle(rows)
             letters = dict(zip(rows, rng.sample(LETTERS, len(rows)), strict=True))
-            asked = rng.choice(list(patches))
-            if n % 2:
-                text = "".join(f" {c}{letters[c]}," for c in rows) + "<image>"
-                seen = [patches[asked]]
-            else:
-                text = "".join(f"<image>{letters[c]}," for c in rows) + f" {asked}"
-                seen = [patches[c] for c in rows]
-            kind = "word key" if n % 2 else "visual key"
-            segments.append(self._segment(kind, text, letters[asked], *seen))
+            kind, row, key = (
+                ("word key", " {}", "<image>") if n % 2 else ("visual key", "<image>", " {}")
+            )
+            text = "".join(row.format(c) + f"{letters[c]}," for c in rows)
+            turns, seen = [], iter([] if n % 2 else [patches[c] for c in rows])
+            for asked in rng.sample(list(patches), min(4, len(patches))):
+                given = self._given(text + key.format(asked), chain(seen, [patches[asked]]))
+                turns.append((given, self._tokens(letters[asked] + ",")))
+                text = ""
+            segments.append(Segment(turns, kind))
         return segments
 
     def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
@@ -299,15 +306,14 @@ def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
     """Pack into bins of at most `BIN` tokens, the longest first, each into the first that fits."""
     bins: list[list[Segment]] = []
     free: list[int] = []
-    for segment in sorted(segments, key=lambda s: -len(s.given + s.asked)):
-        size = len(segment.given + segment.asked)
-        place = next((i for i, room in enumerate(free) if room >= size), None)
+    for segment in sorted(segments, key=len, reverse=True):
+        place = next((i for i, room in enumerate(free) if room >= len(segment)), None)
         if place is None:
             bins.append([])
             free.append(BIN)
             place = len(bins) - 1
         bins[place].append(segment)
-        free[place] -= size
+        free[place] -= len(segment)
     return bins
 
 
@@ -331,13 +337,15 @@ def collate(items: list[Item]) -> dict[str, Tensor]:
         for k, segments in enumerate(bins):
             start = shared + k * BIN
             for n, segment in enumerate(segments):
-                asked, end = start + len(segment.given), start + len(segment.given + segment.asked)
-                ids[b, start:end] = torch.tensor(segment.given + segment.asked)
-                positions[b, start:end] = torch.arange(shared, shared + end - start)
-                labels[b, asked:end] = ids[b, asked:end]
-                kinds[b, asked] = LOGGED.index(segment.kind)
-                part[b, start:end] = n
-                start = end
+                first = start
+                for given, asked in segment.turns:
+                    answer, end = start + len(given), start + len(given + asked)
+                    ids[b, start:end] = torch.tensor(given + asked)
+                    labels[b, answer:end] = ids[b, answer:end]
+                    kinds[b, answer] = LOGGED.index(segment.kind)
+                    start = end
+                positions[b, first:end] = torch.arange(shared, shared + end - first)
+                part[b, first:end] = n
     visual = ids < 0
     offset = 256 * torch.arange(len(items))[:, None].expand_as(ids)
     part = part[:, shared:].unflatten(1, (n_bins, BIN))
