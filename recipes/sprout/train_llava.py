@@ -41,7 +41,7 @@ from budwood.sprout.model import (
     load_tokenizer,
     tower_config,
 )
-from budwood.sprout.questions import KINDS, Question, ask
+from budwood.sprout.questions import KINDS, TEMPLATES, Question, ask
 from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rng
 
 PREFIX = "<|im_start|>user\n"
@@ -60,14 +60,25 @@ LOGGED = (
     "order",
     "reverse",
     "about",
-    "place",
+    "notes",
 )
+SHORT = {
+    "presence": " {} shown",
+    "colour": " {} frame",
+    "digit": " {} digit",
+    "count": " {} number",
+    "largest": " largest",
+    "left of": " left of {}",
+    "right of": " right of {}",
+    "above": " above {}",
+    "below": " below {}",
+}
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SIDE = SIZE // tower_config().patch_size
 PATCHES = SIDE**2
 BIN = 64  # tokens; segments are packed into bins of this length
-SOME = 600  # pictures of the last stage in which only some of the objects are seen
-WHOLE = 2_000  # pictures of the last stage, after which every picture is seen whole
+SOME = 800  # pictures of the last stage in which only some of the objects are seen
+WHOLE = 2_400  # pictures of the last stage, after which every picture is seen whole
 
 
 @dataclass
@@ -105,6 +116,15 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return questions
 
 
+def in_short(question: Question) -> str:
+    """The question in two or three words: "dog frame", "left of dog"."""
+    for kind, template in TEMPLATES.items():
+        before, _, after = template.partition("{}")
+        if question.text.startswith(before) and question.text.endswith(after):
+            return SHORT[kind].format(question.text.removeprefix(before).removesuffix(after))
+    raise ValueError(question.text)
+
+
 def listings(
     scene: Scene, shown: list[SceneObject], rng: random.Random
 ) -> list[tuple[str, str, str]]:
@@ -124,8 +144,8 @@ def listings(
     about = [("about", f"Describe the {o.category}.", details(o, o.centre)) for o in single]
     return [
         order,
-        *rng.sample(found, min(3, len(found))),
-        *rng.sample(about, min(3, len(about))),
+        *rng.sample(found, min(2, len(found))),
+        *rng.sample(about, min(2, len(about))),
     ]
 
 
@@ -263,20 +283,24 @@ class Packed(Dataset):
         seen = self._seen(scene, rng, place)
         shown = [thing for thing in scene.objects if thing in {what_covers(scene, p) for p in seen}]
         boxes = {thing.outer for thing in shown}
-        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)]
+        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)][:14]
         asked = [(q.kind, q.text, q.answer) for q in questions]
         asked += listings(scene, shown, rng)
-        for patch in rng.sample(seen, min(3, len(seen))):
-            row, column = divmod(patch, SIDE)
-            thing = what_covers(scene, patch)
-            text = f"What is in row {row + 1}, column {column + 1}?"
-            asked.append(("place", text, thing.category if thing else "background"))
         segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
+        notes = [q for q in ask(scene) if boxes.issuperset(q.boxes)]
+        segments += self._notes(rng.sample(notes, min(24, len(notes))))
         segments += self._lookups(scene, rng, 2)
         if place < SOME:
-            segments += self._readings(scene, rng, {"name": 2, "frame": 8, "badge": 8})
+            segments += self._readings(scene, rng, {"name": 4, "frame": 4, "badge": 8})
         shared = self._tokens(PREFIX) + [~patch for patch in seen]
         return Item(image_tensor(scene.image), shared, segments)
+
+    def _notes(self, questions: list[Question]) -> list[Segment]:
+        """Questions in short, eight in a row."""
+        turns = [
+            (self._tokens(in_short(q)), self._tokens(as_answer(q.answer) + ",")) for q in questions
+        ]
+        return [Segment(turns[n : n + 8], "notes") for n in range(0, len(turns), 8)]
 
     def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
         """The visual tokens shown: of one or two objects at first, then of all, then everything.
@@ -529,9 +553,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--regions-images", type=int, default=600)
+    parser.add_argument("--regions-images", type=int, default=1_800)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=6_000)
+    parser.add_argument("--questions-images", type=int, default=5_000)
     parser.add_argument("--questions-batch", type=int, default=4)
     parser.add_argument("--projector-lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=6e-4)

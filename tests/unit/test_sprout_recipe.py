@@ -61,7 +61,7 @@ def single_turn(model, scene, segment, tokenizer) -> torch.Tensor:
     return out.loss * sum(len(asked) for _, asked in segment.turns)
 
 
-@pytest.mark.parametrize("start", [0, 800])
+@pytest.mark.parametrize("start", [0, 1_200])
 def test_few_patches_show_some_objects_then_all(recipe: ModuleType, start: int) -> None:
     data = recipe.Packed(load_tokenizer(), "questions", images=6_000, start=start, batch=4)
     shown = [[~token for token in data[i].shared if token < 0] for i in range(4)]
