@@ -24,7 +24,7 @@ app.add_typer(ls.app, name="ls")
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context, version: bool = typer.Option(False, "--version")) -> None:
-    r"""A vision-language model that answers from a tenth of its visual tokens, with no training.
+    """A vision-language model that answers from a tenth of its visual tokens, with no training.
 
     Bad input ends with one line on standard error and exit code 2.
 
