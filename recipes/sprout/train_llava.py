@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ from budwood.sprout.model import (
     load_tokenizer,
     tower_config,
 )
-from budwood.sprout.questions import KINDS, Question, ask
+from budwood.sprout.questions import KINDS, TEMPLATES, Question, ask
 from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rng
 
 PREFIX = "<|im_start|>user\n"
@@ -58,23 +60,36 @@ LOGGED = (
     "order",
     "reverse",
     "about",
-    "place",
+    "notes",
 )
+SHORT = {
+    "presence": " {} shown",
+    "colour": " {} frame",
+    "digit": " {} digit",
+    "count": " {} number",
+    "largest": " largest",
+    "left of": " left of {}",
+    "right of": " right of {}",
+    "above": " above {}",
+    "below": " below {}",
+}
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SIDE = SIZE // tower_config().patch_size
 PATCHES = SIDE**2
 BIN = 64  # tokens; segments are packed into bins of this length
-SOME = 600  # pictures of the last stage in which only some of the objects are seen
-WHOLE = 2_000  # pictures of the last stage, after which every picture is seen whole
+SOME = 800  # pictures of the last stage in which only some of the objects are seen
+WHOLE = 2_400  # pictures of the last stage, after which every picture is seen whole
 
 
 @dataclass
 class Segment:
-    """A question or caption. A token is a word's id, or `~patch` for a visual token."""
+    """Turns of what is given and what is asked. A token is a word's id, or `~patch` if visual."""
 
-    given: list[int]
-    asked: list[int]
+    turns: list[tuple[list[int], list[int]]]
     kind: str  # one of LOGGED; what is not in KINDS helps to learn, and is asked nowhere else
+
+    def __len__(self) -> int:
+        return sum(len(given + asked) for given, asked in self.turns)
 
 
 @dataclass
@@ -101,6 +116,15 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return questions
 
 
+def in_short(question: Question) -> str:
+    """The question in two or three words: "dog frame", "left of dog"."""
+    for kind, template in TEMPLATES.items():
+        before, _, after = template.partition("{}")
+        if question.text.startswith(before) and question.text.endswith(after):
+            return SHORT[kind].format(question.text.removeprefix(before).removesuffix(after))
+    raise ValueError(question.text)
+
+
 def listings(
     scene: Scene, shown: list[SceneObject], rng: random.Random
 ) -> list[tuple[str, str, str]]:
@@ -120,8 +144,8 @@ def listings(
     about = [("about", f"Describe the {o.category}.", details(o, o.centre)) for o in single]
     return [
         order,
-        *rng.sample(found, min(3, len(found))),
-        *rng.sample(about, min(3, len(about))),
+        *rng.sample(found, min(2, len(found))),
+        *rng.sample(about, min(2, len(about))),
     ]
 
 
@@ -202,12 +226,14 @@ class Packed(Dataset):
 
     def _segment(self, kind: str, given: str, asked: str, *seen: int) -> Segment:
         """`<image>` in what is given stands for the next of the patches seen."""
-        patches = iter(seen)
-        first, *rest = given.split(IMAGE_TOKEN)
+        return Segment([(self._given(given, iter(seen)), self._tokens(asked + END))], kind)
+
+    def _given(self, text: str, patches: Iterator[int]) -> list[int]:
+        first, *rest = text.split(IMAGE_TOKEN)
         ids = self._tokens(first)
-        for text in rest:
-            ids += [~next(patches), *self._tokens(text)]
-        return Segment(ids, self._tokens(asked + END), kind)
+        for part in rest:
+            ids += [~next(patches), *self._tokens(part)]
+        return ids
 
     def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
         patches = [p for p in range(PATCHES) if what_covers(scene, p)]
@@ -241,35 +267,40 @@ class Packed(Dataset):
             rows = [*patches, *(strangers if n % 2 else ())]
             rng.shuffle(rows)
             letters = dict(zip(rows, rng.sample(LETTERS, len(rows)), strict=True))
-            asked = rng.choice(list(patches))
-            if n % 2:
-                text = "".join(f" {c}{letters[c]}," for c in rows) + "<image>"
-                seen = [patches[asked]]
-            else:
-                text = "".join(f"<image>{letters[c]}," for c in rows) + f" {asked}"
-                seen = [patches[c] for c in rows]
-            kind = "word key" if n % 2 else "visual key"
-            segments.append(self._segment(kind, text, letters[asked], *seen))
+            kind, row, key = (
+                ("word key", " {}", "<image>") if n % 2 else ("visual key", "<image>", " {}")
+            )
+            text = "".join(row.format(c) + f"{letters[c]}," for c in rows)
+            turns, seen = [], iter([] if n % 2 else [patches[c] for c in rows])
+            for asked in rng.sample(list(patches), min(4, len(patches))):
+                given = self._given(text + key.format(asked), chain(seen, [patches[asked]]))
+                turns.append((given, self._tokens(letters[asked] + ",")))
+                text = ""
+            segments.append(Segment(turns, kind))
         return segments
 
     def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
         seen = self._seen(scene, rng, place)
         shown = [thing for thing in scene.objects if thing in {what_covers(scene, p) for p in seen}]
         boxes = {thing.outer for thing in shown}
-        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)]
+        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)][:14]
         asked = [(q.kind, q.text, q.answer) for q in questions]
         asked += listings(scene, shown, rng)
-        for patch in rng.sample(seen, min(3, len(seen))):
-            row, column = divmod(patch, SIDE)
-            thing = what_covers(scene, patch)
-            text = f"What is in row {row + 1}, column {column + 1}?"
-            asked.append(("place", text, thing.category if thing else "background"))
         segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
+        notes = [q for q in ask(scene) if boxes.issuperset(q.boxes)]
+        segments += self._notes(rng.sample(notes, min(24, len(notes))))
         segments += self._lookups(scene, rng, 2)
         if place < SOME:
-            segments += self._readings(scene, rng, {"name": 2, "frame": 8, "badge": 8})
+            segments += self._readings(scene, rng, {"name": 4, "frame": 4, "badge": 8})
         shared = self._tokens(PREFIX) + [~patch for patch in seen]
         return Item(image_tensor(scene.image), shared, segments)
+
+    def _notes(self, questions: list[Question]) -> list[Segment]:
+        """Questions in short, eight in a row."""
+        turns = [
+            (self._tokens(in_short(q)), self._tokens(as_answer(q.answer) + ",")) for q in questions
+        ]
+        return [Segment(turns[n : n + 8], "notes") for n in range(0, len(turns), 8)]
 
     def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
         """The visual tokens shown: of one or two objects at first, then of all, then everything.
@@ -299,15 +330,14 @@ def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
     """Pack into bins of at most `BIN` tokens, the longest first, each into the first that fits."""
     bins: list[list[Segment]] = []
     free: list[int] = []
-    for segment in sorted(segments, key=lambda s: -len(s.given + s.asked)):
-        size = len(segment.given + segment.asked)
-        place = next((i for i, room in enumerate(free) if room >= size), None)
+    for segment in sorted(segments, key=len, reverse=True):
+        place = next((i for i, room in enumerate(free) if room >= len(segment)), None)
         if place is None:
             bins.append([])
             free.append(BIN)
             place = len(bins) - 1
         bins[place].append(segment)
-        free[place] -= size
+        free[place] -= len(segment)
     return bins
 
 
@@ -331,13 +361,15 @@ def collate(items: list[Item]) -> dict[str, Tensor]:
         for k, segments in enumerate(bins):
             start = shared + k * BIN
             for n, segment in enumerate(segments):
-                asked, end = start + len(segment.given), start + len(segment.given + segment.asked)
-                ids[b, start:end] = torch.tensor(segment.given + segment.asked)
-                positions[b, start:end] = torch.arange(shared, shared + end - start)
-                labels[b, asked:end] = ids[b, asked:end]
-                kinds[b, asked] = LOGGED.index(segment.kind)
-                part[b, start:end] = n
-                start = end
+                first = start
+                for given, asked in segment.turns:
+                    answer, end = start + len(given), start + len(given + asked)
+                    ids[b, start:end] = torch.tensor(given + asked)
+                    labels[b, answer:end] = ids[b, answer:end]
+                    kinds[b, answer] = LOGGED.index(segment.kind)
+                    start = end
+                positions[b, first:end] = torch.arange(shared, shared + end - first)
+                part[b, first:end] = n
     visual = ids < 0
     offset = 256 * torch.arange(len(items))[:, None].expand_as(ids)
     part = part[:, shared:].unflatten(1, (n_bins, BIN))
@@ -521,9 +553,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--regions-images", type=int, default=600)
+    parser.add_argument("--regions-images", type=int, default=1_800)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=6_000)
+    parser.add_argument("--questions-images", type=int, default=5_000)
     parser.add_argument("--questions-batch", type=int, default=4)
     parser.add_argument("--projector-lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=6e-4)

@@ -27,7 +27,7 @@ app.add_typer(points.app, name="points")
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context, version: bool = typer.Option(False, "--version")) -> None:
-    r"""New abilities for frozen pretrained transformers.
+    """New abilities for frozen pretrained transformers.
 
     prune: a vision-language model answers from a tenth of its visual tokens, with no training.
     classify, points: objects made of a few dozen points are named with words from a list.

@@ -62,7 +62,7 @@ def bench_points(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Top-1 and top-5 of every method, by number of points, on the clouds that ship.
+    """Top-1 and top-5 of every method, by number of points, on the clouds that ship.
 
     Seen classes are those that adaptation has clouds of (none of the tested ones); unseen classes
     were in the encoder's pretraining alone; novel ones in neither. A name is chosen among those of

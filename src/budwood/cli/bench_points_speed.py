@@ -28,7 +28,7 @@ def bench_points_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Clouds per second: the frozen encoder, with adapters, fused and not; groups against a loop.
+    """Clouds per second: the frozen encoder, with adapters, fused and not; groups against a loop.
 
     Ratios are taken within a round, and their medians shown.
 

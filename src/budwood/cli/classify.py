@@ -47,7 +47,7 @@ def classify(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Name the objects in point clouds, with words from a list.
+    """Name the objects in point clouds, with words from a list.
 
     Meshes are sampled. Scores are probabilities over the words given. More points than the encoder
     was trained with are thinned out.

@@ -29,7 +29,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
     json: options.Json = False,
 ) -> None:
-    r"""Adapt the embedded point encoder, and name sparse clouds of classes not seen in that.
+    """Adapt the embedded point encoder, and name sparse clouds of classes not seen in that.
 
     Works offline. The clouds that ship are split by class: adaptation has clouds of one part,
     without their names; tested are those of the other.

@@ -17,7 +17,7 @@ app.command("demo")(demo_points.demo)
 
 @app.callback(invoke_without_command=True)
 def points(context: typer.Context) -> None:
-    r"""Adapt point encoders to sparse clouds.
+    """Adapt point encoders to sparse clouds.
 
     \b
     Example:
@@ -52,7 +52,7 @@ def adapt(
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
     json: options.Json = False,
 ) -> None:
-    r"""Adapt an encoder with unlabelled dense clouds, so that a few of their points will do.
+    """Adapt an encoder with unlabelled dense clouds, so that a few of their points will do.
 
     The names say what could be there; which cloud is which stays unknown. The encoder is not
     changed: the adapter is a small file beside it, for `budwood classify --adapter`. Killed and
