@@ -81,7 +81,11 @@ def working(message: str) -> Iterator[None]:
 
 @contextmanager
 def progress(message: str) -> Iterator[Advance]:
-    """A progress bar on standard error; yields a function (done, total)."""
+    """A progress bar on standard error, where that is a terminal.
+
+    Yields a function (done, total).
+    """
+    console = notes()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -89,12 +93,9 @@ def progress(message: str) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=notes(),
+        console=console,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(message, total=None)
-        try:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        except BaseException:
-            bar.live.transient = True  # what is left on the screen is the error
-            raise
+        yield lambda done, total: bar.update(task, completed=done, total=total)
