@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
 from budwood.points.adapters import ADAPTERS, load_adapter, make_adapter
 from budwood.points.adapters.base import FILE
+from budwood.points.encoders.blocks import Attention, Context
 from tests.points import models
 
 NAMES = [name for name in ADAPTERS if name != "fused"]
@@ -115,6 +116,48 @@ def test_an_open_gate_is_no_gate():
         for gate in closed.gates:
             gate.fill_(1.0)
     torch.testing.assert_close(closed(*clouds()), plain(*clouds()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [-0.5, 0.0, 0.3, 1.0, 4.0])
+def test_gates_with_and_without_gradient_are_one_function(gate):
+    model = models.make("ulip")
+    adapter = make_adapter("fca", model, init="closed")
+    with torch.no_grad():
+        for own in adapter.gates:
+            own.fill_(gate).add_(0.1 * torch.rand_like(own))
+    xyz, rgb = clouds()
+    with torch.no_grad():
+        plain = adapter(xyz, rgb)
+    torch.testing.assert_close(adapter(xyz, rgb).detach(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gate_weights_exponentials():
+    torch.manual_seed(0)
+    attention = Attention(12, 3)
+    x, extra = torch.randn(2, 5, 12), torch.randn(4, 12)
+    gate = torch.tensor([0.0, 0.4, 2.5])
+    _, keys, values = attention.split(extra[None])
+    q, k, v = attention.split(x)
+    rows = torch.empty(2, 5, 12)
+    for b in range(2):
+        for i in range(5):
+            for h in range(3):
+                scores = torch.cat([k[b, h], keys[0, h]]) @ q[b, h, i] / 2
+                weights = scores.exp() * torch.cat([torch.ones(5), gate[h].expand(4)])
+                mixed = weights @ torch.cat([v[b, h], values[0, h]]) / weights.sum()
+                rows[b, i, 4 * h : 4 * h + 4] = mixed
+    found = attention(x, Context(keys, values, gate))
+    torch.testing.assert_close(found, attention.proj(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_shut_gate_can_open_again():
+    model = models.make("sprout")
+    adapter = make_adapter("fca", model, init="closed")
+    with torch.no_grad():
+        for gate in adapter.gates:
+            gate.fill_(-0.2)
+    adapter(*clouds()).square().mean().backward()
+    assert all(gate.grad.abs().max() > 0 for gate in adapter.gates)
 
 
 def test_closed_gates_learn():

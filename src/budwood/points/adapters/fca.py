@@ -52,7 +52,7 @@ class FcaConfig(AdapterConfig):
 
 
 def attending(contexts: Sequence[Context], share: float) -> Around:
-    """Blocks that attend to a context each, with ``share`` of the mass that it would get."""
+    """Blocks that attend to a context each, its weight in the softmax scaled by ``share``."""
     if share < 1:
         contexts = [
             replace(

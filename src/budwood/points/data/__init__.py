@@ -103,7 +103,8 @@ def _read(path: Path) -> CloudSet:
     if not path.is_file():
         raise InputError(f"the clouds {path} are missing; recipes/points makes them")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves what it opens itself unclosed where it is truncated.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             columns = zip(*(file[key].tolist() for key in ("label", "group", "use")))
             about = tuple(Split(*row) for row in columns)
             xyz = _unpack(file["points"])

@@ -21,8 +21,9 @@ class Context:
     Attributes:
         keys: shape (1 or batch, n_heads, n_context, d_head).
         values: same shape.
-        gate: how far each head lets them in, shape (n_heads,): at 0 the block is as without them,
-            at 1 they are tokens like the others. None is 1.
+        gate: how far each head lets them in, shape (n_heads,): their exponentials in the softmax
+            are weighted by it. At 0 and below, the block is as without them, at 1 they are tokens
+            like the others. None is 1.
     """
 
     keys: Tensor
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         if context is None or context.gate is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            out = _gated(q, k, n_own, context.gate) @ v
+            out = _gated(q, k, v, n_own, context.gate)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -170,22 +171,30 @@ def position_net(dim: int, width: int = 128) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, dim))
 
 
-def _gated(q: Tensor, k: Tensor, n_own: int, gate: Tensor) -> Tensor:
-    """Attention in which the mass m of the context becomes gate · m, and that of the others 1 − it.
+def _gated(q: Tensor, k: Tensor, v: Tensor, n_own: int, gate: Tensor) -> Tensor:
+    """Attention in which the exponentials of the context are weighted by the gate.
 
     Args:
         q: shape (batch, n_heads, n_own, d_head).
         k: the tokens' own keys, then those of the context, shape (batch, n_heads, n, d_head).
+        v: their values, same shape.
         n_own: how many are the tokens' own.
         gate: shape (n_heads,).
 
     Returns:
-        Shape (batch, n_heads, n_own, n), rows that sum to 1.
+        Shape (batch, n_heads, n_own, d_head).
     """
-    gate = gate.view(-1, 1, 1)
+    if not torch.is_grad_enabled():
+        bias = gate.clamp(min=0).log().view(-1, 1, 1)  # −∞ where it is shut
+        bias = F.pad(bias.expand(-1, 1, k.shape[2] - n_own), (n_own, 0))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+    # The same with a gradient for a gate that is shut, which the logarithm does not have. Below 0
+    # it stays shut, and the gradient goes straight through, so that it can open again.
+    gate = (gate + (gate.clamp(min=0) - gate).detach()).view(-1, 1, 1)
     logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     own, context = logits[..., :n_own], logits[..., n_own:]
-    low = own.logsumexp(-1, keepdim=True)
-    # The share of the context by its log-odds: exact where one side has next to all of the mass.
-    mass = gate * torch.sigmoid(context.logsumexp(-1, keepdim=True) - low)
-    return torch.cat([own.softmax(-1) * (1 - mass), context.softmax(-1) * mass], dim=-1)
+    odds = context.logsumexp(-1, keepdim=True) - own.logsumexp(-1, keepdim=True)
+    weighted = gate * odds.sigmoid()
+    mass = weighted / (weighted + (-odds).sigmoid())
+    weights = torch.cat([own.softmax(-1) * (1 - mass), context.softmax(-1) * mass], dim=-1)
+    return weights @ v

@@ -1,0 +1,214 @@
+"""The recipe of sprout points: classes, splits, licences, VRML, augmentation, resuming."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trimesh")
+RECIPES = Path(__file__).parents[2] / "recipes" / "points"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Its modules, which import each other by bare names."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    names = ("classes", "shapes", "make_clouds", "train_encoder")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import classes
+    import make_clouds
+    import shapes
+    import train_encoder
+
+    yield argparse.Namespace(classes=classes, shapes=shapes, make=make_clouds, train=train_encoder)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_name_is_in_one_class(recipe):
+    names = ["Chair", "Coffee table", "Table", "Bar stool", "Bar table", "Double window 3 panes"]
+    names += ["Exterior door", "Wooden desk", "Desk lamp", "Little bank", "Screen", "Screen door"]
+    wanted = ["chair", "coffee table", "table", "stool", "table", "window"]
+    wanted += ["door", "desk", "table lamp", "bench", "television", "door"]
+    for name, label in zip(names, wanted):
+        found = [
+            key
+            for key, (_, pattern) in recipe.classes.FURNITURE.items()
+            if re.fullmatch(pattern, name, re.IGNORECASE)
+        ]
+        assert found == [label], name
+    assert recipe.shapes._furniture_class("Window blind") == ("window blind", "other")
+    assert recipe.shapes._furniture_class("Bean bag") == ("bean bag", "other")
+    assert not set(recipe.classes.FURNITURE) & set(recipe.classes.PARTS)
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 20, 40])
+def test_cut(recipe, n):
+    seen, unseen, novel, other = (
+        recipe.make.cut(group, n) for group in ("seen", "unseen", "novel", "other")
+    )
+    assert len(seen) == len(unseen) == len(novel) == len(other) == n
+    assert {"test", "adapt", "pretrain"} <= set(seen)
+    assert set(unseen) == {"test", "pretrain"}
+    assert set(novel) <= {"test", "left"} and set(other) == {"pretrain"}
+
+
+BOX = """#VRML V2.0 utf8
+Shape { appearance Appearance {material DEF A Material { shininess 0.7 } } }
+Shape { geometry IndexedFaceSet { creaseAngle 0.5
+  coordIndex [0,1,2,3,-1, 4,5,6,-1]
+  coord Coordinate { point [0 0 0, 1 0 0, 1 2 0, 0 2 0, 0 0 5, 1 0 5, 1 2 5] } }
+  appearance Appearance { material USE A } }
+Shape { geometry IndexedFaceSet { coord Coordinate { point [9 9 9,8 8 8,7 9 7] }
+  coordIndex [0,1,2,-1] } }
+"""
+
+
+def test_vrml(recipe, tmp_path):
+    path = tmp_path / "a.wrl"
+    path.write_text(BOX)
+    vertices, faces = recipe.shapes.read_vrml(path)
+    assert faces.tolist() == [[0, 1, 2], [0, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert vertices[4].tolist() == [0, 5, 0]  # what was up along z is up along y
+    assert vertices[2].tolist() == [1, 0, -2]
+    path.write_text(BOX.replace("Shape {", "Transform { translation 1 0 0 children Shape {", 1))
+    assert recipe.shapes.read_vrml(path) is None
+    path.write_text("#VRML V2.0 utf8\nShape { geometry Box {} }")
+    assert recipe.shapes.read_vrml(path) is None
+
+
+COPYRIGHT = """Format: x
+
+Files: *
+Copyright: 2018 A
+License: CC-BY-SA-4.0-with-exception
+
+Files: Relay.3dshapes/Relay_A.step
+ Relay.3dshapes/Relay_A.wrl
+Copyright: 2017 B
+License: GPL-3+
+
+License: GPL-3+
+ text
+"""
+
+
+def test_parts_of_another_licence_are_left_out(recipe, tmp_path):
+    folder = tmp_path / "Relay_THT.3dshapes"
+    folder.mkdir()
+    for name in "ABC":
+        (folder / f"Relay_{name}.wrl").write_text(BOX)
+    (tmp_path / "Socket.3dshapes").mkdir()
+    (tmp_path / "Socket.3dshapes" / "Socket.wrl").write_text(BOX)
+    (tmp_path / "copyright").write_text(COPYRIGHT.replace("Relay.3d", "Relay_THT.3d"))
+    found = list(recipe.shapes.parts(tmp_path))
+    assert [shape.id for shape in found] == ["Relay_THT/Relay_B", "Relay_THT/Relay_C"]
+    assert {(shape.label, shape.group, shape.package) for shape in found} == {
+        ("relay", "unseen", "parts")
+    }
+
+
+def test_furniture(recipe, tmp_path):
+    catalogue = (
+        "id#1=a\nname#1=Chair\nmodel#1=/x/a.obj\ncreator#1=Ann\n"
+        "id#2=b\nname#2=Kazoo\nmodel#2=/x/b.obj\nmodelRotation#2=0 -1 0 1 0 0 0 0 1\n"
+    )
+    mesh = "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 2 0\nf 1 2 3\n"
+    with zipfile.ZipFile(tmp_path / "Lib.sh3f", "w") as archive:
+        archive.writestr("PluginFurnitureCatalog.properties", catalogue)
+        archive.writestr("x/a.obj", mesh)
+        archive.writestr("x/b.obj", mesh)
+    chair, kazoo = recipe.shapes.furniture(tmp_path)
+    assert (chair.id, chair.label, chair.creator) == ("Lib/a", "chair", "Ann (Lib)")
+    assert (kazoo.label, kazoo.group) == ("kazoo", "other")
+    assert sorted(map(tuple, chair.vertices.tolist())) == [(0, 0, 0), (0, 2, 0), (1, 0, 0)]
+    assert sorted(map(tuple, kazoo.vertices.tolist())) == [(-2, 0, 0), (0, 0, 0), (0, 1, 0)]
+    cloud = recipe.make.cloud_of(chair)
+    assert cloud.shape == (4096, 3) and np.abs(cloud.mean(axis=0)).max() < 1e-5
+    assert np.linalg.norm(cloud, axis=1).max() == pytest.approx(1)
+
+
+def test_augmented(recipe):
+    rng = np.random.default_rng(0)
+    points = (rng.uniform(-1, 1, (4096, 3)) * 20_000).astype(np.int16)
+    thin = recipe.train.augmented(points, 200, rng)
+    assert thin.shape == (200, 3) and thin.dtype == np.float32
+    assert np.linalg.norm(thin, axis=1).max() == pytest.approx(1)
+    for axis in range(3):
+        matrix = recipe.train.turn(axis, 0.7)
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(matrix) == pytest.approx(1) and matrix[axis, axis] == 1
+
+
+def test_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "clouds.npz",
+        xyz=(rng.uniform(-1, 1, (6, 4096, 3)) * 20_000).astype(np.int16),
+        label=np.array(["a", "b", "a", "b", "a", "b"]),
+        group=np.array(["seen"] * 6),
+        use=np.array(["pretrain"] * 4 + ["val"] * 2),
+    )
+    config = recipe.train.SproutConfig(dim=16, depth=2, n_heads=2, n_groups=8, group_width=8)
+    monkeypatch.setattr(recipe.train, "SproutConfig", lambda: config)
+    monkeypatch.setattr(recipe.train, "FEWEST", 16)
+    monkeypatch.setattr(recipe.train, "MOST", 32)
+
+    def weights(name, *steps):
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.save(torch.eye(2, 384) + 0.1, folder / "texts.pt")
+        for n in steps:
+            torch.manual_seed(0)
+            shapes = recipe.train.Shapes(tmp_path / "clouds.npz", folder)
+            run = recipe.train.Run(folder, 1e-3, shapes.center)
+            # The schedule is that of all steps, also where the run is cut short.
+            args = argparse.Namespace(steps=4, batch=3, lr=1e-3, seed=0)
+            monkeypatch.setattr(run, "log", lambda **_: None)
+            _until(recipe.train, run, shapes, args, n)
+        return run
+
+    whole, resumed = weights("a", 4), weights("b", 2, 4)
+    assert resumed.step == 4
+    for key, value in whole.encoder.state_dict().items():
+        assert torch.equal(value, resumed.encoder.state_dict()[key]), key
+    assert torch.equal(whole.average.module.cls_token, resumed.average.module.cls_token)
+    assert torch.equal(whole.encoder.text_center[:2], torch.tensor([0.6, 0.6]))
+
+
+def _until(train, run, shapes, args, n):
+    """Killed when step n is to begin."""
+
+    class KilledError(Exception):
+        pass
+
+    draw = shapes.batch
+
+    def watched(*arguments):
+        if run.step == n:
+            run.save()
+            raise KilledError
+        return draw(*arguments)
+
+    shapes.batch = watched
+    with contextlib.suppress(KilledError):
+        train.train(run, shapes, args)
+
+
+def test_report_counts(recipe, tmp_path):
+    shape = recipe.shapes.Shape(
+        "x", "chair", "seen", "furniture", "Ann", np.eye(3), np.array([[0, 1, 2]])
+    )
+    recipe.make._report(tmp_path, [(shape, "test"), (shape, "adapt")])
+    report = json.loads((tmp_path / "clouds.json").read_text())
+    assert report["uses"] == {"seen adapt": 1, "seen test": 1} and report["creators"] == ["Ann"]
