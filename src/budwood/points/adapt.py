@@ -163,9 +163,9 @@ def thinned(
 
 
 def stacked(clouds: Prepared) -> tuple[Tensor, Tensor | None]:
-    """A batch of as many points each as the smallest has; more are cut off at random places.
+    """A batch of as many points each as the smallest cloud has, evenly spread over the others'.
 
-    Samplers return their points in no order of importance, LiDAR-like ones varying numbers.
+    LiDAR-like samples of one number differ in how many points they have.
     """
     n_points = min(len(xyz) for xyz, _ in clouds)
     kept = [torch.linspace(0, len(xyz) - 1, n_points).round().long() for xyz, _ in clouds]

@@ -84,14 +84,12 @@ class Trial:
 
     Attributes:
         method: which.
-        encoder: with the grouping that the method wants.
-        adapter: of that encoder.
+        adapter: what came out.
         lr: learning rate, None if nothing was trained.
         seconds: that adapting took.
     """
 
     method: Method
-    encoder: PointEncoder
     adapter: Adapter
     lr: float | None
     seconds: float
@@ -117,7 +115,12 @@ def run(
         Rows with ``method, sampler, points, seeds, params, seconds, lr``, and for each group
         ``…_top1, …_top5`` and ``…_std``, the standard deviation of top-1 over seeds (None for one
         seed); None throughout for a group without test clouds.
+
+    Raises:
+        InputError: nothing to adapt to, or to tune on.
     """
+    if config.tune and not len(clouds.where(use="val")):
+        raise InputError("tuning needs clouds for validation, and there are none")
     bench = _Bench(clouds, texts, encoder, config)
     rows: list[Row] = []
     grouping = encoder.grouping
@@ -139,11 +142,12 @@ class _Bench:
     ) -> None:
         self.encoder, self.config, self.texts = encoder, config, texts
         self.grouping = encoder.grouping
+        self.parts = {g: clouds.where(group=g, use="test") for g in GROUPS}
+        self.parts["val"] = clouds.where(use="val")
+        self.dense = {name: self._prepared(part) for name, part in self.parts.items()}
+        self.thin: dict[tuple[str, str, int, int], Prepared] = {}
         self.adapting = self._prepared(clouds.where(use="adapt"))
-        self.val = clouds.where(use="val")
-        self.tests = {g: clouds.where(group=g, use="test") for g in GROUPS}
-        seen = sorted({one.label for one in clouds.where(group="seen").about})
-        self.seen_texts = self._texts_of(seen)
+        self.seen_texts = self._texts_of(clouds.where(group="seen").labels)
 
     def rows_of(self, name: str) -> list[Row]:
         """One row for each density."""
@@ -182,9 +186,7 @@ class _Bench:
         adapter = adapt(self.adapting, self.seen_texts, self.encoder, config)
         seconds = time.perf_counter() - start
         method = config.resolved
-        return Trial(
-            method, self.encoder, adapter, method.lr if method.objective else None, seconds
-        )
+        return Trial(method, adapter, method.lr if method.objective else None, seconds)
 
     def _tuned(self, name: str) -> float:
         """The rate with the best accuracy on seen classes; a seed that no row uses."""
@@ -192,29 +194,24 @@ class _Bench:
         scored = []
         for factor in RATES:
             trial = self._trial(name, seed, factor * METHODS.get(name).lr)
-            tops = [self._accuracy(trial, self.val, "random", n, seed)[0] for n in TUNED_AT]
+            tops = [self._accuracy(trial, "val", "random", n, seed)[0] for n in TUNED_AT]
             scored.append((statistics.fmean(tops), trial.lr))
         return max(scored)[1]
 
     def _accuracies(self, trial: Trial, sampler: str, n_points: int, seed: int) -> Row:
         row: Row = {}
-        for group, clouds in self.tests.items():
-            top1, top5 = (
-                self._accuracy(trial, clouds, sampler, n_points, seed)
-                if len(clouds)
-                else (None, None)
-            )
-            row |= {f"{group}_top1": top1, f"{group}_top5": top5}
+        for group in GROUPS:
+            known = len(self.parts[group]) > 0
+            found = self._accuracy(trial, group, sampler, n_points, seed) if known else (None, None)
+            row |= {f"{group}_top1": found[0], f"{group}_top5": found[1]}
         return row
 
     def _accuracy(
-        self, trial: Trial, clouds: CloudSet, sampler: str, n_points: int, seed: int
+        self, trial: Trial, part: str, sampler: str, n_points: int, seed: int
     ) -> tuple[float, float]:
-        """Top-1 and top-5 among the names of the classes at hand."""
-        dense = self._prepared(clouds)
-        thin = [
-            thinned(cloud, n_points, sampler, seed * 1_000_003 + i) for i, cloud in enumerate(dense)
-        ]
+        """Top-1 and top-5 among the names of the classes in a part."""
+        clouds = self.parts[part]
+        thin = self._thinned(part, sampler, n_points, seed)
         features = encode(self.encoder, thin, trial.adapter)
         texts = self._texts_of(clouds.labels)
         vectors = texts.vectors
@@ -222,6 +219,17 @@ class _Bench:
             vectors = adjusted_texts(features, vectors, self.encoder.logit_scale)
         wanted = torch.tensor([texts.labels.index(one.label) for one in clouds.about])
         return top_k(features, vectors, wanted, 1), top_k(features, vectors, wanted, 5)
+
+    def _thinned(self, part: str, sampler: str, n_points: int, seed: int) -> Prepared:
+        """The clouds of a part with fewer points, the same for every method."""
+        key = (part, sampler, n_points, seed)
+        if key not in self.thin:
+            first = seed * 1_000_003
+            self.thin[key] = [
+                thinned(cloud, n_points, sampler, first + i)
+                for i, cloud in enumerate(self.dense[part])
+            ]
+        return self.thin[key]
 
     def _texts_of(self, labels: Sequence[str]) -> TextEmbeddings:
         rows = [self.texts.labels.index(label) for label in labels]
