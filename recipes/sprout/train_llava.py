@@ -51,6 +51,7 @@ STAGES = ("regions", "questions")
 LETTERS = [f" {letter}" for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"]
 LOGGED = (
     *KINDS,
+    *(f"{kind} in short" for kind in KINDS),
     "name",
     "frame",
     "badge",
@@ -60,7 +61,6 @@ LOGGED = (
     "order",
     "reverse",
     "about",
-    "notes",
 )
 SHORT = {
     "presence": " {} shown",
@@ -77,19 +77,24 @@ FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SIDE = SIZE // tower_config().patch_size
 PATCHES = SIDE**2
 BIN = 64  # tokens; segments are packed into bins of this length
-SOME = 800  # pictures of the last stage in which only some of the objects are seen
-WHOLE = 2_400  # pictures of the last stage, after which every picture is seen whole
+SOME = 2_400  # pictures of the last stage in which only some of the objects are seen
+WHOLE = 4_800  # pictures of the last stage, after which every picture is seen whole
 
 
 @dataclass
-class Segment:
-    """Turns of what is given and what is asked. A token is a word's id, or `~patch` if visual."""
+class Turn:
+    """What is given and what is asked. A token is a word's id, or `~patch` if visual."""
 
-    turns: list[tuple[list[int], list[int]]]
     kind: str  # one of LOGGED; what is not in KINDS helps to learn, and is asked nowhere else
+    given: list[int]
+    asked: list[int]
 
-    def __len__(self) -> int:
-        return sum(len(given + asked) for given, asked in self.turns)
+    @property
+    def tokens(self) -> list[int]:
+        return self.given + self.asked
+
+
+Segment = list[Turn]  # in one context, which sees the picture and nothing else
 
 
 @dataclass
@@ -226,7 +231,7 @@ class Packed(Dataset):
 
     def _segment(self, kind: str, given: str, asked: str, *seen: int) -> Segment:
         """`<image>` in what is given stands for the next of the patches seen."""
-        return Segment([(self._given(given, iter(seen)), self._tokens(asked + END))], kind)
+        return [Turn(kind, self._given(given, iter(seen)), self._tokens(asked + END))]
 
     def _given(self, text: str, patches: Iterator[int]) -> list[int]:
         first, *rest = text.split(IMAGE_TOKEN)
@@ -274,33 +279,38 @@ class Packed(Dataset):
             turns, seen = [], iter([] if n % 2 else [patches[c] for c in rows])
             for asked in rng.sample(list(patches), min(4, len(patches))):
                 given = self._given(text + key.format(asked), chain(seen, [patches[asked]]))
-                turns.append((given, self._tokens(letters[asked] + ",")))
+                turns.append(Turn(kind, given, self._tokens(letters[asked] + ",")))
                 text = ""
-            segments.append(Segment(turns, kind))
+            segments.append(turns)
         return segments
 
     def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
         seen = self._seen(scene, rng, place)
         shown = [thing for thing in scene.objects if thing in {what_covers(scene, p) for p in seen}]
         boxes = {thing.outer for thing in shown}
-        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)][:14]
-        asked = [(q.kind, q.text, q.answer) for q in questions]
-        asked += listings(scene, shown, rng)
+        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)]
+        asked = [(q.kind, q.text, q.answer) for q in questions[:6]]
+        asked += rng.sample(extra := listings(scene, shown, rng), min(2, len(extra)))
         segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
         notes = [q for q in ask(scene) if boxes.issuperset(q.boxes)]
-        segments += self._notes(rng.sample(notes, min(24, len(notes))))
-        segments += self._lookups(scene, rng, 2)
+        segments += self._notes(rng.sample(notes, min(32, len(notes))))
         if place < SOME:
-            segments += self._readings(scene, rng, {"name": 4, "frame": 4, "badge": 8})
+            segments += self._lookups(scene, rng, 2)
+            segments += self._readings(scene, rng, {"name": 2, "frame": 2, "badge": 4})
         shared = self._tokens(PREFIX) + [~patch for patch in seen]
         return Item(image_tensor(scene.image), shared, segments)
 
     def _notes(self, questions: list[Question]) -> list[Segment]:
         """Questions in short, eight in a row."""
         turns = [
-            (self._tokens(in_short(q)), self._tokens(as_answer(q.answer) + ",")) for q in questions
+            Turn(
+                f"{q.kind} in short",
+                self._tokens(in_short(q)),
+                self._tokens(as_answer(q.answer) + ","),
+            )
+            for q in questions
         ]
-        return [Segment(turns[n : n + 8], "notes") for n in range(0, len(turns), 8)]
+        return [turns[n : n + 8] for n in range(0, len(turns), 8)]
 
     def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
         """The visual tokens shown: of one or two objects at first, then of all, then everything.
@@ -326,18 +336,22 @@ class Packed(Dataset):
         return sorted(seen + rest[: number - len(seen)])
 
 
+def length(segment: Segment) -> int:
+    return sum(len(turn.tokens) for turn in segment)
+
+
 def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
     """Pack into bins of at most `BIN` tokens, the longest first, each into the first that fits."""
     bins: list[list[Segment]] = []
     free: list[int] = []
-    for segment in sorted(segments, key=len, reverse=True):
-        place = next((i for i, room in enumerate(free) if room >= len(segment)), None)
+    for segment in sorted(segments, key=length, reverse=True):
+        place = next((i for i, room in enumerate(free) if room >= length(segment)), None)
         if place is None:
             bins.append([])
             free.append(BIN)
             place = len(bins) - 1
         bins[place].append(segment)
-        free[place] -= len(segment)
+        free[place] -= length(segment)
     return bins
 
 
@@ -351,8 +365,8 @@ def collate(items: list[Item]) -> dict[str, Tensor]:
     """
     packed = [fill_bins(item.segments) for item in items]
     n_bins, shared = max(map(len, packed)), len(items[0].shared)
-    length = shared + n_bins * BIN
-    ids, positions = torch.zeros(len(items), length).long(), torch.zeros(len(items), length).long()
+    width = shared + n_bins * BIN
+    ids, positions = torch.zeros(len(items), width).long(), torch.zeros(len(items), width).long()
     labels, kinds = torch.full_like(ids, -100), torch.full_like(ids, -1)
     part = torch.full_like(ids, -1)
     for b, (item, bins) in enumerate(zip(items, packed, strict=True)):
@@ -362,11 +376,11 @@ def collate(items: list[Item]) -> dict[str, Tensor]:
             start = shared + k * BIN
             for n, segment in enumerate(segments):
                 first = start
-                for given, asked in segment.turns:
-                    answer, end = start + len(given), start + len(given + asked)
-                    ids[b, start:end] = torch.tensor(given + asked)
+                for turn in segment:
+                    answer, end = start + len(turn.given), start + len(turn.tokens)
+                    ids[b, start:end] = torch.tensor(turn.tokens)
                     labels[b, answer:end] = ids[b, answer:end]
-                    kinds[b, answer] = LOGGED.index(segment.kind)
+                    kinds[b, answer] = LOGGED.index(turn.kind)
                     start = end
                 positions[b, first:end] = torch.arange(shared, shared + end - first)
                 part[b, first:end] = n
@@ -555,8 +569,8 @@ def main() -> None:
     )
     parser.add_argument("--regions-images", type=int, default=1_800)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=5_000)
-    parser.add_argument("--questions-batch", type=int, default=4)
+    parser.add_argument("--questions-images", type=int, default=7_200)
+    parser.add_argument("--questions-batch", type=int, default=8)
     parser.add_argument("--projector-lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=6e-4)
     args = parser.parse_args()
