@@ -128,8 +128,11 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         for row in rows
         if row["sampler"] == "random"
     ]
-    settings = {"x": "points", "y": "unseen_top1", "by": "method", "low": "low", "high": "high"}
-    write_whole(path, lambda part: records.plot(curves, part, **settings))
+
+    def draw(part: Path) -> None:
+        records.plot(curves, part, x="points", y="unseen_top1", by="method", low="low", high="high")
+
+    write_whole(path, draw)
 
 
 def _legend(config: dict[str, Any]) -> str:

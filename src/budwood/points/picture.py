@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from budwood.errors import InputError, OutputError
 from budwood.points.io.cloud import Array
 
@@ -35,7 +33,7 @@ def draw(clouds: Sequence[tuple[str, Array]], path: Path) -> None:
         axes = figure.add_subplot(1, len(clouds), column, projection="3d")
         points = xyz[:: -(-len(xyz) // SHOWN)]
         x, height, z = points.T
-        size = float(np.clip(600 / len(points), 1, 25))
+        size = min(max(600 // len(points), 1), 25)
         axes.scatter(x, -z, height, c=height, s=size, cmap="viridis", depthshade=True)
         axes.set_title(title, fontsize=10)
         axes.set_aspect("equal")  # type: ignore[arg-type]
