@@ -160,6 +160,24 @@ def test_a_shut_gate_can_open_again():
     assert all(gate.grad.abs().max() > 0 for gate in adapter.gates)
 
 
+def test_norms_learn_and_fade():
+    model = models.make("ulip")
+    before = snapshot(model)
+    adapter = make_adapter("fca", model, init="closed", norms=True)
+    torch.testing.assert_close(adapter(*clouds()), model(*clouds()), rtol=1e-5, atol=1e-5)
+    adapter(*clouds()).square().mean().backward()
+    for difference in adapter.norms.parameters():
+        assert difference.grad.abs().max() > 0
+        difference.data = torch.rand_like(difference)
+    assert not torch.allclose(adapter(*clouds()), model(*clouds()), atol=1e-3)
+    assert_untouched(model, before)
+    lent, half = adapter.replaced(1.0), adapter.replaced(0.5)
+    assert lent.keys() == half.keys() and len(lent) == 4
+    for name, value in lent.items():
+        own = model.get_parameter(name)
+        torch.testing.assert_close(half[name] - own, (value - own) / 2)
+
+
 def test_closed_gates_learn():
     model = models.make("sprout")
     adapter = make_adapter("fca", model, init="closed")
@@ -176,7 +194,10 @@ def test_closed_gates_learn():
         ("fca", {"n_tokens": 3}),
         ("fca", {"init": "closed"}),
         ("fca", {"shared": True, "batch_norm": True}),
+        ("fca", {"init": "closed", "norms": True, "fade": True}),
+        ("fca", {"norms": True, "batch_norm": True, "counts": (40, 10)}),
         ("vpt-deep", {"n_tokens": 4}),
+        ("vpt-deep", {"fade": True}),
     ],
 )
 @pytest.mark.parametrize("encoder", models.MAKERS)

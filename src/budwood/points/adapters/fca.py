@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError
 from budwood.points.adapters.base import Adapter, AdapterConfig
+from budwood.points.adapters.statistics import NormShifts
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Attention, Block, Context, Mlp
 
@@ -33,6 +34,7 @@ class FcaConfig(AdapterConfig):
         mlp_ratio: width inside the MLP of the learnable block, in units of the encoder's.
         shared: one learnable block for all blocks of the encoder; the tokens stay their own. Ours.
         std: spread of the tokens at the start.
+        norms: learn differences to the BatchNorms' scales and shifts too. Ours.
     """
 
     n_tokens: int = 8
@@ -40,6 +42,7 @@ class FcaConfig(AdapterConfig):
     mlp_ratio: float = 4.0
     shared: bool = False
     std: float = 0.02
+    norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +89,7 @@ class FusedCrossAttention(Adapter):
         closed = options.init == "closed"
         gates = [nn.Parameter(torch.zeros(n)) for n in heads] if closed else []
         self.gates = nn.ParameterList(gates)
+        self.norms = NormShifts(encoder) if options.norms else None
 
     def contexts(self) -> list[Context]:
         """What each block of the encoder attends to besides the points."""
@@ -99,13 +103,23 @@ class FusedCrossAttention(Adapter):
     def around(self, share: float) -> Around:
         return attending(self.contexts(), share)
 
+    def replaced(self, share: float) -> dict[str, Tensor]:
+        return {} if self.norms is None else self.norms.replaced(self.encoder, share)
+
     def fuse(self) -> Fused:
         """The same function with keys and values computed once; not for training.
 
         Returns:
             An adapter of its own, which saves and loads like any other.
         """
-        return Fused.of(self, self.contexts())
+        return Fused.of(self, self.contexts(), self.norms)
+
+
+@dataclass(frozen=True)
+class FusedConfig(AdapterConfig):
+    """What a fused adapter has besides keys and values; see :class:`FcaConfig`."""
+
+    norms: bool = False
 
 
 class Fused(Adapter):
@@ -113,12 +127,23 @@ class Fused(Adapter):
 
     name: ClassVar[str] = "fused"
     source: ClassVar[str] = "ours"
+    Config: ClassVar[type[AdapterConfig]] = FusedConfig
+    config: FusedConfig
+
+    def __init__(self, encoder: PointEncoder, config: FusedConfig | None = None) -> None:
+        super().__init__(encoder, config)
+        self.norms = NormShifts(encoder, fixed=True) if self.config.norms else None
 
     @classmethod
-    def of(cls, adapter: Adapter, contexts: list[Context]) -> Fused:
-        """From an adapter and what its blocks attend to."""
+    def of(
+        cls, adapter: Adapter, contexts: list[Context], norms: NormShifts | None = None
+    ) -> Fused:
+        """From an adapter, what its blocks attend to, and its differences to BatchNorms."""
         own = adapter.config
-        made = cls(adapter.encoder, AdapterConfig(own.batch_norm, own.counts, own.fade))
+        config = FusedConfig(own.batch_norm, own.counts, own.fade, norms is not None)
+        made = cls(adapter.encoder, config)
+        if made.norms is not None and norms is not None:
+            made.norms.load_state_dict(norms.state_dict())
         for index, context in enumerate(contexts):
             made._put(index, context.keys, context.values, context.gate)
         if made.statistics is not None and adapter.statistics is not None:
@@ -144,6 +169,9 @@ class Fused(Adapter):
             for i in range(len(self.blocks))
         ]
         return attending(contexts, share)
+
+    def replaced(self, share: float) -> dict[str, Tensor]:
+        return {} if self.norms is None else self.norms.replaced(self.encoder, share)
 
     def _put(self, index: int, keys: Tensor, values: Tensor, gate: Tensor | None) -> None:
         gate = None if gate is None else gate.detach().clone()
