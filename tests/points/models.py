@@ -37,13 +37,18 @@ MAKERS = {"ulip": _pointbert, "openshape": _openshape, "uni3d": _uni3d, "sprout"
 
 
 def make(name, seed=0):
-    """Random weights, and BatchNorm statistics that are not those of a fresh layer."""
+    """Random weights, and BatchNorm statistics that are not those of a fresh layer.
+
+    The means are small, or all that a ReLU behind them lets through is 0.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = MAKERS[name]()
         for key, buffer in encoder.named_buffers():
-            if "running" in key:
-                buffer.copy_(torch.rand_like(buffer) + 0.5)
+            if key.endswith("running_mean"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
+            elif key.endswith("running_var"):
+                buffer.copy_(0.3 * torch.rand_like(buffer) + 0.05)
     return encoder.eval().requires_grad_(False)
 
 

@@ -339,3 +339,12 @@ def test_files(tmp_path):
 def test_refusals(name, options, error, message):
     with pytest.raises(error, match=message):
         make_adapter(name, models.make("ulip"), **options)
+
+
+@pytest.mark.parametrize("encoder", models.MAKERS)
+def test_every_weight_of_the_tiny_encoders_matters(encoder):
+    """Else what is tested with them is tested in part."""
+    adapter = make_adapter("full", models.make(encoder))
+    adapter(*clouds()).square().mean().backward()
+    for name, value in zip(adapter.names, adapter.values):
+        assert value.grad.abs().max() > 0, name

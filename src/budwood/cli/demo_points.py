@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from budwood.points import Adapter, CloudSet, PointEncoder, TextEmbeddings
 
 SHOWN = 8
+COUNTS = (128, 64, 32)
 _COLUMNS = {"cloud": ("cloud", ""), "truth": ("truth", ""), "before": ("before", "")}
 _COLUMNS |= {"after": ("after", "")}
 
 
 def demo(
     points: Annotated[int, typer.Option(min=2, max=1024, help="Points of each cloud.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Of adaptation.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Of adaptation.")] = 100,
     folder: Annotated[
         Path, typer.Option("--dir", metavar="DIR", help="Where clouds and the adapter go.")
     ] = Path("budwood-points-demo"),
@@ -77,13 +78,13 @@ def _adapted(
     steps: int,
     seed: int,
 ) -> Adapter:
-    from budwood.points import AdaptConfig, Cloud, TextEmbeddings, adapt
+    from budwood.points import AdaptConfig, Cloud, Curriculum, TextEmbeddings, adapt
 
     unlabelled = given.where(use="adapt")
     rows = [words.labels.index(label) for label in unlabelled.labels]
     texts = TextEmbeddings(unlabelled.labels, words.vectors[rows])
     dense = [Cloud(xyz.astype("float64")) for xyz in unlabelled.xyz]
-    config = AdaptConfig(steps=steps, seed=seed)
+    config = AdaptConfig(steps=steps, seed=seed, curriculum=Curriculum(COUNTS))
     with progress("adapting") as advance:
         return adapt(dense, texts, model, config, output=folder, on_step=advance)
 
