@@ -278,11 +278,17 @@ class _Run:
     def _settings(self) -> str:
         """A digest of everything that the result depends on."""
         about = json.dumps(
-            [dataclasses.asdict(self.config), identity(self.adapter.encoder), self.texts.labels],
+            [
+                dataclasses.asdict(self.config),
+                dataclasses.asdict(self.config.resolved),
+                identity(self.adapter.encoder),
+                self.texts.labels,
+            ],
             default=str,
             sort_keys=True,
         )
         digest = hashlib.sha256(about.encode())
+        digest.update(self.texts.vectors.numpy().tobytes())
         for xyz, _ in self.clouds:
             digest.update(xyz.numpy().tobytes())
         return digest.hexdigest()
