@@ -154,7 +154,7 @@ class Fused(Adapter):
     def restore(
         cls, encoder: PointEncoder, config: Mapping[str, Any], state: Mapping[str, Tensor]
     ) -> Fused:
-        made = cls(encoder, cls.make_config(config))
+        made = cls(encoder, cast(FusedConfig, cls.make_config(config)))
         for index in range(len(encoder.blocks)):
             gate = state.get(f"gate_{index}")
             made._put(index, state[f"keys_{index}"], state[f"values_{index}"], gate)
