@@ -38,3 +38,7 @@ class OutputError(BudwoodError, OSError):
 
 class AttachError(BudwoodError, RuntimeError):
     """A model is already attached to, or a session is used in the wrong state."""
+
+
+class MergeError(BudwoodError, ValueError):
+    """A mixture of experts can't be merged into the base weights."""

@@ -17,6 +17,7 @@ BUILTINS = {
     "InputError": ValueError,
     "OutputError": OSError,
     "AttachError": RuntimeError,
+    "MergeError": ValueError,
 }
 
 
