@@ -10,14 +10,12 @@ from budwood.tune.steps import commit
 
 
 class SlimCallback(TrainerCallback):
-    """Commits right after each optimiser step, on every rank.
+    """Commits after each optimiser step, for optimisers that are no ``torch.optim.Optimizer``.
 
-    A ``Trainer`` in a single process trains and saves correctly without it. Add it
-
-    - over several ranks, if a resumed run must be bit-equal: otherwise the statistics of a
-      checkpoint lack its last step;
-    - with an optimiser that changes weights behind PyTorch's back, as some 8-bit ones do; a
-      warning says so.
+    A ``Trainer`` needs it with none of its own optimisers: the commit happens in a hook that
+    PyTorch calls after ``optimizer.step()``. Engines that hold copies of the weights, as DeepSpeed
+    does, give that hook nothing to go by; a warning says so, and this callback puts it right. To
+    add it where it is not needed changes nothing.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from budwood.tune.files import check_base, check_state, describe_base
 from budwood.tune.layer import REFUSAL, SlimLayer, SlimLinear
 from budwood.tune.padding import PaddingWatch, remove_hooks, watches
 from budwood.tune.state import Clusters
-from budwood.tune.steps import ensure_keeper, remove_keeper
+from budwood.tune.steps import StepKeeper, forget, layers_of
 from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
 
 
@@ -43,12 +43,9 @@ class SlimModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         base = describe_base(getattr(model, "config", None))
         check_base(config.base, base)
-        ensure_keeper(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError:
-            if not self._layers(model):
-                self._remove_hooks(model)
             raise InputError(_no_match(model, config)) from None
         config._fitted = base
         for layer, watch in watches(model, SlimLinear).items():
@@ -56,7 +53,9 @@ class SlimModel(BaseTuner):
 
     def unload(self) -> Any:
         """The base model as it was, without layers and hooks."""
-        self._remove_hooks(self.model)
+        for layer in layers_of(self.model):
+            forget(layer.keeper)
+        remove_hooks(self.model, PaddingWatch)
         return super().unload()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -83,7 +82,7 @@ class SlimModel(BaseTuner):
                 f"target module {current_key!r} is a {type(target).__name__}; SLIM takes linear "
                 "layers: name others in target_modules"
             )
-        layer = SlimLinear(target, ensure_keeper(self.model), current_key)
+        layer = SlimLinear(target, self._keeper(), current_key)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, peft_config, shared)
         if adapter_name not in self.active_adapters:
@@ -114,14 +113,9 @@ class SlimModel(BaseTuner):
         check_state(mapped, expected)
         return mapped
 
-    @staticmethod
-    def _layers(model: nn.Module) -> list[SlimLinear]:
-        return [module for module in model.modules() if isinstance(module, SlimLinear)]
-
-    @staticmethod
-    def _remove_hooks(model: nn.Module) -> None:
-        remove_keeper(model)
-        remove_hooks(model, PaddingWatch)
+    def _keeper(self) -> StepKeeper:
+        layers = layers_of(self.model)
+        return layers[0].keeper if layers else StepKeeper(self.model)
 
 
 def register() -> None:

@@ -123,8 +123,6 @@ def observe(model: nn.Module) -> Iterator[Recorder]:
         AttachError: the model has no SLIM layers, or is being observed already.
     """
     keeper = keeper_of(model)
-    if keeper is None:
-        raise AttachError("the model has no SLIM layers; make it with peft.get_peft_model first")
     if keeper.recorder is not None:
         raise AttachError("the model is being observed already; leave that block first")
     keeper.recorder = Recorder()
