@@ -79,7 +79,9 @@ def trained(steps: int = 4, model=None, **changes) -> peft.PeftModel:
 
 
 def states(model, adapter: str = "default") -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    return {
+        k: v.clone() for k, v in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()
+    }
 
 
 def logits(model, inputs: dict | None = None) -> torch.Tensor:

@@ -12,7 +12,9 @@ def standardise(logits):
 
 
 def yield_scores(scores, distance, n_lora, beta):
-    return [z - beta * distance if i < n_lora else z + beta * distance for i, z in enumerate(scores)]
+    return [
+        z - beta * distance if i < n_lora else z + beta * distance for i, z in enumerate(scores)
+    ]
 
 
 def route(scores, top_k):

@@ -24,9 +24,9 @@ def layers(model):
 
 
 def test_importing_budwood_alone_does_not_import_peft():
-    code = "import sys, budwood; assert 'peft' not in sys.modules; import budwood.tune, peft\n"
-    code += "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'SLIM' in m"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = "import sys, budwood; sys.exit('peft' in sys.modules or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    assert "SLIM" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def test_only_the_mlp_is_adapted_and_only_the_adapter_is_trained():

@@ -159,9 +159,7 @@ def seed_centres(moments: Moments, generator: torch.Generator) -> tuple[Tensor, 
     return centre, var.expand_as(centre).clone()
 
 
-def slide(
-    centre: Tensor, var: Tensor, moments: Moments, momentum: float
-) -> tuple[Tensor, Tensor]:
+def slide(centre: Tensor, var: Tensor, moments: Moments, momentum: float) -> tuple[Tensor, Tensor]:
     """Centres and variances after one optimiser step.
 
     Source: SLIM, sliding clustering. Open reading: a centre with an average share of the tokens

@@ -78,7 +78,9 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
                 f"{tuple(expected[key].shape)}; it was made for another base model"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"the adapter's {key!r} has NaN or infinite values; use an earlier one")
+            raise InputError(
+                f"the adapter's {key!r} has NaN or infinite values; use an earlier one"
+            )
 
 
 def describe_base(config: Any) -> dict[str, Any] | None:

@@ -118,8 +118,9 @@ class SlimLinear(nn.Module, SlimLayer):
 
     def clusters(self, name: str) -> Clusters | None:
         """Statistics of an adapter, its own or shared; None without yielding."""
-        own = self.slim_clusters[name] if name in self.slim_clusters else None
-        return own if own is not None else self.shared_clusters.get(name)  # type: ignore[return-value]
+        if name not in self.slim_clusters:
+            return self.shared_clusters.get(name)
+        return self.slim_clusters[name]  # type: ignore[return-value]
 
     def trained_adapters(self) -> list[str]:
         """Active adapters that are being trained."""
@@ -215,13 +216,13 @@ class SlimLinear(nn.Module, SlimLayer):
         scale = config.alpha / config.r
         if now.name not in self.slim_mask:
             return scale
-        return scale * merged_scale(
-            config.merge_p, rescale=config.merge_rescale, masked=now.masked
-        )
+        return scale * merged_scale(config.merge_p, rescale=config.merge_rescale, masked=now.masked)
 
     def _skips(self, x: Tensor) -> bool:
         """Whether bypassed tokens are left out; elsewhere that would wait for the device."""
-        return x.device.type == "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() < 1024)
+        return x.device.type == "cpu" or not (
+            torch.is_grad_enabled() or x.shape[:-1].numel() < 1024
+        )
 
     def _possible_rows(self, distance: Tensor | None, config: SlimConfig) -> Tensor | None:
         """Tokens that might not bypass, if they are the lesser part; None for all."""

@@ -33,7 +33,9 @@ class SlimModel(BaseTuner):
     tuner_layer_cls = SlimLayer
     target_module_mapping = MLP_TARGETS  # type: ignore[assignment]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Add an adapter's layers, and the hooks that tell them of padding and of steps.
 
         Raises:

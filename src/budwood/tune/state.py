@@ -167,9 +167,7 @@ class Clusters(_Kept):
         else:
             centre, var = slide(self.centre, self.var, moments, self.config.momentum)
             momentum = 1.0 if self.steps == 1 else self.config.momentum
-            mean, spread = slide_distance(
-                self.distance_mean, self.distance_var, moments, momentum
-            )
+            mean, spread = slide_distance(self.distance_mean, self.distance_var, moments, momentum)
             self.distance_mean.copy_(mean)
             self.distance_var.copy_(spread)
         self.centre.copy_(centre)
