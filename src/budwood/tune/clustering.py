@@ -80,7 +80,7 @@ def measure(
         Raw distances, float32, shape (n_tokens,), and the moments or None.
     """
     n_clusters, d_in = centre.shape
-    raw = torch.empty(len(x), device=x.device)
+    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
     sums = _Sums(centre) if gather else None
     offset = centre.square().sum(-1) / 2
     block = _block(x)
@@ -116,7 +116,7 @@ class _Sums:
 
     def add(self, nearest: Tensor, diff: Tensor, raw: Tensor, keep: Tensor | None) -> None:
         own = self.moments
-        members = torch.zeros(len(own.count), len(nearest), device=nearest.device)
+        members = diff.new_zeros(len(own.count), len(nearest))
         weight = raw.new_ones(len(raw)) if keep is None else keep.float()
         members.scatter_(0, nearest.unsqueeze(0), weight.unsqueeze(0))
         if keep is not None:  # 0 · inf would be NaN: padding may hold anything

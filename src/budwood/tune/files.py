@@ -83,18 +83,15 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             )
 
 
-def describe_base(config: Any) -> dict[str, Any] | None:
-    """What tells base models apart: kind and sizes, from a transformers config."""
-    if config is None:
-        return None
-    data = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    text = data.get("text_config") or data
+def describe_base(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells base models apart: kind and sizes, from a transformers config as a dict."""
+    text = config.get("text_config") or config
     sizes = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "vocab_size")
-    found = {"model_type": data.get("model_type")}
+    found = {"model_type": config.get("model_type")}
     return {**found, **{key: text[key] for key in sizes if isinstance(text.get(key), int)}}
 
 
-def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> None:
+def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
     """Compare the base model that an adapter was made for with the one at hand.
 
     Vocabularies may differ, since tokens are often added.
@@ -102,9 +99,7 @@ def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any] | Non
     Raises:
         InputError: kind or size differ.
     """
-    if not made_for or not base:
-        return
-    for key, value in made_for.items():
+    for key, value in (made_for or {}).items():
         if key in base and base[key] != value and key != "vocab_size":
             raise InputError(
                 f"the adapter was made for a base model with {key}={value!r}, this one has "

@@ -43,7 +43,7 @@ class SlimModel(BaseTuner):
             UnsupportedModelError: no target modules are known, or one is no linear layer.
         """
         config: Any = self.peft_config[adapter_name]
-        base = describe_base(getattr(model, "config", None))
+        base = describe_base(self.get_model_config(model))
         check_base(config.base, base)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -94,10 +94,10 @@ class Clusters(_Kept):
         super().__init__()
         self.config = config
         self.key = key
-        self.register_buffer("centre", torch.zeros(config.n_centres, d_in))
-        self.register_buffer("var", torch.ones(config.n_centres, d_in))
-        self.register_buffer("distance_mean", torch.zeros(()))
-        self.register_buffer("distance_var", torch.ones(()))
+        self.register_buffer("centre", torch.zeros(config.n_centres, d_in, dtype=torch.float32))
+        self.register_buffer("var", torch.ones(config.n_centres, d_in, dtype=torch.float32))
+        self.register_buffer("distance_mean", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("distance_var", torch.ones((), dtype=torch.float32))
         self.pending: Tensor | None = None
         self._last: tuple[Any, ...] | None = None
 
