@@ -183,7 +183,7 @@ def _arguments(
         bf16=is_bf16,
         seed=settings.seed,
         use_cpu=on_cpu,
-        gradient_checkpointing=settings.checkpointing,
+        **_checkpointing(settings),
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         save_steps=settings.save_every,
@@ -193,6 +193,15 @@ def _arguments(
         disable_tqdm=True,
         report_to=[],
     )
+
+
+def _checkpointing(settings: Settings) -> dict[str, Any]:
+    """The option by the name that this version of transformers knows it by."""
+    if not settings.checkpointing:
+        return {}
+    names = {one.name for one in dataclasses.fields(TrainingArguments)}
+    new = "activation_checkpointing"
+    return {new if new in names else "gradient_checkpointing": True}
 
 
 def _collator(model: Any, tokenizer: Any, kl: float) -> LeftPadded:
