@@ -92,8 +92,10 @@ def save_data(folder: Path) -> Path:
         for i, (a, b) in enumerate([("bird", "moon"), ("iron", "stone")])
     ]
     write_lines(folder / "winogrande_validation.jsonl", blanks * 4)
-    sums = [{"question": f"{n} and {n}?", "answer": f"<<{n}+{n}>>{2 * n}\n#### {2 * n}"}
-            for n in range(8)]
+    sums = [
+        {"question": f"{n} and {n}?", "answer": f"<<{n}+{n}>>{2 * n}\n#### {2 * n}"}
+        for n in range(8)
+    ]
     write_lines(folder / "gsm8k_test_part.jsonl", sums)
     (folder / "wikitext2_valid.txt").write_text(" ".join(draw.choices(THINGS, k=600)))
     return folder

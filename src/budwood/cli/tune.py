@@ -229,7 +229,7 @@ def _refuse_early(output: Path) -> None:
 def _print(found: dict[str, Any]) -> None:
     losses = [row for row in found["history"] if "loss" in row]
     every = max(1, len(losses) // _SHOWN_ROWS)
-    shown = losses[:: -every][::-1]
+    shown = losses[::-every][::-1]
     columns = {key: column for key, column in _COLUMNS.items() if shown and key in shown[-1]}
     if shown:
         print_table(shown, columns)

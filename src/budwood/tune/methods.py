@@ -54,7 +54,8 @@ class Tuner:
     kl: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    summary: ClassVar[str] = ""
+    is_ablation: ClassVar[bool] = False
+    """Whether it is another method without a part, and so has that one's rank."""
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "kl"):
@@ -167,6 +168,7 @@ class Moe(Slim):
 class SlimNoIdentity(Slim):
     """SLIM without identity experts, so that nothing is there to yield to."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"n_identity": 0, "yielding": False}
 
 
@@ -174,6 +176,7 @@ class SlimNoIdentity(Slim):
 class SlimNoRouter(Slim):
     """SLIM whose experts weigh the same but for yielding."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"router": False}
 
 
@@ -181,6 +184,7 @@ class SlimNoRouter(Slim):
 class SlimNoClustering(Slim):
     """SLIM with a single running mean in place of clusters."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"clustering": False}
 
 
@@ -188,6 +192,7 @@ class SlimNoClustering(Slim):
 class SlimNoYielding(Slim):
     """SLIM whose experts do not yield far from the training data."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"yielding": False}
 
 
@@ -195,6 +200,7 @@ class SlimNoYielding(Slim):
 class SlimNoMerging(Slim):
     """SLIM without random masks on B·A."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"merging": False}
 
 
@@ -202,6 +208,7 @@ class SlimNoMerging(Slim):
 class SlimNoL1(Slim):
     """SLIM without its L1 penalty."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"l1": 0.0}
 
 
@@ -209,6 +216,7 @@ class SlimNoL1(Slim):
 class SlimMax(Slim):
     """SLIM with the paper's distance, the largest over channels."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"distance": "max"}
 
 
@@ -216,6 +224,7 @@ class SlimMax(Slim):
 class SlimMask(Slim):
     """SLIM that keeps its last mask at inference in place of the expectation."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"merge_inference": "mask"}
 
 

@@ -246,9 +246,7 @@ class _Watch(TrainerCallback):
             if step % every == 0 or step == state.max_steps:
                 self.take_probe(kwargs["model"], step)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {
