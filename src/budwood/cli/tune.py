@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,7 +157,7 @@ def _run(
     parse_tuner(method)
     examples = [example for source in sources for example in read_examples(source, style)]
     _refuse_early(output)
-    loaded = load_language_model(model, device, dtype)
+    loaded = load_language_model(model, _of_this_process(device), dtype)
     encoded = encode(examples, loaded.tokenizer, settings.max_length)
     if encoded.n_too_long:
         say(f"left out {encoded.n_too_long} examples of more than {settings.max_length} tokens")
@@ -216,6 +217,14 @@ def _record(found: dict[str, Any], settings: Settings, output: Path) -> None:
         config=config | dataclasses.asdict(settings),
     )
     records.write(record, output / "record.json", overwrite=True)
+
+
+def _of_this_process(device: str) -> str:
+    """Each process that a launcher starts has a GPU of its own."""
+    import torch
+
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if device == "auto" and own and torch.cuda.is_available() else device
 
 
 def _refuse_early(output: Path) -> None:
