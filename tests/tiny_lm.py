@@ -72,7 +72,8 @@ def save(folder: Path) -> Path:
 def question(draw: random.Random, n_choices: int) -> dict:
     choices = draw.sample(THINGS, n_choices)
     answer = draw.randrange(n_choices)
-    return {"question": f"Which is {choices[answer]}?", "choices": choices, "answer": answer}
+    asked = f"Which is {choices[answer]} {draw.randrange(10_000)}?"
+    return {"question": asked, "choices": choices, "answer": answer}
 
 
 def write_lines(path: Path, rows: list) -> Path:
