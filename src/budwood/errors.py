@@ -36,6 +36,10 @@ class OutputError(BudwoodError, OSError):
     """A result cannot be written, or would overwrite what is there."""
 
 
+class DivergedError(BudwoodError, ArithmeticError):
+    """Training met a loss or gradient that is NaN or infinite, and stopped before using it."""
+
+
 class AttachError(BudwoodError, RuntimeError):
     """A model is already attached to, or a session is used in the wrong state."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import budwood
-from budwood.cli import bench, demo, ls
+from budwood.cli import bench, demo, ls, tune
 from budwood.cli.errors import Commands
 from budwood.cli.prune import prune
 
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("prune")(prune)
 app.command("demo")(demo.demo)
+app.add_typer(tune.app, name="tune")
 app.add_typer(bench.app, name="bench")
 app.add_typer(ls.app, name="ls")
 

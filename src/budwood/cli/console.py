@@ -23,7 +23,7 @@ from rich.text import Text
 from budwood import records
 
 Advance = Any
-"""A function (done, total)."""
+"""A function (done, total, note), whose note is optional."""
 
 
 _FILE_WIDTH = 200
@@ -81,7 +81,7 @@ def working(message: str) -> Iterator[None]:
 
 @contextmanager
 def progress(message: str) -> Iterator[Advance]:
-    """A progress bar on standard error; yields a function (done, total)."""
+    """A progress bar on standard error; yields a function (done, total, note)."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -93,4 +93,9 @@ def progress(message: str) -> Iterator[Advance]:
     )
     with bar:
         task = bar.add_task(message, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            shown = f"{message}  {note}" if note else message
+            bar.update(task, completed=done, total=total, description=shown)
+
+        yield advance
