@@ -229,3 +229,32 @@ def test_folder_with_other_files(budwood, lm_dir, data, tmp_path):
 
 def test_adapter_that_is_none(budwood, lm_dir, tmp_path):
     refused_with_bars(budwood("tune", "eval", tmp_path, "--model", lm_dir), "there is no adapter")
+
+
+def test_speed(budwood, tmp_path):
+    command = ["bench", "tune-speed", "--widths", 24, "--tokens", "8,40", "--repeats", 2]
+    out = tmp_path / "speed.json"
+    found = json.loads(budwood(*command, "--rank", 2, "--out", out, "--json").stdout)
+    names = [(row["n_tokens"], row["method"]) for row in found["rows"]]
+    methods = ("frozen", "lora", "slim", "loop", "bypass")
+    assert names == [(n, method) for n in (8, 40) for method in methods]
+    rows = {row["method"]: row for row in found["rows"] if row["n_tokens"] == 40}
+    assert rows["lora"]["over_lora"] == rows["frozen"]["over_frozen"] == 1
+    assert rows["bypass"]["bypassed_share"] == 1 > rows["slim"]["bypassed_share"]
+    assert rows["slim"]["n_params"] > rows["lora"]["n_params"] > rows["frozen"]["n_params"] == 0
+    assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert records.read(out).rows == found["rows"]
+    assert "| over_lora |" in budwood("bench", "show", out).stdout
+    assert "(target 1.3)" in budwood(*command, "--methods", "frozen,lora,slim").stderr
+
+
+def test_bad_input_of_the_speed_benchmark(budwood, tmp_path):
+    line = ["bench", "tune-speed"]
+    refused(budwood(*line, "--widths", "wide"), "widths='wide'")
+    refused(budwood(*line, "--tokens", 0), "n_tokens=(0,)")
+    refused(budwood(*line, "--methods", "slim"), "add them")
+    refused(budwood(*line, "--methods", "lora,frozen,fast"), "unknown method 'fast'")
+    refused(budwood(*line, "--distance", "l2"), "unknown distance")
+    refused(budwood(*line, "--dtype", "auto"), "unknown dtype")
+    (tmp_path / "there.json").touch()
+    refused(budwood(*line, "--out", tmp_path / "there.json"), "exists")

@@ -16,6 +16,8 @@ BUILTINS = {
     "BudgetError": ValueError,
     "InputError": ValueError,
     "OutputError": OSError,
+    "DivergedError": ArithmeticError,
+    "MissingPackageError": ImportError,
     "AttachError": RuntimeError,
     "MergeError": ValueError,
 }

@@ -60,20 +60,27 @@ def name_of(source: str | None) -> str:
     return "HuggingFaceTB/SmolLM2-135M-Instruct" if source is None else _name(source)
 
 
+def need_adapter(folder: str) -> None:
+    """Look for an adapter in a folder, before a model is loaded for it.
+
+    Raises:
+        InputError: there is none; a hub id is not looked up.
+    """
+    if _is_path(folder) and not (Path(folder) / "adapter_config.json").exists():
+        raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
+
+
 def load_adapter(base: LanguageModel, folder: str) -> LanguageModel:
     """A saved PEFT adapter on its base model.
 
     Raises:
         InputError: there is no such adapter, or it does not fit the model.
     """
-    if _is_path(folder) and not (Path(folder) / "adapter_config.json").exists():
-        raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
-    import contextlib
-
+    need_adapter(folder)
     from peft import PeftModel
 
-    with contextlib.suppress(ImportError):
-        import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
+    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
+
     try:
         with third_party_warnings_off():
             model = PeftModel.from_pretrained(base.model, folder)

@@ -125,10 +125,12 @@ def run(
         seed=seed,
     )
     found = _run(train, output, model, method, rank, settings, style, device, dtype)
+    if not _is_first_process():
+        return
     if json:
         print_json(found)
-        return
-    _print(found)
+    else:
+        _print(found)
 
 
 def _settings(**values: Any) -> Settings:
@@ -152,11 +154,12 @@ def _run(
     from budwood.tune.data import read_examples
     from budwood.tune.encoding import encode
     from budwood.tune.methods import parse_tuner
+    from budwood.tune.runs import refuse_other_files
     from budwood.tune.train import fingerprint
 
     parse_tuner(method)
     examples = [example for source in sources for example in read_examples(source, style)]
-    _refuse_early(output)
+    refuse_other_files(output)
     loaded = load_language_model(model, _of_this_process(device), dtype)
     encoded = encode(examples, loaded.tokenizer, settings.max_length)
     if encoded.n_too_long:
@@ -175,12 +178,16 @@ def _train(
     settings: Settings,
     data: str,
 ) -> dict[str, Any]:
+    from accelerate import PartialState
+
     from budwood.tune.methods import attach, n_trainable, parse_tuner
     from budwood.tune.runs import RunFolder
     from budwood.tune.train import adapter_of, train
 
     tuner = parse_tuner(method)
-    folder = RunFolder(output, adapter_of(loaded.name, method, settings, rank, data))
+    state = PartialState(cpu=loaded.model.device.type == "cpu")
+    with state.main_process_first():
+        folder = RunFolder(output, adapter_of(loaded.name, method, settings, rank, data))
     was_complete = folder.is_complete
     adapted = attach(tuner, loaded.model, rank, settings.seed)
     with progress("training") as advance:
@@ -203,7 +210,7 @@ def _train(
         "n_examples": len(rows),
         "history": history,
     }
-    if not was_complete:
+    if state.is_main_process and not was_complete:
         _record(found, settings, output)
     return found
 
@@ -219,20 +226,17 @@ def _record(found: dict[str, Any], settings: Settings, output: Path) -> None:
     records.write(record, output / "record.json", overwrite=True)
 
 
+def _is_first_process() -> bool:
+    """Whether this is the one of several processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _of_this_process(device: str) -> str:
     """Each process that a launcher starts has a GPU of its own."""
     import torch
 
     own = os.environ.get("LOCAL_RANK")
     return f"cuda:{own}" if device == "auto" and own and torch.cuda.is_available() else device
-
-
-def _refuse_early(output: Path) -> None:
-    """Fail before the model is loaded, where that is sure."""
-    from budwood.errors import OutputError
-
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; give a folder")
 
 
 def _print(found: dict[str, Any]) -> None:

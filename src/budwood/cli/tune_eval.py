@@ -153,8 +153,9 @@ def _text(text: Path | None, data: Path | None) -> Path | None:
 
 
 def _load(model: str | None, adapter: str, device: str, dtype: str) -> LanguageModel:
-    from budwood.cli.language_models import load_adapter, load_language_model
+    from budwood.cli.language_models import load_adapter, load_language_model, need_adapter
 
+    need_adapter(adapter)
     return load_adapter(load_language_model(model, device, dtype), adapter)
 
 

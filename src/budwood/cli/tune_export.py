@@ -84,11 +84,12 @@ def _export(
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
-    from budwood.cli.language_models import load_adapter, load_language_model
+    from budwood.cli.language_models import load_adapter, load_language_model, need_adapter
     from budwood.tune.encoding import encode
     from budwood.tune.evaluate.harness import draw
     from budwood.tune.train import is_slim
 
+    need_adapter(adapter)
     loaded = load_adapter(load_language_model(model, device, dtype), adapter)
     if not is_slim(loaded.model):
         raise InputError(f"{adapter} is no SLIM adapter; PEFT can merge or convert others itself")

@@ -10,6 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from budwood.errors import MissingPackageError
+
+try:
+    import peft as _peft  # noqa: F401
+except ImportError as error:
+    raise MissingPackageError(
+        f"budwood.tune needs PEFT ({error}): pip install 'budwood[tune]'"
+    ) from error
+
 from budwood.tune.config import SlimConfig
 from budwood.tune.layer import SlimLayer, SlimLinear
 from budwood.tune.model import SlimModel, register

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from budwood.errors import InputError
+from budwood.errors import BudwoodError, InputError
 from budwood.registry import Registry
+from budwood.tune.config import SlimConfig
+from budwood.tune.targets import default_targets
 
 _HERE = "budwood.tune.methods"
 
@@ -36,7 +38,6 @@ TUNERS = Registry(
     },
 )
 
-MLP = r".*\.(gate_proj|up_proj|down_proj)"
 ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -101,7 +102,7 @@ class Lora(Tuner):
 
     def targets(self, model: Any) -> str:
         """A regular expression of the modules to adapt."""
-        return mlp_targets(model)
+        return default_targets(model.config.to_dict())
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,6 @@ class Slim(Tuner):
     preset: ClassVar[dict[str, Any]] = {}
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
-        try:
-            from budwood.tune import SlimConfig
-        except ImportError as error:
-            raise InputError("SLIM is not part of this build of budwood") from error
         options = {"alpha": 2.0 * rank, **self.preset, **self.extra}
         try:
             return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
@@ -255,15 +252,6 @@ def parse_tuner(text: str) -> Tuner:
         raise InputError(f"{text!r}: {error}") from error
 
 
-def mlp_targets(model: Any) -> str:
-    """A regular expression of the MLP projections of a model."""
-    try:
-        from budwood.tune.targets import default_targets
-    except ImportError:
-        return MLP
-    return default_targets(model.config.to_dict())
-
-
 def fit_rank(count: Callable[[int], int], n_wanted: int, tolerance: float = 0.05) -> int:
     """The rank whose number of trainable parameters is nearest to a given one.
 
@@ -302,9 +290,9 @@ def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:
     torch.manual_seed(seed)
     try:
         return peft.get_peft_model(model, tuner.config(rank, model, seed))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except BudwoodError:
+        raise
+    except (TypeError, ValueError) as error:  # PEFT on an option that it does not take
         raise InputError(f"cannot make the adapter: {error}") from error
 
 

@@ -33,7 +33,7 @@ class RunFolder:
         self.config = json.loads(json.dumps(config))
         found = self._read()
         if found is None:
-            self._refuse_other_files()
+            refuse_other_files(self.path)
             self._write("running")
             self.is_complete = False
             return
@@ -93,17 +93,24 @@ class RunFolder:
             return None
         return read_json(file)
 
-    def _refuse_other_files(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path} is a file; give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise OutputError(
-                f"{self.path} is not empty and holds no run of budwood; choose another folder"
-            )
-
     def _write(self, status: str) -> None:
         state = {"format": 1, "status": status, "config": self.config}
         write_text(self.path / _STATE, json.dumps(state, indent=2) + "\n")
+
+
+def refuse_other_files(path: Path) -> None:
+    """Refuse a place where no run can begin or go on, as far as that takes no look at the run.
+
+    Raises:
+        OutputError: it is a file, or a folder with files that are no run's.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; give a folder")
+    names = {one.name for one in path.iterdir()} if path.is_dir() else set()
+    if _STATE not in names and any(not name.startswith(".") for name in names):
+        raise OutputError(
+            f"{path} is not empty and holds no run of budwood; choose another folder"
+        )
 
 
 def read_json(path: Path) -> Any:

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from budwood.errors import DivergedError, InputError, UnknownNameError
@@ -80,11 +81,6 @@ class Settings:
             known = ", ".join(SCHEDULES)
             raise UnknownNameError(f"unknown schedule {self.schedule!r}; known: {known}")
 
-    def n_steps(self, n_examples: int, n_ranks: int = 1) -> int:
-        """Optimiser steps on so many examples."""
-        per_step = self.batch * self.accumulate * n_ranks
-        return self.steps or max(1, math.ceil(math.ceil(n_examples / per_step) * self.epochs))
-
 
 def fingerprint(rows: Sequence[Row]) -> str:
     """A digest of tokenised examples, by which a run knows its data again."""
@@ -127,9 +123,7 @@ def train(
     """
     if folder.is_complete:
         return folder.history()
-    folder.drop_checkpoints(only_broken=True)
-    start = folder.last_checkpoint()
-    folder.rewind(int(start.name.split("-")[-1]) if start else -1)
+    start = _take_up(folder, model)
     watch = _Watch(folder, settings, advance, probe)
     trainer = AnswerTrainer(
         model=model,
@@ -155,6 +149,17 @@ def train(
         folder.complete()
         folder.drop_checkpoints()
     return folder.history()
+
+
+def _take_up(folder: RunFolder, model: Any) -> Path | None:
+    """The checkpoint to go on from; one process removes what a kill left half written."""
+    state = PartialState(cpu=model.device.type == "cpu")
+    if state.is_main_process:
+        folder.drop_checkpoints(only_broken=True)
+        start = folder.last_checkpoint()
+        folder.rewind(int(start.name.split("-")[-1]) if start else -1)
+    state.wait_for_everyone()
+    return folder.last_checkpoint()
 
 
 def adapter_of(model: Any, text: str, settings: Settings, rank: int, data: str) -> dict[str, Any]:
@@ -265,7 +270,7 @@ class _Watch(TrainerCallback):
     def take_probe(self, model: Any, step: int) -> None:
         """Note what the probe says."""
         found = self.probe(model, step) if self.probe else {}
-        if int(os.environ.get("RANK", "0")) == 0:
+        if PartialState().is_main_process:
             self.folder.note({"step": step, "probe": found})
 
 

@@ -76,6 +76,7 @@ class SpeedConfig:
                 raise InputError(f"{name}={getattr(self, name)}; give counts of at least 1")
         if self.repeats < 1 or self.r < 1:
             raise InputError(f"repeats={self.repeats} and r={self.r}; give at least 1")
+        SlimConfig(r=self.r, distance=self.distance)  # refuses what it does not know
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise InputError(f"unknown dtype {self.dtype!r}; give float32 or bfloat16")
 
