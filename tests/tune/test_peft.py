@@ -235,7 +235,7 @@ def test_inference_mode_and_autocast():
 
 
 def test_four_bit_base(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="the extra 'quant' is not installed")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from transformers import BitsAndBytesConfig
 
     tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")

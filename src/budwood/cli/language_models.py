@@ -61,13 +61,18 @@ def name_of(source: str | None) -> str:
 
 
 def need_adapter(folder: str) -> None:
-    """Look for an adapter in a folder, before a model is loaded for it.
+    """Look at an adapter in a folder, before a model is loaded for it; hub ids are left alone.
 
     Raises:
-        InputError: there is none; a hub id is not looked up.
+        InputError: there is none, or its files are malformed or truncated.
     """
-    if _is_path(folder) and not (Path(folder) / "adapter_config.json").exists():
+    from budwood.tune.files import CONFIG_FILE, check_adapter_files
+
+    if not _is_path(folder):
+        return
+    if not (Path(folder) / CONFIG_FILE).exists():
         raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
+    check_adapter_files(Path(folder))
 
 
 def load_adapter(base: LanguageModel, folder: str) -> LanguageModel:

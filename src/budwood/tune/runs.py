@@ -108,9 +108,7 @@ def refuse_other_files(path: Path) -> None:
         raise OutputError(f"{path} is a file; give a folder")
     names = {one.name for one in path.iterdir()} if path.is_dir() else set()
     if _STATE not in names and any(not name.startswith(".") for name in names):
-        raise OutputError(
-            f"{path} is not empty and holds no run of budwood; choose another folder"
-        )
+        raise OutputError(f"{path} is not empty and holds no run of budwood; choose another folder")
 
 
 def read_json(path: Path) -> Any:

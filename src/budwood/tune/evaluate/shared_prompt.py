@@ -18,7 +18,9 @@ class SharedPromptLM(HFLM):
     """``HFLM`` whose log-likelihoods cost one pass over each prompt, and not one a choice.
 
     The answers are read from the prompt's key-value cache, and logits are computed for answers
-    alone. Prompts are sorted by length. The numbers are HFLM's but for rounding.
+    alone. Prompts are sorted by length. The numbers are HFLM's but for rounding, and for one thing:
+    the line break that ends a chat prompt is part of the prompt, as in training and generation,
+    where HFLM scores it as the beginning of each answer.
 
     Args:
         pretrained: a causal language model of transformers or PEFT.
@@ -41,6 +43,12 @@ class SharedPromptLM(HFLM):
         )
         self._n_prompts = batch_size
         self._advance = advance or (lambda done, total, note="": None)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if not context.endswith("\n"):
+            return super()._encode_pair(context, continuation)
+        answer = self.tokenizer.encode(continuation, add_special_tokens=False)
+        return self.tok_encode(context), answer
 
     def _loglikelihood_tokens(
         self,
