@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from budwood import records
-from tests import tiny_lm
+from tests import tiny_chat
 from tests.cli.test_bad_input import refused
 
-QUICK = ["--method", "lora", "--batch", 4, "--max-length", 300, "--log-every", 2, "--lr", "3e-3"]
+QUICK = ["--batch", 4, "--max-length", 300, "--log-every", 2, "--lr", "3e-3"]
 SMALL = ["--windows", 2, "--prompts", 3]
 BENCH = [
     *("--steps", 4, "--batch", 4, "--max-length", 300, "--n-validation", 6, "--general-limit", 6),
@@ -20,12 +21,12 @@ BENCH = [
 
 @pytest.fixture(scope="module")
 def lm_dir(tmp_path_factory):
-    return tiny_lm.save(tmp_path_factory.mktemp("lm"))
+    return tiny_chat.save(tmp_path_factory.mktemp("lm"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny_lm.save_data(tmp_path_factory.mktemp("nlp"))
+    return tiny_chat.save_data(tmp_path_factory.mktemp("nlp"))
 
 
 @pytest.fixture
@@ -35,9 +36,84 @@ def tuned(budwood, lm_dir, data, tmp_path):
     return tmp_path / "tuned", json.loads(result.stdout)
 
 
-def command(lm_dir, data, output, steps=6):
+def command(lm_dir, data, output, steps=6, method="lora"):
     files = [data / "openbookqa_train.jsonl", data / "boolq_train.jsonl"]
-    return ["tune", *files, "--output", output, "--model", lm_dir, *QUICK, "--steps", steps]
+    line = ["tune", *files, "--output", output, "--model", lm_dir, *QUICK, "--steps", steps]
+    return [*line, "--method", method]
+
+
+SLIM = "slim:n_experts=3+n_clusters=2"
+
+
+@pytest.fixture(scope="module")
+def slim(lm_dir, data, tmp_path_factory):
+    """A SLIM adapter, and what the command printed."""
+    from typer.testing import CliRunner
+
+    from budwood.cli import app
+
+    folder = tmp_path_factory.mktemp("slim") / "tuned"
+    line = [*command(lm_dir, data, folder, method=SLIM), "--rank", 2, "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+def test_slim_tells_where_tokens_go(slim):
+    folder, found = slim
+    assert [row["step"] for row in found["history"]] == [2, 4, 6]
+    assert all(0 <= row["identity_share"] <= 1 for row in found["history"])
+    assert "distance" in found["history"][-1]
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "SLIM"
+
+
+def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
+    folder, _ = slim
+    test = data / "openbookqa_test.jsonl"
+    options = ["--model", lm_dir, "--json"]
+    lora = tmp_path / "lora"
+    files = ["--calibration", data / "boolq_train.jsonl", "--held-out", test, "--limit", 8]
+    exported = json.loads(
+        budwood("tune", "export-lora", folder, "--output", lora, *files, *options).stdout
+    )
+    assert exported["held_out"] and exported["rank"] == 6
+    assert abs(exported["loss_lora"] - exported["loss_slim"]) < 1
+    assert json.loads((lora / "approximation.json").read_text())["approximate"]
+    losses = []
+    for adapter in (folder, lora):
+        line = ["tune", "eval", adapter, "--target", test, *SMALL, "--limit", 0, *options]
+        rows = json.loads(budwood(*line).stdout)["rows"]
+        losses.append({(row["task"], row["metric"]): row for row in rows})
+    slim_loss, lora_loss = (one["openbookqa_test", "loss"] for one in losses)
+    assert slim_loss["before"] == lora_loss["before"] and slim_loss["after"] != slim_loss["before"]
+    again = budwood("tune", "export-lora", folder, "--output", lora, *files, *options)
+    refused(again, "not an empty directory")
+
+
+def test_slim_adapters_that_cannot_be_used(slim, budwood, lm_dir, tmp_path):
+    def broken(name, change):
+        other = tmp_path / name
+        shutil.copytree(slim[0], other)
+        change(other)
+        return budwood("tune", "eval", other, "--model", lm_dir, "--prompts", 1)
+
+    def cut(folder):
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-7])
+
+    def newer(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "slim_version": 9}))
+
+    def garbled(folder):
+        (folder / "adapter_config.json").write_text("{")
+
+    refused(broken("cut", cut), "truncated")
+    refused(broken("garbled", garbled), "is not JSON")
+    refused_with_bars(broken("newer", newer), "format 9", "upgrade")
+    wide = tiny_chat.save(tmp_path / "wide", hidden_size=32)
+    result = budwood("tune", "eval", slim[0], "--model", wide, "--prompts", 1)
+    refused_with_bars(result, "made for a base model with hidden_size=24")
 
 
 def test_tune(tuned, budwood, lm_dir, data):
@@ -75,12 +151,13 @@ def test_eval(tuned, budwood, lm_dir, data, tmp_path):
     assert "| group |" in budwood("bench", "show", out).stdout
 
 
-def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method):
     from budwood.tune import train
 
-    whole = [*command(lm_dir, data, tmp_path / "a"), "--save-every", 2, "--json"]
+    whole = [*command(lm_dir, data, tmp_path / "a", method=method), "--save-every", 2, "--json"]
     expected = json.loads(budwood(*whole).stdout)["history"]
-    again = [*command(lm_dir, data, tmp_path / "b"), "--save-every", 2, "--json"]
+    again = [*command(lm_dir, data, tmp_path / "b", method=method), "--save-every", 2, "--json"]
     check = train.check_gradients
 
     def killed(model, step):
@@ -202,6 +279,13 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", tmp_path / "no.jsonl", "--output", out), "cannot read", "no.jsonl")
     refused(budwood("tune", file, "--output", out, "--method", "lor"), "did you mean 'lora'")
     refused(budwood("tune", file, "--output", out, "--lr", "0"), "lr=0.0")
+    for options, reason in (
+        ("n_experts=0", "identity experts alone"),
+        ("top_k=11", "above the number of experts"),
+        ("experts=3", "unexpected keyword argument 'experts'"),
+        ("distance=l2", "unknown distance"),
+    ):
+        refused(budwood("tune", file, "--output", out, "--method", f"slim:{options}"), reason)
     refused(budwood("tune", file, "--output", out, "--schedule", "cos"), "unknown schedule")
     refused(budwood("tune", file, "--output", out, "--style", "list"), "unknown style")
     refused(budwood("tune", file, "--output", out, "--warmup", 1), "warmup=1.0")
@@ -221,10 +305,15 @@ def test_bad_input_of_the_benchmark(budwood, tmp_path, data):
     refused(budwood(*line, data, "--steps", 0), "steps=0")
 
 
+def test_targets_that_match_nothing(budwood, lm_dir, data, tmp_path):
+    line = command(lm_dir, data, tmp_path / "run", method="slim:target_modules=up_projj")
+    refused_with_bars(budwood(*line), "match no layer", "did you mean 'up_proj'")
+    assert not (tmp_path / "run").exists()
+
+
 def test_folder_with_other_files(budwood, lm_dir, data, tmp_path):
     (tmp_path / "mine.txt").write_text("keep this")
-    result = budwood(*command(lm_dir, data, tmp_path))
-    refused_with_bars(result, "is not empty and holds no run")
+    refused(budwood(*command(lm_dir, data, tmp_path)), "is not empty and holds no run")
 
 
 def test_adapter_that_is_none(budwood, lm_dir, tmp_path):

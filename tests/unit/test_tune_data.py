@@ -10,9 +10,9 @@ from budwood.tune.data import example_of, listed, read_examples
 from budwood.tune.encoding import IGNORED, LeftPadded, encode, encode_one, prompt_tokens
 from budwood.tune.losses import answer_loss, prompt_kl, token_kl
 from budwood.tune.sampler import LengthGrouped, grouped_order
-from tests import tiny_lm
+from tests import tiny_chat
 
-TOKENS = tiny_lm.tokenizer()
+TOKENS = tiny_chat.tokenizer()
 QUESTION = {"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1}
 
 
@@ -83,7 +83,7 @@ def test_too_long_examples_are_left_out():
 
 
 def test_chat_template_is_needed():
-    bare = tiny_lm.tokenizer()
+    bare = tiny_chat.tokenizer()
     bare.chat_template = None
     with pytest.raises(UnsupportedModelError, match="no chat template"):
         encode([example_of(QUESTION)], bare, 100)
@@ -107,7 +107,7 @@ def test_left_padding_and_the_positions_that_are_needed():
 
 
 def test_loss_with_the_last_logits_is_that_with_all():
-    model = tiny_lm.model()
+    model = tiny_chat.model()
     rows = rows_of((9, 2), (30, 5), (4, 1))
     trimmed, whole = LeftPadded(0)(rows), LeftPadded(0, trim=False)(rows)
     losses = []

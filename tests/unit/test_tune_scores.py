@@ -17,20 +17,20 @@ from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import by_layer
 from budwood.tune.evaluate.scores import Score, compare
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
-from tests import tiny_lm
+from tests import tiny_chat
 
-TOKENS = tiny_lm.tokenizer()
+TOKENS = tiny_chat.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny_lm.save_data(tmp_path_factory.mktemp("nlp"))
+    return tiny_chat.save_data(tmp_path_factory.mktemp("nlp"))
 
 
 @pytest.fixture
 def adapted():
     """A LoRA that does something, and its base model."""
-    model = attach(parse_tuner("lora"), tiny_lm.model(), 4, seed=0).eval()
+    model = attach(parse_tuner("lora"), tiny_chat.model(), 4, seed=0).eval()
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -228,7 +228,7 @@ def test_fit_rank():
 
 
 def test_adapters_leave_the_base_as_it_was():
-    model = tiny_lm.model()
+    model = tiny_chat.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for name in ("lora", "dora", "lora-attn"):
         adapted = attach(parse_tuner(name), model, 3, seed=0)

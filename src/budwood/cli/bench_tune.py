@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,12 +131,12 @@ def bench_tune(
     if not data.is_dir():
         raise InputError(f"there is no folder {data}; give one with the data")
     _need_matplotlib()
-    record = _compare(plan, data, output, model, device, dtype)
+    record, pictures = _compare(plan, data, output, model, device, dtype)
     if json:
         print_json(dataclasses.asdict(record))
         return
     print_table(record.rows, _COLUMNS)
-    say(f"in {output}: record.json, front.png, curves.png, runs")
+    say(f"in {output}: record.json, {', '.join(pictures)}, runs")
 
 
 def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
@@ -169,7 +170,7 @@ def _numbers(text: str, kind: Any, name: str) -> list[Any]:
 
 def _compare(
     plan: Plan, data: Path, output: Path, model: str | None, device: str, dtype: str
-) -> records.Record:
+) -> tuple[records.Record, list[str]]:
     from budwood.cli.language_models import load_language_model, third_party_warnings_off
     from budwood.tune.bench.rows import method_rows
     from budwood.tune.bench.runner import Comparison
@@ -185,27 +186,19 @@ def _compare(
     config |= {"n_train": len(comparison.rows), "runs": runs}
     record = records.new_record("bench tune", rows, seed=plan.seeds[0], config=config)
     records.write(record, output / "record.json", overwrite=True)
-    _draw(comparison, runs, output)
-    return record
+    return record, _draw(comparison, runs, output)
 
 
-def _draw(comparison: Comparison, runs: list[dict[str, Any]], output: Path) -> None:
+def _draw(comparison: Comparison, runs: list[dict[str, Any]], output: Path) -> list[str]:
+    """Draw what there is; returns the names of the pictures."""
     from budwood.tune.bench.plots import plot_curves, plot_front, plot_identity
-    from budwood.tune.bench.runner import Trial
-    from budwood.tune.runs import read_json
 
-    write_whole(output / "front.png", lambda part: plot_front(runs, part))
-    histories: dict[str, list[dict[str, Any]]] = {}
-    for row in runs:
-        if not row.get("final") or row["method"] in ("base", *histories):
-            continue
-        folder = comparison.path(Trial(row["method"], row["lr"], row["seed"]))
-        histories[row["method"]] = records.read(folder / "record.json").config["history"]
-        routing = folder / "routing.json"
-        if routing.exists() and not (output / "identity.png").exists():
-            found = read_json(routing)
-            write_whole(
-                output / "identity.png", lambda part, found=found: plot_identity(found, part)
-            )
+    histories, routing = comparison.histories(runs), comparison.routing(runs)
+    pictures: dict[str, Callable[[Path], Path]] = {"front.png": lambda part: plot_front(runs, part)}
     if any(row.get("probe") for history in histories.values() for row in history):
-        write_whole(output / "curves.png", lambda part: plot_curves(histories, part))
+        pictures["curves.png"] = lambda part: plot_curves(histories, part)
+    if routing:
+        pictures["identity.png"] = lambda part: plot_identity(routing, part)
+    for name, draw in pictures.items():
+        write_whole(output / name, draw)
+    return list(pictures)

@@ -185,11 +185,11 @@ def _train(
     from budwood.tune.train import adapter_of, train
 
     tuner = parse_tuner(method)
+    adapted = attach(tuner, loaded.model, rank, settings.seed)
     state = PartialState(cpu=loaded.model.device.type == "cpu")
     with state.main_process_first():
         folder = RunFolder(output, adapter_of(loaded.name, method, settings, rank, data))
     was_complete = folder.is_complete
-    adapted = attach(tuner, loaded.model, rank, settings.seed)
     with progress("training") as advance:
         history = train(
             adapted,

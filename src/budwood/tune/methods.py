@@ -140,6 +140,10 @@ class Slim(Tuner):
 
     preset: ClassVar[dict[str, Any]] = {}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
+
     def config(self, rank: int, model: Any, seed: int) -> Any:
         options = {"alpha": 2.0 * rank, **self.preset, **self.extra}
         try:

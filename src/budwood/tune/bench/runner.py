@@ -293,6 +293,19 @@ class Comparison:
         )
         records.write(record, self.path(trial) / "record.json")
 
+    def histories(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        """Method → history of its first final run."""
+        return {
+            method: records.read(self.path(trial) / "record.json").config["history"]
+            for method, trial in first_finals(rows).items()
+        }
+
+    def routing(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Identity share by layer of the reference's first final run; empty if it has none."""
+        trial = first_finals(rows).get(self.plan.reference)
+        file = self.path(trial) / "routing.json" if trial else None
+        return read_json(file) if file and file.exists() else []
+
     def path(self, trial: Trial) -> Path:
         """The folder of a run."""
         return self.output / "runs" / trial.name
@@ -300,6 +313,15 @@ class Comparison:
     def keep(self, trial: Trial, name: str, value: Any) -> None:
         """Write a JSON file into the folder of a run."""
         write_text(self.path(trial) / name, json.dumps(value))
+
+
+def first_finals(rows: Sequence[dict[str, Any]]) -> dict[str, Trial]:
+    """The first final run of each method that came to its end."""
+    found: dict[str, Trial] = {}
+    for row in rows:
+        if row.get("final") and row["method"] != "base" and row.get("status") == "complete":
+            found.setdefault(row["method"], Trial(row["method"], row["lr"], row["seed"]))
+    return found
 
 
 def best_rates(found: dict[Trial, dict[str, Any]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A tiny random language model with a chat template, and files of questions."""
+"""The tiny random Llama with a tokenizer and a chat template, and files of questions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import random
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests import tiny_llm
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -44,27 +45,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+def model(**changes) -> LlamaForCausalLM:
+    sizes = {"vocab_size": len(tokenizer()), "max_position_embeddings": 1024}
+    return tiny_llm.llama(initializer_range=0.1, tie_word_embeddings=True, **{**sizes, **changes})
 
 
-def save(folder: Path) -> Path:
-    model().save_pretrained(folder)
+def save(folder: Path, **changes) -> Path:
+    model(**changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
