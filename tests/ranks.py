@@ -122,3 +122,13 @@ def trainer(rank: int, n: int, folder: str, resume: str | None = None) -> dict[s
     model = tiny.slim(l1=0.5)
     Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume)
     return tiny.states(model)
+
+
+def command(rank: int, n: int, line: list[str]) -> None:
+    """A command of budwood, as `accelerate launch` starts it on each rank."""
+    from accelerate.state import AcceleratorState
+
+    from budwood.cli import app
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
+    app(line, standalone_mode=False)

@@ -58,14 +58,16 @@ def optimiser(model, lr: float = 1e-2) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
-def train(model, steps: int = 4, *, lr: float = 1e-2, start: int = 0, optim=None, **kinds) -> list:
-    """Losses of a plain loop."""
+def train(
+    model, steps: int = 4, *, lr: float = 1e-2, start: int = 0, optim=None, same=False, **kinds
+) -> list:
+    """Losses of a plain loop, on another batch in each step or on the same one."""
     model.train()
     optim = optim or optimiser(model, lr)
     losses = []
     for step in range(start, start + steps):
         optim.zero_grad()
-        loss = model(**batch(seed=step, **kinds)).loss
+        loss = model(**batch(seed=start if same else step, **kinds)).loss
         loss.backward()
         optim.step()
         losses.append(loss.item())

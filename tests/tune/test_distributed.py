@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
-from tests import ranks
+from tests import ranks, tiny_chat
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch without gloo")
 
@@ -42,3 +45,22 @@ def test_trainer_on_two_ranks_is_one_and_resumes_bit_equal(tmp_path):
     resume = str(whole / "out" / "checkpoint-2")
     resumed, _ = ranks.run(ranks.trainer, again, folder=str(again / "out"), resume=resume)
     assert same(first, resumed)
+
+
+def test_command_line_on_two_ranks_is_one(tmp_path):
+    model, data = tiny_chat.save(tmp_path / "lm"), tiny_chat.save_data(tmp_path / "nlp")
+
+    def train(n: int) -> tuple[dict, list]:
+        out = tmp_path / f"{n}-ranks"
+        line = ["tune", data / "boolq_train.jsonl", "--output", out, "--model", model]
+        line += ["--steps", 4, "--log-every", 1, "--lr", "1e-2", "--batch", 4 // n, "--rank", 2]
+        line += ["--method", "slim:n_experts=3+n_clusters=2"]
+        (tmp_path / f"results-{n}").mkdir()
+        ranks.run(ranks.command, tmp_path / f"results-{n}", n, line=[str(word) for word in line])
+        history = [json.loads(row) for row in (out / "history.jsonl").read_text().splitlines()]
+        return load_file(out / "adapter_model.safetensors"), history
+
+    (one, history), (two, again) = train(1), train(2)
+    near(one, two)
+    assert [row["step"] for row in again] == [1, 2, 3, 4]
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in history], 1e-3)

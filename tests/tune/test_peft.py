@@ -11,6 +11,7 @@ import sys
 import peft
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
 from budwood.errors import MergeError
@@ -57,7 +58,7 @@ def test_training_changes_the_adapter_and_not_the_base():
     before = {k: v.clone() for k, v in base.state_dict().items()}
     expected = logits(base)
     model = tiny.slim(base)
-    losses = tiny.train(model, 12)
+    losses = tiny.train(model, 12, same=True)
     model.eval()
     assert losses[-1] < losses[0]
     assert not torch.equal(logits(model), expected)
@@ -72,13 +73,13 @@ def test_training_changes_the_adapter_and_not_the_base():
 def test_the_last_unloaded_model_takes_the_optimiser_hook_with_it():
     steps._KEEPERS.clear()
     steps._HOOKS.clear()
-    torch.optim.optimizer._global_optimizer_post_hooks.clear()
+    _global_optimizer_post_hooks.clear()
     first, second = tiny.slim(), tiny.slim()
-    assert len(torch.optim.optimizer._global_optimizer_post_hooks) == 1
+    assert len(_global_optimizer_post_hooks) == 1
     first.unload()
-    assert len(torch.optim.optimizer._global_optimizer_post_hooks) == 1
+    assert len(_global_optimizer_post_hooks) == 1
     second.unload()
-    assert not torch.optim.optimizer._global_optimizer_post_hooks
+    assert not _global_optimizer_post_hooks
 
 
 def test_statistics_are_shared_by_layers_with_one_input():
@@ -252,7 +253,7 @@ def test_four_bit_base(tmp_path):
     # A pass in eval mode packs bitsandbytes' CPU weights for inference: train before any.
     model = tiny.slim(base())
     assert type(layers(model)[0].base_layer).__name__ == "Linear4bit"
-    losses = tiny.train(model, 12)
+    losses = tiny.train(model, 12, same=True)
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path / "adapter")
     found = logits(model)

@@ -115,10 +115,9 @@ def _export(
 
 
 def _batches(rows: list[Row], tokenizer: Any, device: Any) -> list[dict[str, Any]]:
-    from budwood.tune.encoding import LeftPadded
+    from budwood.tune.encoding import LeftPadded, pad_of
 
-    pad = tokenizer.pad_token_id
-    collate = LeftPadded(tokenizer.eos_token_id if pad is None else pad, trim=False)
+    collate = LeftPadded(pad_of(tokenizer), trim=False)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     return [
         {key: value.to(device) for key, value in collate(ordered[i : i + _BATCH]).items()}

@@ -124,6 +124,12 @@ class LeftPadded:
         return batch | {"labels": labels}
 
 
+def pad_of(tokenizer: Any) -> int:
+    """The padding token, or the end of a turn where a tokenizer has none."""
+    found = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if found is None else found
+
+
 def takes_logits_to_keep(model: Any) -> bool:
     """Whether a model can be told to compute the last logits only."""
     import inspect

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from budwood.errors import DivergedError, InputError, UnknownNameError
-from budwood.tune.encoding import LeftPadded, Row, takes_logits_to_keep
+from budwood.tune.encoding import LeftPadded, Row, pad_of, takes_logits_to_keep
 from budwood.tune.runs import RunFolder
 from budwood.tune.trainer import AnswerTrainer, check_gradients, save_adapter
 
@@ -210,10 +210,8 @@ def _checkpointing(settings: Settings) -> dict[str, Any]:
 
 
 def _collator(model: Any, tokenizer: Any, kl: float) -> LeftPadded:
-    pad = tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id if pad is None else pad
     n_before = _KL_POSITIONS if kl else 0
-    return LeftPadded(pad, trim=takes_logits_to_keep(model), n_before=n_before)
+    return LeftPadded(pad_of(tokenizer), trim=takes_logits_to_keep(model), n_before=n_before)
 
 
 class _Watch(TrainerCallback):

@@ -16,7 +16,7 @@ from typing import Any
 from budwood import records
 from budwood.errors import DivergedError, InputError
 from budwood.tune.bench.plan import Material, Plan, read_material
-from budwood.tune.encoding import Row, encode
+from budwood.tune.encoding import Row, encode, pad_of
 from budwood.tune.evaluate.harness import Task, draw, task_of
 from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, mean_of
@@ -271,8 +271,7 @@ class Comparison:
         ]
         texts = {"target": target}
         texts |= {name: rows[:_ROUTED] for name, rows in self.texts().items()}
-        pad = self.tokenizer.pad_token_id or 0
-        self.keep(trial, "routing.json", routing_rows(adapted, pad, texts))
+        self.keep(trial, "routing.json", routing_rows(adapted, pad_of(self.tokenizer), texts))
 
     def described(self, trial: Trial) -> dict[str, Any]:
         """What a run is, as the beginning of its row."""

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from budwood.errors import InputError
-from budwood.tune.encoding import IGNORED, LeftPadded, Row, prompt_tokens, takes_logits_to_keep
+from budwood.tune.encoding import (
+    IGNORED,
+    LeftPadded,
+    Row,
+    pad_of,
+    prompt_tokens,
+    takes_logits_to_keep,
+)
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
 
@@ -78,7 +85,7 @@ def replies(
     Returns:
         Rows whose labels are the replies.
     """
-    pad = _pad(tokenizer)
+    pad = pad_of(tokenizer)
     found: list[Row] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -129,7 +136,7 @@ def measure_drift(
         Scores of the base model and of the tuned one: ``perplexity`` and ``kl``.
     """
     model.eval()
-    collate = LeftPadded(_pad(tokenizer), multiple=1, trim=takes_logits_to_keep(model))
+    collate = LeftPadded(pad_of(tokenizer), multiple=1, trim=takes_logits_to_keep(model))
     adapted = hasattr(model, "disable_adapter")
     sums: list[tuple[float, float, float, int]] = [(0.0, 0.0, 0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
@@ -181,12 +188,7 @@ def _sums(
 
 
 def _reply(asked: list[int], said: list[int], tokenizer: Any) -> Row:
-    ends = {tokenizer.eos_token_id, _pad(tokenizer)}
+    ends = {tokenizer.eos_token_id, pad_of(tokenizer)}
     n_said = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
     said = said[:n_said]
     return {"input_ids": asked + said, "labels": [IGNORED] * len(asked) + said}
-
-
-def _pad(tokenizer: Any) -> int:
-    found = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if found is None else found
