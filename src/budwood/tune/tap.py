@@ -59,15 +59,17 @@ class Tap(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         plan: Plan = ctx.plan
         due = plan.on_backward() and any(plan.slopes)
+        # Once: gradient checkpointing lets saved tensors be unpacked no second time.
+        slim_in, slim_out = ctx.saved_tensors if due else (None, None)
         if grad_in is not None and (due or plan.columns is not None):
             grad_in = grad_in.clone()
             if plan.columns is not None:
                 grad_in[: plan.rank].mul_(plan.columns)
-            if due:
-                a = ctx.saved_tensors[0][: plan.rank]
+            if slim_in is not None:
+                a = slim_in[: plan.rank]
                 grad_in[: plan.rank].add_(a.sign(), alpha=plan.slopes[0])
         if grad_out is not None and plan.rows is not None:
             grad_out = grad_out * plan.rows.unsqueeze(-1)
-        if grad_out is not None and due:
-            grad_out = torch.add(grad_out, ctx.saved_tensors[1].sign(), alpha=plan.slopes[1])
+        if grad_out is not None and slim_out is not None:
+            grad_out = torch.add(grad_out, slim_out.sign(), alpha=plan.slopes[1])
         return grad_in, grad_out, None
