@@ -98,14 +98,14 @@ def loop(rank: int, n: int, kind: str, parts: int = 1, steps: int = 4) -> dict[s
     return found
 
 
-def trainer(rank: int, n: int, folder: str, resume: str | None = None) -> dict[str, Any]:
+def trainer(rank: int, n: int, output: str, resume: str | None = None) -> dict[str, Any]:
     """The Trainer of transformers, which starts and ends the process group itself."""
     from transformers import Trainer, TrainingArguments
 
     rows = tiny.batch(n=16, length=20)
     rows = [{key: value[i] for key, value in rows.items()} for i in range(16)]
     arguments = TrainingArguments(
-        output_dir=folder,
+        output_dir=output,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2 // n,
         max_steps=4,

@@ -38,12 +38,12 @@ def test_trainer_on_two_ranks_is_one_and_resumes_bit_equal(tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     whole.mkdir()
     again.mkdir()
-    expected = ranks.trainer(0, 1, folder=str(tmp_path / "one"))
-    first, second = ranks.run(ranks.trainer, whole, folder=str(whole / "out"))
+    expected = ranks.trainer(0, 1, output=str(tmp_path / "one"))
+    first, second = ranks.run(ranks.trainer, whole, output=str(whole / "out"))
     assert same(first, second)
     near(expected, first)
     resume = str(whole / "out" / "checkpoint-2")
-    resumed, _ = ranks.run(ranks.trainer, again, folder=str(again / "out"), resume=resume)
+    resumed, _ = ranks.run(ranks.trainer, again, output=str(again / "out"), resume=resume)
     assert same(first, resumed)
 
 
