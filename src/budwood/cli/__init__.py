@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import typer
 
 import budwood
@@ -25,7 +27,7 @@ app.add_typer(ls.app, name="ls")
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context, version: bool = typer.Option(False, "--version")) -> None:
-    r"""A vision-language model that answers from a tenth of its visual tokens, with no training.
+    r"""Prune the visual tokens of a vision-language model; fine-tune a model that forgets little.
 
     Bad input ends with one line on standard error and exit code 2.
 
@@ -33,11 +35,16 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
     Examples:
       budwood demo
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
+      budwood tune train.jsonl --output tuned
     """
     if version:
         typer.echo(f"budwood {budwood.__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+# It says at its import, which PEFT sees to, what it lacks for 4-bit weights.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:
