@@ -102,7 +102,7 @@ def load_llm(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     source, kwargs = llm_source()
     llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     if getattr(llm, "hf_quantizer", None) is not None:
-        # The weights are dequantised; marked as quantised they could be neither saved nor trained on.
+        # The weights are dequantised; marked as quantised, they could be neither saved nor tuned.
         llm.hf_quantizer.remove_quantization_config(llm)
     return llm.to(dtype)
 
