@@ -1,12 +1,12 @@
 """Stages 2 and 3 of sprout: projector, then projector and LoRA, by the language-model loss alone.
 
 LoRA on the LLM learns with the projector; the tower stays as stage 1 left it. Stage 2 (`regions`)
-reads single visual tokens aloud ("<patch>" goes on with the name of what covers it, then its
-frame, digit and place) and looks them up in tables (" dog A, cat K,<patch>" goes on with the
-letter of what the patch shows, and the other way round). Stage 3 (`questions`) answers questions
-about more and more of the picture, then about all of it. All segments of a scene share one
-prefill: each sees the picture and itself, nothing else, which equals single-turn training at a
-fraction of the price.
+reads single visual tokens aloud ("<patch>" goes on with the name of what covers it, its frame, its
+digit) and looks them up in tables (" dog A, cat K,<patch>" goes on with the letter of what the
+patch shows, and the other way round). Stage 3 (`questions`) asks about a few patches of one or two
+objects, then of all of them, then about the whole picture: as users do, and in short, many in a
+row. All segments of a scene share one prefill: each sees the picture and itself, nothing else,
+which equals asking them one by one at a fraction of the price.
 
     python recipes/sprout/train_llava.py --tower runs/tower/tower.safetensors --out runs/llava
 """
@@ -14,384 +14,27 @@ fraction of the price.
 from __future__ import annotations
 
 import argparse
-import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import MasterWeights, Run, trapezoid
+from exercises import LOGGED, STAGES, Exercises
+from packing import collate
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from budwood.sprout.atlas import categories
 from budwood.sprout.model import (
-    IMAGE_TOKEN,
     LORA_ALPHA,
     LORA_RANK,
     assemble,
-    image_tensor,
     load_llm,
     load_tokenizer,
     tower_config,
 )
-from budwood.sprout.questions import KINDS, Question, ask
-from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rng
-
-PREFIX = "<|im_start|>user\n"
-PROMPT = "\n{}<|im_end|>\n<|im_start|>assistant\n"
-END = "<|im_end|>"
-STAGES = ("regions", "questions")
-LETTERS = [f" {letter}" for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"]
-LOGGED = (
-    *KINDS,
-    "name",
-    "frame",
-    "badge",
-    "caption",
-    "word key",
-    "visual key",
-    "order",
-    "reverse",
-    "about",
-    "place",
-)
-FIRST_SEED = 10_000_000  # the tower has seen the seeds below
-SIDE = SIZE // tower_config().patch_size
-PATCHES = SIDE**2
-BIN = 64  # tokens; segments are packed into bins of this length
-SOME = 600  # pictures of the last stage in which only some of the objects are seen
-WHOLE = 2_000  # pictures of the last stage, after which every picture is seen whole
-
-
-@dataclass
-class Segment:
-    """A question or caption. A token is a word's id, or `~patch` for a visual token."""
-
-    given: list[int]
-    asked: list[int]
-    kind: str  # one of LOGGED; what is not in KINDS helps to learn, and is asked nowhere else
-
-
-@dataclass
-class Item:
-    """What all segments of one picture see, and the segments, which do not see each other."""
-
-    pixels: Tensor  # (3, 336, 336)
-    shared: list[int]
-    segments: list[Segment]
-
-
-def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """All that the scene allows, presence and counts thinned out: no kind or answer dominates."""
-    questions = [q for q in ask(scene) if q.kind not in ("presence", "count")]
-    presence = ask(scene, "presence")
-    for answer in ("yes", "no"):
-        pool = [q for q in presence if q.answer == answer]
-        questions += rng.sample(pool, min(2, len(pool)))
-    counts = ask(scene, "count")
-    questions += [q for q in counts if scene.objects[1].category in q.text]
-    if rng.random() < 0.25:
-        questions.append(rng.choice(counts))
-    rng.shuffle(questions)
-    return questions
-
-
-def listings(
-    scene: Scene, shown: list[SceneObject], rng: random.Random
-) -> list[tuple[str, str, str]]:
-    """Kind, question, answer for training alone: objects in order, by frame or digit, described."""
-    words, axis = rng.choice((("from left to right", 0), ("from top to bottom", 1)))
-    ordered = sorted(shown, key=lambda o: o.centre[axis])
-    order = ("order", f"Name all objects {words}.", ", ".join(o.category for o in ordered))
-    found = []
-    for text, values in (
-        ("Which object has the {} frame?", [o.colour for o in scene.objects]),
-        ("Which object is beside the digit {}?", [o.digit for o in scene.objects]),
-    ):
-        known = [i for i, v in enumerate(values) if v is not None and values.count(v) == 1]
-        known = [i for i in known if scene.objects[i] in shown]
-        found += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
-    single = [o for o in shown if len(scene.copies(o.category)) == 1]
-    about = [("about", f"Describe the {o.category}.", details(o, o.centre)) for o in single]
-    return [
-        order,
-        *rng.sample(found, min(3, len(found))),
-        *rng.sample(about, min(3, len(about))),
-    ]
-
-
-def details(thing: SceneObject | None, point: tuple[float, float]) -> str:
-    """Frame, digit and the place of a point, in words."""
-    column, row = (int(edge * SIDE / SIZE) + 1 for edge in point)
-    known = [thing.colour, thing.digit] if thing else []
-    return ", ".join(str(v) for v in [*known, f"row {row}, column {column}"] if v is not None)
-
-
-def middle(patch: int) -> tuple[float, float]:
-    """Centre of a patch, x and y in px."""
-    row, column = divmod(patch, SIDE)
-    return (column + 0.5) * SIZE / SIDE, (row + 0.5) * SIZE / SIDE
-
-
-def what_covers(scene: Scene, patch: int) -> SceneObject | None:
-    """The object at the centre of a patch."""
-    x, y = middle(patch)
-    for thing in scene.objects:
-        left, top, right, bottom = thing.outer
-        if left <= x < right and top <= y < bottom:
-            return thing
-    return None
-
-
-def caption(scene: Scene, patch: int) -> str:
-    """What a single visual token shows, in words."""
-    thing = what_covers(scene, patch)
-    name = thing.category if thing else "background"
-    return as_answer(f"{name}, {details(thing, middle(patch))}")
-
-
-def as_answer(text: str) -> str:
-    """With a leading space, an answer is the same token as the word in a question."""
-    return text if text.isdigit() else f" {text}"
-
-
-def patches_of(scene: Scene, rng: random.Random) -> dict[SceneObject, int]:
-    """A random patch of each object."""
-    found: dict[SceneObject, list[int]] = {}
-    for patch in range(PATCHES):
-        thing = what_covers(scene, patch)
-        if thing is not None:
-            found.setdefault(thing, []).append(patch)
-    return {thing: rng.choice(patches) for thing, patches in found.items()}
-
-
-class Packed(Dataset):
-    """The scenes of one stage from the `start`-th on; the index decides everything."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stage: str,
-        images: int,
-        start: int,
-        batch: int,
-    ):
-        self.tokenizer, self.images, self.start, self.batch = tokenizer, images, start, batch
-        self.first = FIRST_SEED * (1 + STAGES.index(stage))
-        self.make = {
-            "regions": self._regions,
-            "questions": self._questions,
-        }[stage]
-
-    def __len__(self) -> int:
-        return self.images - self.start
-
-    def __getitem__(self, i: int) -> Item:
-        place = self.start + i
-        scene = make_scene(self.first + place, "train")
-        rng = scene_rng(self.first + place, "validation")  # a stream of its own, not the picture's
-        return self.make(scene, rng, place)
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _segment(self, kind: str, given: str, asked: str, *seen: int) -> Segment:
-        """`<image>` in what is given stands for the next of the patches seen."""
-        patches = iter(seen)
-        first, *rest = given.split(IMAGE_TOKEN)
-        ids = self._tokens(first)
-        for text in rest:
-            ids += [~next(patches), *self._tokens(text)]
-        return Segment(ids, self._tokens(asked + END), kind)
-
-    def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
-        patches = [p for p in range(PATCHES) if what_covers(scene, p)]
-        patches = rng.sample(patches, 2) + rng.sample(range(PATCHES), 1)
-        segments = [self._segment("caption", "<image>:", caption(scene, p), p) for p in patches]
-        segments += self._readings(scene, rng, {"name": 20, "frame": 12, "badge": 12})
-        segments += self._lookups(scene, rng, 6)
-        return Item(image_tensor(scene.image), self._tokens(PREFIX), segments)
-
-    def _readings(self, scene: Scene, rng: random.Random, numbers: dict[str, int]) -> list[Segment]:
-        """So many names, frames and digits of single patches."""
-        covers = [(p, what_covers(scene, p)) for p in range(PATCHES)]
-        segments = []
-        for kind, text, attribute in (
-            ("name", "<image>,<image>,", "category"),
-            ("frame", "<image> frame<image>", "colour"),
-            ("badge", "<image> digit<image>", "digit"),
-        ):
-            known = [(p, str(v)) for p, o in covers if (v := getattr(o, attribute, None))]
-            for patch, value in rng.sample(known, min(numbers[kind], len(known))):
-                segments.append(self._segment(kind, text, as_answer(value), patch, patch))
-        return segments
-
-    def _lookups(self, scene: Scene, rng: random.Random, number: int) -> list[Segment]:
-        """Tables of words looked up by a patch, tables of patches looked up by a word, in turn."""
-        segments = []
-        shown = {thing.category for thing in scene.objects}
-        strangers = rng.sample([c for c in categories() if c not in shown], 3)
-        for n in range(number):
-            patches = {thing.category: p for thing, p in patches_of(scene, rng).items()}
-            rows = [*patches, *(strangers if n % 2 else ())]
-            rng.shuffle(rows)
-            letters = dict(zip(rows, rng.sample(LETTERS, len(rows)), strict=True))
-            asked = rng.choice(list(patches))
-            if n % 2:
-                text = "".join(f" {c}{letters[c]}," for c in rows) + "<image>"
-                seen = [patches[asked]]
-            else:
-                text = "".join(f"<image>{letters[c]}," for c in rows) + f" {asked}"
-                seen = [patches[c] for c in rows]
-            kind = "word key" if n % 2 else "visual key"
-            segments.append(self._segment(kind, text, letters[asked], *seen))
-        return segments
-
-    def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
-        seen = self._seen(scene, rng, place)
-        shown = [thing for thing in scene.objects if thing in {what_covers(scene, p) for p in seen}]
-        boxes = {thing.outer for thing in shown}
-        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)]
-        asked = [(q.kind, q.text, q.answer) for q in questions]
-        asked += listings(scene, shown, rng)
-        for patch in rng.sample(seen, min(3, len(seen))):
-            row, column = divmod(patch, SIDE)
-            thing = what_covers(scene, patch)
-            text = f"What is in row {row + 1}, column {column + 1}?"
-            asked.append(("place", text, thing.category if thing else "background"))
-        segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
-        segments += self._lookups(scene, rng, 2)
-        if place < SOME:
-            segments += self._readings(scene, rng, {"name": 2, "frame": 8, "badge": 8})
-        shared = self._tokens(PREFIX) + [~patch for patch in seen]
-        return Item(image_tensor(scene.image), shared, segments)
-
-    def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
-        """The visual tokens shown: of one or two objects at first, then of all, then everything.
-
-        Their number is the same for the pictures of a batch.
-        """
-        first = place // self.batch * self.batch
-        chance = random.Random(first)
-        one_each = patches_of(scene, rng)
-        if first < SOME:
-            objects = chance.randint(1, 2 + 6 * first // SOME)
-            shown = rng.sample(list(one_each), min(objects, len(one_each)))
-            number = 2 * objects
-        else:
-            shown = list(one_each)
-            done = min(1.0, (first - SOME) / (WHOLE - SOME))
-            number = round(20 * (PATCHES / 20) ** done * chance.uniform(0.5 if done < 1 else 1, 1))
-        seen = [one_each[thing] for thing in shown]
-        rest = [patch for patch in range(PATCHES) if patch not in seen]
-        rng.shuffle(rest)
-        if first < SOME:  # others only where the objects have too few
-            rest.sort(key=lambda patch: what_covers(scene, patch) not in shown)
-        return sorted(seen + rest[: number - len(seen)])
-
-
-def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
-    """Pack into bins of at most `BIN` tokens, the longest first, each into the first that fits."""
-    bins: list[list[Segment]] = []
-    free: list[int] = []
-    for segment in sorted(segments, key=lambda s: -len(s.given + s.asked)):
-        size = len(segment.given + segment.asked)
-        place = next((i for i, room in enumerate(free) if room >= size), None)
-        if place is None:
-            bins.append([])
-            free.append(BIN)
-            place = len(bins) - 1
-        bins[place].append(segment)
-        free[place] -= size
-    return bins
-
-
-def collate(items: list[Item]) -> dict[str, Tensor]:
-    """Lay out each picture as its shared part, then bins; positions as if each segment stood alone.
-
-    Returns:
-        `pixels` (B, 3, 336, 336); `ids`, `positions`, `labels`, `kinds` (B, P + bins · BIN), where
-        an id below zero is a visual token; `patches`, which of the B · 256 these are, in order;
-        `own` (B, bins, BIN, BIN): which token of its bin a token sees.
-    """
-    packed = [fill_bins(item.segments) for item in items]
-    n_bins, shared = max(map(len, packed)), len(items[0].shared)
-    length = shared + n_bins * BIN
-    ids, positions = torch.zeros(len(items), length).long(), torch.zeros(len(items), length).long()
-    labels, kinds = torch.full_like(ids, -100), torch.full_like(ids, -1)
-    part = torch.full_like(ids, -1)
-    for b, (item, bins) in enumerate(zip(items, packed, strict=True)):
-        ids[b, :shared] = torch.tensor(item.shared)
-        positions[b, :shared] = torch.arange(shared)
-        for k, segments in enumerate(bins):
-            start = shared + k * BIN
-            for n, segment in enumerate(segments):
-                asked, end = start + len(segment.given), start + len(segment.given + segment.asked)
-                ids[b, start:end] = torch.tensor(segment.given + segment.asked)
-                positions[b, start:end] = torch.arange(shared, shared + end - start)
-                labels[b, asked:end] = ids[b, asked:end]
-                kinds[b, asked] = LOGGED.index(segment.kind)
-                part[b, start:end] = n
-                start = end
-    visual = ids < 0
-    offset = 256 * torch.arange(len(items))[:, None].expand_as(ids)
-    part = part[:, shared:].unflatten(1, (n_bins, BIN))
-    return {
-        "pixels": torch.stack([item.pixels for item in items]),
-        "ids": ids,
-        "positions": positions,
-        "labels": labels,
-        "kinds": kinds,
-        "patches": (~ids + offset)[visual],
-        "own": (part[..., :, None] == part[..., None, :]) & torch.ones(BIN, BIN).tril().bool(),
-    }
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Attention in `collate`'s layout: the shared part is causal, bins see it and their own.
-
-    Half the price of one masked attention over everything. Registered with transformers.
-
-    Args:
-        module: unused.
-        query: (B, H, P + bins · BIN, d).
-        key: (B, H / g, P + bins · BIN, d).
-        value: as `key`.
-        attention_mask: (B, bins, BIN, BIN), additive.
-        scaling: of the scores.
-
-    Returns:
-        (B, P + bins · BIN, H, d), and no weights.
-    """
-    heads, n_bins = key.shape[1], attention_mask.shape[1]
-    shared = key.shape[2] - n_bins * BIN
-    query = (query * scaling).unflatten(1, (heads, -1))  # (B, H / g, g, L, d)
-    key, value = key[:, :, None], value[:, :, None]
-    (q0, q), (k0, k), (v0, v) = (x.split((shared, n_bins * BIN), -2) for x in (query, key, value))
-    future = torch.ones(shared, shared, dtype=torch.bool).triu(1)
-    first = (q0 @ k0.mT).masked_fill(future, -torch.inf).softmax(-1) @ v0
-    q_own, k_own, v_own = (x.unflatten(-2, (n_bins, BIN)) for x in (q, k, v))
-    own = q_own @ k_own.mT + attention_mask[:, None, None]
-    weights = torch.cat((q @ k0.mT, own.flatten(-3, -2)), -1).softmax(-1)
-    from_own = weights[..., shared:].unflatten(-2, (n_bins, BIN)) @ v_own
-    rest = weights[..., :shared] @ v0 + from_own.flatten(-3, -2)
-    return torch.cat((first, rest), -2).flatten(1, 2).transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 
 
 def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
@@ -483,7 +126,7 @@ def train(
     steps = images // size
     recent: list[float] = []
     seen: list[Tensor] = []
-    data = Packed(tokenizer, stage, steps * size, run.step * size, size)
+    data = Exercises(tokenizer, stage, steps * size, run.step * size, size)
     for batch in DataLoader(data, size, num_workers=1, prefetch_factor=4, collate_fn=collate):
         if run.step == 0 and stage == "regions":
             start_as_words(model, batch)
@@ -521,10 +164,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--regions-images", type=int, default=600)
+    parser.add_argument("--regions-images", type=int, default=1_800)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=6_000)
-    parser.add_argument("--questions-batch", type=int, default=4)
+    parser.add_argument("--questions-images", type=int, default=7_200)
+    parser.add_argument("--questions-batch", type=int, default=8)
     parser.add_argument("--projector-lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=6e-4)
     args = parser.parse_args()

@@ -27,7 +27,7 @@ app.add_typer(ls.app, name="ls")
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context, version: bool = typer.Option(False, "--version")) -> None:
-    r"""Prune the visual tokens of a vision-language model; fine-tune a model that forgets little.
+    """Prune the visual tokens of a vision-language model; fine-tune a model that forgets little.
 
     Bad input ends with one line on standard error and exit code 2.
 

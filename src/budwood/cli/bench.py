@@ -28,7 +28,7 @@ DEFAULT_COLUMNS = {
 
 @app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    r"""Measure accuracy and speed, and show records of it.
+    """Measure accuracy and speed, and show records of it.
 
     \b
     Example:
@@ -48,7 +48,7 @@ def show(
         ),
     ] = None,
 ) -> None:
-    r"""Print the table of a record, as Markdown.
+    """Print the table of a record, as Markdown.
 
     \b
     Example:

@@ -87,7 +87,7 @@ def bench_prune(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Accuracy per method and budget on held-out scenes, beside all tokens and blind.
+    """Accuracy per method and budget on held-out scenes, beside all tokens and blind.
 
     Answers count if they equal the right one but for case, space and punctuation. "blind" has all
     tokens of a grey picture. Intervals hold 95 %, by a bootstrap over scenes, paired in differences

@@ -58,7 +58,7 @@ def bench_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Time prefill, selector and decoding, with and without pruning, side by side in one run.
+    """Time prefill, selector and decoding, with and without pruning, side by side in one run.
 
     "plain" is the same LLM with a text as long as the pruned prompt and nothing attached. Ratios
     are taken within a round; the median of the rounds is reported. Also reports the largest tensor

@@ -99,7 +99,7 @@ def bench_tune(
     dtype: tune_options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    r"""Train on three tasks with each method, choose its learning rate, and see what is forgotten.
+    """Train on three tasks with each method, choose its learning rate, and see what is forgotten.
 
     DIR holds openbookqa, boolq and arc_easy as NAME_train.jsonl and NAME_test.jsonl, the general
     tasks, and wikitext2_valid.txt. Rates are chosen on validation questions taken from the

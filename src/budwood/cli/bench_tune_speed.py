@@ -49,7 +49,7 @@ def bench_tune_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Time forward and backward of one gated MLP with SLIM, LoRA and others, side by side.
+    """Time forward and backward of one gated MLP with SLIM, LoRA and others, side by side.
 
     The LoRA has the rank of all of SLIM's experts together. "loop" is the same mixture as a loop
     over experts; "bypass" is SLIM on a batch whose tokens all go to identity experts. Gathering

@@ -47,7 +47,7 @@ def demo(
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    r"""Ask the embedded model about held-out scenes, with all visual tokens and with a tenth.
+    """Ask the embedded model about held-out scenes, with all visual tokens and with a tenth.
 
     Works offline. About each scene it asks one question of each kind, none of them about the large,
     salient object. Each scene and a picture of what was kept for its last question are saved.

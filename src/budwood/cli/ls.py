@@ -23,7 +23,7 @@ MODELS = (
 
 @app.callback(invoke_without_command=True)
 def ls(context: typer.Context) -> None:
-    r"""List methods, model families and models.
+    """List methods, model families and models.
 
     \b
     Example:
@@ -35,7 +35,7 @@ def ls(context: typer.Context) -> None:
 
 @app.command()
 def methods(json: options.Json = False) -> None:
-    r"""Pruning methods, what they read and where they come from.
+    """Pruning methods, what they read and where they come from.
 
     \b
     Example:
@@ -55,7 +55,7 @@ def methods(json: options.Json = False) -> None:
 
 @app.command()
 def families(json: options.Json = False) -> None:
-    r"""Model families, by the model_type in their configuration.
+    """Model families, by the model_type in their configuration.
 
     \b
     Example:
@@ -73,7 +73,7 @@ def families(json: options.Json = False) -> None:
 
 @app.command()
 def tuners(json: options.Json = False) -> None:
-    r"""Ways of fine-tuning, for `budwood tune --method` and `budwood bench tune`.
+    """Ways of fine-tuning, for `budwood tune --method` and `budwood bench tune`.
 
     \b
     Example:
@@ -91,7 +91,7 @@ def tuners(json: options.Json = False) -> None:
 
 @app.command()
 def models(json: options.Json = False) -> None:
-    r"""Models to begin with; any checkpoint of a known family works.
+    """Models to begin with; any checkpoint of a known family works.
 
     \b
     Example:

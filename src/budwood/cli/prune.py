@@ -52,7 +52,7 @@ def prune(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Answer a question about a picture with all visual tokens and with the kept ones.
+    """Answer a question about a picture with all visual tokens and with the kept ones.
 
     The time to the first token is the median of a few runs, taken in turn after a warm-up. Pictures
     of more than 50 million pixels, or more than 100 times as long as wide, are refused.

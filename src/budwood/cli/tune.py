@@ -39,7 +39,7 @@ app.command("export-lora")(export_lora)
 
 @app.callback(invoke_without_command=True)
 def tune(context: typer.Context) -> None:
-    r"""Fine-tune a language model so that it forgets little else; see what it learnt.
+    """Fine-tune a language model so that it forgets little else; see what it learnt.
 
     `budwood tune FILE …` is short for `budwood tune run FILE …`.
 
@@ -100,7 +100,7 @@ def run(
     dtype: tune_options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    r"""Fine-tune an adapter on answers; prompts are read and not learnt.
+    """Fine-tune an adapter on answers; prompts are read and not learnt.
 
     A line of a file is {"messages": [...]}, {"question", "choices", "answer": index} or
     {"question", "answer": text}. A run that was cut off goes on from its last checkpoint when the

@@ -71,7 +71,7 @@ def tune_eval(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    r"""Score an adapter and its base model on target and general tasks, and on text.
+    """Score an adapter and its base model on target and general tasks, and on text.
 
     With --data DIR the tasks that ship are the default: openbookqa, boolq and arc_easy are targets;
     winogrande, social_iqa and gsm8k are general; perplexity is on wikitext2_valid.txt. Other names

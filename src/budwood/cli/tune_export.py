@@ -40,7 +40,7 @@ def export_lora(
     dtype: tune_options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    r"""Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools that know no SLIM.
+    """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools that know no SLIM.
 
     Routing weights are fixed to their averages, so no token bypasses the adapter: expect it to
     forget more. What that costs is measured and written beside the LoRA.

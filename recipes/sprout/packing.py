@@ -1,0 +1,115 @@
+"""Many short contexts about one picture in one prefill: the layout and its attention."""
+
+from __future__ import annotations
+
+import torch
+from exercises import LOGGED, Item, Segment
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+BIN = 64  # tokens; segments are packed into bins of this length
+
+
+def length(segment: Segment) -> int:
+    """Tokens."""
+    return sum(len(turn.tokens) for turn in segment)
+
+
+def fill_bins(segments: list[Segment]) -> list[list[Segment]]:
+    """Pack into bins of at most `BIN` tokens, the longest first, each into the first that fits."""
+    bins: list[list[Segment]] = []
+    free: list[int] = []
+    for segment in sorted(segments, key=length, reverse=True):
+        place = next((i for i, room in enumerate(free) if room >= length(segment)), None)
+        if place is None:
+            bins.append([])
+            free.append(BIN)
+            place = len(bins) - 1
+        bins[place].append(segment)
+        free[place] -= length(segment)
+    return bins
+
+
+def collate(items: list[Item]) -> dict[str, Tensor]:
+    """Lay out each picture as its shared part, then bins; positions as if each segment stood alone.
+
+    Returns:
+        `pixels` (B, 3, 336, 336); `ids`, `positions`, `labels`, `kinds` (B, P + bins · BIN), where
+        an id below zero is a visual token; `patches`, which of the B · 256 these are, in order;
+        `own` (B, bins, BIN, BIN): which token of its bin a token sees.
+    """
+    packed = [fill_bins(item.segments) for item in items]
+    n_bins, shared = max(map(len, packed)), len(items[0].shared)
+    width = shared + n_bins * BIN
+    ids, positions = torch.zeros(len(items), width).long(), torch.zeros(len(items), width).long()
+    labels, kinds = torch.full_like(ids, -100), torch.full_like(ids, -1)
+    part = torch.full_like(ids, -1)
+    for b, (item, bins) in enumerate(zip(items, packed, strict=True)):
+        ids[b, :shared] = torch.tensor(item.shared)
+        positions[b, :shared] = torch.arange(shared)
+        for k, segments in enumerate(bins):
+            start = shared + k * BIN
+            for n, segment in enumerate(segments):
+                first = start
+                for turn in segment:
+                    answer, end = start + len(turn.given), start + len(turn.tokens)
+                    ids[b, start:end] = torch.tensor(turn.tokens)
+                    labels[b, answer:end] = ids[b, answer:end]
+                    kinds[b, answer] = LOGGED.index(turn.kind)
+                    start = end
+                positions[b, first:end] = torch.arange(shared, shared + end - first)
+                part[b, first:end] = n
+    visual = ids < 0
+    offset = 256 * torch.arange(len(items))[:, None].expand_as(ids)
+    part = part[:, shared:].unflatten(1, (n_bins, BIN))
+    return {
+        "pixels": torch.stack([item.pixels for item in items]),
+        "ids": ids,
+        "positions": positions,
+        "labels": labels,
+        "kinds": kinds,
+        "patches": (~ids + offset)[visual],
+        "own": (part[..., :, None] == part[..., None, :]) & torch.ones(BIN, BIN).tril().bool(),
+    }
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention in `collate`'s layout: the shared part is causal, bins see it and their own.
+
+    Half the price of one masked attention over everything. Registered with transformers.
+
+    Args:
+        module: unused.
+        query: (B, H, P + bins · BIN, d).
+        key: (B, H / g, P + bins · BIN, d).
+        value: as `key`.
+        attention_mask: (B, bins, BIN, BIN), additive.
+        scaling: of the scores.
+
+    Returns:
+        (B, P + bins · BIN, H, d), and no weights.
+    """
+    heads, n_bins = key.shape[1], attention_mask.shape[1]
+    shared = key.shape[2] - n_bins * BIN
+    query = (query * scaling).unflatten(1, (heads, -1))  # (B, H / g, g, L, d)
+    key, value = key[:, :, None], value[:, :, None]
+    (q0, q), (k0, k), (v0, v) = (x.split((shared, n_bins * BIN), -2) for x in (query, key, value))
+    future = torch.ones(shared, shared, dtype=torch.bool).triu(1)
+    first = (q0 @ k0.mT).masked_fill(future, -torch.inf).softmax(-1) @ v0
+    q_own, k_own, v_own = (x.unflatten(-2, (n_bins, BIN)) for x in (q, k, v))
+    own = q_own @ k_own.mT + attention_mask[:, None, None]
+    weights = torch.cat((q @ k0.mT, own.flatten(-3, -2)), -1).softmax(-1)
+    from_own = weights[..., shared:].unflatten(-2, (n_bins, BIN)) @ v_own
+    rest = weights[..., :shared] @ v0 + from_own.flatten(-3, -2)
+    return torch.cat((first, rest), -2).flatten(1, 2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
