@@ -15,7 +15,7 @@ QUICK = ["--batch", 4, "--max-length", 300, "--log-every", 2, "--lr", "3e-3"]
 SMALL = ["--windows", 2, "--prompts", 3]
 BENCH = [
     *("--steps", 4, "--batch", 4, "--max-length", 300, "--n-validation", 6, "--general-limit", 6),
-    *("--limit", 8, "--probe-every", 2, "--probe-limit", 4, "--reference", "lora", *SMALL),
+    *("--limit", 8, "--probe-every", 2, "--probe-limit", 4, "--rank", 1, *SMALL),
 ]
 
 
@@ -218,7 +218,7 @@ def comparison(lm_dir, data, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("comparison")
     line = ["bench", "tune", "--data", data, "--output", folder, "--model", lm_dir, *BENCH]
-    line += ["--methods", "lora,lora-kl", "--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
+    line += ["--methods", "lora,lora-kl,slim", "--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
     result = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return folder, line, json.loads(result.stdout)
@@ -227,15 +227,18 @@ def comparison(lm_dir, data, tmp_path_factory):
 def test_bench(comparison):
     folder, _, found = comparison
     rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == ["base", "lora", "lora-kl"]
+    assert list(rows) == ["base", "lora", "lora-kl", "slim"]
     assert rows["lora"]["n_seeds"] == 2 and rows["lora"]["kl_chat_ratio"] == pytest.approx(1)
     assert rows["base"]["kl_chat"] == 0 and rows["base"]["target_gain"] == 0
-    assert abs(rows["lora-kl"]["params"] / rows["lora"]["params"] - 1) <= 0.05
+    for method in ("lora", "lora-kl"):
+        assert abs(rows[method]["params"] / rows["slim"]["params"] - 1) <= 0.05
     runs = found["config"]["runs"]
-    assert len(runs) == 1 + 2 * 2 + 2  # base, sweep, one more seed each
+    assert len(runs) == 1 + 3 * 2 + 3  # base, sweep, one more seed each
     tested = [run for run in runs if "accuracy_boolq" in run]
-    assert all(run["final"] for run in tested) and len(tested) == 5
-    assert {path.name for path in folder.iterdir()} >= {"front.png", "curves.png", "record.json"}
+    assert all(run["final"] for run in tested) and len(tested) == 7
+    assert {path.name for path in folder.iterdir()} >= {
+        *("front.png", "curves.png", "identity.png", "record.json"),
+    }
 
 
 def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):

@@ -260,7 +260,8 @@ class Comparison:
         scores = suite.after(model, self.tokenizer)
         befores, afters = suite.drift(model, self.tokenizer)
         model.train()
-        return summary([*scores, *befores], [*scores, *afters])
+        found = summary([*scores, *befores], [*scores, *afters])
+        return {key: value for key, value in found.items() if not key.endswith("_before")}
 
     def note_routing(self, trial: Trial, adapted: Any) -> None:
         """Identity share by layer for target and for general text."""
