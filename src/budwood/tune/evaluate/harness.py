@@ -166,7 +166,7 @@ def _evaluate(
         task.name if task.config is None else _with_data(task, folder, style) for task in tasks
     ]
     loaded = manager.load(specs)
-    found = evaluate(
+    found: Any = evaluate(
         lm=lm,
         task_dict=loaded,
         limit=limit if own and limit else None,

@@ -13,8 +13,11 @@ from torch import Tensor
 Request = tuple[tuple[str, str], list[int], list[int]]
 Advance = Callable[..., None]
 
+_Base: Any = HFLM
+"""Untyped: what lm-eval puts around the class hides it from type checkers."""
 
-class SharedPromptLM(HFLM):
+
+class SharedPromptLM(_Base):
     """``HFLM`` whose log-likelihoods cost one pass over each prompt, and not one a choice.
 
     The answers are read from the prompt's key-value cache, and logits are computed for answers
