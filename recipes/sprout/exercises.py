@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from budwood.sprout.atlas import categories
 from budwood.sprout.model import IMAGE_TOKEN, image_tensor, tower_config
-from budwood.sprout.questions import KINDS, TEMPLATES, Question, ask
+from budwood.sprout.questions import DIRECTIONS, KINDS, TEMPLATES, Question, ask, lies
 from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rng
 
 PREFIX = "<|im_start|>user\n"
@@ -27,6 +27,8 @@ LOGGED = (
     "name",
     "frame",
     "badge",
+    "number",
+    "relation",
     "caption",
     "word key",
     "visual key",
@@ -88,8 +90,7 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     questions += [q for q in counts if scene.objects[1].category in q.text]
     if rng.random() < 0.25:
         questions.append(rng.choice(counts))
-    rng.shuffle(questions)
-    return questions
+    return rng.sample(questions, len(questions))
 
 
 def in_short(question: Question) -> str:
@@ -215,23 +216,41 @@ class Exercises(Dataset):
         patches = [p for p in range(PATCHES) if what_covers(scene, p)]
         patches = rng.sample(patches, 2) + rng.sample(range(PATCHES), 1)
         segments = [self._segment("caption", "<image>:", caption(scene, p), p) for p in patches]
-        segments += self._readings(scene, rng, {"name": 20, "frame": 12, "badge": 12})
+        segments += self._readings(scene, rng, {"name": 20, "frame": 12, "badge": 12, "number": 6})
+        segments.append(self._relations(scene, rng, 8))
         segments += self._lookups(scene, rng, 6)
         return Item(image_tensor(scene.image), self._tokens(PREFIX), segments)
 
     def _readings(self, scene: Scene, rng: random.Random, numbers: dict[str, int]) -> list[Segment]:
-        """So many names, frames and digits of single patches."""
-        covers = [(p, what_covers(scene, p)) for p in range(PATCHES)]
+        """So many names, frames, digits and numbers of copies, read from single patches."""
+        covers = [(p, o) for p in range(PATCHES) if (o := what_covers(scene, p))]
         segments = []
-        for kind, text, attribute in (
-            ("name", "<image>,<image>,", "category"),
-            ("frame", "<image> frame<image>", "colour"),
-            ("badge", "<image> digit<image>", "digit"),
+        for kind, text, value in (
+            ("name", "<image>,<image>,", lambda o: o.category),
+            ("frame", "<image> frame<image>", lambda o: o.colour),
+            ("badge", "<image> digit<image>", lambda o: o.digit),
+            ("number", "<image> number<image>", lambda o: len(scene.copies(o.category))),
         ):
-            known = [(p, str(v)) for p, o in covers if (v := getattr(o, attribute, None))]
-            for patch, value in rng.sample(known, min(numbers[kind], len(known))):
-                segments.append(self._segment(kind, text, as_answer(value), patch, patch))
+            known = [(p, str(v)) for p, o in covers if (v := value(o)) is not None]
+            for patch, answer in rng.sample(known, min(numbers.get(kind, 0), len(known))):
+                segments.append(self._segment(kind, text, as_answer(answer), patch, patch))
         return segments
+
+    def _relations(self, scene: Scene, rng: random.Random, number: int) -> Segment:
+        """Where what one patch shows is, seen from another: "<patch> from<patch> left"."""
+        patches = patches_of(scene, rng)
+        pairs = [
+            (a, b, name.removesuffix(" of"))
+            for a in patches
+            for b in patches
+            for name, direction in DIRECTIONS.items()
+            if lies(b, a, direction)
+        ]
+        turns = []
+        for a, b, answer in rng.sample(pairs, min(number, len(pairs))):
+            given = self._given("<image> from<image>", iter((patches[a], patches[b])))
+            turns.append(Turn("relation", given, self._tokens(f" {answer},")))
+        return turns
 
     def _lookups(self, scene: Scene, rng: random.Random, number: int) -> list[Segment]:
         """Tables of words looked up by a patch, tables of patches looked up by a word, in turn."""
@@ -263,11 +282,12 @@ class Exercises(Dataset):
         asked = [(q.kind, q.text, q.answer) for q in questions[:6]]
         asked += rng.sample(extra := listings(scene, shown, rng), min(2, len(extra)))
         segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
-        notes = [q for q in ask(scene) if boxes.issuperset(q.boxes)]
-        segments += self._notes(rng.sample(notes, min(32, len(notes))))
+        segments += self._notes(rng.sample(questions, len(questions)))
+        segments.append(self._relations(scene, rng, 8))
+        numbers = {"name": 2, "frame": 2, "badge": 4} if place < SOME else {"badge": 2}
+        segments += self._readings(scene, rng, {**numbers, "number": 3})
         if place < SOME:
             segments += self._lookups(scene, rng, 2)
-            segments += self._readings(scene, rng, {"name": 2, "frame": 2, "badge": 4})
         shared = self._tokens(PREFIX) + [~patch for patch in seen]
         return Item(image_tensor(scene.image), shared, segments)
 

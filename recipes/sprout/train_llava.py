@@ -166,7 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--regions-images", type=int, default=1_800)
     parser.add_argument("--regions-batch", type=int, default=4)
-    parser.add_argument("--questions-images", type=int, default=7_200)
+    parser.add_argument("--questions-images", type=int, default=6_400)
     parser.add_argument("--questions-batch", type=int, default=8)
     parser.add_argument("--projector-lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=6e-4)

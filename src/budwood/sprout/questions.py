@@ -145,7 +145,7 @@ def _spatial(scene: Scene) -> list[Question]:
     questions = []
     for anchor in unique:
         for name, direction in DIRECTIONS.items():
-            found = [o for o in scene.objects if o is not anchor and _lies(anchor, o, direction)]
+            found = [o for o in scene.objects if o is not anchor and lies(anchor, o, direction)]
             if len(found) == 1 and found[0] in unique:
                 other = found[0]
                 text = TEMPLATES[name].format(anchor.category)
@@ -156,7 +156,7 @@ def _spatial(scene: Scene) -> list[Question]:
     return questions
 
 
-def _lies(anchor: SceneObject, other: SceneObject, direction: tuple[int, int]) -> bool:
+def lies(anchor: SceneObject, other: SceneObject, direction: tuple[int, int]) -> bool:
     """Whether `other` lies within 45° of `direction`, seen from the anchor's centre."""
     dx, dy = (b - a for a, b in zip(anchor.centre, other.centre, strict=True))
     along = dx * direction[0] + dy * direction[1]
