@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
-	@echo "make demo    a vision-language model with all and with a tenth of its visual tokens; a tiny fine-tuning"
+	@echo "make demo    a vision-language model with a tenth of its visual tokens; a tiny fine-tuning"
 	@echo "make test    the whole test suite"
 	@echo "make lint    format, lint and types"
 	@echo "make format  let ruff put right what it can"
