@@ -134,7 +134,7 @@ def test_the_default_model_can_be_trained(budwood, data, tmp_path):
     line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
     found = json.loads(budwood(*line, "--batch", 2, "--log-every", 1, "--json").stdout)
     assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and found["method"] == "slim"
-    assert 0 < found["history"][0]["loss"] < 10
+    assert 0 < found["history"][0]["loss"] < 20  # of nonsense; a uniform guess has 10.8
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == found["model"]
 
