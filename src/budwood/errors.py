@@ -36,5 +36,17 @@ class OutputError(BudwoodError, OSError):
     """A result cannot be written, or would overwrite what is there."""
 
 
+class DivergedError(BudwoodError, ArithmeticError):
+    """Training met a loss or gradient that is NaN or infinite, and stopped before using it."""
+
+
+class MissingPackageError(BudwoodError, ImportError):
+    """An optional package is not installed; the message has the line that installs it."""
+
+
 class AttachError(BudwoodError, RuntimeError):
     """A model is already attached to, or a session is used in the wrong state."""
+
+
+class MergeError(BudwoodError, ValueError):
+    """A mixture of experts can't be merged into the base weights."""

@@ -16,7 +16,10 @@ BUILTINS = {
     "BudgetError": ValueError,
     "InputError": ValueError,
     "OutputError": OSError,
+    "DivergedError": ArithmeticError,
+    "MissingPackageError": ImportError,
     "AttachError": RuntimeError,
+    "MergeError": ValueError,
 }
 
 

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from budwood import records
-from budwood.cli import bench_points, bench_points_speed, bench_prune, bench_speed
+from budwood.cli import (
+    bench_points,
+    bench_points_speed,
+    bench_prune,
+    bench_speed,
+    bench_tune,
+    bench_tune_speed,
+    tune_eval,
+)
 from budwood.cli.options import listed
 
 app = typer.Typer(rich_markup_mode=None)
@@ -16,12 +24,17 @@ app.command("prune")(bench_prune.bench_prune)
 app.command("prune-speed")(bench_speed.bench_speed)
 app.command("points")(bench_points.bench_points)
 app.command("points-speed")(bench_points_speed.bench_points_speed)
+app.command("tune")(bench_tune.bench_tune)
+app.command("tune-speed")(bench_tune_speed.bench_tune_speed)
 
 DEFAULT_COLUMNS = {
     "bench prune": bench_prune.MARKDOWN,
     "bench prune-speed": bench_speed.MARKDOWN,
     "bench points": bench_points.MARKDOWN,
     "bench points-speed": bench_points_speed.MARKDOWN,
+    "bench tune": bench_tune.MARKDOWN,
+    "bench tune-speed": bench_tune_speed.MARKDOWN,
+    "tune eval": tune_eval.MARKDOWN,
 }
 
 

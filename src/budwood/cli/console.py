@@ -23,7 +23,7 @@ from rich.text import Text
 from budwood import records
 
 Advance = Any
-"""A function (done, total)."""
+"""A function (done, total, note), whose note is optional."""
 
 
 _FILE_WIDTH = 200
@@ -83,7 +83,7 @@ def working(message: str) -> Iterator[None]:
 def progress(message: str) -> Iterator[Advance]:
     """A progress bar on standard error, where that is a terminal.
 
-    Yields a function (done, total).
+    Yields a function (done, total, note).
     """
     console = notes()
     bar = Progress(
@@ -98,4 +98,9 @@ def progress(message: str) -> Iterator[Advance]:
     )
     with bar:
         task = bar.add_task(message, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            shown = f"{message}  {note}" if note else message
+            bar.update(task, completed=done, total=total, description=shown)
+
+        yield advance

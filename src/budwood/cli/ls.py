@@ -72,6 +72,24 @@ def families(json: options.Json = False) -> None:
 
 
 @app.command()
+def tuners(json: options.Json = False) -> None:
+    """Ways of fine-tuning, for `budwood tune --method` and `budwood bench tune`.
+
+    \b
+    Example:
+      budwood ls tuners
+    """
+    from budwood.tune.methods import TUNERS
+
+    rows = []
+    for name in TUNERS:
+        tuner = TUNERS.get(name)
+        role = "ablation" if tuner.is_ablation else "method"
+        rows.append({"name": name, "kind": role, "description": _summary(tuner)})
+    _show("tuners", rows, json)
+
+
+@app.command()
 def models(json: options.Json = False) -> None:
     """Models to begin with; any checkpoint of a known family works.
 

@@ -101,8 +101,9 @@ def load_llm(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """SmolLM2-135M-Instruct as plain transformers loads it."""
     source, kwargs = llm_source()
     llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    if getattr(llm.config, "quantization_config", None) is not None:
-        del llm.config.quantization_config  # the weights are dequantized; saving is refused with it
+    if getattr(llm, "hf_quantizer", None) is not None:
+        # The weights are dequantised; marked as quantised, they could be neither saved nor tuned.
+        llm.hf_quantizer.remove_quantization_config(llm)
     return llm.to(dtype)
 
 

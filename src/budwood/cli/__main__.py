@@ -1,0 +1,5 @@
+"""`python -m budwood.cli`, which launchers of several processes need."""
+
+from budwood.cli import main
+
+main()

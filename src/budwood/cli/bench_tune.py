@@ -1,0 +1,204 @@
+"""`budwood bench tune`: SLIM beside LoRA and others, learning and forgetting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood import records
+from budwood.cli import options, tune_options
+from budwood.cli.bench_prune import _need_matplotlib
+from budwood.cli.console import print_json, print_table, progress, say
+from budwood.cli.output import write_whole
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.tune.bench.plan import Plan
+    from budwood.tune.bench.runner import Comparison
+
+MARKDOWN = {
+    "method": "",
+    "lr": ".0e",
+    "params": ",",
+    "n_seeds": "",
+    "target": ".1%",
+    "target_std": ".1%",
+    "target_gain": "+.1%",
+    "general": ".1%",
+    "general_loss_rise": "+.3f",
+    "perplexity": ".2f",
+    "perplexity_rise": "+.2f",
+    "kl_chat": ".4f",
+    "kl_text": ".4f",
+    "kl_chat_ratio": ".2f",
+    "perplexity_rise_ratio": ".2f",
+}
+"""Columns of the Markdown table of a record."""
+
+_COLUMNS = {
+    "method": ("method", ""),
+    "lr": ("lr", ".0e"),
+    "params": ("parameters", ","),
+    "n_seeds": ("seeds", ""),
+    "target": ("target", ".1%"),
+    "target_std": ("±", ".1%"),
+    "target_gain": ("gain", "+.1%"),
+    "general": ("general", ".1%"),
+    "general_loss_rise": ("loss rise", "+.3f"),
+    "perplexity_rise": ("perplexity rise", "+.2f"),
+    "kl_chat": ("KL chat", ".4f"),
+    "kl_text": ("KL text", ".4f"),
+    "kl_chat_ratio": ("KL / LoRA's", ".2f"),
+}
+
+
+def bench_tune(
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder with training, test and general data.")
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the comparison, gone on with if there.")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(metavar="NAME[:KEY=VALUE+…],…", help="Of `budwood ls tuners`, with options."),
+    ] = "lora,lora-wd,dora,lora-kl,moe,slim",
+    lrs: Annotated[
+        str, typer.Option(metavar="RATE,…", help="Learning rates that each method is tried with.")
+    ] = "3e-4,1e-3,3e-3",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,…", help="Of the final runs; the first is the sweep's.")
+    ] = "0,1,2",
+    reference: Annotated[
+        str, typer.Option(help="The others get as many trained parameters as this method.")
+    ] = "slim",
+    rank: Annotated[int, typer.Option(help="Of the reference, of each expert.")] = 4,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 300,
+    batch: Annotated[int, typer.Option(help="Examples a step.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Longer examples are left out.")] = 192,
+    per_task: Annotated[int, typer.Option(help="Training examples of each task, at most.")] = 2000,
+    n_validation: Annotated[int, typer.Option(help="Validation examples of each task.")] = 200,
+    limit: Annotated[int, typer.Option(help="Test questions of each task; 0 for all.")] = 0,
+    general_limit: Annotated[
+        int, typer.Option(help="Questions of each general task; 0 for all.")
+    ] = 400,
+    windows: tune_options.Windows = 48,
+    prompts: tune_options.Prompts = 48,
+    probe_every: Annotated[
+        int, typer.Option(help="Steps between points of the curve; 0 for no curve.")
+    ] = 75,
+    probe_limit: Annotated[int, typer.Option(help="Questions of each task at a point.")] = 40,
+    style: tune_options.Style = "cloze",
+    eval_batch: tune_options.EvalBatch = 16,
+    model: tune_options.Model = None,
+    device: options.Device = "auto",
+    dtype: tune_options.Dtype = "auto",
+    json: options.Json = False,
+) -> None:
+    """Train on three tasks with each method, choose its learning rate, and see what is forgotten.
+
+    DIR holds openbookqa, boolq and arc_easy as NAME_train.jsonl and NAME_test.jsonl, the general
+    tasks, and wikitext2_valid.txt. Rates are chosen on validation questions taken from the
+    training files; tests are run for the chosen ones only. Everything goes to --output: a record a
+    run, the record of the comparison, pictures. A comparison that was cut off goes on when the
+    command is repeated; more methods, rates and seeds may be added.
+
+    \b
+    Example:
+      budwood bench tune --data nlp --output comparison --methods lora,slim --seeds 0
+    """
+    plan = _plan(
+        methods,
+        lrs,
+        seeds,
+        _settings(steps, batch, max_length, probe_every),
+        reference=reference,
+        rank=rank,
+        per_task=per_task,
+        n_validation=n_validation,
+        limit=limit,
+        general_limit=general_limit,
+        windows=windows,
+        prompts=prompts,
+        probe_limit=probe_limit,
+        style=style,
+        batch=eval_batch,
+    )
+    if not data.is_dir():
+        raise InputError(f"there is no folder {data}; give one with the data")
+    _need_matplotlib()
+    record, pictures = _compare(plan, data, output, model, device, dtype)
+    if json:
+        print_json(dataclasses.asdict(record))
+        return
+    print_table(record.rows, _COLUMNS)
+    say(f"in {output}: record.json, {', '.join(pictures)}, runs")
+
+
+def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
+    from budwood.tune.train import Settings
+
+    if steps < 1:
+        raise InputError(f"steps={steps} is below 1")
+    return Settings(
+        steps=steps, batch=batch, max_length=max_length, probe_every=probe_every, save_every=100
+    )
+
+
+def _plan(methods: str, lrs: str, seeds: str, settings: Any, **rest: Any) -> Plan:
+    from budwood.tune.bench.plan import Plan
+
+    return Plan(
+        methods=tuple(options.listed(methods)),
+        lrs=tuple(_numbers(lrs, float, "lrs")),
+        seeds=tuple(_numbers(seeds, int, "seeds")),
+        settings=settings,
+        **rest,
+    )
+
+
+def _numbers(text: str, kind: Any, name: str) -> list[Any]:
+    try:
+        return [kind(item) for item in options.listed(text)]
+    except ValueError as error:
+        raise InputError(f"{name}={text!r} holds something that is no number: {error}") from error
+
+
+def _compare(
+    plan: Plan, data: Path, output: Path, model: str | None, device: str, dtype: str
+) -> tuple[records.Record, list[str]]:
+    from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.tune.bench.rows import method_rows
+    from budwood.tune.bench.runner import Comparison
+
+    loaded = load_language_model(model, device, dtype)
+    with third_party_warnings_off():
+        comparison = Comparison(
+            plan, loaded.name, loaded.model, loaded.tokenizer, data, output, progress, say
+        )
+        runs = comparison.run()
+    rows = method_rows(runs)
+    config = dataclasses.asdict(plan) | {"model": loaded.name, "dtype": loaded.dtype}
+    config |= {"n_train": len(comparison.rows), "runs": runs}
+    record = records.new_record("bench tune", rows, seed=plan.seeds[0], config=config)
+    records.write(record, output / "record.json", overwrite=True)
+    return record, _draw(comparison, runs, output)
+
+
+def _draw(comparison: Comparison, runs: list[dict[str, Any]], output: Path) -> list[str]:
+    """Draw what there is; returns the names of the pictures."""
+    from budwood.tune.bench.plots import plot_curves, plot_front, plot_identity
+
+    histories, routing = comparison.histories(runs), comparison.routing(runs)
+    pictures: dict[str, Callable[[Path], Path]] = {"front.png": lambda part: plot_front(runs, part)}
+    if any(row.get("probe") for history in histories.values() for row in history):
+        pictures["curves.png"] = lambda part: plot_curves(histories, part)
+    if routing:
+        pictures["identity.png"] = lambda part: plot_identity(routing, part)
+    for name, draw in pictures.items():
+        write_whole(output / name, draw)
+    return list(pictures)

@@ -1,0 +1,145 @@
+"""`budwood bench tune-speed`: what SLIM costs beside a plain LoRA of equal rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood import records
+from budwood.cli import options
+from budwood.cli.console import print_json, print_table, progress, say
+from budwood.cli.output import reserve
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.tune.bench import SpeedConfig
+
+_SHOWN = {
+    "method": ("method", ""),
+    "width": ("width", ""),
+    "n_tokens": ("tokens", ""),
+    "ms": ("forward and backward ms", ".2f"),
+    "over_lora": ("÷ LoRA", ".3f"),
+    "over_frozen": ("÷ frozen", ".3f"),
+    "peak_mib": ("peak MiB", ".1f"),
+    "memory_over_lora": ("÷ LoRA's", ".3f"),
+    "bypassed_share": ("bypassed", ".0%"),
+}
+MARKDOWN = {key: spec for key, (_, spec) in _SHOWN.items()}
+"""Columns of the Markdown table of a record."""
+
+
+def bench_tune_speed(
+    widths: Annotated[str, typer.Option(metavar="N,…", help="Model widths.")] = "576,2048,4096",
+    tokens: Annotated[str, typer.Option(metavar="N,…", help="Tokens a batch.")] = "256,1024,4096",
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,…", help="frozen and lora, and any of slim, loop, bypass.")
+    ] = "frozen,lora,slim,loop,bypass",
+    rank: Annotated[int, typer.Option(help="Of each expert.")] = 16,
+    distance: Annotated[str, typer.Option(help="rms or max.")] = "rms",
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
+    device: options.Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16, of the frozen weights.")
+    ] = "float32",
+    out: options.Out = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Time forward and backward of one gated MLP with SLIM, LoRA and others, side by side.
+
+    The LoRA has the rank of all of SLIM's experts together. "loop" is the same mixture as a loop
+    over experts; "bypass" is SLIM on a batch whose tokens all go to identity experts. Gathering
+    and committing statistics is included. Ratios are taken within a round; medians are reported.
+
+    \b
+    Example:
+      budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
+    """
+    config = _config(widths, tokens, methods, rank, distance, repeats, seed, device, dtype)
+    if out:
+        reserve(out, force)
+    record = _measure(config)
+    if out:
+        say(f"wrote {records.write(record, out, overwrite=force)}")
+    if json:
+        print_json(dataclasses.asdict(record))
+        return
+    print_table(record.rows, _SHOWN)
+    _say_targets(record.rows)
+
+
+def _config(
+    widths: str,
+    tokens: str,
+    methods: str,
+    rank: int,
+    distance: str,
+    repeats: int,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> SpeedConfig:
+    from budwood.cli.models import place
+    from budwood.tune.bench import SpeedConfig
+
+    where, _ = place(device, dtype)
+    return SpeedConfig(
+        widths=_counts(widths, "widths"),
+        n_tokens=_counts(tokens, "tokens"),
+        methods=tuple(options.listed(methods)),
+        repeats=repeats,
+        r=rank,
+        distance=distance,
+        dtype=dtype,
+        device=str(where),
+        seed=seed,
+    )
+
+
+def _counts(text: str, name: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(item) for item in options.listed(text))
+    except ValueError as error:
+        raise InputError(f"{name}={text!r} holds something that is no count") from error
+
+
+def _measure(config: SpeedConfig) -> records.Record:
+    from budwood.tune.bench import measure_speed
+
+    n_groups, done = len(config.widths) * len(config.n_tokens), []
+    with progress("timing") as advance:
+
+        def note(line: str) -> None:
+            advance(len(done), n_groups, line)
+            done.append(line)
+
+        rows = measure_speed(config, note)
+        advance(n_groups, n_groups)
+    described: dict[str, Any] = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
+    return records.new_record("bench tune-speed", rows, seed=config.seed, config=described)
+
+
+def _say_targets(rows: list[records.Row]) -> None:
+    from budwood.tune.bench import TARGETS
+
+    found = {
+        "over_lora_wide": [
+            row["over_lora"] for row in rows if row["method"] == "slim" and row["width"] >= 2048
+        ],
+        "over_lora_narrow": [
+            row["over_lora"] for row in rows if row["method"] == "slim" and row["width"] < 2048
+        ],
+        "memory_over_lora": [row["memory_over_lora"] for row in rows if row["method"] == "slim"],
+        "bypass_over_frozen": [row["over_frozen"] for row in rows if row["method"] == "bypass"],
+    }
+    for key, values in found.items():
+        if values:
+            what = key.replace("_", " ").replace("over", "÷")
+            say(f"{what}, at most: {max(values):.3f} (target {TARGETS[key]})")

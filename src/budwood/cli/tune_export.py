@@ -1,0 +1,125 @@
+"""`budwood tune export-lora`: an ordinary LoRA that comes near a SLIM adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from budwood.cli import options, tune_options
+from budwood.cli.console import print_json, print_table, say, working
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.tune.encoding import Row
+
+_COLUMNS = {"model": ("model", ""), "loss": ("loss a token", ".4f")}
+_BATCH = 8
+
+
+def export_lora(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a SLIM adapter.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the LoRA goes.")],
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE|ID", help="Examples over which routing weights are averaged."),
+    ],
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|ID", help="Examples to measure the loss on; else the same."),
+    ] = None,
+    model: tune_options.Model = None,
+    rank: Annotated[int, typer.Option(help="Of the LoRA; 0: that of all experts together.")] = 0,
+    limit: Annotated[int, typer.Option(help="Examples of each file, drawn at random.")] = 256,
+    style: tune_options.Style = "cloze",
+    max_length: Annotated[int, typer.Option(help="Longer examples are left out.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    device: options.Device = "auto",
+    dtype: tune_options.Dtype = "auto",
+    json: options.Json = False,
+) -> None:
+    """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools that know no SLIM.
+
+    Routing weights are fixed to their averages, so no token bypasses the adapter: expect it to
+    forget more. What that costs is measured and written beside the LoRA.
+
+    \b
+    Example:
+      budwood tune export-lora tuned --output lora --calibration train.jsonl
+    """
+    from budwood.tune.data import read_examples
+
+    examples = {
+        name: read_examples(source, style)
+        for name, source in (("calibration", calibration), ("held_out", held_out))
+        if source
+    }
+    _check(limit, rank)
+    found = _export(adapter, output, examples, model, rank, limit, max_length, seed, device, dtype)
+    if json:
+        print_json(found)
+        return
+    names = {"loss_base": "base", "loss_slim": "SLIM", "loss_lora": "LoRA, approximate"}
+    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], _COLUMNS)
+    say(f"a LoRA of rank {found['rank']} is in {output}; it approximates {adapter}")
+
+
+def _check(limit: int, rank: int) -> None:
+    for name, value, least in (("limit", limit, 1), ("rank", rank, 0)):
+        if value < least:
+            raise InputError(f"{name}={value} is below {least}")
+
+
+def _export(
+    adapter: str,
+    output: Path,
+    examples: dict[str, list[Any]],
+    model: str | None,
+    rank: int,
+    limit: int,
+    max_length: int,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    from budwood.cli.language_models import load_adapter, load_language_model, need_adapter
+    from budwood.tune.encoding import encode
+    from budwood.tune.evaluate.harness import draw
+    from budwood.tune.train import is_slim
+
+    need_adapter(adapter)
+    loaded = load_adapter(load_language_model(model, device, dtype), adapter)
+    if not is_slim(loaded.model):
+        raise InputError(f"{adapter} is no SLIM adapter; PEFT can merge or convert others itself")
+    from budwood.tune import export_lora as write_lora
+
+    batches = {
+        name: _batches(
+            encode(draw(some, limit, seed), loaded.tokenizer, max_length).rows,
+            loaded.tokenizer,
+            loaded.model.device,
+        )
+        for name, some in examples.items()
+    }
+    with working("averaging and measuring"):
+        report = write_lora(
+            loaded.model,
+            batches["calibration"],
+            output,
+            held_out=batches.get("held_out"),
+            rank=rank or None,
+        )
+    return dataclasses.asdict(report)
+
+
+def _batches(rows: list[Row], tokenizer: Any, device: Any) -> list[dict[str, Any]]:
+    from budwood.tune.encoding import LeftPadded, pad_of
+
+    collate = LeftPadded(pad_of(tokenizer), trim=False)
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    return [
+        {key: value.to(device) for key, value in collate(ordered[i : i + _BATCH]).items()}
+        for i in range(0, len(ordered), _BATCH)
+    ]

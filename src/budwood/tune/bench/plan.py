@@ -1,0 +1,140 @@
+"""What is compared, and on what."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import InputError
+from budwood.tune.data import Example, read_examples
+from budwood.tune.evaluate.suite import TARGETS, TEXT
+from budwood.tune.methods import parse_tuner
+from budwood.tune.train import Settings
+
+METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")
+SPLIT_SEED = 20_250_101
+"""Of the split into training and validation, the same for every comparison."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        methods: texts that :func:`parse_tuner` takes.
+        lrs: learning rates that each method is tried with.
+        seeds: of the final runs; the first is that of the sweep.
+        settings: of training; its learning rate and seed are replaced.
+        reference: method whose trainable parameters the others are given.
+        rank: of the reference.
+        per_task: training examples of each task, at most; 0 for all.
+        n_validation: validation examples of each task, taken from its training data.
+        limit: test questions of each task; 0 for all.
+        general_limit: questions of each general task; 0 for all.
+        windows: of text, for perplexity.
+        prompts: everyday requests, for divergence.
+        probe_limit: validation questions of each task when the curve over steps is measured.
+        style: how multiple choice is asked.
+        batch: prompts at a time in evaluation.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    settings: Settings = field(default_factory=Settings)
+    reference: str = "slim"
+    rank: int = 4
+    per_task: int = 2_000
+    n_validation: int = 200
+    limit: int = 0
+    general_limit: int = 400
+    windows: int = 48
+    prompts: int = 48
+    probe_limit: int = 40
+    style: str = "cloze"
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for text in (*self.methods, self.reference):
+            parse_tuner(text)
+        for name in ("methods", "lrs", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"{name} {list(values)} must hold something, and nothing twice")
+        for name in ("rank", "n_validation", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} is below 1")
+        for name in ("per_task", "limit", "general_limit", "windows", "prompts", "probe_limit"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} is below 0")
+        for lr in self.lrs:
+            dataclasses.replace(self.settings, lr=lr)
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """What has to be the same for runs to be compared: all but methods, rates and seeds."""
+        plain = dataclasses.asdict(self)
+        for name in ("methods", "lrs", "seeds"):
+            del plain[name]
+        for name in ("lr", "seed"):
+            del plain["settings"][name]
+        return plain
+
+
+@dataclass(frozen=True)
+class Material:
+    """Training and validation examples by task.
+
+    Attributes:
+        train: task → examples.
+        validation: task → examples, none of them in ``train``.
+    """
+
+    train: dict[str, list[Example]]
+    validation: dict[str, list[Example]]
+
+    @property
+    def all_train(self) -> list[Example]:
+        """Of all tasks."""
+        return [example for examples in self.train.values() for example in examples]
+
+
+def read_material(plan: Plan, data: Path) -> Material:
+    """Read and split the training data.
+
+    Raises:
+        InputError: a file is missing or malformed, or too short to be split.
+    """
+    needed = [f"{name}_train.jsonl" for name in TARGETS] + [TEXT]
+    missing = [name for name in needed if not (data / name).is_file()]
+    if missing:
+        raise InputError(f"{data} lacks {', '.join(missing)}; see docs/tune.md for what it holds")
+    train, validation = {}, {}
+    for name in TARGETS:
+        examples = read_examples(str(data / f"{name}_train.jsonl"), plan.style)
+        validation[name], train[name] = split(examples, plan.n_validation, plan.per_task, name)
+    return Material(train, validation)
+
+
+def split(
+    examples: Sequence[Example], n_validation: int, n_train: int, name: str
+) -> tuple[list[Example], list[Example]]:
+    """Validation and training examples, the same for the same data.
+
+    A question that occurs twice goes to one side only.
+    """
+    order = sorted({one.question for one in examples})
+    random.Random(f"{SPLIT_SEED} {name}").shuffle(order)
+    place = {question: i for i, question in enumerate(order)}
+    if len(order) <= n_validation:
+        raise InputError(
+            f"{name} has {len(order)} questions; it needs more than n_validation={n_validation}"
+        )
+    shuffled = sorted(examples, key=lambda one: place[one.question])
+    validation = [one for one in shuffled if place[one.question] < n_validation]
+    train = [one for one in shuffled if place[one.question] >= n_validation]
+    return validation[:n_validation], train[: n_train or None]

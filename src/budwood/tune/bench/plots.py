@@ -1,0 +1,112 @@
+"""Pictures of a comparison."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import InputError, OutputError
+
+Row = dict[str, Any]
+
+FRONT_X = ("kl_chat", "perplexity")
+
+
+def plot_front(rows: Sequence[Row], path: Path) -> Path:
+    """Learning against forgetting, a point a learning rate, a line a method.
+
+    Args:
+        rows: of all runs; those of the sweep count.
+        path: the picture.
+    """
+    figure, axes = _figure(len(FRONT_X))
+    base = next((row for row in rows if row["method"] == "base"), None)
+    for axis, key in zip(axes, FRONT_X):
+        for method, group in _by_method(rows).items():
+            points = sorted(group, key=lambda row: row["lr"])
+            xs, ys = [row[key] for row in points], [row["validation"] for row in points]
+            axis.plot(xs, ys, marker="o", label=method)
+            for row in points:
+                axis.annotate(f"{row['lr']:g}", (row[key], row["validation"]), fontsize=6)
+        if base is not None:
+            axis.axhline(base["validation"], linestyle="--", color="grey", linewidth=1)
+        axis.set_xlabel(
+            {"kl_chat": "KL to the base model on its replies, nats a token"}.get(key, key)
+        )
+        axis.set_xscale("log")
+    axes[0].set_ylabel("accuracy on validation questions")
+    axes[0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
+    """Accuracy and divergence over steps.
+
+    Args:
+        histories: method → history of a run, with probes.
+        path: the picture.
+    """
+    figure, axes = _figure(2)
+    for method, history in histories.items():
+        probes = [(row["step"], row["probe"]) for row in history if row.get("probe")]
+        for axis, key in zip(axes, ("validation", "kl_chat")):
+            points = [(step, probe[key]) for step, probe in probes if key in probe]
+            axis.plot(*zip(*points), marker=".", label=method) if points else None
+    for axis, label in zip(axes, ("accuracy on validation questions", "KL on replies, nats")):
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def plot_identity(rows: Sequence[Row], path: Path) -> Path:
+    """Identity share by layer, a line a kind of text.
+
+    Args:
+        rows: from :func:`budwood.tune.evaluate.routing.routing_rows`.
+        path: the picture.
+    """
+    figure, axes = _figure(2)
+    texts: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        texts[row["text"]].append(row)
+    for text, group in texts.items():
+        layers = [row["layer"] for row in group]
+        for axis, key in zip(axes, ("identity_share", "distance")):
+            axis.plot(layers, [row[key] for row in group], marker=".", label=text)
+    for axis, label in zip(axes, ("weight on identity experts", "standardised distance")):
+        axis.set_xlabel("layer")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Runs of the sweep, those of each method with its first seed."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["method"] == "base" or row.get("status") != "complete":
+            continue
+        group = found.setdefault(row["method"], [])
+        if all(row["lr"] != other["lr"] for other in group):
+            group.append(row)
+    return found
+
+
+def _figure(n_axes: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("plots need matplotlib: pip install 'budwood[plot]'") from error
+    figure = Figure(figsize=(5.2 * n_axes, 4.0), layout="constrained")
+    return figure, figure.subplots(1, n_axes)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    return path

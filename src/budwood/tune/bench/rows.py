@@ -1,0 +1,72 @@
+"""Rows of the table: one a method, over the seeds of its final runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+AVERAGED = (
+    "target",
+    "target_loss",
+    "validation",
+    "general",
+    "general_loss",
+    "perplexity",
+    "kl_chat",
+    "kl_text",
+    "train_loss",
+    "train_seconds",
+)
+"""Columns that are averaged over seeds; each gets a ``_std`` as well."""
+
+FORGETTING = {
+    "perplexity_rise": ("perplexity", "perplexity_before"),
+    "general_loss_rise": ("general_loss", "general_loss_before"),
+    "general_drop": ("general_before", "general"),
+}
+"""Column → what is subtracted from what."""
+
+
+def method_rows(rows: Sequence[Row], baseline: str = "lora") -> list[Row]:
+    """One row a method: means and standard deviations over seeds, and forgetting beside LoRA's.
+
+    Args:
+        rows: of all runs, of which those marked ``final`` count.
+        baseline: method that ``…_ratio`` columns divide by.
+    """
+    finals: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("final") and row.get("status") == "complete":
+            finals.setdefault(row["method"], []).append(row)
+    found = [_mean_row(method, group) for method, group in finals.items()]
+    against = next((row for row in found if row["method"] == baseline), None)
+    for row in found:
+        for key in (*FORGETTING, "kl_chat", "kl_text"):
+            row[f"{key}_ratio"] = _ratio(row.get(key), against.get(key) if against else None)
+    return found
+
+
+def _mean_row(method: str, group: Sequence[Row]) -> Row:
+    first = group[0]
+    row: Row = {key: first[key] for key in ("method", "lr", "rank", "params")}
+    row["n_seeds"] = len(group)
+    for key in AVERAGED:
+        values = [one[key] for one in group if one.get(key) is not None]
+        row[key] = statistics.fmean(values) if values else None
+        row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    for name, (more, less) in FORGETTING.items():
+        gaps = [one[more] - one[less] for one in group if more in one and less in one]
+        row[name] = statistics.fmean(gaps) if gaps else None
+    if row["target"] is not None:
+        row["target_gain"] = row["target"] - first["target_before"]
+    tasks = sorted(key for key in first if key.startswith("accuracy_") and "_val_" not in key)
+    return row | {key: statistics.fmean(one[key] for one in group) for key in tasks}
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    if part is None or whole is None or abs(whole) < 1e-9:
+        return None
+    return part / whole

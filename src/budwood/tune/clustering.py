@@ -1,0 +1,206 @@
+"""Sliding clustering: where the training data lie, as centres and variances that move along.
+
+Pure tensor functions. Everything is float32 and outside autograd: the distance steers the router
+but sends no gradient back (an open reading of the paper).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DISTANCES = ("max", "rms")
+SPREAD = 0.1
+"""Centres start this far from the mean, in standard deviations a channel."""
+FLOOR = 1e-6
+"""Least variance of a channel, as a share of the centre's mean variance."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one forward pass adds to the statistics; sums, so that parts of a batch add up.
+
+    Attributes:
+        count: tokens nearest to each centre, shape (n_clusters,).
+        first: sum of x − c over them, shape (n_clusters, d_in).
+        second: sum of (x − c)² over them, shape (n_clusters, d_in).
+        distance: number, sum and sum of squares of the raw distances, shape (3,).
+    """
+
+    count: Tensor
+    first: Tensor
+    second: Tensor
+    distance: Tensor
+
+    def flat(self) -> Tensor:
+        """All of it as one vector of length n_clusters · (1 + 2 · d_in) + 3."""
+        return torch.cat([self.count, self.first.flatten(), self.second.flatten(), self.distance])
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, n_clusters: int, d_in: int) -> Moments:
+        """The inverse of :meth:`flat`."""
+        sizes = [n_clusters, n_clusters * d_in, n_clusters * d_in, 3]
+        count, first, second, distance = flat.split(sizes)
+        return cls(count, first.view(n_clusters, d_in), second.view(n_clusters, d_in), distance)
+
+
+def channel_scale(var: Tensor) -> Tensor:
+    """1/σ per centre and channel, with a floor under σ, shape and type of ``var``."""
+    return (var + FLOOR * var.mean(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+def measure(
+    x: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    kind: str,
+    *,
+    gather: bool = False,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """Distance of each token to its nearest centre, and what the tokens add to the statistics.
+
+    Source: SLIM, weight yielding: d = max over channels of |x − c| / σ, minus 1. ``"rms"`` (ours)
+    takes the root of the mean square over channels in place of the maximum. Nearest is meant in
+    the Euclidean sense (an open reading). Works through the tokens in blocks, so that no copy of x
+    is ever held.
+
+    Args:
+        x: layer inputs, shape (n_tokens, d_in), floating point.
+        centre: float32, shape (n_clusters, d_in).
+        scale: 1/σ, float32, shape (n_clusters, d_in).
+        kind: ``"max"`` or ``"rms"``.
+        gather: also return moments.
+        keep: bool, shape (n_tokens,): tokens that enter the moments; None for all.
+
+    Returns:
+        Raw distances, float32, shape (n_tokens,), and the moments or None.
+    """
+    n_clusters, d_in = centre.shape
+    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
+    sums = _Sums(centre) if gather else None
+    offset = centre.square().sum(-1) / 2
+    block = _block(x)
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(x), block):
+            part = x[start : start + block].float()
+            if n_clusters > 1:  # argmin of |x − c|² is argmin of |c|²/2 − x·c
+                nearest = torch.addmm(offset, part, centre.T, alpha=-1).argmin(-1)
+                diff = part - centre[nearest]
+                scaled = diff * scale[nearest]
+            else:
+                nearest = torch.zeros(len(part), dtype=torch.long, device=x.device)
+                diff = part - centre
+                scaled = diff * scale
+            if kind == "max":
+                found = torch.linalg.vector_norm(scaled, ord=math.inf, dim=-1)
+            else:
+                found = torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(d_in)
+            found = found - 1
+            raw[start : start + block] = found
+            if sums is not None:
+                kept = None if keep is None else keep[start : start + block]
+                sums.add(nearest, diff, found, kept)
+    return raw, None if sums is None else sums.moments
+
+
+class _Sums:
+    """Moments being added up, block by block."""
+
+    def __init__(self, centre: Tensor) -> None:
+        zeros = torch.zeros_like(centre)
+        self.moments = Moments(zeros[:, 0].clone(), zeros, zeros.clone(), centre.new_zeros(3))
+
+    def add(self, nearest: Tensor, diff: Tensor, raw: Tensor, keep: Tensor | None) -> None:
+        own = self.moments
+        members = diff.new_zeros(len(own.count), len(nearest))
+        weight = raw.new_ones(len(raw)) if keep is None else keep.float()
+        members.scatter_(0, nearest.unsqueeze(0), weight.unsqueeze(0))
+        if keep is not None:  # 0 · inf would be NaN: padding may hold anything
+            diff = diff.masked_fill(~keep.unsqueeze(-1), 0)
+            raw = raw.masked_fill(~keep, 0)
+        own.count.add_(members.sum(-1))
+        own.first.addmm_(members, diff)
+        own.second.addmm_(members, diff.square())
+        own.distance.add_(torch.stack([weight.sum(), raw.sum(), raw.square().sum()]))
+
+
+def _block(x: Tensor) -> int:
+    """Tokens a block: what stays in a core's cache on a CPU, and few launches elsewhere."""
+    values = 2**18 if x.device.type == "cpu" else 2**26
+    return max(1, values // max(x.shape[-1], 1))
+
+
+def seed_centres(moments: Moments, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """First centres and variances, from the moments of the first step around zero.
+
+    Open: the paper's start. Ours is deterministic and needs no exchange of tokens between ranks:
+    the mean of all tokens, moved a little along a random direction for each centre, which splits
+    the tokens by projection; a single centre is the mean itself.
+
+    Args:
+        moments: of the first step, taken around centres at zero.
+        generator: on the CPU; of the directions.
+
+    Returns:
+        centre and var, float32, each of shape (n_clusters, d_in).
+    """
+    n_clusters = len(moments.count)
+    n = moments.count.sum().clamp(min=1)
+    mean = moments.first.sum(0) / n
+    var = (moments.second.sum(0) / n - mean.square()).clamp(min=0)
+    noise = torch.randn(moments.first.shape, generator=generator).to(mean.device)
+    if n_clusters == 1:
+        noise = torch.zeros_like(noise)
+    centre = mean + SPREAD * var.sqrt() * noise
+    return centre, var.expand_as(centre).clone()
+
+
+def slide(centre: Tensor, var: Tensor, moments: Moments, momentum: float) -> tuple[Tensor, Tensor]:
+    """Centres and variances after one optimiser step.
+
+    Source: SLIM, sliding clustering. Open reading: a centre with an average share of the tokens
+    moves by ``momentum``, one with fewer by less: m = 1 − (1 − momentum)^(share · n_clusters). The
+    new variance is that of the old tokens at weight 1 − m and the new ones at weight m.
+
+    Args:
+        centre: shape (n_clusters, d_in).
+        var: of the same shape.
+        moments: around ``centre``.
+        momentum: in (0, 1].
+
+    Returns:
+        New centre and var; unchanged where a centre got no token.
+    """
+    count = moments.count.unsqueeze(-1)
+    share = count / count.sum().clamp(min=1)
+    m = 1 - (1 - momentum) ** (share * len(centre))
+    shift = moments.first / count.clamp(min=1)
+    spread = (moments.second / count.clamp(min=1) - shift.square()).clamp(min=0)
+    new_var = (1 - m) * var + m * spread + m * (1 - m) * shift.square()
+    return centre + m * shift, new_var
+
+
+def slide_distance(
+    mean: Tensor, var: Tensor, moments: Moments, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of the raw distance after one step; momentum 1 starts them.
+
+    Args:
+        mean: shape ().
+        var: shape ().
+        moments: of the step.
+        momentum: in (0, 1].
+
+    Returns:
+        New mean and var; unchanged if the step had no token.
+    """
+    count, total, squares = moments.distance.unbind()
+    m = momentum * (count > 0)
+    own = total / count.clamp(min=1)
+    own_var = (squares / count.clamp(min=1) - own.square()).clamp(min=0)
+    shift = own - mean
+    return mean + m * shift, (1 - m) * var + m * own_var + m * (1 - m) * shift.square()

@@ -1,0 +1,202 @@
+"""What a SLIM adapter is made of, as a PEFT config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from budwood.errors import InputError, UnknownNameError
+from budwood.tune.clustering import DISTANCES
+
+FORMAT = 1
+"""Version of what is saved, raised when an older reader would be misled."""
+INFERENCE = ("expectation", "mask")
+
+
+class SlimType(str):
+    """A stand-in for a member of ``peft.PeftType``, an enum that can't be added to."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The plain name, as of an enum member."""
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        """The plain name, as of an enum member."""
+        return str(self)
+
+
+SLIM = SlimType("SLIM")
+
+
+@dataclass
+class SlimConfig(PeftConfig):
+    """A mixture of LoRA and identity experts on frozen linear layers.
+
+    A reconstruction of SLIM (NAACL 2025) from public summaries; what they leave open is marked
+    **open** with the reading taken. Each of the six parts can be switched off:
+    ``n_identity=0``, ``router=False``, ``clustering=False``, ``yielding=False``,
+    ``merging=False``, ``l1=0``.
+
+    Attributes:
+        r: rank of one LoRA expert.
+        alpha: the experts' output is scaled by alpha / r. Open.
+        n_experts: LoRA experts, ≥ 1.
+        n_identity: identity experts: bypasses that add nothing and take weight from the others.
+        top_k: experts that a token keeps, 1 ≤ top_k ≤ n_experts + n_identity.
+        router: a linear router; off, all experts weigh the same and yielding alone tells them
+            apart.
+        clustering: several centres a layer; off, a single running mean.
+        n_clusters: centres a layer. Open.
+        momentum: share that a centre moves by in one optimiser step, in (0, 1]. Open.
+        yielding: tokens far from the training data lean towards the identity experts.
+        distance: ``"max"`` over channels (the paper's) or ``"rms"`` (ours), both standardised by
+            running training statistics.
+        beta: strength of yielding, ≥ 0. Open.
+        margin: standard deviations of distance that count as inside; ours.
+        merging: random masks on rows of B and columns of A in training.
+        merge_p: share of B·A that is masked, in [0, 1).
+        merge_rescale: divide the masked B·A by 1 − merge_p, as DARE does. Open.
+        merge_inference: ``"expectation"`` scales B·A, ``"mask"`` applies the last mask drawn. Open.
+        l1: coefficient of the L1 penalty, ≥ 0. Open.
+        seed: of masks and of the start of the centres.
+        target_modules: names or a regular expression as in PEFT; None takes the MLP projections.
+        exclude_modules: names or a regular expression as in PEFT.
+        layers_to_transform: indices of the layers to adapt, as in PEFT.
+        layers_pattern: name of the list of layers, as in PEFT.
+        modules_to_save: further modules to train and save whole.
+        slim_version: format of a saved adapter; left alone by users.
+        base: what a saved adapter was made for; left alone by users.
+
+    Raises:
+        InputError: a value is outside its range.
+        UnknownNameError: an unknown distance or behaviour at inference.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    n_experts: int = 8
+    n_identity: int = 2
+    top_k: int = 2
+    router: bool = True
+    clustering: bool = True
+    n_clusters: int = 8
+    momentum: float = 0.05
+    yielding: bool = True
+    distance: str = "rms"
+    beta: float = 1.0
+    margin: float = 0.0
+    merging: bool = True
+    merge_p: float = 0.5
+    merge_rescale: bool = False
+    merge_inference: str = "expectation"
+    l1: float = 0.01
+    seed: int = 0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    slim_version: int = FORMAT
+    base: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SLIM  # type: ignore[assignment]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_version()
+        self._check_counts()
+        self._check_ranges()
+        for name, allowed in (("distance", DISTANCES), ("merge_inference", INFERENCE)):
+            if getattr(self, name) not in allowed:
+                raise UnknownNameError(
+                    f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
+                )
+
+    @property
+    def n_total(self) -> int:
+        """LoRA and identity experts."""
+        return self.n_experts + self.n_identity
+
+    @property
+    def rank(self) -> int:
+        """Rank of all LoRA experts together."""
+        return self.n_experts * self.r
+
+    @property
+    def n_centres(self) -> int:
+        """Centres a layer, 1 without clustering."""
+        return self.n_clusters if self.clustering else 1
+
+    @property
+    def kept(self) -> int:
+        """Experts that a token keeps; all of them without a router."""
+        return self.top_k if self.router else self.n_total
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        fitted = getattr(self, "_fitted", None)
+        shown = self if fitted is None else dataclasses.replace(self, base=fitted)
+        if shown is not self:
+            shown.auto_mapping = self.auto_mapping
+        PeftConfig.save_pretrained(shown, save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        """Read the config of a saved adapter, and look whether the adapter beside it is whole.
+
+        Raises:
+            InputError: the files in the directory are malformed or truncated.
+        """
+        from budwood.tune.files import check_adapter_files
+
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_adapter_files(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def _check_version(self) -> None:
+        if self.slim_version > FORMAT:
+            raise InputError(
+                f"adapter has format {self.slim_version}, this version of budwood reads up to "
+                f"{FORMAT}; upgrade budwood"
+            )
+
+    def _check_counts(self) -> None:
+        if self.n_experts < 1:
+            raise InputError(
+                f"n_experts={self.n_experts} with n_identity={self.n_identity}: identity experts "
+                "alone add nothing; give at least 1 LoRA expert"
+            )
+        least = {"r": 1, "n_identity": 0, "top_k": 1, "n_clusters": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise InputError(f"{name}={value!r}; give an int of at least {low}")
+        if self.top_k > self.n_total:
+            raise InputError(
+                f"top_k={self.top_k} is above the number of experts, {self.n_experts} LoRA + "
+                f"{self.n_identity} identity = {self.n_total}; give at most {self.n_total}"
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("alpha", "beta", "l1"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name}={value!r}; give a finite number of at least 0")
+        if not math.isfinite(self.margin):
+            raise InputError(f"margin={self.margin!r}; give a finite number")
+        if not 0 < self.momentum <= 1:
+            raise InputError(f"momentum={self.momentum!r}; give a number in (0, 1]")
+        if not 0 <= self.merge_p < 1:
+            raise InputError(f"merge_p={self.merge_p!r}; give a share in [0, 1)")

@@ -1,0 +1,178 @@
+"""Training and test examples from JSON lines or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import InputError, UnknownNameError
+
+STYLES = ("cloze", "listed")
+"""How a question with choices is asked: by itself, or with its choices listed below it."""
+
+_ROLES = ("system", "user", "assistant", "tool")
+_FORMS = 'give "messages", or "question", "choices" and "answer"'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation to learn from, or one question to be tested on.
+
+    Attributes:
+        messages: dicts of ``role`` and ``content``; the last is the assistant's.
+        choices: all answers that there were to choose from; empty where any text will do.
+        answer: index of the right choice, None without choices.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+
+    @property
+    def question(self) -> str:
+        """What the user asks first."""
+        return next(m["content"] for m in self.messages if m["role"] == "user")
+
+
+def read_examples(source: str, style: str = "cloze", split: str = "train") -> list[Example]:
+    """Read examples from a file of JSON lines, or from a dataset on the hub.
+
+    A line is ``{"messages": [{"role": …, "content": …}, …]}``, or ``{"question": …, "choices":
+    […], "answer": index}``, or ``{"question": …, "answer": text}``. The columns of ARC, OpenBookQA
+    and BoolQ on the hub are understood as well.
+
+    Args:
+        source: a path, or a hub id, with its configuration behind a colon if it has several.
+        style: one of ``STYLES``.
+        split: of a dataset on the hub.
+
+    Raises:
+        InputError: there is no such file, it is empty, or a line is malformed; the message names
+            file and line.
+    """
+    if style not in STYLES:
+        raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+    rows = _rows_of_file(Path(source)) if _is_file(source) else _rows_of_hub(source, split)
+    examples = []
+    for where, row in rows:
+        try:
+            examples.append(example_of(row, style))
+        except (InputError, TypeError, KeyError) as error:
+            raise InputError(f"{where}: {_reason(error)}") from error
+    if not examples:
+        raise InputError(f"{source} is empty; {_FORMS} on each line")
+    return examples
+
+
+def example_of(row: Any, style: str = "cloze") -> Example:
+    """An example from one row.
+
+    Raises:
+        InputError: the row has another form; the message says what is wrong with it.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"is not an object; {_FORMS}")
+    if "messages" in row:
+        return Example(_messages(row["messages"]))
+    question = row.get("question", row.get("question_stem"))
+    if question is None:
+        raise InputError(f"has neither messages nor a question; {_FORMS}")
+    _need_text(question, "question")
+    choices, answer = _choices(row)
+    if not choices:
+        _need_text(answer, "answer")
+        return Example(_turns(question, answer))
+    asked = question if style == "cloze" else listed(question, choices)
+    return Example(_turns(asked, choices[answer]), tuple(choices), answer)
+
+
+def listed(question: str, choices: Sequence[str]) -> str:
+    """A question with its choices below it."""
+    return "\n".join([question, *(f"- {choice}" for choice in choices)])
+
+
+def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+
+
+def _messages(found: Any) -> tuple[dict[str, str], ...]:
+    if not isinstance(found, list) or not found:
+        raise InputError("messages must be a list that is not empty")
+    for message in found:
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise InputError(f"a message needs a role, one of {', '.join(_ROLES)}")
+        _need_text(message.get("content"), f"content of the {message['role']} message")
+    roles = [message["role"] for message in found]
+    if "user" not in roles or "assistant" not in roles:
+        raise InputError("messages need a user's turn and an assistant's, which is what is learnt")
+    if roles[-1] != "assistant":
+        raise InputError(f"the last message is the {roles[-1]}'s; it must be the assistant's")
+    return tuple({"role": m["role"], "content": m["content"]} for m in found)
+
+
+def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
+    """Choices and the index of the right one; no choices and a text where there are none."""
+    choices, answer = row.get("choices"), row.get("answer", row.get("answerKey"))
+    if choices is None and isinstance(answer, bool):
+        return ["no", "yes"], int(answer)
+    if choices is None:
+        return [], answer
+    if isinstance(choices, Mapping):  # ARC and OpenBookQA: {"text": [...], "label": [...]}
+        labels, choices = list(choices["label"]), list(choices["text"])
+        answer = labels.index(answer) if answer in labels else answer
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError("choices must be a list of two or more")
+    for choice in choices:
+        _need_text(choice, "a choice")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(f"answer {answer!r} is no index of {len(choices)} choices, from 0")
+    return choices, answer
+
+
+def _need_text(value: Any, what: str) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{what} must be a text that is not empty, and is {value!r}")
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source)
+    looks = path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~"))
+    return path.exists() or looks
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot read {path}: {reason}") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: is not JSON ({error})") from error
+
+
+def _rows_of_hub(source: str, split: str) -> Iterable[tuple[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(
+            f"there is no file {source}, and datasets of the hub need: pip install 'budwood[tune]'"
+        ) from error
+    name, _, config = source.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split)
+    except Exception as error:  # whatever the hub's client raises for what is not there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source} is neither a file nor a dataset to be had: {reason}") from error
+    return ((f"{source}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _reason(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

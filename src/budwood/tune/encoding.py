@@ -1,0 +1,164 @@
+"""Examples as tokens, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.tune.data import Example
+
+IGNORED = -100
+"""Label of a token that is not learnt."""
+
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as tokens.
+
+    Attributes:
+        rows: dicts of ``input_ids`` and ``labels``, lists of equal length; label i belongs to token
+            i and is ``IGNORED`` but for the assistant's tokens and the end of its turn.
+        n_too_long: examples that were left out since they are longer than allowed.
+    """
+
+    rows: list[Row]
+    n_too_long: int
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
+    """Examples through the model's chat template, with loss on the assistant's turns only.
+
+    Prompt and answer are turned to tokens apart, since that is what generation sees.
+
+    Args:
+        examples: what to learn.
+        tokenizer: with a chat template.
+        max_length: longer examples are left out.
+
+    Raises:
+        UnsupportedModelError: there is no chat template, or one that can't be cut into turns.
+        InputError: all examples are too long.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError("the tokenizer has no chat template; use an instruct model")
+    rows = [encode_one(example, tokenizer) for example in examples]
+    fitting = [row for row in rows if len(row["input_ids"]) <= max_length]
+    if not fitting:
+        shortest = min(len(row["input_ids"]) for row in rows)
+        raise InputError(
+            f"all {len(rows)} examples are longer than max_length={max_length} tokens; "
+            f"the shortest has {shortest}"
+        )
+    return Encoded(fitting, len(rows) - len(fitting))
+
+
+def encode_one(example: Example, tokenizer: Any) -> Row:
+    """One example as ``input_ids`` and ``labels``; arguments and errors as in :func:`encode`."""
+    messages = list(example.messages)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:i], True)
+        whole = _render(tokenizer, messages[: i + 1], False)
+        if not prompt.startswith(done) or not whole.startswith(prompt):
+            raise UnsupportedModelError(
+                "the chat template changes earlier turns when one is added, so that the "
+                "assistant's can't be told apart; train on single turns"
+            )
+        asked = _tokens(tokenizer, prompt[len(done) :])
+        said, tail = _cut(_tokens(tokenizer, whole[len(prompt) :]), tokenizer.eos_token_id)
+        input_ids += asked + said + tail
+        labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
+        done = whole
+    n_used = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
+    return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
+
+
+def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
+    """The tokens of a question up to where the assistant begins."""
+    turns = [{"role": "user", "content": question}]
+    return _tokens(tokenizer, _render(tokenizer, turns, True))
+
+
+@dataclass(frozen=True)
+class LeftPadded:
+    """Puts rows together so that they end together.
+
+    Answers are then at the end of every row, and logits of the rest need not be computed: with a
+    large vocabulary they cost as much as many layers.
+
+    Args:
+        pad_id: the padding token.
+        multiple: lengths are padded to a multiple of this.
+        trim: give ``logits_to_keep``, and labels for those positions alone.
+        n_before: positions to keep before the first label as well.
+    """
+
+    pad_id: int
+    multiple: int = 8
+    trim: bool = True
+    n_before: int = 0
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        width = -(-width // self.multiple) * self.multiple
+        batch: dict[str, Any] = {
+            "input_ids": _left(rows, "input_ids", width, self.pad_id),
+            "attention_mask": _left([{"m": [1] * len(r["labels"])} for r in rows], "m", width, 0),
+        }
+        labels = _left(rows, "labels", width, IGNORED)
+        if self.trim:
+            n_kept = min(_n_last(rows) + 1 + self.n_before, width)
+            batch["logits_to_keep"] = n_kept
+            labels = labels[:, -n_kept:]
+        return batch | {"labels": labels}
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The padding token, or the end of a turn where a tokenizer has none."""
+    found = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if found is None else found
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether a model can be told to compute the last logits only."""
+    import inspect
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def _n_last(rows: Sequence[Row]) -> int:
+    """From the first label of a row to its end, the most of any row."""
+    first = [next(i for i, x in enumerate(row["labels"]) if x != IGNORED) for row in rows]
+    return max(len(row["labels"]) - i for row, i in zip(rows, first))
+
+
+def _left(rows: Sequence[Row], key: str, width: int, fill: int) -> Tensor:
+    return torch.tensor([[fill] * (width - len(row[key])) + row[key] for row in rows])
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=prompt
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _cut(tokens: list[int], end: int | None) -> tuple[list[int], list[int]]:
+    """What the assistant says, with the end of its turn, and what the template puts behind it."""
+    n_said = tokens.index(end) + 1 if end in tokens else len(tokens)
+    return tokens[:n_said], tokens[n_said:]

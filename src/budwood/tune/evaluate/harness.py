@@ -1,0 +1,274 @@
+"""Tasks through lm-eval: those that ship, files of questions, and any that lm-eval knows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import InputError, UnknownNameError
+from budwood.tune.data import Example, listed, read_examples
+from budwood.tune.evaluate.scores import Score
+
+SHIPPED = Path(__file__).parents[1] / "tasks"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to be tested on.
+
+    Attributes:
+        name: as in the table.
+        group: ``"target"`` or ``"general"``.
+        config: of lm-eval, without data.
+        examples: the data; None for a task of lm-eval's own.
+        chat: asked through the chat template.
+    """
+
+    name: str
+    group: str
+    config: dict[str, Any] | None
+    examples: tuple[Example, ...] | None
+    chat: bool = True
+
+
+def shipped_tasks() -> tuple[str, ...]:
+    """Names of the tasks that ship."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def find_task(
+    name: str, data: Path | None, group: str = "general", limit: int = 0, seed: int = 0
+) -> Task:
+    """A task by its name.
+
+    Args:
+        name: one that ships, whose file is in ``data``; a file of JSON lines; or any of lm-eval's.
+        data: folder with the files of shipped tasks.
+        group: ``"target"`` or ``"general"``.
+        limit: draw so many of its questions; 0 for all.
+        seed: of the draw.
+
+    Raises:
+        InputError: its file is missing or malformed.
+    """
+    if name.endswith((".jsonl", ".json")):
+        examples = draw(read_examples(name), limit, seed)
+        return task_of(Path(name).stem, examples, group)
+    if name in shipped_tasks():
+        config = _read_yaml(SHIPPED / f"{name}.yaml")
+        if data is None:
+            raise InputError(f"task {name!r} needs its file: give --data DIR")
+        file = data / config["dataset_kwargs"]["data_files"]["test"]
+        examples = draw(read_examples(str(file)), limit, seed)
+        return Task(name, group, config, tuple(examples), config["metadata"].get("chat", True))
+    return Task(name, group, None, None)
+
+
+def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Task:
+    """A task made of examples: multiple choice, or the loss of the right answer.
+
+    Raises:
+        InputError: some examples have choices and others have none.
+    """
+    with_choices = {bool(example.choices) for example in examples}
+    if len(with_choices) != 1:
+        raise InputError(f"{name}: some questions have choices and some have none")
+    kind = "openbookqa" if with_choices == {True} else "gsm8k"
+    config = _read_yaml(SHIPPED / f"{kind}.yaml")
+    return Task(name, group, config | {"task": name}, tuple(examples))
+
+
+def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """So many examples at random, in their order; all of them for 0."""
+    if not limit or limit >= len(examples):
+        return list(examples)
+    chosen = random.Random(seed).sample(range(len(examples)), limit)
+    return [examples[i] for i in sorted(chosen)]
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    style: str = "cloze",
+    batch: int = 16,
+    limit: int = 0,
+    advance: Callable[..., None] | None = None,
+) -> list[Score]:
+    """Score a model on tasks.
+
+    Args:
+        model: a causal language model, of transformers or PEFT.
+        tokenizer: of the model, with a chat template.
+        tasks: what on.
+        style: one of ``budwood.tune.data.STYLES``, for multiple choice through the chat template.
+        batch: prompts at a time.
+        limit: questions of tasks that are lm-eval's own; 0 for all.
+        advance: a function (done, total, note), for a progress bar.
+
+    Returns:
+        For multiple choice ``accuracy`` and the ``loss`` of the right answer; for other answers
+        ``loss``, or ``accuracy`` if they are generated.
+
+    Raises:
+        InputError: lm-eval is not installed, or can't run a task.
+        UnknownNameError: lm-eval has no such task.
+    """
+    if not tasks:
+        return []
+    with _quiet(), tempfile.TemporaryDirectory(prefix="budwood-tasks-") as folder:
+        lm = _model(model, tokenizer, batch, advance)
+        found: dict[str, list[Score]] = {}
+        for chat in (True, False):
+            mine = [task for task in tasks if task.chat == chat]
+            if mine:
+                samples = _evaluate(lm, mine, Path(folder), style, limit, chat)
+                for task in mine:
+                    found[task.name] = _scores(task, samples[task.name], tokenizer)
+    return [score for task in tasks for score in found[task.name]]
+
+
+def _model(model: Any, tokenizer: Any, batch: int, advance: Any) -> Any:
+    try:
+        from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+    except ImportError as error:
+        raise InputError(f"evaluation needs lm-eval ({error}): pip install 'budwood[tune]'") from (
+            error
+        )
+    model.eval()
+    return SharedPromptLM(model, tokenizer, batch, advance)
+
+
+def _evaluate(
+    lm: Any, tasks: Sequence[Task], folder: Path, style: str, limit: int, chat: bool
+) -> dict[str, list[dict[str, Any]]]:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    own = [task.name for task in tasks if task.config is None]
+    manager = TaskManager(include_defaults=bool(own))
+    unknown = [name for name in own if name not in manager.all_tasks]
+    if unknown:
+        known = ", ".join(shipped_tasks())
+        raise UnknownNameError(
+            f"unknown task {unknown[0]!r}; give a file, one of {known}, or a task of lm-eval"
+        )
+    specs: list[Any] = [
+        task.name if task.config is None else _with_data(task, folder, style) for task in tasks
+    ]
+    loaded = manager.load(specs)
+    found: Any = evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=limit if own and limit else None,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=chat,
+    )
+    if found is None or "samples" not in found:
+        raise InputError("lm-eval gave no samples; run it on one rank")
+    return found["samples"]
+
+
+def _with_data(task: Task, folder: Path, style: str) -> dict[str, Any]:
+    """The config with its questions in a file, since lm-eval reads datasets."""
+    file = folder / f"{task.name}.jsonl"
+    rows = [_row(example, style if task.chat else "cloze") for example in task.examples or ()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")}
+    return {**(task.config or {}), "dataset_kwargs": data}
+
+
+def _row(example: Example, style: str) -> dict[str, Any]:
+    question = example.question
+    if not example.choices:
+        return {"question": question, "answer": example.messages[-1]["content"]}
+    asked = listed(question, example.choices) if style == "listed" else question
+    return {"question": asked, "choices": list(example.choices), "answer": example.answer}
+
+
+def _scores(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    found = []
+    for name in filters:
+        mine = sorted(
+            (sample for sample in samples if sample["filter"] == name), key=lambda s: s["doc_id"]
+        )
+        label = task.name if len(filters) == 1 else f"{task.name}/{name}"
+        found += _scores_of(Task(label, task.group, None, None), mine, tokenizer)
+    return found
+
+
+def _scores_of(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:
+    metric = next((m for m in _ACCURACIES if m in samples[0]), None)
+    found = []
+    if metric:
+        values = tuple(float(sample[metric]) for sample in samples)
+        found.append(Score(task.name, "accuracy", task.group, values, (1.0,) * len(values)))
+    pairs = [_right_answer(sample) for sample in samples]
+    if all(pairs):
+        losses = tuple(-pair[0] for pair in pairs if pair)
+        counts = tuple(float(_n_tokens(tokenizer, pair[1])) for pair in pairs if pair)
+        found.append(Score(task.name, "loss", task.group, losses, counts))
+    if not found:
+        raise InputError(f"task {task.name!r} has neither accuracy nor likelihoods")
+    return found
+
+
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
+
+
+def _right_answer(sample: dict[str, Any]) -> tuple[float, str] | None:
+    """Log-likelihood and text of the right answer; None where answers are generated."""
+    responses, arguments = sample["filtered_resps"], list(sample["arguments"])
+    if not isinstance(responses[0], Sequence) or isinstance(responses[0], str):
+        return None
+    target = sample["target"]
+    index = 0
+    if len(responses) > 1:  # multiple choice
+        index = int(target) if str(target).isdecimal() else _gold(sample["doc"])
+    return float(responses[index][0]), str(arguments[index][1])
+
+
+def _gold(doc: dict[str, Any]) -> int:
+    """Where contexts are chosen between, the target is a text and the index is in the data."""
+    return int(doc.get("answer", doc.get("label", 0)))
+
+
+def _n_tokens(tokenizer: Any, text: str) -> int:
+    return max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets draw bars and log much of what they do."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("evaluation needs datasets: pip install 'budwood[tune]'") from error
+    logger = logging.getLogger("lm_eval")
+    level, shown = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,62 @@
+"""Where a SLIM adapter sends text: identity share and distance by layer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from budwood.tune.encoding import LeftPadded, Row
+
+
+@torch.inference_mode()
+def routing_rows(
+    model: Any, pad_id: int, texts: Mapping[str, Sequence[Row]], batch: int = 8
+) -> list[dict[str, Any]]:
+    """Identity share and distance by layer, for several kinds of text.
+
+    Args:
+        model: a ``PeftModel`` with a SLIM adapter.
+        pad_id: the padding token.
+        texts: name → rows.
+        batch: rows at a time.
+
+    Returns:
+        Dicts of ``text, layer, identity_share, bypassed_share, distance``; a layer's values are
+        the means of its projections.
+    """
+    from budwood.tune import observe
+
+    model.eval()
+    collate = LeftPadded(pad_id, trim=False)
+    found = []
+    for name, rows in texts.items():
+        with observe(model) as seen:
+            for start in range(0, len(rows), batch):
+                inputs = collate(rows[start : start + batch])
+                model(
+                    input_ids=inputs["input_ids"].to(model.device),
+                    attention_mask=inputs["attention_mask"].to(model.device),
+                )
+        found += [{"text": name, **row} for row in by_layer(seen.rows())]
+    return found
+
+
+def by_layer(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the projections of each layer, in the order of layers.
+
+    Args:
+        rows: with ``layer``, a module's name that holds the layer's number, and the values.
+    """
+    groups: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        numbers = re.findall(r"\.(\d+)\.", row["layer"])
+        groups[int(numbers[0]) if numbers else 0].append(row)
+    keys = ("identity_share", "bypassed_share", "distance")
+    return [
+        {"layer": number} | {key: sum(row[key] for row in group) / len(group) for key in keys}
+        for number, group in sorted(groups.items())
+    ]

@@ -1,0 +1,175 @@
+"""Scores of single items, their means, and paired differences with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from budwood.errors import InputError
+
+LEVEL = 0.95
+N_RESAMPLES = 2_000
+METRICS = ("accuracy", "loss", "perplexity", "kl")
+"""``accuracy`` is better high, the others low. ``loss`` and ``kl`` are nats a token."""
+
+_CHUNK = 200
+"""Resamples drawn at a time, which bounds memory."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scored on each item of a task.
+
+    Attributes:
+        task: name of the task.
+        metric: one of ``METRICS``.
+        group: ``"target"`` or ``"general"``.
+        values: per item: 1 or 0 for a right or wrong answer, or a sum over the item's tokens.
+        weights: per item: 1, or its tokens. The mean is ``Σ values / Σ weights``.
+    """
+
+    task: str
+    metric: str
+    group: str
+    values: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise InputError(f"unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
+        if not self.values or len(self.values) != len(self.weights):
+            raise InputError(
+                f"{self.task}: {len(self.values)} values and {len(self.weights)} weights; give "
+                "as many, and at least one"
+            )
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Task and metric."""
+        return self.task, self.metric
+
+    @property
+    def value(self) -> float:
+        """The mean; its exponential for perplexity."""
+        return float(_shown(self.metric, sum(self.values) / sum(self.weights)))
+
+    @property
+    def n(self) -> int:
+        """Items."""
+        return len(self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "group": self.group,
+            "values": [round(value, 6) for value in self.values],
+            "weights": list(self.weights),
+        }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Score:
+        """The opposite of :meth:`as_dict`."""
+        lists = {key: tuple(found[key]) for key in ("values", "weights")}
+        return cls(found["task"], found["metric"], found["group"], **lists)
+
+
+def mean_of(task: str, scores: Sequence[Score]) -> float:
+    """The plain mean of several scores, each counting the same.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not scores:
+        raise InputError(f"{task}: nothing to average")
+    return sum(score.value for score in scores) / len(scores)
+
+
+def compare(
+    before: Score, after: Score, seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> dict[str, Any]:
+    """Before, after and difference, with a 95 % interval by a bootstrap over items, paired.
+
+    Args:
+        before: of the base model.
+        after: of the tuned one, on the same items in the same order.
+        seed: of the draws.
+        n_resamples: how often.
+
+    Returns:
+        ``task, metric, group, n, before, after, difference, low, high``.
+
+    Raises:
+        InputError: the scores are not of the same items.
+    """
+    if before.key != after.key or before.weights != after.weights:
+        raise InputError(f"{before.key} and {after.key} are not of the same items")
+    drawn = resampled([before, after], seed, n_resamples)
+    low, high = interval(drawn[1] - drawn[0])
+    return {
+        "task": after.task,
+        "metric": after.metric,
+        "group": after.group,
+        "n": after.n,
+        "before": before.value,
+        "after": after.value,
+        "difference": after.value - before.value,
+        "low": low,
+        "high": high,
+    }
+
+
+def compare_mean(
+    befores: Sequence[Score], afters: Sequence[Score], seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> tuple[float, float, float]:
+    """The difference of the mean over several tasks, with its interval: tasks are drawn apart."""
+    gaps = np.zeros(n_resamples)
+    for i, (before, after) in enumerate(zip(befores, afters)):
+        drawn = resampled([before, after], seed + i, n_resamples)
+        gaps += (drawn[1] - drawn[0]) / len(befores)
+    gap = mean_of("mean", afters) - mean_of("mean", befores)
+    return gap, *interval(gaps)
+
+
+def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:
+    """Means in resamples of the items, the same draws for all scores.
+
+    Args:
+        scores: of the same items.
+        seed: of the draws.
+        n_resamples: how often.
+
+    Returns:
+        Shape (n_scores, n_resamples).
+    """
+    generator = np.random.default_rng(seed)
+    n = scores[0].n
+    values = np.array([score.values for score in scores])
+    weights = np.array([score.weights for score in scores])
+    parts = []
+    for done in range(0, n_resamples, _CHUNK):
+        size = min(_CHUNK, n_resamples - done)
+        counts = generator.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
+        parts.append((values @ counts.T) / np.maximum(weights @ counts.T, 1e-12))
+    means = np.concatenate(parts, axis=1)
+    return np.array([_shown(score.metric, mean) for score, mean in zip(scores, means)])
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """The central interval of ``LEVEL``."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _shown(metric: str, mean: Any) -> Any:
+    if metric != "perplexity":
+        return mean
+    return np.exp(np.minimum(mean, math.log(1e12)))

@@ -1,0 +1,112 @@
+"""All that a model is tested on, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from budwood.tune.encoding import Row
+from budwood.tune.evaluate.drift import chat_prompts, measure_drift, replies, text_windows
+from budwood.tune.evaluate.harness import Task, find_task, run_tasks
+from budwood.tune.evaluate.scores import Score
+
+TARGETS = ("openbookqa", "boolq", "arc_easy")
+GENERAL = ("winogrande", "social_iqa", "gsm8k")
+TEXT = "wikitext2_valid.txt"
+
+Advance = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks and texts.
+
+    Attributes:
+        tasks: for :func:`run_tasks`.
+        texts: name → rows, for perplexity and divergence.
+        style: how multiple choice is asked.
+        batch: prompts at a time.
+        limit: for tasks of lm-eval's own.
+    """
+
+    tasks: tuple[Task, ...] = ()
+    texts: dict[str, list[Row]] = field(default_factory=dict)
+    style: str = "cloze"
+    batch: int = 16
+    limit: int = 0
+
+    def before(self, model: Any, tokenizer: Any, advance: Advance | None = None) -> list[Score]:
+        """Scores of the base model on the tasks."""
+        off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+        with off:
+            return self._tasks(model, tokenizer, advance)
+
+    def after(self, model: Any, tokenizer: Any, advance: Advance | None = None) -> list[Score]:
+        """Scores of the tuned model on the tasks."""
+        return self._tasks(model, tokenizer, advance)
+
+    def drift(
+        self, model: Any, tokenizer: Any, advance: Advance | None = None
+    ) -> tuple[list[Score], list[Score]]:
+        """Scores of base and tuned model on the texts."""
+        befores: list[Score] = []
+        afters: list[Score] = []
+        for name, rows in self.texts.items():
+            before, after = measure_drift(model, tokenizer, rows, name, advance=advance)
+            befores, afters = befores + before, afters + after
+        return befores, afters
+
+    def _tasks(self, model: Any, tokenizer: Any, advance: Advance | None) -> list[Score]:
+        return run_tasks(
+            model,
+            tokenizer,
+            self.tasks,
+            style=self.style,
+            batch=self.batch,
+            limit=self.limit,
+            advance=advance,
+        )
+
+
+def find_tasks(
+    targets: Sequence[str], general: Sequence[str], data: Path | None, limit: int, seed: int
+) -> tuple[Task, ...]:
+    """Tasks by their names; arguments and errors as in :func:`find_task`."""
+    found = [find_task(name, data, "target", limit, seed) for name in targets]
+    found += [find_task(name, data, "general", limit, seed) for name in general]
+    return tuple(found)
+
+
+def make_texts(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: Path | None,
+    n_windows: int,
+    n_prompts: int,
+    seed: int = 0,
+    advance: Advance | None = None,
+) -> dict[str, list[Row]]:
+    """Windows of a text, and the base model's own replies to everyday requests.
+
+    Args:
+        model: its adapter is off while it replies.
+        tokenizer: of the model.
+        text: a file; None for no text.
+        n_windows: of the text.
+        n_prompts: requests; 0 for none.
+        seed: of the replies.
+        advance: a function (done, total, note), for a progress bar.
+    """
+    texts = {}
+    if text is not None:
+        texts[text.stem] = text_windows(text, tokenizer, n_windows)
+    if n_prompts:
+        off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+        with off:
+            asked = chat_prompts(n_prompts)
+            texts["chat"] = replies(model, tokenizer, asked, seed=seed, advance=advance)
+    return texts

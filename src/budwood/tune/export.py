@@ -1,0 +1,285 @@
+"""An ordinary PEFT LoRA that stands in for a SLIM adapter, approximately."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from budwood.errors import InputError, OutputError
+from budwood.tune.files import CONFIG_FILE, WEIGHTS_FILE
+from budwood.tune.layer import SlimLinear
+from budwood.tune.merging import merged_scale
+from budwood.tune.observe import observe
+from budwood.tune.steps import layers_of
+
+REPORT_FILE = "approximation.json"
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What an export cost.
+
+    Attributes:
+        path: directory of the LoRA adapter.
+        rank: of the LoRA.
+        loss_base: mean loss a token of the base model on the batches measured.
+        loss_slim: of the SLIM adapter.
+        loss_lora: of what was written.
+        n_tokens: tokens with a label in these batches.
+        n_calibration_tokens: tokens that the routing weights were averaged over.
+        held_out: whether the batches measured are others than those averaged over.
+    """
+
+    path: str
+    rank: int
+    loss_base: float
+    loss_slim: float
+    loss_lora: float
+    n_tokens: int
+    n_calibration_tokens: int
+    held_out: bool
+
+
+def export_lora(
+    model: Any,
+    calibration: Iterable[Batch],
+    output: str | os.PathLike[str],
+    *,
+    adapter: str = "default",
+    held_out: Iterable[Batch] | None = None,
+    rank: int | None = None,
+) -> LoraExport:
+    """Write an ordinary LoRA whose experts have fixed weights: their averages over some data.
+
+    Not in the paper; ours. The LoRA is what SLIM would be if every token were routed alike. It
+    loses the choice by token, and with it the bypass: expect it to forget more. It is labelled
+    approximate, with the losses measured, in ``approximation.json`` and ``README.md`` beside it.
+
+    Args:
+        model: a PEFT model with a SLIM adapter that is active.
+        calibration: batches as the model takes them (input_ids, attention_mask, labels), like the
+            data that the LoRA will be used on.
+        output: directory to write, absent or empty.
+        adapter: name of the adapter.
+        held_out: batches to measure the losses on; those of ``calibration`` by default.
+        rank: of the LoRA; by default that of all experts together, where the average is exact.
+
+    Returns:
+        Losses and sizes.
+
+    Raises:
+        InputError: no such adapter, rank out of range, or no batch with labels.
+        OutputError: the directory holds something already, or cannot be written.
+    """
+    layers = [one for one in layers_of(model) if adapter in one.slim_in]
+    if not layers or adapter not in layers[0].active_adapters:
+        raise InputError(f"the model has no active SLIM adapter {adapter!r}")
+    config = layers[0].slim_config[adapter]
+    rank = config.rank if rank is None else rank
+    if not 1 <= rank <= config.rank:
+        raise InputError(f"rank={rank}; give 1 to {config.rank}, the rank of all experts together")
+    folder = _empty_folder(output)
+    averaged = list(calibration)
+    measured = averaged if held_out is None else list(held_out)
+    was_training = model.training
+    model.eval()
+    try:
+        with observe(model) as seen, torch.no_grad():
+            for batch in averaged:
+                model(**batch)
+        found = {
+            layer.slim_key: _fixed(layer, adapter, seen.layers[layer.slim_key, adapter], rank)
+            for layer in layers
+            if (layer.slim_key, adapter) in seen.layers
+        }
+        if not found:
+            raise InputError("calibration is empty: give at least one batch")
+        loss_slim, n_tokens = _mean_loss(model, measured)
+        with _instead(layers, {}):
+            loss_base, _ = _mean_loss(model, measured)
+        with _instead(layers, found):
+            loss_lora, _ = _mean_loss(model, measured)
+    finally:
+        model.train(was_training)
+    report = LoraExport(
+        path=str(folder),
+        rank=rank,
+        loss_base=loss_base,
+        loss_slim=loss_slim,
+        loss_lora=loss_lora,
+        n_tokens=n_tokens,
+        n_calibration_tokens=next(iter(seen.layers.values())).n_tokens,
+        held_out=held_out is not None,
+    )
+    _write(folder, model, adapter, found, report)
+    return report
+
+
+def reduce_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest product of lower rank to B·A, in the Frobenius norm.
+
+    Args:
+        a: shape (full_rank, d_in).
+        b: shape (d_out, full_rank).
+        rank: 1 ≤ rank ≤ full_rank.
+
+    Returns:
+        A of shape (rank, d_in) and B of shape (d_out, rank), float32.
+    """
+    a, b = a.float(), b.float()
+    if rank == len(a):
+        return a, b
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    short_a, short_b = root.unsqueeze(-1) * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+    missing = rank - len(root)  # d_in or d_out below the rank
+    return F.pad(short_a, (0, 0, 0, missing)), F.pad(short_b, (0, missing))
+
+
+@torch.no_grad()
+def _fixed(layer: SlimLinear, adapter: str, routing: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a layer with the average routing weights in B."""
+    config = layer.slim_config[adapter]
+    weights = routing.mean_weights()[: config.n_experts].float()
+    a = layer.slim_in[adapter][: config.rank].float().cpu()
+    b = layer.slim_out[adapter].float().cpu()
+    scale = config.alpha / config.r
+    if adapter in layer.slim_mask:
+        mask: Any = layer.slim_mask[adapter]
+        masked = config.merge_inference == "mask"
+        scale *= merged_scale(config.merge_p, rescale=config.merge_rescale, masked=masked)
+        if masked:
+            a, b = a * mask.columns.cpu(), b * mask.rows.cpu().unsqueeze(-1)
+    return reduce_rank(a, b * (scale * weights.repeat_interleave(config.r)), rank)
+
+
+@contextmanager
+def _instead(
+    layers: list[SlimLinear], found: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Fixed low-rank products in place of the experts inside, nothing where there is none."""
+    before = [layer._disable_adapters for layer in layers]
+    hooks = []
+    for layer in layers:
+        layer._disable_adapters = True
+        if layer.slim_key in found:
+            hooks.append(layer.register_forward_hook(_Low(*found[layer.slim_key])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, was in zip(layers, before):
+            layer._disable_adapters = was
+
+
+class _Low:
+    """A forward hook that adds B·A·x."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0].float()
+        delta = F.linear(F.linear(x, self.a.to(x.device)), self.b.to(x.device))
+        return output + delta.to(output.dtype)
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Mean loss a token with a label, and the number of these tokens."""
+    total, n_tokens = 0.0, 0
+    for batch in batches:
+        labels = batch.get("labels")
+        if labels is None:
+            raise InputError("a batch has no labels; give input_ids, attention_mask and labels")
+        n = int((labels[:, 1:] != -100).sum())
+        if n:
+            total += float(model(**batch).loss) * n
+            n_tokens += n
+    if not n_tokens:
+        raise InputError("no token has a label; the losses can't be measured")
+    return total / n_tokens, n_tokens
+
+
+def _empty_folder(output: str | os.PathLike[str]) -> Path:
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and is not an empty directory; choose another name")
+    return folder
+
+
+def _write(
+    folder: Path,
+    model: Any,
+    adapter: str,
+    found: Mapping[str, tuple[Tensor, Tensor]],
+    report: LoraExport,
+) -> None:
+    slim: Any = model.peft_config[adapter]
+    config = LoraConfig(
+        r=report.rank,
+        lora_alpha=report.rank,
+        target_modules=sorted(found),
+        modules_to_save=slim.modules_to_save,
+        task_type=slim.task_type,
+        base_model_name_or_path=slim.base_model_name_or_path,
+        inference_mode=True,
+    )
+    tensors = {
+        key: value.contiguous().cpu()
+        for key, value in get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=False
+        ).items()
+        if ".slim_" not in key
+    }
+    for name, (a, b) in found.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    facts = {"approximate": True, "made_from": "SLIM", **dataclasses.asdict(report)}
+    del facts["path"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / REPORT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(report), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+    assert (folder / CONFIG_FILE).is_file()
+
+
+def _card(report: LoraExport) -> str:
+    data = "held-out data" if report.held_out else "the calibration data"
+    return f"""---
+library_name: peft
+---
+
+# Approximate LoRA of a SLIM adapter
+
+An approximation, written by budwood: the routing weights of the SLIM adapter are fixed to their
+averages over {report.n_calibration_tokens} tokens. No token bypasses this adapter.
+
+Mean loss a token on {data} ({report.n_tokens} tokens):
+
+| model | loss |
+|---|---:|
+| base | {report.loss_base:.4f} |
+| SLIM | {report.loss_slim:.4f} |
+| this LoRA | {report.loss_lora:.4f} |
+"""

@@ -1,0 +1,107 @@
+"""Whether the files of a saved adapter are whole and fit a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.errors import InputError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Look at the files of a saved adapter, as far as that takes no model.
+
+    Args:
+        folder: the directory.
+
+    Raises:
+        InputError: a file is missing, malformed or truncated.
+    """
+    config = folder / CONFIG_FILE
+    if config.is_file():
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{config} is not JSON: {error}; save the adapter again") from None
+    weights = folder / WEIGHTS_FILE
+    if weights.is_file():
+        check_safetensors(weights)
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a safetensors file with its own header.
+
+    Raises:
+        InputError: the file is truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({size} bytes): {error}; copy or save it "
+            "again"
+        ) from None
+
+
+def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of an adapter with what a model has places for.
+
+    Args:
+        found: key to tensor in the file.
+        expected: key to tensor in the model.
+
+    Raises:
+        InputError: keys are missing, shapes differ, or values are NaN or infinite.
+    """
+    missing = [key for key in expected if key not in found]
+    if missing:
+        raise InputError(
+            f"the adapter lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]!r}; "
+            "it was made for another model or its file is incomplete"
+        )
+    for key, tensor in found.items():
+        if key in expected and tensor.shape != expected[key].shape:
+            raise InputError(
+                f"the adapter's {key!r} has shape {tuple(tensor.shape)}, this model needs "
+                f"{tuple(expected[key].shape)}; it was made for another base model"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"the adapter's {key!r} has NaN or infinite values; use an earlier one"
+            )
+
+
+def describe_base(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells base models apart: kind and sizes, from a transformers config as a dict."""
+    text = config.get("text_config") or config
+    sizes = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "vocab_size")
+    found = {"model_type": config.get("model_type")}
+    return {**found, **{key: text[key] for key in sizes if isinstance(text.get(key), int)}}
+
+
+def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
+    """Compare the base model that an adapter was made for with the one at hand.
+
+    Vocabularies may differ, since tokens are often added.
+
+    Raises:
+        InputError: kind or size differ.
+    """
+    for key, value in (made_for or {}).items():
+        if key in base and base[key] != value and key != "vocab_size":
+            raise InputError(
+                f"the adapter was made for a base model with {key}={value!r}, this one has "
+                f"{base[key]!r}; load it on the model that it was trained on"
+            )

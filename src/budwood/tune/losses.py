@@ -1,0 +1,61 @@
+"""Losses of fine-tuning, as functions on tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def answer_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of the next token.
+
+    Args:
+        logits: shape (batch, length, vocabulary).
+        labels: of the token at each place, −100 where nothing is learnt; shape (batch, length).
+        n_items: what the sum is divided by; None for the number of labels.
+
+    Returns:
+        A scalar in nats a token, float32.
+    """
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    total = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="sum"
+    )
+    return total / (n_items if n_items is not None else (labels != -100).sum().clamp_min(1))
+
+
+def token_kl(base: Tensor, tuned: Tensor) -> Tensor:
+    """Divergence of next-token distributions, KL(base ‖ tuned).
+
+    Args:
+        base: logits, shape (..., vocabulary).
+        tuned: same shape.
+
+    Returns:
+        In nats, float32, shape (...).
+    """
+    log_base, log_tuned = base.float().log_softmax(-1), tuned.float().log_softmax(-1)
+    return (log_base.exp() * (log_base - log_tuned)).sum(-1)
+
+
+def prompt_kl(base: Tensor, tuned: Tensor, labels: Tensor, attention: Tensor) -> Tensor:
+    """Mean divergence at the prompt's own tokens: where there is no padding and nothing is learnt.
+
+    Args:
+        base: logits of the base model at the last positions, shape (batch, length, vocabulary).
+        tuned: same shape.
+        labels: of those positions, shape (batch, length).
+        attention: 1 for tokens and 0 for padding, shape (batch, at least length).
+
+    Returns:
+        A scalar in nats a token; 0 if there are no such tokens.
+    """
+    inside = attention[:, -labels.shape[1] :].bool()
+    # Position i predicts token i + 1: those that predict the answer are left to the other loss.
+    free = torch.ones_like(inside)
+    free[:, :-1] = labels[:, 1:] == -100
+    chosen = inside & free & (labels == -100)
+    if not bool(chosen.any()):
+        return tuned.sum() * 0.0
+    return token_kl(base[chosen], tuned[chosen]).mean()

@@ -1,0 +1,330 @@
+"""Ways of fine-tuning: SLIM, its ablations and what they are compared to.
+
+A new one is a class here and a line in ``TUNERS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from budwood.errors import BudwoodError, InputError
+from budwood.registry import Registry
+from budwood.tune.config import SlimConfig
+from budwood.tune.targets import default_targets
+
+_HERE = "budwood.tune.methods"
+
+TUNERS = Registry(
+    "tuning method",
+    {
+        "lora": f"{_HERE}:Lora",
+        "lora-wd": f"{_HERE}:LoraDecay",
+        "lora-kl": f"{_HERE}:LoraKl",
+        "lora-attn": f"{_HERE}:LoraAttention",
+        "dora": f"{_HERE}:Dora",
+        "moe": f"{_HERE}:Moe",
+        "slim": f"{_HERE}:Slim",
+        "slim-no-identity": f"{_HERE}:SlimNoIdentity",
+        "slim-no-router": f"{_HERE}:SlimNoRouter",
+        "slim-no-clustering": f"{_HERE}:SlimNoClustering",
+        "slim-no-yielding": f"{_HERE}:SlimNoYielding",
+        "slim-no-merging": f"{_HERE}:SlimNoMerging",
+        "slim-no-l1": f"{_HERE}:SlimNoL1",
+        "slim-max": f"{_HERE}:SlimMax",
+        "slim-mask": f"{_HERE}:SlimMask",
+    },
+)
+
+ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A PEFT adapter and what its training adds to the loss.
+
+    Attributes:
+        weight_decay: AdamW's, on the adapter.
+        kl: weight of the divergence from the base model on the prompts that are trained on.
+        extra: further options, for the adapter's config.
+    """
+
+    weight_decay: float = 0.0
+    kl: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    is_ablation: ClassVar[bool] = False
+    """Whether it is another method without a part, and so has that one's rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "kl"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{name}={value!r}; give a number of at least 0")
+
+    def config(self, rank: int, model: Any, seed: int) -> Any:
+        """The PEFT config.
+
+        Args:
+            rank: of the adapter; of each expert where there are several.
+            model: the base model.
+            seed: of whatever the adapter draws by itself.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Lora(Tuner):
+    """Low-rank adaptation of the MLP projections, those that SLIM adapts.
+
+    Source: arXiv 2106.09685.
+    """
+
+    alpha: float = 2.0
+    dropout: float = 0.0
+
+    use_dora: ClassVar[bool] = False
+
+    def config(self, rank: int, model: Any, seed: int) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=rank,
+            lora_alpha=round(self.alpha * rank),
+            lora_dropout=self.dropout,
+            target_modules=self.targets(model),
+            use_dora=self.use_dora,
+            task_type="CAUSAL_LM",
+            **self.extra,
+        )
+
+    def targets(self, model: Any) -> str:
+        """A regular expression of the modules to adapt."""
+        return default_targets(model.config.to_dict())
+
+
+@dataclass(frozen=True)
+class LoraDecay(Lora):
+    """LoRA with decoupled weight decay, which many structured methods only tie with."""
+
+    weight_decay: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraKl(Lora):
+    """LoRA held to the base model on the prompts of its own training data: no replay."""
+
+    kl: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraAttention(Lora):
+    """LoRA on attention as well, at a lower rank."""
+
+    def targets(self, model: Any) -> str:
+        return ALL
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """LoRA with the magnitude of each column apart; arXiv 2402.09353."""
+
+    use_dora: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Slim(Tuner):
+    """Soft LoRA and identity mixture; NAACL 2025 (2025.naacl-long.246), our reconstruction."""
+
+    preset: ClassVar[dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
+
+    def config(self, rank: int, model: Any, seed: int) -> Any:
+        options = {"alpha": 2.0 * rank, **self.preset, **self.extra}
+        try:
+            return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
+        except TypeError as error:  # an option that there is none of
+            raise InputError(f"SLIM: {error}") from error
+
+
+@dataclass(frozen=True)
+class Moe(Slim):
+    """A top-2 mixture of LoRA experts with none of SLIM's parts, much like MixLoRA."""
+
+    preset: ClassVar[dict[str, Any]] = {
+        "n_identity": 0,
+        "clustering": False,
+        "yielding": False,
+        "merging": False,
+        "l1": 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class SlimNoIdentity(Slim):
+    """SLIM without identity experts, so that nothing is there to yield to."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"n_identity": 0, "yielding": False}
+
+
+@dataclass(frozen=True)
+class SlimNoRouter(Slim):
+    """SLIM whose experts weigh the same but for yielding."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"router": False}
+
+
+@dataclass(frozen=True)
+class SlimNoClustering(Slim):
+    """SLIM with a single running mean in place of clusters."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"clustering": False}
+
+
+@dataclass(frozen=True)
+class SlimNoYielding(Slim):
+    """SLIM whose experts do not yield far from the training data."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"yielding": False}
+
+
+@dataclass(frozen=True)
+class SlimNoMerging(Slim):
+    """SLIM without random masks on B·A."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"merging": False}
+
+
+@dataclass(frozen=True)
+class SlimNoL1(Slim):
+    """SLIM without its L1 penalty."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"l1": 0.0}
+
+
+@dataclass(frozen=True)
+class SlimMax(Slim):
+    """SLIM with the paper's distance, the largest over channels."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"distance": "max"}
+
+
+@dataclass(frozen=True)
+class SlimMask(Slim):
+    """SLIM that keeps its last mask at inference in place of the expectation."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"merge_inference": "mask"}
+
+
+def parse_tuner(text: str) -> Tuner:
+    """A tuner from its name, with options: ``slim`` or ``lora-wd:weight_decay=3``.
+
+    Args:
+        text: a name in ``TUNERS``; behind a colon, ``key=value`` joined by ``+``. Keys are the
+            tuner's own fields, or those of its PEFT config.
+
+    Raises:
+        UnknownNameError: there is no such tuner.
+        InputError: an option is malformed.
+    """
+    name, _, rest = text.partition(":")
+    kind = TUNERS.get(name.strip())
+    own = {one.name for one in dataclasses.fields(kind)} - {"extra"}
+    options: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for item in filter(None, rest.split("+")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"{text!r}: {item!r} is no option; write key=value")
+        (options if key in own else extra)[key] = _value(value)
+    try:
+        return kind(**options, extra=extra)
+    except TypeError as error:
+        raise InputError(f"{text!r}: {error}") from error
+
+
+def fit_rank(count: Callable[[int], int], n_wanted: int, tolerance: float = 0.05) -> int:
+    """The rank whose number of trainable parameters is nearest to a given one.
+
+    Args:
+        count: rank → parameters, which grow by the same amount with each rank.
+        n_wanted: parameters.
+        tolerance: share by which they may differ.
+
+    Raises:
+        InputError: no rank comes as near.
+    """
+    first, second = count(1), count(2)
+    step = second - first
+    rank = max(1, round((n_wanted - first) / step) + 1)
+    n_found = first + (rank - 1) * step
+    if abs(n_found - n_wanted) > tolerance * n_wanted:
+        raise InputError(
+            f"no rank gives {n_wanted:,} trainable parameters within {tolerance:.0%}: rank {rank} "
+            f"has {n_found:,}; choose another rank for the reference"
+        )
+    return rank
+
+
+def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:
+    """A model with a fresh adapter, drawn from a seed.
+
+    Args:
+        tuner: which adapter.
+        model: the base model; its weights stay as they are.
+        rank: of the adapter, or of each expert.
+        seed: of its initial weights.
+    """
+    import peft
+    import torch
+
+    torch.manual_seed(seed)
+    try:
+        return peft.get_peft_model(model, tuner.config(rank, model, seed))
+    except BudwoodError:
+        raise
+    except (TypeError, ValueError) as error:  # PEFT on an option that it does not take
+        raise InputError(f"cannot make the adapter: {error}") from error
+
+
+def n_trainable(model: Any) -> int:
+    """Parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_at(tuner: Tuner, model: Any) -> Callable[[int], int]:
+    """A function from rank to trainable parameters; it attaches, counts and detaches."""
+
+    def count(rank: int) -> int:
+        adapted = attach(tuner, model, rank, seed=0)
+        try:
+            return n_trainable(adapted)
+        finally:
+            adapted.unload()
+
+    return count
+
+
+def _value(text: str) -> Any:
+    known = {"true": True, "false": False, "none": None}
+    if text.lower() in known:
+        return known[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

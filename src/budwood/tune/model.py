@@ -1,0 +1,162 @@
+"""SLIM as a tuner of PEFT: where layers are put in, and how PEFT knows of it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import resolve_quantization_backend
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from budwood.errors import InputError, MergeError, UnsupportedModelError
+from budwood.tune.config import SLIM, SlimConfig
+from budwood.tune.files import check_base, check_state, describe_base
+from budwood.tune.layer import REFUSAL, SlimLayer, SlimLinear
+from budwood.tune.padding import PaddingWatch, remove_hooks, watches
+from budwood.tune.state import Clusters
+from budwood.tune.steps import StepKeeper, forget, layers_of
+from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
+
+
+class SlimModel(BaseTuner):
+    """Puts SLIM layers into a model; made by ``peft.get_peft_model``, seldom by hand."""
+
+    prefix = "slim_"
+    tuner_layer_cls = SlimLayer
+    target_module_mapping = MLP_TARGETS  # type: ignore[assignment]
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter's layers, and the hooks that tell them of padding and of steps.
+
+        Raises:
+            InputError: target modules match nothing, or the adapter is of another base model.
+            UnsupportedModelError: no target modules are known, or one is no linear layer.
+        """
+        config: Any = self.peft_config[adapter_name]
+        base = describe_base(self.get_model_config(model))
+        check_base(config.base, base)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError:
+            raise InputError(_no_match(model, config)) from None
+        config._fitted = base
+        for layer, watch in watches(model, SlimLinear).items():
+            layer.padding = watch  # type: ignore[assignment]
+
+    def unload(self) -> Any:
+        """The base model as it was, without layers and hooks."""
+        for layer in layers_of(self.model):
+            forget(layer.keeper)
+        remove_hooks(self.model, PaddingWatch)
+        return super().unload()
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(model_config)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        shared = _shared_clusters(parent, target_name, adapter_name, peft_config)
+        if isinstance(target, SlimLinear):
+            target.update_layer(adapter_name, peft_config, shared)
+            return
+        if not _is_linear(target):
+            raise UnsupportedModelError(
+                f"target module {current_key!r} is a {type(target).__name__}; SLIM takes linear "
+                "layers: name others in target_modules"
+            )
+        layer = SlimLinear(target, self._keeper(), current_key)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config, shared)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        raise MergeError(REFUSAL)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        marks = tuple(f".{name}.{adapter_name}" for name in ("slim_in", "slim_out"))
+        states = tuple(f".{name}.{adapter_name}." for name in ("slim_clusters", "slim_mask"))
+        expected = {
+            key: value
+            for key, value in model.state_dict().items()
+            if key.endswith(marks) or any(state in key for state in states)
+        }
+        check_state(mapped, expected)
+        return mapped
+
+    def _keeper(self) -> StepKeeper:
+        layers = layers_of(self.model)
+        return layers[0].keeper if layers else StepKeeper(self.model)
+
+
+def register() -> None:
+    """Make SLIM known to PEFT, so that adapters of type SLIM can be made and loaded.
+
+    PEFT's own way of registering refuses names outside its enum. Nothing that is there is changed.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(SLIM, SlimConfig)  # type: ignore[arg-type]
+    PEFT_TYPE_TO_TUNER_MAPPING.setdefault(SLIM, SlimModel)  # type: ignore[arg-type]
+    PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(SLIM, SlimModel.prefix)  # type: ignore[arg-type]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def _shared_clusters(
+    parent: nn.Module, name: str, adapter: str, config: SlimConfig
+) -> Clusters | None:
+    """Statistics that a module beside this one, which reads the same input, owns already."""
+    if not config.yielding:
+        return None
+    for other in siblings(name):
+        layer = getattr(parent, other, None)
+        if isinstance(layer, SlimLinear) and adapter in layer.slim_clusters:
+            return layer.clusters(adapter)
+    return None
+
+
+def _no_match(model: nn.Module, config: SlimConfig) -> str:
+    """One line on target modules that match nothing."""
+    known = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
+    )
+    wanted = config.target_modules
+    shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted or ()))
+    near = difflib.get_close_matches(str(shown).split(", ")[0], known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"target_modules={shown!r} match no layer; {hint}linear layers: {', '.join(known)}"

@@ -1,0 +1,80 @@
+"""Where the MLP projections are, by architecture.
+
+SLIM adapts the MLP and leaves attention alone, since that forgets less. The table has every
+architecture that PEFT has default targets for, and a few more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from budwood.errors import UnsupportedModelError
+
+_GATED = r"(gate_proj|up_proj|down_proj)"
+_BERT = r"(intermediate\.dense|(?<!attention\.)output\.dense)"
+_FALCON = r"(dense_h_to_4h|dense_4h_to_h)"
+_FC = r"(fc1|fc2)"
+_FC_IN_OUT = r"(fc_in|fc_out)"
+_GPT2 = r"mlp\.(c_fc|c_fc2|c_proj)"
+_T5 = r"(wi|wi_0|wi_1|wo)"
+
+_NAMES = {
+    _BERT: "bert deberta deberta-v2 electra layoutlm roberta xlm-roberta",
+    _FALCON: "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
+    _FC: "bart dinov2 opt phi vit",
+    _FC_IN_OUT: "codegen gptj",
+    _GPT2: "btlm gpt2 gpt_bigcode gpt_neo starcoder2",
+    _T5: "mt5 t5",
+    _GATED: "cohere cohere2 gemma gemma2 gemma3_text gemma4_text granite llama llama4 llama4_text "
+    "mistral olmo olmo2 olmo3 qwen2 qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_vl_text smollm3 "
+    "stablelm",
+    r"(gate_up_proj|down_proj)": "glm glm4 phi3",
+    r"ffn\.(up_proj|down_proj)": "mpt",
+    r"mixer\.(shared_experts\.)?(up_proj|down_proj)": "nemotron_h",
+    r"(w1|w2|w3)": "mixtral",
+    r"feed_forward\.(key|receptance|value)": "rwkv",
+    r"ffn\.(key|value)": "rwkv7",
+}
+_TEXT = {kind: names for names, kinds in _NAMES.items() for kind in kinds.split()}
+_VLM = r"(.*\.)?(language_model|text_model)\..*"
+MLP_TARGETS = {
+    **{kind: rf"(.*\.)?{names}" for kind, names in _TEXT.items()},
+    "blip-2": rf"{_VLM}\.(fc1|fc2|wi|wi_0|wi_1|wo)",
+    "gemma4": rf"{_VLM}\.{_GATED}",
+}
+"""``model_type`` of a transformers config to a regular expression of full module names."""
+
+
+def default_targets(model_config: Mapping[str, Any]) -> str:
+    """A regular expression of the MLP projections of a model.
+
+    Args:
+        model_config: the model's config as a dict; that of a vision-language model gives the
+            projections of its language model.
+
+    Raises:
+        UnsupportedModelError: the architecture is unknown; target modules have to be named.
+    """
+    kind = model_config.get("model_type")
+    text = model_config.get("text_config")
+    if kind in MLP_TARGETS:
+        return MLP_TARGETS[str(kind)]
+    if isinstance(text, Mapping) and text.get("model_type") in _TEXT:
+        return rf"{_VLM}\.{_TEXT[text['model_type']]}"
+    raise UnsupportedModelError(
+        f"no default target modules are known for model_type {kind!r}; name the linear layers of "
+        "its MLP: SlimConfig(target_modules=[...])"
+    )
+
+
+SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
+"""Names of modules of one MLP that read the same input, whose distance is computed once."""
+
+
+def siblings(name: str) -> tuple[str, ...]:
+    """Other modules beside ``name`` that read the same input."""
+    for group in SHARED_INPUT:
+        if name in group:
+            return tuple(other for other in group if other != name)
+    return ()

@@ -1,0 +1,307 @@
+"""Fine-tuning in a folder: resumable, with a history, and with the last good checkpoint kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from budwood.errors import DivergedError, InputError, UnknownNameError
+from budwood.tune.encoding import LeftPadded, Row, pad_of, takes_logits_to_keep
+from budwood.tune.runs import RunFolder
+from budwood.tune.trainer import AnswerTrainer, check_gradients, save_adapter
+
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+_KL_POSITIONS = 48
+"""Positions of the prompt, counted from its end, that are held to the base model."""
+
+Probe = Callable[[Any, int], dict[str, Any]]
+"""Measures something about the model after a step, as JSON values."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        lr: peak learning rate.
+        steps: optimiser steps; 0 for as many as ``epochs`` make.
+        epochs: passes over the data, if ``steps`` is 0.
+        batch: examples per device in one forward pass.
+        accumulate: forward passes a step.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: one of ``SCHEDULES``.
+        max_length: tokens; longer examples are left out.
+        max_grad_norm: where gradients are clipped.
+        seed: of the adapter's start, of the order of examples and of dropout.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the history.
+        probe_every: steps between probes; 0 for none.
+        checkpointing: recompute activations in the backward pass, to save memory.
+    """
+
+    lr: float = 3e-4
+    steps: int = 0
+    epochs: float = 1.0
+    batch: int = 16
+    accumulate: int = 1
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    max_length: int = 512
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    log_every: int = 10
+    probe_every: int = 0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "max_length", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} is below 1")
+        for name in ("steps", "probe_every", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} is below 0")
+        for name in ("lr", "epochs", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be a number above 0")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup={self.warmup} is outside [0, 1)")
+        if self.schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise UnknownNameError(f"unknown schedule {self.schedule!r}; known: {known}")
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """A digest of tokenised examples, by which a run knows its data again."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:16]
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    weight_decay: float = 0.0,
+    kl: float = 0.0,
+    advance: Callable[..., None] | None = None,
+    probe: Probe | None = None,
+) -> list[dict[str, Any]]:
+    """Train an adapter; a run that was cut off goes on from its last checkpoint.
+
+    The adapter is saved in the folder when all steps are done, and checkpoints are removed.
+
+    Args:
+        model: a ``PeftModel`` whose adapter is fresh.
+        tokenizer: its padding token is used.
+        rows: from :func:`budwood.tune.encoding.encode`.
+        settings: how to train.
+        folder: where; one that is complete is not trained again.
+        weight_decay: AdamW's.
+        kl: weight of the divergence from the base model on the prompts.
+        advance: a function (done, total, note), for a progress bar.
+        probe: called every ``settings.probe_every`` steps, before the first and after the last.
+
+    Returns:
+        The history: dicts with ``step`` and what was noted then.
+
+    Raises:
+        DivergedError: the loss or a gradient was NaN or infinite; the message names the last good
+            checkpoint.
+    """
+    if folder.is_complete:
+        return folder.history()
+    start = _take_up(folder, model)
+    watch = _Watch(folder, settings, advance, probe)
+    trainer = AnswerTrainer(
+        model=model,
+        args=_arguments(model, settings, folder, weight_decay),
+        train_dataset=list(rows),  # type: ignore[arg-type]
+        data_collator=_collator(model, tokenizer, kl),
+        lengths=[len(row["input_ids"]) for row in rows],
+        kl=kl,
+        callbacks=[watch, *_slim_callbacks(model)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if start is None and probe and settings.probe_every:
+        watch.take_probe(model, 0)
+    try:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except DivergedError as error:
+        last = folder.last_checkpoint()
+        kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
+        raise DivergedError(f"{error}; {kept}; try a lower learning rate") from None
+    if trainer.args.should_save:
+        save_adapter(model, str(folder.path))
+        tokenizer.save_pretrained(folder.path)
+        folder.complete()
+        folder.drop_checkpoints()
+    return folder.history()
+
+
+def _take_up(folder: RunFolder, model: Any) -> Path | None:
+    """The checkpoint to go on from; one process removes what a kill left half written."""
+    state = PartialState(cpu=model.device.type == "cpu")
+    if state.is_main_process:
+        folder.drop_checkpoints(only_broken=True)
+        start = folder.last_checkpoint()
+        folder.rewind(int(start.name.split("-")[-1]) if start else -1)
+    state.wait_for_everyone()
+    return folder.last_checkpoint()
+
+
+def adapter_of(model: Any, text: str, settings: Settings, rank: int, data: str) -> dict[str, Any]:
+    """What makes a run what it is, for its folder."""
+    return {"model": model, "method": text, "rank": rank, "data": data} | dataclasses.asdict(
+        settings
+    )
+
+
+def _arguments(
+    model: Any, settings: Settings, folder: RunFolder, weight_decay: float
+) -> TrainingArguments:
+    on_cpu = model.device.type == "cpu"
+    is_bf16 = next(model.parameters()).dtype == torch.bfloat16
+    return TrainingArguments(
+        output_dir=str(folder.path),
+        max_steps=settings.steps if settings.steps else -1,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=is_bf16,
+        seed=settings.seed,
+        use_cpu=on_cpu,
+        **_checkpointing(settings),
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _checkpointing(settings: Settings) -> dict[str, Any]:
+    """The option by the name that this version of transformers knows it by."""
+    if not settings.checkpointing:
+        return {}
+    names = {one.name for one in dataclasses.fields(TrainingArguments)}
+    new = "activation_checkpointing"
+    return {new if new in names else "gradient_checkpointing": True}
+
+
+def _collator(model: Any, tokenizer: Any, kl: float) -> LeftPadded:
+    n_before = _KL_POSITIONS if kl else 0
+    return LeftPadded(pad_of(tokenizer), trim=takes_logits_to_keep(model), n_before=n_before)
+
+
+class _Watch(TrainerCallback):
+    """Writes the history, moves the progress bar and takes probes."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        settings: Settings,
+        advance: Callable[..., None] | None,
+        probe: Probe | None,
+    ) -> None:
+        self.folder, self.settings, self.probe = folder, settings, probe
+        self.advance = advance or (lambda done, total, note="": None)
+        self.routing: dict[str, float] = {}
+        self.note = ""
+        self._observing: Any = None
+        self._began = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (state.global_step + 1) % self.settings.log_every == 0:
+            self._observing = _observer(kwargs["model"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_gradients(kwargs["model"], state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._observing is not None:
+            self.routing = self._observing.close()
+            self._observing = None
+        self.advance(state.global_step, state.max_steps, self.note)
+        every = self.settings.probe_every
+        if self.probe and every:
+            step = state.global_step
+            if step % every == 0 or step == state.max_steps:
+                self.take_probe(kwargs["model"], step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "lr": float(logs["learning_rate"]),
+            "grad_norm": float(logs["grad_norm"]),
+            "seconds": round(time.perf_counter() - self._began, 2),
+            **self.routing,
+        }
+        self.folder.note(row)
+        parts = [f"loss {row['loss']:.3f}"]
+        parts += [f"{key.split('_')[0]} {value:.2f}" for key, value in self.routing.items()]
+        self.note = ", ".join(parts)
+
+    def take_probe(self, model: Any, step: int) -> None:
+        """Note what the probe says."""
+        found = self.probe(model, step) if self.probe else {}
+        if PartialState().is_main_process:
+            self.folder.note({"step": step, "probe": found})
+
+
+class _Observer:
+    """Watches the routing of one step."""
+
+    def __init__(self, block: Any) -> None:
+        self.block, self.seen = block, block.__enter__()
+
+    def close(self) -> dict[str, float]:
+        self.block.__exit__(None, None, None)
+        found = {key: self.seen.mean(key) for key in ("identity_share", "distance")}
+        return {key: round(value, 5) for key, value in found.items() if math.isfinite(value)}
+
+
+def is_slim(model: Any) -> bool:
+    """Whether the active adapter is SLIM's."""
+    config = getattr(model, "active_peft_config", None)
+    return str(getattr(config, "peft_type", "")) == "SLIM"
+
+
+def _observer(model: Any) -> _Observer | None:
+    unwrapped = getattr(model, "module", model)
+    if not is_slim(unwrapped):
+        return None
+    from budwood.tune import observe
+
+    return _Observer(observe(unwrapped))
+
+
+def _slim_callbacks(model: Any) -> list[TrainerCallback]:
+    if not is_slim(model):
+        return []
+    from budwood.tune import SlimCallback
+
+    return [SlimCallback()]

@@ -1,0 +1,87 @@
+"""Transformers' Trainer with loss on answers only, which stops where the loss is no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from budwood.errors import DivergedError
+from budwood.tune.losses import answer_loss, prompt_kl
+from budwood.tune.sampler import LengthGrouped
+
+
+class AnswerTrainer(Trainer):
+    """A Trainer for :class:`budwood.tune.encoding.LeftPadded` batches.
+
+    Args:
+        lengths: of each training example, by which they are grouped.
+        kl: weight of the divergence from the base model on the prompts.
+        kwargs: the Trainer's.
+    """
+
+    def __init__(self, *args: Any, lengths: list[int], kl: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=_loss, **kwargs)
+        self._lengths, self._kl = lengths, kl
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGrouped(self._lengths, per_step * self.args.world_size, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels, rest = inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
+        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = found
+        if self._kl:
+            base = self._base_logits(model, rest)
+            held = prompt_kl(base, outputs.logits, labels, rest["attention_mask"])
+            loss = loss + self._kl * held / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise DivergedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def _base_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), unwrapped.disable_adapter():
+            return model(**inputs).logits
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The Trainer would look up the base model's config on the hub at every checkpoint, to find
+        # out whether the vocabulary was changed.
+        if self.args.should_save:
+            save_adapter(self.model, output_dir or self.args.output_dir or "", state_dict)
+
+
+def save_adapter(model: Any, folder: str, state_dict: dict | None = None) -> None:
+    """Save an adapter as PEFT does, the base model's embeddings left out."""
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+
+
+def check_gradients(model: nn.Module, step: int) -> None:
+    """Look at the gradients before they are used.
+
+    Raises:
+        DivergedError: one is NaN or infinite.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not grads:
+        return
+    largest = torch.stack([g.abs().max().float() for g in grads]).max()
+    if not bool(torch.isfinite(largest)):
+        raise DivergedError(f"a gradient is NaN or infinite at step {step}")
+
+
+def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    return answer_loss(outputs.logits, labels, num_items_in_batch)

