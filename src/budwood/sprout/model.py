@@ -91,9 +91,8 @@ def llm_source() -> tuple[str, dict[str, str]]:
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer with `<image>` added."""
     source, kwargs = llm_source()
-    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **kwargs)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    tokenizer.padding_side = "left"
     return tokenizer
 
 
