@@ -50,7 +50,8 @@ def _rank(work: Any, rank: int, n: int, port: int, folder: Path, options: dict[s
     torch.set_num_threads(1)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in places.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    # As torchrun sets it; accelerate warns where it is not.
+    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     try:
         torch.save(work(rank, n, **options), folder / f"rank-{rank}.pt")
     except BaseException:
