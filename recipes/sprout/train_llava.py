@@ -1,4 +1,4 @@
-"""Stages 2 and 3 of sprout: projector, then projector and LoRA, by the language-model loss alone.
+"""Stages 2 and 3 of sprout: projector and LoRA, by the language-model loss alone.
 
 LoRA on the LLM learns with the projector; the tower stays as stage 1 left it. Stage 2 (`regions`)
 reads single visual tokens aloud ("<patch>" goes on with the name of what covers it, its frame, its

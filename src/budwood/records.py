@@ -24,6 +24,7 @@ from typing import Any
 
 import budwood
 from budwood.errors import InputError, OutputError
+from budwood.figures import new_figure, save_figure
 
 Row = dict[str, Any]
 
@@ -206,11 +207,7 @@ def plot(
         InputError: matplotlib is not installed, or the rows lack a key.
         OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("plots need matplotlib: pip install 'budwood[plot]'") from error
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")  # no pyplot: no global state, no GUI
+    figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
     for name, group in _grouped(rows, by).items():
         try:
@@ -225,14 +222,7 @@ def plot(
     if baseline is not None:
         axes.axhline(baseline, linestyle="--", color="grey", linewidth=1)
     axes.legend(title=by)
-    target = Path(path)
-    try:
-        figure.savefig(target, dpi=150)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    except ValueError as error:  # an unknown suffix
-        raise OutputError(f"cannot write {target}: {error}") from error
-    return target
+    return save_figure(figure, Path(path))
 
 
 def git_state(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:

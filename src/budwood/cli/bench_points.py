@@ -13,6 +13,7 @@ from budwood.cli import clouds, options
 from budwood.cli.console import print_json, print_table, progress, say, working
 from budwood.cli.output import reserve, reserve_picture, write_whole
 from budwood.cli.points import counts_of
+from budwood.figures import need_matplotlib
 
 if TYPE_CHECKING:
     from budwood.points.bench import BenchConfig
@@ -78,7 +79,7 @@ def bench_points(
         reserve(out, force)
     if plot:
         reserve_picture(plot, force)
-        clouds.need_matplotlib()
+        need_matplotlib()
     sparse = counts_of(lidar) if options.listed(lidar) else ()
     config = BenchConfig(
         tuple(options.listed(methods)), counts_of(points), sparse, seeds, steps, batch, tune=tune

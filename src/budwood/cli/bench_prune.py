@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ from budwood import records
 from budwood.cli import options
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.output import reserve, reserve_picture, write_whole
-from budwood.errors import InputError
+from budwood.figures import need_matplotlib
 
 if TYPE_CHECKING:
     from budwood.cli.models import Loaded
@@ -114,7 +113,7 @@ def bench_prune(
         reserve(out, force)
     if plot:
         reserve_picture(plot, force)
-        _need_matplotlib()
+        need_matplotlib()
     record = _measure(config, model, device, dtype)
     if out:
         say(f"wrote {records.write(record, out, overwrite=force)}")
@@ -164,11 +163,6 @@ def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
     plain = dataclasses.asdict(config) | {"keeps": list(config.keeps)}
     plain["variants"] = [dataclasses.asdict(variant) for variant in config.variants]
     return plain | {"model": loaded.name, "dtype": loaded.dtype, "device": loaded.device}
-
-
-def _need_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: pip install 'budwood[plot]'")
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:

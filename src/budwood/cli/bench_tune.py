@@ -11,10 +11,10 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
-from budwood.cli.bench_prune import _need_matplotlib
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.output import write_whole
 from budwood.errors import InputError
+from budwood.figures import need_matplotlib
 
 if TYPE_CHECKING:
     from budwood.tune.bench.plan import Plan
@@ -130,7 +130,7 @@ def bench_tune(
     )
     if not data.is_dir():
         raise InputError(f"there is no folder {data}; give one with the data")
-    _need_matplotlib()
+    need_matplotlib()
     record, pictures = _compare(plan, data, output, model, device, dtype)
     if json:
         print_json(dataclasses.asdict(record))

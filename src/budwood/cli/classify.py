@@ -12,6 +12,7 @@ from budwood.cli import clouds, options
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.output import reserve, reserve_picture, write_whole
 from budwood.errors import InputError
+from budwood.figures import need_matplotlib
 
 if TYPE_CHECKING:
     from budwood.points import Cloud, PointEncoder, Ranking
@@ -66,7 +67,7 @@ def classify(
         if len(files) > 1:
             raise InputError(f"--plot draws one cloud, and there are {len(files)}")
         reserve_picture(plot, force)
-        clouds.need_matplotlib()
+        need_matplotlib()
     if table:
         reserve(table, force)
     model, words = clouds.load(encoder, checkpoint, names, embeddings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,13 +93,3 @@ def read_all(
 def chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
     """Consecutive parts of at most ``size``."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def need_matplotlib() -> None:
-    """Fail before the slow work.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: pip install 'budwood[plot]'")

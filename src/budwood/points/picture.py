@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from budwood.errors import InputError, OutputError
+from budwood.figures import new_figure, save_figure
 from budwood.points.io.cloud import Array
 
 SHOWN = 20_000
@@ -23,12 +23,9 @@ def draw(clouds: Sequence[tuple[str, Array]], path: Path) -> None:
         InputError: matplotlib is not installed.
         OutputError: it cannot be written.
     """
-    try:
-        import mpl_toolkits.mplot3d  # noqa: F401  registers the projection
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("plots need matplotlib: pip install 'budwood[plot]'") from error
-    figure = Figure(figsize=(4.2 * len(clouds), 4.6), layout="constrained")
+    figure = new_figure(4.2 * len(clouds), 4.6)
+    import mpl_toolkits.mplot3d  # noqa: F401  registers the projection
+
     for column, (title, xyz) in enumerate(clouds, 1):
         axes = figure.add_subplot(1, len(clouds), column, projection="3d")
         points = xyz[:: -(-len(xyz) // SHOWN)]
@@ -39,7 +36,4 @@ def draw(clouds: Sequence[tuple[str, Array]], path: Path) -> None:
         axes.set_aspect("equal")  # type: ignore[arg-type]
         axes.set_axis_off()
         axes.view_init(elev=18, azim=-60)  # type: ignore[attr-defined]
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from None
+    save_figure(figure, path, dpi=130)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, OutputError
+from budwood.figures import new_figure, save_figure
 
 Row = dict[str, Any]
 
@@ -38,7 +38,7 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
         axis.set_xscale("log")
     axes[0].set_ylabel("accuracy on validation questions")
     axes[0].legend(fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
@@ -58,7 +58,7 @@ def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
         axis.set_xlabel("step")
         axis.set_ylabel(label)
     axes[0].legend(fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_identity(rows: Sequence[Row], path: Path) -> Path:
@@ -80,7 +80,7 @@ def plot_identity(rows: Sequence[Row], path: Path) -> Path:
         axis.set_xlabel("layer")
         axis.set_ylabel(label)
     axes[0].legend(fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -96,17 +96,5 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _figure(n_axes: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("plots need matplotlib: pip install 'budwood[plot]'") from error
-    figure = Figure(figsize=(5.2 * n_axes, 4.0), layout="constrained")
+    figure = new_figure(5.2 * n_axes, 4.0)
     return figure, figure.subplots(1, n_axes)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    return path
