@@ -17,6 +17,8 @@ from budwood.errors import (
     UnsupportedModelError,
 )
 from budwood.prune import attach
+from budwood.prune.methods.adav_contrast import AdaVContrast
+from budwood.prune.methods.vocabulary import Common
 from tests.contract import models
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
@@ -244,3 +246,16 @@ def test_an_unknown_tower_or_layer_is_refused(cases):
             attach(model, compat="official")
     finally:
         cases["llava"].model.config = config
+
+
+def test_attach_tells_a_method_what_words_have_in_common(case, batch):
+    given = AdaVContrast(common=Common.of(case.model.get_input_embeddings().weight[:20]))
+    for method in ("adav-contrast", AdaVContrast()):
+        with attach(case.model, keep=3, method=method) as session:
+            fitted = session.pruner.method.common
+            case.model.generate(**batch, **GREEDY)
+        words = case.model.get_input_embeddings().weight
+        assert len(words) <= 1024  # so that the sample is all of them
+        torch.testing.assert_close(fitted.mean, words.mean(0))
+    with attach(case.model, keep=3, method=given) as session:
+        assert session.pruner.method is given

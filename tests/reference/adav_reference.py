@@ -35,6 +35,38 @@ def log_relevance(
     return best
 
 
+def log_contrast(
+    visual: list[list[float]],
+    text: list[list[float]],
+    temperature: float,
+    mean: list[float],
+    directions: list[list[float]],
+) -> list[float]:
+    """Return log max_m softmax_n(temperature · (c_mn − Σ_m' c_m'n / (M + 1))), as a list over n."""
+    centre = [sum(column) / len(visual) for column in zip(*visual, strict=True)]
+    keys = [without(minus(v, centre), directions) for v in visual]
+    queries = [without(minus(t, mean), directions) for t in text]
+    table = [[cosine(q, k) for k in keys] for q in queries]
+    usual = [sum(column) / (len(text) + 1) for column in zip(*table, strict=True)]
+    best = [-math.inf] * len(visual)
+    for row in table:
+        powers = [math.exp(temperature * (c - u)) for c, u in zip(row, usual, strict=True)]
+        best = [max(b, math.log(p / sum(powers))) for b, p in zip(best, powers, strict=True)]
+    return best
+
+
+def minus(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def without(a: list[float], directions: list[list[float]]) -> list[float]:
+    """Take out the parts along orthonormal directions."""
+    for u in directions:
+        along = sum(x * y for x, y in zip(a, u, strict=True))
+        a = minus(a, [along * y for y in u])
+    return a
+
+
 def cosine(a: list[float], b: list[float]) -> float:
     dot = sum(x * y for x, y in zip(a, b, strict=True))
     norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))

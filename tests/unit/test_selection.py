@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from budwood.errors import BudgetError, InputError, ShapeError, UnknownNameError
 from budwood.prune import METHODS, select
 from budwood.prune.methods.adav import AdaV
+from budwood.prune.methods.adav_contrast import AdaVContrast
 from budwood.prune.methods.random import Random
 from budwood.prune.methods.scores import best_split, log_relevance
 from budwood.prune.methods.t2i import T2I
+from budwood.prune.methods.vocabulary import Common
 from budwood.prune.selection import Split, usable
 from tests.reference import adav_reference as reference
 
@@ -132,6 +134,60 @@ def test_relevance_below_float32_still_ranks():
     got = select(visual, torch.tensor([[1.0, 0.0]]), keep=3, method=T2I(temperature=1000.0))
     assert got.relevance.tolist().count(0.0) == 4
     assert got.indices.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("n_directions", [1, 2])
+def test_contrast_agrees_with_reference(shape, n_directions):
+    n_visual, n_text, d_model, keep = shape
+    visual, text, saliency = make(n_visual, n_text, d_model, seed=keep)
+    words = torch.randn(40, d_model, generator=torch.Generator().manual_seed(1)) + text.mean(0)
+    common = Common.of(words, n_directions)
+    want = reference.log_contrast(
+        *plain(visual, text), 10.0, *plain(common.mean, common.directions)
+    )
+    got = select(visual, text, saliency, keep=keep, method=AdaVContrast(common=common))
+    torch.testing.assert_close(
+        got.relevance.double().log(), torch.tensor(want).double(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_common_is_the_mean_and_the_first_principal_directions():
+    rng = np.random.default_rng(0)
+    words = rng.normal(size=(300, 12)) * np.linspace(4, 1, 12) + 3
+    common = Common.of(torch.tensor(words), 3)
+    np.testing.assert_allclose(common.mean, words.mean(0), rtol=1e-5)
+    principal = np.linalg.svd(words - words.mean(0))[2][:3]
+    overlap = common.directions.double().numpy() @ principal.T
+    np.testing.assert_allclose(np.linalg.svd(overlap)[1], 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_contrast_finds_a_name_among_words_that_resemble_everything(seed):
+    # Along the first axis lies what frequent words share; the background shares it too.
+    rng = torch.Generator().manual_seed(seed)
+    words = torch.randn(200, 64, generator=rng)
+    words[:, 0] = torch.linspace(0, 24, 200)
+    name, question = words[0], words[[0, -1, -2, -3, -4]]
+    visual = torch.randn(60, 64, generator=rng)
+    visual[:, 0] += 6.0
+    shown = [3, 17, 41]
+    visual[shown] += 2 * name
+    visual[shown, 0] -= 3.0
+
+    def found(text, method):
+        relevance = select(visual, text, torch.ones(60), keep=3, method=method).relevance
+        return relevance.topk(3).indices.sort().values.tolist()
+
+    contrast = AdaVContrast(common=Common.of(words))
+    assert found(question, contrast) == shown
+    assert found(question, AdaV()) != shown
+    assert found(name[None], contrast) == shown  # a question of a single word
+
+
+def test_contrast_has_no_published_form():
+    with pytest.raises(UnknownNameError, match="adav-contrast"):
+        select(*make(8, 2, 4), keep=3, method="adav-contrast", compat="official")
 
 
 def test_saliency_without_mass_leaves_the_choice_to_the_text():

@@ -23,6 +23,7 @@ from budwood.prune.generation import (
     shorten_limits,
 )
 from budwood.prune.methods.base import Method
+from budwood.prune.methods.vocabulary import Common
 from budwood.prune.pruner import Pruner
 from budwood.prune.question import Question, QuestionRule
 from budwood.prune.report import ImageReport, Timing
@@ -86,6 +87,8 @@ def attach(
     family = family_of(model, processor, compat)
     chosen = resolve_method(method)
     resolve_method(chosen, compat)  # unknown or impossible: better now than at the first picture
+    if chosen.needs_vocabulary:
+        chosen = chosen.fitted(Common.of_model(model))
     pruner = Pruner(
         model,
         family,

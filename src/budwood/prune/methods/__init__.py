@@ -9,6 +9,7 @@ METHODS = Registry(
     "method",
     {
         "adav": "budwood.prune.methods.adav:AdaV",
+        "adav-contrast": "budwood.prune.methods.adav_contrast:AdaVContrast",
         "fastervlm": "budwood.prune.methods.fastervlm:FasterVLM",
         "t2i": "budwood.prune.methods.t2i:T2I",
         "random": "budwood.prune.methods.random:Random",

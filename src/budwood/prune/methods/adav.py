@@ -67,7 +67,7 @@ class AdaV(Method):
         generator: torch.Generator | None = None,
     ) -> Choice:
         assert text is not None and saliency is not None  # select() has checked
-        log_t, s = log_relevance(visual, text, self.temperature), saliency.float()
+        log_t, s = self._log_relevance(visual, text), saliency.float()
         order_s = descending(s)
         if len(text) == 0:  # relevance is flat, and its ranking would be the raster
             return Choice(order_s[:keep], log_t.exp(), s, (0, 0, keep))
@@ -86,6 +86,9 @@ class AdaV(Method):
         indices = descending(refill.masked_fill(picked, math.inf))[:keep]
         split = torch.stack((torch.full_like(by_text, 2 * n_each), by_text, by_saliency))
         return Choice(indices, log_t.exp(), s, split)
+
+    def _log_relevance(self, visual: Tensor, text: Tensor) -> Tensor:
+        return log_relevance(visual, text, self.temperature)
 
     def official(self, n_crops: int) -> Method:
         # Imported here as it is a variant of this very class.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import UnknownNameError
+from budwood.prune.methods.vocabulary import Common
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Method(ABC):
         name: its name in the registry.
         needs_text: ``choose`` reads ``text``.
         needs_saliency: ``choose`` reads ``saliency``.
+        needs_vocabulary: ``attach`` calls :meth:`fitted`.
         source: the paper, for the documentation.
     """
 
     name: ClassVar[str]
     needs_text: ClassVar[bool]
     needs_saliency: ClassVar[bool]
+    needs_vocabulary: ClassVar[bool] = False
     source: ClassVar[str]
 
     @abstractmethod
@@ -72,6 +75,10 @@ class Method(ABC):
             keep: tokens to keep, 1 ≤ keep ≤ n_visual.
             generator: source of randomness, for the methods that draw.
         """
+
+    def fitted(self, common: Common) -> Method:
+        """The same method, told what the words of the LLM have in common."""
+        return self
 
     def official(self, n_crops: int) -> Method:
         """The same method as its authors published it, faults included.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from budwood.prune.methods.vocabulary import Common
+
 
 def log_relevance(visual: Tensor, text: Tensor, temperature: float) -> Tensor:
     """Text-to-image attention in the LLM's embedding space, as a logarithm.
@@ -22,13 +24,38 @@ def log_relevance(visual: Tensor, text: Tensor, temperature: float) -> Tensor:
     Returns:
         Log-probabilities, float32, shape (n_visual,).
     """
+    return _log_best(temperature * _cosines(text.float(), visual.float()))
+
+
+def log_contrast(
+    visual: Tensor, text: Tensor, temperature: float, common: Common | None = None
+) -> Tensor:
+    """What a word says about a visual token beyond what the whole question says about it.
+
+    ``log max_m softmax_n(temperature · (c_mn − Σ_m' c_m'n / (M + 1)))``, where c is the cosine of
+    word and visual token, both without what all of their kind share: visual tokens without their
+    mean, words without the vocabulary's mean, both without its first principal directions. The
+    sum is a mean over the question and one word that resembles nothing, so that a question of a
+    single word still points somewhere.
+
+    Source: ours, and not AdaV's. Taking out mean and first directions is the all-but-the-top of
+    Mu and Viswanath, ICLR 2018.
+
+    Args:
+        visual: projected visual tokens, shape (n_visual, d_model).
+        text: embeddings of the question, shape (n_text, d_model), n_text ≥ 0.
+        temperature: factor on the contrast, unitless.
+        common: what all words share; None takes nothing out of them.
+
+    Returns:
+        Log-probabilities, float32, shape (n_visual,).
+    """
     query, key = text.float(), visual.float()
-    if len(query) == 0:
-        return key.new_zeros(len(key)).log_softmax(0)
-    # Dividing the (n_text, n_visual) product by the norms spares a normalised copy of `visual`.
-    query = query * (temperature / _norm(query))
-    cosine = (query @ key.T) / _norm(key).T
-    return cosine.log_softmax(-1).amax(0)
+    key = key - key.mean(0)
+    if common is not None:
+        query, key = common.without(query - common.mean), common.without(key)
+    cosines = _cosines(query, key)
+    return _log_best(temperature * (cosines - cosines.sum(0) / (len(query) + 1)))
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -65,6 +92,18 @@ def best_split(log_text: Tensor, saliency: Tensor) -> Tensor:
     mass_s = _prefix_sums(saliency)
     by_count = torch.arange(n + 1, dtype=torch.float32, device=saliency.device)
     return torch.where(saliency[0] > 0, mass_t * mass_s.flip(0), by_count).argmax()
+
+
+def _cosines(text: Tensor, visual: Tensor) -> Tensor:
+    # Dividing the (n_text, n_visual) product by the norms spares a normalised copy of `visual`.
+    return (text / _norm(text) @ visual.T) / _norm(visual).T
+
+
+def _log_best(logits: Tensor) -> Tensor:
+    """Of (n_text, n_visual), each visual token's best share of a word; flat without words."""
+    if len(logits) == 0:
+        return logits.new_zeros(logits.shape[1]).log_softmax(0)
+    return logits.log_softmax(-1).amax(0)
 
 
 def _norm(x: Tensor) -> Tensor:
