@@ -5,6 +5,10 @@ and jitters them, and asks which of all names is meant (cross-entropy of scaled 
 CLIP's shape-to-text half). Points fall to an eighth at least, as with the point dropout of
 PointNet++ that published encoders were trained with: what is fewer is new to it.
 
+A batch has one number of points, so its normalisation fits that number, and the statistics kept for
+inference fit none. They are therefore taken again at the end over all numbers, held, and trained
+with for some more steps.
+
     python recipes/points/train_encoder.py --clouds runs/points/clouds.npz --out runs/points/encoder
 
 It can be killed and started again: it goes on from the last checkpoint in its folder.
@@ -30,7 +34,7 @@ from budwood.points.text import average_embeddings
 from budwood.points.towers import MiniLM
 
 FEWEST, MOST = 128, 1024
-WATCHED = (1024, 64)
+WATCHED = (1024, 128, 64)
 
 
 class Shapes:
@@ -112,6 +116,10 @@ def accuracy(encoder: Sprout, shapes: Shapes, n_points: int) -> float:
     return (named == shapes.watched_target).float().mean().item()
 
 
+def averaged(encoder: Sprout) -> AveragedModel:
+    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
+
+
 class Run:
     """Model, running average, optimiser, and where they are kept."""
 
@@ -119,9 +127,7 @@ class Run:
         self.folder, self.step, self.seconds = folder, 0, 0.0
         self.encoder = Sprout(SproutConfig())
         self.encoder.text_center.copy_(center)
-        self.average = AveragedModel(
-            self.encoder, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True
-        )
+        self.average = averaged(self.encoder)
         matrices = [p for p in self.encoder.parameters() if p.ndim >= 2]
         others = [p for p in self.encoder.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others}]
@@ -156,13 +162,34 @@ def schedule(step: int, steps: int, warmup: int = 200) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+@torch.no_grad()
+def settle(run: Run, shapes: Shapes, args: argparse.Namespace, batches: int = 200) -> None:
+    """Take the statistics of normalisation over batches of all numbers of points."""
+    for module in run.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean
+    run.encoder.train()
+    for i in range(batches):
+        run.encoder(shapes.batch(args.batch, np.random.default_rng([args.seed, run.step, i]))[0])
+    run.average = run.parts["average"] = averaged(run.encoder)
+
+
 def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
     clock = time.monotonic()
-    while run.step < args.steps:
+    while run.step < args.steps + args.settled_steps:
+        settled = run.step >= args.steps
+        if run.step == args.steps:
+            settle(run, shapes, args)
         xyz, target = shapes.batch(args.batch, np.random.default_rng([args.seed, run.step]))
         for group in run.optim.param_groups:
-            group["lr"] = args.lr * schedule(run.step, args.steps)
+            if settled:
+                factor = schedule(run.step - args.steps, args.settled_steps) / 2
+            else:
+                factor = schedule(run.step, args.steps)
+            group["lr"] = args.lr * factor
         run.encoder.train()
+        run.encoder.group_net.train(not settled)
         cosines = F.normalize(run.encoder(xyz), dim=-1) @ shapes.texts.T
         loss = F.cross_entropy(run.encoder.logit_scale * cosines, target)
         run.optim.zero_grad()
@@ -175,12 +202,13 @@ def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
         run.seconds, clock = run.seconds + now - clock, now
         if run.step % 50 == 0:
             run.log(loss=round(loss.item(), 3))
-        if run.step % 500 == 0 or run.step == args.steps:
+        if run.step % 500 == 0:
             encoder = run.average.module.eval()
             found = {f"val_{n}": round(accuracy(encoder, shapes, n), 3) for n in WATCHED}
             run.log(**found)
-        if run.step % 100 == 0 or run.step == args.steps:
+        if run.step % 100 == 0:
             run.save()
+    run.save()
 
 
 def main() -> None:
@@ -188,6 +216,7 @@ def main() -> None:
     parser.add_argument("--clouds", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--settled-steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
