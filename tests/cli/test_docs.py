@@ -73,6 +73,20 @@ def test_help(budwood):
     assert budwood("--version").stdout.startswith("budwood ")
 
 
+def tables() -> list[tuple[str, str, str]]:
+    """Page, command and table, where a comment before the table has the command that prints it."""
+    pattern = r"<!-- (budwood bench show .+?) -->\n\n((?:\|.*\n)+)"
+    return [
+        (page.name, *found) for page in PAGES for found in re.findall(pattern, page.read_text())
+    ]
+
+
+@pytest.mark.parametrize(("page", "line", "table"), tables())
+def test_table_is_what_its_record_says(page, line, table, budwood, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert table == budwood(*shlex.split(line)[1:]).stdout
+
+
 def snippets() -> list[tuple[str, str]]:
     """Python on each page, in one piece, but for what needs the hub."""
     found = []

@@ -59,7 +59,7 @@ def bench_prune(
         typer.Option(
             metavar="NAME,…", help="Methods to compare; NAME-official is its published form."
         ),
-    ] = "adav,fastervlm,t2i,random,uniform",
+    ] = "adav,adav-contrast,fastervlm,t2i,random,uniform",
     keep: Annotated[
         str, typer.Option(metavar="N|RATIO,…", help="Budgets: counts, or ratios in (0, 1].")
     ] = "0.11,0.055",
