@@ -89,6 +89,7 @@ def _kept_panel(
 
 def _heat_panel(picture: Image.Image, boxes: Sequence[Box], scores: Tensor) -> Image.Image:
     values = scores.detach().float().cpu().numpy()
+    values = values - values.min()  # the colours span what there is, of a flat list too
     values = np.sqrt(values / max(float(values.max()), float(np.finfo(np.float32).tiny)))
     heat = _heat_colour(_painted(picture, boxes, values))
     grey = _grey(picture) * _DIM
