@@ -35,6 +35,7 @@ from budwood.points.towers import MiniLM
 
 FEWEST, MOST = 128, 1024
 WATCHED = (1024, 128, 64)
+SETTLING = 200  # batches that the final statistics are taken from
 
 
 class Shapes:
@@ -163,14 +164,14 @@ def schedule(step: int, steps: int, warmup: int = 200) -> float:
 
 
 @torch.no_grad()
-def settle(run: Run, shapes: Shapes, args: argparse.Namespace, batches: int = 200) -> None:
+def settle(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
     """Take the statistics of normalisation over batches of all numbers of points."""
     for module in run.encoder.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.reset_running_stats()
             module.momentum = None  # a plain mean
     run.encoder.train()
-    for i in range(batches):
+    for i in range(SETTLING):
         run.encoder(shapes.batch(args.batch, np.random.default_rng([args.seed, run.step, i]))[0])
     run.average = run.parts["average"] = averaged(run.encoder)
 

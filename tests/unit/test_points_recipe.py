@@ -163,6 +163,7 @@ def test_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe.train, "SproutConfig", lambda: config)
     monkeypatch.setattr(recipe.train, "FEWEST", 16)
     monkeypatch.setattr(recipe.train, "MOST", 32)
+    monkeypatch.setattr(recipe.train, "SETTLING", 5)
 
     def weights(name, *steps):
         folder = tmp_path / name
@@ -173,17 +174,22 @@ def test_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
             shapes = recipe.train.Shapes(tmp_path / "clouds.npz", folder)
             run = recipe.train.Run(folder, 1e-3, shapes.center)
             # The schedule is that of all steps, also where the run is cut short.
-            args = argparse.Namespace(steps=4, batch=3, lr=1e-3, seed=0)
+            args = argparse.Namespace(steps=3, settled_steps=3, batch=3, lr=1e-3, seed=0)
             monkeypatch.setattr(run, "log", lambda **_: None)
             _until(recipe.train, run, shapes, args, n)
         return run
 
-    whole, resumed = weights("a", 4), weights("b", 2, 4)
-    assert resumed.step == 4
+    whole, resumed, settled = weights("a", 6), weights("b", 2, 3, 5, 6), weights("c", 4)
+    assert resumed.step == 6
     for key, value in whole.encoder.state_dict().items():
         assert torch.equal(value, resumed.encoder.state_dict()[key]), key
     assert torch.equal(whole.average.module.cls_token, resumed.average.module.cls_token)
     assert torch.equal(whole.encoder.text_center[:2], torch.tensor([0.6, 0.6]))
+    # The statistics of normalisation are held in the last steps, and weights go on.
+    before, after = settled.encoder.group_net.state_dict(), whole.encoder.group_net.state_dict()
+    held = [key for key in before if "running" in key]
+    assert held and all(torch.equal(before[key], after[key]) for key in held)
+    assert not torch.equal(before["first_conv.0.weight"], after["first_conv.0.weight"])
 
 
 def _until(train, run, shapes, args, n):
