@@ -10,10 +10,8 @@ import typer
 
 from budwood import records
 from budwood.cli import clouds, options
-from budwood.cli.console import print_json, print_table, progress, say, working
-from budwood.cli.output import reserve, reserve_picture, write_whole
-from budwood.cli.points import counts_of
-from budwood.figures import need_matplotlib
+from budwood.cli.console import progress, working
+from budwood.cli.results import Results
 
 if TYPE_CHECKING:
     from budwood.points.bench import BenchConfig
@@ -75,26 +73,20 @@ def bench_points(
     """
     from budwood.points.bench import BenchConfig
 
-    if out:
-        reserve(out, force)
-    if plot:
-        reserve_picture(plot, force)
-        need_matplotlib()
-    sparse = counts_of(lidar) if options.listed(lidar) else ()
+    results = Results(out, force, json, plot)
+    sparse = options.counts_of(lidar, "lidar") if options.listed(lidar) else ()
     config = BenchConfig(
-        tuple(options.listed(methods)), counts_of(points), sparse, seeds, steps, batch, tune=tune
+        tuple(options.listed(methods)),
+        options.counts_of(points, "points"),
+        sparse,
+        seeds,
+        steps,
+        batch,
+        tune=tune,
     )
     record = _measure(config, encoder, checkpoint)
-    if out:
-        say(f"wrote {records.write(record, out, overwrite=force)}")
-    if plot:
-        _draw(record.rows, plot)
-        say(f"wrote {plot}")
-    if json:
-        print_json(dataclasses.asdict(record))
-        return
-    print_table(record.rows, {key: (key, spec) for key, spec in MARKDOWN.items()})
-    say(_legend(record.config))
+    columns = {key: (key, spec) for key, spec in MARKDOWN.items()}
+    results.publish(record, columns, notes=[_legend(record.config)], draw=_draw)
 
 
 def _measure(config: BenchConfig, encoder: str, checkpoint: Path | None) -> records.Record:
@@ -129,11 +121,7 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         for row in rows
         if row["sampler"] == "random"
     ]
-
-    def draw(part: Path) -> None:
-        records.plot(curves, part, x="points", y="unseen_top1", by="method", low="low", high="high")
-
-    write_whole(path, draw)
+    records.plot(curves, path, x="points", y="unseen_top1", by="method", low="low", high="high")
 
 
 def _legend(config: dict[str, Any]) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
 
 from budwood import records
 from budwood.cli import clouds, options
-from budwood.cli.console import print_json, print_table, say, working
-from budwood.cli.output import reserve
-from budwood.cli.points import counts_of
+from budwood.cli.console import working
+from budwood.cli.results import Results
 
 MARKDOWN = {"what": "", "points": "", "clouds_per_s": ".1f", "over_frozen": ".3f"}
 MARKDOWN |= {"over_loop": ".1f"}
@@ -39,9 +37,8 @@ def bench_points_speed(
     from budwood.points import load_encoder
     from budwood.points.speed import encoder_rows, grouping_rows
 
-    counts = counts_of(points)
-    if out:
-        reserve(out, force)
+    counts = options.counts_of(points, "points")
+    results = Results(out, force, json)
     model = load_encoder(encoder, checkpoint)
     rows = []
     with working("measuring"):
@@ -50,9 +47,4 @@ def bench_points_speed(
             rows += grouping_rows(model.grouping, n_points, batch, repeats)
     config = {"encoder": model.name, "points": counts, "batch": batch, "repeats": repeats}
     record = records.new_record("bench points-speed", rows, seed=0, config=config)
-    if out:
-        say(f"wrote {records.write(record, out, overwrite=force)}")
-    if json:
-        print_json(dataclasses.asdict(record))
-    else:
-        print_table(record.rows, {key: (key, spec) for key, spec in MARKDOWN.items()})
+    results.publish(record, {key: (key, spec) for key, spec in MARKDOWN.items()})

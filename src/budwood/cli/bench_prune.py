@@ -10,9 +10,8 @@ import typer
 
 from budwood import records
 from budwood.cli import options
-from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import reserve, reserve_picture, write_whole
-from budwood.figures import need_matplotlib
+from budwood.cli.console import progress
+from budwood.cli.results import Results
 
 if TYPE_CHECKING:
     from budwood.cli.models import Loaded
@@ -109,22 +108,10 @@ def bench_prune(
         n_timed=timed,
         reference=reference,
     )
-    if out:
-        reserve(out, force)
-    if plot:
-        reserve_picture(plot, force)
-        need_matplotlib()
+    results = Results(out, force, json, plot)
     record = _measure(config, model, device, dtype)
-    if out:
-        say(f"wrote {records.write(record, out, overwrite=force)}")
-    if plot:
-        _draw(record.rows, plot)
-        say(f"wrote {plot}")
-    if json:
-        print_json(dataclasses.asdict(record))
-        return
-    print_table([_shown(row, record.rows) for row in record.rows], _SHOWN)
-    say(_legend(record.config))
+    shown = [_shown(row, record.rows) for row in record.rows]
+    results.publish(record, _SHOWN, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
 
 def _config(*, methods: str, keep: str, compat: str | None, question: str, **rest: Any) -> Config:
@@ -173,19 +160,16 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         if row["method"] not in baselines
     ]
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
-    write_whole(
+    records.plot(
+        curves,
         path,
-        lambda part: records.plot(
-            curves,
-            part,
-            x="visual tokens kept",
-            y="accuracy",
-            by="curve",
-            low="accuracy_low",
-            high="accuracy_high",
-            baseline=full,
-            title="dashed: all tokens",
-        ),
+        x="visual tokens kept",
+        y="accuracy",
+        by="curve",
+        low="accuracy_low",
+        high="accuracy_high",
+        baseline=full,
+        title="dashed: all tokens",
     )
 
 

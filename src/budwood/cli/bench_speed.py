@@ -9,8 +9,8 @@ import typer
 
 from budwood import records
 from budwood.cli import options
-from budwood.cli.console import print_json, print_table, say, working
-from budwood.cli.output import reserve
+from budwood.cli.console import working
+from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,16 +73,9 @@ def bench_speed(
         raise InputError("give --model or --shape, not both")
     config = _config(options.listed(keep), method, repeats, new_tokens, seed)
     built = _shape(shape, layers, width, vision_layers, vision_width)
-    if out:
-        reserve(out, force)
+    results = Results(out, force, json)
     record = _measure(config, built, (model, device, dtype))
-    if out:
-        say(f"wrote {records.write(record, out, overwrite=force)}")
-    if json:
-        print_json(dataclasses.asdict(record))
-        return
-    print_table(record.rows, _SHOWN)
-    _say_targets(record)
+    results.publish(record, _SHOWN, notes=_targets(record))
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
@@ -139,17 +132,17 @@ def _subject(
     return loaded.model, loaded.processor, inputs, {"model": loaded.name, "shape": None}
 
 
-def _say_targets(record: records.Record) -> None:
+def _targets(record: records.Record) -> list[str]:
     from budwood.prune.bench.speed import PREFILL_TARGET, SELECT_TARGET
 
     config, pruned = record.config, [row for row in record.rows if row["prefill_over_plain"]]
     prefill = max(row["prefill_over_plain"] for row in pruned)
     selector = max(row["select_over_full"] for row in pruned)
     decode = min(row["decode_over_full"] for row in pruned)
-    say(f"prefill ÷ plain, at most: {prefill:.3f} (target {PREFILL_TARGET})")
-    say(f"selector ÷ full prefill, at most: {selector:.2%} (target {SELECT_TARGET:.0%})")
-    say(f"decoding speed ÷ full, at least: {decode:.3f} (target 1)")
-    say(
+    return [
+        f"prefill ÷ plain, at most: {prefill:.3f} (target {PREFILL_TARGET})",
+        f"selector ÷ full prefill, at most: {selector:.2%} (target {SELECT_TARGET:.0%})",
+        f"decoding speed ÷ full, at least: {decode:.3f} (target 1)",
         f"largest tensor of saliency and selection: {config['largest_numel']:,} numbers, shape "
-        f"{tuple(config['largest_shape'])}; heads × N × N would be {config['limit_numel']:,}"
-    )
+        f"{tuple(config['largest_shape'])}; heads × N × N would be {config['limit_numel']:,}",
+    ]

@@ -9,9 +9,8 @@ import typer
 
 from budwood import records
 from budwood.cli import options
-from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import reserve
-from budwood.errors import InputError
+from budwood.cli.console import progress
+from budwood.cli.results import Results
 
 if TYPE_CHECKING:
     from budwood.tune.bench import SpeedConfig
@@ -60,16 +59,9 @@ def bench_tune_speed(
       budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
     """
     config = _config(widths, tokens, methods, rank, distance, repeats, seed, device, dtype)
-    if out:
-        reserve(out, force)
+    results = Results(out, force, json)
     record = _measure(config)
-    if out:
-        say(f"wrote {records.write(record, out, overwrite=force)}")
-    if json:
-        print_json(dataclasses.asdict(record))
-        return
-    print_table(record.rows, _SHOWN)
-    _say_targets(record.rows)
+    results.publish(record, _SHOWN, notes=_targets(record.rows))
 
 
 def _config(
@@ -88,8 +80,8 @@ def _config(
 
     where, _ = place(device, dtype)
     return SpeedConfig(
-        widths=_counts(widths, "widths"),
-        n_tokens=_counts(tokens, "tokens"),
+        widths=options.counts_of(widths, "widths"),
+        n_tokens=options.counts_of(tokens, "tokens"),
         methods=tuple(options.listed(methods)),
         repeats=repeats,
         r=rank,
@@ -98,13 +90,6 @@ def _config(
         device=str(where),
         seed=seed,
     )
-
-
-def _counts(text: str, name: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(item) for item in options.listed(text))
-    except ValueError as error:
-        raise InputError(f"{name}={text!r} holds something that is no count") from error
 
 
 def _measure(config: SpeedConfig) -> records.Record:
@@ -126,7 +111,7 @@ def _measure(config: SpeedConfig) -> records.Record:
     return records.new_record("bench tune-speed", rows, seed=config.seed, config=described)
 
 
-def _say_targets(rows: list[records.Row]) -> None:
+def _targets(rows: list[records.Row]) -> list[str]:
     from budwood.tune.bench import TARGETS
 
     found = {
@@ -139,7 +124,9 @@ def _say_targets(rows: list[records.Row]) -> None:
         "memory_over_lora": [row["memory_over_lora"] for row in rows if row["method"] == "slim"],
         "bypass_over_frozen": [row["over_frozen"] for row in rows if row["method"] == "bypass"],
     }
-    for key, values in found.items():
-        if values:
-            what = key.replace("_", " ").replace("over", "÷")
-            say(f"{what}, at most: {max(values):.3f} (target {TARGETS[key]})")
+    return [
+        f"{key.replace('_', ' ').replace('over', '÷')}, at most: {max(values):.3f} "
+        f"(target {TARGETS[key]})"
+        for key, values in found.items()
+        if values
+    ]

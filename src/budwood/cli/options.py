@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from budwood.errors import BudgetError
+from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget
 
 Model = Annotated[
@@ -49,3 +49,15 @@ def keep_of(text: str) -> int | float:
 def listed(text: str) -> list[str]:
     """The items of a list with commas."""
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def counts_of(text: str, name: str) -> tuple[int, ...]:
+    """The whole numbers of a list with commas, which is the value of the option ``name``.
+
+    Raises:
+        InputError: something else, or none.
+    """
+    items = listed(text)
+    if not items or not all(item.isdecimal() for item in items):
+        raise InputError(f"{name}={text!r} is no list of whole numbers such as 64,32")
+    return tuple(map(int, items))

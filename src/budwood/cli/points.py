@@ -9,7 +9,7 @@ import typer
 
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress
-from budwood.errors import InputError, OutputError
+from budwood.errors import OutputError
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("demo")(demo_points.demo)
@@ -72,7 +72,7 @@ def adapt(
         batch,
         lr,
         seed,
-        curriculum=Curriculum(counts_of(counts)),
+        curriculum=Curriculum(options.counts_of(counts, "counts")),
         sampler=sampler,
     )
     if (output / FILE).exists():
@@ -95,15 +95,3 @@ def adapt(
             f"{output}",
             markup=False,
         )
-
-
-def counts_of(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas.
-
-    Raises:
-        InputError: something else, or none.
-    """
-    items = options.listed(text)
-    if not items or not all(item.isdecimal() for item in items):
-        raise InputError(f"{text!r} is no list of whole numbers such as 64,32")
-    return tuple(map(int, items))
