@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
-	@echo "make demo    a vision-language model with a tenth of its visual tokens; a tiny fine-tuning"
+	@echo "make demo    a vision-language model with a tenth of its visual tokens; a tiny fine-tuning; sparse clouds"
 	@echo "make test    the whole test suite"
 	@echo "make lint    format, lint and types"
 	@echo "make format  let ruff put right what it can"
@@ -34,6 +34,8 @@ demo: $(STAMP)
 	rm -rf budwood-demo/tuned
 	$(BIN)/budwood tune examples/tune/train.jsonl --output budwood-demo/tuned --steps 40 --batch 12 --lr 3e-3
 	$(BIN)/budwood tune eval budwood-demo/tuned --target examples/tune/test.jsonl --general examples/tune/general.jsonl --prompts 12
+	rm -rf budwood-demo/points
+	$(BIN)/budwood points demo --dir budwood-demo/points
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
