@@ -156,6 +156,13 @@ class Run:
             log.write(line + "\n")
 
 
+def rate(step: int, args: argparse.Namespace) -> float:
+    """Learning rate: one schedule, and another of half its height once statistics are held."""
+    if step < args.steps:
+        return args.lr * schedule(step, args.steps)
+    return args.lr * schedule(step - args.steps, args.settled_steps) / 2
+
+
 def schedule(step: int, steps: int, warmup: int = 200) -> float:
     """Learning-rate factor: linear warm-up, then one cosine."""
     if step < warmup:
@@ -178,19 +185,15 @@ def settle(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
 
 def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
     clock = time.monotonic()
-    while run.step < args.steps + args.settled_steps:
-        settled = run.step >= args.steps
+    last = args.steps + args.settled_steps
+    while run.step < last:
         if run.step == args.steps:
             settle(run, shapes, args)
         xyz, target = shapes.batch(args.batch, np.random.default_rng([args.seed, run.step]))
         for group in run.optim.param_groups:
-            if settled:
-                factor = schedule(run.step - args.steps, args.settled_steps) / 2
-            else:
-                factor = schedule(run.step, args.steps)
-            group["lr"] = args.lr * factor
+            group["lr"] = rate(run.step, args)
         run.encoder.train()
-        run.encoder.group_net.train(not settled)
+        run.encoder.group_net.train(run.step < args.steps)
         cosines = F.normalize(run.encoder(xyz), dim=-1) @ shapes.texts.T
         loss = F.cross_entropy(run.encoder.logit_scale * cosines, target)
         run.optim.zero_grad()
@@ -203,13 +206,12 @@ def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
         run.seconds, clock = run.seconds + now - clock, now
         if run.step % 50 == 0:
             run.log(loss=round(loss.item(), 3))
-        if run.step % 500 == 0:
+        if run.step % 500 == 0 or run.step == last:
             encoder = run.average.module.eval()
             found = {f"val_{n}": round(accuracy(encoder, shapes, n), 3) for n in WATCHED}
             run.log(**found)
-        if run.step % 100 == 0:
+        if run.step % 100 == 0 or run.step == last:
             run.save()
-    run.save()
 
 
 def main() -> None:
