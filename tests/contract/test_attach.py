@@ -199,7 +199,7 @@ def test_bad_arguments_are_found_when_attaching(case):
         ({"keep": 0}, BudgetError, "keep=0"),
         ({"keep": 1.5}, BudgetError, "keep=1.5"),
         ({"method": "adv"}, UnknownNameError, "did you mean 'adav'"),
-        ({"question": "trun"}, UnknownNameError, "'turn' or 'all'"),
+        ({"question": "trun"}, UnknownNameError, "'all' or 'turn'"),
         ({"compat": "oficial"}, BudwoodError, "compat"),
         ({"compat": "official", "method": "uniform"}, BudwoodError, "compat"),
     ):

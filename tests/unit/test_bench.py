@@ -198,7 +198,7 @@ def test_variants():
     assert variants_of(["adav-official"])[0].options == {
         "method": "adav",
         "compat": "official",
-        "question": "turn",
+        "question": "all",
     }
     for wrong in (["adv"], ["adav-unofficial"], ["uniform-official"]):
         with pytest.raises(UnknownNameError):

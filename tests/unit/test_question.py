@@ -128,11 +128,11 @@ def test_attach_reads_the_processor():
     row = [ids["USER:"], 0, ids["\n"], *text, ids["ASSISTANT:"], ids["now"]]
     # `0` is the image; ids of words are above 20 and stay far below the vocabulary's 61.
     batch = case.batch([[row[0]], 0, row[2:]])
-    with attach(case.model, keep=3, processor=processor) as session:
+    with attach(case.model, keep=3, question="turn", processor=processor) as session:
         case.model.generate(**batch, max_new_tokens=1)
     found = batch["input_ids"][0, list(session.report[0].question)]
     assert found.tolist() == text
-    with attach(case.model, keep=3) as session:
+    with attach(case.model, keep=3, question="turn") as session:
         case.model.generate(**batch, max_new_tokens=1)
     assert batch["input_ids"][0, list(session.report[0].question)].tolist() == row[2:]
 

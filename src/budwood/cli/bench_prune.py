@@ -68,8 +68,8 @@ def bench_prune(
         str, typer.Option(help="test, or shifted: looks that were not trained on.")
     ] = "test",
     question: Annotated[
-        str, typer.Option(metavar="turn,all", help="Which text counts as the question.")
-    ] = "turn",
+        str, typer.Option(metavar="all,turn", help="Which text counts as the question.")
+    ] = "all",
     compat: options.Compat = None,
     reference: Annotated[str, typer.Option(help="Differences are taken to this method.")] = "adav",
     model: options.Model = None,

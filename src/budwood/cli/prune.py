@@ -42,8 +42,8 @@ def prune(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 32,
     span: Annotated[
         str,
-        typer.Option("--question", metavar="turn|all", help="Which text counts as the question."),
-    ] = "turn",
+        typer.Option("--question", metavar="all|turn", help="Which text counts as the question."),
+    ] = "all",
     compat: options.Compat = None,
     seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 3,

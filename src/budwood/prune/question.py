@@ -11,10 +11,10 @@ from torch import Tensor
 
 from budwood.errors import InputError, UnknownNameError
 
-QUESTIONS = ("turn", "all")
+QUESTIONS = ("all", "turn")
 
 QuestionRule: TypeAlias = str | Callable[[Tensor, int, int], Any]
-"""``"turn"``, ``"all"``, or a function ``(ids, start, stop) -> positions``.
+"""``"all"``, ``"turn"``, or a function ``(ids, start, stop) -> positions``.
 
 The function gets one row of the prompt (int64, on the CPU) and where an image's placeholders are in
 it; it returns the positions in that row that are the question, as a list, a tensor or a slice.
@@ -76,10 +76,10 @@ def _same(one: Sequence[int], other: Sequence[int]) -> list[int]:
 class Question:
     """Finds the question about an image in a row of token ids.
 
+    - ``"all"``: every token after the image, chat scaffolding included: the published choice.
     - ``"turn"``: the text after the image up to the end of the user's turn, which is the first
       special token (or the template's suffix, if a processor is given); the template's prefix
       between image and text is left out too.
-    - ``"all"``: every token after the image, chat scaffolding included: the published choice.
 
     Both leave out other images. If several images come before one text they share it; text between
     two images belongs to the first, along with what follows the second. An image with no text after
@@ -87,7 +87,7 @@ class Question:
     of the question, unless all the text is supervised.
 
     Args:
-        rule: ``"turn"``, ``"all"`` or a function; see :data:`QuestionRule`.
+        rule: ``"all"``, ``"turn"`` or a function; see :data:`QuestionRule`.
         ends: special tokens, each of which ends a turn.
         wrapping: tokens around and inside images, which neither are text nor end a turn.
         scaffold: the chat template's tokens.

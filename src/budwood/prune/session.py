@@ -38,7 +38,7 @@ def attach(
     method: str | Method = "adav",
     keep: int | float = 64,
     compat: str | None = None,
-    question: QuestionRule = "turn",
+    question: QuestionRule = "all",
     forward: bool = False,
     seed: int = 0,
     processor: Any = None,
@@ -65,7 +65,7 @@ def attach(
         keep: tokens per image (int), or a share of them (float in (0, 1]). An image that has no
             more keeps all, and the report says so.
         compat: ``"official"`` reproduces the published selection (LLaVA, LLaVA-NeXT).
-        question: which text counts as the question; ``"turn"``, ``"all"`` (the published choice) or
+        question: which text counts as the question; ``"all"`` (the published choice), ``"turn"`` or
             a function, see :class:`budwood.prune.question.Question`.
         forward: prune plain calls of the model as well.
         seed: for methods that draw; an image's draw depends on it and on its number in the call.

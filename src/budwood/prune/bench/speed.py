@@ -167,7 +167,7 @@ class _Largest(TorchDispatchMode):
 def _question_ids(model: Any, processor: Any, inputs: Mapping[str, Any], family: Any) -> Tensor:
     """Token ids of the question in the first row."""
     ids = inputs["input_ids"][0]
-    rule = Question.for_model("turn", model, family.wrapping_ids, processor)
+    rule = Question.for_model("all", model, family.wrapping_ids, processor)
     places = (ids == family.image_token_id).nonzero().flatten()
     span = int(places[0]), int(places[-1]) + 1
     return ids[rule.positions(ids.cpu(), span, len(ids))]

@@ -25,7 +25,7 @@ class Variant:
 
     method: str
     compat: str | None = None
-    question: str | None = "turn"
+    question: str | None = QUESTIONS[0]
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Variant:
 
 
 def variants_of(
-    methods: Sequence[str], compat: str | None = None, questions: Sequence[str] = ("turn",)
+    methods: Sequence[str], compat: str | None = None, questions: Sequence[str] = QUESTIONS[:1]
 ) -> list[Variant]:
     """Every variant of some methods, in order and without repeats.
 
