@@ -40,6 +40,40 @@ def raw_distance(token, centre, var, kind):
     return math.sqrt(sum(part**2 for part in parts) / len(parts)) - 1
 
 
+def solve(matrix, vector):
+    """The solution of a linear system, by elimination with pivots."""
+    rows = [[*row, v] for row, v in zip(matrix, vector)]
+    n = len(rows)
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda k: abs(rows[k][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for k in range(n):
+            if k != i:
+                factor = rows[k][i] / rows[i][i]
+                rows[k] = [a - factor * b for a, b in zip(rows[k], rows[i])]
+    return [row[n] / row[i] for i, row in enumerate(rows)]
+
+
+def whitened_distance(z, centre, covariance, ridge=1e-3):
+    """√((z − c)ᵀ·(C + ridge)⁻¹·(z − c) / n) − 1."""
+    diff = [a - b for a, b in zip(z, centre)]
+    matrix = [[v + ridge * (i == j) for j, v in enumerate(row)] for i, row in enumerate(covariance)]
+    square = sum(a * b for a, b in zip(diff, solve(matrix, diff)))
+    return math.sqrt(square / len(diff)) - 1
+
+
+def slide_covariance(tokens, centres, covariance, momentum):
+    """Covariance around the nearest centres after one step over these tokens."""
+    n = len(covariance)
+    out = [[(1 - momentum) * v for v in row] for row in covariance]
+    for token in tokens:
+        diff = [a - b for a, b in zip(token, centres[nearest(token, centres)])]
+        for i in range(n):
+            for j in range(n):
+                out[i][j] += momentum * diff[i] * diff[j] / len(tokens)
+    return out
+
+
 def slide(tokens, centres, variances, momentum):
     """Centres and variances after one step over these tokens."""
     groups = [[] for _ in centres]

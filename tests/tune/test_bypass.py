@@ -70,7 +70,7 @@ def test_bypassed_tokens_among_others(skip, share, dtype, monkeypatch):
     model = tiny.trained(model=tiny.llama(dtype))
     layer = layers(model)[0]
     x = torch.randn(40, tiny.D_MODEL, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x = x * layer.slim_clusters["default"].var.sqrt().mean().to(dtype)
+    x = x * layer.slim_clusters["default"].scale.reciprocal().mean().to(dtype)
     far = torch.arange(40) < 40 * share
     x[far] *= 1e3
     with observe(model) as seen:
@@ -83,7 +83,7 @@ def test_bypassed_tokens_among_others(skip, share, dtype, monkeypatch):
 def test_leaving_tokens_out_changes_nothing_for_the_others(monkeypatch):
     model = tiny.trained(l1=0.0)  # the penalty counts once a step, and these are two passes
     layer = layers(model)[0]
-    x = torch.randn(40, tiny.D_MODEL) * layer.slim_clusters["default"].var.sqrt().mean()
+    x = torch.randn(40, tiny.D_MODEL) * layer.slim_clusters["default"].scale.reciprocal().mean()
     x[:30] *= 1e3
     outs, grads = [], []
     for skip in (True, False):

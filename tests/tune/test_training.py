@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import budwood.tune.steps as steps_module
 from budwood.errors import AttachError, InputError
-from budwood.tune import SlimCallback, SlimLinear, commit, observe
+from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow
 from tests.tiny_llm import logits, states
@@ -45,11 +45,17 @@ def inputs_of(model, data, index=0):
     return seen[0][data["attention_mask"] > 0]
 
 
+def n_counted(model, index=0):
+    """Tokens in the moments that a layer has gathered."""
+    clusters = layers(model)[index].slim_clusters["default"]
+    return int(clusters._no_moments().filled(clusters.pending).count.sum())
+
+
 # --- statistics ---------------------------------------------------------------------------------
 
 
 def test_the_first_two_steps_start_the_statistics():
-    model = tiny.slim()
+    model = tiny.slim(distance="rms", fit_on="all")
     data = tiny.batch()
     x = inputs_of(model.eval(), data)
     tiny.train(model, 1, lr=0.0)
@@ -96,22 +102,21 @@ def test_padding_is_not_in_the_statistics(padding):
 
 
 def test_without_a_mask_every_token_counts():
-    model = tiny.slim().train()
+    model = tiny.slim(fit_on="all").train()
     data = tiny.batch(padding=None)
     del data["attention_mask"]
     model(**data).loss.backward()
-    clusters = layers(model)[0].slim_clusters["default"]
-    assert clusters.pending[:3].sum() == data["input_ids"].numel()
+    assert n_counted(model) == data["input_ids"].numel()
 
 
 def test_a_mask_of_the_pass_before_is_not_used():
-    model = tiny.slim().train()
+    model = tiny.slim(fit_on="all").train()
     model(**tiny.batch()).loss.backward()
     commit(model)
     data = tiny.batch()
     del data["attention_mask"]
     model(**data).loss.backward()
-    assert layers(model)[0].slim_clusters["default"].pending[:3].sum() == 36
+    assert n_counted(model) == 36
 
 
 def test_accumulated_parts_are_one_batch():
@@ -422,3 +427,68 @@ def test_nothing_warns():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
         logits(tiny.trained())
+
+
+# --- what counts as training data ----------------------------------------------------------------
+
+
+def labelled(n_ignored: int = 4, **kinds) -> dict:
+    """A batch of which the first tokens of each row are not learnt."""
+    data = tiny.batch(**kinds)
+    data["labels"][:, :n_ignored] = -100
+    return data
+
+
+def test_statistics_are_those_of_tokens_whose_next_one_is_learnt():
+    model = tiny.slim(distance="rms").train()
+    data = labelled()
+    x = []
+    hook = layers(model)[0].register_forward_pre_hook(lambda m, args: x.append(args[0]))
+    model(**data).loss.backward()
+    hook.remove()
+    learnt = torch.zeros_like(data["labels"], dtype=torch.bool)
+    learnt[:, :-1] = data["labels"][:, 1:] != -100
+    assert n_counted(model) == learnt.sum() < data["attention_mask"].sum()
+    commit(model)
+    found = layers(model)[0].slim_clusters["default"].var[0]
+    assert torch.allclose(found, x[0][learnt].var(0, correction=0), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_kept", [5, 9])
+def test_labels_can_be_told(n_kept):
+    counted = []
+    for told in (False, True):
+        model = tiny.slim().train()
+        data = labelled(5)
+        labels = data.pop("labels")
+        if told:
+            tell_labels(model, labels[:, -n_kept:])
+            model(**data).logits.sum().backward()
+        else:
+            model(**data, labels=labels).loss.backward()
+        counted.append(n_counted(model))
+    n_before = int((labels[:, -n_kept] != -100).sum())  # its place is not in what was told
+    assert counted[1] == counted[0] - (n_before if n_kept < 9 else 0) > 0
+
+
+@pytest.mark.parametrize(
+    "labels", [None, torch.zeros(3, 9), torch.zeros(4, 11), torch.zeros(36)], ids=str
+)
+def test_labels_that_do_not_fit_leave_all_tokens_but_padding(labels):
+    model = tiny.slim().train()
+    data = tiny.batch()
+    del data["labels"]
+    tell_labels(model, labels)
+    model(**data).logits.sum().backward()
+    assert n_counted(model) == data["attention_mask"].sum()
+
+
+def test_a_batch_in_which_nothing_is_learnt_moves_no_statistics():
+    model = tiny.slim().train()
+    tiny.train(model, 3)
+    before = statistics(states(model))
+    data = labelled(99)
+    (model(**data).logits.sum() * 0).backward()
+    assert commit(model)
+    after = {k: v for k, v in statistics(states(model)).items() if not k.endswith("n_steps")}
+    assert same(after, {k: before[k] for k in after})

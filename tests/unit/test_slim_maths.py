@@ -18,6 +18,12 @@ from budwood.tune.clustering import (
 from budwood.tune.merging import axis_rate, draw_keep, merged_scale
 from budwood.tune.regularisation import l1_penalty, l1_slopes
 from budwood.tune.router import route, standardise, widest_gap
+from budwood.tune.whitening import (
+    measure_whitened,
+    random_directions,
+    slide_whitened,
+    whitener,
+)
 from budwood.tune.yielding import standardised_distance, surely_bypassed, yield_scores
 from tests.reference import slim_reference as slow
 
@@ -74,7 +80,7 @@ def test_surely_bypassed_tokens_do_bypass(n_identity, top_k):
 @pytest.mark.parametrize("kind", ["max", "rms"])
 @pytest.mark.parametrize("n_clusters", [1, 3])
 def test_distance_and_moments_are_the_reference(kind, n_clusters, monkeypatch):
-    monkeypatch.setattr("budwood.tune.clustering._block", lambda x: 4)  # several blocks
+    monkeypatch.setattr("budwood.tune.clustering.block_size", lambda x: 4)  # several blocks
     x, centre = random(11, 5), random(n_clusters, 5, seed=1)
     var = random(n_clusters, 5, seed=2).square() + 0.1
     keep = torch.arange(11) % 3 > 0
@@ -90,7 +96,7 @@ def test_distance_and_moments_are_the_reference(kind, n_clusters, monkeypatch):
     assert moments.distance[0] == keep.sum()
     assert moments.distance[1] == pytest.approx(sum(expected), rel=1e-5)
     flat = moments.flat()
-    again = Moments.from_flat(flat, n_clusters, 5)
+    again = Moments.zeros(centre, centre).filled(flat)
     assert torch.equal(again.second, moments.second) and torch.equal(again.flat(), flat)
 
 
@@ -105,6 +111,59 @@ def test_sliding_is_the_reference(n_clusters):
     assert close(new_centre, expected[0]) and close(new_var, expected[1])
     if n_clusters > 1:
         assert torch.equal(new_centre[-1], centre[-1])
+
+
+@pytest.mark.parametrize("n_clusters", [1, 3])
+def test_whitened_distance_and_its_statistics_are_the_reference(n_clusters, monkeypatch):
+    monkeypatch.setattr("budwood.tune.whitening.block_size", lambda x: 4)  # several blocks
+    x, centre = random(11, 9), random(n_clusters, 5, seed=1)
+    spread = random(5, 5, seed=2)
+    covariance, directions, offset = spread @ spread.T, random(9, 5, seed=3), random(5, seed=4)
+    keep = torch.arange(11) % 3 > 0
+    x[~keep] *= float("inf")
+    raw, moments = measure_whitened(
+        x, directions, offset, centre, whitener(covariance), gather=True, keep=keep
+    )
+    z = (x[keep] @ directions - offset).tolist()
+    centres = centre.tolist()
+    near = [slow.nearest(row, centres) for row in z]
+    expected = [
+        slow.whitened_distance(row, centres[k], covariance.tolist()) for row, k in zip(z, near)
+    ]
+    assert torch.allclose(raw[keep].double(), torch.tensor(expected).double(), rtol=1e-3)
+    assert moments.count.tolist() == [near.count(k) for k in range(n_clusters)]
+    assert torch.equal(
+        Moments.zeros(centre, covariance).filled(moments.flat()).flat(), moments.flat()
+    )
+    moved, spread = slide_whitened(centre, covariance, moments, 0.3)
+    assert close(moved, slow.slide(z, centres, centres, 0.3)[0])
+    assert close(spread, slow.slide_covariance(z, centres, covariance.tolist(), 0.3))
+
+
+def test_a_step_without_tokens_moves_nothing():
+    centre, covariance = random(3, 5), torch.eye(5)
+    empty = Moments.zeros(centre, covariance)
+    assert torch.equal(slide_whitened(centre, covariance, empty, 0.3)[1], covariance)
+    assert torch.equal(slide_whitened(centre, covariance, empty, 0.3)[0], centre)
+
+
+def test_random_directions_are_a_function_of_seed_and_key():
+    drawn = [random_directions(400, 6, seed=s, key=k) for s, k in ((1, "a"), (1, "a"), (1, "b"))]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert (random(2000, 400) @ drawn[0]).std() == pytest.approx(1, rel=0.05)
+    # Adapters hold statistics of these directions and not the directions themselves.
+    assert (drawn[0][:3, :4] > 0).int().tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]
+
+
+def test_whitened_distance_sees_what_channels_by_themselves_do_not():
+    first = random(500, 1)
+    x = torch.cat([first, first + 0.01 * random(500, 1, seed=1)], 1)  # two channels, nearly equal
+    odd = torch.tensor([[1.0, -1.0]])  # usual in each channel, never seen together
+    zero, eye = torch.zeros(1, 2), torch.eye(2)
+    white = whitener(x.T @ x / len(x))
+    assert measure(odd, zero, zero + 1, "rms")[0] < measure(x, zero, zero + 1, "rms")[0].max()
+    far = measure_whitened(odd, eye, zero[0], zero, white)[0]
+    assert far > 5 * measure_whitened(x, eye, zero[0], zero, white)[0].max()
 
 
 def test_sums_of_parts_are_the_sum():

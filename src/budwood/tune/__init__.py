@@ -23,7 +23,7 @@ from budwood.tune.config import SlimConfig
 from budwood.tune.layer import SlimLayer, SlimLinear
 from budwood.tune.model import SlimModel, register
 from budwood.tune.observe import LayerRouting, Recorder, observe
-from budwood.tune.steps import commit
+from budwood.tune.steps import commit, tell_labels
 
 if TYPE_CHECKING:
     from budwood.tune.callback import SlimCallback
@@ -41,6 +41,7 @@ __all__ = [
     "commit",
     "export_lora",
     "observe",
+    "tell_labels",
 ]
 
 _HOMES = {"LoraExport": "export", "SlimCallback": "callback", "export_lora": "export"}

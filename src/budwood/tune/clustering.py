@@ -1,7 +1,8 @@
 """Sliding clustering: where the training data lie, as centres and variances that move along.
 
-Pure tensor functions. Everything is float32 and outside autograd: the distance steers the router
-but sends no gradient back (an open reading of the paper).
+Pure tensor functions for the distances over channels; those in a whitened subspace are in
+``whitening``. Everything is float32 and outside autograd: the distance steers the router but sends
+no gradient back (an open reading of the paper).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DISTANCES = ("max", "rms")
+DISTANCES = ("max", "rms", "whitened")
 SPREAD = 0.1
 """Centres start this far from the mean, in standard deviations a channel."""
 FLOOR = 1e-6
@@ -26,7 +27,8 @@ class Moments:
     Attributes:
         count: tokens nearest to each centre, shape (n_clusters,).
         first: sum of x − c over them, shape (n_clusters, d_in).
-        second: sum of (x − c)² over them, shape (n_clusters, d_in).
+        second: sum of (x − c)² over them, shape (n_clusters, d_in); in a whitened subspace that
+            of (x − c)·(x − c)ᵀ over all, shape (n_directions, n_directions).
         distance: number, sum and sum of squares of the raw distances, shape (3,).
     """
 
@@ -36,15 +38,56 @@ class Moments:
     distance: Tensor
 
     def flat(self) -> Tensor:
-        """All of it as one vector of length n_clusters · (1 + 2 · d_in) + 3."""
+        """All of it as one vector."""
         return torch.cat([self.count, self.first.flatten(), self.second.flatten(), self.distance])
 
     @classmethod
-    def from_flat(cls, flat: Tensor, n_clusters: int, d_in: int) -> Moments:
-        """The inverse of :meth:`flat`."""
-        sizes = [n_clusters, n_clusters * d_in, n_clusters * d_in, 3]
-        count, first, second, distance = flat.split(sizes)
-        return cls(count, first.view(n_clusters, d_in), second.view(n_clusters, d_in), distance)
+    def zeros(cls, first: Tensor, second: Tensor) -> Moments:
+        """Of no tokens, for centres and a spread of these shapes."""
+        return cls(
+            torch.zeros_like(first[:, 0]),
+            torch.zeros_like(first),
+            torch.zeros_like(second),
+            first.new_zeros(3),
+        )
+
+    def filled(self, flat: Tensor) -> Moments:
+        """Moments of these shapes from one vector: the inverse of :meth:`flat`."""
+        own = (self.count, self.first, self.second, self.distance)
+        parts = flat.split([part.numel() for part in own])
+        return Moments(*(part.view_as(one) for part, one in zip(parts, own)))
+
+    def add(
+        self,
+        nearest: Tensor,
+        diff: Tensor,
+        raw: Tensor,
+        keep: Tensor | None,
+        *,
+        pooled: bool = False,
+    ) -> None:
+        """Take up some tokens.
+
+        Args:
+            nearest: centre of each, shape (n_tokens,).
+            diff: x − c, shape (n_tokens, d_in).
+            raw: distances, shape (n_tokens,).
+            keep: bool, shape (n_tokens,): those that count; None for all.
+            pooled: ``second`` is one matrix of products, in place of squares for each centre.
+        """
+        members = diff.new_zeros(len(self.count), len(nearest))
+        weight = raw.new_ones(len(raw)) if keep is None else keep.float()
+        members.scatter_(0, nearest.unsqueeze(0), weight.unsqueeze(0))
+        if keep is not None:  # 0 · inf would be NaN: padding may hold anything
+            diff = diff.masked_fill(~keep.unsqueeze(-1), 0)
+            raw = raw.masked_fill(~keep, 0)
+        self.count.add_(members.sum(-1))
+        self.first.addmm_(members, diff)
+        if pooled:
+            self.second.addmm_(diff.T, diff)
+        else:
+            self.second.addmm_(members, diff.square())
+        self.distance.add_(torch.stack([weight.sum(), raw.sum(), raw.square().sum()]))
 
 
 def channel_scale(var: Tensor) -> Tensor:
@@ -79,56 +122,37 @@ def measure(
     Returns:
         Raw distances, float32, shape (n_tokens,), and the moments or None.
     """
-    n_clusters, d_in = centre.shape
+    d_in = centre.shape[1]
     raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
-    sums = _Sums(centre) if gather else None
+    sums = Moments.zeros(centre, centre) if gather else None
+    block = block_size(x)
+    for start in range(0, len(x), block):
+        part = x[start : start + block].float()
+        nearest, diff = from_nearest(part, centre)
+        scaled = diff * (scale[nearest] if len(centre) > 1 else scale)
+        if kind == "max":
+            found = torch.linalg.vector_norm(scaled, ord=math.inf, dim=-1)
+        else:
+            found = torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(d_in)
+        found = found - 1
+        raw[start : start + block] = found
+        if sums is not None:
+            kept = None if keep is None else keep[start : start + block]
+            sums.add(nearest, diff, found, kept)
+    return raw, sums
+
+
+def from_nearest(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centre of each token, shape (n_tokens,), and x − c, shape (n_tokens, d)."""
+    if len(centre) == 1:
+        return torch.zeros(len(x), dtype=torch.long, device=x.device), x - centre
+    # argmin of |x − c|² is argmin of |c|²/2 − x·c
     offset = centre.square().sum(-1) / 2
-    block = _block(x)
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(x), block):
-            part = x[start : start + block].float()
-            if n_clusters > 1:  # argmin of |x − c|² is argmin of |c|²/2 − x·c
-                nearest = torch.addmm(offset, part, centre.T, alpha=-1).argmin(-1)
-                diff = part - centre[nearest]
-                scaled = diff * scale[nearest]
-            else:
-                nearest = torch.zeros(len(part), dtype=torch.long, device=x.device)
-                diff = part - centre
-                scaled = diff * scale
-            if kind == "max":
-                found = torch.linalg.vector_norm(scaled, ord=math.inf, dim=-1)
-            else:
-                found = torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(d_in)
-            found = found - 1
-            raw[start : start + block] = found
-            if sums is not None:
-                kept = None if keep is None else keep[start : start + block]
-                sums.add(nearest, diff, found, kept)
-    return raw, None if sums is None else sums.moments
+    nearest = torch.addmm(offset, x, centre.T, alpha=-1).argmin(-1)
+    return nearest, x - centre[nearest]
 
 
-class _Sums:
-    """Moments being added up, block by block."""
-
-    def __init__(self, centre: Tensor) -> None:
-        zeros = torch.zeros_like(centre)
-        self.moments = Moments(zeros[:, 0].clone(), zeros, zeros.clone(), centre.new_zeros(3))
-
-    def add(self, nearest: Tensor, diff: Tensor, raw: Tensor, keep: Tensor | None) -> None:
-        own = self.moments
-        members = diff.new_zeros(len(own.count), len(nearest))
-        weight = raw.new_ones(len(raw)) if keep is None else keep.float()
-        members.scatter_(0, nearest.unsqueeze(0), weight.unsqueeze(0))
-        if keep is not None:  # 0 · inf would be NaN: padding may hold anything
-            diff = diff.masked_fill(~keep.unsqueeze(-1), 0)
-            raw = raw.masked_fill(~keep, 0)
-        own.count.add_(members.sum(-1))
-        own.first.addmm_(members, diff)
-        own.second.addmm_(members, diff.square())
-        own.distance.add_(torch.stack([weight.sum(), raw.sum(), raw.square().sum()]))
-
-
-def _block(x: Tensor) -> int:
+def block_size(x: Tensor) -> int:
     """Tokens a block: what stays in a core's cache on a CPU, and few launches elsewhere."""
     values = 2**18 if x.device.type == "cpu" else 2**26
     return max(1, values // max(x.shape[-1], 1))
@@ -148,15 +172,24 @@ def seed_centres(moments: Moments, generator: torch.Generator) -> tuple[Tensor, 
     Returns:
         centre and var, float32, each of shape (n_clusters, d_in).
     """
-    n_clusters = len(moments.count)
     n = moments.count.sum().clamp(min=1)
     mean = moments.first.sum(0) / n
     var = (moments.second.sum(0) / n - mean.square()).clamp(min=0)
-    noise = torch.randn(moments.first.shape, generator=generator).to(mean.device)
-    if n_clusters == 1:
-        noise = torch.zeros_like(noise)
-    centre = mean + SPREAD * var.sqrt() * noise
+    centre = mean + var.sqrt() * scattered(torch.zeros_like(moments.first), generator)
     return centre, var.expand_as(centre).clone()
+
+
+def scattered(centre: Tensor, generator: torch.Generator) -> Tensor:
+    """Centres moved a little at random, in a space of unit variances; a single one stays.
+
+    Args:
+        centre: shape (n_clusters, d).
+        generator: on the CPU; of the directions.
+    """
+    if len(centre) == 1:
+        return centre
+    noise = torch.randn(centre.shape, generator=generator).to(centre.device)
+    return centre + SPREAD * noise
 
 
 def slide(centre: Tensor, var: Tensor, moments: Moments, momentum: float) -> tuple[Tensor, Tensor]:
@@ -175,13 +208,18 @@ def slide(centre: Tensor, var: Tensor, moments: Moments, momentum: float) -> tup
     Returns:
         New centre and var; unchanged where a centre got no token.
     """
-    count = moments.count.unsqueeze(-1)
-    share = count / count.sum().clamp(min=1)
-    m = 1 - (1 - momentum) ** (share * len(centre))
-    shift = moments.first / count.clamp(min=1)
-    spread = (moments.second / count.clamp(min=1) - shift.square()).clamp(min=0)
+    m, shift = moves(moments, momentum)
+    count = moments.count.unsqueeze(-1).clamp(min=1)
+    spread = (moments.second / count - shift.square()).clamp(min=0)
     new_var = (1 - m) * var + m * spread + m * (1 - m) * shift.square()
     return centre + m * shift, new_var
+
+
+def moves(moments: Moments, momentum: float) -> tuple[Tensor, Tensor]:
+    """How far each centre moves, as shares of shape (n_clusters, 1) of shifts (n_clusters, d)."""
+    count = moments.count.unsqueeze(-1)
+    share = count / count.sum().clamp(min=1)
+    return 1 - (1 - momentum) ** (share * len(count)), moments.first / count.clamp(min=1)
 
 
 def slide_distance(

@@ -16,6 +16,7 @@ from budwood.tune.clustering import DISTANCES
 FORMAT = 1
 """Version of what is saved, raised when an older reader would be misled."""
 INFERENCE = ("expectation", "mask")
+FIT_ON = ("learnt", "all")
 
 
 class SlimType(str):
@@ -58,8 +59,12 @@ class SlimConfig(PeftConfig):
         n_clusters: centres a layer. Open.
         momentum: share that a centre moves by in one optimiser step, in (0, 1]. Open.
         yielding: tokens far from the training data lean towards the identity experts.
-        distance: ``"max"`` over channels (the paper's) or ``"rms"`` (ours), both standardised by
-            running training statistics.
+        distance: ``"max"`` over channels (the paper's), ``"rms"`` over channels (ours), or
+            ``"whitened"`` (ours): with the correlations between channels, in a random subspace.
+            All are standardised by running training statistics.
+        n_directions: of that subspace, at most the layer's input channels; ours.
+        fit_on: what counts as training data: ``"learnt"``, the tokens whose next one is learnt, or
+            ``"all"`` but padding. Open; the former is ours.
         beta: strength of yielding, ≥ 0. Open.
         margin: standard deviations of distance that count as inside; ours.
         merging: random masks on rows of B and columns of A in training.
@@ -91,7 +96,9 @@ class SlimConfig(PeftConfig):
     n_clusters: int = 8
     momentum: float = 0.05
     yielding: bool = True
-    distance: str = "rms"
+    distance: str = "whitened"
+    n_directions: int = 64
+    fit_on: str = "learnt"
     beta: float = 1.0
     margin: float = 0.0
     merging: bool = True
@@ -118,7 +125,8 @@ class SlimConfig(PeftConfig):
         self._check_version()
         self._check_counts()
         self._check_ranges()
-        for name, allowed in (("distance", DISTANCES), ("merge_inference", INFERENCE)):
+        known = {"distance": DISTANCES, "fit_on": FIT_ON, "merge_inference": INFERENCE}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(
                     f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
@@ -178,7 +186,7 @@ class SlimConfig(PeftConfig):
                 f"n_experts={self.n_experts} with n_identity={self.n_identity}: identity experts "
                 "alone add nothing; give at least 1 LoRA expert"
             )
-        least = {"r": 1, "n_identity": 0, "top_k": 1, "n_clusters": 1}
+        least = {"r": 1, "n_identity": 0, "top_k": 1, "n_clusters": 1, "n_directions": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:

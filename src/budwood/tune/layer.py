@@ -17,12 +17,12 @@ from budwood.errors import MergeError
 from budwood.tune.clustering import Moments
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import merged_scale
-from budwood.tune.padding import PaddingWatch
 from budwood.tune.regularisation import l1_slopes
 from budwood.tune.router import route, standardise
-from budwood.tune.state import Clusters, Mask
+from budwood.tune.state import Clusters, Mask, make_clusters
 from budwood.tune.steps import StepKeeper
 from budwood.tune.tap import Plan, Tap
+from budwood.tune.tokens import TokenWatch
 from budwood.tune.yielding import surely_bypassed, yield_scores
 
 SKIP_FROM = 0.25
@@ -87,7 +87,7 @@ class SlimLinear(nn.Module, SlimLayer):
         self.slim_config: dict[str, SlimConfig] = {}
         self.slim_key = key
         self.keeper = keeper
-        self.padding: PaddingWatch | None = None
+        self.watch: TokenWatch | None = None
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -112,7 +112,7 @@ class SlimLinear(nn.Module, SlimLayer):
         if config.yielding and shared is not None:
             self.shared_clusters[name] = shared
         elif config.yielding:
-            self.slim_clusters[name] = Clusters(config, d_in, self.slim_key)
+            self.slim_clusters[name] = make_clusters(config, d_in, self.slim_key)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -172,10 +172,17 @@ class SlimLinear(nn.Module, SlimLayer):
         clusters = self.clusters(now.name)
         if clusters is None:
             return None, None
-        return clusters.distance(x, functools.partial(self._keep, x), now.training)
+        fitted = functools.partial(self._fitted, x, now.config)
+        return clusters.distance(x, fitted, now.training)
 
     def _keep(self, x: Tensor) -> Tensor | None:
-        return None if self.padding is None else self.padding.keep(x)
+        return None if self.watch is None else self.watch.keep(x)
+
+    def _fitted(self, x: Tensor, config: SlimConfig) -> Tensor | None:
+        """Tokens that enter the statistics."""
+        if self.watch is None or config.fit_on == "all":
+            return self._keep(x)
+        return self.watch.learnt(x, self.keeper.labels)
 
     def _weights(self, now: _Pass, moments: Moments | None) -> tuple[Tensor, Tensor]:
         """``slim_in`` and ``slim_out`` as this pass uses them."""

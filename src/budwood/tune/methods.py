@@ -33,7 +33,10 @@ TUNERS = Registry(
         "slim-no-yielding": f"{_HERE}:SlimNoYielding",
         "slim-no-merging": f"{_HERE}:SlimNoMerging",
         "slim-no-l1": f"{_HERE}:SlimNoL1",
+        "slim-paper": f"{_HERE}:SlimPaper",
         "slim-max": f"{_HERE}:SlimMax",
+        "slim-rms": f"{_HERE}:SlimRms",
+        "slim-all-tokens": f"{_HERE}:SlimAllTokens",
         "slim-mask": f"{_HERE}:SlimMask",
     },
 )
@@ -219,6 +222,30 @@ class SlimMax(Slim):
 
     is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"distance": "max"}
+
+
+@dataclass(frozen=True)
+class SlimRms(Slim):
+    """SLIM with the root mean square over channels as distance."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"distance": "rms"}
+
+
+@dataclass(frozen=True)
+class SlimAllTokens(Slim):
+    """SLIM whose statistics are those of all tokens, also of prompts."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"fit_on": "all"}
+
+
+@dataclass(frozen=True)
+class SlimPaper(Slim):
+    """SLIM in the plain reading of the paper: largest over channels, statistics of all tokens."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"distance": "max", "fit_on": "all"}
 
 
 @dataclass(frozen=True)

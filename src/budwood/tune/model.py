@@ -20,10 +20,10 @@ from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune.config import SLIM, SlimConfig
 from budwood.tune.files import check_base, check_state, describe_base
 from budwood.tune.layer import REFUSAL, SlimLayer, SlimLinear
-from budwood.tune.padding import PaddingWatch, remove_hooks, watches
 from budwood.tune.state import Clusters
 from budwood.tune.steps import StepKeeper, forget, layers_of
 from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
+from budwood.tune.tokens import TokenWatch, remove_hooks, watches
 
 
 class SlimModel(BaseTuner):
@@ -36,7 +36,7 @@ class SlimModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Add an adapter's layers, and the hooks that tell them of padding and of steps.
+        """Add an adapter's layers, and the hooks that tell them of tokens and of steps.
 
         Raises:
             InputError: target modules match nothing, or the adapter is of another base model.
@@ -51,13 +51,13 @@ class SlimModel(BaseTuner):
             raise InputError(_no_match(model, config)) from None
         config._fitted = base
         for layer, watch in watches(model, SlimLinear).items():
-            layer.padding = watch  # type: ignore[assignment]
+            layer.watch = watch  # type: ignore[assignment]
 
     def unload(self) -> Any:
         """The base model as it was, without layers and hooks."""
         for layer in layers_of(self.model):
             forget(layer.keeper)
-        remove_hooks(self.model, PaddingWatch)
+        remove_hooks(self.model, TokenWatch)
         return super().unload()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:

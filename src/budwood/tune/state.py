@@ -19,12 +19,14 @@ from budwood.tune.clustering import (
     Moments,
     channel_scale,
     measure,
+    scattered,
     seed_centres,
     slide,
     slide_distance,
 )
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import draw_keep
+from budwood.tune.whitening import measure_whitened, random_directions, slide_whitened, whitener
 from budwood.tune.yielding import standardised_distance
 
 
@@ -74,7 +76,7 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 class Clusters(_Kept):
-    """Centres, variances and the distribution of distances of one layer's inputs.
+    """Where one layer's inputs lie, and the distribution of their distances.
 
     Step 0 only gathers the moments that the centres start from, and step 1 those of the distance:
     until then nothing yields.
@@ -82,20 +84,18 @@ class Clusters(_Kept):
     Args:
         config: of the adapter.
         d_in: input channels.
-        key: name of the layer, for the random start of the centres.
+        key: name of the layer, for what is random.
+        d_centre: of the space that the centres are in.
     """
 
     centre: Tensor
-    var: Tensor
     distance_mean: Tensor
     distance_var: Tensor
 
-    def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
+    def __init__(self, config: SlimConfig, d_in: int, key: str, d_centre: int) -> None:
         super().__init__()
-        self.config = config
-        self.key = key
-        self.register_buffer("centre", torch.zeros(config.n_centres, d_in, dtype=torch.float32))
-        self.register_buffer("var", torch.ones(config.n_centres, d_in, dtype=torch.float32))
+        self.config, self.d_in, self.key = config, d_in, key
+        self.register_buffer("centre", torch.zeros(config.n_centres, d_centre, dtype=torch.float32))
         self.register_buffer("distance_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("distance_var", torch.ones((), dtype=torch.float32))
         self.pending: Tensor | None = None
@@ -108,7 +108,7 @@ class Clusters(_Kept):
 
         Args:
             x: the layer's input, shape (…, d_in).
-            keep: gives the tokens that are no padding, bool of shape (n_tokens,), or None for all.
+            keep: gives the tokens that count, bool of shape (n_tokens,), or None for all.
             gather: also return moments; None if another layer has got those of this input.
 
         Returns:
@@ -120,15 +120,8 @@ class Clusters(_Kept):
         if self._last is not None and self._last[0]() is x and self._last[1] == place:
             return self._last[2], None
         flat = x.detach().reshape(-1, x.shape[-1])
-        scale = self.derived("scale", lambda: channel_scale(self.var), self.var)
-        raw, moments = measure(
-            flat,
-            self.centre,
-            scale,
-            self.config.distance,
-            gather=gather,
-            keep=keep() if gather else None,
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            raw, moments = self._measure(flat, gather, keep() if gather else None)
         found = None
         if self.steps >= 2:
             found = standardised_distance(
@@ -145,8 +138,7 @@ class Clusters(_Kept):
     def taken(self) -> Tensor:
         """The noted moments as one vector, zeros if there are none; they are forgotten."""
         flat, self.pending = self.pending, None
-        n_clusters, d_in = self.centre.shape
-        return self.centre.new_zeros(n_clusters * (1 + 2 * d_in) + 3) if flat is None else flat
+        return self._no_moments().flat() if flat is None else flat
 
     @torch.no_grad()
     def commit(self, flat: Tensor) -> None:
@@ -155,27 +147,130 @@ class Clusters(_Kept):
         Args:
             flat: the sum over ranks of what :meth:`taken` gave, finite.
         """
-        n_clusters, d_in = self.centre.shape
-        moments = Moments.from_flat(flat.to(self.centre.device), n_clusters, d_in)
+        moments = self._no_moments().filled(flat.to(self.centre.device))
         if self.steps < 2 and not bool(moments.count.sum() > 0):
             return  # no token came by: there is nothing to start from
         if self.steps == 0:
-            generator = torch.Generator().manual_seed(
-                zlib.crc32(f"{self.config.seed}/{self.key}/centres".encode())
-            )
-            centre, var = seed_centres(moments, generator)
+            seed = zlib.crc32(f"{self.config.seed}/{self.key}/centres".encode())
+            self._start(moments, torch.Generator().manual_seed(seed))
         else:
-            centre, var = slide(self.centre, self.var, moments, self.config.momentum)
+            self._slide(moments)
             momentum = 1.0 if self.steps == 1 else self.config.momentum
             mean, spread = slide_distance(self.distance_mean, self.distance_var, moments, momentum)
             self.distance_mean.copy_(mean)
             self.distance_var.copy_(spread)
-        self.centre.copy_(centre)
-        self.var.copy_(var)
         self.n_steps.add_(1)
+
+    def _measure(
+        self, x: Tensor, gather: bool, keep: Tensor | None
+    ) -> tuple[Tensor, Moments | None]:
+        """Raw distances of tokens of shape (n_tokens, d_in), and their moments if asked for."""
+        raise NotImplementedError
+
+    def _no_moments(self) -> Moments:
+        """Moments of no tokens, of the shapes that this step has."""
+        raise NotImplementedError
+
+    def _start(self, moments: Moments, generator: torch.Generator) -> None:
+        """Take up the moments of the first step."""
+        raise NotImplementedError
+
+    def _slide(self, moments: Moments) -> None:
+        """Take up those of a later step."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last": None}  # type: ignore[dict-item]
+
+
+class ChannelClusters(Clusters):
+    """Centres with a variance of each channel."""
+
+    var: Tensor
+
+    def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
+        super().__init__(config, d_in, key, d_in)
+        self.register_buffer("var", torch.ones_like(self.centre))
+
+    def _measure(
+        self, x: Tensor, gather: bool, keep: Tensor | None
+    ) -> tuple[Tensor, Moments | None]:
+        scale = self.derived("scale", lambda: channel_scale(self.var), self.var)
+        return measure(x, self.centre, scale, self.config.distance, gather=gather, keep=keep)
+
+    def _no_moments(self) -> Moments:
+        return Moments.zeros(self.centre, self.var)
+
+    def _start(self, moments: Moments, generator: torch.Generator) -> None:
+        centre, var = seed_centres(moments, generator)
+        self.centre.copy_(centre)
+        self.var.copy_(var)
+
+    def _slide(self, moments: Moments) -> None:
+        centre, var = slide(self.centre, self.var, moments, self.config.momentum)
+        self.centre.copy_(centre)
+        self.var.copy_(var)
+
+
+class WhitenedClusters(Clusters):
+    """Centres in a random subspace of the standardised channels, with one covariance.
+
+    The first step gives the channels their means and scales, which then stay.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    covariance: Tensor
+
+    def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
+        n_directions = min(config.n_directions, d_in)
+        super().__init__(config, d_in, key, n_directions)
+        self.register_buffer("mean", torch.zeros(d_in, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones(d_in, dtype=torch.float32))
+        self.register_buffer("covariance", torch.eye(n_directions, dtype=torch.float32))
+
+    def _measure(
+        self, x: Tensor, gather: bool, keep: Tensor | None
+    ) -> tuple[Tensor, Moments | None]:
+        if self.steps == 0:
+            zero = self.mean.new_zeros(1, self.d_in)
+            return measure(x, zero, zero + 1, "rms", gather=gather, keep=keep)
+        directions, offset = self.derived("directions", self._directions, self.mean, self.scale)
+        white = self.derived("white", lambda: whitener(self.covariance), self.covariance)
+        return measure_whitened(x, directions, offset, self.centre, white, gather=gather, keep=keep)
+
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        """Standardising and projecting as one matrix, and what it makes of the mean."""
+        signs = random_directions(
+            self.d_in, len(self.covariance), seed=self.config.seed, key=self.key
+        ).to(self.scale.device)
+        directions = signs * self.scale.unsqueeze(-1)
+        return directions, self.mean @ directions
+
+    def _no_moments(self) -> Moments:
+        if self.steps == 0:
+            zero = self.mean.new_zeros(1, self.d_in)
+            return Moments.zeros(zero, zero)
+        return Moments.zeros(self.centre, self.covariance)
+
+    def _start(self, moments: Moments, generator: torch.Generator) -> None:
+        mean, var = seed_centres(moments, generator)
+        self.mean.copy_(mean[0])
+        self.scale.copy_(channel_scale(var)[0])
+        self.centre.copy_(scattered(torch.zeros_like(self.centre), generator))
+
+    def _slide(self, moments: Moments) -> None:
+        # The identity that the covariance starts from counts as one step.
+        momentum = max(self.config.momentum, 1 / (self.steps + 1))
+        centre, covariance = slide_whitened(self.centre, self.covariance, moments, momentum)
+        self.centre.copy_(centre)
+        self.covariance.copy_(covariance)
+
+
+def make_clusters(config: SlimConfig, d_in: int, key: str) -> Clusters:
+    """The statistics that a config's distance needs; arguments as of :class:`Clusters`."""
+    kind = WhitenedClusters if config.distance == "whitened" else ChannelClusters
+    return kind(config, d_in, key)
 
 
 class Mask(_Kept):

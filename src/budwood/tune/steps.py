@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from budwood.errors import AttachError
@@ -38,6 +38,7 @@ class StepKeeper:
         self.model = model
         self.recorder: Recorder | None = None
         self.pending = False
+        self.labels: Tensor | None = None
         self._seen: dict[tuple[str, str], int] = {}
         self._warned = False
         _follow(self)
@@ -158,6 +159,24 @@ def commit(model: nn.Module) -> bool:
         InputError: a layer's inputs were NaN or infinite.
     """
     return keeper_of(model).commit()
+
+
+def tell_labels(model: nn.Module, labels: Tensor | None) -> None:
+    """Say which tokens are learnt, where the model's forward pass is not given the labels.
+
+    With ``fit_on="learnt"`` statistics are those of tokens whose next one is learnt. A model that
+    is called with ``labels`` knows them; a loop that computes the loss by itself calls this before
+    each forward pass, or else all tokens but padding count.
+
+    Args:
+        model: a model with SLIM layers, wrapped or not.
+        labels: −100 where nothing is learnt, shape (batch, length), or of the last positions only;
+            in force until others are told. None for no labels.
+
+    Raises:
+        AttachError: the model has no SLIM layers.
+    """
+    keeper_of(model).labels = labels
 
 
 _KEEPERS: weakref.WeakSet[StepKeeper] = weakref.WeakSet()

@@ -11,6 +11,7 @@ from transformers import Trainer
 from budwood.errors import DivergedError
 from budwood.tune.losses import answer_loss, prompt_kl
 from budwood.tune.sampler import LengthGrouped
+from budwood.tune.steps import layers_of, tell_labels
 
 
 class AnswerTrainer(Trainer):
@@ -38,6 +39,8 @@ class AnswerTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels, rest = inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
+        if layers_of(model):
+            tell_labels(model, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = found
         if self._kl:

@@ -60,7 +60,7 @@ class SpeedConfig:
     methods: tuple[str, ...] = METHODS
     repeats: int = 7
     r: int = 16
-    distance: str = "rms"
+    distance: str = "whitened"
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
