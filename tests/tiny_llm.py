@@ -30,6 +30,7 @@ def llama(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
 
 def config(**changes) -> SlimConfig:
     sizes = {"r": 3, "n_experts": 4, "n_identity": 2, "n_clusters": 3, "task_type": "CAUSAL_LM"}
+    sizes["skip_first"] = 0.0
     return SlimConfig(**{**sizes, **changes})
 
 

@@ -14,8 +14,9 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
-from budwood.errors import MergeError
+from budwood.errors import InputError, MergeError
 from budwood.tune import SlimLinear, steps
+from budwood.tune.targets import layer_number
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 
@@ -259,3 +260,45 @@ def test_four_bit_base(tmp_path):
     found = logits(model)
     loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded), found)
+
+
+# --- which layers --------------------------------------------------------------------------------
+
+
+def adapted(model) -> set[int | None]:
+    return {layer_number(layer.slim_key) for layer in layers(model)}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"skip_first": 0.0}, {0, 1, 2}),
+        ({"skip_first": 0.4}, {1, 2}),
+        ({"skip_first": 0.99}, {2}),
+        ({"layers_to_transform": [0, 2]}, {0, 2}),
+        ({"layers_to_transform": 1}, {1}),
+        ({"layers_to_transform": [1], "target_modules": ["up_proj"]}, {1}),
+        ({"skip_first": 0.4, "target_modules": ["up_proj"]}, {0, 1, 2}),
+    ],
+    ids=str,
+)
+def test_layers_that_are_adapted(options, expected, tmp_path):
+    model = tiny.slim(**options)
+    assert adapted(model) == expected
+    model.save_pretrained(tmp_path)
+    assert adapted(peft.PeftModel.from_pretrained(tiny.llama(), tmp_path)) == expected
+
+
+def test_a_second_adapter_may_have_other_layers():
+    model = tiny.slim(skip_first=0.4)
+    model.add_adapter("other", tiny.config(skip_first=0.0))
+    held = {
+        name: {layer_number(x.slim_key) for x in layers(model) if name in x.slim_in}
+        for name in ("default", "other")
+    }
+    assert held == {"default": {1, 2}, "other": {0, 1, 2}}
+
+
+def test_layers_beside_a_regular_expression_are_refused():
+    with pytest.raises(InputError, match="no effect beside target_modules"):
+        tiny.config(target_modules=r".*up_proj", layers_to_transform=[1])

@@ -24,6 +24,8 @@ BAD = [
     ({"momentum": 0.0}, "momentum=0.0"),
     ({"momentum": float("nan")}, "momentum=nan"),
     ({"merge_p": 1.0}, "merge_p=1.0"),
+    ({"skip_first": 1.0}, "skip_first=1.0"),
+    ({"n_directions": 0}, "n_directions=0"),
     ({"beta": -1.0}, "beta=-1.0"),
     ({"l1": float("nan")}, "l1=nan"),
     ({"alpha": float("inf")}, "alpha=inf"),
@@ -39,7 +41,9 @@ def test_bad_values_are_refused_in_one_line(changes, text):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes", [{"distance": "mean"}, {"merge_inference": "dare"}])
+@pytest.mark.parametrize(
+    "changes", [{"distance": "mean"}, {"fit_on": "prompts"}, {"merge_inference": "dare"}]
+)
 def test_unknown_names(changes):
     with pytest.raises(UnknownNameError, match="give "):
         SlimConfig(**changes)

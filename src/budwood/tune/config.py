@@ -75,6 +75,8 @@ class SlimConfig(PeftConfig):
         seed: of masks and of the start of the centres.
         target_modules: names or a regular expression as in PEFT; None takes the MLP projections.
         exclude_modules: names or a regular expression as in PEFT.
+        skip_first: share of the layers, from the input on, that are left alone where neither
+            target modules nor layers are named, in [0, 1); ours.
         layers_to_transform: indices of the layers to adapt, as in PEFT.
         layers_pattern: name of the list of layers, as in PEFT.
         modules_to_save: further modules to train and save whole.
@@ -109,6 +111,7 @@ class SlimConfig(PeftConfig):
     seed: int = 0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
+    skip_first: float = 0.4
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -206,5 +209,11 @@ class SlimConfig(PeftConfig):
             raise InputError(f"margin={self.margin!r}; give a finite number")
         if not 0 < self.momentum <= 1:
             raise InputError(f"momentum={self.momentum!r}; give a number in (0, 1]")
-        if not 0 <= self.merge_p < 1:
-            raise InputError(f"merge_p={self.merge_p!r}; give a share in [0, 1)")
+        for name in ("merge_p", "skip_first"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)!r}; give a share in [0, 1)")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise InputError(
+                f"layers_to_transform={self.layers_to_transform!r} has no effect beside "
+                "target_modules as a regular expression; say both in it, or give a list of names"
+            )

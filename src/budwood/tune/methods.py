@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from budwood.errors import BudwoodError, InputError
 from budwood.registry import Registry
 from budwood.tune.config import SlimConfig
-from budwood.tune.targets import default_targets
+from budwood.tune.targets import default_targets, later_layers
 
 _HERE = "budwood.tune.methods"
 
@@ -23,6 +23,7 @@ TUNERS = Registry(
         "lora": f"{_HERE}:Lora",
         "lora-wd": f"{_HERE}:LoraDecay",
         "lora-kl": f"{_HERE}:LoraKl",
+        "lora-late": f"{_HERE}:LoraLate",
         "lora-attn": f"{_HERE}:LoraAttention",
         "dora": f"{_HERE}:Dora",
         "moe": f"{_HERE}:Moe",
@@ -37,6 +38,7 @@ TUNERS = Registry(
         "slim-max": f"{_HERE}:SlimMax",
         "slim-rms": f"{_HERE}:SlimRms",
         "slim-all-tokens": f"{_HERE}:SlimAllTokens",
+        "slim-all-layers": f"{_HERE}:SlimAllLayers",
         "slim-mask": f"{_HERE}:SlimMask",
     },
 )
@@ -120,6 +122,17 @@ class LoraKl(Lora):
     """LoRA held to the base model on the prompts of its own training data: no replay."""
 
     kl: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraLate(Lora):
+    """LoRA on the later layers alone, those that SLIM adapts by default."""
+
+    skip_first: float = 0.4
+
+    def targets(self, model: Any) -> str:
+        names = (name for name, _ in model.named_modules())
+        return later_layers(super().targets(model), names, self.skip_first)
 
 
 @dataclass(frozen=True)
@@ -241,11 +254,17 @@ class SlimAllTokens(Slim):
 
 
 @dataclass(frozen=True)
-class SlimPaper(Slim):
-    """SLIM in the plain reading of the paper: largest over channels, statistics of all tokens."""
+class SlimAllLayers(Slim):
+    """SLIM in all layers, also in the first ones."""
 
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"distance": "max", "fit_on": "all"}
+    preset: ClassVar[dict[str, Any]] = {"skip_first": 0.0}
+
+
+@dataclass(frozen=True)
+class SlimPaper(Slim):
+    """SLIM in the plain reading of the paper: none of our changes."""
+
+    preset: ClassVar[dict[str, Any]] = {"distance": "max", "fit_on": "all", "skip_first": 0.0}
 
 
 @dataclass(frozen=True)

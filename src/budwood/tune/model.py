@@ -22,7 +22,13 @@ from budwood.tune.files import check_base, check_state, describe_base
 from budwood.tune.layer import REFUSAL, SlimLayer, SlimLinear
 from budwood.tune.state import Clusters
 from budwood.tune.steps import StepKeeper, forget, layers_of
-from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
+from budwood.tune.targets import (
+    MLP_TARGETS,
+    default_targets,
+    in_layers,
+    later_layers,
+    siblings,
+)
 from budwood.tune.tokens import TokenWatch, remove_hooks, watches
 
 
@@ -62,7 +68,13 @@ class SlimModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model_config)
+            pattern, layers = default_targets(model_config), peft_config.layers_to_transform
+            if layers is None:
+                names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
+                pattern = later_layers(pattern, names, peft_config.skip_first)
+            else:
+                pattern = in_layers(pattern, [layers] if isinstance(layers, int) else layers)
+            peft_config.target_modules, peft_config.layers_to_transform = pattern, None
         return peft_config
 
     def _create_and_replace(

@@ -6,7 +6,8 @@ architecture that PEFT has default targets for, and a few more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from budwood.errors import UnsupportedModelError
@@ -66,6 +67,37 @@ def default_targets(model_config: Mapping[str, Any]) -> str:
         f"no default target modules are known for model_type {kind!r}; name the linear layers of "
         "its MLP: SlimConfig(target_modules=[...])"
     )
+
+
+_PLAIN = r"(?:(?!\d+\.)[^.]+\.)*"
+"""Parts of a module's name before the first that is a number."""
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a module is in: the first in its name; None without one."""
+    found = re.match(rf"{_PLAIN}(\d+)\.", name)
+    return None if found is None else int(found[1])
+
+
+def in_layers(pattern: str, layers: Iterable[int]) -> str:
+    """A regular expression of the modules that another matches, in some layers only."""
+    numbers = "|".join(str(layer) for layer in sorted(set(layers)))
+    return rf"(?={_PLAIN}({numbers})\.){pattern}"
+
+
+def later_layers(pattern: str, names: Iterable[str], skip_first: float) -> str:
+    """A regular expression of the modules that another matches, the first layers left out.
+
+    Args:
+        pattern: a regular expression of full module names.
+        names: of all modules of a model.
+        skip_first: share of the layers to leave out, in [0, 1); at least one layer stays.
+    """
+    numbers = {layer_number(name) for name in names if re.fullmatch(pattern, name)} - {None}
+    n_skipped = int(skip_first * len(numbers))
+    if not n_skipped:
+        return pattern
+    return in_layers(pattern, sorted(numbers)[n_skipped:])  # type: ignore[arg-type,type-var]
 
 
 SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
