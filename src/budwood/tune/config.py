@@ -99,9 +99,9 @@ class SlimConfig(PeftConfig):
     momentum: float = 0.05
     yielding: bool = True
     distance: str = "whitened"
-    n_directions: int = 64
+    n_directions: int = 128
     fit_on: str = "learnt"
-    beta: float = 1.0
+    beta: float = 4.0
     margin: float = 0.0
     merging: bool = True
     merge_p: float = 0.5

@@ -255,15 +255,17 @@ class SlimAllTokens(Slim):
 
 @dataclass(frozen=True)
 class SlimAllLayers(Slim):
-    """SLIM in all layers, also in the first ones."""
+    """SLIM in all layers, also in the first ones: at the same rank, and so with more parameters."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"skip_first": 0.0}
 
 
 @dataclass(frozen=True)
 class SlimPaper(Slim):
-    """SLIM in the plain reading of the paper: none of our changes."""
+    """SLIM in the plain reading of the paper, none of our changes: in all layers, as above."""
 
+    is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"distance": "max", "fit_on": "all", "skip_first": 0.0}
 
 

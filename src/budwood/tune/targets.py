@@ -94,7 +94,7 @@ def later_layers(pattern: str, names: Iterable[str], skip_first: float) -> str:
         skip_first: share of the layers to leave out, in [0, 1); at least one layer stays.
     """
     numbers = {layer_number(name) for name in names if re.fullmatch(pattern, name)} - {None}
-    n_skipped = int(skip_first * len(numbers))
+    n_skipped = int(skip_first * len(numbers) + 1e-9)
     if not n_skipped:
         return pattern
     return in_layers(pattern, sorted(numbers)[n_skipped:])  # type: ignore[arg-type,type-var]
