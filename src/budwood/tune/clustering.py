@@ -109,7 +109,7 @@ def measure(
     Source: SLIM, weight yielding: d = max over channels of |x − c| / σ, minus 1. ``"rms"`` (ours)
     takes the root of the mean square over channels in place of the maximum. Nearest is meant in
     the Euclidean sense (an open reading). Works through the tokens in blocks, so that no copy of x
-    is ever held.
+    is ever held. To be called outside autocast.
 
     Args:
         x: layer inputs, shape (n_tokens, d_in), floating point.

@@ -65,7 +65,7 @@ def measure_whitened(
     """Mahalanobis distance of each token to its nearest centre in the subspace, minus 1.
 
     Ours: d = |(z − c)·W| / √n_directions − 1 with z = x·P − o. Nearest is meant in the Euclidean
-    sense in the subspace.
+    sense in the subspace. To be called outside autocast.
 
     Args:
         x: layer inputs, shape (n_tokens, d_in), floating point.
