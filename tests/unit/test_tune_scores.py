@@ -303,3 +303,11 @@ def test_plan_refuses():
             Plan(**wrong)
     with pytest.raises(UnknownNameError):
         Plan(methods=("lore",))
+
+
+@pytest.mark.parametrize(("n_learnt", "expected"), [(0, 8), (160, 16), (1_000_000, 128)])
+def test_directions_follow_the_amount_of_data(n_learnt, expected):
+    assert parse_tuner("slim").fitted_to(n_learnt).config(2, None, 0).n_directions == expected
+    given = parse_tuner("slim-paper:n_directions=5").fitted_to(n_learnt)
+    assert given.config(2, None, 0).n_directions == 5
+    assert parse_tuner("lora").fitted_to(n_learnt) == parse_tuner("lora")

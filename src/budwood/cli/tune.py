@@ -180,11 +180,12 @@ def _train(
 ) -> dict[str, Any]:
     from accelerate import PartialState
 
+    from budwood.tune.encoding import n_learnt
     from budwood.tune.methods import attach, n_trainable, parse_tuner
     from budwood.tune.runs import RunFolder
     from budwood.tune.train import adapter_of, train
 
-    tuner = parse_tuner(method)
+    tuner = parse_tuner(method).fitted_to(n_learnt(rows))
     adapted = attach(tuner, loaded.model, rank, settings.seed)
     state = PartialState(cpu=loaded.model.device.type == "cpu")
     with state.main_process_first():

@@ -62,7 +62,8 @@ class SlimConfig(PeftConfig):
         distance: ``"max"`` over channels (the paper's), ``"rms"`` over channels (ours), or
             ``"whitened"`` (ours): with the correlations between channels, in a random subspace.
             All are standardised by running training statistics.
-        n_directions: of that subspace, at most the layer's input channels; ours.
+        n_directions: of that subspace, at most the layer's input channels; ours. Give less than a
+            tenth of the tokens that the training data has to learn, as ``budwood tune`` does.
         fit_on: what counts as training data: ``"learnt"``, the tokens whose next one is learnt, or
             ``"all"`` but padding. Open; the former is ours.
         beta: strength of yielding, ≥ 0. Open.

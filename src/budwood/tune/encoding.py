@@ -84,6 +84,11 @@ def encode_one(example: Example, tokenizer: Any) -> Row:
     return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
 
 
+def n_learnt(rows: Sequence[Row]) -> int:
+    """Tokens that one pass over some rows learns."""
+    return sum(label != IGNORED for row in rows for label in row["labels"])
+
+
 def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
     """The tokens of a question up to where the assistant begins."""
     turns = [{"role": "user", "content": question}]

@@ -43,6 +43,10 @@ TUNERS = Registry(
     },
 )
 
+TOKENS_A_DIRECTION = 10
+"""Learnt tokens to each direction of SLIM's distance: a covariance of fewer fits these alone."""
+FEWEST = 8
+"""Directions, however few tokens there are."""
 ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -78,6 +82,14 @@ class Tuner:
             seed: of whatever the adapter draws by itself.
         """
         raise NotImplementedError
+
+    def fitted_to(self, n_learnt: int) -> Tuner:
+        """The tuner for training data of that size.
+
+        Args:
+            n_learnt: tokens that one pass over the data learns.
+        """
+        return self
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,10 @@ class Slim(Tuner):
             return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
         except TypeError as error:  # an option that there is none of
             raise InputError(f"SLIM: {error}") from error
+
+    def fitted_to(self, n_learnt: int) -> Slim:
+        n_directions = min(SlimConfig.n_directions, max(FEWEST, n_learnt // TOKENS_A_DIRECTION))
+        return dataclasses.replace(self, extra={"n_directions": n_directions, **self.extra})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from budwood import records
 from budwood.errors import DivergedError, InputError
 from budwood.tune.bench.plan import Material, Plan, read_material
-from budwood.tune.encoding import Row, encode, pad_of
+from budwood.tune.encoding import Row, encode, n_learnt, pad_of
 from budwood.tune.evaluate.harness import Task, draw, task_of
 from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, mean_of
@@ -199,7 +199,7 @@ class Comparison:
 
     def trained(self, trial: Trial) -> tuple[Any, list[dict[str, Any]]]:
         """An adapter, trained now or before, and its history."""
-        tuner = parse_tuner(trial.method)
+        tuner = parse_tuner(trial.method).fitted_to(n_learnt(self.rows))
         settings = dataclasses.replace(self.plan.settings, lr=trial.lr, seed=trial.seed)
         rank = self.rank(trial.method)
         state = adapter_of(self.name, trial.method, settings, rank, fingerprint(self.rows))
