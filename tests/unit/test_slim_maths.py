@@ -115,7 +115,7 @@ def test_sliding_is_the_reference(n_clusters):
 
 @pytest.mark.parametrize("n_clusters", [1, 3])
 def test_whitened_distance_and_its_statistics_are_the_reference(n_clusters, monkeypatch):
-    monkeypatch.setattr("budwood.tune.whitening.block_size", lambda x: 4)  # several blocks
+    monkeypatch.setattr("budwood.tune.clustering.block_size", lambda x: 4)  # several blocks
     x, centre = random(11, 9), random(n_clusters, 5, seed=1)
     spread = random(5, 5, seed=2)
     covariance, directions, offset = spread @ spread.T, random(9, 5, seed=3), random(5, seed=4)

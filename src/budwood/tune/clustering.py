@@ -8,6 +8,7 @@ no gradient back (an open reading of the paper).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -122,24 +123,46 @@ def measure(
     Returns:
         Raw distances, float32, shape (n_tokens,), and the moments or None.
     """
-    d_in = centre.shape[1]
-    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
-    sums = Moments.zeros(centre, centre) if gather else None
-    block = block_size(x)
-    for start in range(0, len(x), block):
-        part = x[start : start + block].float()
+
+    def of_block(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nearest, diff = from_nearest(part, centre)
         scaled = diff * (scale[nearest] if len(centre) > 1 else scale)
         if kind == "max":
             found = torch.linalg.vector_norm(scaled, ord=math.inf, dim=-1)
         else:
-            found = torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(d_in)
-        found = found - 1
-        raw[start : start + block] = found
+            found = torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(centre.shape[1])
+        return nearest, diff, found - 1
+
+    sums = Moments.zeros(centre, centre) if gather else None
+    return over_blocks(x, of_block, sums, keep), sums
+
+
+def over_blocks(
+    x: Tensor,
+    of_block: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    sums: Moments | None,
+    keep: Tensor | None,
+    *,
+    pooled: bool = False,
+) -> Tensor:
+    """Raw distances of tokens, float32, shape (n_tokens,), some tokens at a time.
+
+    Args:
+        x: layer inputs, shape (n_tokens, d_in), floating point.
+        of_block: from some tokens as float32 to nearest centres, x − c and distances.
+        sums: moments that the tokens are added to; None for none.
+        keep: as of :func:`measure`.
+        pooled: as of :meth:`Moments.add`.
+    """
+    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
+    block = block_size(x)
+    for start in range(0, len(x), block):
+        part = slice(start, start + block)
+        nearest, diff, found = of_block(x[part].float())
+        raw[part] = found
         if sums is not None:
-            kept = None if keep is None else keep[start : start + block]
-            sums.add(nearest, diff, found, kept)
-    return raw, sums
+            sums.add(nearest, diff, found, None if keep is None else keep[part], pooled=pooled)
+    return raw
 
 
 def from_nearest(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,21 +198,20 @@ def seed_centres(moments: Moments, generator: torch.Generator) -> tuple[Tensor, 
     n = moments.count.sum().clamp(min=1)
     mean = moments.first.sum(0) / n
     var = (moments.second.sum(0) / n - mean.square()).clamp(min=0)
-    centre = mean + var.sqrt() * scattered(torch.zeros_like(moments.first), generator)
+    centre = mean + var.sqrt() * scatter(moments.first, generator)
     return centre, var.expand_as(centre).clone()
 
 
-def scattered(centre: Tensor, generator: torch.Generator) -> Tensor:
-    """Centres moved a little at random, in a space of unit variances; a single one stays.
+def scatter(centre: Tensor, generator: torch.Generator) -> Tensor:
+    """Small random places to start centres from, in a space of unit variances; 0 for a single one.
 
     Args:
-        centre: shape (n_clusters, d).
-        generator: on the CPU; of the directions.
+        centre: shape (n_clusters, d); only its shape and device matter.
+        generator: on the CPU.
     """
     if len(centre) == 1:
-        return centre
-    noise = torch.randn(centre.shape, generator=generator).to(centre.device)
-    return centre + SPREAD * noise
+        return torch.zeros_like(centre)
+    return SPREAD * torch.randn(centre.shape, generator=generator).to(centre.device)
 
 
 def slide(centre: Tensor, var: Tensor, moments: Moments, momentum: float) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ class LoraKl(Lora):
 class LoraLate(Lora):
     """LoRA on the later layers alone, those that SLIM adapts by default."""
 
-    skip_first: float = 0.4
+    skip_first: float = SlimConfig.skip_first
 
     def targets(self, model: Any) -> str:
         names = (name for name, _ in model.named_modules())

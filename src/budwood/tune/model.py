@@ -70,7 +70,7 @@ class SlimModel(BaseTuner):
         if peft_config.target_modules is None:
             pattern, layers = default_targets(model_config), peft_config.layers_to_transform
             if layers is None:
-                names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
+                names = (name for name, _ in self.model.named_modules())
                 pattern = later_layers(pattern, names, peft_config.skip_first)
             else:
                 pattern = in_layers(pattern, [layers] if isinstance(layers, int) else layers)

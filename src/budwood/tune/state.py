@@ -19,7 +19,7 @@ from budwood.tune.clustering import (
     Moments,
     channel_scale,
     measure,
-    scattered,
+    scatter,
     seed_centres,
     slide,
     slide_distance,
@@ -257,7 +257,7 @@ class WhitenedClusters(Clusters):
         mean, var = seed_centres(moments, generator)
         self.mean.copy_(mean[0])
         self.scale.copy_(channel_scale(var)[0])
-        self.centre.copy_(scattered(torch.zeros_like(self.centre), generator))
+        self.centre.copy_(scatter(self.centre, generator))
 
     def _slide(self, moments: Moments) -> None:
         # The identity that the covariance starts from counts as one step.

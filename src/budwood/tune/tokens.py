@@ -66,7 +66,7 @@ class TokenWatch:
         return mask.reshape(-1).to(x.device) > 0
 
     def learnt(self, x: Tensor, labels: Tensor | None = None) -> Tensor | None:
-        """The tokens of a layer's input whose next token is learnt; arguments as in :meth:`keep`.
+        """The tokens of a layer's input whose next token is learnt.
 
         Args:
             x: shape (batch, length, d_in).
@@ -79,14 +79,7 @@ class TokenWatch:
         """
         kept = self.keep(x)
         labels = self.labels if self.labels is not None else labels
-        fits = (
-            labels is not None
-            and labels.ndim == 2
-            and x.ndim == 3
-            and labels.shape[0] == x.shape[0]
-            and 0 < labels.shape[1] <= x.shape[1]
-        )
-        if labels is None or not fits:
+        if labels is None or not _fit(labels, x):
             return kept
         found = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         n_before = x.shape[1] - labels.shape[1]
@@ -99,6 +92,13 @@ class TokenWatch:
         if found is None and place is not None and len(args) > place:
             return args[place]
         return found
+
+
+def _fit(labels: Tensor, x: Tensor) -> bool:
+    """Whether labels are those of an input's tokens, or of the last ones of each row."""
+    if labels.ndim != 2 or x.ndim != 3 or len(labels) != len(x):
+        return False
+    return 0 < labels.shape[1] <= x.shape[1]
 
 
 def hook_of(module: nn.Module, kind: type) -> Any:

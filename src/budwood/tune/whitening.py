@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budwood.tune.clustering import Moments, block_size, from_nearest, moves
+from budwood.tune.clustering import Moments, from_nearest, moves, over_blocks
 
 RIDGE = 1e-3
 """Added to variances that are about 1."""
@@ -79,18 +79,14 @@ def measure_whitened(
     Returns:
         Raw distances, float32, shape (n_tokens,), and the moments or None.
     """
-    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
+
+    def of_block(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nearest, diff = from_nearest(torch.addmm(offset, part, directions, beta=-1), centre)
+        far = torch.linalg.vector_norm(diff @ white, dim=-1) / math.sqrt(len(white))
+        return nearest, diff, far - 1
+
     sums = Moments.zeros(centre, white) if gather else None
-    block = block_size(x)
-    for start in range(0, len(x), block):
-        z = torch.addmm(offset, x[start : start + block].float(), directions, beta=-1)
-        nearest, diff = from_nearest(z, centre)
-        found = torch.linalg.vector_norm(diff @ white, dim=-1) / math.sqrt(len(white)) - 1
-        raw[start : start + block] = found
-        if sums is not None:
-            kept = None if keep is None else keep[start : start + block]
-            sums.add(nearest, diff, found, kept, pooled=True)
-    return raw, sums
+    return over_blocks(x, of_block, sums, keep, pooled=True), sums
 
 
 def slide_whitened(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from budwood.tune.encoding import LeftPadded, Row
+from budwood.tune.targets import layer_number
 
 
 @torch.inference_mode()
@@ -53,8 +53,7 @@ def by_layer(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        numbers = re.findall(r"\.(\d+)\.", row["layer"])
-        groups[int(numbers[0]) if numbers else 0].append(row)
+        groups[layer_number(row["layer"]) or 0].append(row)
     keys = ("identity_share", "bypassed_share", "distance")
     return [
         {"layer": number} | {key: sum(row[key] for row in group) / len(group) for key in keys}
