@@ -158,7 +158,7 @@ class Comparison:
         return found
 
     def trial(self, trial: Trial) -> dict[str, Any]:
-        """One run, its scores on validation and general data, and its record."""
+        """One run, its scores on validation data and on text, and its record."""
         file = self.path(trial) / "record.json"
         if file.exists():
             return dict(records.read(file).rows[0])
@@ -173,7 +173,7 @@ class Comparison:
             return row | {"status": "diverged"}
         row |= {"params": n_trainable(adapted), "train_seconds": _seconds(history, began)}
         with self.bar(f"evaluating {trial.name}") as advance:
-            suite = self.suite((*self.validation, *self.general))
+            suite = self.suite(self.validation)
             scores = suite.after(adapted, self.tokenizer, advance)
             scores += suite.drift(adapted, self.tokenizer, advance)[1]
         if is_slim(adapted):
@@ -187,12 +187,13 @@ class Comparison:
         return row
 
     def test(self, trial: Trial, befores: Sequence[Score]) -> dict[str, Any]:
-        """A chosen run on the target tests."""
+        """A chosen run on the target tests and the general tasks."""
         file = self.path(trial) / "tests.json"
         if not file.exists():
             adapted = self.loaded(trial)
             with self.bar(f"testing {trial.name}") as advance:
-                scores = self.suite(self.tests).after(adapted, self.tokenizer, advance)
+                suite = self.suite((*self.general, *self.tests))
+                scores = suite.after(adapted, self.tokenizer, advance)
             adapted.unload()
             self.keep(trial, "tests.json", [score.as_dict() for score in scores])
         return summary(befores, [Score.from_dict(one) for one in read_json(file)])
