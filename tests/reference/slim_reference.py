@@ -62,6 +62,12 @@ def whitened_distance(z, centre, covariance, ridge=1e-3):
     return math.sqrt(square / len(diff)) - 1
 
 
+def relative_distance(z, centre, covariance, mean, spread):
+    """Whitened distance to a centre minus that to a background, 2 at most."""
+    own, other = whitened_distance(z, centre, covariance), whitened_distance(z, mean, spread)
+    return own + 1 - min(other + 1, 2)
+
+
 def slide_covariance(tokens, centres, covariance, momentum):
     """Covariance around the nearest centres after one step over these tokens."""
     n = len(covariance)

@@ -8,7 +8,7 @@ import torch
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune.data import example_of, listed, read_examples
 from budwood.tune.encoding import IGNORED, LeftPadded, encode, encode_one, prompt_tokens
-from budwood.tune.losses import answer_loss, prompt_kl, token_kl
+from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.sampler import LengthGrouped, grouped_order
 from tests import tiny_chat
 
@@ -125,6 +125,15 @@ def test_token_kl_by_hand():
     expected = sum(a * torch.tensor(a / b).log().item() for a, b in zip(p, q))
     assert token_kl(base, tuned).item() == pytest.approx(expected, rel=1e-5)
     assert token_kl(base, base).item() == 0
+
+
+def test_answer_kl_counts_where_labels_are_predicted():
+    torch.manual_seed(0)
+    base, tuned = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    labels = torch.tensor([[3, -100, -100, 4], [-100, 2, 5, -100]])
+    places = [(0, 2), (1, 0), (1, 1)]  # the first token of a row is predicted nowhere
+    expected = torch.stack([token_kl(base[i, j], tuned[i, j]) for i, j in places]).mean()
+    assert answer_kl(base, tuned, labels).item() == pytest.approx(expected.item())
 
 
 def test_prompt_kl_counts_prompt_tokens_alone():

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from budwood.errors import InputError, UnknownNameError
+from budwood.tune.background import N_TEXTS
 from budwood.tune.bench.plan import Plan, split
 from budwood.tune.bench.rows import method_rows
 from budwood.tune.bench.runner import Trial, best_rates
 from budwood.tune.data import example_of
-from budwood.tune.evaluate.drift import chat_prompts, measure_drift, replies, text_windows
+from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import find_task, run_tasks, shipped_tasks, task_of
 from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import by_layer
 from budwood.tune.evaluate.scores import Score, compare
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
+from budwood.tune.own_text import replies
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -212,10 +214,22 @@ def test_parse_tuner(text, fields):
     assert {name: getattr(tuner, name) for name in fields} == fields
 
 
+@pytest.mark.parametrize(
+    ("text", "n"),
+    [
+        *(("slim", N_TEXTS), ("slim:background=3", 3), ("slim-no-background", 0)),
+        *(("slim-no-yielding", 0), ("slim-rms", 0), ("slim-paper", 0), ("moe", 0)),
+        *(("lora", 0), ("lora-kl", 0), ("lora-own", N_TEXTS), ("lora-own:texts=3", 3)),
+    ],
+)
+def test_only_methods_that_take_it_have_text_written(text, n):
+    assert parse_tuner(text).n_own == n
+
+
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")
-    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1"):
+    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:background=-1"):
         with pytest.raises(InputError):
             parse_tuner(wrong)
 

@@ -191,6 +191,9 @@ def _train(
     with state.main_process_first():
         folder = RunFolder(output, adapter_of(loaded.name, method, settings, rank, data))
     was_complete = folder.is_complete
+    own = [] if was_complete else _own_text(adapted, loaded, tuner.n_own)
+    if folder.last_checkpoint() is None:
+        tuner.prepare(adapted, loaded.tokenizer, own)
     with progress("training") as advance:
         history = train(
             adapted,
@@ -200,6 +203,7 @@ def _train(
             folder,
             weight_decay=tuner.weight_decay,
             kl=tuner.kl,
+            own=own,
             advance=advance,
         )
     found = {
@@ -214,6 +218,19 @@ def _train(
     if state.is_main_process and not was_complete:
         _record(found, settings, output)
     return found
+
+
+def _own_text(adapted: Any, loaded: LanguageModel, n_texts: int) -> list[Row]:
+    """Texts that the base model writes by itself; all processes get those of the first."""
+    from accelerate.utils import broadcast_object_list
+
+    from budwood.tune.own_text import own_text
+
+    if not n_texts:
+        return []
+    with progress("text of the base model") as advance:
+        made = own_text(adapted, loaded.tokenizer, n_texts, advance=advance)
+    return broadcast_object_list([made])[0]
 
 
 def _record(found: dict[str, Any], settings: Settings, output: Path) -> None:

@@ -19,6 +19,7 @@ except ImportError as error:
         f"budwood.tune needs PEFT ({error}): pip install 'budwood[tune]'"
     ) from error
 
+from budwood.tune.background import fit_background
 from budwood.tune.config import SlimConfig
 from budwood.tune.layer import SlimLayer, SlimLinear
 from budwood.tune.model import SlimModel, register
@@ -40,6 +41,7 @@ __all__ = [
     "SlimModel",
     "commit",
     "export_lora",
+    "fit_background",
     "observe",
     "tell_labels",
 ]

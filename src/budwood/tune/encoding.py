@@ -12,6 +12,7 @@ from torch import Tensor
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data import Example
 
+_MARK = "@@request@@"
 IGNORED = -100
 """Label of a token that is not learnt."""
 
@@ -93,6 +94,23 @@ def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
     """The tokens of a question up to where the assistant begins."""
     turns = [{"role": "user", "content": question}]
     return _tokens(tokenizer, _render(tokenizer, turns, True))
+
+
+def tokens_before_request(tokenizer: Any) -> list[int]:
+    """What a chat template puts before what the user says.
+
+    Raises:
+        UnsupportedModelError: the template shows no such place.
+    """
+    before, found, _ = _render(tokenizer, [{"role": "user", "content": _MARK}], True).partition(
+        _MARK
+    )
+    tokens = _tokens(tokenizer, before)
+    if not found or not tokens:
+        raise UnsupportedModelError(
+            "the chat template does not show where a user's turn begins; give texts of your own"
+        )
+    return tokens
 
 
 @dataclass(frozen=True)

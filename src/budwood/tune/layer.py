@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from budwood.tune.steps import StepKeeper
 from budwood.tune.tap import Plan, Tap
 from budwood.tune.tokens import TokenWatch
 from budwood.tune.yielding import surely_bypassed, yield_scores
+
+if TYPE_CHECKING:
+    from budwood.tune.background import Survey
 
 SKIP_FROM = 0.25
 """Share of bypassed tokens from which only the others go through B."""
@@ -140,6 +143,9 @@ class SlimLinear(nn.Module, SlimLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
+        if self.keeper.survey is not None:
+            self._tell(self.keeper.survey, x)
+            return result
         for name in self.active_adapters:
             if name in self.slim_in:
                 result = self._with_experts(result, x, name)
@@ -174,6 +180,12 @@ class SlimLinear(nn.Module, SlimLayer):
             return None, None
         fitted = functools.partial(self._fitted, x, now.config)
         return clusters.distance(x, fitted, now.training)
+
+    def _tell(self, survey: Survey, x: Tensor) -> None:
+        for name in self.active_adapters:
+            if name in self.slim_clusters:
+                keep = self._fitted(x, self.slim_config[name])
+                survey.see(self.slim_clusters[name], x, keep)  # type: ignore[arg-type]
 
     def _keep(self, x: Tensor) -> Tensor | None:
         return None if self.watch is None else self.watch.keep(x)

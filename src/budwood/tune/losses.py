@@ -39,6 +39,21 @@ def token_kl(base: Tensor, tuned: Tensor) -> Tensor:
     return (log_base.exp() * (log_base - log_tuned)).sum(-1)
 
 
+def answer_kl(base: Tensor, tuned: Tensor, labels: Tensor) -> Tensor:
+    """Mean divergence where labelled tokens are predicted.
+
+    Args:
+        base: logits of the base model, shape (batch, length, vocabulary).
+        tuned: same shape.
+        labels: −100 where nothing counts, shape (batch, length); at least one token counts.
+
+    Returns:
+        A scalar in nats a token.
+    """
+    at = labels[:, 1:] != -100
+    return token_kl(base[:, :-1][at], tuned[:, :-1][at]).mean()
+
+
 def prompt_kl(base: Tensor, tuned: Tensor, labels: Tensor, attention: Tensor) -> Tensor:
     """Mean divergence at the prompt's own tokens: where there is no padding and nothing is learnt.
 

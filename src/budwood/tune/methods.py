@@ -6,13 +6,15 @@ A new one is a class here and a line in ``TUNERS``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from budwood.errors import BudwoodError, InputError
 from budwood.registry import Registry
+from budwood.tune.background import N_TEXTS, fit_background
 from budwood.tune.config import SlimConfig
+from budwood.tune.encoding import Row
 from budwood.tune.targets import default_targets, later_layers
 
 _HERE = "budwood.tune.methods"
@@ -23,6 +25,7 @@ TUNERS = Registry(
         "lora": f"{_HERE}:Lora",
         "lora-wd": f"{_HERE}:LoraDecay",
         "lora-kl": f"{_HERE}:LoraKl",
+        "lora-own": f"{_HERE}:LoraOwn",
         "lora-late": f"{_HERE}:LoraLate",
         "lora-attn": f"{_HERE}:LoraAttention",
         "dora": f"{_HERE}:Dora",
@@ -34,6 +37,7 @@ TUNERS = Registry(
         "slim-no-yielding": f"{_HERE}:SlimNoYielding",
         "slim-no-merging": f"{_HERE}:SlimNoMerging",
         "slim-no-l1": f"{_HERE}:SlimNoL1",
+        "slim-no-background": f"{_HERE}:SlimNoBackground",
         "slim-paper": f"{_HERE}:SlimPaper",
         "slim-max": f"{_HERE}:SlimMax",
         "slim-rms": f"{_HERE}:SlimRms",
@@ -56,7 +60,8 @@ class Tuner:
 
     Attributes:
         weight_decay: AdamW's, on the adapter.
-        kl: weight of the divergence from the base model on the prompts that are trained on.
+        kl: weight of the divergence from the base model, on the prompts that are trained on or on
+            the base model's own text.
         extra: further options, for the adapter's config.
     """
 
@@ -90,6 +95,20 @@ class Tuner:
             n_learnt: tokens that one pass over the data learns.
         """
         return self
+
+    @property
+    def n_own(self) -> int:
+        """Texts that the base model writes by itself and that this takes."""
+        return 0
+
+    def prepare(self, adapted: Any, tokenizer: Any, own: Sequence[Row]) -> None:
+        """Whatever a fresh adapter needs before its first step.
+
+        Args:
+            adapted: the model with the adapter.
+            tokenizer: of the model.
+            own: as many texts as :attr:`n_own` says.
+        """
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,18 @@ class LoraKl(Lora):
 
 
 @dataclass(frozen=True)
+class LoraOwn(Lora):
+    """LoRA held to the base model on text that the base model writes by itself."""
+
+    kl: float = 1.0
+    texts: int = N_TEXTS
+
+    @property
+    def n_own(self) -> int:
+        return self.texts
+
+
+@dataclass(frozen=True)
 class LoraLate(Lora):
     """LoRA on the later layers alone, those that SLIM adapts by default."""
 
@@ -164,12 +195,20 @@ class Dora(Lora):
 
 @dataclass(frozen=True)
 class Slim(Tuner):
-    """Soft LoRA and identity mixture; NAACL 2025 (2025.naacl-long.246), our reconstruction."""
+    """Soft LoRA and identity mixture; NAACL 2025 (2025.naacl-long.246), our reconstruction.
+
+    Attributes:
+        background: texts of the base model's own that its distance is relative to; 0 for none.
+    """
+
+    background: int = N_TEXTS
 
     preset: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.background < 0:
+            raise InputError(f"background={self.background}; give a number of texts, 0 for none")
         self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
@@ -182,6 +221,15 @@ class Slim(Tuner):
     def fitted_to(self, n_learnt: int) -> Slim:
         n_directions = min(SlimConfig.n_directions, max(FEWEST, n_learnt // TOKENS_A_DIRECTION))
         return dataclasses.replace(self, extra={"n_directions": n_directions, **self.extra})
+
+    @property
+    def n_own(self) -> int:
+        config = self.config(1, None, 0)
+        return self.background if config.yielding and config.distance == "whitened" else 0
+
+    def prepare(self, adapted: Any, tokenizer: Any, own: Sequence[Row]) -> None:
+        if own:
+            fit_background(adapted, tokenizer, own)
 
 
 @dataclass(frozen=True)
@@ -275,6 +323,15 @@ class SlimAllLayers(Slim):
 
     is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"skip_first": 0.0}
+
+
+@dataclass(frozen=True)
+class SlimNoBackground(Slim):
+    """SLIM whose distance is that to the training data alone."""
+
+    background: int = 0
+
+    is_ablation: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,14 @@ from budwood.tune.clustering import (
 )
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import draw_keep
-from budwood.tune.whitening import measure_whitened, random_directions, slide_whitened, whitener
+from budwood.tune.whitening import (
+    mean_and_covariance,
+    measure_whitened,
+    project,
+    random_directions,
+    slide_whitened,
+    whitener,
+)
 from budwood.tune.yielding import standardised_distance
 
 
@@ -215,12 +222,16 @@ class ChannelClusters(Clusters):
 class WhitenedClusters(Clusters):
     """Centres in a random subspace of the standardised channels, with one covariance.
 
-    The first step gives the channels their means and scales, which then stay.
+    The first tokens, those of the background where there is one and else of the first step, give
+    the channels their means and scales, which then stay.
     """
 
     mean: Tensor
     scale: Tensor
     covariance: Tensor
+    n_background: Tensor
+    background_mean: Tensor
+    background_covariance: Tensor
 
     def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
         n_directions = min(config.n_directions, d_in)
@@ -228,19 +239,60 @@ class WhitenedClusters(Clusters):
         self.register_buffer("mean", torch.zeros(d_in, dtype=torch.float32))
         self.register_buffer("scale", torch.ones(d_in, dtype=torch.float32))
         self.register_buffer("covariance", torch.eye(n_directions, dtype=torch.float32))
+        self.register_buffer("n_background", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("background_mean", torch.zeros(n_directions, dtype=torch.float32))
+        self.register_buffer("background_covariance", torch.eye(n_directions, dtype=torch.float32))
+
+    @property
+    def has_background(self) -> bool:
+        """Whether a background was fitted; waits for the device only after a change."""
+        return self.derived("has", lambda: int(self.n_background) > 0, self.n_background)
+
+    def standardise(self, x: Tensor) -> None:
+        """Take means and scales of the channels from some tokens, shape (n_tokens, d_in)."""
+        x = x.float()
+        self.mean.copy_(x.mean(0))
+        self.scale.copy_(channel_scale(x.var(0, correction=0)))
+
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of z and z·zᵀ over tokens of shape (n_tokens, d_in)."""
+        z = project(x.float(), *self._projection())
+        return z.sum(0), z.T @ z
+
+    def set_background(self, n: int, first: Tensor, second: Tensor) -> None:
+        """Take up the sums of :meth:`products` over n tokens."""
+        mean, covariance = mean_and_covariance(first.new_tensor(n), first, second)
+        self.background_mean.copy_(mean)
+        self.background_covariance.copy_(covariance)
+        self.n_background.fill_(n)
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
     ) -> tuple[Tensor, Moments | None]:
-        if self.steps == 0:
+        if self._is_raw:
             zero = self.mean.new_zeros(1, self.d_in)
             return measure(x, zero, zero + 1, "rms", gather=gather, keep=keep)
-        directions, offset = self.derived("directions", self._directions, self.mean, self.scale)
         white = self.derived("white", lambda: whitener(self.covariance), self.covariance)
-        return measure_whitened(x, directions, offset, self.centre, white, gather=gather, keep=keep)
+        return measure_whitened(
+            x, *self._projection(), self.centre, white, self._background(), gather=gather, keep=keep
+        )
 
-    def _directions(self) -> tuple[Tensor, Tensor]:
+    @property
+    def _is_raw(self) -> bool:
+        """Whether channels have no means and scales yet."""
+        return self.steps == 0 and not self.has_background
+
+    def _background(self) -> tuple[Tensor, Tensor] | None:
+        if not self.has_background:
+            return None
+        source = self.background_covariance
+        return self.background_mean, self.derived("other", lambda: whitener(source), source)
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
         """Standardising and projecting as one matrix, and what it makes of the mean."""
+        return self.derived("projection", self._project, self.mean, self.scale)
+
+    def _project(self) -> tuple[Tensor, Tensor]:
         signs = random_directions(
             self.d_in, len(self.covariance), seed=self.config.seed, key=self.key
         ).to(self.scale.device)
@@ -248,16 +300,20 @@ class WhitenedClusters(Clusters):
         return directions, self.mean @ directions
 
     def _no_moments(self) -> Moments:
-        if self.steps == 0:
+        if self._is_raw:
             zero = self.mean.new_zeros(1, self.d_in)
             return Moments.zeros(zero, zero)
         return Moments.zeros(self.centre, self.covariance)
 
     def _start(self, moments: Moments, generator: torch.Generator) -> None:
-        mean, var = seed_centres(moments, generator)
-        self.mean.copy_(mean[0])
-        self.scale.copy_(channel_scale(var)[0])
-        self.centre.copy_(scatter(self.centre, generator))
+        around = torch.zeros_like(self.centre[0])
+        if self.has_background:
+            around = moments.first.sum(0) / moments.count.sum()
+        else:
+            mean, var = seed_centres(moments, generator)
+            self.mean.copy_(mean[0])
+            self.scale.copy_(channel_scale(var)[0])
+        self.centre.copy_(around + scatter(self.centre, generator))
 
     def _slide(self, moments: Moments) -> None:
         # The identity that the covariance starts from counts as one step.

@@ -16,6 +16,7 @@ from budwood.errors import AttachError
 from budwood.tune.state import Clusters, check_finite
 
 if TYPE_CHECKING:
+    from budwood.tune.background import Survey
     from budwood.tune.layer import SlimLinear
     from budwood.tune.observe import Recorder
 
@@ -39,6 +40,7 @@ class StepKeeper:
         self.recorder: Recorder | None = None
         self.pending = False
         self.labels: Tensor | None = None
+        self.survey: Survey | None = None
         self._seen: dict[tuple[str, str], int] = {}
         self._warned = False
         _follow(self)

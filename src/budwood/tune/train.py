@@ -96,6 +96,7 @@ def train(
     *,
     weight_decay: float = 0.0,
     kl: float = 0.0,
+    own: Sequence[Row] = (),
     advance: Callable[..., None] | None = None,
     probe: Probe | None = None,
 ) -> list[dict[str, Any]]:
@@ -104,13 +105,14 @@ def train(
     The adapter is saved in the folder when all steps are done, and checkpoints are removed.
 
     Args:
-        model: a ``PeftModel`` whose adapter is fresh.
+        model: a ``PeftModel`` whose adapter is fresh, and prepared unless the run goes on.
         tokenizer: its padding token is used.
         rows: from :func:`budwood.tune.encoding.encode`.
         settings: how to train.
         folder: where; one that is complete is not trained again.
         weight_decay: AdamW's.
-        kl: weight of the divergence from the base model on the prompts.
+        kl: weight of the divergence from the base model on the prompts, or on ``own``.
+        own: texts to hold to the base model on; none for the prompts.
         advance: a function (done, total, note), for a progress bar.
         probe: called every ``settings.probe_every`` steps, before the first and after the last.
 
@@ -132,6 +134,7 @@ def train(
         data_collator=_collator(model, tokenizer, kl),
         lengths=[len(row["input_ids"]) for row in rows],
         kl=kl,
+        own=own,
         callbacks=[watch, *_slim_callbacks(model)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from budwood.errors import DivergedError
-from budwood.tune.losses import answer_loss, prompt_kl
+from budwood.tune.encoding import IGNORED, Row
+from budwood.tune.losses import answer_kl, answer_loss, prompt_kl
 from budwood.tune.sampler import LengthGrouped
 from budwood.tune.steps import layers_of, tell_labels
 
@@ -19,13 +21,21 @@ class AnswerTrainer(Trainer):
 
     Args:
         lengths: of each training example, by which they are grouped.
-        kl: weight of the divergence from the base model on the prompts.
+        kl: weight of the divergence from the base model on the prompts, or on ``own``.
+        own: texts to hold to the base model on, a batch a step; none for the prompts.
         kwargs: the Trainer's.
     """
 
-    def __init__(self, *args: Any, lengths: list[int], kl: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        lengths: list[int],
+        kl: float = 0.0,
+        own: Sequence[Row] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, compute_loss_func=_loss, **kwargs)
-        self._lengths, self._kl = lengths, kl
+        self._lengths, self._kl, self._own = lengths, kl, own
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -38,14 +48,16 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        labels, rest = inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
-        if layers_of(model):
-            tell_labels(model, labels)
+        labels = inputs["labels"]
+        _tell(model, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = found
         if self._kl:
-            base = self._base_logits(model, rest)
-            held = prompt_kl(base, outputs.logits, labels, rest["attention_mask"])
+            held = (
+                self._own_kl(model)
+                if self._own
+                else self._prompt_kl(model, outputs, inputs, labels)
+            )
             loss = loss + self._kl * held / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -54,6 +66,22 @@ class AnswerTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             raise DivergedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def _prompt_kl(
+        self, model: nn.Module, outputs: Any, inputs: dict[str, Any], labels: Tensor
+    ) -> Tensor:
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        base = self._base_logits(model, rest)
+        return prompt_kl(base, outputs.logits, labels, rest["attention_mask"])
+
+    def _own_kl(self, model: nn.Module) -> Tensor:
+        batch = self.args.per_device_train_batch_size
+        turn = self.state.global_step * self.args.world_size + self.args.process_index
+        rows = [self._own[(turn * batch + i) % len(self._own)] for i in range(batch)]
+        inputs: Any = self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
+        labels = inputs.pop("labels")
+        _tell(model, torch.full_like(labels, IGNORED))  # no training data
+        return answer_kl(self._base_logits(model, inputs), model(**inputs).logits, labels)
 
     def _base_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         unwrapped: Any = self.accelerator.unwrap_model(model)
@@ -84,6 +112,11 @@ def check_gradients(model: nn.Module, step: int) -> None:
     largest = torch.stack([g.abs().max().float() for g in grads]).max()
     if not bool(torch.isfinite(largest)):
         raise DivergedError(f"a gradient is NaN or infinite at step {step}")
+
+
+def _tell(model: nn.Module, labels: Tensor) -> None:
+    if layers_of(model):
+        tell_labels(model, labels)
 
 
 def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

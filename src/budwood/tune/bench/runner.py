@@ -22,6 +22,7 @@ from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, mean_of
 from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, count_at, fit_rank, n_trainable, parse_tuner
+from budwood.tune.own_text import own_text
 from budwood.tune.runs import RunFolder, read_json, write_text
 from budwood.tune.train import adapter_of, fingerprint, is_slim, train
 
@@ -133,6 +134,17 @@ class Comparison:
             self._texts = read_json(file)
         return self._texts or {}
 
+    def own_text(self, n_texts: int) -> list[Row]:
+        """Texts that the base model writes by itself, the same for all runs."""
+        if not n_texts:
+            return []
+        file = self.output / f"own-{n_texts}.json"
+        if not file.exists():
+            with self.bar("text of the base model") as advance:
+                made = own_text(self.model, self.tokenizer, n_texts, advance=advance)
+            write_text(file, json.dumps(made))
+        return read_json(file)
+
     def base_scores(self) -> list[Score]:
         """Of the base model, on everything."""
         file = self.output / "base.json"
@@ -207,8 +219,11 @@ class Comparison:
         folder = RunFolder(self.path(trial) / "adapter", state)
         if folder.is_complete:
             return self.loaded(trial), folder.history()
+        own = self.own_text(tuner.n_own)
         adapted = attach(tuner, self.model, rank, trial.seed)
         try:
+            if folder.last_checkpoint() is None:
+                tuner.prepare(adapted, self.tokenizer, own)
             with self.bar(trial.name) as advance:
                 history = train(
                     adapted,
@@ -218,6 +233,7 @@ class Comparison:
                     folder,
                     weight_decay=tuner.weight_decay,
                     kl=tuner.kl,
+                    own=own,
                     advance=advance,
                     probe=self.probe if settings.probe_every else None,
                 )

@@ -16,7 +16,6 @@ from budwood.tune.encoding import (
     LeftPadded,
     Row,
     pad_of,
-    prompt_tokens,
     takes_logits_to_keep,
 )
 from budwood.tune.evaluate.scores import Score
@@ -58,56 +57,6 @@ def chat_prompts(limit: int = 0) -> list[str]:
     """The prompts that ship, the first ``limit`` of them; 0 for all."""
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines][: limit or None]
-
-
-@torch.inference_mode()
-def replies(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    n_tokens: int = 48,
-    batch: int = 16,
-    seed: int = 0,
-    advance: Callable[..., None] | None = None,
-) -> list[Row]:
-    """What a model itself answers, drawn from its distribution: the ground where it is compared.
-
-    Args:
-        model: the base model, or a PEFT model whose adapter is off.
-        tokenizer: of the model.
-        prompts: what to answer.
-        n_tokens: where an answer is cut.
-        batch: prompts at a time.
-        seed: of the draws.
-        advance: a function (done, total, note), for a progress bar.
-
-    Returns:
-        Rows whose labels are the replies.
-    """
-    pad = pad_of(tokenizer)
-    found: list[Row] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch):
-            asked = [prompt_tokens(tokenizer, prompt) for prompt in prompts[start : start + batch]]
-            rows = [{"input_ids": one, "labels": one} for one in asked]
-            inputs = LeftPadded(pad, trim=False)(rows)
-            output = model.generate(
-                input_ids=inputs["input_ids"].to(model.device),
-                attention_mask=inputs["attention_mask"].to(model.device),
-                do_sample=True,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
-                max_new_tokens=n_tokens,
-                pad_token_id=pad,
-            )
-            said = output[:, inputs["input_ids"].shape[1] :].tolist()
-            found += [_reply(one, tokens, tokenizer) for one, tokens in zip(asked, said)]
-            if advance:
-                advance(len(found), len(prompts))
-    return found
 
 
 @torch.inference_mode()
@@ -185,10 +134,3 @@ def _sums(
             divergence = token_kl(b[at], t[at]).sum()
         found.append((float(before), float(after), float(divergence), int(at.sum())))
     return found
-
-
-def _reply(asked: list[int], said: list[int], tokenizer: Any) -> Row:
-    ends = {tokenizer.eos_token_id, pad_of(tokenizer)}
-    n_said = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
-    said = said[:n_said]
-    return {"input_ids": asked + said, "labels": [IGNORED] * len(asked) + said}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from budwood.tune.encoding import Row
-from budwood.tune.evaluate.drift import chat_prompts, measure_drift, replies, text_windows
+from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, find_task, run_tasks
 from budwood.tune.evaluate.scores import Score
+from budwood.tune.own_text import replies
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 GENERAL = ("winogrande", "social_iqa", "gsm8k")
