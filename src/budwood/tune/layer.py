@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ from budwood.errors import MergeError
 from budwood.tune.clustering import Moments
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import merged_scale
+from budwood.tune.product import Side, product
 from budwood.tune.regularisation import l1_slopes
 from budwood.tune.router import route, standardise
 from budwood.tune.state import Clusters, Mask, make_clusters
 from budwood.tune.steps import StepKeeper
-from budwood.tune.tap import Plan, Tap
 from budwood.tune.tokens import TokenWatch
 from budwood.tune.yielding import surely_bypassed, yield_scores
 
@@ -158,21 +157,21 @@ class SlimLinear(nn.Module, SlimLayer):
         masked = name in self.slim_mask and (self.training or config.merge_inference == "mask")
         now = _Pass(name, config, training, masked)
         distance, moments = self._distance(x, now)
-        a, b = self._weights(now, moments)
+        side_in, side_out = self._sides(now, moments)
         lean = self._skips(x)
         rows = self._possible_rows(distance, config) if lean else None
         flat = x.reshape(-1, x.shape[-1])
         if rows is not None:
             flat = flat[rows]
         near = distance if rows is None or distance is None else distance[rows]
-        h, weights = self._route(flat, a, near, config)
+        h, weights = self._route(flat, name, side_in, near)
         self._record(now, x, weights, rows, distance)
         lora = weights[:, : config.n_experts]
         if lean:
             h, lora, rows = _drop_bypassed(h, lora, rows)
         h = h.unflatten(-1, (config.n_experts, config.r))
         h = h * (lora * self._scale(now)).unsqueeze(-1).to(h.dtype)
-        return self._add(result, h.flatten(1), b, rows)
+        return self._add(result, h.flatten(1), self.slim_out[name], side_out, rows)
 
     def _distance(self, x: Tensor, now: _Pass) -> tuple[Tensor | None, Moments | None]:
         clusters = self.clusters(now.name)
@@ -196,32 +195,44 @@ class SlimLinear(nn.Module, SlimLayer):
             return self._keep(x)
         return self.watch.learnt(x, self.keeper.labels)
 
-    def _weights(self, now: _Pass, moments: Moments | None) -> tuple[Tensor, Tensor]:
-        """``slim_in`` and ``slim_out`` as this pass uses them."""
-        slim_in, slim_out = self.slim_in[now.name], self.slim_out[now.name]
+    def _sides(self, now: _Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
+        """How this pass uses ``slim_in`` and ``slim_out``."""
         if not (now.training or now.masked):
-            return slim_in, slim_out
-        mask: Any = self.slim_mask[now.name] if now.masked else None
-        plan = Plan(
-            rank=now.config.rank,
-            columns=None if mask is None else mask.columns,
-            rows=None if mask is None else mask.rows,
-            slopes=l1_slopes(now.config.l1, now.config.r, slim_in.shape[1], len(slim_out)),
-            on_backward=functools.partial(self._on_backward, now.name, moments),
+            return None, None
+        slim_in, slim_out = self.slim_in[now.name], self.slim_out[now.name]
+        config, mask = now.config, self.slim_mask[now.name] if now.masked else None
+        slopes = l1_slopes(config.l1, config.r, slim_in.shape[1], len(slim_out))
+        place = (self.slim_key, now.name)
+        # Backward comes to B first: what is counted there is counted when it comes to A.
+        return (
+            Side(
+                columns=None if mask is None else mask.columns,  # type: ignore[arg-type]
+                rows=None,
+                n_masked=config.rank,
+                slope=slopes[0],
+                on_backward=functools.partial(self._on_backward, now.name, moments),
+            ),
+            Side(
+                columns=None,
+                rows=None if mask is None else mask.rows,  # type: ignore[arg-type]
+                n_masked=len(slim_out),
+                slope=slopes[1],
+                on_backward=functools.partial(self.keeper.is_first, *place),
+            ),
         )
-        return Tap.apply(slim_in, slim_out, plan)  # type: ignore[return-value]
 
     def _on_backward(self, name: str, moments: Moments | None) -> bool:
         clusters = self.clusters(name)
         if moments is not None and clusters is not None:
             clusters.add(moments)
-        return self.keeper.on_backward(self, name)
+        return self.keeper.on_backward(self.slim_key, name)
 
     def _route(
-        self, x: Tensor, a: Tensor, distance: Tensor | None, config: SlimConfig
+        self, x: Tensor, name: str, side: Side | None, distance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden values of all experts, shape (n_tokens, rank), and routing weights, float32."""
-        hidden = F.linear(x if _autocast(x) else x.to(a.dtype), a)
+        a, config = self.slim_in[name], self.slim_config[name]
+        hidden = product(x if _autocast(x) else x.to(a.dtype), a, side)
         if config.router:
             hidden, logits = hidden.split([config.rank, config.n_total], dim=-1)
             scores = standardise(logits.float())
@@ -268,13 +279,15 @@ class SlimLinear(nn.Module, SlimLayer):
             n_tokens = x.shape[:-1].numel()
             recorder.add(place, now.config, weights, rows, distance, self._keep(x), n_tokens)
 
-    def _add(self, result: Tensor, h: Tensor, b: Tensor, rows: Tensor | None) -> Tensor:
+    def _add(
+        self, result: Tensor, h: Tensor, b: Tensor, side: Side | None, rows: Tensor | None
+    ) -> Tensor:
         flat = result.reshape(-1, result.shape[-1])
+        if rows is None and flat.dtype == h.dtype == b.dtype:
+            return product(h, b, side, flat).view(result.shape)  # adds without a copy of B·h
+        delta = product(h, b, side).to(result.dtype)
         if rows is None:
-            if flat.dtype == h.dtype == b.dtype:
-                return torch.addmm(flat, h, b.T).view(result.shape)  # adds without a copy of B·h
-            return result + F.linear(h, b).to(result.dtype).view(result.shape)
-        delta = F.linear(h, b).to(result.dtype)
+            return result + delta.view(result.shape)
         if self.quantization_backend is None:  # a quantised layer may hand out its own storage
             return flat.index_add_(0, rows, delta).view(result.shape)
         return flat.index_add(0, rows, delta).view(result.shape)

@@ -45,15 +45,18 @@ class StepKeeper:
         self._warned = False
         _follow(self)
 
-    def on_backward(self, layer: SlimLinear, adapter: str) -> bool:
-        """Note a backward pass of a layer; whether its L1 penalty is due in this step."""
+    def is_first(self, layer: str, adapter: str) -> bool:
+        """Whether a layer's next backward pass is its first in this step: the penalty is due."""
+        return not self._seen.get((layer, adapter))
+
+    def on_backward(self, layer: str, adapter: str) -> bool:
+        """Note a backward pass of a layer; whether it was the first in this step."""
+        first = self.is_first(layer, adapter)
         self.pending = True
-        key = (layer.slim_key, adapter)
-        n_passes = self._seen.get(key, 0)
-        self._seen[key] = n_passes + 1
-        if n_passes >= PATIENCE:
+        n_passes = self._seen[layer, adapter] = self._seen.get((layer, adapter), 0) + 1
+        if n_passes > PATIENCE:
             self._warn()
-        return n_passes == 0
+        return first
 
     def after_step(self, held: set[int]) -> None:
         """Commit, if an optimiser that holds parameters with these ids updates this model."""
