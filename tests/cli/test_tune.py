@@ -243,7 +243,7 @@ def test_bench(comparison):
     tested = [run for run in runs if "accuracy_boolq" in run]
     assert all(run["final"] for run in tested) and len(tested) == 7
     assert {path.name for path in folder.iterdir()} >= {
-        *("front.png", "curves.png", "identity.png", "record.json", "own-64.json"),
+        *("front.png", "curves.png", "identity.png", "record.json", "own-128.json"),
     }
 
 

@@ -44,9 +44,9 @@ def counted(model, rows, index=0):
     return torch.cat([x[torch.tensor(keep)] for x, keep in zip(seen, at)])
 
 
-def fitted(rows=None, **changes):
+def fitted(rows=None, first_share=0.2, **changes):
     model = tiny.slim(**{"n_directions": 5, **changes}).train()
-    fit_background(model, TOKENS, rows or rows_of(), batch=4)
+    fit_background(model, TOKENS, rows or rows_of(), first_share=first_share, batch=4)
     return model
 
 
@@ -55,7 +55,7 @@ def fitted(rows=None, **changes):
 
 def test_what_is_remembered_is_mean_and_covariance_of_the_tokens_that_count():
     rows = rows_of()
-    model = fitted(rows)
+    model = fitted(rows, first_share=0.3)
     for index, layer in enumerate(layers(model)):
         if "default" not in layer.slim_clusters:
             continue
@@ -64,9 +64,14 @@ def test_what_is_remembered_is_mean_and_covariance_of_the_tokens_that_count():
         scale = channel_scale(first.var(0, correction=0))
         signs = random_directions(x.shape[1], 5, seed=0, key=layer.slim_key)
         z = ((x - first.mean(0)) * scale) @ signs
-        assert int(clusters.n_background) == len(x) == sum(9 + i for i in range(6))
-        assert torch.allclose(clusters.background_mean, z.mean(0), atol=1e-4)
-        assert torch.allclose(clusters.background_covariance, z.T.cov(correction=0), atol=1e-4)
+        lengths = [9 + i for i in range(6)]
+        assert int(clusters.n_background) == len(x) == sum(lengths)
+        starts = torch.tensor([i == 0 for n in lengths for i in range(n)])
+        weights = torch.where(starts, 0.3 / 6, 0.7 / (len(x) - 6))
+        mean = weights @ z
+        spread = ((z - mean) * weights.unsqueeze(-1)).T @ (z - mean)
+        assert torch.allclose(clusters.background_mean, mean, atol=1e-4)
+        assert torch.allclose(clusters.background_covariance, spread, atol=1e-4)
 
 
 def test_fitting_changes_nothing_else():
@@ -167,7 +172,7 @@ def test_a_background_is_saved_with_the_adapter(tmp_path):
         (lambda: tiny.slim(distance="rms"), rows_of(), InputError, 'distance="whitened"'),
         (lambda: tiny.slim(yielding=False), rows_of(), InputError, 'distance="whitened"'),
         (lambda: tiny.trained(3, n_directions=5), rows_of(), InputError, "trained for 3 steps"),
-        (lambda: tiny.slim(n_directions=24), rows_of(), InputError, "69 tokens .* need 120"),
+        (lambda: tiny.slim(n_directions=24), rows_of(), InputError, "69 tokens .* needs 120"),
         (
             lambda: tiny.slim(n_directions=5),
             [*rows_of(), {"input_ids": [3, 4], "labels": [IGNORED] * 2}],
@@ -180,6 +185,12 @@ def test_a_background_is_saved_with_the_adapter(tmp_path):
 def test_refused(model, rows, error, words):
     with pytest.raises(error, match=words):
         fit_background(model(), TOKENS, rows)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_is_refused(share):
+    with pytest.raises(InputError, match="first_share"):
+        fit_background(tiny.slim(n_directions=5), TOKENS, rows_of(), first_share=share)
 
 
 def test_text_that_gives_no_numbers_is_refused():

@@ -19,10 +19,16 @@ from budwood.tune.own_text import own_text
 from budwood.tune.state import Clusters, WhitenedClusters, check_finite
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
 
-N_TEXTS = 64
+N_TEXTS = 128
 """Of the base model's own, where no others are given."""
 TOKENS_A_DIRECTION = 5
 """Fewer tokens to each direction are refused: their covariance would know these alone."""
+FIRST_SHARE = 0.2
+"""Weight of the tokens that decide how a reply begins, of which each text has only one."""
+
+
+Sums = tuple[int, Tensor, Tensor]
+"""Number of tokens, and the sums of their z and z·zᵀ."""
 
 
 class Survey:
@@ -30,21 +36,45 @@ class Survey:
 
     def __init__(self) -> None:
         self.scales = True
-        self.sums: dict[WhitenedClusters, tuple[int, Tensor, Tensor]] = {}
+        self.sums: dict[WhitenedClusters, tuple[Sums, Sums]] = {}
 
     def see(self, clusters: Clusters, x: Tensor, keep: Tensor | None) -> None:
-        """Note a layer's inputs, shape (…, d_in); ``keep`` says which tokens count."""
+        """Note a layer's inputs.
+
+        Args:
+            clusters: of the layer.
+            x: shape (batch, length, d_in).
+            keep: tokens that count, bool of shape (batch · length,); None for all.
+        """
         if not isinstance(clusters, WhitenedClusters):
             return
-        flat = x.detach().reshape(-1, x.shape[-1])
-        flat = flat if keep is None else flat[keep]
+        kept = torch.ones_like(x[..., 0], dtype=torch.bool) if keep is None else keep
+        kept = kept.view(x.shape[:2])
+        first = kept & (kept.cumsum(-1) == 1)
         with torch.autocast(x.device.type, enabled=False):
             if self.scales:
-                clusters.standardise(flat)
+                clusters.standardise(x[kept])
                 return
-            first, second = clusters.products(flat)
-        n, *sums = self.sums.get(clusters, (0, 0, 0))
-        self.sums[clusters] = (n + len(flat), sums[0] + first, sums[1] + second)
+            old = self.sums.get(clusters, ((0, 0, 0),) * 2)
+            parts = (x[first], x[kept & ~first])
+            self.sums[clusters] = tuple(  # type: ignore[assignment]
+                _added(before, (len(part), *clusters.products(part)))
+                for before, part in zip(old, parts)
+            )
+
+    def averages(self, clusters: WhitenedClusters, first_share: float) -> tuple[Tensor, Tensor]:
+        """Averages of z and z·zᵀ, the first tokens of all texts at a given share of the weight."""
+        (n_first, *of_first), (n_rest, *of_rest) = self.sums[clusters]
+        share = first_share if n_first and n_rest else float(n_first > 0)
+        mean, second = (
+            share * a / max(n_first, 1) + (1 - share) * b / max(n_rest, 1)
+            for a, b in zip(of_first, of_rest)
+        )
+        return mean, second
+
+
+def _added(one: Any, other: Any) -> Any:
+    return tuple(a + b for a, b in zip(one, other))
 
 
 @torch.no_grad()
@@ -53,6 +83,7 @@ def fit_background(
     tokenizer: Any,
     rows: Sequence[Row] | None = None,
     *,
+    first_share: float = FIRST_SHARE,
     batch: int = 16,
     seed: int = 0,
     advance: Callable[..., None] | None = None,
@@ -68,6 +99,7 @@ def fit_background(
         tokenizer: of the model.
         rows: ``input_ids`` and ``labels``, −100 at tokens that do not count; None for
             ``N_TEXTS`` texts drawn from the model itself, which needs a chat template.
+        first_share: weight of the first token that counts of all rows together, in [0, 1].
         batch: rows at a time.
         seed: of the draws.
         advance: a function (done, total, note), for a progress bar.
@@ -79,19 +111,23 @@ def fit_background(
         AttachError: the model has no SLIM layers.
         InputError: the adapter has no such distance or was trained, or the text is too short.
     """
-    found = _fresh_clusters(model)
+    if not 0 <= first_share <= 1:
+        raise InputError(f"first_share={first_share}; give a share in [0, 1]")
+    least = TOKENS_A_DIRECTION * max(len(one.covariance) for one in _fresh_clusters(model))
     if rows is None:
         rows = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=advance)
-    _check_rows(rows, max(len(one.covariance) for one in found))
+    _check_rows(rows, least)
     with _survey(model) as survey:
         _pass_through(model, tokenizer, rows[:batch], batch)
         survey.scales = False
         _pass_through(model, tokenizer, rows, batch, advance)
-    firsts = [first for _, first, _ in survey.sums.values()]
-    check_finite(torch.cat(firsts), [one.key for one in survey.sums], [len(one) for one in firsts])
-    for clusters, sums in survey.sums.items():
-        clusters.set_background(*sums)
-    return n_learnt(rows)
+    found = {one: survey.averages(one, first_share) for one in survey.sums}
+    means = [mean for mean, _ in found.values()]
+    check_finite(torch.cat(means), [one.key for one in found], [len(one) for one in means])
+    n = n_learnt(rows)
+    for clusters, averages in found.items():
+        clusters.set_background(n, *averages)
+    return n
 
 
 def _clusters(model: nn.Module) -> list[WhitenedClusters]:
@@ -120,15 +156,15 @@ def _fresh_clusters(model: nn.Module) -> list[WhitenedClusters]:
     return found
 
 
-def _check_rows(rows: Sequence[Row], n_directions: int) -> None:
+def _check_rows(rows: Sequence[Row], least: int) -> None:
     empty = next((i for i, row in enumerate(rows) if not n_learnt([row])), None)
     if empty is not None:
         raise InputError(f"row {empty} of the background has no token that counts; leave it out")
-    n, least = n_learnt(rows), TOKENS_A_DIRECTION * n_directions
+    n = n_learnt(rows)
     if n < least:
         raise InputError(
-            f"the background has {n} tokens that count; {n_directions} directions need {least}: "
-            "give more text or fewer n_directions"
+            f"the background has {n} tokens that count and needs {least}, "
+            f"{TOKENS_A_DIRECTION} to each of n_directions; give more text or fewer directions"
         )
 
 

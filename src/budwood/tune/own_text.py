@@ -17,8 +17,8 @@ from budwood.tune.encoding import (
     tokens_before_request,
 )
 
-REQUEST_TOKENS = 48
-REPLY_TOKENS = 48
+REQUEST_TOKENS, REPLY_TOKENS = 32, 24
+"""Where what the model makes up is cut."""
 
 Advance = Callable[..., None]
 
@@ -60,7 +60,15 @@ def own_text(
     asked = [one for one in asked if one]
     if not asked:
         raise InputError("the model makes up no requests by itself; give texts of your own as rows")
-    return replies(model, tokenizer, asked, batch=batch, seed=seed, advance=_part(advance, 1))
+    return replies(
+        model,
+        tokenizer,
+        asked,
+        n_tokens=REPLY_TOKENS,
+        batch=batch,
+        seed=seed,
+        advance=_part(advance, 1),
+    )
 
 
 def replies(
@@ -68,7 +76,7 @@ def replies(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    n_tokens: int = REPLY_TOKENS,
+    n_tokens: int = 48,
     batch: int = 16,
     seed: int = 0,
     advance: Advance | None = None,

@@ -27,7 +27,6 @@ from budwood.tune.clustering import (
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import draw_keep
 from budwood.tune.whitening import (
-    mean_and_covariance,
     measure_whitened,
     project,
     random_directions,
@@ -259,11 +258,10 @@ class WhitenedClusters(Clusters):
         z = project(x.float(), *self._projection())
         return z.sum(0), z.T @ z
 
-    def set_background(self, n: int, first: Tensor, second: Tensor) -> None:
-        """Take up the sums of :meth:`products` over n tokens."""
-        mean, covariance = mean_and_covariance(first.new_tensor(n), first, second)
+    def set_background(self, n: int, mean: Tensor, second: Tensor) -> None:
+        """Take up the averages of z and z·zᵀ over n tokens."""
         self.background_mean.copy_(mean)
-        self.background_covariance.copy_(covariance)
+        self.background_covariance.copy_(second - torch.outer(mean, mean))
         self.n_background.fill_(n)
 
     def _measure(

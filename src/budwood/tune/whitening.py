@@ -123,18 +123,6 @@ def measure_whitened(
     return over_blocks(x, of_block, sums, keep, pooled=True), sums
 
 
-def mean_and_covariance(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """From sums over tokens.
-
-    Args:
-        count: of tokens, shape ().
-        first: sum of z, shape (n_directions,).
-        second: sum of z·zᵀ, shape (n_directions, n_directions).
-    """
-    mean = first / count
-    return mean, second / count - torch.outer(mean, mean)
-
-
 def slide_whitened(
     centre: Tensor, covariance: Tensor, moments: Moments, momentum: float
 ) -> tuple[Tensor, Tensor]:
