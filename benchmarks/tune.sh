@@ -25,7 +25,7 @@ ablations+=,slim-no-l1,slim-no-background,slim-max,slim-rms,slim-all-tokens,slim
 settings=(
     --steps 200 --batch 8 --max-length 160 --per-task 1100 --n-validation 150
     --limit 400 --general-limit 200 --windows 32 --prompts 32 --probe-every 0
-    --lrs 3e-4,1e-3,3e-3
+    --lrs 1e-3,3e-3,1e-2
 )
 
 compare() {

@@ -277,6 +277,7 @@ def adapted(model) -> set[int | None]:
         ({"skip_first": 0.99}, {2}),
         ({"layers_to_transform": [0, 2]}, {0, 2}),
         ({"layers_to_transform": 1}, {1}),
+        ({"layers_to_transform": [], "skip_first": 0.4}, {1, 2}),
         ({"layers_to_transform": [1], "target_modules": ["up_proj"]}, {1}),
         ({"skip_first": 0.4, "target_modules": ["up_proj"]}, {0, 1, 2}),
     ],

@@ -69,7 +69,7 @@ class SlimModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None:
             pattern, layers = default_targets(model_config), peft_config.layers_to_transform
-            if layers is None:
+            if layers is None or layers == []:  # PEFT takes both for all
                 names = (name for name, _ in self.model.named_modules())
                 pattern = later_layers(pattern, names, peft_config.skip_first)
             else:
