@@ -10,7 +10,7 @@ from budwood.tune import SlimLinear, fit_background, observe
 from budwood.tune.clustering import channel_scale
 from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
 from budwood.tune.own_text import own_text, replies
-from budwood.tune.whitening import random_directions
+from budwood.tune.whitening import project, random_directions
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow
@@ -44,9 +44,9 @@ def counted(model, rows, index=0):
     return torch.cat([x[torch.tensor(keep)] for x, keep in zip(seen, at)])
 
 
-def fitted(rows=None, first_share=0.2, **changes):
+def fitted(rows=None, batch=4, **changes):
     model = tiny.slim(**{"n_directions": 5, **changes}).train()
-    fit_background(model, TOKENS, rows or rows_of(), first_share=first_share, batch=4)
+    fit_background(model, TOKENS, rows or rows_of(), batch=batch)
     return model
 
 
@@ -55,23 +55,18 @@ def fitted(rows=None, first_share=0.2, **changes):
 
 def test_what_is_remembered_is_mean_and_covariance_of_the_tokens_that_count():
     rows = rows_of()
-    model = fitted(rows, first_share=0.3)
+    model = fitted(rows)
     for index, layer in enumerate(layers(model)):
         if "default" not in layer.slim_clusters:
             continue
         clusters = layer.slim_clusters["default"]
-        x, first = counted(model, rows, index), counted(model, rows[:4], index)
-        scale = channel_scale(first.var(0, correction=0))
+        x = counted(model, rows, index)
+        scale = channel_scale(x.var(0, correction=0))
         signs = random_directions(x.shape[1], 5, seed=0, key=layer.slim_key)
-        z = ((x - first.mean(0)) * scale) @ signs
-        lengths = [9 + i for i in range(6)]
-        assert int(clusters.n_background) == len(x) == sum(lengths)
-        starts = torch.tensor([i == 0 for n in lengths for i in range(n)])
-        weights = torch.where(starts, 0.3 / 6, 0.7 / (len(x) - 6))
-        mean = weights @ z
-        spread = ((z - mean) * weights.unsqueeze(-1)).T @ (z - mean)
-        assert torch.allclose(clusters.background_mean, mean, atol=1e-4)
-        assert torch.allclose(clusters.background_covariance, spread, atol=1e-4)
+        z = ((x - x.mean(0)) * scale) @ signs
+        assert int(clusters.n_background) == len(x) == sum(9 + i for i in range(6))
+        assert torch.allclose(clusters.background_mean, z.mean(0), atol=1e-4)
+        assert torch.allclose(clusters.background_covariance, z.T.cov(correction=0), atol=1e-4)
 
 
 def test_fitting_changes_nothing_else():
@@ -88,6 +83,54 @@ def test_fitting_changes_nothing_else():
     keeper = layers(model)[0].keeper
     assert keeper.survey is None and keeper.labels is None and not keeper.pending
     assert torch.equal(tiny.logits(model.eval()), tiny.logits(tiny.llama()))
+
+
+def test_rows_at_a_time_do_not_matter():
+    one, other = tiny.states(fitted(batch=1)), tiny.states(fitted(batch=6))
+    for key, value in one.items():
+        assert torch.allclose(value.float(), other[key].float(), rtol=1e-4, atol=1e-5), key
+
+
+def test_what_counts_does_not_depend_on_what_counts_as_training_data():
+    one, other = tiny.states(fitted()), tiny.states(fitted(fit_on="all"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_label_that_nothing_predicts_does_not_count():
+    rows = rows_of()
+    rows[0]["labels"] = list(rows[0]["input_ids"])  # the first has none before it
+    model = tiny.slim(n_directions=5)
+    n = fit_background(model, TOKENS, rows)
+    assert n == 69 - 9 + 11 == int(layers(model)[0].slim_clusters["default"].n_background)
+
+
+def test_a_trained_adapter_beside_a_fresh_one_stays_as_it_was():
+    model = tiny.trained(n_directions=5)
+    before = tiny.states(model)
+    model.add_adapter("fresh", tiny.config(n_directions=5))
+    model.base_model.set_adapter(["default", "fresh"])
+    for layer in layers(model):
+        for weights in (layer.slim_in, layer.slim_out):
+            weights["default"].requires_grad_(False)
+    fit_background(model, TOKENS, rows_of())
+    after = tiny.states(model)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert layers(model)[0].slim_clusters["fresh"].has_background
+
+
+def test_layers_that_see_their_tokens_in_one_row():
+    """OPT's MLPs read (batch · length, d_in)."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.N_WORDS, "hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 24}
+    base = OPTForCausalLM(OPTConfig(**sizes, do_layer_norm_before=True)).eval()
+    model = tiny.slim(base, n_directions=5)
+    assert fit_background(model, TOKENS, rows_of(), batch=4) == 69
+    for layer in layers(model):
+        for clusters in layer.slim_clusters.values():
+            assert int(clusters.n_background) == 69
 
 
 def test_the_distance_is_the_reference():
@@ -122,7 +165,7 @@ def test_channels_keep_their_scales_and_centres_start_at_the_training_data():
     scale, mean = clusters.scale.clone(), clusters.mean.clone()
     data = tiny.batch(padding=None)
     rows = [{"input_ids": one, "labels": one} for one in data["input_ids"].tolist()]
-    z = clusters.products(counted(model, rows))[0] / (4 * 8)
+    z = project(counted(model, rows), *clusters._projection()).mean(0)
     tiny.train(model, 1, lr=0.0, padding=None)
     assert torch.equal(clusters.scale, scale) and torch.equal(clusters.mean, mean)
     assert torch.allclose(clusters.centre[0], z, atol=1e-4) and clusters.steps == 1
@@ -187,12 +230,6 @@ def test_refused(model, rows, error, words):
         fit_background(model(), TOKENS, rows)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_is_refused(share):
-    with pytest.raises(InputError, match="first_share"):
-        fit_background(tiny.slim(n_directions=5), TOKENS, rows_of(), first_share=share)
-
-
 def test_text_that_gives_no_numbers_is_refused():
     model = tiny.slim(n_directions=5)
     with torch.no_grad():
@@ -249,6 +286,30 @@ def test_replies_end_where_the_turn_ends(chat, monkeypatch):
     assert rows == [
         {"input_ids": [*asked, 5, 6, end], "labels": [IGNORED] * len(asked) + [5, 6, end]}
     ]
+
+
+@pytest.mark.parametrize(("said", "kept"), [([5, 9, 6], [5, 9]), ([5, 0, 0], [5]), ([0, 0], [0])])
+def test_replies_end_at_other_ends_and_before_padding(chat, monkeypatch, said, kept):
+    monkeypatch.setattr(chat.generation_config, "eos_token_id", [TOKENS.eos_token_id, 9])
+    said = torch.tensor([said])
+    monkeypatch.setattr(
+        chat, "generate", lambda input_ids, **options: torch.cat([input_ids, said], 1)
+    )
+    assert replies(chat, TOKENS, ["Why?"])[0]["input_ids"][-len(kept) :] == kept
+    assert sum(x != IGNORED for x in replies(chat, TOKENS, ["Why?"])[0]["labels"]) == len(kept)
+
+
+def test_modes_are_as_they_were_after_an_interruption(chat, monkeypatch):
+    def stops(**options):
+        assert not chat.training
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "generate", stops)
+    chat.train().model.layers[0].eval()
+    with pytest.raises(KeyboardInterrupt):
+        replies(chat, TOKENS, ["Why?"])
+    assert chat.training and not chat.model.layers[0].training
+    chat.eval()
 
 
 def test_a_model_that_asks_nothing_is_refused(chat, monkeypatch):

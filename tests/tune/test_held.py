@@ -12,6 +12,7 @@ from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.own_text import own_text
 from budwood.tune.runs import RunFolder
 from budwood.tune.train import Settings, train
+from budwood.tune.trainer import AnswerTrainer
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 
@@ -30,11 +31,11 @@ def rows():
     return encode(examples, TOKENS, 200).rows
 
 
-def trained(folder, rows, own=(), method="lora", steps=12, lr=1e-2, **options):
+def trained(folder, rows, held=(), method="lora", steps=12, lr=1e-2, accumulate=1, **options):
     tuner = parse_tuner(method)
     adapted = attach(tuner, tiny_chat.model(), 2, 0)
-    settings = Settings(steps=steps, batch=4, lr=lr, schedule="linear")
-    train(adapted, TOKENS, rows, settings, RunFolder(folder, {}), own=own, **options)
+    settings = Settings(steps=steps, batch=4, accumulate=accumulate, lr=lr, schedule="linear")
+    train(adapted, TOKENS, rows, settings, RunFolder(folder, {}), held=held, **options)
     return adapted.eval()
 
 
@@ -53,8 +54,8 @@ def test_own_text_holds_the_model_where_it_is_used(tmp_path, rows, own):
 
 
 def test_own_text_goes_on_where_it_was(tmp_path, rows, own, monkeypatch):
-    options = {"own": own, "kl": 1.0}
-    whole = trained(tmp_path / "whole", rows, **options)
+    options = {"held": own, "kl": 1.0}
+    whole = trained(tmp_path / "whole", rows, **options, accumulate=2)
     seen = []
     inner = torch.optim.AdamW.step
 
@@ -64,7 +65,7 @@ def test_own_text_goes_on_where_it_was(tmp_path, rows, own, monkeypatch):
             raise KeyboardInterrupt
         return inner(self, *args, **kwargs)
 
-    settings = Settings(steps=12, batch=4, lr=1e-2, schedule="linear", save_every=5)
+    settings = Settings(steps=12, batch=4, accumulate=2, lr=1e-2, schedule="linear", save_every=5)
     folder = RunFolder(tmp_path / "cut", {})
 
     def run():
@@ -90,3 +91,20 @@ def test_own_text_is_no_training_data(tmp_path, rows, own):
     assert kept and any(float(alone[key].abs().sum()) > 0 for key in kept)
     for key in kept:
         assert torch.allclose(alone[key].float(), held[key].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_every_pass_has_texts_of_its_own(tmp_path, rows, own, monkeypatch):
+    seen = []
+    inner = AnswerTrainer._held_kl
+
+    def watched(self, model):
+        collate = self.data_collator
+        self.data_collator = lambda rows: seen.append(own.index(rows[0])) or collate(rows)
+        try:
+            return inner(self, model)
+        finally:
+            self.data_collator = collate
+
+    monkeypatch.setattr(AnswerTrainer, "_held_kl", watched)
+    trained(tmp_path / "held", rows, own, steps=3, accumulate=2, kl=1.0)
+    assert seen == [0, 4, 8, 0, 4, 8]

@@ -226,10 +226,18 @@ def test_only_methods_that_take_it_have_text_written(text, n):
     assert parse_tuner(text).n_own == n
 
 
+BAD_COUNTS = ("slim:background=1.5", "lora-own:texts=0", "lora-own:texts=2.5")
+
+
+def test_few_texts_mean_few_directions():
+    found = [parse_tuner(f"slim:background={n}").fitted_to(10_000).extra for n in (128, 32, 4, 0)]
+    assert [one["n_directions"] for one in found] == [128, 76, 9, 128]
+
+
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")
-    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:background=-1"):
+    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:background=-1", *BAD_COUNTS):
         with pytest.raises(InputError):
             parse_tuner(wrong)
 

@@ -19,6 +19,8 @@ from budwood.cli.tune_export import export_lora
 if TYPE_CHECKING:
     from budwood.cli.language_models import LanguageModel
     from budwood.tune.encoding import Row
+    from budwood.tune.methods import Tuner
+    from budwood.tune.runs import RunFolder
     from budwood.tune.train import Settings
 
 
@@ -191,7 +193,8 @@ def _train(
     with state.main_process_first():
         folder = RunFolder(output, adapter_of(loaded.name, method, settings, rank, data))
     was_complete = folder.is_complete
-    own = [] if was_complete else _own_text(adapted, loaded, tuner.n_own)
+    with state.main_process_first():
+        own = _own_text(folder, tuner, adapted, loaded)
     if folder.last_checkpoint() is None:
         tuner.prepare(adapted, loaded.tokenizer, own)
     with progress("training") as advance:
@@ -203,7 +206,7 @@ def _train(
             folder,
             weight_decay=tuner.weight_decay,
             kl=tuner.kl,
-            own=own,
+            held=own if tuner.held_on_own else (),
             advance=advance,
         )
     found = {
@@ -220,17 +223,15 @@ def _train(
     return found
 
 
-def _own_text(adapted: Any, loaded: LanguageModel, n_texts: int) -> list[Row]:
-    """Texts that the base model writes by itself; all processes get those of the first."""
-    from accelerate.utils import broadcast_object_list
+def _own_text(folder: RunFolder, tuner: Tuner, adapted: Any, loaded: LanguageModel) -> list[Row]:
+    """What the run still needs of text that the base model writes by itself."""
+    from budwood.tune.own_text import kept_text
 
-    from budwood.tune.own_text import own_text
-
-    if not n_texts:
+    is_fresh = not folder.is_complete and folder.last_checkpoint() is None
+    if not tuner.n_own or not (is_fresh or tuner.held_on_own):
         return []
     with progress("text of the base model") as advance:
-        made = own_text(adapted, loaded.tokenizer, n_texts, advance=advance)
-    return broadcast_object_list([made])[0]
+        return kept_text(folder.path / "own.json", adapted, loaded.tokenizer, tuner.n_own, advance)
 
 
 def _record(found: dict[str, Any], settings: Settings, output: Path) -> None:

@@ -8,73 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from budwood.errors import InputError
+from budwood.tune.clustering import channel_scale
 from budwood.tune.encoding import LeftPadded, Row, n_learnt, pad_of, takes_logits_to_keep
+from budwood.tune.modes import evaluating
 from budwood.tune.own_text import own_text
-from budwood.tune.state import Clusters, WhitenedClusters, check_finite
+from budwood.tune.state import WhitenedClusters
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
+from budwood.tune.whitening import project
 
 N_TEXTS = 128
 """Of the base model's own, where no others are given."""
-TOKENS_A_DIRECTION = 5
-"""Fewer tokens to each direction are refused: their covariance would know these alone."""
-FIRST_SHARE = 0.2
-"""Weight of the tokens that decide how a reply begins, of which each text has only one."""
-
-
-Sums = tuple[int, Tensor, Tensor]
-"""Number of tokens, and the sums of their z and z·zᵀ."""
-
-
-class Survey:
-    """Takes the inputs of layers in, while it is a keeper's: first their scales, then the rest."""
-
-    def __init__(self) -> None:
-        self.scales = True
-        self.sums: dict[WhitenedClusters, tuple[Sums, Sums]] = {}
-
-    def see(self, clusters: Clusters, x: Tensor, keep: Tensor | None) -> None:
-        """Note a layer's inputs.
-
-        Args:
-            clusters: of the layer.
-            x: shape (batch, length, d_in).
-            keep: tokens that count, bool of shape (batch · length,); None for all.
-        """
-        if not isinstance(clusters, WhitenedClusters):
-            return
-        kept = torch.ones_like(x[..., 0], dtype=torch.bool) if keep is None else keep
-        kept = kept.view(x.shape[:2])
-        first = kept & (kept.cumsum(-1) == 1)
-        with torch.autocast(x.device.type, enabled=False):
-            if self.scales:
-                clusters.standardise(x[kept])
-                return
-            old = self.sums.get(clusters, ((0, 0, 0),) * 2)
-            parts = (x[first], x[kept & ~first])
-            self.sums[clusters] = tuple(  # type: ignore[assignment]
-                _added(before, (len(part), *clusters.products(part)))
-                for before, part in zip(old, parts)
-            )
-
-    def averages(self, clusters: WhitenedClusters, first_share: float) -> tuple[Tensor, Tensor]:
-        """Averages of z and z·zᵀ, the first tokens of all texts at a given share of the weight."""
-        (n_first, *of_first), (n_rest, *of_rest) = self.sums[clusters]
-        share = first_share if n_first and n_rest else float(n_first > 0)
-        mean, second = (
-            share * a / max(n_first, 1) + (1 - share) * b / max(n_rest, 1)
-            for a, b in zip(of_first, of_rest)
-        )
-        return mean, second
-
-
-def _added(one: Any, other: Any) -> Any:
-    return tuple(a + b for a, b in zip(one, other))
+LEAST_TOKENS = 5
+"""To each direction: the covariance of fewer would know these alone."""
 
 
 @torch.no_grad()
@@ -83,7 +34,6 @@ def fit_background(
     tokenizer: Any,
     rows: Sequence[Row] | None = None,
     *,
-    first_share: float = FIRST_SHARE,
     batch: int = 16,
     seed: int = 0,
     advance: Callable[..., None] | None = None,
@@ -95,11 +45,11 @@ def fit_background(
     2106.09022; that its background is the model's own text is ours.
 
     Args:
-        model: from ``peft.get_peft_model``, its active adapter SLIM's and not trained yet.
+        model: from ``peft.get_peft_model``; its adapters that are trained are SLIM's and fresh.
         tokenizer: of the model.
-        rows: ``input_ids`` and ``labels``, −100 at tokens that do not count; None for
-            ``N_TEXTS`` texts drawn from the model itself, which needs a chat template.
-        first_share: weight of the first token that counts of all rows together, in [0, 1].
+        rows: ``input_ids`` and ``labels``; tokens whose next one has a label other than −100
+            count. None for ``N_TEXTS`` texts drawn from the model itself, which needs a chat
+            template.
         batch: rows at a time.
         seed: of the draws.
         advance: a function (done, total, note), for a progress bar.
@@ -109,39 +59,74 @@ def fit_background(
 
     Raises:
         AttachError: the model has no SLIM layers.
-        InputError: the adapter has no such distance or was trained, or the text is too short.
+        InputError: the adapter has no such distance or was trained, the text is too short, or the
+            model's values on it are NaN or infinite.
+        UnsupportedModelError: the chat template does not show where a user's turn begins.
     """
-    if not 0 <= first_share <= 1:
-        raise InputError(f"first_share={first_share}; give a share in [0, 1]")
-    least = TOKENS_A_DIRECTION * max(len(one.covariance) for one in _fresh_clusters(model))
+    found = _fresh_clusters(model)
     if rows is None:
         rows = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=advance)
-    _check_rows(rows, least)
-    with _survey(model) as survey:
-        _pass_through(model, tokenizer, rows[:batch], batch)
-        survey.scales = False
-        _pass_through(model, tokenizer, rows, batch, advance)
-    found = {one: survey.averages(one, first_share) for one in survey.sums}
-    means = [mean for mean, _ in found.values()]
-    check_finite(torch.cat(means), [one.key for one in found], [len(one) for one in means])
-    n = n_learnt(rows)
-    for clusters, averages in found.items():
-        clusters.set_background(n, *averages)
-    return n
+    _check_rows(rows, LEAST_TOKENS * max(len(one.covariance) for one in found))
+    scales = _Scales()
+    _show(model, tokenizer, rows, batch, scales)
+    products = _Products(scales.found())
+    _show(model, tokenizer, rows, batch, products)
+    _check_finite(products)
+    for clusters, (n, first, second) in products.sums.items():
+        clusters.set_background(n, *products.scales[clusters], first / n, second / n)
+    return n_learnt(rows)
 
 
-def _clusters(model: nn.Module) -> list[WhitenedClusters]:
-    return [
-        clusters
-        for layer in layers_of(model)
-        for name, clusters in layer.slim_clusters.items()
-        if name in layer.trained_adapters() and isinstance(clusters, WhitenedClusters)
-    ]
+class Survey(Protocol):
+    """What layers show their inputs to, while it is a keeper's."""
+
+    def see(self, clusters: WhitenedClusters, x: Tensor) -> None:
+        """Note inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
+
+
+class _Scales:
+    """Sums by which the channels are standardised."""
+
+    def __init__(self) -> None:
+        self.sums: dict[WhitenedClusters, tuple[int, Tensor, Tensor]] = {}
+
+    def see(self, clusters: WhitenedClusters, x: Tensor) -> None:
+        x = x.double()
+        _add(self.sums, clusters, len(x), x.sum(0), x.square().sum(0))
+
+    def found(self) -> dict[WhitenedClusters, tuple[Tensor, Tensor]]:
+        """Mean and 1/σ of each channel, float32."""
+        found = {}
+        for clusters, (n, first, second) in self.sums.items():
+            mean = first / n
+            var = (second / n - mean.square()).clamp(min=0)
+            found[clusters] = mean.float(), channel_scale(var.float())
+        return found
+
+
+class _Products:
+    """Sums by which places in the subspace are whitened."""
+
+    def __init__(self, scales: dict[WhitenedClusters, tuple[Tensor, Tensor]]) -> None:
+        self.scales = scales
+        self.projections = {one: one.projection(*found) for one, found in scales.items()}
+        self.sums: dict[WhitenedClusters, tuple[int, Tensor, Tensor]] = {}
+
+    def see(self, clusters: WhitenedClusters, x: Tensor) -> None:
+        z = project(x.float(), *self.projections[clusters])
+        _add(self.sums, clusters, len(z), z.sum(0), z.T @ z)
+
+
+def _add(sums: dict[Any, Any], key: Any, n: int, first: Tensor, second: Tensor) -> None:
+    if key in sums:
+        old = sums[key]
+        n, first, second = n + old[0], first + old[1], second + old[2]
+    sums[key] = n, first, second
 
 
 def _fresh_clusters(model: nn.Module) -> list[WhitenedClusters]:
     keeper_of(model)  # refuses a model without SLIM layers
-    found = _clusters(model)
+    found = [clusters for layer in layers_of(model) for clusters in layer.trained_whitened()]
     if not found:
         raise InputError(
             "no adapter that is being trained has a distance that a background is for; give "
@@ -157,42 +142,45 @@ def _fresh_clusters(model: nn.Module) -> list[WhitenedClusters]:
 
 
 def _check_rows(rows: Sequence[Row], least: int) -> None:
-    empty = next((i for i, row in enumerate(rows) if not n_learnt([row])), None)
-    if empty is not None:
-        raise InputError(f"row {empty} of the background has no token that counts; leave it out")
+    bad = next((i for i, row in enumerate(rows) if not n_learnt([row])), None)
+    if bad is not None:
+        raise InputError(f"row {bad} of the background has no token that counts; leave it out")
     n = n_learnt(rows)
     if n < least:
         raise InputError(
-            f"the background has {n} tokens that count and needs {least}, "
-            f"{TOKENS_A_DIRECTION} to each of n_directions; give more text or fewer directions"
+            f"the background has {n} tokens that count and needs {least}, {LEAST_TOKENS} to each "
+            "direction: give more text (slim:background=256), fewer directions "
+            "(slim:n_directions=64) or no background (slim:background=0)"
         )
 
 
-@contextmanager
-def _survey(model: nn.Module) -> Iterator[Survey]:
-    """Layers show their inputs and change nothing; dropout is off."""
-    keeper, training = keeper_of(model), model.training
-    model.eval()
-    keeper.survey = survey = Survey()
-    try:
-        yield survey
-    finally:
-        keeper.survey, keeper.labels = None, None
-        model.train(training)
+def _check_finite(products: _Products) -> None:
+    for clusters, (_, first, second) in products.sums.items():
+        if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
+            raise InputError(
+                f"inputs of layer {clusters.key!r} are NaN or infinite on the background; load "
+                "the model in bfloat16 or float32"
+            )
 
 
-def _pass_through(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    batch: int,
-    advance: Callable[..., None] | None = None,
+def _show(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int, survey: Survey
 ) -> None:
+    """Pass rows through the model, whose layers show their inputs and change nothing."""
     device = next(model.parameters()).device
     collate = LeftPadded(pad_of(tokenizer), trim=takes_logits_to_keep(model))
-    for start in range(0, len(rows), batch):
-        inputs = collate(rows[start : start + batch])
-        tell_labels(model, inputs.pop("labels"))
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
-        if advance:
-            advance(min(start + batch, len(rows)), len(rows))
+    with _shown_to(model, survey), evaluating(model):
+        for start in range(0, len(rows), batch):
+            inputs = collate(rows[start : start + batch])
+            tell_labels(model, inputs.pop("labels"))
+            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+
+
+@contextmanager
+def _shown_to(model: nn.Module, survey: Survey) -> Iterator[None]:
+    keeper = keeper_of(model)
+    keeper.survey = survey
+    try:
+        yield
+    finally:
+        keeper.survey, keeper.labels = None, None

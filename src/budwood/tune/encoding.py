@@ -87,7 +87,7 @@ def encode_one(example: Example, tokenizer: Any) -> Row:
 
 def n_learnt(rows: Sequence[Row]) -> int:
     """Tokens that one pass over some rows learns."""
-    return sum(label != IGNORED for row in rows for label in row["labels"])
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
@@ -108,7 +108,8 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     tokens = _tokens(tokenizer, before)
     if not found or not tokens:
         raise UnsupportedModelError(
-            "the chat template does not show where a user's turn begins; give texts of your own"
+            "the chat template does not show where a user's turn begins; give texts of your own, "
+            "or none (slim:background=0)"
         )
     return tokens
 

@@ -19,7 +19,7 @@ from budwood.tune.merging import merged_scale
 from budwood.tune.product import Side, product
 from budwood.tune.regularisation import l1_slopes
 from budwood.tune.router import route, standardise
-from budwood.tune.state import Clusters, Mask, make_clusters
+from budwood.tune.state import Clusters, Mask, WhitenedClusters, make_clusters
 from budwood.tune.steps import StepKeeper
 from budwood.tune.tokens import TokenWatch
 from budwood.tune.yielding import surely_bypassed, yield_scores
@@ -143,7 +143,7 @@ class SlimLinear(nn.Module, SlimLayer):
         if self.disable_adapters:
             return result
         if self.keeper.survey is not None:
-            self._tell(self.keeper.survey, x)
+            self._show(x, self.keeper.survey)
             return result
         for name in self.active_adapters:
             if name in self.slim_in:
@@ -180,11 +180,19 @@ class SlimLinear(nn.Module, SlimLayer):
         fitted = functools.partial(self._fitted, x, now.config)
         return clusters.distance(x, fitted, now.training)
 
-    def _tell(self, survey: Survey, x: Tensor) -> None:
-        for name in self.active_adapters:
-            if name in self.slim_clusters:
-                keep = self._fitted(x, self.slim_config[name])
-                survey.see(self.slim_clusters[name], x, keep)  # type: ignore[arg-type]
+    def trained_whitened(self) -> list[WhitenedClusters]:
+        """Statistics of this layer's own, of adapters that are being trained."""
+        found = (
+            self.slim_clusters[one] for one in self.trained_adapters() if one in self.slim_clusters
+        )
+        return [one for one in found if isinstance(one, WhitenedClusters)]
+
+    def _show(self, x: Tensor, survey: Survey) -> None:
+        keep = None if self.watch is None else self.watch.learnt(x, self.keeper.labels)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            for clusters in self.trained_whitened():
+                survey.see(clusters, flat if keep is None else flat[keep])
 
     def _keep(self, x: Tensor) -> Tensor | None:
         return None if self.watch is None else self.watch.keep(x)

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from budwood.errors import BudwoodError, InputError
 from budwood.registry import Registry
-from budwood.tune.background import N_TEXTS, fit_background
+from budwood.tune.background import LEAST_TOKENS, N_TEXTS, fit_background
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import Row
+from budwood.tune.own_text import REPLY_TOKENS
 from budwood.tune.targets import default_targets, later_layers
 
 _HERE = "budwood.tune.methods"
@@ -71,6 +72,8 @@ class Tuner:
 
     is_ablation: ClassVar[bool] = False
     """Whether it is another method without a part, and so has that one's rank."""
+    held_on_own: ClassVar[bool] = False
+    """Whether ``kl`` is on text that the base model writes by itself, and not on prompts."""
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "kl"):
@@ -162,6 +165,12 @@ class LoraOwn(Lora):
     kl: float = 1.0
     texts: int = N_TEXTS
 
+    held_on_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("texts", self.texts, 1)
+
     @property
     def n_own(self) -> int:
         return self.texts
@@ -207,8 +216,7 @@ class Slim(Tuner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.background < 0:
-            raise InputError(f"background={self.background}; give a number of texts, 0 for none")
+        _check_count("background", self.background, 0)
         self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
@@ -220,6 +228,9 @@ class Slim(Tuner):
 
     def fitted_to(self, n_learnt: int) -> Slim:
         n_directions = min(SlimConfig.n_directions, max(FEWEST, n_learnt // TOKENS_A_DIRECTION))
+        if self.n_own:  # replies may be half as long as they may be at most
+            enough = self.n_own * REPLY_TOKENS // 2 // LEAST_TOKENS
+            n_directions = max(1, min(n_directions, enough))
         return dataclasses.replace(self, extra={"n_directions": n_directions, **self.extra})
 
     @property
@@ -348,6 +359,11 @@ class SlimMask(Slim):
 
     is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"merge_inference": "mask"}
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"{name}={value!r}; give a number of texts, at least {least}")
 
 
 def parse_tuner(text: str) -> Tuner:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from budwood.tune.encoding import (
     prompt_tokens,
     tokens_before_request,
 )
+from budwood.tune.modes import evaluating
+from budwood.tune.runs import read_json, write_text
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Where what the model makes up is cut."""
@@ -71,6 +75,16 @@ def own_text(
     )
 
 
+def kept_text(
+    file: Path, model: Any, tokenizer: Any, n_texts: int, advance: Advance | None = None
+) -> list[Row]:
+    """The same, from a file, which is written if it is not there."""
+    if not file.exists():
+        made = own_text(model, tokenizer, n_texts, advance=advance)
+        write_text(file, json.dumps(made))
+    return read_json(file)
+
+
 def replies(
     model: Any,
     tokenizer: Any,
@@ -114,10 +128,9 @@ def _draw(
     advance: Advance | None,
 ) -> list[list[int]]:
     """How a model goes on, up to the end of the turn and with it."""
-    pad, training = pad_of(tokenizer), model.training
+    pad, ends = pad_of(tokenizer), _ends(model, tokenizer)
     found: list[list[int]] = []
-    model.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), evaluating(model):
         torch.manual_seed(seed)
         for begin in range(0, len(starts), batch):
             rows = [{"input_ids": one, "labels": one} for one in starts[begin : begin + batch]]
@@ -133,16 +146,23 @@ def _draw(
                 pad_token_id=pad,
             )
             said = output[:, inputs["input_ids"].shape[1] :].tolist()
-            found += [_up_to_end(one, {tokenizer.eos_token_id, pad}) for one in said]
+            found += [_up_to_end(one, ends, pad) for one in said]
             if advance:
                 advance(len(found), len(starts))
-    model.train(training)
     return found
 
 
-def _up_to_end(tokens: list[int], ends: set[int]) -> list[int]:
-    n_said = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:n_said]
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a turn."""
+    known = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+
+
+def _up_to_end(tokens: list[int], ends: set[int], pad: int) -> list[int]:
+    """Tokens up to the end of the turn and with it, without padding; at least one."""
+    n = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    n = next((i for i, token in enumerate(tokens[:n]) if token == pad and pad not in ends), n)
+    return tokens[: max(n, 1)]
 
 
 def _part(advance: Advance | None, i: int) -> Advance | None:

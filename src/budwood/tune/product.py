@@ -69,13 +69,14 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Once: gradient checkpointing lets saved tensors be unpacked no second time.
         x, weight = ctx.saved_tensors
         side: Side = ctx.side
-        of_weight = (grad.T @ x.to(grad.dtype)).to(weight.dtype)
-        side.settle(of_weight, weight)
-        of_x = None
+        of_x = of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad.T @ x.to(grad.dtype)).to(weight.dtype)
+            side.settle(of_weight, weight)
         if ctx.needs_input_grad[0]:
             of_x = (grad @ side.masked(weight).to(grad.dtype)).to(x.dtype)
         return of_x, of_weight, grad if ctx.has_base else None, None

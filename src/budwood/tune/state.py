@@ -28,7 +28,6 @@ from budwood.tune.config import SlimConfig
 from budwood.tune.merging import draw_keep
 from budwood.tune.whitening import (
     measure_whitened,
-    project,
     random_directions,
     slide_whitened,
     whitener,
@@ -247,21 +246,35 @@ class WhitenedClusters(Clusters):
         """Whether a background was fitted; waits for the device only after a change."""
         return self.derived("has", lambda: int(self.n_background) > 0, self.n_background)
 
-    def standardise(self, x: Tensor) -> None:
-        """Take means and scales of the channels from some tokens, shape (n_tokens, d_in)."""
-        x = x.float()
-        self.mean.copy_(x.mean(0))
-        self.scale.copy_(channel_scale(x.var(0, correction=0)))
+    def projection(self, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardising and projecting as one matrix, and what it makes of the mean.
 
-    def products(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of z and z·zᵀ over tokens of shape (n_tokens, d_in)."""
-        z = project(x.float(), *self._projection())
-        return z.sum(0), z.T @ z
+        Args:
+            mean: of the channels, shape (d_in,).
+            scale: 1/σ of the channels, shape (d_in,).
+        """
+        signs = random_directions(
+            self.d_in, len(self.covariance), seed=self.config.seed, key=self.key
+        ).to(scale.device)
+        directions = signs * scale.unsqueeze(-1)
+        return directions, mean @ directions
 
-    def set_background(self, n: int, mean: Tensor, second: Tensor) -> None:
-        """Take up the averages of z and z·zᵀ over n tokens."""
-        self.background_mean.copy_(mean)
-        self.background_covariance.copy_(second - torch.outer(mean, mean))
+    def set_background(
+        self, n: int, mean: Tensor, scale: Tensor, first: Tensor, second: Tensor
+    ) -> None:
+        """Take up a background of n tokens.
+
+        Args:
+            n: tokens.
+            mean: of the channels, shape (d_in,).
+            scale: 1/σ of the channels, shape (d_in,).
+            first: average of z, their places in the subspace, shape (n_directions,).
+            second: average of z·zᵀ, shape (n_directions, n_directions).
+        """
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+        self.background_mean.copy_(first)
+        self.background_covariance.copy_(second - torch.outer(first, first))
         self.n_background.fill_(n)
 
     def _measure(
@@ -287,15 +300,8 @@ class WhitenedClusters(Clusters):
         return self.background_mean, self.derived("other", lambda: whitener(source), source)
 
     def _projection(self) -> tuple[Tensor, Tensor]:
-        """Standardising and projecting as one matrix, and what it makes of the mean."""
-        return self.derived("projection", self._project, self.mean, self.scale)
-
-    def _project(self) -> tuple[Tensor, Tensor]:
-        signs = random_directions(
-            self.d_in, len(self.covariance), seed=self.config.seed, key=self.key
-        ).to(self.scale.device)
-        directions = signs * self.scale.unsqueeze(-1)
-        return directions, self.mean @ directions
+        own = self.mean, self.scale
+        return self.derived("projection", lambda: self.projection(*own), *own)
 
     def _no_moments(self) -> Moments:
         if self._is_raw:

@@ -69,7 +69,7 @@ class TokenWatch:
         """The tokens of a layer's input whose next token is learnt.
 
         Args:
-            x: shape (batch, length, d_in).
+            x: shape (batch, length, d_in), or flattened, shape (batch · length, d_in).
             labels: used where the model was given none; shape (batch, length), or of the last
                 positions only.
 
@@ -79,13 +79,22 @@ class TokenWatch:
         """
         kept = self.keep(x)
         labels = self.labels if self.labels is not None else labels
-        if labels is None or not _fit(labels, x):
+        shape = self._shape(x)
+        if labels is None or shape is None or not _fit(labels, shape):
             return kept
-        found = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        n_before = x.shape[1] - labels.shape[1]
+        found = torch.zeros(shape, dtype=torch.bool, device=x.device)
+        n_before = shape[1] - labels.shape[1]
         found[:, n_before:-1] = labels[:, 1:].to(x.device) != IGNORED
         found = found.reshape(-1)
         return found if kept is None else found & kept
+
+    def _shape(self, x: Tensor) -> tuple[int, int] | None:
+        """Rows and columns of a layer's tokens, which some models flatten; None if unknown."""
+        if x.ndim == 3:
+            return x.shape[0], x.shape[1]
+        if self.mask is None or self.mask.numel() != len(x):
+            return None
+        return self.mask.shape[0], self.mask.shape[1]
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found, place = kwargs.get(name), self._places.get(name)
@@ -94,11 +103,9 @@ class TokenWatch:
         return found
 
 
-def _fit(labels: Tensor, x: Tensor) -> bool:
-    """Whether labels are those of an input's tokens, or of the last ones of each row."""
-    if labels.ndim != 2 or x.ndim != 3 or len(labels) != len(x):
-        return False
-    return 0 < labels.shape[1] <= x.shape[1]
+def _fit(labels: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether labels are those of tokens of a shape, or of the last ones of each row."""
+    return labels.ndim == 2 and len(labels) == shape[0] and 0 < labels.shape[1] <= shape[1]
 
 
 def hook_of(module: nn.Module, kind: type) -> Any:

@@ -96,7 +96,7 @@ def train(
     *,
     weight_decay: float = 0.0,
     kl: float = 0.0,
-    own: Sequence[Row] = (),
+    held: Sequence[Row] = (),
     advance: Callable[..., None] | None = None,
     probe: Probe | None = None,
 ) -> list[dict[str, Any]]:
@@ -111,8 +111,8 @@ def train(
         settings: how to train.
         folder: where; one that is complete is not trained again.
         weight_decay: AdamW's.
-        kl: weight of the divergence from the base model on the prompts, or on ``own``.
-        own: texts to hold to the base model on; none for the prompts.
+        kl: weight of the divergence from the base model on the prompts, or on ``held``.
+        held: texts to hold to the base model on; none for the prompts.
         advance: a function (done, total, note), for a progress bar.
         probe: called every ``settings.probe_every`` steps, before the first and after the last.
 
@@ -131,10 +131,10 @@ def train(
         model=model,
         args=_arguments(model, settings, folder, weight_decay),
         train_dataset=list(rows),  # type: ignore[arg-type]
-        data_collator=_collator(model, tokenizer, kl),
+        data_collator=_collator(model, tokenizer, _KL_POSITIONS if kl and not held else 0),
         lengths=[len(row["input_ids"]) for row in rows],
         kl=kl,
-        own=own,
+        held=held,
         callbacks=[watch, *_slim_callbacks(model)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -212,8 +212,7 @@ def _checkpointing(settings: Settings) -> dict[str, Any]:
     return {new if new in names else "gradient_checkpointing": True}
 
 
-def _collator(model: Any, tokenizer: Any, kl: float) -> LeftPadded:
-    n_before = _KL_POSITIONS if kl else 0
+def _collator(model: Any, tokenizer: Any, n_before: int) -> LeftPadded:
     return LeftPadded(pad_of(tokenizer), trim=takes_logits_to_keep(model), n_before=n_before)
 
 

@@ -21,8 +21,8 @@ class AnswerTrainer(Trainer):
 
     Args:
         lengths: of each training example, by which they are grouped.
-        kl: weight of the divergence from the base model on the prompts, or on ``own``.
-        own: texts to hold to the base model on, a batch a step; none for the prompts.
+        kl: weight of the divergence from the base model on the prompts, or on ``held``.
+        held: texts to hold to the base model on, a batch a pass; none for the prompts.
         kwargs: the Trainer's.
     """
 
@@ -31,11 +31,12 @@ class AnswerTrainer(Trainer):
         *args: Any,
         lengths: list[int],
         kl: float = 0.0,
-        own: Sequence[Row] = (),
+        held: Sequence[Row] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_loss_func=_loss, **kwargs)
-        self._lengths, self._kl, self._own = lengths, kl, own
+        self._lengths, self._kl, self._held = lengths, kl, held
+        self._passes = (0, -1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -48,15 +49,15 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        labels = inputs["labels"]
-        _tell(model, labels)
+        labels, rest = inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
+        _tell_slim(model, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = found
         if self._kl:
             held = (
-                self._own_kl(model)
-                if self._own
-                else self._prompt_kl(model, outputs, inputs, labels)
+                self._held_kl(model)
+                if self._held
+                else self._prompt_kl(model, outputs, rest, labels)
             )
             loss = loss + self._kl * held / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
@@ -70,18 +71,24 @@ class AnswerTrainer(Trainer):
     def _prompt_kl(
         self, model: nn.Module, outputs: Any, inputs: dict[str, Any], labels: Tensor
     ) -> Tensor:
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        base = self._base_logits(model, rest)
-        return prompt_kl(base, outputs.logits, labels, rest["attention_mask"])
+        base = self._base_logits(model, inputs)
+        return prompt_kl(base, outputs.logits, labels, inputs["attention_mask"])
 
-    def _own_kl(self, model: nn.Module) -> Tensor:
+    def _held_kl(self, model: nn.Module) -> Tensor:
         batch = self.args.per_device_train_batch_size
-        turn = self.state.global_step * self.args.world_size + self.args.process_index
-        rows = [self._own[(turn * batch + i) % len(self._own)] for i in range(batch)]
+        start = self._turn() * batch
+        rows = [self._held[(start + i) % len(self._held)] for i in range(batch)]
         inputs: Any = self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
         labels = inputs.pop("labels")
-        _tell(model, torch.full_like(labels, IGNORED))  # no training data
+        _tell_slim(model, torch.full_like(labels, IGNORED))  # no training data
         return answer_kl(self._base_logits(model, inputs), model(**inputs).logits, labels)
+
+    def _turn(self) -> int:
+        """Which batch of held texts comes next, over all processes; the same after resuming."""
+        step, args = self.state.global_step, self.args
+        self._passes = (step, self._passes[1] + 1 if self._passes[0] == step else 0)
+        turn = step * args.gradient_accumulation_steps + self._passes[1]
+        return turn * args.world_size + args.process_index
 
     def _base_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         unwrapped: Any = self.accelerator.unwrap_model(model)
@@ -114,7 +121,7 @@ def check_gradients(model: nn.Module, step: int) -> None:
         raise DivergedError(f"a gradient is NaN or infinite at step {step}")
 
 
-def _tell(model: nn.Module, labels: Tensor) -> None:
+def _tell_slim(model: nn.Module, labels: Tensor) -> None:
     if layers_of(model):
         tell_labels(model, labels)
 

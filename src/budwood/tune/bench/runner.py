@@ -22,7 +22,7 @@ from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, mean_of
 from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, count_at, fit_rank, n_trainable, parse_tuner
-from budwood.tune.own_text import own_text
+from budwood.tune.own_text import kept_text
 from budwood.tune.runs import RunFolder, read_json, write_text
 from budwood.tune.train import adapter_of, fingerprint, is_slim, train
 
@@ -139,11 +139,8 @@ class Comparison:
         if not n_texts:
             return []
         file = self.output / f"own-{n_texts}.json"
-        if not file.exists():
-            with self.bar("text of the base model") as advance:
-                made = own_text(self.model, self.tokenizer, n_texts, advance=advance)
-            write_text(file, json.dumps(made))
-        return read_json(file)
+        with self.bar("text of the base model") as advance:
+            return kept_text(file, self.model, self.tokenizer, n_texts, advance)
 
     def base_scores(self) -> list[Score]:
         """Of the base model, on everything."""
@@ -233,7 +230,7 @@ class Comparison:
                     folder,
                     weight_decay=tuner.weight_decay,
                     kl=tuner.kl,
-                    own=own,
+                    held=own if tuner.held_on_own else (),
                     advance=advance,
                     probe=self.probe if settings.probe_every else None,
                 )

@@ -1,0 +1,126 @@
+"""Products with masked and penalised weights, against plain autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from budwood.tune import SlimLinear
+from budwood.tune.product import Side, product
+from budwood.tune.regularisation import l1_slopes
+from tests import tiny_llm as tiny
+
+N_MASKED = 4
+
+
+def tensors(n_tokens, dtype=torch.float32):
+    torch.manual_seed(0)
+    x, weight, base = torch.randn(n_tokens, 5), torch.randn(6, 5), torch.randn(n_tokens, 6)
+    return [one.to(dtype).requires_grad_() for one in (x, weight, base)]
+
+
+def side(masked, slope=0.0, due=True, calls=None):
+    columns = torch.tensor([True, False, True, True, False]) if masked == "columns" else None
+    rows = torch.tensor([True, True, False, True, False, True]) if masked == "rows" else None
+    seen = calls if calls is not None else []
+    return Side(columns, rows, N_MASKED, slope, lambda: seen.append(1) or due)
+
+
+def plainly(x, weight, base, masked):
+    mask = torch.ones_like(weight)
+    if masked == "columns":
+        mask[:N_MASKED, [1, 4]] = 0
+    elif masked == "rows":
+        mask[[2, 4]] = 0
+    found = F.linear(x, weight * mask)
+    return found if base is None else base + found
+
+
+@pytest.mark.parametrize("n_tokens", [0, 7])
+@pytest.mark.parametrize("has_base", [True, False])
+@pytest.mark.parametrize("masked", [None, "columns", "rows"])
+def test_value_and_gradients_are_those_of_autograd(masked, has_base, n_tokens):
+    found = []
+    for way in ("product", "plain"):
+        x, weight, base = tensors(n_tokens)
+        with_base = base if has_base else None
+        if way == "product":
+            y = product(x, weight, side(masked), with_base)
+        else:
+            y = plainly(x, weight, with_base, masked)
+        (y.square().sum() + y.sum()).backward()
+        found.append([y.detach(), x.grad, weight.grad, base.grad if has_base else y.detach()])
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", ["columns", "rows"])
+def test_under_autocast(masked):
+    grads = []
+    for way in ("product", "plain"):
+        x, weight, _ = tensors(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = (
+                product(x, weight, side(masked))
+                if way == "product"
+                else plainly(x, weight, None, masked)
+            )
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert x.grad.dtype == weight.grad.dtype == torch.float32
+        grads.append((x.grad, weight.grad))
+    for one, other in zip(*grads):
+        assert torch.allclose(one, other, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_the_penalty_is_on_its_rows_alone(due):
+    x, weight, _ = tensors(7)
+    calls: list = []
+    product(x, weight, side(None, 0.5, due, calls)).sum().backward()
+    plain = torch.autograd.grad(plainly(x, weight, None, None).sum(), weight)[0]
+    extra = 0.5 * weight.sign() * due
+    extra[N_MASKED:] = 0
+    assert torch.allclose(weight.grad - plain, extra, atol=1e-5) and calls == [1]
+
+
+def test_a_frozen_weight_is_not_counted():
+    x, weight, _ = tensors(7)
+    calls: list = []
+    product(x, weight.detach(), side("columns", 0.5, calls=calls)).sum().backward()
+    assert not calls and torch.allclose(
+        x.grad,
+        plainly(x, weight, None, "columns").new_ones(7, 6)
+        @ side("columns").masked(weight.detach()),
+    )
+
+
+def test_backward_through_a_frozen_adapter_is_no_training():
+    model = tiny.slim().train()
+    layers = [module for module in model.modules() if isinstance(module, SlimLinear)]
+    model.requires_grad_(False)
+    inputs = model.get_input_embeddings()(tiny.batch()["input_ids"]).requires_grad_()
+    model(inputs_embeds=inputs).logits.sum().backward()
+    assert inputs.grad.abs().sum() > 0
+    assert not layers[0].keeper.pending and not layers[0].keeper._seen
+
+
+def test_two_passes_before_one_backward_are_penalised_once():
+    model = tiny.slim(yielding=False, merging=False, l1=0.5).train()
+    layers = [module for module in model.modules() if isinstance(module, SlimLinear)]
+    data = tiny.batch()
+
+    def grads(n):
+        model.zero_grad()
+        sum(model(**data).loss for _ in range(n)).backward()
+        layers[0].keeper.commit()
+        return [layer.slim_in["default"].grad.clone() for layer in layers]
+
+    for once, twice, layer in zip(grads(1), grads(2), layers):
+        slim_in, config = layer.slim_in["default"], layer.slim_config["default"]
+        slope, _ = l1_slopes(0.5, config.r, slim_in.shape[1], layer.out_features)
+        penalty = 2 * once - twice  # the loss cancels
+        expected = slope * slim_in.sign()
+        expected[config.rank :] = 0
+        assert slope > 1e-3 and torch.allclose(penalty, expected, atol=1e-5)
