@@ -44,7 +44,8 @@ def command(lm_dir, data, output, steps=6, method="lora"):
     return [*line, "--method", method]
 
 
-SLIM = "slim:n_experts=3+n_clusters=2"
+SLIM = "slim:n_experts=3+n_clusters=2+background=8"
+COMPARED = ("lora", "lora-own:texts=8", "slim:background=8")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def test_slim_tells_where_tokens_go(slim):
     saved = load_file(folder / "adapter_model.safetensors")
     assert all(n > 100 for key, n in saved.items() if key.endswith("n_background"))
     assert sum(key.endswith("n_background") for key in saved) > 0
+    assert len(json.loads((folder / "own.json").read_text())) == 8
 
 
 def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
@@ -224,7 +226,8 @@ def comparison(lm_dir, data, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("comparison")
     line = ["bench", "tune", "--data", data, "--output", folder, "--model", lm_dir, *BENCH]
-    line += ["--methods", "lora,lora-own,slim", "--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
+    line += ["--methods", ",".join(COMPARED), "--reference", COMPARED[-1]]
+    line += ["--lrs", "1e-3,1e-2", "--seeds", "0,1", "--json"]
     result = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return folder, line, json.loads(result.stdout)
@@ -233,17 +236,17 @@ def comparison(lm_dir, data, tmp_path_factory):
 def test_bench(comparison):
     folder, _, found = comparison
     rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == ["base", "lora", "lora-own", "slim"]
+    assert list(rows) == ["base", *COMPARED]
     assert rows["lora"]["n_seeds"] == 2 and rows["lora"]["kl_chat_ratio"] == pytest.approx(1)
     assert rows["base"]["kl_chat"] == 0 and rows["base"]["target_gain"] == 0
-    for method in ("lora", "lora-own"):
-        assert abs(rows[method]["params"] / rows["slim"]["params"] - 1) <= 0.05
+    for method in COMPARED:
+        assert abs(rows[method]["params"] / rows[COMPARED[-1]]["params"] - 1) <= 0.05
     runs = found["config"]["runs"]
     assert len(runs) == 1 + 3 * 2 + 3  # base, sweep, one more seed each
     tested = [run for run in runs if "accuracy_boolq" in run]
     assert all(run["final"] for run in tested) and len(tested) == 7
     assert {path.name for path in folder.iterdir()} >= {
-        *("front.png", "curves.png", "identity.png", "record.json", "own-128.json"),
+        *("front.png", "curves.png", "identity.png", "record.json", "own-8.json"),
     }
 
 
