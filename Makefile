@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/budwood demo
 	rm -rf budwood-demo/tuned
-	$(BIN)/budwood tune examples/tune/train.jsonl --output budwood-demo/tuned --method slim:background=32 --steps 40 --batch 12 --lr 3e-3
+	$(BIN)/budwood tune examples/tune/train.jsonl --output budwood-demo/tuned --steps 40 --batch 12 --lr 3e-3
 	$(BIN)/budwood tune eval budwood-demo/tuned --target examples/tune/test.jsonl --general examples/tune/general.jsonl --prompts 12
 	rm -rf budwood-demo/points
 	$(BIN)/budwood points demo --dir budwood-demo/points

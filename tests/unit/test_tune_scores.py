@@ -234,6 +234,12 @@ def test_few_texts_mean_few_directions():
     assert [one["n_directions"] for one in found] == [128, 76, 9, 128]
 
 
+@pytest.mark.parametrize(("n_learnt", "n"), [(1279, 0), (1280, N_TEXTS)])
+def test_few_tokens_to_learn_mean_no_background(n_learnt, n):
+    assert parse_tuner("slim").fitted_to(n_learnt).n_own == n
+    assert parse_tuner("slim:background=8").fitted_to(n_learnt).n_own == 8
+
+
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")

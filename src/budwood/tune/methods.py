@@ -207,16 +207,18 @@ class Slim(Tuner):
     """Soft LoRA and identity mixture; NAACL 2025 (2025.naacl-long.246), our reconstruction.
 
     Attributes:
-        background: texts of the base model's own that its distance is relative to; 0 for none.
+        background: texts of the base model's own that its distance is relative to; 0 for none, None
+            for ``N_TEXTS``, or none where there are few tokens to learn.
     """
 
-    background: int = N_TEXTS
+    background: int | None = None
 
     preset: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("background", self.background, 0)
+        if self.background is not None:
+            _check_count("background", self.background, 0)
         self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
@@ -228,15 +230,20 @@ class Slim(Tuner):
 
     def fitted_to(self, n_learnt: int) -> Slim:
         n_directions = min(SlimConfig.n_directions, max(FEWEST, n_learnt // TOKENS_A_DIRECTION))
-        if self.n_own:  # replies may be half as long as they may be at most
-            enough = self.n_own * REPLY_TOKENS // 2 // LEAST_TOKENS
+        background = self.background
+        if background is None:  # next to few examples, other ones of the same task look strange
+            background = N_TEXTS if n_directions == SlimConfig.n_directions else 0
+        if background:  # replies may be half as long as they may be at most
+            enough = background * REPLY_TOKENS // 2 // LEAST_TOKENS
             n_directions = max(1, min(n_directions, enough))
-        return dataclasses.replace(self, extra={"n_directions": n_directions, **self.extra})
+        extra = {"n_directions": n_directions, **self.extra}
+        return dataclasses.replace(self, background=background, extra=extra)
 
     @property
     def n_own(self) -> int:
         config = self.config(1, None, 0)
-        return self.background if config.yielding and config.distance == "whitened" else 0
+        n_texts = N_TEXTS if self.background is None else self.background
+        return n_texts if config.yielding and config.distance == "whitened" else 0
 
     def prepare(self, adapted: Any, tokenizer: Any, own: Sequence[Row]) -> None:
         if own:
@@ -340,7 +347,7 @@ class SlimAllLayers(Slim):
 class SlimNoBackground(Slim):
     """SLIM whose distance is that to the training data alone."""
 
-    background: int = 0
+    background: int | None = 0
 
     is_ablation: ClassVar[bool] = True
 
