@@ -227,8 +227,8 @@ def _own_text(folder: RunFolder, tuner: Tuner, adapted: Any, loaded: LanguageMod
     """What the run still needs of text that the base model writes by itself."""
     from budwood.tune.own_text import kept_text
 
-    is_fresh = not folder.is_complete and folder.last_checkpoint() is None
-    if not tuner.n_own or not (is_fresh or tuner.held_on_own):
+    needed = tuner.held_on_own or folder.last_checkpoint() is None
+    if folder.is_complete or not (tuner.n_own and needed):
         return []
     with progress("text of the base model") as advance:
         return kept_text(folder.path / "own.json", adapted, loaded.tokenizer, tuner.n_own, advance)

@@ -26,12 +26,7 @@ from budwood.tune.clustering import (
 )
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import draw_keep
-from budwood.tune.whitening import (
-    measure_whitened,
-    random_directions,
-    slide_whitened,
-    whitener,
-)
+from budwood.tune.whitening import measure_whitened, random_directions, slide_whitened, whitener
 from budwood.tune.yielding import standardised_distance
 
 
