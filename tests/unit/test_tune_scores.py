@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune.background import N_TEXTS
 from budwood.tune.bench.plan import Plan, split
 from budwood.tune.bench.rows import method_rows
 from budwood.tune.bench.runner import Trial, best_rates
@@ -17,6 +16,7 @@ from budwood.tune.evaluate.harness import find_task, run_tasks, shipped_tasks, t
 from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import by_layer
 from budwood.tune.evaluate.scores import Score, compare
+from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
 from budwood.tune.own_text import replies
 from tests import tiny_chat
@@ -217,8 +217,14 @@ def test_parse_tuner(text, fields):
 @pytest.mark.parametrize(
     ("text", "n"),
     [
-        *(("slim", N_TEXTS), ("slim:background=3", 3), ("slim-no-background", 0)),
-        *(("slim-no-yielding", 0), ("slim-rms", 0), ("slim-paper", 0), ("moe", 0)),
+        *(("slim", N_TEXTS), ("slim:texts=3", 3), ("slim:texts=0", 0)),
+        *(
+            ("slim-no-yielding", 0),
+            ("slim-whitened", 0),
+            ("slim-rms", 0),
+            ("slim-paper", 0),
+            ("moe", 0),
+        ),
         *(("lora", 0), ("lora-kl", 0), ("lora-own", N_TEXTS), ("lora-own:texts=3", 3)),
     ],
 )
@@ -226,24 +232,25 @@ def test_only_methods_that_take_it_have_text_written(text, n):
     assert parse_tuner(text).n_own == n
 
 
-BAD_COUNTS = ("slim:background=1.5", "lora-own:texts=0", "lora-own:texts=2.5")
+BAD_COUNTS = ("slim:texts=1.5", "lora-own:texts=0", "lora-own:texts=2.5")
 
 
-def test_few_texts_mean_few_directions():
-    found = [parse_tuner(f"slim:background={n}").fitted_to(10_000).extra for n in (128, 32, 4, 0)]
-    assert [one["n_directions"] for one in found] == [128, 76, 9, 128]
-
-
-@pytest.mark.parametrize(("n_learnt", "n"), [(1279, 0), (1280, N_TEXTS)])
-def test_few_tokens_to_learn_mean_no_background(n_learnt, n):
-    assert parse_tuner("slim").fitted_to(n_learnt).n_own == n
-    assert parse_tuner("slim:background=8").fitted_to(n_learnt).n_own == 8
+@pytest.mark.parametrize(
+    ("n_learnt", "n", "distance"), [(1279, 0, "whitened"), (1280, N_TEXTS, "discriminant")]
+)
+def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
+    found = parse_tuner("slim").fitted_to(n_learnt)
+    assert found.n_own == n and found.config(1, None, 0).distance == distance
+    assert parse_tuner("slim:texts=8").fitted_to(n_learnt).n_own == 8
+    assert parse_tuner("slim:texts=0").fitted_to(n_learnt).config(1, None, 0).distance == "whitened"
+    asked = parse_tuner("slim:distance=discriminant").fitted_to(n_learnt)
+    assert asked.n_own == N_TEXTS and asked.config(1, None, 0).distance == "discriminant"
 
 
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")
-    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:background=-1", *BAD_COUNTS):
+    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:texts=-1", *BAD_COUNTS):
         with pytest.raises(InputError):
             parse_tuner(wrong)
 

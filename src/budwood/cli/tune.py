@@ -196,7 +196,7 @@ def _train(
     with state.main_process_first():
         own = _own_text(folder, tuner, adapted, loaded)
     if folder.last_checkpoint() is None:
-        tuner.prepare(adapted, loaded.tokenizer, own)
+        tuner.prepare(adapted, loaded.tokenizer, rows, own)
     with progress("training") as advance:
         history = train(
             adapted,

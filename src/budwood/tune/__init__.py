@@ -19,8 +19,8 @@ except ImportError as error:
         f"budwood.tune needs PEFT ({error}): pip install 'budwood[tune]'"
     ) from error
 
-from budwood.tune.background import fit_background
 from budwood.tune.config import SlimConfig
+from budwood.tune.fitting import fit_discriminant
 from budwood.tune.layer import SlimLayer, SlimLinear
 from budwood.tune.model import SlimModel, register
 from budwood.tune.observe import LayerRouting, Recorder, observe
@@ -41,7 +41,7 @@ __all__ = [
     "SlimModel",
     "commit",
     "export_lora",
-    "fit_background",
+    "fit_discriminant",
     "observe",
     "tell_labels",
 ]

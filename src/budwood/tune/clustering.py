@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DISTANCES = ("max", "rms", "whitened")
+DISTANCES = ("max", "rms", "whitened", "discriminant")
 SPREAD = 0.1
 """Centres start this far from the mean, in standard deviations a channel."""
 FLOOR = 1e-6
@@ -46,7 +46,7 @@ class Moments:
     def zeros(cls, first: Tensor, second: Tensor) -> Moments:
         """Of no tokens, for centres and a spread of these shapes."""
         return cls(
-            torch.zeros_like(first[:, 0]),
+            first.new_zeros(len(first)),
             torch.zeros_like(first),
             torch.zeros_like(second),
             first.new_zeros(3),

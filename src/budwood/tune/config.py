@@ -59,9 +59,11 @@ class SlimConfig(PeftConfig):
         n_clusters: centres a layer. Open.
         momentum: share that a centre moves by in one optimiser step, in (0, 1]. Open.
         yielding: tokens far from the training data lean towards the identity experts.
-        distance: ``"max"`` over channels (the paper's), ``"rms"`` over channels (ours), or
-            ``"whitened"`` (ours): with the correlations between channels, in a random subspace.
-            All are standardised by running training statistics.
+        distance: ``"max"`` over channels (the paper's), ``"rms"`` over channels (ours),
+            ``"whitened"`` (ours): with the correlations between channels, in a random subspace; or
+            ``"discriminant"`` (ours): on the way to other text, for which an adapter is fitted
+            before training (:func:`budwood.tune.fit_discriminant`). All are standardised by running
+            training statistics.
         n_directions: of that subspace, at most the layer's input channels; ours. Give less than a
             tenth of the tokens that the training data has to learn, as ``budwood tune`` does.
         fit_on: what counts as training data: ``"learnt"``, the tokens whose next one is learnt, or

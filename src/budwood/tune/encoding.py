@@ -109,7 +109,7 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     if not found or not tokens:
         raise UnsupportedModelError(
             "the chat template does not show where a user's turn begins; give texts of your own, "
-            "or none (slim:background=0)"
+            "or none (slim:texts=0)"
         )
     return tokens
 

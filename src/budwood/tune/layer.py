@@ -19,13 +19,13 @@ from budwood.tune.merging import merged_scale
 from budwood.tune.product import Side, product
 from budwood.tune.regularisation import l1_slopes
 from budwood.tune.router import route, standardise
-from budwood.tune.state import Clusters, Mask, WhitenedClusters, make_clusters
+from budwood.tune.state import Clusters, Discriminant, Mask, make_clusters
 from budwood.tune.steps import StepKeeper
 from budwood.tune.tokens import TokenWatch
 from budwood.tune.yielding import surely_bypassed, yield_scores
 
 if TYPE_CHECKING:
-    from budwood.tune.background import Survey
+    from budwood.tune.fitting import Survey
 
 SKIP_FROM = 0.25
 """Share of bypassed tokens from which only the others go through B."""
@@ -180,19 +180,20 @@ class SlimLinear(nn.Module, SlimLayer):
         fitted = functools.partial(self._fitted, x, now.config)
         return clusters.distance(x, fitted, now.training)
 
-    def trained_whitened(self) -> list[WhitenedClusters]:
-        """Statistics of this layer's own, of adapters that are being trained."""
+    def discriminants(self) -> list[tuple[Discriminant, SlimConfig]]:
+        """This layer's own that are fitted before training, of adapters that are being trained."""
         found = (
-            self.slim_clusters[one] for one in self.trained_adapters() if one in self.slim_clusters
+            (self.slim_clusters[one], self.slim_config[one])
+            for one in self.trained_adapters()
+            if one in self.slim_clusters
         )
-        return [one for one in found if isinstance(one, WhitenedClusters)]
+        return [(one, config) for one, config in found if isinstance(one, Discriminant)]
 
     def _show(self, x: Tensor, survey: Survey) -> None:
-        keep = None if self.watch is None else self.watch.learnt(x, self.keeper.labels)
         flat = x.detach().reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            for clusters in self.trained_whitened():
-                survey.see(clusters, flat if keep is None else flat[keep])
+        for clusters, config in self.discriminants():
+            keep = self._fitted(x, config)
+            survey.see(clusters, flat if keep is None else flat[keep])
 
     def _keep(self, x: Tensor) -> Tensor | None:
         return None if self.watch is None else self.watch.keep(x)

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 from budwood.errors import BudwoodError, InputError
 from budwood.registry import Registry
-from budwood.tune.background import LEAST_TOKENS, N_TEXTS, fit_background
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import Row
-from budwood.tune.own_text import REPLY_TOKENS
+from budwood.tune.fitting import N_TEXTS, fit_discriminant
 from budwood.tune.targets import default_targets, later_layers
 
 _HERE = "budwood.tune.methods"
@@ -38,7 +37,7 @@ TUNERS = Registry(
         "slim-no-yielding": f"{_HERE}:SlimNoYielding",
         "slim-no-merging": f"{_HERE}:SlimNoMerging",
         "slim-no-l1": f"{_HERE}:SlimNoL1",
-        "slim-no-background": f"{_HERE}:SlimNoBackground",
+        "slim-whitened": f"{_HERE}:SlimWhitened",
         "slim-paper": f"{_HERE}:SlimPaper",
         "slim-max": f"{_HERE}:SlimMax",
         "slim-rms": f"{_HERE}:SlimRms",
@@ -104,12 +103,15 @@ class Tuner:
         """Texts that the base model writes by itself and that this takes."""
         return 0
 
-    def prepare(self, adapted: Any, tokenizer: Any, own: Sequence[Row]) -> None:
+    def prepare(
+        self, adapted: Any, tokenizer: Any, rows: Sequence[Row], own: Sequence[Row]
+    ) -> None:
         """Whatever a fresh adapter needs before its first step.
 
         Args:
             adapted: the model with the adapter.
             tokenizer: of the model.
+            rows: training data.
             own: as many texts as :attr:`n_own` says.
         """
 
@@ -207,22 +209,24 @@ class Slim(Tuner):
     """Soft LoRA and identity mixture; NAACL 2025 (2025.naacl-long.246), our reconstruction.
 
     Attributes:
-        background: texts of the base model's own that its distance is relative to; 0 for none, None
-            for ``N_TEXTS``, or none where there are few tokens to learn.
+        texts: of the base model's own, which its distance tells the training data from; 0 for a
+            distance to the training data alone, None for ``N_TEXTS``, or none where there are few
+            tokens to learn.
     """
 
-    background: int | None = None
+    texts: int | None = None
 
     preset: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.background is not None:
-            _check_count("background", self.background, 0)
+        if self.texts is not None:
+            _check_count("texts", self.texts, 0)
         self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
-        options = {"alpha": 2.0 * rank, **self.preset, **self.extra}
+        distance = "whitened" if self.texts == 0 else "discriminant"
+        options = {"alpha": 2.0 * rank, "distance": distance, **self.preset, **self.extra}
         try:
             return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
         except TypeError as error:  # an option that there is none of
@@ -230,24 +234,24 @@ class Slim(Tuner):
 
     def fitted_to(self, n_learnt: int) -> Slim:
         n_directions = min(SlimConfig.n_directions, max(FEWEST, n_learnt // TOKENS_A_DIRECTION))
-        background = self.background
-        if background is None:  # next to few examples, other ones of the same task look strange
-            background = N_TEXTS if n_directions == SlimConfig.n_directions else 0
-        if background:  # replies may be half as long as they may be at most
-            enough = background * REPLY_TOKENS // 2 // LEAST_TOKENS
-            n_directions = max(1, min(n_directions, enough))
+        texts = self.texts
+        if texts is None:  # next to few examples, other ones of the same task look strange
+            texts = N_TEXTS if n_directions == SlimConfig.n_directions else 0
         extra = {"n_directions": n_directions, **self.extra}
-        return dataclasses.replace(self, background=background, extra=extra)
+        return dataclasses.replace(self, texts=texts, extra=extra)
 
     @property
     def n_own(self) -> int:
         config = self.config(1, None, 0)
-        n_texts = N_TEXTS if self.background is None else self.background
-        return n_texts if config.yielding and config.distance == "whitened" else 0
+        if not (config.yielding and config.distance == "discriminant"):
+            return 0
+        return self.texts or N_TEXTS
 
-    def prepare(self, adapted: Any, tokenizer: Any, own: Sequence[Row]) -> None:
+    def prepare(
+        self, adapted: Any, tokenizer: Any, rows: Sequence[Row], own: Sequence[Row]
+    ) -> None:
         if own:
-            fit_background(adapted, tokenizer, own)
+            fit_discriminant(adapted, tokenizer, rows, own)
 
 
 @dataclass(frozen=True)
@@ -281,10 +285,10 @@ class SlimNoRouter(Slim):
 
 @dataclass(frozen=True)
 class SlimNoClustering(Slim):
-    """SLIM with a single running mean in place of clusters."""
+    """SLIM whose distance is that to a single running mean of the training data."""
 
     is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"clustering": False}
+    preset: ClassVar[dict[str, Any]] = {"distance": "whitened", "clustering": False}
 
 
 @dataclass(frozen=True)
@@ -344,12 +348,11 @@ class SlimAllLayers(Slim):
 
 
 @dataclass(frozen=True)
-class SlimNoBackground(Slim):
+class SlimWhitened(Slim):
     """SLIM whose distance is that to the training data alone."""
 
-    background: int | None = 0
-
     is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"distance": "whitened"}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from budwood.tune.clustering import (
     slide_distance,
 )
 from budwood.tune.config import SlimConfig
+from budwood.tune.discriminant import measure_along, no_centres
 from budwood.tune.merging import draw_keep
 from budwood.tune.whitening import measure_whitened, random_directions, slide_whitened, whitener
 from budwood.tune.yielding import standardised_distance
@@ -85,17 +86,14 @@ class Clusters(_Kept):
         config: of the adapter.
         d_in: input channels.
         key: name of the layer, for what is random.
-        d_centre: of the space that the centres are in.
     """
 
-    centre: Tensor
     distance_mean: Tensor
     distance_var: Tensor
 
-    def __init__(self, config: SlimConfig, d_in: int, key: str, d_centre: int) -> None:
+    def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
         super().__init__()
         self.config, self.d_in, self.key = config, d_in, key
-        self.register_buffer("centre", torch.zeros(config.n_centres, d_centre, dtype=torch.float32))
         self.register_buffer("distance_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("distance_var", torch.ones((), dtype=torch.float32))
         self.pending: Tensor | None = None
@@ -147,7 +145,7 @@ class Clusters(_Kept):
         Args:
             flat: the sum over ranks of what :meth:`taken` gave, finite.
         """
-        moments = self._no_moments().filled(flat.to(self.centre.device))
+        moments = self._no_moments().filled(flat.to(self.distance_mean.device))
         if self.steps < 2 and not bool(moments.count.sum() > 0):
             return  # no token came by: there is nothing to start from
         if self.steps == 0:
@@ -186,10 +184,12 @@ class Clusters(_Kept):
 class ChannelClusters(Clusters):
     """Centres with a variance of each channel."""
 
+    centre: Tensor
     var: Tensor
 
     def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
-        super().__init__(config, d_in, key, d_in)
+        super().__init__(config, d_in, key)
+        self.register_buffer("centre", torch.zeros(config.n_centres, d_in, dtype=torch.float32))
         self.register_buffer("var", torch.ones_like(self.centre))
 
     def _measure(
@@ -215,104 +215,56 @@ class ChannelClusters(Clusters):
 class WhitenedClusters(Clusters):
     """Centres in a random subspace of the standardised channels, with one covariance.
 
-    The first tokens, those of the background where there is one and else of the first step, give
-    the channels their means and scales, which then stay.
+    The first step gives the channels their means and scales, which then stay.
     """
 
+    centre: Tensor
     mean: Tensor
     scale: Tensor
     covariance: Tensor
-    n_background: Tensor
-    background_mean: Tensor
-    background_covariance: Tensor
 
     def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
-        n_directions = min(config.n_directions, d_in)
-        super().__init__(config, d_in, key, n_directions)
+        super().__init__(config, d_in, key)
+        n, n_directions = config.n_centres, min(config.n_directions, d_in)
+        self.register_buffer("centre", torch.zeros(n, n_directions, dtype=torch.float32))
         self.register_buffer("mean", torch.zeros(d_in, dtype=torch.float32))
         self.register_buffer("scale", torch.ones(d_in, dtype=torch.float32))
         self.register_buffer("covariance", torch.eye(n_directions, dtype=torch.float32))
-        self.register_buffer("n_background", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("background_mean", torch.zeros(n_directions, dtype=torch.float32))
-        self.register_buffer("background_covariance", torch.eye(n_directions, dtype=torch.float32))
-
-    @property
-    def has_background(self) -> bool:
-        """Whether a background was fitted; waits for the device only after a change."""
-        return self.derived("has", lambda: int(self.n_background) > 0, self.n_background)
-
-    def projection(self, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardising and projecting as one matrix, and what it makes of the mean.
-
-        Args:
-            mean: of the channels, shape (d_in,).
-            scale: 1/σ of the channels, shape (d_in,).
-        """
-        signs = random_directions(
-            self.d_in, len(self.covariance), seed=self.config.seed, key=self.key
-        ).to(scale.device)
-        directions = signs * scale.unsqueeze(-1)
-        return directions, mean @ directions
-
-    def set_background(
-        self, n: int, mean: Tensor, scale: Tensor, first: Tensor, second: Tensor
-    ) -> None:
-        """Take up a background of n tokens.
-
-        Args:
-            n: tokens.
-            mean: of the channels, shape (d_in,).
-            scale: 1/σ of the channels, shape (d_in,).
-            first: average of z, their places in the subspace, shape (n_directions,).
-            second: average of z·zᵀ, shape (n_directions, n_directions).
-        """
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
-        self.background_mean.copy_(first)
-        self.background_covariance.copy_(second - torch.outer(first, first))
-        self.n_background.fill_(n)
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
     ) -> tuple[Tensor, Moments | None]:
-        if self._is_raw:
+        if self.steps == 0:  # channels have no means and scales yet
             zero = self.mean.new_zeros(1, self.d_in)
             return measure(x, zero, zero + 1, "rms", gather=gather, keep=keep)
         white = self.derived("white", lambda: whitener(self.covariance), self.covariance)
         return measure_whitened(
-            x, *self._projection(), self.centre, white, self._background(), gather=gather, keep=keep
+            x, *self._projection(), self.centre, white, gather=gather, keep=keep
         )
 
-    @property
-    def _is_raw(self) -> bool:
-        """Whether channels have no means and scales yet."""
-        return self.steps == 0 and not self.has_background
-
-    def _background(self) -> tuple[Tensor, Tensor] | None:
-        if not self.has_background:
-            return None
-        source = self.background_covariance
-        return self.background_mean, self.derived("other", lambda: whitener(source), source)
-
     def _projection(self) -> tuple[Tensor, Tensor]:
-        own = self.mean, self.scale
-        return self.derived("projection", lambda: self.projection(*own), *own)
+        """Standardising and projecting as one matrix, and what it makes of the mean."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            signs = random_directions(
+                self.d_in, len(self.covariance), seed=self.config.seed, key=self.key
+            ).to(self.scale.device)
+            directions = signs * self.scale.unsqueeze(-1)
+            return directions, self.mean @ directions
+
+        return self.derived("projection", compute, self.mean, self.scale)
 
     def _no_moments(self) -> Moments:
-        if self._is_raw:
+        if self.steps == 0:
             zero = self.mean.new_zeros(1, self.d_in)
             return Moments.zeros(zero, zero)
         return Moments.zeros(self.centre, self.covariance)
 
     def _start(self, moments: Moments, generator: torch.Generator) -> None:
-        around = torch.zeros_like(self.centre[0])
-        if self.has_background:
-            around = moments.first.sum(0) / moments.count.sum()
-        else:
-            mean, var = seed_centres(moments, generator)
-            self.mean.copy_(mean[0])
-            self.scale.copy_(channel_scale(var)[0])
-        self.centre.copy_(around + scatter(self.centre, generator))
+        mean, var = seed_centres(moments, generator)
+        self.mean.copy_(mean[0])
+        self.scale.copy_(channel_scale(var)[0])
+        self.centre.copy_(scatter(self.centre, generator))
 
     def _slide(self, moments: Moments) -> None:
         # The identity that the covariance starts from counts as one step.
@@ -322,10 +274,54 @@ class WhitenedClusters(Clusters):
         self.covariance.copy_(covariance)
 
 
+class Discriminant(Clusters):
+    """A direction from the training data to other text, fitted before training, that stays."""
+
+    direction: Tensor
+    offset: Tensor
+    n_fitted: Tensor
+
+    def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
+        super().__init__(config, d_in, key)
+        self.register_buffer("direction", torch.zeros(d_in, dtype=torch.float32))
+        self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("n_fitted", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a direction; waits for the device only after a change."""
+        return self.derived("fitted", lambda: int(self.n_fitted) > 0, self.n_fitted)
+
+    def set_direction(self, direction: Tensor, offset: Tensor, n: int) -> None:
+        """Take up what :func:`budwood.tune.discriminant.discriminant` gave for n tokens."""
+        self.direction.copy_(direction)
+        self.offset.copy_(offset)
+        self.n_fitted.fill_(n)
+
+    def _measure(
+        self, x: Tensor, gather: bool, keep: Tensor | None
+    ) -> tuple[Tensor, Moments | None]:
+        if not self.is_fitted:
+            raise InputError(
+                'distance="discriminant" is fitted before training, and this adapter was not: call '
+                "budwood.tune.fit_discriminant(model, tokenizer, rows) first"
+            )
+        return measure_along(x, self.direction, self.offset, gather=gather, keep=keep)
+
+    def _no_moments(self) -> Moments:
+        return no_centres(self.direction)
+
+    def _start(self, moments: Moments, generator: torch.Generator) -> None:
+        pass
+
+    def _slide(self, moments: Moments) -> None:
+        pass
+
+
 def make_clusters(config: SlimConfig, d_in: int, key: str) -> Clusters:
     """The statistics that a config's distance needs; arguments as of :class:`Clusters`."""
-    kind = WhitenedClusters if config.distance == "whitened" else ChannelClusters
-    return kind(config, d_in, key)
+    kinds = {"whitened": WhitenedClusters, "discriminant": Discriminant}
+    return kinds.get(config.distance, ChannelClusters)(config, d_in, key)
 
 
 class Mask(_Kept):

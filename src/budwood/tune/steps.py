@@ -16,7 +16,7 @@ from budwood.errors import AttachError
 from budwood.tune.state import Clusters, check_finite
 
 if TYPE_CHECKING:
-    from budwood.tune.background import Survey
+    from budwood.tune.fitting import Survey
     from budwood.tune.layer import SlimLinear
     from budwood.tune.observe import Recorder
 

@@ -3,10 +3,7 @@
 Ours, a deviation from SLIM, whose distance looks at each channel by itself. What tells other text
 from training data lies in directions in which training data hardly vary, and these are combinations
 of channels. A full covariance would be as large as the layer; a few random directions with their
-small covariance come near it. Where a background is known, text that must not change, its distance
-is taken off: what counts is which of the two a token is nearer to (the relative Mahalanobis
-distance, arXiv 2106.09022, with another background). Pure tensor functions, float32 and outside
-autograd.
+small covariance come near it. Pure tensor functions, float32 and outside autograd.
 """
 
 from __future__ import annotations
@@ -22,9 +19,6 @@ from budwood.tune.clustering import Moments, from_nearest, moves, over_blocks
 
 RIDGE = 1e-3
 """Added to variances that are about 1."""
-FARTHEST = 2.0
-"""Distance to the background that counts at most, where 1 is usual: what is far from everything, as
-a token with huge activations, is far from the training data too."""
 
 
 def random_directions(d_in: int, n_directions: int, *, seed: int, key: str) -> Tensor:
@@ -69,32 +63,20 @@ def project(x: Tensor, directions: Tensor, offset: Tensor) -> Tensor:
     return torch.addmm(offset, x, directions, beta=-1)
 
 
-def mahalanobis(diff: Tensor, white: Tensor) -> Tensor:
-    """|diff·W| / √n_directions, about 1 for what W whitens.
-
-    Args:
-        diff: shape (n_tokens, n_directions).
-        white: W, shape (n_directions, n_directions).
-    """
-    return torch.linalg.vector_norm(diff @ white, dim=-1) / math.sqrt(len(white))
-
-
 def measure_whitened(
     x: Tensor,
     directions: Tensor,
     offset: Tensor,
     centre: Tensor,
     white: Tensor,
-    background: tuple[Tensor, Tensor] | None = None,
     *,
     gather: bool = False,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """Mahalanobis distance of each token to its nearest centre, minus that to the background.
+    """Mahalanobis distance of each token to its nearest centre, in the subspace.
 
-    Ours: d = |(z − c)·W| / √n − min(|(z − b)·V| / √n, 2) with z = x·P − o and n directions; 1 in
-    place of the second term without a background. Nearest is meant in the Euclidean sense in the
-    subspace. To be called outside autocast.
+    Ours: d = |(z − c)·W| / √n − 1 with z = x·P − o and n directions. Nearest is meant in the
+    Euclidean sense in the subspace. To be called outside autocast.
 
     Args:
         x: layer inputs, shape (n_tokens, d_in), floating point.
@@ -102,7 +84,6 @@ def measure_whitened(
         offset: o, shape (n_directions,).
         centre: shape (n_clusters, n_directions).
         white: W, shape (n_directions, n_directions).
-        background: b, shape (n_directions,), and V, of the shape of W; None for none.
         gather: also return moments.
         keep: bool, shape (n_tokens,): tokens that enter the moments; None for all.
 
@@ -111,13 +92,9 @@ def measure_whitened(
     """
 
     def of_block(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = project(part, directions, offset)
-        nearest, diff = from_nearest(z, centre)
-        far = mahalanobis(diff, white)
-        if background is None:
-            return nearest, diff, far - 1
-        other = mahalanobis(z - background[0], background[1])
-        return nearest, diff, far - other.clamp(max=FARTHEST)
+        nearest, diff = from_nearest(project(part, directions, offset), centre)
+        far = torch.linalg.vector_norm(diff @ white, dim=-1) / math.sqrt(len(white))
+        return nearest, diff, far - 1
 
     sums = Moments.zeros(centre, white) if gather else None
     return over_blocks(x, of_block, sums, keep, pooled=True), sums

@@ -220,7 +220,7 @@ class Comparison:
         adapted = attach(tuner, self.model, rank, trial.seed)
         try:
             if folder.last_checkpoint() is None:
-                tuner.prepare(adapted, self.tokenizer, own)
+                tuner.prepare(adapted, self.tokenizer, self.rows, own)
             with self.bar(trial.name) as advance:
                 history = train(
                     adapted,
