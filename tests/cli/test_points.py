@@ -23,7 +23,7 @@ NAMES = "ball,stick,plate"
 def tiny_sprout(tmp_path, monkeypatch):
     """Sprout's weights, its tower and the clouds that ship, all small."""
     config = SproutConfig(
-        dim=16, depth=2, n_heads=2, embed_dim=12, n_points=60, n_groups=8, k=6, group_width=8
+        dim=16, depth=2, n_heads=2, embed_dim=12, n_points=480, n_groups=8, k=6, group_width=8
     )
     save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
     monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", tmp_path / "tiny.safetensors")
@@ -94,7 +94,7 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
     command += ["--steps", 3, "--counts", "12,6", "--lr", 0.1, "--batch", 4]
     result = budwood(*command)
     assert result.exit_code == 0, result.output
-    assert "adapted sprout by esp-zero to 7 clouds" in result.stdout
+    assert "adapted sprout by sparse-lora to 7 clouds" in result.stdout
     classify = ["classify", scans / "0.npy", "--labels", NAMES, "--points", 6, "--json"]
     before = json.loads(budwood(*classify).stdout)["rows"][0]
     after = json.loads(budwood(*classify, "--adapter", output).stdout)["rows"][0]

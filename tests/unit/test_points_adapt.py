@@ -26,7 +26,7 @@ def prepared(encoder, use="adapt"):
 
 def sprout():
     model = models.make("sprout")
-    model.grouping = dataclasses.replace(model.grouping, n_dense=60)
+    model.grouping = dataclasses.replace(model.grouping, n_dense=480)
     return model
 
 
@@ -159,8 +159,8 @@ def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
     assert torch.equal(adapter(dense), model(dense))
     assert not torch.allclose(adapter(sparse), model(sparse), atol=1e-3)
     shares = [adapter.share(n) for n in (120, 60, 30, 15, 7, 3)]
-    assert shares[:2] == [0, 0] and shares[-2:] == [1, 1]
-    assert shares[2] == pytest.approx(1 / 3) and shares[3] == pytest.approx(2 / 3)
+    assert shares[:2] == [0, 0] and shares[-1] == 1
+    assert shares[2] == pytest.approx(1 / 4) and shares[3] == pytest.approx(2 / 4)
     with pytest.raises(InputError, match="does nothing at 60, 100 points"):
         adapt(prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((60, 100))))
 
@@ -223,8 +223,10 @@ def test_statistics_by_density():
     means = adapter.statistics.mean_0
     assert means.shape[0] == 2 and not torch.allclose(means[0], means[1], atol=1e-3)
     assert [adapter.statistics.nearest(n) for n in (100, 60, 20, 18, 6, 2)] == [0, 0, 0, 1, 1, 1]
-    lent = adapter.statistics.replaced(7)
+    lent, half = (adapter.statistics.replaced(model, 7, share) for share in (1.0, 0.5))
     assert torch.equal(next(iter(lent.values())), means[1])
+    for name, value in half.items():
+        torch.testing.assert_close(value, (lent[name] + model.get_buffer(name)) / 2)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +253,8 @@ def test_bad_input():
         adapt([], sets.texts(model.embed_dim), model, config)
     with pytest.raises(ShapeError, match="13 wide"):
         adapt(prepared(model), sets.texts(13), model, config)
-    bad = dataclasses.replace(config, options={"rank": 3})
-    with pytest.raises(InputError, match="no option 'rank'"):
+    bad = dataclasses.replace(config, options={"rang": 3})
+    with pytest.raises(InputError, match="no option 'rang'"):
         adapt(prepared(model), sets.texts(model.embed_dim), model, bad)
     with pytest.raises(InputError, match="only one point"):
         adapt([Cloud(np.zeros((5, 3)))], sets.texts(model.embed_dim), model, config)

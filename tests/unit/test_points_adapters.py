@@ -42,7 +42,7 @@ def train(adapter, steps=2):
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
     losses = []
     for _ in range(steps):
-        loss = adapter(xyz, rgb).square().mean()
+        loss = adapter(xyz, rgb, 1.0).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -212,7 +212,9 @@ def test_fused_equals_unfused(encoder, name, options, tmp_path):
     fused.save(tmp_path)
     xyz, rgb = clouds(seed=4)
     for made in (fused, load_adapter(tmp_path, model)):
-        torch.testing.assert_close(made(xyz, rgb), adapter(xyz, rgb), rtol=1e-5, atol=1e-5)
+        for share in (None, 0.3, 1.0):
+            found, expected = made(xyz, rgb, share), adapter(xyz, rgb, share)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_deep_prompts_are_literal_prompts():
@@ -266,7 +268,7 @@ def test_adabn_is_what_training_mode_would_track(encoder):
             module.momentum = None
     tracked(xyz, rgb)
     tracked.eval()
-    for key, value in adapter.statistics.replaced(16).items():
+    for key, value in adapter.statistics.replaced(model, 16, 1.0).items():
         want = tracked.get_buffer(key)
         # Torch keeps the unbiased variance; 36 values or more a channel.
         torch.testing.assert_close(value, want, rtol=0.05, atol=1e-4)

@@ -22,7 +22,7 @@ COUNTS = Curriculum((30, 8))
 
 def sprout():
     model = models.make("sprout")
-    model.grouping = dataclasses.replace(model.grouping, n_dense=60)
+    model.grouping = dataclasses.replace(model.grouping, n_dense=480)
     return model
 
 

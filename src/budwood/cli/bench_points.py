@@ -16,7 +16,8 @@ from budwood.cli.results import Results
 if TYPE_CHECKING:
     from budwood.points.bench import BenchConfig
 
-ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full,esp-zero-paper,esp-zero"
+ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
+ALL += ",esp-zero-paper,esp-zero,sparse-lora"
 
 MARKDOWN = {
     "method": "",
@@ -69,7 +70,7 @@ def bench_points(
 
     \b
     Example:
-      budwood bench points --methods tokens,adabn,esp-zero --points 64 --seeds 1 --out record.json
+      budwood bench points --methods tokens,adabn,sparse-lora --points 64 --seeds 1 --out new.json
     """
     from budwood.points.bench import BenchConfig
 

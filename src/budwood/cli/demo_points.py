@@ -64,7 +64,7 @@ def demo(
         f"\nAll {len(rows)} clouds of {len(tested.labels)} classes, {points} points each: "
         f"{share['before']:.1%} named rightly before, {share['after']:.1%} after.\n\nNext:\n"
         f'  budwood classify {files[0]} --labels "{names}" --adapter {adapted}\n'
-        "  budwood bench points --methods tokens,adabn,esp-zero --points 64 --seeds 1",
+        "  budwood bench points --methods tokens,adabn,sparse-lora --points 64 --seeds 1",
         markup=False,
         soft_wrap=True,
     )

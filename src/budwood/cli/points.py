@@ -38,7 +38,7 @@ def adapt(
     embeddings: clouds.Embeddings = None,
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
-    method: Annotated[str, typer.Option(help="One of `budwood ls adaptations`.")] = "esp-zero",
+    method: Annotated[str, typer.Option(help="One of `budwood ls adaptations`.")] = "sparse-lora",
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None,

@@ -57,7 +57,7 @@ class AdaptConfig:
         options: of the adapter, over those of the method.
     """
 
-    method: str = "esp-zero"
+    method: str = "sparse-lora"
     steps: int = 400
     batch_size: int = 32
     lr: float | None = None
@@ -219,7 +219,7 @@ class _Run:
                 len(self.clouds), min(self.config.batch_size, len(self.clouds)), replace=False
             )
             xyz, rgb = self._batch(chosen, self._points(rng), rng)
-            student = self.adapter(xyz, rgb)
+            student = self.adapter(xyz, rgb, 1.0)  # whole: it fades in use alone
             loss = self.objective(
                 student, teacher[chosen], vectors, self.adapter.encoder.logit_scale
             )

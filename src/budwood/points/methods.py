@@ -1,7 +1,8 @@
 """Ways to adapt an encoder to sparse clouds, each an adapter, what is minimised, and a rate.
 
 All are behind one interface, so that a table can hold them side by side. What is trained beside
-ESP-Zero gets the same clouds, steps and objective; only Tent has its own, which it is about.
+ESP-Zero gets the same clouds, steps and objective, but for Tent, which is about its own, and for
+ours.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class Method:
 SHARED = Objective(complementary=1.0, cosine=1.0)
 """The paper's negatives and a positive term, ours: features as those of the dense cloud."""
 
+FEATURES = Objective(complementary=0.0, cosine=1.0)
+"""The positive term alone, which asks for no names."""
+
 _DENSITIES = (1024, 512, 256, 128, 64, 32, 16)
 _BY_DENSITY = {"batch_norm": True, "counts": _DENSITIES}
 _ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
@@ -76,6 +80,14 @@ VPT_DEEP = Method(
 )
 LORA = Method("lora", "LoRA, arXiv 2106.09685", "low-rank differences", SHARED, 1e-3, _BY_DENSITY)
 FULL = Method("full", "fine-tuning", "a copy of every parameter", SHARED, 1e-4, _BY_DENSITY)
+SPARSE_LORA = Method(
+    "lora",
+    "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
+    "low-rank differences, taught where clouds are sparser than the encoder knows, and faded in",
+    FEATURES,
+    1e-3,
+    {"fade": True, **_BY_DENSITY},
+)
 ESP_ZERO_PAPER = Method(
     "fca",
     _ESP_ZERO,
@@ -106,5 +118,6 @@ METHODS = Registry(
         "full": "budwood.points.methods:FULL",
         "esp-zero-paper": "budwood.points.methods:ESP_ZERO_PAPER",
         "esp-zero": "budwood.points.methods:ESP_ZERO",
+        "sparse-lora": "budwood.points.methods:SPARSE_LORA",
     },
 )

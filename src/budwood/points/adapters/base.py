@@ -30,8 +30,9 @@ from budwood.points.grouping import check_points
 
 FILE = "adapter.safetensors"
 FORMAT = 1
-FULLY_AT = 8
-"""With ``fade``, an adapter comes in fully on clouds this many times sparser than in training."""
+KNOWN_DOWN_TO, FULLY_AT = 8, 128
+"""With ``fade``, how many times sparser than in training clouds are where an adapter begins to come
+in, and where it does so fully. Encoders are trained on clouds with up to 7 of 8 points dropped."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class AdapterConfig:
         batch_norm: hold BatchNorm statistics of their own, filled by :meth:`Adapter.estimate`.
         counts: numbers of points, each with statistics of its own; a cloud gets those of the
             nearest. Empty: one set for all. Ours.
-        fade: come in by degrees as points get fewer: not at all on clouds as dense as in training,
-            fully at an eighth of that; see :meth:`Adapter.share`. Ours.
+        fade: come in by degrees as points get fewer, though trained as a whole: not at all down to
+            an eighth of the points that the encoder was made for; see :meth:`Adapter.share`. Ours,
+            after WiSE-FT (arXiv 2109.01903).
     """
 
     batch_norm: bool = False
@@ -104,18 +106,25 @@ class Adapter(nn.Module, ABC):
         """How far the adapter comes in on clouds of so many points, in [0, 1]; see ``fade``."""
         if not self.config.fade:
             return 1.0
-        sparser = math.log(self.encoder.grouping.n_dense / n_points) / math.log(FULLY_AT)
-        return min(max(sparser, 0.0), 1.0)
+        sparser = math.log(self.encoder.grouping.n_dense / (KNOWN_DOWN_TO * n_points))
+        return min(max(sparser / math.log(FULLY_AT / KNOWN_DOWN_TO), 0.0), 1.0)
 
-    def forward(self, xyz: Tensor, rgb: Tensor | None = None) -> Tensor:
-        """Features, as :meth:`PointEncoder.forward`."""
+    def forward(self, xyz: Tensor, rgb: Tensor | None = None, share: float | None = None) -> Tensor:
+        """Features, as :meth:`PointEncoder.forward`.
+
+        Args:
+            xyz: shape (batch, n_points, 3).
+            rgb: of the same shape, or None.
+            share: how far the adapter comes in, in [0, 1]; None for what :meth:`share` says.
+        """
         check_points(xyz)
-        share = self.share(xyz.shape[1])
+        if share is None:
+            share = self.share(xyz.shape[1])
         if share == 0:
             return self.encoder(xyz, rgb)
         lent = self.replaced(share)
         if self.statistics is not None:
-            lent = {**self.statistics.replaced(xyz.shape[1]), **lent}
+            lent = {**self.statistics.replaced(self.encoder, xyz.shape[1], share), **lent}
         if not lent:
             return self.encoder(xyz, rgb, self.around(share))
         return functional_call(self.encoder, lent, (xyz, rgb, self.around(share)))

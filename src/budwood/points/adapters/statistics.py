@@ -72,12 +72,19 @@ class BatchStatistics(nn.Module):
         gaps = [abs(math.log(n_points / count)) for count in self.counts]
         return gaps.index(min(gaps)) if gaps else 0
 
-    def replaced(self, n_points: int) -> dict[str, Tensor]:
-        """By the names of the encoder's buffers, for clouds of so many points."""
+    def replaced(self, encoder: PointEncoder, n_points: int, share: float) -> dict[str, Tensor]:
+        """By the names of the encoder's buffers, for clouds of so many points.
+
+        Args:
+            encoder: whose statistics they stand in for.
+            n_points: of the clouds.
+            share: how far between the encoder's statistics, at 0, and these, at 1.
+        """
         row, lent = self.nearest(n_points), {}
         for index, name in enumerate(self.names):
-            lent[f"{name}.running_mean"] = getattr(self, f"mean_{index}")[row]
-            lent[f"{name}.running_var"] = getattr(self, f"var_{index}")[row]
+            for kind, kept in (("mean", "running_mean"), ("var", "running_var")):
+                own, key = getattr(self, f"{kind}_{index}")[row], f"{name}.{kept}"
+                lent[key] = own if share == 1 else encoder.get_buffer(key).lerp(own, share)
         return lent
 
     @torch.no_grad()
