@@ -247,6 +247,14 @@ def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
     assert asked.n_own == N_TEXTS and asked.config(1, None, 0).distance == "discriminant"
 
 
+@pytest.mark.parametrize(
+    ("text", "margin"),
+    [("slim", 1.5), ("slim:margin=0", 0), ("slim:texts=0", 0.0), ("slim-rms", 0.0)],
+)
+def test_the_margin_is_that_of_the_distance(text, margin):
+    assert parse_tuner(text).config(1, None, 0).margin == margin
+
+
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")

@@ -37,7 +37,9 @@ def bench_tune_speed(
         str, typer.Option(metavar="NAME,…", help="frozen and lora, and any of slim, loop, bypass.")
     ] = "frozen,lora,slim,loop,bypass",
     rank: Annotated[int, typer.Option(help="Of each expert.")] = 16,
-    distance: Annotated[str, typer.Option(help="whitened, rms or max.")] = "whitened",
+    distance: Annotated[
+        str, typer.Option(help="discriminant, whitened, rms or max.")
+    ] = "discriminant",
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
     device: options.Device = "auto",
