@@ -75,7 +75,7 @@ def test_export_refuses(model, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("distance", ["max", "rms", "whitened"])
+@pytest.mark.parametrize("distance", ["max", "rms", "whitened", "discriminant"])
 def test_speed_rows(distance):
     said = []
     config = SpeedConfig(widths=(24,), n_tokens=(8, 40), r=2, repeats=2, distance=distance)
