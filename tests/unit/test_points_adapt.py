@@ -165,6 +165,22 @@ def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
         adapt(prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((60, 100))))
 
 
+def test_fading_is_for_use_and_not_for_training():
+    model = sprout()
+    texts = sets.texts(model.embed_dim)
+    made = [
+        adapt(
+            prepared(model),
+            texts,
+            model,
+            AdaptConfig("lora", steps=3, curriculum=COUNTS, options={"fade": fade}),
+        )
+        for fade in (True, False)
+    ]
+    for key, value in made[0].state_dict().items():
+        assert torch.equal(value, made[1].state_dict()[key])
+
+
 @pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow", "lora", "full"])
 def test_fading_is_between_frozen_and_adapted(method):
     model = sprout()
