@@ -106,6 +106,9 @@ def test_much_text_is_thinned_out(monkeypatch):
     for (_, clusters), (_, same) in zip(owned(one), owned(again)):
         assert 30 <= int(clusters.n_fitted) <= 60  # 10 from 3 passes, 5 from 6
         assert torch.equal(clusters.direction, same.direction)
+    lengths = sorted(9 + i for i in range(40))
+    n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
+    assert sum(lengths[:10]) < n < sum(lengths[-10:])  # ten rows, neither first nor last
 
 
 def test_a_trained_adapter_beside_a_fresh_one_stays_as_it_was():

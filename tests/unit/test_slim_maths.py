@@ -141,7 +141,7 @@ def test_whitened_distance_and_its_statistics_are_the_reference(n_clusters, monk
     assert close(spread, slow.slide_covariance(z, centres, covariance.tolist(), 0.3))
 
 
-@pytest.mark.parametrize("n", [20, 4])  # more tokens than channels, and fewer
+@pytest.mark.parametrize("n", [20, 2])  # more tokens than channels, and fewer
 def test_discriminant_is_the_reference(n):
     own, other = random(n, 9) + 2, 3 * random(n + 3, 9, seed=1)
     direction, offset = discriminant(own, other)
