@@ -84,7 +84,10 @@ def test_own_text_goes_on_where_it_was(tmp_path, rows, own, monkeypatch):
 
 def test_own_text_is_no_training_data(tmp_path, rows, own):
     """Statistics of SLIM are those without it; weights hardly move at this rate."""
-    slim = {"method": "slim:n_experts=2+n_clusters=2+n_directions=8+skip_first=0.0", "lr": 1e-12}
+    slim = {
+        "method": "slim-whitened:n_experts=2+n_clusters=2+n_directions=8+skip_first=0.0",
+        "lr": 1e-12,
+    }
     alone = tiny.states(trained(tmp_path / "alone", rows, steps=3, **slim))
     held = tiny.states(trained(tmp_path / "held", rows, own, steps=3, kl=1.0, **slim))
     kept = [key for key in alone if "slim_clusters" in key]
