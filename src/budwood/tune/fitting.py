@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,36 +75,36 @@ def fit_discriminant(
     _check_rows("other text", other)
     seen = []
     for text in (rows, other):
-        inputs = _Inputs(MOST_TOKENS / (1 + len(text) // batch))
-        _show(model, tokenizer, text, batch, inputs)
-        seen.append(inputs.kept)
+        survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
+        _show(model, tokenizer, text, batch, survey)
+        seen.append(survey.kept)
     fitted = [(one, _fit(one, *(kept[one] for kept in seen))) for one in found]
     for clusters, (direction, offset, n) in fitted:
         clusters.set_direction(direction, offset, n)
     return n_learnt(rows), n_learnt(other)
 
 
-class Survey(Protocol):
-    """What layers show their inputs to, while it is a keeper's."""
+class Survey:
+    """What layers show their inputs to while it is a keeper's: it keeps them.
 
-    def see(self, clusters: Discriminant, x: Tensor) -> None:
-        """Note inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
-
-
-class _Inputs:
-    """Keeps inputs of layers, so many tokens of a forward pass at most."""
+    Args:
+        most: tokens of a layer in one forward pass.
+    """
 
     def __init__(self, most: float) -> None:
         self.most = max(1, round(most))
         self.kept: dict[Discriminant, list[Tensor]] = {}
 
     def see(self, clusters: Discriminant, x: Tensor) -> None:
+        """Note inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
         if len(x) > self.most:
             x = x[torch.linspace(0, len(x) - 1, self.most).round().long().to(x.device)]
         self.kept.setdefault(clusters, []).append(x.clone())
 
 
-def _fit(clusters: Discriminant, own: list[Tensor], other: list[Tensor]) -> tuple[Any, Any, int]:
+def _fit(
+    clusters: Discriminant, own: list[Tensor], other: list[Tensor]
+) -> tuple[Tensor, Tensor, int]:
     both = [torch.cat(part).float() for part in (own, other)]
     direction, offset = discriminant(*both)
     if not bool(torch.isfinite(direction).all() and torch.isfinite(offset)):
