@@ -109,6 +109,9 @@ def test_much_text_is_thinned_out(monkeypatch):
     lengths = sorted(9 + i for i in range(40))
     n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
     assert sum(lengths[:10]) < n < sum(lengths[-10:])  # ten rows, neither first nor last
+    monkeypatch.setattr("budwood.tune.fitting.MOST_TOKENS", 700)
+    n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
+    assert 700 <= n < 700 + lengths[-1]  # ten rows do not have as many tokens
 
 
 def test_a_trained_adapter_beside_a_fresh_one_stays_as_it_was():

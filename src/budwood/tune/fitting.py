@@ -25,7 +25,7 @@ from budwood.tune.steps import keeper_of, layers_of, tell_labels
 N_TEXTS = 128
 """Of the base model's own, where no others are given."""
 N_EXAMPLES = 256
-"""Of the training data, drawn where there are more."""
+"""Of the training data are read at least, and more until ``MOST_TOKENS`` count."""
 MOST_TOKENS = 4096
 """Of either, evenly drawn where there are more: inputs of all layers are kept for a while."""
 LEAST_TOKENS = 32
@@ -49,8 +49,9 @@ def fit_discriminant(
     Args:
         model: from ``peft.get_peft_model``; its adapters that are trained are SLIM's and fresh.
         tokenizer: of the model.
-        rows: training data, ``input_ids`` and ``labels``; ``N_EXAMPLES`` are drawn from more.
-            Tokens count whose next one has a label other than −100; with ``fit_on="all"`` all.
+        rows: training data, ``input_ids`` and ``labels``, of which as many are drawn as give
+            ``MOST_TOKENS``, and at least ``N_EXAMPLES``. Tokens count whose next one has a label
+            other than −100; with ``fit_on="all"`` all.
         other: text that must not change, in the same form. None for ``N_TEXTS`` texts drawn from
             the model itself, which needs a chat template.
         batch: rows at a time.
@@ -69,8 +70,7 @@ def fit_discriminant(
     found = _fresh(model)
     if other is None:
         other = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=advance)
-    if len(rows) > N_EXAMPLES:
-        rows = random.Random(seed).sample(list(rows), N_EXAMPLES)
+    rows = _drawn(rows, seed)
     _check_rows("training data", rows)
     _check_rows("other text", other)
     seen = []
@@ -130,6 +130,18 @@ def _fresh(model: nn.Module) -> list[Discriminant]:
             "fit a fresh adapter"
         )
     return found
+
+
+def _drawn(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Rows, drawn until there are enough of them and of their tokens, in their order."""
+    drawn: list[int] = []
+    n_tokens = 0
+    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
+        if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
+            break
+        drawn.append(i)
+        n_tokens += n_learnt([rows[i]])
+    return [rows[i] for i in sorted(drawn)]
 
 
 def _check_rows(what: str, rows: Sequence[Row]) -> None:
