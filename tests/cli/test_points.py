@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from budwood import records
-from budwood.points import ENCODERS, METHODS
+from budwood.points import ENCODERS, METHODS, bench
 from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
 from tests.points import models, sets
@@ -134,6 +134,34 @@ def test_bench(budwood, tmp_path):
     result = budwood(*command[:-1])
     assert "6 clouds of 2 unseen classes" in result.stderr
     assert result.stdout.split()[:3] == ["method", "sampler", "points"]
+
+
+def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    command = ["bench", "points", "--points", "30", "--lidar", "", "--seeds", 1, "--out", out]
+    measured = []
+    rows_of = bench._Bench.rows_of
+
+    def cut_off(self, name):
+        if name == "t3a":
+            raise KeyboardInterrupt
+        measured.append(name)
+        return rows_of(self, name)
+
+    monkeypatch.setattr(bench._Bench, "rows_of", cut_off)
+    assert budwood(*command, "--methods", "frozen,tokens,t3a,adabn").exit_code != 0
+    found = records.read(out)
+    assert found.status == "partial" and [row["method"] for row in found.rows] == measured
+    refused(budwood(*command, "--methods", "tokens", "--steps", 2), "steps 400, not 2", "--force")
+    assert records.read(out) == found
+    result = budwood(*command, "--methods", "tokens,adabn")
+    assert "goes on with" in result.stderr and measured == ["frozen", "tokens", "adabn"]
+    whole = records.read(out)
+    assert whole.status == "complete" and whole.rows[0] == found.rows[1]
+    assert [row["method"] for row in whole.rows] == ["tokens", "adabn"]
+    refused(budwood(*command, "--methods", "tokens,adabn"), "exists")
+    again = ["--methods", "tokens", "--steps", 2, "--force"]
+    assert budwood(*command, *again).exit_code == 0 and measured[3:] == ["tokens"]
 
 
 def test_bench_speed(budwood, tmp_path):

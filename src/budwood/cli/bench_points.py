@@ -66,7 +66,8 @@ def bench_points(
 
     Seen classes are those that adaptation has clouds of (none of the tested ones); unseen classes
     were in the encoder's pretraining alone; novel ones in neither. A name is chosen among those of
-    the group. Means and standard deviations are over seeds.
+    the group. Means and standard deviations are over seeds. --out is written after each method; a
+    run that was cut off goes on when the command is repeated.
 
     \b
     Example:
@@ -74,7 +75,7 @@ def bench_points(
     """
     from budwood.points.bench import BenchConfig
 
-    results = Results(out, force, json, plot)
+    results = Results(out, force, json, plot, resumes=True)
     sparse = options.counts_of(lidar, "lidar") if options.listed(lidar) else ()
     config = BenchConfig(
         tuple(options.listed(methods)),
@@ -85,23 +86,38 @@ def bench_points(
         batch,
         tune=tune,
     )
-    record = _measure(config, encoder, checkpoint)
+    record = _measure(config, encoder, checkpoint, results)
     columns = {key: (key, spec) for key, spec in MARKDOWN.items()}
     results.publish(record, columns, notes=[_legend(record.config)], draw=_draw)
 
 
-def _measure(config: BenchConfig, encoder: str, checkpoint: Path | None) -> records.Record:
+def _measure(
+    config: BenchConfig, encoder: str, checkpoint: Path | None, results: Results
+) -> records.Record:
     from budwood.points import load_clouds
     from budwood.points.bench import run
 
     with working("reading clouds"):
         given = load_clouds()
     model, words = clouds.load(encoder, checkpoint, list(given.labels), None)
+    described = _described(config, model.name, given)
+    described["checkpoint"] = checkpoint and checkpoint.name
+
+    def record(rows: list[records.Row]) -> records.Record:
+        return records.new_record("bench points", rows, seed=0, config=described)
+
+    begun = results.begun(described, free="methods")
     with progress("methods") as advance:
-        rows = run(given, words, model, config, advance)
-    return records.new_record(
-        "bench points", rows, seed=0, config=_described(config, model.name, given)
-    )
+        rows = run(
+            given,
+            words,
+            model,
+            config,
+            advance,
+            begun=begun,
+            keep=lambda rows: results.keep(record(rows)),
+        )
+    return record(rows)
 
 
 def _described(config: BenchConfig, encoder: str, given: Any) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from budwood import records
 from budwood.cli.console import print_json, print_table, say
 from budwood.cli.output import reserve, reserve_picture, write_whole
+from budwood.errors import InputError
 from budwood.figures import need_matplotlib
 
 
@@ -22,6 +24,7 @@ class Results:
         force: overwrite files that exist.
         json: print the record and nothing else.
         plot: file of the plot.
+        resumes: a record of a run that was cut off is gone on with.
 
     Raises:
         OutputError: a file exists and ``force`` is off, or cannot be written.
@@ -32,13 +35,52 @@ class Results:
     force: bool
     json: bool
     plot: Path | None = None
+    resumes: bool = False
 
     def __post_init__(self) -> None:
         if self.out:
-            reserve(self.out, self.force)
+            reserve(self.out, self.force or self._partial() is not None)
         if self.plot:
             reserve_picture(self.plot, self.force)
             need_matplotlib()
+
+    def begun(self, config: Mapping[str, Any], free: str) -> list[records.Row]:
+        """Rows of a run that was cut off, from its record; none if there is none.
+
+        Args:
+            config: of this run, which must be that of the record.
+            free: its key that may differ.
+
+        Raises:
+            InputError: the record is of another run.
+        """
+        partial = None if self.force else self._partial()
+        if partial is None:
+            return []
+        mine = json.loads(json.dumps(config))
+        differing = [k for k in mine if k != free and partial.config.get(k) != mine[k]]
+        if differing:
+            what = ", ".join(f"{k} {partial.config.get(k)}, not {mine[k]}" for k in differing)
+            raise InputError(
+                f"{self.out} holds part of another run ({what}); choose another name, or overwrite "
+                "it with --force"
+            )
+        say(f"goes on with {self.out}")
+        return partial.rows
+
+    def keep(self, record: records.Record) -> None:
+        """Write what was measured so far."""
+        if self.out:
+            records.write(replace(record, status="partial"), self.out, overwrite=True)
+
+    def _partial(self) -> records.Record | None:
+        if not (self.resumes and self.out and self.out.is_file()):
+            return None
+        try:
+            found = records.read(self.out)
+        except InputError:
+            return None
+        return found if found.status == "partial" else None
 
     def publish(
         self,
@@ -59,12 +101,12 @@ class Results:
             draw: draws the record's rows to a file.
         """
         if self.out:
-            say(f"wrote {records.write(record, self.out, overwrite=self.force)}")
+            say(f"wrote {records.write(record, self.out, overwrite=self.force or self.resumes)}")
         if self.plot and draw:
             write_whole(self.plot, lambda part: draw(record.rows, part))
             say(f"wrote {self.plot}")
         if self.json:
-            print_json(dataclasses.asdict(record))
+            print_json(asdict(record))
             return
         print_table(record.rows if rows is None else rows, columns)
         for note in notes:

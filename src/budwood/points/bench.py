@@ -101,6 +101,9 @@ def run(
     encoder: PointEncoder,
     config: BenchConfig,
     on_job: OnJob | None = None,
+    *,
+    begun: Sequence[Row] = (),
+    keep: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
     """Adapt and evaluate every method.
 
@@ -109,7 +112,9 @@ def run(
         texts: of all labels in ``clouds``.
         encoder: left as it was.
         config: what to measure.
-        on_job: called with adaptations done and to do.
+        on_job: called with methods done and to do.
+        begun: rows of a run with the same config, whose methods are not measured again.
+        keep: called with all rows so far after each method but the last.
 
     Returns:
         Rows with ``method, sampler, points, seeds, params, seconds, lr``, and for each group
@@ -128,7 +133,9 @@ def run(
         for done, name in enumerate(config.methods):
             if on_job is not None:
                 on_job(done, len(config.methods))
-            rows += bench.rows_of(name)
+            if keep is not None and done:
+                keep(rows)
+            rows += [row for row in begun if row["method"] == name] or bench.rows_of(name)
     finally:
         encoder.grouping = grouping
     if on_job is not None:
