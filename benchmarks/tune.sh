@@ -21,7 +21,7 @@ stages=("${@:-}")
 budwood=${BUDWOOD:-budwood}
 methods=lora,lora-wd:weight_decay=10,lora-wd:weight_decay=30,lora-late,dora,lora-kl,lora-own,moe,slim-paper,slim
 ablations=slim-no-identity,slim-no-router,slim-no-clustering,slim-no-yielding,slim-no-merging
-ablations+=,slim-no-l1,slim-whitened,slim-max,slim-rms,slim-all-tokens,slim-all-layers,slim-mask
+ablations+=,slim-no-l1,slim-whitened,slim-max,slim-rms,slim-all-tokens,slim-all-layers,slim-by-module,slim-mask
 settings=(
     --steps 200 --batch 8 --max-length 160 --per-task 1100 --n-validation 150
     --limit 400 --general-limit 200 --windows 32 --prompts 32 --probe-every 0

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
 from budwood.errors import InputError, MergeError
-from budwood.tune import SlimLinear, fit_discriminant, steps
+from budwood.tune import SlimLinear, fit_discriminant, observe, steps
 from budwood.tune.targets import layer_number
 from tests import tiny_chat
 from tests import tiny_llm as tiny
@@ -84,11 +84,33 @@ def test_the_last_unloaded_model_takes_the_optimiser_hook_with_it():
     assert not _global_optimizer_post_hooks
 
 
-def test_statistics_are_shared_by_layers_with_one_input():
+def test_statistics_are_shared_by_the_layers_of_a_block():
     first, second, third = layers(tiny.slim())[:3]
+    for layer in (second, third):
+        assert layer.clusters("default") is first.clusters("default")
+        assert "default" not in layer.slim_clusters
+    first, second, third = layers(tiny.slim(yield_at="module"))[:3]
     assert second.clusters("default") is first.clusters("default")
-    assert "default" not in second.slim_clusters
     assert third.clusters("default").centre.shape == (3, tiny.D_MLP)
+    alone = layers(tiny.slim(target_modules=["down_proj"]))[0]
+    assert alone.clusters("default").centre.shape == (3, tiny.D_MLP)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_block_yields_by_the_distance_of_its_input(reentrant):
+    found = {}
+    for yield_at in ("block", "module"):
+        model = tiny.trained(yield_at=yield_at).train()
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        with observe(model) as seen:
+            model(**tiny.batch()).loss.backward()
+        found[yield_at] = [row["distance"] for row in seen.rows()]
+    gate, up, down = found["block"][:3]
+    assert gate == up == down != 0
+    gate, up, down = found["module"][:3]
+    assert gate == up != down
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from budwood.tune.clustering import DISTANCES
 FORMAT = 1
 """Version of what is saved, raised when an older reader would be misled."""
 INFERENCE = ("expectation", "mask")
+YIELD_AT = ("block", "module")
 FIT_ON = ("learnt", "all")
 
 
@@ -68,6 +69,8 @@ class SlimConfig(PeftConfig):
             tenth of the tokens that the training data has to learn, as ``budwood tune`` does.
         fit_on: what counts as training data: ``"learnt"``, the tokens whose next one is learnt, or
             ``"all"`` but padding. Open; the former is ours.
+        yield_at: ``"block"``: all modules of an MLP yield by the distance of its input (ours), or
+            ``"module"``: each by that of its own input.
         beta: strength of yielding, ≥ 0. Open.
         margin: standard deviations of distance that count as inside; ours.
         merging: random masks on rows of B and columns of A in training.
@@ -104,6 +107,7 @@ class SlimConfig(PeftConfig):
     distance: str = "whitened"
     n_directions: int = 128
     fit_on: str = "learnt"
+    yield_at: str = "block"
     beta: float = 4.0
     margin: float = 0.0
     merging: bool = True
@@ -131,7 +135,8 @@ class SlimConfig(PeftConfig):
         self._check_version()
         self._check_counts()
         self._check_ranges()
-        known = {"distance": DISTANCES, "fit_on": FIT_ON, "merge_inference": INFERENCE}
+        known = {"distance": DISTANCES, "fit_on": FIT_ON, "yield_at": YIELD_AT}
+        known["merge_inference"] = INFERENCE
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(

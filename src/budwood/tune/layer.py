@@ -45,6 +45,19 @@ class _Pass:
     masked: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Statistics that another layer owns.
+
+    Attributes:
+        clusters: the statistics.
+        follows: the other layer's input is another, at the beginning of the block.
+    """
+
+    clusters: Clusters
+    follows: bool
+
+
 class SlimLayer(BaseTunerLayer):
     """What PEFT knows about a SLIM layer; every dict is keyed by adapter name.
 
@@ -54,7 +67,7 @@ class SlimLayer(BaseTunerLayer):
         slim_out: B of all experts side by side, shape (d_out, n_experts · r).
         slim_clusters: statistics of the inputs, of the first layer that reads an input.
         slim_mask: masks of dynamic merging.
-        shared_clusters: statistics that another layer with the same input owns.
+        shared_clusters: statistics that another layer owns.
         slim_config: configs.
     """
 
@@ -85,7 +98,7 @@ class SlimLinear(nn.Module, SlimLayer):
         self.slim_out = nn.ParameterDict()
         self.slim_clusters = nn.ModuleDict()
         self.slim_mask = nn.ModuleDict()
-        self.shared_clusters: dict[str, Clusters] = {}
+        self.shared_clusters: dict[str, Shared] = {}
         self.slim_config: dict[str, SlimConfig] = {}
         self.slim_key = key
         self.keeper = keeper
@@ -93,13 +106,13 @@ class SlimLinear(nn.Module, SlimLayer):
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def update_layer(self, name: str, config: SlimConfig, shared: Clusters | None) -> None:
+    def update_layer(self, name: str, config: SlimConfig, shared: Shared | None) -> None:
         """Add an adapter.
 
         Args:
             name: of the adapter.
             config: of the adapter.
-            shared: statistics of the same input that another layer owns; None to own them.
+            shared: statistics that another layer owns; None to have its own.
         """
         d_in, d_out = int(self.in_features or 0), int(self.out_features or 0)
         self.slim_config[name] = config
@@ -120,9 +133,10 @@ class SlimLinear(nn.Module, SlimLayer):
 
     def clusters(self, name: str) -> Clusters | None:
         """Statistics of an adapter, its own or shared; None without yielding."""
-        if name not in self.slim_clusters:
-            return self.shared_clusters.get(name)
-        return self.slim_clusters[name]  # type: ignore[return-value]
+        if name in self.slim_clusters:
+            return self.slim_clusters[name]  # type: ignore[return-value]
+        shared = self.shared_clusters.get(name)
+        return shared and shared.clusters
 
     def trained_adapters(self) -> list[str]:
         """Active adapters that are being trained."""
@@ -177,6 +191,9 @@ class SlimLinear(nn.Module, SlimLayer):
         clusters = self.clusters(now.name)
         if clusters is None:
             return None, None
+        shared = self.shared_clusters.get(now.name)
+        if shared is not None and shared.follows:
+            return clusters.measured(x.shape[:-1].numel(), now.training), None
         fitted = functools.partial(self._fitted, x, now.config)
         return clusters.distance(x, fitted, now.training)
 

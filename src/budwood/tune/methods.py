@@ -42,6 +42,7 @@ TUNERS = Registry(
         "slim-max": f"{_HERE}:SlimMax",
         "slim-rms": f"{_HERE}:SlimRms",
         "slim-all-tokens": f"{_HERE}:SlimAllTokens",
+        "slim-by-module": f"{_HERE}:SlimByModule",
         "slim-all-layers": f"{_HERE}:SlimAllLayers",
         "slim-mask": f"{_HERE}:SlimMask",
     },
@@ -344,6 +345,14 @@ class SlimAllTokens(Slim):
 
 
 @dataclass(frozen=True)
+class SlimByModule(Slim):
+    """SLIM each of whose modules yields by the distance of its own input."""
+
+    is_ablation: ClassVar[bool] = True
+    preset: ClassVar[dict[str, Any]] = {"yield_at": "module"}
+
+
+@dataclass(frozen=True)
 class SlimAllLayers(Slim):
     """SLIM in all layers, also in the first ones: at the same rank, and so with more parameters."""
 
@@ -364,7 +373,12 @@ class SlimPaper(Slim):
     """SLIM in the plain reading of the paper, none of our changes: in all layers, as above."""
 
     is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"distance": "max", "fit_on": "all", "skip_first": 0.0}
+    preset: ClassVar[dict[str, Any]] = {
+        "distance": "max",
+        "fit_on": "all",
+        "skip_first": 0.0,
+        "yield_at": "module",
+    }
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune.config import SLIM, SlimConfig
 from budwood.tune.files import check_base, check_state, describe_base
-from budwood.tune.layer import REFUSAL, SlimLayer, SlimLinear
-from budwood.tune.state import Clusters
+from budwood.tune.layer import REFUSAL, Shared, SlimLayer, SlimLinear
 from budwood.tune.steps import StepKeeper, forget, layers_of
 from budwood.tune.targets import (
+    LEADERS,
     MLP_TARGETS,
     default_targets,
     in_layers,
@@ -151,14 +151,16 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _shared_clusters(
     parent: nn.Module, name: str, adapter: str, config: SlimConfig
-) -> Clusters | None:
-    """Statistics that a module beside this one, which reads the same input, owns already."""
+) -> Shared | None:
+    """Statistics that a module beside this one owns already, of the input of both or of the MLP."""
     if not config.yielding:
         return None
-    for other in siblings(name):
+    leaders = LEADERS.get(name, ()) if config.yield_at == "block" else ()
+    for other in (*siblings(name), *leaders):
         layer = getattr(parent, other, None)
         if isinstance(layer, SlimLinear) and adapter in layer.slim_clusters:
-            return layer.clusters(adapter)
+            clusters: Any = layer.slim_clusters[adapter]
+            return Shared(clusters, follows=other in leaders)
     return None
 
 

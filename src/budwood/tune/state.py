@@ -128,6 +128,18 @@ class Clusters(_Kept):
         self._last = weakref.ref(x), place, found
         return found, moments
 
+    def measured(self, n_tokens: int, gather: bool) -> Tensor | None:
+        """The distances that the layer at the beginning of the block was given just now.
+
+        Args:
+            n_tokens: tokens of the layer that asks.
+            gather: as for :meth:`distance`.
+        """
+        if self._last is None or self._last[1][1:] != (gather, self.steps):
+            return None
+        found = self._last[2]
+        return found if found is not None and len(found) == n_tokens else None
+
     def add(self, moments: Moments) -> None:
         """Note the moments of one backward pass, for the next :meth:`commit`."""
         flat = moments.flat()

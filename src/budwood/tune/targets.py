@@ -102,6 +102,16 @@ def later_layers(pattern: str, names: Iterable[str], skip_first: float) -> str:
 
 SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
 """Names of modules of one MLP that read the same input, whose distance is computed once."""
+LEADERS = {
+    "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
+    "w2": ("w1", "w3"),
+    "wo": ("wi", "wi_0", "wi_1"),
+    "fc2": ("fc1",),
+    "fc_out": ("fc_in",),
+    "c_proj": ("c_fc",),
+    "dense_4h_to_h": ("dense_h_to_4h",),
+}
+"""Name of the module that an MLP ends with → those that it may begin with."""
 
 
 def siblings(name: str) -> tuple[str, ...]:
