@@ -178,6 +178,39 @@ def cells_of(
     return [[_cell(row.get(key), spec) for key, spec in specs.items()] for row in rows]
 
 
+def spread(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], key: str
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows side by side: the last column once for each value of a key.
+
+    Args:
+        rows: dicts, such as ``record.rows``.
+        columns: key → format spec; all but the last tell rows apart.
+        key: whose values become columns, in the order in which they occur.
+
+    Returns:
+        Rows and columns for :func:`table`.
+
+    Raises:
+        InputError: two rows would have one cell.
+    """
+    *shared, last = columns
+    found: dict[tuple[Any, ...], Row] = {}
+    names: dict[str, str] = {}
+    for row in rows:
+        place = tuple(row.get(one) for one in shared)
+        into = found.setdefault(place, dict(zip(shared, place)))
+        name = str(row.get(key))
+        if name in into:
+            said = ", ".join(str(one) for one in place)
+            raise InputError(
+                f"two rows are {said or 'alike'} with {key} {name}; add a column that tells them "
+                "apart, or choose rows"
+            )
+        into[name], names[name] = row.get(last), columns[last]
+    return list(found.values()), {**{one: columns[one] for one in shared}, **names}
+
+
 def plot(
     rows: Iterable[Mapping[str, Any]],
     path: str | os.PathLike[str],
@@ -189,6 +222,7 @@ def plot(
     high: str | None = None,
     baseline: float | None = None,
     title: str = "",
+    log: bool = False,
 ) -> Path:
     """Draw one curve per group of rows, as a picture.
 
@@ -202,11 +236,13 @@ def plot(
         high: key of the upper end.
         baseline: a dashed line at this height, such as the accuracy with all tokens.
         title: above the picture.
+        log: a logarithmic horizontal axis, with a tick at each value.
 
     Raises:
         InputError: matplotlib is not installed, or the rows lack a key.
         OutputError: the file cannot be written.
     """
+    rows = list(rows)
     figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
     for name, group in _grouped(rows, by).items():
@@ -221,6 +257,10 @@ def plot(
             raise InputError(f"cannot plot: a row has no {error}") from error
     if baseline is not None:
         axes.axhline(baseline, linestyle="--", color="grey", linewidth=1)
+    if log:
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.legend(title=by)
     return save_figure(figure, Path(path))
 

@@ -78,6 +78,24 @@ def test_show(run, budwood):
     assert lines[2] == f"| full | 16 | {found['rows'][0]['accuracy']:.1%} |"
 
 
+def test_show_several_side_by_side(budwood, tmp_path):
+    for i, method in enumerate("ab"):
+        rows = [{"method": method, "kind": k, "n": n, "top": i} for k in "xy" for n in (64, 8)]
+        records.write(records.new_record("r", rows, seed=0, config={}), tmp_path / f"{method}.json")
+    command = ["bench", "show", tmp_path / "a.json", tmp_path / "b.json", "--columns", "method,top"]
+    table = budwood(*command, "--where", "kind=x", "--across", "n").stdout.splitlines()
+    assert table[0] == "| method | 64 | 8 |" and table[2:] == ["| a | 0 | 0 |", "| b | 1 | 1 |"]
+    for options, fragment in (
+        (["--across", "n"], "two rows are a with n 64"),
+        (["--across", "m"], "unknown column 'm'; known: kind, method, n, top"),
+        (["--where", "kind=z"], "no row has kind=z; there are x, y"),
+        (["--where", "kind"], "'kind' is no condition; write key=value"),
+        (["--where", "size=1"], "unknown column 'size'"),
+    ):
+        result = budwood(*command, *options)
+        assert result.exit_code == 2 and fragment in result.stderr
+
+
 def test_same_seed_same_answers(budwood, model_dir):
     command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random", "--json"]
     command += ["--reference", "random", "--keep", 5]

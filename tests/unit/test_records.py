@@ -129,6 +129,20 @@ def test_table_of_rows_that_come_once():
     assert records.table(iter(ROWS[:1]), ["method"]) == "| method |\n| --- |\n| adav |\n"
 
 
+def test_rows_side_by_side():
+    rows = [
+        {"method": "a", "points": 64, "top": 0.5},
+        {"method": "b", "points": 64, "top": 0.25},
+        {"method": "a", "points": 32, "top": 0.125},
+    ]
+    spread, columns = records.spread(rows, {"method": "", "top": ".1%"}, "points")
+    assert records.table(spread, columns) == (
+        "| method | 64 | 32 |\n| --- | ---: | --- |\n| a | 50.0% | 12.5% |\n| b | 25.0% |  |\n"
+    )
+    with pytest.raises(InputError, match="two rows are a with points 64; add a column"):
+        records.spread([*rows, rows[0]], {"method": "", "top": ""}, "points")
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     options = {"x": "keep", "y": "accuracy", "by": "method"}

@@ -18,6 +18,7 @@ from budwood.cli import (
     tune_eval,
 )
 from budwood.cli.options import listed
+from budwood.errors import InputError, UnknownNameError
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("prune")(bench_prune.bench_prune)
@@ -52,38 +53,66 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def show(
-    record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record that bench wrote.")],
+    record: Annotated[
+        list[Path], typer.Argument(metavar="RECORD...", help="Records that bench wrote.")
+    ],
     columns: Annotated[
         str | None,
         typer.Option(
             metavar="KEY[:FORMAT],…", help="Columns; the format is Python's, such as .1%."
         ),
     ] = None,
+    where: Annotated[
+        str, typer.Option(metavar="KEY=VALUE,…", help="Rows with these values alone.")
+    ] = "",
+    across: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="The last column once for each value of this key."),
+    ] = None,
 ) -> None:
-    """Print the table of a record, as Markdown.
+    """Print the table of a record, or of several, as Markdown.
 
     \b
     Example:
       budwood bench show record.json --columns method,keep,accuracy:.1%
+      budwood bench show record.json --columns method,unseen_top1:.1% --across points
     """
-    found = records.read(record)
+    found = [records.read(one) for one in record]
+    rows = _chosen([row for one in found for row in one.rows], where)
     if columns is None:
-        chosen = DEFAULT_COLUMNS.get(found.name) or dict.fromkeys(
-            found.rows[0] if found.rows else [], ""
-        )
+        shown = DEFAULT_COLUMNS.get(found[0].name) or dict.fromkeys(rows[0] if rows else [], "")
     else:
-        chosen = _columns(columns, found.rows)
-    typer.echo(records.table(found.rows, chosen), nl=False)
+        shown = _columns(columns, rows)
+    if across is not None:
+        _check_known(across, rows)
+        rows, shown = records.spread(rows, shown, across)
+    typer.echo(records.table(rows, shown), nl=False)
+
+
+def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:
+    """Rows that have the values that were asked for."""
+    for item in listed(where) if where else ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--where {item!r} is no condition; write key=value")
+        _check_known(key, rows)
+        values = sorted({str(row.get(key)) for row in rows})
+        rows = [row for row in rows if str(row.get(key)) == value]
+        if not rows:
+            raise InputError(f"no row has {key}={value}; there are {', '.join(values)}")
+    return rows
+
+
+def _check_known(key: str, rows: list[records.Row]) -> None:
+    known = {key for row in rows for key in row}
+    if key not in known:
+        raise UnknownNameError(f"unknown column {key!r}; known: {', '.join(sorted(known))}")
 
 
 def _columns(text: str, rows: list[records.Row]) -> dict[str, str]:
-    from budwood.errors import InputError, UnknownNameError
-
     chosen = dict(_column(item) for item in listed(text))
-    known = {key for row in rows for key in row}
     for key, spec in chosen.items():
-        if key not in known:
-            raise UnknownNameError(f"unknown column {key!r}; known: {', '.join(sorted(known))}")
+        _check_known(key, rows)
         try:
             format(1.0, spec)
         except ValueError as error:

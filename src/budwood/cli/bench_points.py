@@ -138,7 +138,9 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         for row in rows
         if row["sampler"] == "random"
     ]
-    records.plot(curves, path, x="points", y="unseen_top1", by="method", low="low", high="high")
+    records.plot(
+        curves, path, x="points", y="unseen_top1", by="method", low="low", high="high", log=True
+    )
 
 
 def _legend(config: dict[str, Any]) -> str:
