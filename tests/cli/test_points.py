@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,29 +140,38 @@ def test_bench(budwood, tmp_path):
 def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):
     out = tmp_path / "r.json"
     command = ["bench", "points", "--points", "30", "--lidar", "", "--seeds", 1, "--out", out]
-    measured = []
+    measured, cut_at = [], ["t3a"]
     rows_of = bench._Bench.rows_of
 
     def cut_off(self, name):
-        if name == "t3a":
+        if name in cut_at:
             raise KeyboardInterrupt
         measured.append(name)
         return rows_of(self, name)
 
+    def kept():
+        return records.read(out).status, [row["method"] for row in records.read(out).rows]
+
     monkeypatch.setattr(bench._Bench, "rows_of", cut_off)
     assert budwood(*command, "--methods", "frozen,tokens,t3a,adabn").exit_code != 0
-    found = records.read(out)
-    assert found.status == "partial" and [row["method"] for row in found.rows] == measured
+    assert kept() == ("partial", ["frozen", "tokens"])
+    first = records.read(out)
     refused(budwood(*command, "--methods", "tokens", "--steps", 2), "steps 400, not 2", "--force")
-    assert records.read(out) == found
-    result = budwood(*command, "--methods", "tokens,adabn")
-    assert "goes on with" in result.stderr and measured == ["frozen", "tokens", "adabn"]
+    records.write(replace(first, versions={"torch": "1.0"}), out, overwrite=True)
+    refused(budwood(*command, "--methods", "tokens"), "versions {'torch': '1.0'}, not")
+    records.write(first, out, overwrite=True)
+    # Cut off once more: what was there stays, whatever is asked for.
+    assert budwood(*command, "--methods", "adabn,t3a,tokens").exit_code != 0
+    assert kept() == ("partial", ["frozen", "tokens", "adabn"])
+    cut_at.clear()
+    result = budwood(*command, "--methods", "t3a")
+    assert "goes on with" in result.stderr
+    assert kept() == ("complete", ["frozen", "tokens", "adabn", "t3a"]) and measured == kept()[1]
     whole = records.read(out)
-    assert whole.status == "complete" and whole.rows[0] == found.rows[1]
-    assert [row["method"] for row in whole.rows] == ["tokens", "adabn"]
+    assert whole.rows[:2] == first.rows and whole.config["methods"] == measured
     refused(budwood(*command, "--methods", "tokens,adabn"), "exists")
     again = ["--methods", "tokens", "--steps", 2, "--force"]
-    assert budwood(*command, *again).exit_code == 0 and measured[3:] == ["tokens"]
+    assert budwood(*command, *again).exit_code == 0 and kept() == ("complete", ["tokens"])
 
 
 def test_bench_speed(budwood, tmp_path):

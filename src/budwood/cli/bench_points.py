@@ -14,6 +14,7 @@ from budwood.cli.console import progress, working
 from budwood.cli.results import Results
 
 if TYPE_CHECKING:
+    from budwood.points import PointEncoder
     from budwood.points.bench import BenchConfig
 
 ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
@@ -67,7 +68,7 @@ def bench_points(
     Seen classes are those that adaptation has clouds of (none of the tested ones); unseen classes
     were in the encoder's pretraining alone; novel ones in neither. A name is chosen among those of
     the group. Means and standard deviations are over seeds. --out is written after each method; a
-    run that was cut off goes on when the command is repeated.
+    run that was cut off goes on when the command is repeated, without --force.
 
     \b
     Example:
@@ -100,13 +101,14 @@ def _measure(
     with working("reading clouds"):
         given = load_clouds()
     model, words = clouds.load(encoder, checkpoint, list(given.labels), None)
-    described = _described(config, model.name, given)
-    described["checkpoint"] = checkpoint and checkpoint.name
 
     def record(rows: list[records.Row]) -> records.Record:
-        return records.new_record("bench points", rows, seed=0, config=described)
+        about = _described(config, model, given)
+        return records.new_record("bench points", rows, seed=0, config=about)
 
-    begun = results.begun(described, free="methods")
+    begun = results.begun(record([]), free="methods")
+    methods = dict.fromkeys([*(row["method"] for row in begun), *config.methods])
+    config = dataclasses.replace(config, methods=tuple(methods))
     with progress("methods") as advance:
         rows = run(
             given,
@@ -120,12 +122,20 @@ def _measure(
     return record(rows)
 
 
-def _described(config: BenchConfig, encoder: str, given: Any) -> dict[str, Any]:
+def _described(config: BenchConfig, encoder: PointEncoder, given: Any) -> dict[str, Any]:
+    from budwood.points.adapters import identity
+
     sizes: dict[str, Any] = {}
     for group in ("seen", "unseen", "novel"):
         part = given.where(group=group, use="test")
         sizes |= {f"n_{group}_clouds": len(part), f"n_{group}_classes": len(part.labels)}
-    return {"encoder": encoder, **sizes, **dataclasses.asdict(config)}
+    digest = identity(encoder)["digest"]
+    return {
+        "encoder": encoder.name,
+        "encoder_digest": digest,
+        **sizes,
+        **dataclasses.asdict(config),
+    }
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:

@@ -44,12 +44,13 @@ class Results:
             reserve_picture(self.plot, self.force)
             need_matplotlib()
 
-    def begun(self, config: Mapping[str, Any], free: str) -> list[records.Row]:
+    def begun(self, record: records.Record, free: str) -> list[records.Row]:
         """Rows of a run that was cut off, from its record; none if there is none.
 
         Args:
-            config: of this run, which must be that of the record.
-            free: its key that may differ.
+            record: of this run, without rows. Its config, commit and versions must be those of the
+                run that was cut off.
+            free: key of the config that may differ.
 
         Raises:
             InputError: the record is of another run.
@@ -57,10 +58,10 @@ class Results:
         partial = None if self.force else self._partial()
         if partial is None:
             return []
-        mine = json.loads(json.dumps(config))
-        differing = [k for k in mine if k != free and partial.config.get(k) != mine[k]]
+        here, there = _settings(record), _settings(partial)
+        differing = [key for key in here if key != free and here[key] != there.get(key)]
         if differing:
-            what = ", ".join(f"{k} {partial.config.get(k)}, not {mine[k]}" for k in differing)
+            what = ", ".join(f"{key} {there.get(key)}, not {here[key]}" for key in differing)
             raise InputError(
                 f"{self.out} holds part of another run ({what}); choose another name, or overwrite "
                 "it with --force"
@@ -111,3 +112,9 @@ class Results:
         print_table(record.rows if rows is None else rows, columns)
         for note in notes:
             say(note)
+
+
+def _settings(record: records.Record) -> dict[str, Any]:
+    """What the rows of a record depend on, as JSON values."""
+    code = {"commit": record.git.get("commit"), "versions": record.versions}
+    return json.loads(json.dumps({**record.config, **code}))

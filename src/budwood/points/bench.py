@@ -7,6 +7,7 @@ which draws the points of the test clouds and whatever training draws.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,8 +114,8 @@ def run(
         encoder: left as it was.
         config: what to measure.
         on_job: called with methods done and to do.
-        begun: rows of a run with the same config, whose methods are not measured again.
-        keep: called with all rows so far after each method but the last.
+        begun: rows of an earlier run that was cut off; their methods are not measured again.
+        keep: called with all rows so far, those of ``begun`` too, after each method.
 
     Returns:
         Rows with ``method, sampler, points, seeds, params, seconds, lr``, and for each group
@@ -127,20 +128,21 @@ def run(
     if config.tune and not len(clouds.where(use="val")):
         raise InputError("tuning needs clouds for validation, and there are none")
     bench = _Bench(clouds, texts, encoder, config)
-    rows: list[Row] = []
+    known = {name: [row for row in begun if row["method"] == name] for name in config.methods}
     grouping = encoder.grouping
     try:
         for done, name in enumerate(config.methods):
             if on_job is not None:
                 on_job(done, len(config.methods))
-            if keep is not None and done:
-                keep(rows)
-            rows += [row for row in begun if row["method"] == name] or bench.rows_of(name)
+            if not known[name]:
+                known[name] = bench.rows_of(name)
+                if keep is not None:
+                    keep([*itertools.chain(*known.values())])
     finally:
         encoder.grouping = grouping
     if on_job is not None:
         on_job(len(config.methods), len(config.methods))
-    return rows
+    return [*itertools.chain(*known.values())]
 
 
 class _Bench:
