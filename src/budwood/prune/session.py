@@ -227,7 +227,11 @@ class PruneSession:
         refuse_inputs(kwargs, self.pruner.family.video_inputs)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
-        return original(**self._cut(kwargs, pad_token({}, self.model)))
+        cut = self._cut(kwargs, pad_token({}, self.model))
+        for hook in self.model._forward_pre_hooks.values():  # they saw the whole prompt
+            if hasattr(hook, "note_inputs"):
+                hook.note_inputs((), cut)
+        return original(**cut)
 
     def _cut(self, inputs: dict[str, Any], pad: int) -> dict[str, Any]:
         cut = self.pruner.cut(inputs, pad)

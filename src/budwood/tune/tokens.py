@@ -36,6 +36,10 @@ class TokenWatch:
         self.labels: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.note_inputs(args, kwargs)
+
+    def note_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model is called with; again, by whoever calls it with other inputs."""
         mask = self._argument("attention_mask", args, kwargs)
         if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
             self.mask = mask
