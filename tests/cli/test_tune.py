@@ -190,8 +190,21 @@ def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method
     (tmp_path / "b" / "checkpoint-6").mkdir()
     found = json.loads(budwood(*again).stdout)["history"]
     assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    seconds = [row["seconds"] for row in found]  # of both parts
+    assert seconds == sorted(seconds)
     weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_a_finished_run(tuned, budwood, lm_dir, data):
+    """Its record is written again if it is lost, and another dtype is another run."""
+    folder, _ = tuned
+    kept = records.read(folder / "record.json")
+    (folder / "record.json").unlink()
+    again = command(lm_dir, data, folder)
+    assert budwood(*again).exit_code == 0
+    assert records.read(folder / "record.json").rows == kept.rows
+    refused_with_bars(budwood(*again, "--dtype", "bfloat16"), "dtype")
 
 
 def test_diverging_run_stops_and_keeps_its_checkpoint(budwood, lm_dir, data, tmp_path, monkeypatch):

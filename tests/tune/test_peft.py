@@ -84,6 +84,16 @@ def test_the_last_unloaded_model_takes_the_optimiser_hook_with_it():
     assert not _global_optimizer_post_hooks
 
 
+def test_one_config_for_two_models(tmp_path):
+    config = tiny.config(skip_first=0.5)
+    small = peft.get_peft_model(tiny.llama(), config)
+    large = peft.get_peft_model(tiny.llama(num_hidden_layers=6), config)
+    assert config.target_modules is None
+    assert len(layers(large)) == 3 * 3 > len(layers(small))
+    small.save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+
+
 def test_statistics_are_shared_by_the_layers_of_a_block():
     first, second, third = layers(tiny.slim())[:3]
     for layer in (second, third):

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 import budwood.tune.steps as steps_module
 from budwood.errors import AttachError, InputError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
+from budwood.tune.state import make_clusters
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow
 from tests.tiny_llm import logits, states
@@ -492,3 +493,20 @@ def test_a_batch_in_which_nothing_is_learnt_moves_no_statistics():
     assert commit(model)
     after = {k: v for k, v in statistics(states(model)).items() if not k.endswith("n_steps")}
     assert same(after, {k: before[k] for k in after})
+
+
+def test_whitened_distances_soon_have_the_scale_of_training_data():
+    draw = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, 97).float() ** -0.75
+    turn = torch.linalg.qr(torch.randn(96, 96, generator=draw))[0]
+
+    def tokens(n):
+        return torch.randn(n, 96, generator=draw) * spectrum @ turn
+
+    clusters = make_clusters(tiny.config(n_directions=32, momentum=0.05), 96, "k")
+    for _ in range(10):
+        _, moments = clusters.distance(tokens(200), lambda: None, True)
+        clusters.add(moments)
+        clusters.commit(clusters.taken())
+    found, _ = clusters.distance(tokens(2000), lambda: None, False)
+    assert 0.8 < found.std() < 1.2 and abs(found.mean()) < 0.5

@@ -191,8 +191,8 @@ def _train(
     adapted = attach(tuner, loaded.model, rank, settings.seed)
     state = PartialState(cpu=loaded.model.device.type == "cpu")
     with state.main_process_first():
-        folder = RunFolder(output, adapter_of(loaded.name, method, settings, rank, data))
-    was_complete = folder.is_complete
+        about = adapter_of(loaded.name, loaded.model, method, settings, rank, data)
+        folder = RunFolder(output, about)
     with state.main_process_first():
         own = _own_text(folder, tuner, adapted, loaded)
     if folder.last_checkpoint() is None:
@@ -218,7 +218,7 @@ def _train(
         "n_examples": len(rows),
         "history": history,
     }
-    if state.is_main_process and not was_complete:
+    if state.is_main_process and not (output / "record.json").exists():
         _record(found, settings, output)
     return found
 
@@ -242,7 +242,7 @@ def _record(found: dict[str, Any], settings: Settings, output: Path) -> None:
         seed=settings.seed,
         config=config | dataclasses.asdict(settings),
     )
-    records.write(record, output / "record.json", overwrite=True)
+    records.write(record, output / "record.json")
 
 
 def _is_first_process() -> bool:

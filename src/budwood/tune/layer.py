@@ -193,7 +193,7 @@ class SlimLinear(nn.Module, SlimLayer):
             return None, None
         shared = self.shared_clusters.get(now.name)
         if shared is not None and shared.follows:
-            return clusters.measured(x.shape[:-1].numel(), now.training), None
+            return clusters.measured(x.shape[:-1].numel()), None
         fitted = functools.partial(self._fitted, x, now.config)
         return clusters.distance(x, fitted, now.training)
 

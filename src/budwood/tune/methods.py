@@ -290,7 +290,7 @@ class SlimNoRouter(Slim):
 
 @dataclass(frozen=True)
 class SlimNoClustering(Slim):
-    """SLIM whose distance is that to a single running mean of the training data."""
+    """``slim-whitened`` with a single running mean; the discriminant has no centres at all."""
 
     is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {"distance": "whitened", "clustering": False}
@@ -370,7 +370,10 @@ class SlimWhitened(Slim):
 
 @dataclass(frozen=True)
 class SlimPaper(Slim):
-    """SLIM in the plain reading of the paper, none of our changes: in all layers, as above."""
+    """SLIM in the plain reading of the paper, but for a standardised distance and our β.
+
+    In all layers, and so with more parameters, as above.
+    """
 
     is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {

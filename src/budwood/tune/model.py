@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any
 
@@ -48,7 +49,9 @@ class SlimModel(BaseTuner):
             InputError: target modules match nothing, or the adapter is of another base model.
             UnsupportedModelError: no target modules are known, or one is no linear layer.
         """
-        config: Any = self.peft_config[adapter_name]
+        # A copy: what is noted in it is of this model, and the user may have others for it.
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
         base = describe_base(self.get_model_config(model))
         check_base(config.base, base)
         try:

@@ -128,14 +128,13 @@ class Clusters(_Kept):
         self._last = weakref.ref(x), place, found
         return found, moments
 
-    def measured(self, n_tokens: int, gather: bool) -> Tensor | None:
+    def measured(self, n_tokens: int) -> Tensor | None:
         """The distances that the layer at the beginning of the block was given just now.
 
         Args:
             n_tokens: tokens of the layer that asks.
-            gather: as for :meth:`distance`.
         """
-        if self._last is None or self._last[1][1:] != (gather, self.steps):
+        if self._last is None or self._last[1][-1] != self.steps:
             return None
         found = self._last[2]
         return found if found is not None and len(found) == n_tokens else None
@@ -165,11 +164,15 @@ class Clusters(_Kept):
             self._start(moments, torch.Generator().manual_seed(seed))
         else:
             self._slide(moments)
-            momentum = 1.0 if self.steps == 1 else self.config.momentum
+            momentum = 1.0 if self.steps == 1 else self._momentum()
             mean, spread = slide_distance(self.distance_mean, self.distance_var, moments, momentum)
             self.distance_mean.copy_(mean)
             self.distance_var.copy_(spread)
         self.n_steps.add_(1)
+
+    def _momentum(self) -> float:
+        """Share that the distribution of distances moves by, from the third step on."""
+        return self.config.momentum
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
@@ -253,6 +256,10 @@ class WhitenedClusters(Clusters):
         return measure_whitened(
             x, *self._projection(), self.centre, white, gather=gather, keep=keep
         )
+
+    def _momentum(self) -> float:
+        # While the covariance settles, distances grow: those of the first steps soon mean nothing.
+        return max(self.config.momentum, 2 / (self.steps + 1))
 
     def _projection(self) -> tuple[Tensor, Tensor]:
         """Standardising and projecting as one matrix, and what it makes of the mean."""

@@ -165,11 +165,13 @@ def _take_up(folder: RunFolder, model: Any) -> Path | None:
     return folder.last_checkpoint()
 
 
-def adapter_of(model: Any, text: str, settings: Settings, rank: int, data: str) -> dict[str, Any]:
-    """What makes a run what it is, for its folder."""
-    return {"model": model, "method": text, "rank": rank, "data": data} | dataclasses.asdict(
-        settings
-    )
+def adapter_of(
+    name: str, model: Any, method: str, settings: Settings, rank: int, data: str
+) -> dict[str, Any]:
+    """What makes a run what it is, for its folder: also the dtype of the base model."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = {"model": name, "dtype": dtype, "method": method, "rank": rank, "data": data}
+    return about | dataclasses.asdict(settings)
 
 
 def _arguments(
@@ -177,7 +179,7 @@ def _arguments(
 ) -> TrainingArguments:
     on_cpu = model.device.type == "cpu"
     is_bf16 = next(model.parameters()).dtype == torch.bfloat16
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.path),
         max_steps=settings.steps if settings.steps else -1,
         num_train_epochs=settings.epochs,
@@ -201,6 +203,10 @@ def _arguments(
         disable_tqdm=True,
         report_to=[],
     )
+    # Without a launcher, Trainer copies the model to all GPUs in each step, and what copies gather
+    # is lost: one GPU a process.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _checkpointing(settings: Settings) -> dict[str, Any]:
@@ -231,7 +237,8 @@ class _Watch(TrainerCallback):
         self.routing: dict[str, float] = {}
         self.note = ""
         self._observing: Any = None
-        self._began = time.perf_counter()
+        before = [row["seconds"] for row in folder.history() if "seconds" in row]
+        self._began = time.perf_counter() - (before[-1] if before else 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (state.global_step + 1) % self.settings.log_every == 0:

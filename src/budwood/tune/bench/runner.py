@@ -212,7 +212,8 @@ class Comparison:
         tuner = parse_tuner(trial.method).fitted_to(n_learnt(self.rows))
         settings = dataclasses.replace(self.plan.settings, lr=trial.lr, seed=trial.seed)
         rank = self.rank(trial.method)
-        state = adapter_of(self.name, trial.method, settings, rank, fingerprint(self.rows))
+        data = fingerprint(self.rows)
+        state = adapter_of(self.name, self.model, trial.method, settings, rank, data)
         folder = RunFolder(self.path(trial) / "adapter", state)
         if folder.is_complete:
             return self.loaded(trial), folder.history()
