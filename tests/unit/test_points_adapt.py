@@ -43,6 +43,10 @@ def test_every_method_runs(method, tmp_path):
     model = sprout()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = AdaptConfig(method, steps=2, batch_size=4, curriculum=COUNTS)
+    if method in ("frozen", "t3a"):
+        with pytest.raises(InputError, match="more than an adapter belongs to it"):
+            adapt(prepared(model), sets.texts(12), model, config, output=tmp_path / "a")
+        return
     steps = []
     adapter = adapt(
         prepared(model),
@@ -220,10 +224,41 @@ def test_thinned():
 
 def test_stacked_cuts_to_the_smallest():
     a, b = torch.randn(9, 3), torch.randn(5, 3)
-    xyz, rgb = stacked([(a, a), (b, b)])
+    xyz, rgb = stacked([(a, a), (b, b)], 0.4)
     assert xyz.shape == (2, 5, 3) and torch.equal(xyz[1], b) and torch.equal(rgb, xyz)
     assert len({tuple(row) for row in xyz[0].tolist()} & {tuple(row) for row in a.tolist()}) == 5
-    assert stacked([(a, a), (b, None)])[1] is None
+    assert stacked([(a, None), (b, None)], 0.4)[1] is None
+    mixed = stacked([(a, a), (b, None)], 0.4)[1]
+    assert torch.equal(mixed[0], xyz[0]) and (mixed[1] == 0.4).all()
+
+
+def test_lidar_sees_all_encoders_clouds_upright():
+    cloud = Cloud(np.random.default_rng(0).normal(size=(4000, 3)) * [1, 3, 1])
+    seen = [
+        thinned(models.make(name).prepare(cloud, 2000), 64, "lidar", 3)[0]
+        for name in ("openshape", "ulip")
+    ]
+    assert torch.equal(*seen)
+
+
+def test_other_colours_are_another_run(tmp_path):
+    model = models.make("openshape")
+    grey = [(xyz, torch.full_like(xyz, 0.1)) for xyz, _ in prepared(model)]
+    config = AdaptConfig("lora", steps=SAVE_EVERY + 2, batch_size=2, curriculum=COUNTS)
+
+    def cut_off(done, total):
+        if done > SAVE_EVERY:
+            raise KeyboardInterrupt
+
+    texts = sets.texts(model.embed_dim)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(grey, texts, model, config, output=tmp_path / "a", on_step=cut_off)
+    bright = [(xyz, rgb + 0.5) for xyz, rgb in grey]
+    with pytest.raises(OutputError, match="other settings or clouds"):
+        adapt(bright, texts, model, config, output=tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file; give a folder"):
+        adapt(grey, texts, model, config, output=tmp_path / "file")
 
 
 def test_lidar_samples_of_varying_size():

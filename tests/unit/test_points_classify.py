@@ -20,7 +20,7 @@ from budwood.errors import (
 )
 from budwood.points import classify as classify_clouds
 from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings
-from budwood.points.classify import encode
+from budwood.points.classify import encode, tower_of
 from budwood.points.encoders import ENCODERS
 from budwood.points.io import make_cloud
 from budwood.points.templates import TEMPLATES
@@ -240,6 +240,15 @@ def test_rankings(name):
         assert ranking.best == LABELS[int(cosines.argmax())]
     top = classify_clouds(shapes(1), LABELS, encoder=encoder, text=tower, top=1)[0]
     assert len(top.names) == 1 and top.n_points == 80
+
+
+def test_the_text_tower_in_a_checkpoint_is_taken(monkeypatch, tmp_path):
+    encoder = models.make("ulip")
+    assert tower_of(encoder) == "ulip"  # the published one
+    encoder.checkpoint = tmp_path / "mine.pt"
+    monkeypatch.setattr("budwood.points.towers.ulip_text", lambda path: f"tower in {path.name}")
+    assert tower_of(encoder) == "tower in mine.pt"
+    assert tower_of(models.make("uni3d")) == "eva02-e"
 
 
 def test_batches_do_not_matter():

@@ -114,7 +114,8 @@ def test_agrees_with_reference(name, tmp_path):
     plain = {key: value.double().numpy() for key, value in state.items()}
     for i in range(2):
         color = rgb[i].double().numpy() if encoder.preparation.color else None
-        args = (xyz[i].double().numpy(), color, centers[i].numpy(), members[i].numpy())
+        points = xyz[i][:, [0, 2, 1]] if encoder.preparation.swap_yz else xyz[i]
+        args = (points.double().numpy(), color, centers[i].numpy(), members[i].numpy())
         want = slow(plain, *args, n_heads)
         np.testing.assert_allclose(got[i].numpy(), want, atol=1e-4 * np.abs(want).max())
 
@@ -279,14 +280,16 @@ def test_prepare():
     assert points.norm(dim=1).max().item() == pytest.approx(1, abs=1e-6)
     assert encoder.prepare(cloud)[0].shape == (500, 3)  # duplicates count once
     axes = make_cloud([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
-    swapped = encoder.prepare(axes)[0]
-    torch.testing.assert_close(swapped, pointbert().prepare(axes)[0][:, [0, 2, 1]])
+    assert torch.equal(encoder.prepare(axes)[0], pointbert().prepare(axes)[0])  # y is up
     assert pointbert().prepare(cloud)[1] is None
     # A z-up cloud ends as the same cloud given y-up.
     turned = make_cloud(axes.xyz[:, [0, 2, 1]] * [1, -1, 1])
     torch.testing.assert_close(
         pointbert().prepare(turned, up="z")[0], pointbert().prepare(axes)[0], rtol=0, atol=1e-6
     )
+    for scale in (1e-170, 1e200, 1e308):
+        with pytest.raises(InputError, match="extends over .* units; give lengths between"):
+            encoder.prepare(make_cloud(axes.xyz * scale))
     many = make_cloud(np.tile(xyz, (4000, 1)))  # two million
     assert pointbert().prepare(many, 64)[0].shape == (64, 3)
     for same in ([[1.0, 2, 3]], [[1.0, 2, 3]] * 9):

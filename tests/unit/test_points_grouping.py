@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -145,6 +146,10 @@ def test_density_rule():
     assert all(g * k >= 4 * n for n, (g, k) in enumerate(sizes, 1) if 8 <= n <= 1024)
     assert all(g * k >= 1.8 * n for n, (g, k) in enumerate(sizes, 1) if 8 <= n <= 8000)
     assert Grouping(512, 32, 8192, density_aware=False).sizes(64) == (64, 32)
+    for dense in (Grouping(512, 64, 10_000), Grouping(384, 64, 10_000), Grouping(128, 16, 1024)):
+        border = math.ceil(dense.n_dense / 2)
+        (groups, k), (below, k_below) = dense.sizes(border), dense.sizes(border - 1)
+        assert groups - below <= 1 and k - k_below <= 1  # no jump
 
 
 def test_quirks_only_on_dense_clouds():
@@ -152,6 +157,9 @@ def test_quirks_only_on_dense_clouds():
     xyz[0, 5:40] *= 0.01
     with_quirks = Grouping(40, 4, 64, pointnet2=True)
     assert len(set(with_quirks(xyz)[0][0].tolist())) < 40
+    balls = Grouping(40, 4, 64, radius=0.1, pointnet2=True)
+    centers, members = balls(xyz)
+    assert torch.equal(members, ball(xyz, gather(xyz, centers), 0.1, 4, strict=True))
     sparse = Grouping(40, 4, 6400, pointnet2=True)(xyz)[0][0].tolist()
     assert len(set(sparse)) == len(sparse)
 

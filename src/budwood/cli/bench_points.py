@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from budwood.points.bench import BenchConfig
 
 ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
-ALL += ",esp-zero-paper,esp-zero,sparse-lora"
+ALL += ",esp-zero-paper,esp-zero,sparse-full,sparse-lora"
 
 MARKDOWN = {
     "method": "",

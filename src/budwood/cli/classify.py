@@ -26,7 +26,10 @@ def classify(
     labels_file: clouds.LabelsFile = None,
     embeddings: clouds.Embeddings = None,
     points: Annotated[
-        int | None, typer.Option(min=2, help="Points to keep of each cloud; default: all.")
+        int | None,
+        typer.Option(
+            min=2, help="Points to keep of each; default: those of the encoder's training."
+        ),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What `budwood points adapt` wrote.")
@@ -50,8 +53,7 @@ def classify(
 ) -> None:
     """Name the objects in point clouds, with words from a list.
 
-    Meshes are sampled. Scores are probabilities over the words given. More points than the encoder
-    was trained with are thinned out.
+    Meshes are sampled. Scores are probabilities over the words given.
 
     \b
     Examples:
@@ -102,7 +104,7 @@ def _rank(
     found = []
     with progress("clouds") as advance:
         for part in clouds.chunks(files, BATCH):
-            given = clouds.read_all(part, *reading, lambda done, _: None)
+            given = list(clouds.read_each(part, *reading, settings["seed"]))
             rankings = classify(given, words, encoder=model, adapter=adapted, **settings)
             kept = given if len(files) == 1 else [None] * len(given)
             found += zip(kept, rankings)

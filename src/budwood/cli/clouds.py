@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -77,17 +77,14 @@ def load(
         return model, embed_names(model, names, embeddings=embeddings)
 
 
-def read_all(
-    files: list[Path], columns: str | None, drop_invalid: bool, advance: Any
-) -> list[Cloud]:
-    """All clouds of some files, in memory."""
+def read_each(
+    files: list[Path], columns: str | None, drop_invalid: bool, seed: int
+) -> Iterator[Cloud]:
+    """The clouds of some files, one after the other."""
     from budwood.points import read
 
-    clouds = []
-    for path in files:
-        clouds.append(read(path, columns=columns, invalid="drop" if drop_invalid else "error"))
-        advance(len(clouds), len(files))
-    return clouds
+    invalid = "drop" if drop_invalid else "error"
+    return (read(path, columns=columns, invalid=invalid, seed=seed) for path in files)
 
 
 def chunks(items: list[Path], size: int) -> Iterator[list[Path]]:

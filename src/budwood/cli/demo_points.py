@@ -43,8 +43,9 @@ def demo(
     from budwood.points.adapters.base import FILE
 
     adapted = folder / "adapter"
-    if (adapted / FILE).exists():
-        raise InputError(f"{adapted} has the adapter of an earlier demo; choose another --dir")
+    for file in (adapted / FILE, *_files(folder)):
+        if file.exists():
+            raise InputError(f"{file} exists, perhaps of an earlier demo; choose another --dir")
     given = load_clouds()
     model, words = clouds.load("sprout", None, list(given.labels), None)
     adapter = _adapted(given, words, model, adapted, steps, seed)
@@ -119,14 +120,16 @@ def _save_some(
 
     from budwood.points import Cloud, sample
 
-    files = []
-    for number, index in enumerate(np.linspace(0, len(rows) - 1, SHOWN).round().astype(int), 1):
-        path = folder / f"cloud-{number}.npy"
+    files = _files(folder)
+    for path, index in zip(files, np.linspace(0, len(rows) - 1, SHOWN).round().astype(int)):
         sparse = sample(Cloud(tested.xyz[index].astype("float64")), points, seed=seed)
         write_whole(path, _saver(sparse.xyz))
         rows[index]["cloud"] = str(path)
-        files.append(path)
     return files
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / f"cloud-{number}.npy" for number in range(1, SHOWN + 1)]
 
 
 def _saver(xyz: Any) -> Any:

@@ -109,12 +109,17 @@ def encoders(json: options.Json = False) -> None:
     Example:
       budwood ls encoders
     """
+    import torch
+
     from budwood.points import ENCODERS
 
     found = {name: ENCODERS.get(name) for name in ENCODERS}
+    with torch.device("meta"):
+        texts = {name: spec.make().text for name, spec in found.items()}
     rows = [
         {
             "name": name,
+            "text": texts[name],
             "weights": spec.hub.repo if spec.hub else "this package",
             "file": spec.hub.file if spec.hub else "sprout.safetensors",
             "licence": spec.hub.licence if spec.hub else "Apache-2.0",

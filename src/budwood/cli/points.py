@@ -79,12 +79,15 @@ def adapt(
         raise OutputError(f"{output / FILE} exists; choose another folder")
     files = find_files(paths)
     model, words = clouds.load(encoder, checkpoint, names, embeddings)
-    with progress("reading") as advance:
-        given = clouds.read_all(files, columns, drop_invalid, advance)
+    given = []
+    with progress("reading") as advance:  # raw clouds of a folder need not fit into memory
+        for cloud in clouds.read_each(files, columns, drop_invalid, seed):
+            given.append(model.prepare(cloud, up=up))
+            advance(len(given), len(files))
     from budwood.points import adapt as run
 
     with progress("steps") as advance:
-        adapter = run(given, words, model, config, output=output, up=up, on_step=advance)
+        adapter = run(given, words, model, config, output=output, on_step=advance)
     n_params = sum(p.numel() for p in adapter.parameters())
     if json:
         about = {"encoder": model.name, "method": method, "clouds": len(given), "params": n_params}

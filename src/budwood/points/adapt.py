@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -121,7 +122,8 @@ def adapt(
         The adapter, in evaluation mode.
 
     Raises:
-        InputError: no clouds, or unusable ones.
+        InputError: no clouds, or unusable ones; or an output for a method that is more than an
+            adapter.
         ShapeError: embeddings of another width than the encoder's features.
         OutputError: the folder has an adapter, an unfinished run of other settings, or cannot be
             written.
@@ -131,8 +133,8 @@ def adapt(
     if not prepared:
         raise InputError("there are no clouds to adapt to; give at least one")
     texts = embed_names(encoder, texts)
-    if output is not None and (Path(output) / FILE).exists():
-        raise OutputError(f"{Path(output) / FILE} exists; choose another folder")
+    if output is not None:
+        _check_output(Path(output), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         adapter = make_adapter(config.resolved.adapter, encoder, **config.resolved.options)
@@ -142,6 +144,19 @@ def adapt(
         adapter.save(output)
         run.finish()
     return adapter
+
+
+def _check_output(folder: Path, config: AdaptConfig) -> None:
+    method = config.resolved
+    if method.adjusts_texts or not method.density_aware:
+        raise InputError(
+            f"method {config.method!r} is for comparison in `budwood bench points`: more than an "
+            "adapter belongs to it, and that is not saved; choose another"
+        )
+    if (folder / FILE).exists():
+        raise OutputError(f"{folder / FILE} exists; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; give a folder")
 
 
 def thinned(
@@ -162,17 +177,22 @@ def thinned(
     return torch.from_numpy(thin).float(), None if rgb is None else rgb[kept]
 
 
-def stacked(clouds: Prepared) -> tuple[Tensor, Tensor | None]:
+def stacked(clouds: Prepared, grey: float) -> tuple[Tensor, Tensor | None]:
     """A batch of as many points each as the smallest cloud has, evenly spread over the others'.
 
     LiDAR-like samples of one number differ in how many points they have.
+
+    Args:
+        clouds: xyz and rgb (or None) of each.
+        grey: colour of clouds without any among others with colours.
     """
     n_points = min(len(xyz) for xyz, _ in clouds)
     kept = [torch.linspace(0, len(xyz) - 1, n_points).round().long() for xyz, _ in clouds]
     xyz = torch.stack([cloud[rows] for (cloud, _), rows in zip(clouds, kept)])
-    if any(rgb is None for _, rgb in clouds):
+    if all(rgb is None for _, rgb in clouds):
         return xyz, None
-    return xyz, torch.stack([rgb[rows] for (_, rgb), rows in zip(clouds, kept) if rgb is not None])
+    colors = [torch.full_like(cloud, grey) if rgb is None else rgb for cloud, rgb in clouds]
+    return xyz, torch.stack([rgb[rows] for rgb, rows in zip(colors, kept)])
 
 
 class _Run:
@@ -260,7 +280,8 @@ class _Run:
             [
                 thinned(self.clouds[i], n_points, self.config.sampler, int(seed))
                 for i, seed in zip(chosen, seeds)
-            ]
+            ],
+            self.adapter.encoder.preparation.grey,
         )
         return xyz.to(self.device), None if rgb is None else rgb.to(self.device)
 
@@ -289,8 +310,8 @@ class _Run:
         )
         digest = hashlib.sha256(about.encode())
         digest.update(self.texts.vectors.numpy().tobytes())
-        for xyz, _ in self.clouds:
-            digest.update(xyz.numpy().tobytes())
+        for part in itertools.chain(*self.clouds):
+            digest.update(b"" if part is None else part.numpy().tobytes())
         return digest.hexdigest()
 
     def _save(self) -> None:

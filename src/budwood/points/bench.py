@@ -49,7 +49,7 @@ class BenchConfig:
         seeds: how many, 1 or more.
         steps: of training.
         batch_size: clouds a step.
-        curriculum: of all methods.
+        curriculum: of all methods; those that fade in leave out counts at which they do nothing.
         tune: choose each learning rate on validation clouds of seen classes, with a seed of its
             own; else the methods' defaults hold.
     """

@@ -181,13 +181,22 @@ def embed_names(
         assert labels is not None
         center = getattr(model, "text_center", None) if text is None else None
         center = center.cpu() if center is not None and center.any() else None
-        words = embed_labels(labels, text or model.text, templates, center=center)
+        words = embed_labels(labels, text or tower_of(model), templates, center=center)
     if words.vectors.shape[1] != model.embed_dim:
         raise ShapeError(
             f"text embeddings are {words.vectors.shape[1]} wide, features of {model.name} "
             f"{model.embed_dim}; use its own text tower {model.text!r}"
         )
     return words
+
+
+def tower_of(model: PointEncoder) -> str | TextTower:
+    """The text tower that an encoder's features are aligned with: ULIP's is in its checkpoint."""
+    if model.text != "ulip" or model.checkpoint is None:
+        return model.text
+    from budwood.points.towers import ulip_text
+
+    return ulip_text(model.checkpoint)
 
 
 def _as_clouds(clouds: Any) -> Iterator[Cloud]:

@@ -66,7 +66,8 @@ class Grouping:
             return min(self.n_groups, n_points), min(self.k, n_points)
         k = round(self.k * (2 * n_points / self.n_dense) ** SPARSE_POWER)
         k = min(max(k, self.k_min), self.k, n_points)
-        overlap = max(SPARSE_OVERLAP, self.n_groups * self.k / self.n_dense)
+        # At the border to dense clouds as many groups as there.
+        overlap = max(SPARSE_OVERLAP, 2 * self.n_groups * self.k / self.n_dense)
         return min(self.n_groups, n_points, math.ceil(overlap * n_points / k)), k
 
     def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ class Grouping:
         centers = (farthest_points_pointnet2 if quirks else farthest_points)(xyz, n_groups)
         queries = gather(xyz, centers)
         if self.radius is not None and not sparse:
-            return centers, ball(xyz, queries, self.radius, k)
+            return centers, ball(xyz, queries, self.radius, k, strict=quirks)
         return centers, nearest(xyz, queries, k)
 
 

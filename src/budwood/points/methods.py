@@ -88,6 +88,14 @@ SPARSE_LORA = Method(
     1e-3,
     {"fade": True, **_BY_DENSITY},
 )
+SPARSE_FULL = Method(
+    "full",
+    "fine-tuning, WiSE-FT, arXiv 2109.01903",
+    "a copy of every parameter, taught and faded in as in sparse-lora",
+    FEATURES,
+    3e-4,
+    {"fade": True, **_BY_DENSITY},
+)
 ESP_ZERO_PAPER = Method(
     "fca",
     _ESP_ZERO,
@@ -118,6 +126,7 @@ METHODS = Registry(
         "full": "budwood.points.methods:FULL",
         "esp-zero-paper": "budwood.points.methods:ESP_ZERO_PAPER",
         "esp-zero": "budwood.points.methods:ESP_ZERO",
+        "sparse-full": "budwood.points.methods:SPARSE_FULL",
         "sparse-lora": "budwood.points.methods:SPARSE_LORA",
     },
 )

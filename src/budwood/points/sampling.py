@@ -19,6 +19,8 @@ from budwood.points.io.cloud import Array, Cloud
 from budwood.registry import Registry
 
 Indices = NDArray[np.int64]
+LEAST_EXTENT, MOST_EXTENT = 1e-15, 1e15
+"""Of clouds, in the units of the file: squares of what lies between are float32 numbers."""
 THIN_ABOVE = 65_536
 """Clouds above this many points are thinned at random before farthest-point sampling."""
 
@@ -75,7 +77,8 @@ def lidar_points(
         n_points: returns wanted, 1 or more; the result has between 1 and this many.
         seed: seed of the direction from which it is seen.
         beams: number of beams.
-        elevation: lowest and highest beam, degrees.
+        elevation: lowest and highest beam, degrees: with ``beams``, the angle between two. The
+            object lies in the middle of the beams.
         azimuth_step: angle between shots, degrees.
         up: ``"y"`` or ``"z"``, the axis that points up.
     """
@@ -156,6 +159,21 @@ def normalize(cloud: Cloud) -> Cloud:
     centred = cloud.xyz - cloud.xyz.mean(axis=0)
     radius = float(np.linalg.norm(centred, axis=1).max())
     return replace(cloud, xyz=centred / radius if radius > 0 else centred)
+
+
+def check_extent(cloud: Cloud) -> None:
+    """Refuse coordinates whose squares overflow or vanish.
+
+    Raises:
+        InputError: the cloud's extent is outside ``LEAST_EXTENT`` and ``MOST_EXTENT``.
+    """
+    with np.errstate(over="ignore"):
+        extent = float(np.ptp(cloud.xyz, axis=0).max())
+    if not LEAST_EXTENT <= extent <= MOST_EXTENT:
+        raise InputError(
+            f"{cloud.source} extends over {extent:.3g} units; give lengths between "
+            f"{LEAST_EXTENT:g} and {MOST_EXTENT:g}, and look for damaged coordinates"
+        )
 
 
 def to_up(xyz: Array, current: str, wanted: str) -> Array:

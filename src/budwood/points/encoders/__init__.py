@@ -82,6 +82,7 @@ def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:
     """
     state, scale = state_of(read_checkpoint(path))
     encoder.load_state_dict(fit(encoder, state, str(path)), assign=True)
+    encoder.checkpoint = Path(path)
     if scale is not None:
         encoder.logit_scale = scale
 

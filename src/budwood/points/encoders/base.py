@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from budwood.errors import InputError, ShapeError
 from budwood.points.encoders.blocks import Block
 from budwood.points.grouping import Grouping, check_points
 from budwood.points.io.cloud import Cloud
-from budwood.points.sampling import normalize, sample, to_up, without_duplicates
+from budwood.points.sampling import check_extent, normalize, sample, to_up, without_duplicates
 
 Around = Callable[[int, Block, Tensor], Tensor]
 """Called in place of each block with its number, the block and its input; returns its output."""
@@ -75,6 +76,7 @@ class PointEncoder(nn.Module, ABC):
         grouping: how clouds are cut into groups; may be replaced.
         preparation: how clouds are prepared.
         logit_scale: factor on cosines before softmax, from the checkpoint.
+        checkpoint: the file that the weights are from; None for those that ship.
         pos_in_every_block: whether position embeddings are added before each block, or once.
     """
 
@@ -92,6 +94,7 @@ class PointEncoder(nn.Module, ABC):
         self.grouping = grouping
         self.preparation = prep
         self.logit_scale = LOGIT_SCALE
+        self.checkpoint: Path | None = None
 
     @abstractmethod
     def embed(self, xyz: Tensor, rgb: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,7 +114,7 @@ class PointEncoder(nn.Module, ABC):
         """Encode clouds of equally many points.
 
         Args:
-            xyz: prepared coordinates, shape (batch, n_points, 3), n_points ≥ 1.
+            xyz: prepared coordinates, y up, shape (batch, n_points, 3), n_points ≥ 1.
             rgb: colours in [0, 1], same shape; None, or an encoder without colours, makes them
                 grey or leaves them out.
             around: in place of each block; see `Around`. Adapters come in here, so that nothing
@@ -124,6 +127,8 @@ class PointEncoder(nn.Module, ABC):
             ShapeError: wrong shapes.
         """
         check_points(xyz)
+        if self.preparation.swap_yz:
+            xyz = xyz[..., [0, 2, 1]]
         if not self.preparation.color:
             rgb = None
         elif rgb is None:
@@ -162,19 +167,19 @@ class PointEncoder(nn.Module, ABC):
             xyz and rgb (or None), float32, shape (n, 3), n ≤ n_points.
 
         Raises:
-            InputError: one point, or all at the same place: no shape to encode.
+            InputError: one point, or all at the same place: no shape to encode; or coordinates that
+                are no lengths in any unit.
         """
         cloud = without_duplicates(sample(cloud, THIN_ABOVE, "random", seed))
         if len(cloud) == 1:
             raise InputError(
                 f"{cloud.source} has only one point, or all at the same place: there is no shape"
             )
+        check_extent(cloud)
         turned = Cloud(to_up(cloud.xyz, up, "y"), cloud.rgb, cloud.source)
         wanted = self.preparation.n_points if n_points is None else n_points
         cloud = normalize(sample(turned, wanted, sampler, seed))
         xyz = torch.from_numpy(cloud.xyz).float()
-        if self.preparation.swap_yz:
-            xyz = xyz[:, [0, 2, 1]]
         keep = self.preparation.color and cloud.rgb is not None
         return xyz, torch.from_numpy(cloud.rgb) if keep else None
 
