@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -116,6 +117,22 @@ def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
     command = ["classify", scans / "0.npy", "--labels", NAMES, "--adapter", tmp_path / "a"]
     result = budwood(*command, "--checkpoint", tmp_path / "other.safetensors")
     refused(result, "made for another encoder", "depth 2, here 3")
+
+
+def test_files_that_options_name_are_no_clouds(budwood, scans, tmp_path):
+    shutil.copytree(scans, tmp_path / "mine")
+    names = tmp_path / "mine" / "names.txt"
+    names.write_text(NAMES.replace(",", "\n"))
+    table = tmp_path / "mine" / "found.csv"
+    command = ["classify", tmp_path / "mine", "--labels-file", names, "--csv", table]
+    n_clouds = len(list(scans.iterdir()))
+    for _ in range(2):
+        result = budwood(*command, "--json", "--force")
+        assert len(json.loads(result.stdout)["rows"]) == n_clouds
+    (tmp_path / "other").mkdir()
+    names.rename(tmp_path / "other" / "names.txt")
+    command = ["classify", tmp_path / "other", "--labels-file", tmp_path / "other" / "names.txt"]
+    refused(budwood(*command), "has no clouds but what other options name")
 
 
 def test_bench(budwood, tmp_path):

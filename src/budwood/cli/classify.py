@@ -60,11 +60,11 @@ def classify(
       budwood classify chair.ply --labels chair,table,"desk lamp" --points 64 --plot chair.png
       budwood classify scans/ --labels-file names.txt --adapter adapted/ --csv names.csv
     """
-    from budwood.points import SAMPLERS, find_files
+    from budwood.points import SAMPLERS
 
     names = clouds.names_of(labels, labels_file, embeddings)
     SAMPLERS.get(sampler)
-    files = find_files(paths)
+    files = clouds.files_of(paths, labels_file, table)
     if plot:
         if len(files) > 1:
             raise InputError(f"--plot draws one cloud, and there are {len(files)}")

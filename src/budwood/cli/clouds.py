@@ -65,6 +65,21 @@ def names_of(labels: str | None, file: Path | None, embeddings: Path | None) -> 
     return list(check_labels([line for line in lines if line.strip()]))
 
 
+def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
+    """Files to read: of folders without those that other options name.
+
+    Raises:
+        InputError: a path does not exist, or there is nothing to read.
+    """
+    from budwood.points import find_files
+
+    taken = {one.resolve() for one in others if one is not None} - {p.resolve() for p in paths}
+    files = [file for file in find_files(paths) if file.resolve() not in taken]
+    if not files:
+        raise InputError(f"{paths[0]} has no clouds but what other options name")
+    return files
+
+
 def load(
     encoder: str, checkpoint: Path | None, names: list[str] | None, embeddings: Path | None
 ) -> tuple[PointEncoder, TextEmbeddings]:

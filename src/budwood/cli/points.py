@@ -62,7 +62,7 @@ def adapt(
     Example:
       budwood points adapt scans/ --labels-file names.txt --output adapted/
     """
-    from budwood.points import AdaptConfig, Curriculum, find_files
+    from budwood.points import AdaptConfig, Curriculum
     from budwood.points.adapters.base import FILE
 
     names = clouds.names_of(labels, labels_file, embeddings)
@@ -77,7 +77,7 @@ def adapt(
     )
     if (output / FILE).exists():
         raise OutputError(f"{output / FILE} exists; choose another folder")
-    files = find_files(paths)
+    files = clouds.files_of(paths, labels_file)
     model, words = clouds.load(encoder, checkpoint, names, embeddings)
     given = []
     with progress("reading") as advance:  # raw clouds of a folder need not fit into memory
