@@ -44,6 +44,7 @@ def command(lm_dir, data, output, steps=6, method="lora"):
     return [*line, "--method", method]
 
 
+ASSISTANT_FIRST = [{"role": role, "content": "a"} for role in ("assistant", "user", "assistant")]
 SLIM = "slim:n_experts=3+texts=8"
 COMPARED = ("lora", "lora-own:texts=8", "slim:texts=8")
 
@@ -300,6 +301,7 @@ def test_ls_tuners(budwood):
         (['{"messages": [{"role": "user", "content": "a"}]}'], "line 1: messages need"),
         (['{"messages": [{"role": "bot", "content": "a"}]}'], "needs a role"),
         (["[1]"], "line 1: is not an object"),
+        ([json.dumps({"messages": ASSISTANT_FIRST})], "line 1: the assistant speaks before"),
     ],
 )
 def test_malformed_training_file(budwood, tmp_path, lines, fragment):

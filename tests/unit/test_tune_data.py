@@ -89,6 +89,33 @@ def test_chat_template_is_needed():
         encode([example_of(QUESTION)], bare, 100)
 
 
+def chat(*roles):
+    return {"messages": [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]}
+
+
+@pytest.mark.parametrize("first", [(), ("system",)])
+def test_the_user_speaks_before_the_assistant(first):
+    with pytest.raises(InputError, match="assistant speaks before the user"):
+        example_of(chat(*first, "assistant", "user", "assistant"))
+
+
+def test_what_a_template_refuses_is_told_with_its_line(tmp_path):
+    strict = tiny_chat.tokenizer()
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No\nsystem role') }}"
+        "{% endif %}" + strict.chat_template
+    )
+    file = tmp_path / "chats.jsonl"
+    tiny_chat.write_lines(file, [chat("user", "assistant"), chat("system", "user", "assistant")])
+    examples = read_examples(str(file))
+    assert examples[0] == example_of(chat("user", "assistant"))  # wherever it comes from
+    with pytest.raises(InputError, match=r"chats.jsonl, line 2: .*\(No system role\)") as error:
+        encode(examples, strict, 300)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"^the model's chat template refuses turns of sys"):
+        encode_one(example_of(chat("system", "user", "assistant")), strict)
+
+
 def rows_of(*lengths):
     return [
         {"input_ids": list(range(5, 5 + n)), "labels": [IGNORED] * (n - k) + list(range(k))}

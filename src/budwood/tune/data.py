@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ class Example:
     """One conversation to learn from, or one question to be tested on.
 
     Attributes:
-        messages: dicts of ``role`` and ``content``; the last is the assistant's.
+        messages: dicts of ``role`` and ``content``; the last is the assistant's, and a user's comes
+            before the first of the assistant's.
         choices: all answers that there were to choose from; empty where any text will do.
         answer: index of the right choice, None without choices.
+        where: file and line, or dataset and row, for messages; empty if unknown.
     """
 
     messages: tuple[dict[str, str], ...]
     choices: tuple[str, ...] = ()
     answer: int | None = None
+    where: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
@@ -59,7 +63,7 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
     examples = []
     for where, row in rows:
         try:
-            examples.append(example_of(row, style))
+            examples.append(dataclasses.replace(example_of(row, style), where=where))
         except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{where}: {_reason(error)}") from error
     if not examples:
@@ -110,6 +114,11 @@ def _messages(found: Any) -> tuple[dict[str, str], ...]:
         raise InputError("messages need a user's turn and an assistant's, which is what is learnt")
     if roles[-1] != "assistant":
         raise InputError(f"the last message is the {roles[-1]}'s; it must be the assistant's")
+    if roles.index("assistant") < roles.index("user"):
+        raise InputError(
+            "the assistant speaks before the user; chat templates want a user's turn first, so "
+            "leave the turns before it out"
+        )
     return tuple({"role": m["role"], "content": m["content"]} for m in found)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from budwood.errors import InputError, UnsupportedModelError
@@ -45,7 +46,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
 
     Raises:
         UnsupportedModelError: there is no chat template, or one that can't be cut into turns.
-        InputError: all examples are too long.
+        InputError: all examples are too long, or the chat template refuses one.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UnsupportedModelError("the tokenizer has no chat template; use an instruct model")
@@ -69,8 +70,8 @@ def encode_one(example: Example, tokenizer: Any) -> Row:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:i], True)
-        whole = _render(tokenizer, messages[: i + 1], False)
+        prompt = render(tokenizer, messages[:i], True, example.where)
+        whole = render(tokenizer, messages[: i + 1], False, example.where)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise UnsupportedModelError(
                 "the chat template changes earlier turns when one is added, so that the "
@@ -85,6 +86,34 @@ def encode_one(example: Example, tokenizer: Any) -> Row:
     return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
 
 
+def render(
+    tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool, where: str = ""
+) -> str:
+    """A conversation as the text that the chat template makes of it.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: dicts of ``role`` and ``content``.
+        prompt: go on to where the assistant begins.
+        where: file and line of the conversation, for the message of an error.
+
+    Raises:
+        InputError: the chat template refuses the conversation, as those without a place for a
+            system prompt do.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt
+        )
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{where + ': ' if where else ''}the model's chat template refuses turns of {roles} "
+            f"({reason}); leave out or rewrite what it refuses"
+        ) from error
+
+
 def n_learnt(rows: Sequence[Row]) -> int:
     """Tokens that one pass over some rows learns."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
@@ -93,7 +122,7 @@ def n_learnt(rows: Sequence[Row]) -> int:
 def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
     """The tokens of a question up to where the assistant begins."""
     turns = [{"role": "user", "content": question}]
-    return _tokens(tokenizer, _render(tokenizer, turns, True))
+    return _tokens(tokenizer, render(tokenizer, turns, True))
 
 
 def tokens_before_request(tokenizer: Any) -> list[int]:
@@ -102,7 +131,7 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     Raises:
         UnsupportedModelError: the template shows no such place.
     """
-    before, found, _ = _render(tokenizer, [{"role": "user", "content": _MARK}], True).partition(
+    before, found, _ = render(tokenizer, [{"role": "user", "content": _MARK}], True).partition(
         _MARK
     )
     tokens = _tokens(tokenizer, before)
@@ -170,12 +199,6 @@ def _n_last(rows: Sequence[Row]) -> int:
 
 def _left(rows: Sequence[Row], key: str, width: int, fill: int) -> Tensor:
     return torch.tensor([[fill] * (width - len(row[key])) + row[key] for row in rows])
-
-
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=prompt
-    )
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
