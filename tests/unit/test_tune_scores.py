@@ -12,10 +12,17 @@ from budwood.tune.bench.rows import method_rows
 from budwood.tune.bench.runner import Trial, best_rates
 from budwood.tune.data import example_of
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
-from budwood.tune.evaluate.harness import find_task, run_tasks, shipped_tasks, task_of
+from budwood.tune.evaluate.harness import (
+    find_task,
+    run_tasks,
+    shipped_tasks,
+    task_names,
+    task_of,
+)
 from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import by_layer
 from budwood.tune.evaluate.scores import Score, compare
+from budwood.tune.evaluate.suite import find_tasks
 from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
 from budwood.tune.own_text import replies
@@ -164,6 +171,50 @@ def test_find_task(data, tmp_path):
     mixed = [example_of({"question": "q", "answer": "a"}), drawn.examples[0]]
     with pytest.raises(InputError, match="some questions have choices"):
         task_of("mixed", mixed)
+
+
+def test_files_of_the_same_stem_are_two_tasks(adapted, tmp_path):
+    files = [tmp_path / name / "test.jsonl" for name in "ab"]
+    draw = random.Random(2)
+    for n, file in enumerate(files, 5):
+        file.parent.mkdir()
+        tiny_chat.write_lines(file, [tiny_chat.question(draw, 2) for _ in range(n)])
+    tasks = find_tasks([str(files[0])], [str(files[1])], None, 0, 0)
+    assert [task.name for task in tasks] == ["a/test", "b/test"]
+    together = run_tasks(adapted, TOKENS, tasks)
+    assert [(one.key, one.n) for one in together if one.metric == "loss"] == [
+        (("a/test", "loss"), 5),
+        (("b/test", "loss"), 6),
+    ]
+    apart = [one for task in tasks for one in run_tasks(adapted, TOKENS, [task])]
+    for one, other in zip(together, apart):
+        assert one.key == other.key and one.values == pytest.approx(other.values, abs=1e-3)
+    rows = report_rows(together, together)
+    assert {row["task"]: row["n"] for row in rows} == {"a/test": 5, "b/test": 6}
+    same = [find_task(str(file), None) for file in files]
+    with pytest.raises(InputError, match="2 tasks are called 'test'"):
+        run_tasks(adapted, TOKENS, same)
+    with pytest.raises(InputError, match="same task and metric"):
+        report_rows([score([1]), score([0])], [score([1])])
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        (["a/x.jsonl", "a/y.jsonl", "boolq"], ["x", "y", "boolq"]),
+        (["a/boolq.jsonl", "boolq"], ["a/boolq", "boolq"]),
+        (["a/x.jsonl", "a/x.json", "b/x.json"], ["a/x.jsonl", "a/x.json", "b/x"]),
+        (["/1/a/x.json", "/2/a/x.json"], ["/1/a/x.json", "/2/a/x.json"]),
+    ],
+)
+def test_names_of_tasks(asked, names):
+    assert task_names(asked) == names
+
+
+@pytest.mark.parametrize("asked", [["boolq", "boolq"], ["a/x.jsonl", "a/../a/x.jsonl"]])
+def test_a_task_is_given_once(asked):
+    with pytest.raises(InputError, match="is given 2 times"):
+        find_tasks(asked[:1], asked[1:], None, 0, 0)
 
 
 def test_drift_by_hand(adapted, data):

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def find_task(
     Raises:
         InputError: its file is missing or malformed.
     """
-    if name.endswith((".jsonl", ".json")):
+    if _is_file(name):
         examples = draw(read_examples(name), limit, seed)
         return task_of(Path(name).stem, examples, group)
     if name in shipped_tasks():
@@ -70,6 +71,42 @@ def find_task(
         examples = draw(read_examples(str(file)), limit, seed)
         return Task(name, group, config, tuple(examples), config["metadata"].get("chat", True))
     return Task(name, group, None, None)
+
+
+def task_names(asked: Sequence[str]) -> list[str]:
+    """What tasks are called in tables, no two the same.
+
+    Args:
+        asked: as :func:`find_task` takes them.
+
+    Returns:
+        A file's stem; where several have the same, with the folder before it, and with more where
+        that is not enough. Other tasks are called what they are.
+
+    Raises:
+        InputError: a file or another task is there twice.
+    """
+    paths = [Path(one).expanduser().resolve() if _is_file(one) else None for one in asked]
+    for what, n in Counter(path or one for path, one in zip(paths, asked)).items():
+        if n > 1:
+            raise InputError(f"task {what} is given {n} times; give it once, as target or general")
+    names = [path.stem if path else one for path, one in zip(paths, asked)]
+    for longer in (_with_folder, _with_folder_and_ending, str):
+        counts = Counter(names)
+        names = [longer(p) if p and counts[name] > 1 else name for p, name in zip(paths, names)]
+    return names
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".jsonl", ".json"))
+
+
+def _with_folder(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _with_folder_and_ending(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Task:
@@ -83,7 +120,7 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
         raise InputError(f"{name}: some questions have choices and some have none")
     kind = "openbookqa" if with_choices == {True} else "gsm8k"
     config = _read_yaml(SHIPPED / f"{kind}.yaml")
-    return Task(name, group, config | {"task": name}, tuple(examples))
+    return Task(name, group, config, tuple(examples))
 
 
 def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
@@ -120,21 +157,29 @@ def run_tasks(
         ``loss``, or ``accuracy`` if they are generated.
 
     Raises:
-        InputError: lm-eval is not installed, or can't run a task.
+        InputError: lm-eval is not installed, or can't run a task; two tasks have the same name.
         UnknownNameError: lm-eval has no such task.
     """
     if not tasks:
         return []
+    _refuse_same_names(tasks)
     with _quiet(), tempfile.TemporaryDirectory(prefix="budwood-tasks-") as folder:
         lm = _model(model, tokenizer, batch, advance)
+        files = {task.name: Path(folder, f"{i}.jsonl") for i, task in enumerate(tasks)}
         found: dict[str, list[Score]] = {}
         for chat in (True, False):
             mine = [task for task in tasks if task.chat == chat]
             if mine:
-                samples = _evaluate(lm, mine, Path(folder), style, limit, chat)
+                samples = _evaluate(lm, mine, files, style, limit, chat)
                 for task in mine:
                     found[task.name] = _scores(task, samples[task.name], tokenizer)
     return [score for task in tasks for score in found[task.name]]
+
+
+def _refuse_same_names(tasks: Sequence[Task]) -> None:
+    name, n = Counter(task.name for task in tasks).most_common(1)[0]
+    if n > 1:
+        raise InputError(f"{n} tasks are called {name!r}; give each a name of its own")
 
 
 def _model(model: Any, tokenizer: Any, batch: int, advance: Any) -> Any:
@@ -149,7 +194,7 @@ def _model(model: Any, tokenizer: Any, batch: int, advance: Any) -> Any:
 
 
 def _evaluate(
-    lm: Any, tasks: Sequence[Task], folder: Path, style: str, limit: int, chat: bool
+    lm: Any, tasks: Sequence[Task], files: dict[str, Path], style: str, limit: int, chat: bool
 ) -> dict[str, list[dict[str, Any]]]:
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
@@ -163,7 +208,8 @@ def _evaluate(
             f"unknown task {unknown[0]!r}; give a file, one of {known}, or a task of lm-eval"
         )
     specs: list[Any] = [
-        task.name if task.config is None else _with_data(task, folder, style) for task in tasks
+        task.name if task.config is None else _with_data(task, files[task.name], style)
+        for task in tasks
     ]
     loaded = manager.load(specs)
     found: Any = evaluate(
@@ -179,13 +225,12 @@ def _evaluate(
     return found["samples"]
 
 
-def _with_data(task: Task, folder: Path, style: str) -> dict[str, Any]:
+def _with_data(task: Task, file: Path, style: str) -> dict[str, Any]:
     """The config with its questions in a file, since lm-eval reads datasets."""
-    file = folder / f"{task.name}.jsonl"
     rows = [_row(example, style if task.chat else "cloze") for example in task.examples or ()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")}
-    return {**(task.config or {}), "dataset_kwargs": data}
+    data = {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")}
+    return {**(task.config or {}), "task": task.name, "dataset_kwargs": data}
 
 
 def _row(example: Example, style: str) -> dict[str, Any]:

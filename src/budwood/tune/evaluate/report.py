@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from budwood.errors import InputError
 from budwood.tune.evaluate.scores import Score, compare, compare_mean, mean_of
 
 
@@ -20,7 +21,13 @@ def report_rows(
 
     Returns:
         Rows as :func:`budwood.tune.evaluate.scores.compare` gives them, targets first.
+
+    Raises:
+        InputError: two scores before, or two after, are of the same task and metric.
     """
+    for scores in (befores, afters):
+        if len({score.key for score in scores}) < len(scores):
+            raise InputError("two scores are of the same task and metric; give each task a name")
     known = {score.key: score for score in befores}
     pairs = [(known[score.key], score) for score in afters if score.key in known]
     rows = []

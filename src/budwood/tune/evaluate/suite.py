@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from budwood.tune.encoding import Row
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
-from budwood.tune.evaluate.harness import Task, find_task, run_tasks
+from budwood.tune.evaluate.harness import Task, find_task, run_tasks, task_names
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.own_text import replies
 
@@ -75,10 +76,11 @@ class Suite:
 def find_tasks(
     targets: Sequence[str], general: Sequence[str], data: Path | None, limit: int, seed: int
 ) -> tuple[Task, ...]:
-    """Tasks by their names; arguments and errors as in :func:`find_task`."""
-    found = [find_task(name, data, "target", limit, seed) for name in targets]
-    found += [find_task(name, data, "general", limit, seed) for name in general]
-    return tuple(found)
+    """Tasks by their names, no two the same; the rest as in :func:`find_task`."""
+    asked = [(one, "target") for one in targets] + [(one, "general") for one in general]
+    names = task_names([one for one, _ in asked])
+    found = (find_task(one, data, group, limit, seed) for one, group in asked)
+    return tuple(dataclasses.replace(task, name=name) for task, name in zip(found, names))
 
 
 def make_texts(
