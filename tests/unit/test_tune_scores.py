@@ -173,6 +173,41 @@ def test_find_task(data, tmp_path):
         task_of("mixed", mixed)
 
 
+def turns(*pairs):
+    return [{"role": role, "content": text} for role, text in pairs]
+
+
+def test_the_last_turn_is_scored_after_the_whole_conversation(adapted, tmp_path):
+    single = turns(("user", "U1"), ("assistant", "A one"))
+    longer = [*turns(("system", "Be short.")), *single, *turns(("user", "U2"), ("assistant", "B"))]
+    chats = tiny_chat.write_lines(
+        tmp_path / "chats.jsonl", [{"messages": longer}, {"messages": single}]
+    )
+    alone = tiny_chat.write_lines(tmp_path / "alone.jsonl", [{"messages": single}])
+    tasks = find_tasks([str(chats)], [str(alone)], None, 0, 0)
+    found = {one.task: one for one in run_tasks(adapted, TOKENS, tasks)}
+    for i, chat in enumerate((longer, single)):
+        prompt = TOKENS.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        total, n = by_hand(adapted, prompt, chat[-1]["content"])
+        assert found["chats"].values[i] == pytest.approx(-total, abs=1e-3)
+        assert found["chats"].weights[i] == n
+    assert found["alone"].values[0] == pytest.approx(found["chats"].values[1], abs=1e-3)
+
+
+def test_conversations_that_a_task_cannot_take(adapted, data, tmp_path):
+    chat = turns(("system", "S"), ("user", "U"), ("assistant", "A"))
+    file = tiny_chat.write_lines(tmp_path / "gsm8k_test_part.jsonl", [{"messages": chat}])
+    with pytest.raises(InputError, match="part.jsonl, line 1: task 'gsm8k_match' takes single"):
+        find_task("gsm8k_match", tmp_path)
+    strict = tiny_chat.tokenizer()
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + strict.chat_template
+    )
+    with pytest.raises(InputError, match="part.jsonl, line 1: .*no system"):
+        run_tasks(adapted, strict, [find_task(str(file), None)])
+
+
 def test_files_of_the_same_stem_are_two_tasks(adapted, tmp_path):
     files = [tmp_path / name / "test.jsonl" for name in "ab"]
     draw = random.Random(2)

@@ -40,6 +40,11 @@ class Example:
         """What the user asks first."""
         return next(m["content"] for m in self.messages if m["role"] == "user")
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one question and its answer, without a system prompt or earlier turns."""
+        return len(self.messages) == 2
+
 
 def read_examples(source: str, style: str = "cloze", split: str = "train") -> list[Example]:
     """Read examples from a file of JSON lines, or from a dataset on the hub.

@@ -16,6 +16,7 @@ from typing import Any
 
 from budwood.errors import InputError, UnknownNameError
 from budwood.tune.data import Example, listed, read_examples
+from budwood.tune.encoding import render
 from budwood.tune.evaluate.scores import Score
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
@@ -31,6 +32,8 @@ class Task:
         config: of lm-eval, without data.
         examples: the data; None for a task of lm-eval's own.
         chat: asked through the chat template.
+        rendered: some examples have a system prompt or several turns; lm-eval knows single
+            questions alone, so that it gets whole prompts, as text.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Task:
     config: dict[str, Any] | None
     examples: tuple[Example, ...] | None
     chat: bool = True
+    rendered: bool = False
 
 
 def shipped_tasks() -> tuple[str, ...]:
@@ -69,6 +73,7 @@ def find_task(
             raise InputError(f"task {name!r} needs its file: give --data DIR")
         file = data / config["dataset_kwargs"]["data_files"]["test"]
         examples = draw(read_examples(str(file)), limit, seed)
+        _need_single(name, examples)
         return Task(name, group, config, tuple(examples), config["metadata"].get("chat", True))
     return Task(name, group, None, None)
 
@@ -97,6 +102,15 @@ def task_names(asked: Sequence[str]) -> list[str]:
     return names
 
 
+def _need_single(name: str, examples: Sequence[Example]) -> None:
+    other = next((example for example in examples if not example.is_single), None)
+    if other is not None:
+        raise InputError(
+            f"{other.where}: task {name!r} takes single questions, and this has a system prompt or "
+            "several turns; give the file itself as a task"
+        )
+
+
 def _is_file(name: str) -> bool:
     return name.endswith((".jsonl", ".json"))
 
@@ -112,6 +126,8 @@ def _with_folder_and_ending(path: Path) -> str:
 def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Task:
     """A task made of examples: multiple choice, or the loss of the right answer.
 
+    The answer is the last turn, after all of the conversation before it.
+
     Raises:
         InputError: some examples have choices and others have none.
     """
@@ -120,7 +136,8 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
         raise InputError(f"{name}: some questions have choices and some have none")
     kind = "openbookqa" if with_choices == {True} else "gsm8k"
     config = _read_yaml(SHIPPED / f"{kind}.yaml")
-    return Task(name, group, config, tuple(examples))
+    rendered = not all(example.is_single for example in examples)
+    return Task(name, group, config, tuple(examples), rendered=rendered)
 
 
 def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
@@ -168,7 +185,7 @@ def run_tasks(
         files = {task.name: Path(folder, f"{i}.jsonl") for i, task in enumerate(tasks)}
         found: dict[str, list[Score]] = {}
         for chat in (True, False):
-            mine = [task for task in tasks if task.chat == chat]
+            mine = [task for task in tasks if (task.chat and not task.rendered) == chat]
             if mine:
                 samples = _evaluate(lm, mine, files, style, limit, chat)
                 for task in mine:
@@ -208,7 +225,9 @@ def _evaluate(
             f"unknown task {unknown[0]!r}; give a file, one of {known}, or a task of lm-eval"
         )
     specs: list[Any] = [
-        task.name if task.config is None else _with_data(task, files[task.name], style)
+        task.name
+        if task.config is None
+        else _with_data(task, files[task.name], style, lm.tokenizer)
         for task in tasks
     ]
     loaded = manager.load(specs)
@@ -225,9 +244,13 @@ def _evaluate(
     return found["samples"]
 
 
-def _with_data(task: Task, file: Path, style: str) -> dict[str, Any]:
+def _with_data(task: Task, file: Path, style: str, tokenizer: Any) -> dict[str, Any]:
     """The config with its questions in a file, since lm-eval reads datasets."""
-    rows = [_row(example, style if task.chat else "cloze") for example in task.examples or ()]
+    examples = task.examples or ()
+    if task.rendered:
+        rows = [_conversation(example, tokenizer) for example in examples]
+    else:
+        rows = [_row(example, style if task.chat else "cloze") for example in examples]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")}
     return {**(task.config or {}), "task": task.name, "dataset_kwargs": data}
@@ -239,6 +262,12 @@ def _row(example: Example, style: str) -> dict[str, Any]:
         return {"question": question, "answer": example.messages[-1]["content"]}
     asked = listed(question, example.choices) if style == "listed" else question
     return {"question": asked, "choices": list(example.choices), "answer": example.answer}
+
+
+def _conversation(example: Example, tokenizer: Any) -> dict[str, Any]:
+    *before, last = example.messages
+    prompt = render(tokenizer, before, True, example.where)
+    return {"question": prompt, "answer": last["content"]}
 
 
 def _scores(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:
