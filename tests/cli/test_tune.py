@@ -331,6 +331,8 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", "eval", tmp_path, "--prompts", 0), "nothing to evaluate")
     refused(budwood("tune", "eval", tmp_path, "--general", "gsm8k"), "needs its file")
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "no.txt"), "no file")
+    (tmp_path / "chat.txt").write_text("words " * 200)
+    refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
 
 
 def test_bad_input_of_the_benchmark(budwood, tmp_path, data):

@@ -22,7 +22,7 @@ from budwood.tune.evaluate.harness import (
 from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import by_layer
 from budwood.tune.evaluate.scores import Score, compare
-from budwood.tune.evaluate.suite import find_tasks
+from budwood.tune.evaluate.suite import find_tasks, make_texts
 from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
 from budwood.tune.own_text import replies
@@ -284,6 +284,13 @@ def test_text_that_is_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(InputError, match="a window needs"):
         text_windows(tmp_path / "short.txt", TOKENS, 3)
+
+
+def test_a_text_is_not_called_as_the_replies_are(adapted, tmp_path):
+    file = tmp_path / "chat.txt"
+    file.write_text("words " * 200)
+    with pytest.raises(InputError, match="chat.txt is called 'chat' .* another name"):
+        make_texts(adapted, TOKENS, text=file, n_windows=1, n_prompts=1)
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,12 @@ def _tasks(
 
 
 def _text(text: Path | None, data: Path | None) -> Path | None:
-    from budwood.tune.evaluate.suite import TEXT
+    from budwood.tune.evaluate.suite import TEXT, text_name
 
     if text is not None and not text.is_file():
         raise InputError(f"there is no file {text}")
+    if text is not None:
+        text_name(text)  # refuses some, before a model is loaded
     if text is None and data is not None and (data / TEXT).exists():
         return data / TEXT
     return text

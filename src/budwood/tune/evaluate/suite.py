@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from budwood.errors import InputError
 from budwood.tune.encoding import Row
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, find_task, run_tasks, task_names
@@ -18,6 +19,8 @@ from budwood.tune.own_text import replies
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 GENERAL = ("winogrande", "social_iqa", "gsm8k")
 TEXT = "wikitext2_valid.txt"
+CHAT = "chat"
+"""What the base model's own replies are called among the texts."""
 
 Advance = Callable[..., None]
 
@@ -103,13 +106,30 @@ def make_texts(
         n_prompts: requests; 0 for none.
         seed: of the replies.
         advance: a function (done, total, note), for a progress bar.
+
+    Raises:
+        InputError: the file can't be read, is too short, or is called as the replies are.
     """
     texts = {}
     if text is not None:
-        texts[text.stem] = text_windows(text, tokenizer, n_windows)
+        texts[text_name(text)] = text_windows(text, tokenizer, n_windows)
     if n_prompts:
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
         with off:
             asked = chat_prompts(n_prompts)
-            texts["chat"] = replies(model, tokenizer, asked, seed=seed, advance=advance)
+            texts[CHAT] = replies(model, tokenizer, asked, seed=seed, advance=advance)
     return texts
+
+
+def text_name(text: Path) -> str:
+    """What a file is called among the texts: its stem.
+
+    Raises:
+        InputError: that is the name of the replies.
+    """
+    if text.stem == CHAT:
+        raise InputError(
+            f"{text} is called {CHAT!r} in the results, as the base model's replies are; give the "
+            "file another name"
+        )
+    return text.stem
