@@ -331,6 +331,13 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", "eval", tmp_path, "--prompts", 0), "nothing to evaluate")
     refused(budwood("tune", "eval", tmp_path, "--general", "gsm8k"), "needs its file")
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "no.txt"), "no file")
+    for option, value in (("windows", -1), ("batch", 0), ("batch", -1), ("prompts", -60)):
+        refused(budwood("tune", "eval", tmp_path, f"--{option}", value), f"{option}={value} is")
+    for option in ("limit", "seed"):
+        refused(budwood("tune", "eval", tmp_path, f"--{option}", -1), f"{option}=-1 is below 0")
+    export = ["tune", "export-lora", tmp_path, "--output", out, "--calibration", file]
+    for option, value in (("limit", 0), ("max-length", 0), ("rank", -1)):
+        refused(budwood(*export, f"--{option}", value), f"={value} is below")
     (tmp_path / "chat.txt").write_text("words " * 200)
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
 

@@ -20,7 +20,7 @@ from budwood.tune.evaluate.harness import (
     task_of,
 )
 from budwood.tune.evaluate.report import report_rows
-from budwood.tune.evaluate.routing import by_layer
+from budwood.tune.evaluate.routing import by_layer, routing_rows
 from budwood.tune.evaluate.scores import Score, compare
 from budwood.tune.evaluate.suite import find_tasks, make_texts
 from budwood.tune.fitting import N_TEXTS
@@ -284,6 +284,27 @@ def test_text_that_is_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(InputError, match="a window needs"):
         text_windows(tmp_path / "short.txt", TOKENS, 3)
+
+
+def test_counts_that_are_too_low(adapted, data):
+    text = data / "wikitext2_valid.txt"
+    rows = text_windows(text, TOKENS, 1, length=40)
+    task = find_task("arc_easy", data)
+    for call in (
+        lambda: make_texts(adapted, TOKENS, text=text, n_windows=-1, n_prompts=0),
+        lambda: make_texts(adapted, TOKENS, text=None, n_windows=0, n_prompts=-60),
+        lambda: text_windows(text, TOKENS, -1),
+        lambda: text_windows(text, TOKENS, 1, length=1),
+        lambda: chat_prompts(-60),
+        lambda: measure_drift(adapted, TOKENS, rows, "text", batch=0),
+        lambda: routing_rows(adapted, 0, {"text": rows}, batch=-1),
+        lambda: run_tasks(adapted, TOKENS, [task], batch=0),
+        lambda: run_tasks(adapted, TOKENS, [task], batch=-1),
+        lambda: run_tasks(adapted, TOKENS, [task], limit=-1),
+        lambda: find_task("arc_easy", data, limit=-1),
+    ):
+        with pytest.raises(InputError, match="is below .; give at least"):
+            call()
 
 
 def test_a_text_is_not_called_as_the_replies_are(adapted, tmp_path):

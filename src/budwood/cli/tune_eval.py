@@ -84,7 +84,10 @@ def tune_eval(
       budwood tune eval tuned --data tasks --limit 500
     """
     from budwood.tune.data import STYLES
+    from budwood.tune.evaluate.ranges import need_at_least
 
+    need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
+    need_at_least(1, batch=batch)
     if style not in STYLES:
         raise InputError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     if out:
@@ -134,8 +137,6 @@ def _tasks(
 
     if data is not None and not data.is_dir():
         raise InputError(f"there is no folder {data}; give one with the files of the tasks")
-    if limit < 0:
-        raise InputError(f"limit={limit} is below 0")
     whole = data is not None and target is None and general is None
     targets = TARGETS if whole else options.listed(target or "")
     others = GENERAL if whole else options.listed(general or "")

@@ -50,13 +50,15 @@ def export_lora(
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.tune.data import read_examples
+    from budwood.tune.evaluate.ranges import need_at_least
 
+    need_at_least(1, limit=limit, max_length=max_length)
+    need_at_least(0, rank=rank)
     examples = {
         name: read_examples(source, style)
         for name, source in (("calibration", calibration), ("held_out", held_out))
         if source
     }
-    _check(limit, rank)
     found = _export(adapter, output, examples, model, rank, limit, max_length, seed, device, dtype)
     if json:
         print_json(found)
@@ -64,12 +66,6 @@ def export_lora(
     names = {"loss_base": "base", "loss_slim": "SLIM", "loss_lora": "LoRA, approximate"}
     print_table([{"model": text, "loss": found[key]} for key, text in names.items()], _COLUMNS)
     say(f"a LoRA of rank {found['rank']} is in {output}; it approximates {adapter}")
-
-
-def _check(limit: int, rank: int) -> None:
-    for name, value, least in (("limit", limit, 1), ("rank", rank, 0)):
-        if value < least:
-            raise InputError(f"{name}={value} is below {least}")
 
 
 def _export(

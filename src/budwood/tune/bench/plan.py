@@ -11,6 +11,7 @@ from typing import Any
 
 from budwood.errors import InputError
 from budwood.tune.data import Example, read_examples
+from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.suite import TARGETS, TEXT
 from budwood.tune.methods import parse_tuner
 from budwood.tune.train import Settings
@@ -66,11 +67,9 @@ class Plan:
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} {list(values)} must hold something, and nothing twice")
         for name in ("rank", "n_validation", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} is below 1")
+            need_at_least(1, **{name: getattr(self, name)})
         for name in ("per_task", "limit", "general_limit", "windows", "prompts", "probe_limit"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)} is below 0")
+            need_at_least(0, **{name: getattr(self, name)})
         for lr in self.lrs:
             dataclasses.replace(self.settings, lr=lr)
 

@@ -18,6 +18,7 @@ from budwood.tune.encoding import (
     pad_of,
     takes_logits_to_keep,
 )
+from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
 
@@ -37,8 +38,10 @@ def text_windows(path: Path, tokenizer: Any, n_windows: int, length: int = WINDO
         length: tokens in each.
 
     Raises:
-        InputError: the file can't be read, or is shorter than one window.
+        InputError: the file can't be read, or is shorter than one window; a count is too low.
     """
+    need_at_least(0, n_windows=n_windows)
+    need_at_least(2, length=length)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,7 +57,12 @@ def text_windows(path: Path, tokenizer: Any, n_windows: int, length: int = WINDO
 
 
 def chat_prompts(limit: int = 0) -> list[str]:
-    """The prompts that ship, the first ``limit`` of them; 0 for all."""
+    """The prompts that ship, the first ``limit`` of them; 0 for all.
+
+    Raises:
+        InputError: the limit is below 0.
+    """
+    need_at_least(0, limit=limit)
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines][: limit or None]
 
@@ -83,7 +91,11 @@ def measure_drift(
 
     Returns:
         Scores of the base model and of the tuned one: ``perplexity`` and ``kl``.
+
+    Raises:
+        InputError: ``batch`` is below 1.
     """
+    need_at_least(1, batch=batch)
     model.eval()
     collate = LeftPadded(pad_of(tokenizer), multiple=1, trim=takes_logits_to_keep(model))
     adapted = hasattr(model, "disable_adapter")

@@ -17,6 +17,7 @@ from typing import Any
 from budwood.errors import InputError, UnknownNameError
 from budwood.tune.data import Example, listed, read_examples
 from budwood.tune.encoding import render
+from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.scores import Score
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
@@ -141,7 +142,12 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
 
 
 def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """So many examples at random, in their order; all of them for 0."""
+    """So many examples at random, in their order; all of them for 0.
+
+    Raises:
+        InputError: the limit is below 0.
+    """
+    need_at_least(0, limit=limit)
     if not limit or limit >= len(examples):
         return list(examples)
     chosen = random.Random(seed).sample(range(len(examples)), limit)
@@ -174,9 +180,12 @@ def run_tasks(
         ``loss``, or ``accuracy`` if they are generated.
 
     Raises:
-        InputError: lm-eval is not installed, or can't run a task; two tasks have the same name.
+        InputError: lm-eval is not installed, or can't run a task; two tasks have the same name, or
+            a count is too low.
         UnknownNameError: lm-eval has no such task.
     """
+    need_at_least(1, batch=batch)
+    need_at_least(0, limit=limit)
     if not tasks:
         return []
     _refuse_same_names(tasks)

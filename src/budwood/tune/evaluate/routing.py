@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from budwood.tune.encoding import LeftPadded, Row
+from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.targets import layer_number
 
 
@@ -27,9 +28,13 @@ def routing_rows(
     Returns:
         Dicts of ``text, layer, identity_share, bypassed_share, distance``; a layer's values are
         the means of its projections.
+
+    Raises:
+        InputError: ``batch`` is below 1.
     """
     from budwood.tune import observe
 
+    need_at_least(1, batch=batch)
     model.eval()
     collate = LeftPadded(pad_id, trim=False)
     found = []

@@ -13,6 +13,7 @@ from budwood.errors import InputError
 from budwood.tune.encoding import Row
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, find_task, run_tasks, task_names
+from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.own_text import replies
 
@@ -108,8 +109,10 @@ def make_texts(
         advance: a function (done, total, note), for a progress bar.
 
     Raises:
-        InputError: the file can't be read, is too short, or is called as the replies are.
+        InputError: the file can't be read, is too short, or is called as the replies are; a count
+            is below 0.
     """
+    need_at_least(0, n_windows=n_windows, n_prompts=n_prompts)
     texts = {}
     if text is not None:
         texts[text_name(text)] = text_windows(text, tokenizer, n_windows)
