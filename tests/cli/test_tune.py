@@ -264,6 +264,16 @@ def test_bench(comparison):
     }
 
 
+def test_bench_without_replies(lm_dir, data, budwood, tmp_path):
+    line = ["bench", "tune", "--data", data, "--output", tmp_path / "out", "--model", lm_dir]
+    line += [*BENCH, "--prompts", 0, "--methods", "lora", "--reference", "lora"]
+    result = budwood(*line, "--lrs", "1e-3", "--seeds", "0", "--steps", 2, "--json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)["rows"][-1]
+    assert row["kl_chat"] is None and row["kl_text"] > 0
+    assert {"front.png", "curves.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     from budwood.tune.bench import runner
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from budwood.errors import InputError, UnknownNameError
+from budwood.tune.bench import plots
 from budwood.tune.bench.plan import Plan, split
 from budwood.tune.bench.rows import method_rows
 from budwood.tune.bench.runner import Trial, best_rates
@@ -442,6 +443,38 @@ def test_method_rows():
     assert found["lora"]["target_std"] == pytest.approx(0.02**0.5)
     assert found["slim"]["kl_chat_ratio"] == pytest.approx(0.1)
     assert found["slim"]["perplexity_rise_ratio"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels"),
+    [
+        (("kl_chat", "kl_text", "perplexity"), ["KL to the base model on its replies", "perp"]),
+        (("kl_text", "perplexity"), ["KL to the base model on text", "perp"]),
+        (("kl_chat", "perplexity_of_replies"), ["KL to the base model on its replies"]),
+    ],
+)
+def test_pictures_show_what_was_measured(keys, labels, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    rows = [
+        {"method": "base", "lr": None, "status": "complete", "validation": 0.3},
+        {"method": "lora", "lr": 1e-3, "status": "complete", "validation": 0.4},
+        {"method": "lora", "lr": 1e-2, "status": "diverged"},
+    ]
+    for row in rows[:2]:
+        row |= dict.fromkeys(keys, 1.5)
+    plots.plot_front(rows, tmp_path / "front.png")
+    plots.plot_curves({"lora": [{"step": 2, "probe": rows[1]}, {"step": 3}]}, tmp_path / "c.png")
+    front, curves = ([axis.get_xlabel() for axis in figure.axes] for figure in drawn)
+    assert len(front) == len(labels) and all(a.startswith(b) for a, b in zip(front, labels))
+    assert len(curves) == 2 and [len(axis.lines) for axis in drawn[1].axes] == [1, 1]
+    assert drawn[1].axes[1].get_ylabel() == front[0]
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    row = {"method": "lora", "lr": 1e-3, "status": "complete", "validation": 0.4}
+    with pytest.raises(InputError, match="measured on no text"):
+        plots.plot_front([row], tmp_path / "front.png")
 
 
 def test_layers_are_means_of_their_projections():

@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from budwood.errors import InputError
 from budwood.figures import new_figure, save_figure
 
 Row = dict[str, Any]
 
-FRONT_X = ("kl_chat", "perplexity")
+KL = {
+    "kl_chat": "KL to the base model on its replies, nats a token",
+    "kl_text": "KL to the base model on text, nats a token",
+}
+"""Divergences by preference, with their labels: there may be no replies."""
 
 
 def plot_front(rows: Sequence[Row], path: Path) -> Path:
@@ -20,11 +25,20 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
     Args:
         rows: of all runs; those of the sweep count.
         path: the picture.
+
+    Raises:
+        InputError: the runs have neither a divergence nor a perplexity in common.
     """
-    figure, axes = _figure(len(FRONT_X))
+    methods = _by_method(rows)
+    labels = _kl_of([row for group in methods.values() for row in group])
+    if all("perplexity" in row for group in methods.values() for row in group):
+        labels["perplexity"] = "perplexity"
+    if not labels:
+        raise InputError("no picture of forgetting: the runs were measured on no text")
+    figure, axes = _figure(len(labels))
     base = next((row for row in rows if row["method"] == "base"), None)
-    for axis, key in zip(axes, FRONT_X):
-        for method, group in _by_method(rows).items():
+    for axis, (key, label) in zip(axes, labels.items()):
+        for method, group in methods.items():
             points = sorted(group, key=lambda row: row["lr"])
             xs, ys = [row[key] for row in points], [row["validation"] for row in points]
             axis.plot(xs, ys, marker="o", label=method)
@@ -32,9 +46,7 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
                 axis.annotate(f"{row['lr']:g}", (row[key], row["validation"]), fontsize=6)
         if base is not None:
             axis.axhline(base["validation"], linestyle="--", color="grey", linewidth=1)
-        axis.set_xlabel(
-            {"kl_chat": "KL to the base model on its replies, nats a token"}.get(key, key)
-        )
+        axis.set_xlabel(label)
         axis.set_xscale("log")
     axes[0].set_ylabel("accuracy on validation questions")
     axes[0].legend(fontsize=7)
@@ -48,13 +60,17 @@ def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
         histories: method → history of a run, with probes.
         path: the picture.
     """
-    figure, axes = _figure(2)
-    for method, history in histories.items():
-        probes = [(row["step"], row["probe"]) for row in history if row.get("probe")]
-        for axis, key in zip(axes, ("validation", "kl_chat")):
-            points = [(step, probe[key]) for step, probe in probes if key in probe]
-            axis.plot(*zip(*points), marker=".", label=method) if points else None
-    for axis, label in zip(axes, ("accuracy on validation questions", "KL on replies, nats")):
+    probes = {
+        method: [(row["step"], row["probe"]) for row in history if row.get("probe")]
+        for method, history in histories.items()
+    }
+    labels = {"validation": "accuracy on validation questions"}
+    labels |= _kl_of([probe for points in probes.values() for _, probe in points])
+    figure, axes = _figure(len(labels))
+    for method, points in probes.items():
+        for axis, key in zip(axes, labels if points else ()):
+            axis.plot(*zip(*((step, one[key]) for step, one in points)), marker=".", label=method)
+    for axis, label in zip(axes, labels.values()):
         axis.set_xlabel("step")
         axis.set_ylabel(label)
     axes[0].legend(fontsize=7)
@@ -95,6 +111,12 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def _kl_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The first divergence that all rows have, with its label; none if there is none."""
+    key = next((key for key in KL if all(key in row for row in rows)), None)
+    return {key: KL[key]} if key else {}
+
+
 def _figure(n_axes: int) -> tuple[Any, Any]:
     figure = new_figure(5.2 * n_axes, 4.0)
-    return figure, figure.subplots(1, n_axes)
+    return figure, figure.subplots(1, n_axes, squeeze=False)[0]
