@@ -331,6 +331,8 @@ def test_bad_input(budwood, tmp_path, data):
         ("top_k=11", "above the number of experts"),
         ("experts=3", "unexpected keyword argument 'experts'"),
         ("distance=l2", "unknown distance"),
+        ("yielding=no", "yielding='no'; give True or False"),
+        ("router=off", "router='off'; give True or False"),
     ):
         refused(budwood("tune", file, "--output", out, "--method", f"slim:{options}"), reason)
     refused(budwood("tune", file, "--output", out, "--schedule", "cos"), "unknown schedule")

@@ -31,6 +31,15 @@ BAD = [
     ({"alpha": float("inf")}, "alpha=inf"),
     ({"margin": float("nan")}, "margin=nan"),
     ({"slim_version": 2}, "upgrade budwood"),
+    ({"yielding": "no"}, "yielding='no'; give True or False"),
+    ({"router": "off"}, "router='off'; give True or False"),
+    ({"clustering": 1}, "clustering=1; give"),
+    ({"merging": None}, "merging=None; give"),
+    ({"merge_rescale": "yes"}, "merge_rescale='yes'; give"),
+    ({"n_experts": "8"}, "n_experts='8'; give an int"),
+    ({"alpha": None}, "alpha=None; give a number"),
+    ({"skip_first": "half"}, "skip_first='half'; give a number"),
+    ({"seed": "x"}, "seed='x'; give an int"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class SlimConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self._check_version()
+        self._check_switches()
         self._check_counts()
         self._check_ranges()
         known = {"distance": DISTANCES, "fit_on": FIT_ON, "yield_at": YIELD_AT}
@@ -191,17 +193,26 @@ class SlimConfig(PeftConfig):
                 f"{FORMAT}; upgrade budwood"
             )
 
+    def _check_switches(self) -> None:
+        for name in ("router", "clustering", "yielding", "merging", "merge_rescale"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InputError(f"{name}={value!r}; give True or False")
+
     def _check_counts(self) -> None:
-        if self.n_experts < 1:
+        if _is_int(self.n_experts) and self.n_experts < 1:
             raise InputError(
                 f"n_experts={self.n_experts} with n_identity={self.n_identity}: identity experts "
                 "alone add nothing; give at least 1 LoRA expert"
             )
-        least = {"r": 1, "n_identity": 0, "top_k": 1, "n_clusters": 1, "n_directions": 1}
+        least = {"r": 1, "n_experts": 1, "n_identity": 0, "top_k": 1, "n_clusters": 1}
+        least |= {"n_directions": 1}
         for name, low in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            if not _is_int(value) or value < low:
                 raise InputError(f"{name}={value!r}; give an int of at least {low}")
+        if not _is_int(self.seed):
+            raise InputError(f"seed={self.seed!r}; give an int")
         if self.top_k > self.n_total:
             raise InputError(
                 f"top_k={self.top_k} is above the number of experts, {self.n_experts} LoRA + "
@@ -209,6 +220,10 @@ class SlimConfig(PeftConfig):
             )
 
     def _check_ranges(self) -> None:
+        for name in ("alpha", "beta", "l1", "margin", "momentum", "merge_p", "skip_first"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise InputError(f"{name}={value!r}; give a number")
         for name in ("alpha", "beta", "l1"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -225,3 +240,7 @@ class SlimConfig(PeftConfig):
                 f"layers_to_transform={self.layers_to_transform!r} has no effect beside "
                 "target_modules as a regular expression; say both in it, or give a list of names"
             )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
