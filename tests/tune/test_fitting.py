@@ -9,6 +9,7 @@ from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
 from budwood.tune.discriminant import discriminant
 from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
+from budwood.tune.fitting import Survey
 from budwood.tune.own_text import own_text, replies
 from tests import tiny_chat
 from tests import tiny_llm as tiny
@@ -199,6 +200,47 @@ def test_a_direction_is_saved_with_the_adapter_and_stays(tmp_path):
 def test_refused(model, rows, error, words):
     with pytest.raises(error, match=words):
         fit_discriminant(model(), TOKENS, rows, rows_of(seed=1))
+
+
+def test_a_bad_row_is_the_users_row(monkeypatch):
+    """Also where few rows are drawn."""
+    for name in ("N_EXAMPLES", "MOST_TOKENS"):
+        monkeypatch.setattr(f"budwood.tune.fitting.{name}", 4)
+    rows = rows_of(40)
+    rows[33]["labels"] = [IGNORED] * len(rows[33]["labels"])
+    for seed in range(3):
+        with pytest.raises(InputError, match="row 33 of the training data has no token"):
+            fit_discriminant(fresh(), TOKENS, rows, rows_of(seed=1), seed=seed)
+
+
+@pytest.mark.parametrize("n_seen", [0, 1], ids=["never", "by one text"])
+def test_a_layer_that_the_text_does_not_reach_is_named(monkeypatch, n_seen):
+    model = fresh()
+    _, unreached = owned(model)[1]
+    see, passes = Survey.see, []
+
+    def without_one(self, clusters, x):
+        if clusters is unreached:
+            passes.append(self)
+            x = x if len(passes) <= n_seen else x[:0]  # as an expert that no token is routed to
+        see(self, clusters, x)
+
+    monkeypatch.setattr(Survey, "see", without_one)
+    with pytest.raises(InputError, match=f"layer '{unreached.key}' reads no token"):
+        fit_discriminant(model, TOKENS, rows_of(), rows_of(seed=1))
+    assert not any(clusters.is_fitted for _, clusters in owned(model))
+
+
+def test_a_layer_beside_the_path_of_text_is_named():
+    base = tiny.llama()
+    base.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(InputError, match=r"layers\.1\..* reads no token"):
+        fit_discriminant(fresh(base), TOKENS, rows_of(), rows_of(seed=1))
+
+
+def test_rows_at_a_time_are_one_or_more():
+    with pytest.raises(InputError, match="batch=0 is below 1"):
+        fit_discriminant(fresh(), TOKENS, rows_of(), rows_of(seed=1), batch=0)
 
 
 def test_too_little_other_text_is_refused():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from budwood.errors import InputError
 from budwood.tune.discriminant import discriminant
 from budwood.tune.encoding import LeftPadded, Row, n_learnt, pad_of, takes_logits_to_keep
+from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.modes import evaluating
 from budwood.tune.own_text import own_text
 from budwood.tune.state import Discriminant
@@ -63,21 +64,23 @@ def fit_discriminant(
 
     Raises:
         AttachError: the model has no SLIM layers.
-        InputError: the adapter has no such distance or was trained, there is too little text, or
-            the model's values on it are NaN or infinite.
+        InputError: the adapter has no such distance or was trained, there is too little text, it
+            does not reach a layer, or the model's values on it are NaN or infinite.
         UnsupportedModelError: the chat template does not show where a user's turn begins.
     """
     found = _fresh(model)
+    need_at_least(1, batch=batch)
+    _check_rows("training data", rows)
     if other is None:
         other = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=advance)
-    rows = _drawn(rows, seed)
-    _check_rows("training data", rows)
     _check_rows("other text", other)
+    rows = _drawn(rows, seed)
     seen = []
     for text in (rows, other):
         survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
         _show(model, tokenizer, text, batch, survey)
         seen.append(survey.kept)
+    _need_inputs(found, seen)
     fitted = [(one, _fit(one, *(kept[one] for kept in seen))) for one in found]
     for clusters, (direction, offset, n) in fitted:
         clusters.set_direction(direction, offset, n)
@@ -97,9 +100,23 @@ class Survey:
 
     def see(self, clusters: Discriminant, x: Tensor) -> None:
         """Note inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
+        if not len(x):
+            return
         if len(x) > self.most:
             x = x[torch.linspace(0, len(x) - 1, self.most).round().long().to(x.device)]
         self.kept.setdefault(clusters, []).append(x.clone())
+
+
+def _need_inputs(
+    layers: Sequence[Discriminant], seen: Sequence[dict[Discriminant, list[Tensor]]]
+) -> None:
+    missing = next((one for one in layers if any(one not in kept for kept in seen)), None)
+    if missing is not None:
+        raise InputError(
+            f"layer {missing.key!r} reads no token that counts of this text, as where a model is "
+            "given text alone and has parts for other input; leave the layer out of the target "
+            'modules, or take another distance ("whitened")'
+        )
 
 
 def _fit(
