@@ -84,7 +84,7 @@ def tune_eval(
       budwood tune eval tuned --data tasks --limit 500
     """
     from budwood.tune.data import STYLES
-    from budwood.tune.evaluate.ranges import need_at_least
+    from budwood.tune.ranges import need_at_least
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
     need_at_least(1, batch=batch)

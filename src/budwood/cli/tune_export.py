@@ -50,7 +50,7 @@ def export_lora(
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.tune.data import read_examples
-    from budwood.tune.evaluate.ranges import need_at_least
+    from budwood.tune.ranges import need_at_least
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from budwood.errors import InputError
 from budwood.tune.discriminant import discriminant
 from budwood.tune.encoding import LeftPadded, Row, n_learnt, pad_of, takes_logits_to_keep
-from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.modes import evaluating
 from budwood.tune.own_text import own_text
+from budwood.tune.ranges import need_at_least
 from budwood.tune.state import Discriminant
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from budwood.errors import InputError
 from budwood.tune.data import Example, read_examples
-from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.suite import TARGETS, TEXT
 from budwood.tune.methods import parse_tuner
+from budwood.tune.ranges import need_at_least
 from budwood.tune.train import Settings
 
 METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")

@@ -18,9 +18,9 @@ from budwood.tune.encoding import (
     pad_of,
     takes_logits_to_keep,
 )
-from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
+from budwood.tune.ranges import need_at_least
 
 PROMPTS = Path(__file__).parents[1] / "tasks" / "prompts.jsonl"
 """Everyday requests that ship."""

@@ -17,8 +17,8 @@ from typing import Any
 from budwood.errors import InputError, UnknownNameError
 from budwood.tune.data import Example, listed, read_examples
 from budwood.tune.encoding import render
-from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.scores import Score
+from budwood.tune.ranges import need_at_least
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
 

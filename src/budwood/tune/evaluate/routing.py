@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from budwood.tune.encoding import LeftPadded, Row
-from budwood.tune.evaluate.ranges import need_at_least
+from budwood.tune.ranges import need_at_least
 from budwood.tune.targets import layer_number
 
 

@@ -13,9 +13,9 @@ from budwood.errors import InputError
 from budwood.tune.encoding import Row
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, find_task, run_tasks, task_names
-from budwood.tune.evaluate.ranges import need_at_least
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.own_text import replies
+from budwood.tune.ranges import need_at_least
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 GENERAL = ("winogrande", "social_iqa", "gsm8k")
