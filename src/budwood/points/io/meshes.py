@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from budwood.errors import InputError
 from budwood.points.io.cloud import Cloud, make_cloud
+from budwood.points.io.mesh_checks import CHECKS
 from budwood.points.io.options import ReadOptions
 from budwood.points.io.scans import damaged, need
 
@@ -19,7 +19,7 @@ from budwood.points.io.scans import damaged, need
 def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     """Any of the formats above; points as they are, faces sampled by area with the seed."""
     trimesh = need("trimesh", f"reading {path.suffix}")
-    check = _CHECKS.get(path.suffix.lower())
+    check = CHECKS.get(path.suffix.lower())
     if check is not None:
         check(path)
     try:
@@ -30,9 +30,6 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     parts = [part for part in parts if len(part[0])]
     if not parts:
         raise InputError(f"{path} has no points")
-    n_found, n_declared = sum(len(part[0]) for part in parts), _declared(path)
-    if n_found < n_declared:
-        raise InputError(f"{path} is truncated: {n_found} of {n_declared} vertices")
     vertices, colors, faces = _joined(parts)
     if len(faces) == 0:
         return make_cloud(vertices, colors, source=str(path), invalid=options.invalid)
@@ -84,23 +81,27 @@ def _part(geometry: Any) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any
     """Vertices, colours and faces of one geometry of a scene."""
     vertices = np.asarray(getattr(geometry, "vertices", np.empty((0, 3))), dtype=np.float64)
     faces = np.asarray(getattr(geometry, "faces", np.empty((0, 3))), dtype=np.int64)
-    colors = _colors(geometry)
+    colors = _colors(geometry, len(vertices))
     if colors is not None:
         usable = colors.shape[:1] == vertices.shape[:1] and colors.shape[1] >= 3
         colors = colors[:, :3] / 255.0 if usable else None
     return vertices, colors, faces.reshape(-1, 3)
 
 
-def _colors(geometry: Any) -> NDArray[Any] | None:
+def _colors(geometry: Any, n_vertices: int) -> NDArray[Any] | None:
     if hasattr(geometry, "colors"):  # a point cloud
         colors = np.asarray(geometry.colors)
         return colors if colors.ndim == 2 and len(colors) else None
     visual = getattr(geometry, "visual", None)
     if visual is None or not getattr(visual, "defined", False):
         return None
-    if visual.kind == "texture":
-        visual = visual.to_color()
-    return np.asarray(visual.vertex_colors)
+    if visual.kind != "texture":
+        return np.asarray(visual.vertex_colors)
+    colors = visual.material.to_color(visual.uv)
+    if colors is None:
+        return None
+    # A material without a texture has one colour, shape (4,), for all vertices.
+    return np.broadcast_to(colors, (n_vertices, 4)) if np.ndim(colors) == 1 else np.asarray(colors)
 
 
 def _joined(parts: list[Any]) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
@@ -110,70 +111,3 @@ def _joined(parts: list[Any]) -> tuple[NDArray[Any], NDArray[Any] | None, NDArra
     if any(part[1] is None for part in parts):
         return vertices, None, faces
     return vertices, np.concatenate([part[1] for part in parts]), faces
-
-
-# Files that trimesh reads in part without a word. What each format declares is checked first. ----
-
-
-def _check_stl(path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(84)
-        if head[:5].lower() == b"solid" and b"\0" not in head:
-            file.seek(max(0, size - 256))
-            if b"endsolid" not in file.read().lower():
-                raise InputError(f"{path} is truncated: its solid does not end")
-            return
-    if len(head) < 84:
-        raise InputError(f"{path} is truncated: {size} bytes are no STL")
-    n_faces = struct.unpack("<I", head[80:])[0]
-    if size < 84 + 50 * n_faces:
-        raise InputError(f"{path} is truncated: {(size - 84) // 50} of {n_faces} faces")
-
-
-def _check_glb(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(12)
-    if len(head) < 12 or head[:4] != b"glTF":
-        raise InputError(f"{path} is no GLB file")
-    declared = struct.unpack("<I", head[8:])[0]
-    if path.stat().st_size < declared:
-        raise InputError(f"{path} is truncated: {path.stat().st_size} of {declared} bytes")
-
-
-def _check_obj(path: Path) -> None:
-    """A last line that is cut within a record; what is cut between records cannot be told."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - 4096))
-        tail = file.read().decode("utf-8", errors="replace")
-    if tail.endswith("\n") or not tail:
-        return
-    fields = tail.splitlines()[-1].split()
-    if fields and fields[0] in ("v", "f") and len(fields) < 4:
-        raise InputError(f"{path} is truncated: its last line is {' '.join(fields)!r}")
-
-
-def _check_off(path: Path) -> None:
-    with path.open("rb") as file:
-        rows = [row for line in file if (row := line.split(b"#")[0].split())]
-    counts = rows[0][-3:] if rows and len(rows[0]) > 3 else rows[1] if len(rows) > 1 else []
-    if len(counts) < 2 or not all(count.isdigit() for count in counts):
-        raise InputError(f"{path} is truncated or no OFF file: it declares no counts")
-    start = 1 if len(rows[0]) > 3 else 2
-    wanted = int(counts[0]) + int(counts[1])
-    if len(rows) - start < wanted:
-        raise InputError(f"{path} is truncated: {len(rows) - start} of {wanted} rows")
-
-
-def _declared(path: Path) -> int:
-    """Vertices that the header of a .ply declares, 0 for other formats."""
-    if path.suffix.lower() != ".ply":
-        return 0
-    with path.open("rb") as file:
-        lines = [line.split() for line in itertools.islice(file, 200)]
-    rows = [line for line in lines if line[:2] == [b"element", b"vertex"] and len(line) == 3]
-    return int(rows[0][2]) if rows and rows[0][2].isdigit() else 0
-
-
-_CHECKS = {".stl": _check_stl, ".off": _check_off, ".glb": _check_glb, ".obj": _check_obj}

@@ -1,0 +1,159 @@
+"""What a mesh file declares, against what it has: trimesh reads parts of a file without a word."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from budwood.errors import InputError
+
+# Types of a .ply whose values take more than one byte.
+PLY_BYTES = {
+    **dict.fromkeys(("short", "ushort", "int16", "uint16"), 2),
+    **dict.fromkeys(("int", "uint", "int32", "uint32", "float", "float32"), 4),
+    **dict.fromkeys(("double", "float64"), 8),
+}
+
+
+def check_stl(path: Path) -> None:
+    """ASCII must end its solid; binary must have the faces that it declares."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(84)
+        if head[:5].lower() == b"solid" and b"\0" not in head:
+            file.seek(max(0, size - 256))
+            if b"endsolid" not in file.read().lower():
+                raise InputError(f"{path} is truncated: its solid does not end")
+            return
+    if len(head) < 84:
+        raise InputError(f"{path} is truncated: {size} bytes are no STL")
+    n_faces = struct.unpack("<I", head[80:])[0]
+    if size < 84 + 50 * n_faces:
+        raise InputError(f"{path} is truncated: {(size - 84) // 50} of {n_faces} faces")
+
+
+def check_glb(path: Path) -> None:
+    """The length in the header."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if len(head) < 12 or head[:4] != b"glTF":
+        raise InputError(f"{path} is no GLB file")
+    declared = struct.unpack("<I", head[8:])[0]
+    if path.stat().st_size < declared:
+        raise InputError(f"{path} is truncated: {path.stat().st_size} of {declared} bytes")
+
+
+def check_obj(path: Path) -> None:
+    """A last line that is cut within a record; what is cut between records cannot be told."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 4096))
+        tail = file.read().decode("utf-8", errors="replace")
+    if tail.endswith("\n") or not tail:
+        return
+    fields = tail.splitlines()[-1].split()
+    if fields and fields[0] in ("v", "f") and len(fields) < 4:
+        raise InputError(f"{path} is truncated: its last line is {' '.join(fields)!r}")
+
+
+def check_off(path: Path) -> None:
+    """The rows that the counts declare; these may share the line of ``OFF``, as in ModelNet40."""
+    with path.open("rb") as file:
+        rows = [row for line in file if (row := line.split(b"#")[0].strip())]
+    _, keyword, rest = rows[0].partition(b"OFF") if rows else (b"", b"", b"")
+    if not keyword:
+        raise InputError(f"{path} is no OFF file: it does not begin with OFF")
+    body = ([rest] if rest else []) + rows[1:]
+    counts = body[0].split() if body else []
+    if len(counts) < 2 or not all(count.isdigit() for count in counts):
+        raise InputError(f"{path} is truncated or no OFF file: it declares no counts")
+    n_rows, wanted = len(body) - 1, int(counts[0]) + int(counts[1])
+    if n_rows < wanted:
+        raise InputError(f"{path} is truncated: {n_rows} of {wanted} rows")
+
+
+@dataclass
+class PlyElement:
+    """An element of a .ply header.
+
+    Attributes:
+        n_rows: how many the file declares.
+        properties: type of each value, or of the length where ``is_list``.
+        is_list: whether each property is a list.
+    """
+
+    n_rows: int
+    properties: list[str] = field(default_factory=list)
+    is_list: list[bool] = field(default_factory=list)
+
+
+def check_ply(path: Path) -> None:
+    """The rows of an ASCII file and the values of its last, or the least size of a binary one."""
+    with path.open("rb") as file:
+        header = _ply_header(file)
+        elements = _ply_elements(path, header)
+        if any(words[:2] == ["format", "ascii"] for words in header):
+            _check_ply_rows(path, file, [element for element in elements if element.n_rows])
+            return
+        left = path.stat().st_size - file.tell()
+    # Lists may be of any length: trimesh minds those that are cut, but not where all are.
+    widths = [sum(PLY_BYTES.get(name, 1) for name in element.properties) for element in elements]
+    least = sum(element.n_rows * width for element, width in zip(elements, widths))
+    if left < least:
+        raise InputError(f"{path} is truncated: {left} of {least} bytes or more")
+
+
+def _check_ply_rows(path: Path, file: BinaryIO, elements: list[PlyElement]) -> None:
+    """Count the rows of an ASCII body; ``elements`` are those with rows."""
+    wanted = sum(element.n_rows for element in elements)
+    rows = itertools.islice((line for line in file if line.strip()), wanted)
+    n_rows, last = 0, b""
+    for n_rows, last in enumerate(rows, 1):  # noqa: B007
+        pass
+    if n_rows < wanted:
+        raise InputError(f"{path} is truncated: {n_rows} of {wanted} rows")
+    values = last.split()
+    at = 0
+    for is_list in elements[-1].is_list if elements else ():
+        length = int(values[at]) if is_list and at < len(values) and values[at].isdigit() else 0
+        at += 1 + length
+    if len(values) < at:
+        raise InputError(f"{path} is truncated: its last row has {len(values)} of {at} values")
+
+
+def _ply_header(file: BinaryIO) -> list[list[str]]:
+    """Words of the lines up to the end of the header, where the file is left."""
+    header = []
+    for line in iter(file.readline, b""):
+        header.append(line.decode("latin-1").split())
+        if header[-1] == ["end_header"]:
+            break
+    return header
+
+
+def _ply_elements(path: Path, header: list[list[str]]) -> list[PlyElement]:
+    elements: list[PlyElement] = []
+    for words in header:
+        if words[:1] == ["element"]:
+            if len(words) != 3 or not re.fullmatch("[0-9]+", words[2]):
+                raise InputError(f"{path} is damaged: its header has {' '.join(words)[:60]!r}")
+            elements.append(PlyElement(int(words[2])))
+        elif words[:1] == ["property"] and len(words) > 2 and elements:
+            is_list = words[1] == "list"
+            elements[-1].is_list.append(is_list)
+            elements[-1].properties.append(words[2] if is_list else words[1])
+    return elements
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {
+    ".stl": check_stl,
+    ".off": check_off,
+    ".glb": check_glb,
+    ".obj": check_obj,
+    ".ply": check_ply,
+}
