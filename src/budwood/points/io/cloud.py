@@ -61,33 +61,37 @@ def make_cloud(
         raise InputError(f"{source}: points have shape {points.shape}, expected (n_points, 3)")
     if len(points) == 0:
         raise InputError(f"{source} has no points")
-    colors = None if rgb is None else unit_colors(rgb, len(points), source)
-    fine = np.isfinite(points).all(axis=1)
-    if fine.all():
-        return Cloud(points, colors, source)
+    fine = np.asarray(np.isfinite(points).all(axis=1))
     n_bad = int((~fine).sum())
-    if invalid != "drop":
+    if n_bad and invalid != "drop":
         raise InputError(
             f"{source}: {n_bad} of {len(points)} points have NaN or infinite coordinates; "
             "clean the file, or read it with invalid='drop'"
         )
     if n_bad == len(points):
         raise InputError(f"{source}: all {n_bad} points have NaN or infinite coordinates")
-    return Cloud(points, colors, source).take(np.flatnonzero(fine))
+    colors = None if rgb is None else unit_colors(rgb, fine, source)
+    return Cloud(points[fine] if n_bad else points, colors, source)
 
 
-def unit_colors(rgb: object, n_points: int, source: str) -> NDArray[np.float32]:
-    """Colours as float32 in [0, 1].
+def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np.float32]:
+    """Colours of the points to keep as float32 in [0, 1].
 
     Integers are divided by the largest value of 8 or of 16 bits; so are floats above 1.
+
+    Args:
+        rgb: of all points, shape (n_points, 3).
+        keep: shape (n_points,). Colours of other points may be anything.
+        source: for messages.
 
     Raises:
         InputError: wrong shape, NaN, or values outside 0…65535.
     """
     raw = np.asarray(rgb)
     values = _floats(raw, "colours", source)
-    if values.shape != (n_points, 3):
-        raise InputError(f"{source}: colours have shape {values.shape}, expected ({n_points}, 3)")
+    if values.shape != (len(keep), 3):
+        raise InputError(f"{source}: colours have shape {values.shape}, expected ({len(keep)}, 3)")
+    values = values[keep]
     top = float(values.max(initial=0.0))
     if not np.isfinite(values).all() or float(values.min(initial=0.0)) < 0 or top > 65535:
         raise InputError(f"{source}: colours must be 0…1, 0…255 or 0…65535")

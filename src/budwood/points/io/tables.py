@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 import zipfile
-import zlib
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from budwood.points.io.cloud import Cloud, make_cloud
 from budwood.points.io.options import ReadOptions
 
 KITTI_COLUMNS = 4
+TEXT = "utf-8-sig"  # as UTF-8, and a byte-order mark, which spreadsheets write, is left out
 AUTOMATIC = {3: "xyz", 4: "xyz_"}
 XYZ_KEYS = ("xyz", "points", "pc", "pointcloud", "coords", "arr_0")
 RGB_KEYS = ("rgb", "colors", "color", "colours")
@@ -38,8 +40,10 @@ def split_columns(table: NDArray[Any], columns: str | None, source: str) -> tupl
         xyz and rgb (or None), shape (n_points, 3).
 
     Raises:
-        InputError: another number of columns, or letters that do not fit it.
+        InputError: no numbers, another number of columns, or letters that do not fit it.
     """
+    if table.dtype.kind not in "fiu":
+        raise InputError(f"{source} holds {table.dtype}, expected numbers")
     if table.ndim != 2:
         raise InputError(f"{source} has shape {table.shape}, expected (n_points, n_columns)")
     width = table.shape[1]
@@ -62,23 +66,25 @@ def split_columns(table: NDArray[Any], columns: str | None, source: str) -> tupl
 
 def read_npy(path: Path, options: ReadOptions) -> Cloud:
     """An array of shape (n_points, n_columns); pickled objects are refused."""
-    return _from_table(_load_numpy(path), path, options)
+    with _numpy_errors(path):
+        table = np.load(path, allow_pickle=False)
+    if not isinstance(table, np.ndarray):
+        table.close()
+        raise InputError(f"{path} is an archive of arrays, not one array; rename it to .npz")
+    return _from_table(table, path, options)
 
 
 def read_npz(path: Path, options: ReadOptions) -> Cloud:
     """Arrays under one of the names in `XYZ_KEYS`, and colours under one in `RGB_KEYS`."""
     if not zipfile.is_zipfile(path):  # numpy would leave such a file open
         raise InputError(f"{path} is truncated or no .npz file")
-    with _load_numpy(path) as arrays:
+    with _numpy_errors(path), np.load(path, allow_pickle=False) as arrays:
         name = next((key for key in XYZ_KEYS if key in arrays), None)
         if name is None:
             known = ", ".join(XYZ_KEYS)
             raise InputError(f"{path} holds {', '.join(arrays.files)}; expected one of {known}")
         color = next((key for key in RGB_KEYS if key in arrays), None)
-        try:
-            table, rgb = arrays[name], None if color is None else arrays[color]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path} is truncated or damaged: {_first_line(error)}") from None
+        table, rgb = arrays[name], None if color is None else arrays[color]
     if rgb is None:
         return _from_table(table, path, options)
     xyz, _ = split_columns(table, options.columns, str(path))
@@ -98,23 +104,52 @@ def read_bin(path: Path, options: ReadOptions) -> Cloud:
 
 
 def read_text(path: Path, options: ReadOptions) -> Cloud:
-    """Rows of numbers, separated by blanks, commas or semicolons; # starts a comment."""
-    separator, header, skip = _layout(path)
-    columns = options.columns or header
+    """Rows of numbers, separated by blanks, commas or semicolons; # starts a comment.
+
+    An integer alone above the rows counts them, as in some .xyz files.
+    """
+    layout = _layout(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of a file without data: checked below
-            table = np.loadtxt(path, delimiter=separator, skiprows=skip, ndmin=2, encoding="utf-8")
+            table = np.loadtxt(
+                path,
+                delimiter=layout.separator,
+                skiprows=layout.skip,
+                ndmin=2,
+                encoding=TEXT,
+            )
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no table of numbers: {_first_line(error)}") from None
     if table.size == 0:
         raise InputError(f"{path} has no points")
-    return _from_table(table, path, replace(options, columns=columns))
+    if layout.n_points is not None and len(table) != layout.n_points:
+        raise InputError(
+            f"{path} declares {layout.n_points} points in its first line and has {len(table)}: "
+            "truncated, or of another format"
+        )
+    return _from_table(table, path, replace(options, columns=options.columns or layout.columns))
 
 
-def _layout(path: Path) -> tuple[str | None, str | None, int]:
-    """Separator, columns by the header, and lines to skip."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+@dataclass(frozen=True)
+class _Layout:
+    """How a text file is laid out.
+
+    Attributes:
+        separator: between values; None for blanks.
+        skip: lines to skip.
+        columns: letters of the columns by the header; None without one.
+        n_points: how many the first line declares; None if it does not.
+    """
+
+    separator: str | None
+    skip: int
+    columns: str | None = None
+    n_points: int | None = None
+
+
+def _layout(path: Path) -> _Layout:
+    with path.open(encoding=TEXT, errors="replace") as file:
         head = list(itertools.islice(file, 100))
     if any("\0" in line for line in head):
         raise InputError(f"{path} is binary, not a table of numbers")
@@ -127,14 +162,15 @@ def _layout(path: Path) -> tuple[str | None, str | None, int]:
         skip += 1
     separator = next((mark for mark in ",;" if mark in first), None)
     fields = [field.strip().strip("\"'").lower() for field in first.split(separator)]
+    if len(fields) == 1 and fields[0].isdecimal():
+        return _Layout(separator, skip + 1, n_points=int(fields[0]))
     if all(_is_number(field) for field in fields):
-        # A lone integer above the rows counts the points, as in some .xyz files.
-        return separator, None, skip + (len(fields) == 1)
+        return _Layout(separator, skip)
     names = [HEADERS.get(field.removeprefix("//"), field) for field in fields]
     columns = "".join(name if name in tuple("xyzrgb") else "_" for name in names)
     if not all(letter in columns for letter in "xyz"):
         raise InputError(f"{path}: its header {first[:60]!r} names no columns x, y and z")
-    return separator, columns, skip + 1
+    return _Layout(separator, skip + 1, columns)
 
 
 def _is_number(text: str) -> bool:
@@ -146,16 +182,18 @@ def _is_number(text: str) -> bool:
 
 
 def _from_table(table: NDArray[Any], path: Path, options: ReadOptions) -> Cloud:
-    if table.dtype.kind not in "fiu":
-        raise InputError(f"{path} holds {table.dtype}, expected numbers")
     xyz, rgb = split_columns(table, options.columns, str(path))
     return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
 
 
-def _load_numpy(path: Path) -> Any:
+@contextlib.contextmanager
+def _numpy_errors(path: Path) -> Iterator[None]:
+    """What NumPy raises for a damaged file, as an InputError."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # zip, zlib, tokenizer and parser raise what they happen to
         text = _first_line(error)
         if "allow_pickle" in text:
             text = "it holds pickled objects, which could run code; save plain arrays"
