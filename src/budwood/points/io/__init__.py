@@ -83,6 +83,9 @@ def read(
 def find_files(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Path]:
     """Files to read: those given, and those of a known format in folders given, sorted.
 
+    Hidden files and folders (their names begin with a dot) inside a folder are left out: editors
+    and macOS leave files such as ``._scan.ply`` that only look like clouds.
+
     Raises:
         InputError: a path does not exist, or a folder has no file of a known format.
     """
@@ -94,8 +97,13 @@ def find_files(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str])
                 raise InputError(f"{path} does not exist")
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in READERS)
+        known = [p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in READERS]
+        inside = sorted(p for p in known if not _hidden(p.relative_to(path)))
         if not inside:
             raise InputError(f"{path} has no file of a known format: {', '.join(READERS.names())}")
         found += inside
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
