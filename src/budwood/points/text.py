@@ -133,12 +133,15 @@ def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             vectors = file.get_tensor("embeddings").float()
-        labels = check_labels(json.loads(metadata["labels"]))
+        labels = json.loads(metadata["labels"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         line = str(error).splitlines()[0]
         raise InputError(f"{path} holds no text embeddings with labels: {line}") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise InputError(
+            f"{path} has labels {json.dumps(labels)[:60]} in its metadata; expected a list of names"
+        )
+    labels = check_labels(labels)
     if vectors.ndim != 2 or len(vectors) != len(labels):
         raise InputError(
             f"{path} has embeddings of shape {tuple(vectors.shape)} for {len(labels)} labels"
