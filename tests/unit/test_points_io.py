@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import struct
 import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from budwood.errors import InputError
+from budwood.points import read_embeddings
 from budwood.points.io import READERS, crop, find_files, make_cloud, read
 from budwood.points.io.meshes import sample_surface
 from tests.points import files
@@ -136,6 +141,38 @@ def test_text_layouts(tmp_path):
     refused(path)
 
 
+def test_a_first_line_that_counts_the_points(tmp_path):
+    path = tmp_path / "a.xyz"
+    rows = "1 2 3\n4 5 6\n7 8 9\n"
+    path.write_text(f"# scan\n3\n{rows}")
+    assert len(read(path)) == 3
+    for n in (2, 9):
+        path.write_text(f"{n}\n{rows}")
+        assert f"declares {n} points in its first line and has 3" in refused(path)
+
+
+@pytest.mark.parametrize("text", ["x,y,z\n1,2,3\n4,5,6\n", "1,2,3\n4,5,6\n", "2\n1 2 3\n4 5 6\n"])
+def test_a_byte_order_mark_is_left_out(text, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(text, encoding="utf-8-sig")
+    assert read(path).xyz.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_numpy_files_of_another_kind(tmp_path):
+    np.savez(tmp_path / "a.npz", xyz=files.XYZ)
+    path = tmp_path / "a.npy"
+    path.write_bytes((tmp_path / "a.npz").read_bytes())
+    assert "rename it to .npz" in refused(path)
+    np.savez(tmp_path / "b.npz", xyz=np.array([["a"] * 6] * 3), rgb=np.zeros((3, 3)))
+    assert "expected numbers" in refused(tmp_path / "b.npz")
+    np.save(path, files.XYZ)
+    whole = path.read_bytes()
+    # What NumPy's parser of headers raises: SyntaxError, TokenError, and others.
+    for old, new in [(b"'<f4'", b"',,,'"), (b"(200", b"((00"), (b"}", b"("), (b"{", b"\xff")]:
+        path.write_bytes(whole.replace(old, new, 1))
+        assert "truncated or no NumPy file" in refused(path)
+
+
 def test_numpy_pickles_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.array({"xyz": 1}, dtype=object), allow_pickle=True)
     assert "could run code" in refused(tmp_path / "a.npy")
@@ -155,6 +192,61 @@ def test_colours():
     for bad in ([[-1, 0, 0]], [[1e6, 0, 0]], [[np.nan, 0, 0]], [[1, 2]]):
         with pytest.raises(InputError, match="colours"):
             make_cloud([[0, 0, 0]], bad)
+
+
+def test_dropped_points_may_have_any_colour(tmp_path):
+    table = np.random.default_rng(0).uniform(size=(5, 6))
+    table[2] = np.nan
+    np.save(tmp_path / "a.npy", table)
+    cloud = read(tmp_path / "a.npy", invalid="drop")
+    np.testing.assert_allclose(cloud.rgb, table[[0, 1, 3, 4], 3:], atol=1e-6)
+    table[2, :3] = 0
+    np.save(tmp_path / "a.npy", table)
+    with pytest.raises(InputError, match="colours must be"):
+        read(tmp_path / "a.npy", invalid="drop")
+
+
+PCD = """VERSION 0.7
+FIELDS x y z {name}
+SIZE 4 4 4 {size}
+TYPE F F F {kind}
+COUNT 1 1 1 1
+WIDTH {n}
+HEIGHT 1
+VIEWPOINT 0 0 0 1 0 0 0
+POINTS {n}
+DATA {data}
+"""
+
+
+@pytest.mark.parametrize("name", ["rgb", "rgba"])
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<f4", "<u8", "<f8"])
+def test_packed_colours_of_pcd(name, dtype, tmp_path):
+    path = tmp_path / "a.pcd"
+    packed = np.array([0xFF0000, 0x00FF00, 0x3366CC], dtype="<u4")
+    packed = packed.view("<f4").astype(dtype) if "f" in dtype else packed.astype(dtype)
+    rows = np.zeros(3, dtype=[("xyz", "<f4", 3), ("c", dtype)])
+    rows["c"] = packed
+    kind, size = dtype[1].upper(), int(dtype[2])
+    want = np.array([[255, 0, 0], [0, 255, 0], [0x33, 0x66, 0xCC]], dtype=np.float32) / 255
+    head = PCD.format(name=name, size=size, kind=kind, n=3, data="binary")
+    path.write_bytes(head.encode() + rows.tobytes())
+    np.testing.assert_allclose(read(path).rgb, want, atol=1e-6)
+    head = PCD.format(name=name, size=size, kind=kind, n=3, data="ascii")
+    path.write_text(head + "".join(f"0 0 {i} {packed[i]!s}\n" for i in range(3)))
+    np.testing.assert_allclose(read(path).rgb, want, atol=1e-6)
+    head = PCD.format(name=name, size=size, kind=kind, n=1, data="ascii")
+    path.write_text(f"{head}0 0 0 {packed[0]!s}\n")
+    np.testing.assert_allclose(read(path).rgb, want[:1], atol=1e-6)
+
+
+def test_pcd_keeps_opaque_colours(tmp_path):
+    path = tmp_path / "a.pcd"  # the bits of opaque colours are those of a NaN in float32
+    rows = np.array([(0, 0, 0, 0xFFC01020)], dtype="<f4,<f4,<f4,<u4").tobytes()
+    for kind in "FUI":
+        head = PCD.format(name="rgba", size=4, kind=kind, n=1, data="binary")
+        path.write_bytes(head.encode() + rows)
+        assert (read(path).rgb * 255).round().tolist() == [[0xC0, 0x10, 0x20]]
 
 
 def test_crop():
@@ -179,6 +271,9 @@ def test_folders(tmp_path):
     for name in ("b/z.npy", "a.xyz"):
         files.write(tmp_path / name)
     (tmp_path / "readme.md").write_text("no cloud")
+    (tmp_path / ".trash").mkdir()
+    for name in ("._a.xyz", "b/._z.npy", ".trash/c.npy"):
+        (tmp_path / name).write_bytes(b"hidden")
     assert [p.name for p in find_files(tmp_path)] == ["a.xyz", "z.npy"]
     with pytest.raises(InputError, match="is a folder"):
         read(tmp_path)
@@ -228,6 +323,81 @@ def test_colours_of_meshes_and_of_ply_points(tmp_path):
         ball.export(tmp_path / name)
         cloud = read(tmp_path / name, n_points=50)
         np.testing.assert_allclose(cloud.rgb, np.tile([[0, 1.0, 0]], (50, 1)), atol=0.01)
+
+
+def test_the_colour_of_a_material_without_texture(tmp_path):
+    import trimesh
+
+    box = trimesh.creation.box()
+    material = trimesh.visual.material.PBRMaterial(baseColorFactor=[255, 0, 51, 255])
+    for uv in (None, np.zeros((len(box.vertices), 2))):
+        box.visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+        box.export(tmp_path / "box.glb")
+        rgb = read(tmp_path / "box.glb", n_points=30).rgb
+        np.testing.assert_allclose(rgb, np.tile([[1, 0, 0.2]], (30, 1)), atol=1e-6)
+    material = trimesh.visual.material.PBRMaterial(metallicFactor=0.5)
+    box.visual = trimesh.visual.TextureVisuals(material=material)
+    box.export(tmp_path / "plain.glb")
+    assert read(tmp_path / "plain.glb", n_points=30).rgb is None
+
+
+@pytest.mark.parametrize("keyword", ["OFF", "COFF"])
+def test_off_with_counts_beside_the_keyword(keyword, tmp_path):
+    lines = files.write(tmp_path / "a.off").read_text().splitlines(keepends=True)
+    path = tmp_path / "b.off"
+    for gap in ("", " "):
+        path.write_text(f"# ModelNet40\n{keyword}{gap}" + "".join(lines[1:]))
+        assert len(read(path, n_points=50)) == 50
+        path.write_text(f"{keyword}{gap}" + "".join(lines[1:-3]))
+        assert "truncated" in refused(path)
+    path.write_text("".join(lines[1:]))
+    assert "does not begin with OFF" in refused(path)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "binary_little_endian"])
+def test_ply_meshes_cut_anywhere(encoding, tmp_path):
+    import trimesh
+
+    whole = trimesh.creation.box().export(file_type="ply", encoding=encoding)
+    path = tmp_path / "a.ply"
+    path.write_bytes(whole)
+    assert len(read(path, n_points=5)) == 5
+    for n in range(1, len(whole) - 1):  # the last byte of the ASCII file is a line's end
+        path.write_bytes(whole[:n])
+        refused(path)
+    path.write_bytes(whole.replace(b"element face 12", b"element face 1_2"))
+    refused(path)
+
+
+# What is written into a LAZ file, and where: a place, or one relative to the table of chunks.
+# laspy and lazrs looped over such counts, or allocated them until the process was ended.
+DAMAGED_LAZ = {
+    "records": ("<I", 100, 2**31),
+    "points": ("<I", 107, 2 * 10**9),
+    "chunk": ("<B", "laszip", 0xFF),
+    "chunks": ("<I", "table", 2**31),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_LAZ)
+def test_laz_that_declares_more_than_it_can_hold(what, tmp_path):
+    path = files.write(tmp_path / "a.laz")
+    content = bytearray(path.read_bytes())
+    start = struct.unpack_from("<I", content, 96)[0]
+    places = {"table": struct.unpack_from("<q", content, start)[0] + 4}
+    places["laszip"] = 227 + 54 + 12 + 3  # the last byte of the size of chunks
+    code, place, value = DAMAGED_LAZ[what]
+    struct.pack_into(code, content, places.get(place, place), value)
+    path.write_bytes(content)
+    assert "damaged" in refused(path)
+
+
+@pytest.mark.parametrize("labels", [3, None, {"chair": 1}, [1, 2], "chair"])
+def test_embeddings_with_labels_that_are_no_list(labels, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"embeddings": torch.ones(2, 4)}, path, {"labels": json.dumps(labels)})
+    with pytest.raises(InputError, match=r"a\.safetensors has labels .* expected a list of names"):
+        read_embeddings(path)
 
 
 def test_scenes_of_several_meshes_keep_their_places(tmp_path):
