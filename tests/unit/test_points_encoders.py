@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from budwood.errors import InputError, ShapeError, UnknownNameError, UnsupportedModelError
@@ -226,6 +228,26 @@ def test_files_are_refused_in_one_line(tmp_path):
         load_weights(encoder, save(tmp_path, [1, 2], "list.pt"))
 
 
+def test_files_with_damaged_bytes(tmp_path):
+    """Bits flipped in the pickle of a checkpoint; torch raises what it happens to."""
+    encoder = pointbert()
+    path = save(tmp_path, {"state_dict": {"a": torch.zeros(30, 30)}})
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    start = whole.index(b"state_dict")
+    for _ in range(200):
+        content = bytearray(whole)
+        for place in rng.integers(start - 20, start + 150, size=3):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        with pytest.raises((InputError, UnsupportedModelError)) as caught:
+            load_weights(encoder, path)
+        assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    save(tmp_path, {0: torch.zeros(3), "module": {1: torch.zeros(2)}})
+    with pytest.raises(UnsupportedModelError, match=r"is no ulip checkpoint: .* missing"):
+        load_weights(encoder, path)
+
+
 EVERY = {**{name: make for name, (make, _, _) in TINY.items()}, "sprout": Sprout}
 
 
@@ -321,3 +343,33 @@ def test_sprout_saves_and_loads(tmp_path):
         SproutConfig(depth=0)
     with pytest.raises(InputError, match="does not divide"):
         SproutConfig(dim=10)
+
+
+def test_sprout_files_that_differ(tmp_path):
+    encoder = Sprout(SproutConfig(dim=16, depth=2, n_heads=2, embed_dim=12, n_groups=8, k=6))
+    path = tmp_path / "sprout.safetensors"
+    save_sprout(encoder, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        state = {key: file.get_tensor(key).clone() for key in encoder.state_dict()}
+
+    def refused(error, tensors=state, **changed):
+        save_file(tensors, path, {**metadata, **changed})
+        with pytest.raises(error) as caught:
+            load_sprout(path)
+        message = str(caught.value)
+        assert "\n" not in message and path.name in message
+        return message
+
+    fewer = {key: value for key, value in state.items() if key != "norm.weight"}
+    assert "1 missing: norm.weight" in refused(UnsupportedModelError, fewer)
+    wider = {**state, "norm.weight": torch.zeros(17)}
+    message = refused(UnsupportedModelError, wider)
+    assert "1 of another shape: norm.weight (17,) ≠ (16,)" in message
+    assert "1 unexpected: a" in refused(UnsupportedModelError, {**state, "a": torch.zeros(1)})
+    sizes = json.loads(metadata["sprout"])
+    message = refused(UnsupportedModelError, sprout=json.dumps({**sizes, "radius": 3}))
+    assert "unknown sizes radius" in message
+    for bad in ("{", "3", json.dumps({**sizes, "dim": "16"}), json.dumps({**sizes, "depth": 0})):
+        refused(InputError, sprout=bad)
+    refused(InputError, logit_scale="warm")

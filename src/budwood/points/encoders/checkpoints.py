@@ -7,14 +7,12 @@ import collections
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it needs {wanted[1]}, and loading that could run code" if wanted else "damaged"
         raise InputError(f"{file} is refused: {reason}") from None
-    except (OSError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's unpickler raises what damaged bytes happen to
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file} is truncated or no checkpoint: {line}") from None
     if not isinstance(content, Mapping):
@@ -76,13 +74,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def state_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], float | None]:
     """The tensors of a checkpoint by bare name, and its ``logit_scale`` as a factor.
 
-    Looks under ``state_dict``, ``module`` and ``model``, and strips the prefixes of wrappers.
+    Looks under ``state_dict``, ``module`` and ``model``, and strips the prefixes of wrappers. What
+    has no name but a number, as in the state of an optimiser, is left out.
     """
     inner: Mapping[str, Any] = content
     for name in ("state_dict", "module", "model"):
         if isinstance(inner.get(name), Mapping):
             inner = inner[name]
-    state = {_bare(k): v for k, v in inner.items() if isinstance(v, Tensor)}
+    state = {_bare(k): v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
     scale = state.get("logit_scale")
     outside = content.get("logit_scale")
     if isinstance(outside, Mapping):
@@ -105,17 +104,8 @@ def fit(encoder: PointEncoder, state: Mapping[str, Tensor], source: str) -> dict
         UnsupportedModelError: another architecture; the message says which keys differ.
     """
     wanted = layout(encoder)
-    missing = [key for key in wanted if key not in state]
-    extra = [key for key in state if key not in wanted and not UNUSED.search(key)]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} ≠ {shape}"
-        for key, shape in wanted.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    if missing or extra or shapes:
-        parts = [("missing", missing), ("unexpected", extra), ("of another shape", shapes)]
-        told = "; ".join(f"{len(k)} {what}: {_some(k)}" for what, k in parts if k)
-        raise UnsupportedModelError(f"{source} is no {encoder.name} checkpoint: {told}")
+    used = {key: value for key, value in state.items() if key in wanted or not UNUSED.search(key)}
+    check_layout(wanted, used, f"{source} is no {encoder.name} checkpoint")
     fitted = {}
     own = encoder.state_dict()
     for key, parts in encoder.published().items():
@@ -124,6 +114,32 @@ def fit(encoder: PointEncoder, state: Mapping[str, Tensor], source: str) -> dict
         value = found[0] if len(found) == 1 else torch.cat([part.float() for part in found])
         fitted[key] = value.float() if value.is_floating_point() else value
     return fitted
+
+
+def check_layout(
+    wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], problem: str
+) -> None:
+    """Compare names and shapes of tensors.
+
+    Args:
+        wanted: shapes by name.
+        state: what there is; nothing else may be in it.
+        problem: how the message begins.
+
+    Raises:
+        UnsupportedModelError: they differ; the message says which keys.
+    """
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} ≠ {shape}"
+        for key, shape in wanted.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if missing or extra or shapes:
+        parts = [("missing", missing), ("unexpected", extra), ("of another shape", shapes)]
+        told = "; ".join(f"{len(k)} {what}: {_some(k)}" for what, k in parts if k)
+        raise UnsupportedModelError(f"{problem}: {told}")
 
 
 def layout(encoder: PointEncoder) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from budwood.points.encoders.base import (
     Published,
 )
 from budwood.points.encoders.blocks import Attention, Block, GroupNet, Mlp, position_net
+from budwood.points.encoders.checkpoints import check_layout
 from budwood.points.grouping import Grouping, gather
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "sprout.safetensors"
@@ -63,8 +64,10 @@ class SproutConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < (0 if field.name == "scale_token" else 1):
-                raise InputError(f"{field.name}={getattr(self, field.name)} must be 1 or more")
+            value = getattr(self, field.name)
+            whole = isinstance(value, int)
+            if not whole or value < (0 if field.name == "scale_token" else 1):
+                raise InputError(f"{field.name}={value!r} must be 1 or more, and whole")
         if self.dim % self.n_heads:
             raise InputError(f"dim={self.dim} does not divide into n_heads={self.n_heads}")
 
@@ -151,7 +154,7 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
 
     Raises:
         InputError: no such file, or it is truncated.
-        UnsupportedModelError: it holds something else.
+        UnsupportedModelError: it holds something else; the message says which keys differ.
     """
     if not Path(path).exists():
         hint = "run its recipe" if Path(path) == WEIGHTS else "check the path"
@@ -164,12 +167,37 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
         raise InputError(f"{path} is truncated or no safetensors file: {error}") from None
     if "sprout" not in metadata:
         raise UnsupportedModelError(f"{path} is no sprout encoder: its sizes are not in it")
-    encoder = Sprout(SproutConfig(**json.loads(metadata["sprout"])))
-    encoder.logit_scale = float(metadata.get("logit_scale", LOGIT_SCALE))
+    config, scale = _read_sizes(metadata, str(path))
+    encoder = Sprout(config)
+    encoder.logit_scale = scale
+    wanted = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    check_layout(wanted, state, f"{path} is no sprout checkpoint of the sizes in its metadata")
     encoder.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
     return encoder
+
+
+def _read_sizes(metadata: dict[str, str], source: str) -> tuple[SproutConfig, float]:
+    """Sizes and ``logit_scale`` in the metadata of a file."""
+    known = [field.name for field in dataclasses.fields(SproutConfig)]
+    try:
+        sizes = json.loads(metadata["sprout"])
+        scale = float(metadata.get("logit_scale", LOGIT_SCALE))
+    except ValueError as error:
+        raise InputError(f"{source} has damaged metadata: {error}") from None
+    if not isinstance(sizes, dict):
+        raise InputError(f"{source} has sprout sizes {str(sizes)[:60]!r}; expected name and number")
+    unknown = [key for key in sizes if key not in known]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{source} is no sprout checkpoint: unknown sizes {', '.join(unknown)[:60]}; known: "
+            + ", ".join(known)
+        )
+    try:
+        return SproutConfig(**sizes), scale
+    except InputError as error:
+        raise InputError(f"{source} has damaged sizes: {error}") from None
 
 
 SPROUT = EncoderSpec(Sprout)
