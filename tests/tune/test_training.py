@@ -503,7 +503,7 @@ def test_whitened_distances_soon_have_the_scale_of_training_data():
     def tokens(n):
         return torch.randn(n, 96, generator=draw) * spectrum @ turn
 
-    clusters = make_clusters(tiny.config(n_directions=32, momentum=0.05), 96, "k")
+    clusters = make_clusters(tiny.config(n_directions=32, margin=0.0), 96, "k")
     for _ in range(10):
         _, moments = clusters.distance(tokens(200), lambda: None, True)
         clusters.add(moments)

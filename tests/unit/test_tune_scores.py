@@ -364,9 +364,9 @@ def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
 
 @pytest.mark.parametrize(
     ("text", "margin"),
-    [("slim", 1.5), ("slim:margin=0", 0), ("slim:texts=0", 0.0), ("slim-rms", 0.0)],
+    [("slim", 1.5), ("slim:margin=0", 0), ("slim-rms", 1.5), ("slim-paper", 0.0)],
 )
-def test_the_margin_is_that_of_the_distance(text, margin):
+def test_the_margin_is_none_in_the_plain_reading(text, margin):
     assert parse_tuner(text).config(1, None, 0).margin == margin
 
 

@@ -73,7 +73,8 @@ class SlimConfig(PeftConfig):
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input (ours), or
             ``"module"``: each by that of its own input.
         beta: strength of yielding, ≥ 0. Open.
-        margin: standard deviations of distance that count as inside; ours.
+        margin: standard deviations of distance beyond the mean that count as inside, 1.5 for some 9
+            of 10 training tokens; ours.
         merging: random masks on rows of B and columns of A in training.
         merge_p: share of B·A that is masked, in [0, 1).
         merge_rescale: divide the masked B·A by 1 − merge_p, as DARE does. Open.
@@ -110,7 +111,7 @@ class SlimConfig(PeftConfig):
     fit_on: str = "learnt"
     yield_at: str = "block"
     beta: float = 4.0
-    margin: float = 0.0
+    margin: float = 1.5
     merging: bool = True
     merge_p: float = 0.5
     merge_rescale: bool = False

@@ -52,8 +52,6 @@ TOKENS_A_DIRECTION = 10
 """Learnt tokens to each direction of SLIM's distance: a covariance of fewer fits these alone."""
 FEWEST = 8
 """Directions, however few tokens there are."""
-MARGIN = 1.5
-"""Standard deviations along the discriminant that count as inside: some 9 of 10 training tokens."""
 ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -230,8 +228,6 @@ class Slim(Tuner):
     def config(self, rank: int, model: Any, seed: int) -> Any:
         distance = "whitened" if self.texts == 0 else "discriminant"
         options = {"alpha": 2.0 * rank, "distance": distance, **self.preset, **self.extra}
-        if options["distance"] == "discriminant":
-            options.setdefault("margin", MARGIN)
         try:
             return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
         except TypeError as error:  # an option that there is none of
@@ -381,6 +377,7 @@ class SlimPaper(Slim):
         "fit_on": "all",
         "skip_first": 0.0,
         "yield_at": "module",
+        "margin": 0.0,
     }
 
 
