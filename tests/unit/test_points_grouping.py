@@ -157,9 +157,10 @@ def test_quirks_only_on_dense_clouds():
     xyz[0, 5:40] *= 0.01
     with_quirks = Grouping(40, 4, 64, pointnet2=True)
     assert len(set(with_quirks(xyz)[0][0].tolist())) < 40
-    balls = Grouping(40, 4, 64, radius=0.1, pointnet2=True)
-    centers, members = balls(xyz)
-    assert torch.equal(members, ball(xyz, gather(xyz, centers), 0.1, 4, strict=True))
+    grid = torch.cartesian_prod(*[torch.arange(1, 5) / 4] * 3)[None]  # neighbours at the radius
+    centers, members = Grouping(40, 4, 64, radius=0.25, pointnet2=True)(grid)
+    strict, other = (ball(grid, gather(grid, centers), 0.25, 4, strict=x) for x in (True, False))
+    assert torch.equal(members, strict) and not torch.equal(strict, other)
     sparse = Grouping(40, 4, 6400, pointnet2=True)(xyz)[0][0].tolist()
     assert len(set(sparse)) == len(sparse)
 
