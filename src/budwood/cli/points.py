@@ -9,7 +9,6 @@ import typer
 
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress
-from budwood.errors import OutputError
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("demo")(demo_points.demo)
@@ -63,7 +62,7 @@ def adapt(
       budwood points adapt scans/ --labels-file names.txt --output adapted/
     """
     from budwood.points import AdaptConfig, Curriculum
-    from budwood.points.adapters.base import FILE
+    from budwood.points.adapt import check_output
 
     names = clouds.names_of(labels, labels_file, embeddings)
     config = AdaptConfig(
@@ -75,8 +74,7 @@ def adapt(
         curriculum=Curriculum(options.counts_of(counts, "counts")),
         sampler=sampler,
     )
-    if (output / FILE).exists():
-        raise OutputError(f"{output / FILE} exists; choose another folder")
+    check_output(output, config)
     files = clouds.files_of(paths, labels_file)
     model, words = clouds.load(encoder, checkpoint, names, embeddings)
     given = []

@@ -134,7 +134,7 @@ def adapt(
         raise InputError("there are no clouds to adapt to; give at least one")
     texts = embed_names(encoder, texts)
     if output is not None:
-        _check_output(Path(output), config)
+        check_output(Path(output), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         adapter = make_adapter(config.resolved.adapter, encoder, **config.resolved.options)
@@ -146,7 +146,8 @@ def adapt(
     return adapter
 
 
-def _check_output(folder: Path, config: AdaptConfig) -> None:
+def check_output(folder: Path, config: AdaptConfig) -> None:
+    """Whether an adapter can go to a folder, for a look before slow work; raises as adapt does."""
     method = config.resolved
     if method.adjusts_texts or not method.density_aware:
         raise InputError(

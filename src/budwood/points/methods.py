@@ -50,6 +50,7 @@ FEATURES = Objective(complementary=0.0, cosine=1.0)
 
 _DENSITIES = (1024, 512, 256, 128, 64, 32, 16)
 _BY_DENSITY = {"batch_norm": True, "counts": _DENSITIES}
+_FADED = {"fade": True, **_BY_DENSITY}
 _ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
 
 FROZEN = Method("frozen", "no adaptation", "the encoder as published", density_aware=False)
@@ -86,7 +87,7 @@ SPARSE_LORA = Method(
     "low-rank differences, taught where clouds are sparser than the encoder knows, and faded in",
     FEATURES,
     1e-3,
-    {"fade": True, **_BY_DENSITY},
+    _FADED,
 )
 SPARSE_FULL = Method(
     "full",
@@ -94,7 +95,7 @@ SPARSE_FULL = Method(
     "a copy of every parameter, taught and faded in as in sparse-lora",
     FEATURES,
     3e-4,
-    {"fade": True, **_BY_DENSITY},
+    _FADED,
 )
 ESP_ZERO_PAPER = Method(
     "fca",
@@ -109,7 +110,7 @@ ESP_ZERO = Method(
     "fused cross-attention, closed start, negatives and cosine, statistics by density",
     SHARED,
     1e-3,
-    {"init": "closed", "fade": True, **_BY_DENSITY},
+    {"init": "closed", **_FADED},
 )
 
 METHODS = Registry(
