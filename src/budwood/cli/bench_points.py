@@ -102,13 +102,15 @@ def _measure(
         given = load_clouds()
     model, words = clouds.load(encoder, checkpoint, list(given.labels), None)
 
+    about = _described(config, model, given)
+
     def record(rows: list[records.Row]) -> records.Record:
-        about = _described(config, model, given)
         return records.new_record("bench points", rows, seed=0, config=about)
 
     begun = results.begun(record([]), free="methods")
     methods = dict.fromkeys([*(row["method"] for row in begun), *config.methods])
     config = dataclasses.replace(config, methods=tuple(methods))
+    about["methods"] = config.methods
     with progress("methods") as advance:
         rows = run(
             given,

@@ -66,10 +66,10 @@ class Plan:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} {list(values)} must hold something, and nothing twice")
-        for name in ("rank", "n_validation", "batch"):
-            need_at_least(1, **{name: getattr(self, name)})
-        for name in ("per_task", "limit", "general_limit", "windows", "prompts", "probe_limit"):
-            need_at_least(0, **{name: getattr(self, name)})
+        positive = ("rank", "n_validation", "batch")
+        need_at_least(1, **{name: getattr(self, name) for name in positive})
+        counts = ("per_task", "limit", "general_limit", "windows", "prompts", "probe_limit")
+        need_at_least(0, **{name: getattr(self, name) for name in counts})
         for lr in self.lrs:
             dataclasses.replace(self.settings, lr=lr)
 
