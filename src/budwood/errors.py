@@ -37,7 +37,7 @@ class OutputError(BudwoodError, OSError):
 
 
 class DivergedError(BudwoodError, ArithmeticError):
-    """Training met a loss or gradient that is NaN or infinite, and stopped before using it."""
+    """Training met a NaN or infinite loss, gradient or input, and stopped before using it."""
 
 
 class MissingPackageError(BudwoodError, ImportError):

@@ -274,6 +274,11 @@ def test_bench_without_replies(lm_dir, data, budwood, tmp_path):
     assert {"front.png", "curves.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+def plain(rows):
+    """Without times."""
+    return [{k: x for k, x in row.items() if "seconds" not in k} for row in rows]
+
+
 def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     from budwood.tune.bench import runner
 
@@ -285,13 +290,23 @@ def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     monkeypatch.setattr(runner, "train", lambda *a, **k: trained.append(1) or inner(*a, **k))
     again = json.loads(budwood(*line).stdout)
     assert not trained
-
-    def plain(rows):
-        return [{k: x for k, x in row.items() if "seconds" not in k} for row in rows]
-
     assert plain(again["rows"]) == plain(found["rows"])
     longer = [5 if word == 4 else word for word in line]
     refused_with_bars(budwood(*longer), "holds another run")
+
+
+def test_bench_goes_on_from_records_alone(comparison, budwood):
+    """What was tested stays as it is; a run that still has to be is trained again."""
+    folder, line, found = comparison
+    for adapter in (folder / "runs").glob("*/adapter"):
+        shutil.rmtree(adapter)
+    tests = next((folder / "runs").glob("slim*-seed1")) / "tests.json"
+    before = tests.read_text()
+    tests.unlink()
+    again = json.loads(budwood(*line).stdout)
+    assert plain(again["rows"]) == plain(found["rows"])
+    assert tests.read_text() == before
+    assert [path.parent.name for path in (folder / "runs").glob("*/adapter")] == [tests.parent.name]
 
 
 def test_ls_tuners(budwood):

@@ -8,10 +8,17 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import budwood.tune.steps as steps_module
-from budwood.errors import AttachError, InputError
+from budwood.errors import AttachError, DivergedError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
 from budwood.tune.state import make_clusters
 from tests import tiny_llm as tiny
@@ -174,7 +181,7 @@ def test_nan_stops_and_leaves_the_statistics():
     data["input_ids"][0, 0] = 5
     optim = tiny.optimiser(model)
     model.train()(**data).loss.backward()
-    with pytest.raises(InputError, match="NaN or infinite") as error:
+    with pytest.raises(DivergedError, match="NaN or infinite") as error:
         optim.step()
     assert "\n" not in str(error.value)
     assert same(before, statistics(states(model)))
@@ -470,6 +477,23 @@ def test_labels_can_be_told(n_kept):
         counted.append(n_counted(model))
     n_before = int((labels[:, -n_kept] != -100).sum())  # its place is not in what was told
     assert counted[1] == counted[0] - (n_before if n_kept < 9 else 0) > 0
+
+
+T5 = T5Config(vocab_size=61, d_model=24, d_kv=6, d_ff=40, num_layers=2, decoder_start_token_id=0)
+BERT = BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
+OTHERS = {
+    "T5": (T5ForConditionalGeneration(T5), ["wi"]),
+    "BERT": (BertForMaskedLM(BERT), ["intermediate.dense"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_labels_that_are_not_of_next_tokens_leave_all_tokens_but_padding(name):
+    base, targets = OTHERS[name]
+    model = tiny.slim(base, target_modules=targets, distance="rms", task_type=None).train()
+    data = labelled()
+    model(**data).loss.backward()
+    assert n_counted(model) == data["attention_mask"].sum()  # of the encoder
 
 
 @pytest.mark.parametrize(

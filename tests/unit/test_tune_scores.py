@@ -26,7 +26,7 @@ from budwood.tune.evaluate.scores import Score, compare
 from budwood.tune.evaluate.suite import find_tasks, make_texts
 from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
-from budwood.tune.own_text import replies
+from budwood.tune.own_text import own_text, replies
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -297,6 +297,9 @@ def test_counts_that_are_too_low(adapted, data):
         lambda: text_windows(text, TOKENS, -1),
         lambda: text_windows(text, TOKENS, 1, length=1),
         lambda: chat_prompts(-60),
+        lambda: replies(adapted, TOKENS, ["a"], batch=0),
+        lambda: replies(adapted, TOKENS, ["a"], n_tokens=0),
+        lambda: own_text(adapted, TOKENS, 0),
         lambda: measure_drift(adapted, TOKENS, rows, "text", batch=0),
         lambda: routing_rows(adapted, 0, {"text": rows}, batch=-1),
         lambda: run_tasks(adapted, TOKENS, [task], batch=0),
@@ -306,6 +309,12 @@ def test_counts_that_are_too_low(adapted, data):
     ):
         with pytest.raises(InputError, match="is below .; give at least"):
             call()
+
+
+def test_more_prompts_than_ship_are_refused():
+    with pytest.raises(InputError, match="there are 64 prompts, not 65; ask for fewer, or 0"):
+        chat_prompts(65)
+    assert len(chat_prompts()) == len(chat_prompts(64)) == 64
 
 
 def test_a_text_is_not_called_as_the_replies_are(adapted, tmp_path):

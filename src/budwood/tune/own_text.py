@@ -19,6 +19,7 @@ from budwood.tune.encoding import (
     tokens_before_request,
 )
 from budwood.tune.modes import evaluating
+from budwood.tune.ranges import need_at_least
 from budwood.tune.runs import read_json, write_text
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
@@ -53,9 +54,10 @@ def own_text(
         Rows whose labels are the replies.
 
     Raises:
-        InputError: the model made up nothing but empty requests.
+        InputError: the model made up nothing but empty requests, or a count is below 1.
         UnsupportedModelError: the chat template does not show where a user's turn begins.
     """
+    need_at_least(1, n_texts=n_texts)
     start = tokens_before_request(tokenizer)
     said = _draw(
         model, tokenizer, [start] * n_texts, REQUEST_TOKENS, batch, seed, _part(advance, 0)
@@ -108,6 +110,9 @@ def replies(
 
     Returns:
         Rows whose labels are the replies.
+
+    Raises:
+        InputError: a count is below 1.
     """
     asked = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     said = _draw(model, tokenizer, asked, n_tokens, batch, seed, advance)
@@ -128,6 +133,7 @@ def _draw(
     advance: Advance | None,
 ) -> list[list[int]]:
     """How a model goes on, up to the end of the turn and with it."""
+    need_at_least(1, batch=batch, n_tokens=n_tokens)
     pad, ends = pad_of(tokenizer), _ends(model, tokenizer)
     found: list[list[int]] = []
     with torch.random.fork_rng(), evaluating(model):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.errors import InputError
+from budwood.errors import DivergedError, InputError
 from budwood.tune.clustering import (
     Moments,
     channel_scale,
@@ -385,13 +385,13 @@ def check_finite(flat: Tensor, names: list[str], sizes: list[int]) -> None:
         sizes: values of each.
 
     Raises:
-        InputError: naming the first layer with bad values.
+        DivergedError: naming the first layer with bad values.
     """
     if bool(flat.sum().isfinite()) or bool(flat.isfinite().all()):
         return
     for name, part in zip(names, flat.split(sizes)):
         if not bool(part.isfinite().all()):
-            raise InputError(
+            raise DivergedError(
                 f"inputs of layer {name!r} are NaN or infinite; the statistics keep their last "
                 "good values: lower the learning rate, or train in bfloat16 or float32"
             )

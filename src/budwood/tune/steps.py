@@ -70,7 +70,7 @@ class StepKeeper:
             Whether there was anything to take up.
 
         Raises:
-            InputError: a layer's inputs were NaN or infinite; nothing is taken up.
+            DivergedError: a layer's inputs were NaN or infinite; nothing is taken up.
         """
         if not self.pending:
             return False
@@ -114,7 +114,7 @@ def reduce_and_commit(clusters: list[Clusters]) -> None:
     """Sum the gathered moments over ranks in one all-reduce, and move the statistics by them.
 
     Raises:
-        InputError: moments are NaN or infinite; no statistics are changed.
+        DivergedError: moments are NaN or infinite; no statistics are changed.
     """
     if not clusters:
         return
@@ -161,7 +161,7 @@ def commit(model: nn.Module) -> bool:
 
     Raises:
         AttachError: the model has no SLIM layers.
-        InputError: a layer's inputs were NaN or infinite.
+        DivergedError: a layer's inputs were NaN or infinite.
     """
     return keeper_of(model).commit()
 

@@ -32,6 +32,7 @@ class TokenWatch:
             if name in parameters
         }
         self.parent = parent
+        self.shifts = predicts_next(model) if parent is None else parent.shifts
         self.mask: Tensor | None = None
         self.labels: Tensor | None = None
 
@@ -78,13 +79,13 @@ class TokenWatch:
                 positions only.
 
         Returns:
-            bool of shape (n_tokens,); without labels, or with some of another size, what
-            :meth:`keep` gives.
+            bool of shape (n_tokens,); without labels, with some of another size, or in a model
+            whose labels are not of next tokens, what :meth:`keep` gives.
         """
         kept = self.keep(x)
         labels = self.labels if self.labels is not None else labels
         shape = self._shape(x)
-        if labels is None or shape is None or not _fit(labels, shape):
+        if not self.shifts or labels is None or shape is None or not _fit(labels, shape):
             return kept
         found = torch.zeros(shape, dtype=torch.bool, device=x.device)
         n_before = shape[1] - labels.shape[1]
@@ -110,6 +111,19 @@ class TokenWatch:
 def _fit(labels: Tensor, shape: tuple[int, int]) -> bool:
     """Whether labels are those of tokens of a shape, or of the last ones of each row."""
     return labels.ndim == 2 and len(labels) == shape[0] and 0 < labels.shape[1] <= shape[1]
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether the labels of a model are those of next tokens.
+
+    Not those of encoder–decoders, whose labels are other tokens than the encoder's, nor of models
+    that classify tokens or fill masks.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return True
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def hook_of(module: nn.Module, kind: type) -> Any:

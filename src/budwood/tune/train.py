@@ -120,8 +120,8 @@ def train(
         The history: dicts with ``step`` and what was noted then.
 
     Raises:
-        DivergedError: the loss or a gradient was NaN or infinite; the message names the last good
-            checkpoint.
+        DivergedError: the loss, a gradient or a layer's input was NaN or infinite; the message
+            names the last good checkpoint.
     """
     if folder.is_complete:
         return folder.history()
@@ -146,6 +146,8 @@ def train(
         last = folder.last_checkpoint()
         kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
         raise DivergedError(f"{error}; {kept}; try a lower learning rate") from None
+    # Without the Trainer's mixed precision the model computes what it will when it is loaded.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.args.should_save:
         save_adapter(model, str(folder.path))
         tokenizer.save_pretrained(folder.path)

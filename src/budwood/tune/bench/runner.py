@@ -199,7 +199,7 @@ class Comparison:
         """A chosen run on the target tests and the general tasks."""
         file = self.path(trial) / "tests.json"
         if not file.exists():
-            adapted = self.loaded(trial)
+            adapted, _ = self.trained(trial)  # again, where only the record was kept
             with self.bar(f"testing {trial.name}") as advance:
                 suite = self.suite((*self.general, *self.tests))
                 scores = suite.after(adapted, self.tokenizer, advance)

@@ -60,11 +60,15 @@ def chat_prompts(limit: int = 0) -> list[str]:
     """The prompts that ship, the first ``limit`` of them; 0 for all.
 
     Raises:
-        InputError: the limit is below 0.
+        InputError: the limit is below 0, or above the number that ships.
     """
     need_at_least(0, limit=limit)
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines][: limit or None]
+    if limit > len(lines):
+        raise InputError(
+            f"there are {len(lines)} prompts, not {limit}; ask for fewer, or 0 for all"
+        )
+    return [json.loads(line)["prompt"] for line in lines[: limit or None]]
 
 
 @torch.inference_mode()
