@@ -90,6 +90,30 @@ def test_classify_a_folder(budwood, scans, tmp_path, monkeypatch):
     assert alone[0]["scores"] == pytest.approx(rows[4]["scores"], abs=1e-5)
 
 
+def test_a_cloud_that_cannot_be_read_stops_no_other(budwood, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", 3)
+    np.save(scans / "2.npy", np.full((5, 3), np.nan))
+    (scans / "6.npy").write_bytes(b"no array")
+    table = tmp_path / "names.csv"
+    command = ["classify", scans, "--labels", NAMES, "--csv", table]
+    result = budwood(*command, "--json")
+    assert result.exit_code == 2
+    told = json.loads(result.stdout)
+    named = [str(scans / f"{i}.npy") for i in (0, 1, 3, 4, 5)]
+    assert [row["cloud"] for row in told["rows"]] == named
+    assert [row["cloud"] for row in told["skipped"]] == [str(scans / f"{i}.npy") for i in (2, 6)]
+    *_, nan, damaged, last = result.stderr.splitlines()
+    assert "2.npy" in nan and "NaN" in nan and "6.npy" in damaged
+    assert last == "budwood: error: 2 of 7 clouds have no name; see above"
+    with table.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3 * len(named)
+    for i in (0, 1, 3, 4, 5):
+        (scans / f"{i}.npy").unlink()
+    table.unlink()
+    refused(budwood(*command), "2.npy", "NaN")
+    assert not table.exists()
+
+
 def test_adapt_then_classify(budwood, scans, tmp_path):
     output = tmp_path / "adapted"
     command = ["points", "adapt", scans, "--labels", NAMES, "--output", output]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,8 @@ def classify(
 ) -> None:
     """Name the objects in point clouds, with words from a list.
 
-    Meshes are sampled. Scores are probabilities over the words given.
+    Meshes are sampled. Scores are probabilities over the words given. Of several clouds, those that
+    cannot be read are named at the end, after the names of the others, and the exit code is 2.
 
     \b
     Examples:
@@ -74,7 +76,7 @@ def classify(
         reserve(table, force)
     model, words = clouds.load(encoder, checkpoint, names, embeddings)
     settings = {"points": points, "sampler": sampler, "up": up, "seed": seed, "top": top}
-    found = _rank(files, model, words, adapter, settings, (columns, drop_invalid))
+    found, skipped = _rank(files, model, words, adapter, settings, (columns, drop_invalid))
     rankings = [ranking for _, ranking in found]
     if table:
         write_whole(table, lambda part: _write_csv(rankings, part))
@@ -84,9 +86,14 @@ def classify(
         say(f"wrote {plot}")
     if json:
         named = str(adapter) if adapter else None
-        print_json({"encoder": model.name, "adapter": named, **settings, "rows": _rows(rankings)})
+        about = {"encoder": model.name, "adapter": named, **settings}
+        print_json({**about, "rows": _rows(rankings), "skipped": skipped})
     else:
         _print(rankings)
+    if skipped:
+        for one in skipped:
+            say(f"skipped: {one['reason']}")
+        raise InputError(f"{len(skipped)} of {len(files)} clouds have no name; see above")
 
 
 def _rank(
@@ -96,20 +103,46 @@ def _rank(
     adapter: Path | None,
     settings: dict[str, Any],
     reading: tuple[str | None, bool],
-) -> list[tuple[Cloud | None, Ranking]]:
-    """Rankings; with the cloud if there is but one, since a folder's do not fit into memory."""
+) -> tuple[list[tuple[Cloud | None, Ranking]], list[dict[str, str]]]:
+    """Rankings, and the clouds that have none, with the reason.
+
+    A ranking is with its cloud if there is but one, since a folder's do not fit into memory.
+
+    Raises:
+        InputError: no cloud can be named.
+    """
     from budwood.points import classify, load_adapter
 
     adapted = None if adapter is None else load_adapter(adapter, model)
-    found = []
+
+    def name(part: list[Path]) -> list[tuple[Cloud | None, Ranking]]:
+        given = list(clouds.read_each(part, *reading, settings["seed"]))
+        rankings = classify(given, words, encoder=model, adapter=adapted, **settings)
+        return list(zip(given if len(files) == 1 else [None] * len(given), rankings))
+
+    found: list[tuple[Cloud | None, Ranking]] = []
+    skipped: list[dict[str, str]] = []
     with progress("clouds") as advance:
         for part in clouds.chunks(files, BATCH):
-            given = list(clouds.read_each(part, *reading, settings["seed"]))
-            rankings = classify(given, words, encoder=model, adapter=adapted, **settings)
-            kept = given if len(files) == 1 else [None] * len(given)
-            found += zip(kept, rankings)
-            advance(len(found), len(files))
-    return found
+            try:
+                found += name(part)
+            except InputError:
+                found += _one_by_one(name, part, skipped)
+            advance(len(found) + len(skipped), len(files))
+    if not found:
+        raise InputError(skipped[0]["reason"])
+    return found, skipped
+
+
+def _one_by_one(
+    name: Callable[[list[Path]], list[Any]], files: list[Path], skipped: list[dict[str, str]]
+) -> Iterator[Any]:
+    """What ``name`` makes of each file; one that it refuses goes to ``skipped``."""
+    for file in files:
+        try:
+            yield from name([file])
+        except InputError as error:
+            skipped.append({"cloud": str(file), "reason": str(error)})
 
 
 def _rows(rankings: list[Ranking]) -> list[dict[str, Any]]:
