@@ -256,6 +256,29 @@ def test_lora_is_its_formula():
 
 
 @pytest.mark.parametrize("encoder", models.MAKERS)
+def test_lora_with_a_copy_of_what_makes_the_tokens(encoder, tmp_path):
+    model, other = models.make(encoder), models.make(encoder).requires_grad_(True)
+    xyz, rgb = clouds()
+    tokens, positions = other.embed(xyz, rgb if other.preparation.color else None)
+    (tokens.sum() + positions.sum()).backward()
+    read = {name for name, one in other.named_parameters() if one.grad is not None}
+    before = snapshot(model)
+    adapter = make_adapter("lora", model, stem=True)
+    assert set(adapter.names) == {name for name in read if not name.startswith("cls_")}
+    assert torch.equal(adapter(*clouds()), model(*clouds()))
+    train(adapter)
+    assert_untouched(model, before)
+    half, whole = adapter.replaced(0.5), adapter.replaced(1.0)
+    assert set(whole) == {*adapter.names, *(f"{name}.weight" for name in adapter.layers)}
+    for name, value in whole.items():
+        assert not torch.equal(value, before[name])
+        torch.testing.assert_close(half[name] - before[name], (value - before[name]) / 2)
+    adapter.save(tmp_path / "a")
+    back = load_adapter(tmp_path / "a", models.make(encoder))
+    assert torch.equal(back(*clouds()), adapter(*clouds()))
+
+
+@pytest.mark.parametrize("encoder", models.MAKERS)
 def test_adabn_is_what_training_mode_would_track(encoder):
     model = models.make(encoder)
     adapter = make_adapter("adabn", model)

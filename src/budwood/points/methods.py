@@ -84,10 +84,11 @@ FULL = Method("full", "fine-tuning", "a copy of every parameter", SHARED, 1e-4, 
 SPARSE_LORA = Method(
     "lora",
     "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
-    "low-rank differences, taught where clouds are sparser than the encoder knows, and faded in",
+    "low-rank differences and a copy of what makes the tokens, taught where clouds are sparser "
+    "than the encoder knows, and faded in",
     FEATURES,
     1e-3,
-    _FADED,
+    {"stem": True, **_FADED},
 )
 SPARSE_FULL = Method(
     "full",

@@ -18,6 +18,29 @@ from budwood.points.adapters.statistics import BATCH_NORMS
 from budwood.points.encoders.base import PointEncoder
 
 
+class _Copies(Adapter):
+    """Copies of some of the encoder's parameters."""
+
+    def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
+        super().__init__(encoder, config)
+        self.names = self.chosen(encoder)
+        self.values = nn.ParameterList(
+            encoder.get_parameter(name).detach().clone() for name in self.names
+        )
+
+    def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
+        """Names of the parameters that are copied."""
+        raise NotImplementedError
+
+    def replaced(self, share: float) -> dict[str, Tensor]:
+        if share == 1:
+            return dict(zip(self.names, self.values))
+        return {
+            name: torch.lerp(self.encoder.get_parameter(name), value, share)
+            for name, value in zip(self.names, self.values)
+        }
+
+
 @dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
     """Options of LoRA.
@@ -26,11 +49,13 @@ class LoraConfig(AdapterConfig):
         rank: of each difference.
         alpha: it is scaled by ``alpha / rank``; default ``rank``.
         targets: endings of the names of linear layers in the blocks.
+        stem: whether copies of what makes the tokens learn as well; see :attr:`PointEncoder.stem`.
     """
 
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    stem: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,10 +64,11 @@ class LoraConfig(AdapterConfig):
         object.__setattr__(self, "targets", tuple(self.targets))
 
 
-class Lora(Adapter):
+class Lora(_Copies):
     """Low-rank differences to the linear layers of the blocks.
 
-    Source: LoRA (arXiv 2106.09685); starts at the frozen encoder.
+    Source: LoRA (arXiv 2106.09685); starts at the frozen encoder. Beside them, if ``stem`` is on,
+    copies of what makes the tokens, which is ours.
     """
 
     name: ClassVar[str] = "lora"
@@ -69,36 +95,16 @@ class Lora(Adapter):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self.scale = (self.config.alpha or rank) / rank
 
-    def replaced(self, share: float) -> dict[str, Tensor]:
-        return {
-            f"{name}.weight": self.encoder.get_parameter(f"{name}.weight")
-            + share * self.scale * (up @ down)
-            for name, down, up in zip(self.layers, self.down, self.up)
-        }
-
-
-class _Copies(Adapter):
-    """Copies of some of the encoder's parameters."""
-
-    def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
-        super().__init__(encoder, config)
-        self.names = self.chosen(encoder)
-        self.values = nn.ParameterList(
-            encoder.get_parameter(name).detach().clone() for name in self.names
-        )
-
-    @staticmethod
-    def chosen(encoder: PointEncoder) -> tuple[str, ...]:
-        """Names of the parameters that are copied."""
-        raise NotImplementedError
+    def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
+        prefixes = tuple(f"{name}." for name in encoder.stem) if self.config.stem else ()
+        return tuple(name for name, _ in encoder.named_parameters() if name.startswith(prefixes))
 
     def replaced(self, share: float) -> dict[str, Tensor]:
-        if share == 1:
-            return dict(zip(self.names, self.values))
-        return {
-            name: torch.lerp(self.encoder.get_parameter(name), value, share)
-            for name, value in zip(self.names, self.values)
-        }
+        lent = super().replaced(share)
+        for name, down, up in zip(self.layers, self.down, self.up):
+            weight = self.encoder.get_parameter(f"{name}.weight")
+            lent[f"{name}.weight"] = weight + share * self.scale * (up @ down)
+        return lent
 
 
 class Tent(_Copies):
@@ -110,8 +116,7 @@ class Tent(_Copies):
     name: ClassVar[str] = "tent"
     source: ClassVar[str] = "Tent, arXiv 2006.10726"
 
-    @staticmethod
-    def chosen(encoder: PointEncoder) -> tuple[str, ...]:
+    def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
         return tuple(
             f"{name}.{last}"
             for name, module in encoder.named_modules()
@@ -126,6 +131,5 @@ class FullFineTuning(_Copies):
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "fine-tuning"
 
-    @staticmethod
-    def chosen(encoder: PointEncoder) -> tuple[str, ...]:
+    def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
         return tuple(name for name, _ in encoder.named_parameters())

@@ -78,9 +78,11 @@ class PointEncoder(nn.Module, ABC):
         logit_scale: factor on cosines before softmax, from the checkpoint.
         checkpoint: the file that the weights are from; None for those that ship.
         pos_in_every_block: whether position embeddings are added before each block, or once.
+        stem: names of the modules that make tokens and positions of groups.
     """
 
     blocks: nn.ModuleList
+    stem: ClassVar[tuple[str, ...]]
     pos_in_every_block: ClassVar[bool] = False
 
     def __init__(

@@ -35,6 +35,8 @@ class OpenShape(PointEncoder):
         n_points: points of a cloud in training.
     """
 
+    stem = ("convs", "norms", "lift", "lift_norm")
+
     def __init__(
         self,
         name: str = "openshape",

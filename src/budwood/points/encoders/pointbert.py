@@ -32,6 +32,7 @@ class PointBert(PointEncoder):
     """
 
     pos_in_every_block = True
+    stem = ("group_net", "reduce", "pos_embed")
 
     def __init__(
         self,

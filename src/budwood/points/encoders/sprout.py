@@ -80,6 +80,8 @@ class Sprout(PointEncoder):
             shape (embed_dim,).
     """
 
+    stem = ("group_net", "scale_net", "pos_embed")
+
     def __init__(self, config: SproutConfig | None = None) -> None:
         config = config or SproutConfig()
         grouping = Grouping(config.n_groups, config.k, config.n_points, k_min=config.k_min)

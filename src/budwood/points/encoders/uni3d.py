@@ -67,6 +67,8 @@ class Uni3D(PointEncoder):
         n_points: points of a cloud in training.
     """
 
+    stem = ("group_net", "reduce", "pos_embed")
+
     def __init__(
         self,
         eva: Eva,
