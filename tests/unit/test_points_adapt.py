@@ -159,14 +159,14 @@ def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
     texts = sets.texts(model.embed_dim)
     config = AdaptConfig(steps=5, lr=0.05, curriculum=COUNTS)
     adapter = adapt(prepared(model), texts, model, config)
-    dense, sparse = torch.randn(2, 60, 3), torch.randn(2, 6, 3)
+    dense, sparse = torch.randn(2, 120, 3), torch.randn(2, 6, 3)
     assert torch.equal(adapter(dense), model(dense))
     assert not torch.allclose(adapter(sparse), model(sparse), atol=1e-3)
-    shares = [adapter.share(n) for n in (120, 60, 30, 15, 7, 3)]
+    shares = [adapter.share(n) for n in (240, 120, 60, 30, 15, 3)]
     assert shares[:2] == [0, 0] and shares[-1] == 1
-    assert shares[2] == pytest.approx(1 / 4) and shares[3] == pytest.approx(2 / 4)
-    with pytest.raises(InputError, match="does nothing at 60, 100 points"):
-        adapt(prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((60, 100))))
+    assert shares[2:5] == pytest.approx([0.2, 0.4, 0.6])
+    with pytest.raises(InputError, match="does nothing at 120, 200 points"):
+        adapt(prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((120, 200))))
 
 
 def test_fading_is_for_use_and_not_for_training():
@@ -179,7 +179,7 @@ def test_fading_is_for_use_and_not_for_training():
             model,
             AdaptConfig("lora", 3, curriculum=COUNTS, options={"fade": fade, "batch_norm": False}),
         )
-        for fade in (True, False)
+        for fade in (4, 0)
     ]
     for key, value in made[0].state_dict().items():
         assert torch.equal(value, made[1].state_dict()[key])
@@ -189,7 +189,7 @@ def test_fading_is_for_use_and_not_for_training():
 def test_fading_is_between_frozen_and_adapted(method):
     model = sprout()
     texts = sets.texts(model.embed_dim)
-    config = AdaptConfig(method, steps=5, lr=0.02, curriculum=COUNTS, options={"fade": True})
+    config = AdaptConfig(method, steps=5, lr=0.02, curriculum=COUNTS, options={"fade": 4})
     adapter = adapt(prepared(model), texts, model, config)
     xyz = torch.randn(2, 6, 3)
     far = [

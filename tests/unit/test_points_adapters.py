@@ -194,10 +194,10 @@ def test_closed_gates_learn():
         ("fca", {"n_tokens": 3}),
         ("fca", {"init": "closed"}),
         ("fca", {"shared": True, "batch_norm": True}),
-        ("fca", {"init": "closed", "norms": True, "fade": True}),
+        ("fca", {"init": "closed", "norms": True, "fade": 4}),
         ("fca", {"norms": True, "batch_norm": True, "counts": (40, 10)}),
         ("vpt-deep", {"n_tokens": 4}),
-        ("vpt-deep", {"fade": True}),
+        ("vpt-deep", {"fade": 4}),
     ],
 )
 @pytest.mark.parametrize("encoder", models.MAKERS)
@@ -359,6 +359,9 @@ def test_files(tmp_path):
         ("lora", {"rank": 0}, InputError, "1 or more"),
         ("lora", {"targets": ("nothing",)}, InputError, "match no linear layer"),
         ("adabn", {"batch_norm": False}, InputError, "take 'frozen'"),
+        ("lora", {"fade": True}, InputError, "fade=True must be 0, or from 1 to below 128"),
+        ("lora", {"fade": 0.5}, InputError, "fade=0.5 must be"),
+        ("lora", {"fade": 128}, InputError, "fade=128 must be"),
     ],
 )
 def test_refusals(name, options, error, message):

@@ -50,7 +50,7 @@ FEATURES = Objective(complementary=0.0, cosine=1.0)
 
 _DENSITIES = (1024, 512, 256, 128, 64, 32, 16)
 _BY_DENSITY = {"batch_norm": True, "counts": _DENSITIES}
-_FADED = {"fade": True, **_BY_DENSITY}
+_FADED = {"fade": 4.0, **_BY_DENSITY}
 _ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
 
 FROZEN = Method("frozen", "no adaptation", "the encoder as published", density_aware=False)
@@ -111,7 +111,7 @@ ESP_ZERO = Method(
     "fused cross-attention, closed start, negatives and cosine, statistics by density",
     SHARED,
     1e-3,
-    {"init": "closed", **_FADED},
+    {"init": "closed", "fade": 8.0, **_BY_DENSITY},
 )
 
 METHODS = Registry(

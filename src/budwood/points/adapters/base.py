@@ -30,9 +30,8 @@ from budwood.points.grouping import check_points
 
 FILE = "adapter.safetensors"
 FORMAT = 1
-KNOWN_DOWN_TO, FULLY_AT = 8, 128
-"""With ``fade``, how many times sparser than in training clouds are where an adapter begins to come
-in, and where it does so fully. Encoders are trained on clouds with up to 7 of 8 points dropped."""
+FULLY_AT = 128
+"""With ``fade``, how many times sparser than in training clouds are where an adapter is whole."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,22 @@ class AdapterConfig:
         batch_norm: hold BatchNorm statistics of their own, filled by :meth:`Adapter.estimate`.
         counts: numbers of points, each with statistics of its own; a cloud gets those of the
             nearest. Empty: one set for all. Ours.
-        fade: come in by degrees as points get fewer, though trained as a whole: not at all down to
-            an eighth of the points that the encoder was made for; see :meth:`Adapter.share`. Ours,
-            after WiSE-FT (arXiv 2109.01903).
+        fade: come in by degrees as points get fewer, though trained as a whole, from where they are
+            so many times fewer than the encoder was made for: 4 for not at all down to a quarter,
+            0 for whole everywhere; see :meth:`Adapter.share`. Ours, after WiSE-FT (arXiv
+            2109.01903).
     """
 
     batch_norm: bool = False
     counts: tuple[int, ...] = ()
-    fade: bool = False
+    fade: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts", tuple(self.counts))
         if any(count < 1 for count in self.counts):
             raise InputError(f"counts={self.counts} must be 1 or more each")
+        if isinstance(self.fade, bool) or not (self.fade == 0 or 1 <= self.fade < FULLY_AT):
+            raise InputError(f"fade={self.fade} must be 0, or from 1 to below {FULLY_AT}")
 
 
 class Adapter(nn.Module, ABC):
@@ -106,8 +108,9 @@ class Adapter(nn.Module, ABC):
         """How far the adapter comes in on clouds of so many points, in [0, 1]; see ``fade``."""
         if not self.config.fade:
             return 1.0
-        sparser = math.log(self.encoder.grouping.n_dense / (KNOWN_DOWN_TO * n_points))
-        return min(max(sparser / math.log(FULLY_AT / KNOWN_DOWN_TO), 0.0), 1.0)
+        begins = self.config.fade
+        sparser = math.log(self.encoder.grouping.n_dense / (begins * n_points))
+        return min(max(sparser / math.log(FULLY_AT / begins), 0.0), 1.0)
 
     def forward(self, xyz: Tensor, rgb: Tensor | None = None, share: float | None = None) -> Tensor:
         """Features, as :meth:`PointEncoder.forward`.
