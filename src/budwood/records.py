@@ -30,6 +30,8 @@ Row = dict[str, Any]
 
 FORMAT = 1
 """Version of the file format, raised when a reader of old files would be misled."""
+RESULTS = "benchmarks/results"
+"""Where the project keeps its records."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Record:
         rows: the results, one dict per row of the table.
         status: ``"complete"``, ``"partial"`` or ``"failed"``.
         created: start of the run, UTC, ISO 8601.
-        git: ``commit`` (None outside a checkout) and ``dirty`` (tracked files have changed).
+        git: ``commit`` (None outside a checkout) and ``dirty`` (tracked files have changed,
+            records in ``RESULTS`` apart).
         versions: python, torch, transformers and budwood.
         hardware: cpu, cores, threads (that torch uses) and gpu.
     """
@@ -277,7 +280,8 @@ def git_state(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]
     if _git(here, "ls-files", "--error-unmatch", known) is None:
         return {"commit": None, "dirty": None}
     commit = _git(here, "rev-parse", "HEAD")
-    changes = _git(here, "status", "--porcelain", "--untracked-files=no")
+    besides = f":(exclude,top){RESULTS}"  # a run that writes its record as it goes on is clean
+    changes = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", besides)
     return {"commit": commit, "dirty": None if commit is None else bool(changes)}
 
 

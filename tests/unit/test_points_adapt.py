@@ -166,7 +166,9 @@ def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
     assert shares[:2] == [0, 0] and shares[-1] == 1
     assert shares[2:5] == pytest.approx([0.2, 0.4, 0.6])
     with pytest.raises(InputError, match="does nothing at 120, 200 points"):
-        adapt(prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((120, 200))))
+        adapt(
+            prepared(model), texts, model, AdaptConfig(steps=1, curriculum=Curriculum((120, 200)))
+        )
 
 
 def test_fading_is_for_use_and_not_for_training():

@@ -164,9 +164,16 @@ def test_git_state(tmp_path):
 
     git("init")
     (tmp_path / "file").write_text("1")
-    git("add", "file")
+    record = tmp_path / records.RESULTS / "a.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("1")
+    git("add", ".")
     git("commit", "-m", "first")
     state = records.git_state(tmp_path)
     assert len(state["commit"]) == 40 and state["dirty"] is False
+    record.write_text("2")
+    for folder in (tmp_path, record.parent):
+        assert records.git_state(folder)["dirty"] is False
     (tmp_path / "file").write_text("2")
-    assert records.git_state(tmp_path)["dirty"] is True
+    for folder in (tmp_path, record.parent):
+        assert records.git_state(folder)["dirty"] is True
