@@ -83,14 +83,23 @@ def test_show_several_side_by_side(budwood, tmp_path):
         rows = [{"method": method, "kind": k, "n": n, "top": i} for k in "xy" for n in (64, 8)]
         records.write(records.new_record("r", rows, seed=0, config={}), tmp_path / f"{method}.json")
     command = ["bench", "show", tmp_path / "a.json", tmp_path / "b.json", "--columns", "method,top"]
-    table = budwood(*command, "--where", "kind=x", "--across", "n").stdout.splitlines()
+    side_by_side = [*command, "--where", "kind=x,method=a|b", "--across", "n"]
+    table = budwood(*side_by_side, "--plot", tmp_path / "curves.png").stdout.splitlines()
     assert table[0] == "| method | 64 | 8 |" and table[2:] == ["| a | 0 | 0 |", "| b | 1 | 1 |"]
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.format == "PNG"
     for options, fragment in (
         (["--across", "n"], "two rows are a with n 64"),
         (["--across", "m"], "unknown column 'm'; known: kind, method, n, top"),
         (["--where", "kind=z"], "no row has kind=z; there are x, y"),
         (["--where", "kind"], "'kind' is no condition; write key=value"),
         (["--where", "size=1"], "unknown column 'size'"),
+        (["--plot", tmp_path / "b.png"], "--plot needs --across, and two --columns"),
+        (
+            ["--where", "n=8", "--across", "kind", "--plot", tmp_path / "b.png"],
+            "needs numbers above 0 along kind",
+        ),
+        ([*side_by_side[-4:], "--plot", tmp_path / "curves.png"], "exists"),
     ):
         result = budwood(*command, *options)
         assert result.exit_code == 2 and fragment in result.stderr

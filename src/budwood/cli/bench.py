@@ -15,10 +15,13 @@ from budwood.cli import (
     bench_speed,
     bench_tune,
     bench_tune_speed,
+    options,
     tune_eval,
 )
-from budwood.cli.options import listed
+from budwood.cli.console import say
+from budwood.cli.output import reserve_picture, write_whole
 from budwood.errors import InputError, UnknownNameError
+from budwood.figures import need_matplotlib
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("prune")(bench_prune.bench_prune)
@@ -63,12 +66,18 @@ def show(
         ),
     ] = None,
     where: Annotated[
-        str, typer.Option(metavar="KEY=VALUE,…", help="Rows with these values alone.")
+        str,
+        typer.Option(metavar="KEY=VALUE[|VALUE…],…", help="Rows with one of these values alone."),
     ] = "",
     across: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="The last column once for each value of this key."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --across, also draw that, a curve for each row."),
+    ] = None,
+    force: options.Force = False,
 ) -> None:
     """Print the table of a record, or of several, as Markdown.
 
@@ -83,24 +92,45 @@ def show(
         shown = DEFAULT_COLUMNS.get(found[0].name) or dict.fromkeys(rows[0] if rows else [], "")
     else:
         shown = _columns(columns, rows)
+    drawn = rows
     if across is not None:
         _check_known(across, rows)
         rows, shown = records.spread(rows, shown, across)
+    if plot is not None:
+        _draw(drawn, columns, across, plot, force)
     typer.echo(records.table(rows, shown), nl=False)
 
 
 def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:
     """Rows that have the values that were asked for."""
-    for item in listed(where) if where else ():
+    for item in options.listed(where) if where else ():
         key, equals, value = item.partition("=")
         if not equals:
             raise InputError(f"--where {item!r} is no condition; write key=value")
         _check_known(key, rows)
         values = sorted({str(row.get(key)) for row in rows})
-        rows = [row for row in rows if str(row.get(key)) == value]
+        rows = [row for row in rows if str(row.get(key)) in value.split("|")]
         if not rows:
             raise InputError(f"no row has {key}={value}; there are {', '.join(values)}")
     return rows
+
+
+def _draw(
+    rows: list[records.Row], columns: str | None, across: str | None, path: Path, force: bool
+) -> None:
+    """Draw the second of two columns along a key, a curve for each value of the first."""
+    named = list(_columns(columns, rows)) if columns else []
+    if across is None or len(named) != 2:
+        raise InputError(
+            "--plot needs --across, and two --columns: of the curves, and their height"
+        )
+    if not all(isinstance(row.get(across), int | float) and row[across] > 0 for row in rows):
+        raise InputError(f"--plot needs numbers above 0 along {across}")
+    reserve_picture(path, force)
+    need_matplotlib()
+    by, height = named
+    write_whole(path, lambda part: records.plot(rows, part, x=across, y=height, by=by, log=True))
+    say(f"wrote {path}")
 
 
 def _check_known(key: str, rows: list[records.Row]) -> None:
@@ -110,7 +140,7 @@ def _check_known(key: str, rows: list[records.Row]) -> None:
 
 
 def _columns(text: str, rows: list[records.Row]) -> dict[str, str]:
-    chosen = dict(_column(item) for item in listed(text))
+    chosen = dict(_column(item) for item in options.listed(text))
     for key, spec in chosen.items():
         _check_known(key, rows)
         try:
