@@ -3,7 +3,8 @@
 #
 #   benchmarks/tune.sh DATA OUTPUT [STAGE...]
 #
-# DATA holds the files that docs/tune.md lists. Stages, in this order and all of them by default:
+# DATA holds the files that docs/tune.md lists; OUTPUT is benchmarks/results/tune for the runs that
+# are kept here, without their adapters. Stages, in this order and all of them by default:
 #   sweep      each method at each learning rate, one seed
 #   final      two more seeds at the rate that did best on validation questions
 #   ablation   SLIM without each of its parts, and its variants, each with its own rates
