@@ -56,7 +56,8 @@ class AdapterConfig:
         object.__setattr__(self, "counts", tuple(self.counts))
         if any(count < 1 for count in self.counts):
             raise InputError(f"counts={self.counts} must be 1 or more each")
-        if isinstance(self.fade, bool) or not (self.fade == 0 or 1 <= self.fade < FULLY_AT):
+        is_number = isinstance(self.fade, int | float) and not isinstance(self.fade, bool)
+        if not is_number or not (self.fade == 0 or 1 <= self.fade < FULLY_AT):
             raise InputError(f"fade={self.fade} must be 0, or from 1 to below {FULLY_AT}")
 
 
