@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from budwood.errors import InputError, UnknownNameError
-from budwood.points import Curriculum
+from budwood.points import Curriculum, sampling
 from budwood.points.adapt import thinned
 from budwood.points.bench import BenchConfig, run, top_k
 from budwood.points.grouping import Grouping
@@ -101,6 +101,21 @@ def test_tuning_tries_rates_of_the_method():
     assert row["lr"] in [pytest.approx(1e-3 * factor) for factor in (0.3, 1, 3)]
 
 
+def test_methods_adapt_to_samples_of_the_kind_asked_for(monkeypatch):
+    drawn = []
+    inner = sampling.lidar
+    monkeypatch.setattr(sampling, "lidar", lambda *args: drawn.append(1) or inner(*args))
+    model = sprout()
+    for sampler, tune in (("random", True), ("lidar", False), ("lidar", True)):
+        config = BenchConfig(
+            ("lora",), (8,), (), 1, 2, 4, sampler=sampler, tune=tune, curriculum=COUNTS
+        )
+        run(sets.clouds(), sets.texts(model.embed_dim), model, config)
+        drawn.append(0)
+    before, adapting, tuning = "".join(map(str, drawn)).split("0")[:3]
+    assert not before and 0 < len(adapting) < len(tuning)
+
+
 def test_groups_without_clouds_are_empty():
     model = sprout()
     clouds = sets.clouds()
@@ -144,6 +159,8 @@ def test_speed_rows():
 def test_bad_settings():
     with pytest.raises(UnknownNameError):
         BenchConfig(("esp",))
+    with pytest.raises(UnknownNameError, match="did you mean 'lidar'"):
+        BenchConfig(("tokens",), (8,), sampler="lida")
     for options in (
         {"methods": ()},
         {"methods": ("lora", "lora")},

@@ -51,6 +51,9 @@ def bench_points(
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
+    sampler: Annotated[
+        str, typer.Option(help="Of the points of clouds to adapt to: random, lidar, ….")
+    ] = "random",
     tune: Annotated[
         bool, typer.Option("--tune", help="Choose each learning rate on seen classes.")
     ] = False,
@@ -85,6 +88,7 @@ def bench_points(
         seeds,
         steps,
         batch,
+        sampler,
         tune=tune,
     )
     record = _measure(config, encoder, checkpoint, results)

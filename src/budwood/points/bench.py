@@ -27,6 +27,7 @@ from budwood.points.distill import Curriculum, adjusted_texts
 from budwood.points.encoders import PointEncoder
 from budwood.points.io import Cloud
 from budwood.points.methods import METHODS, Method
+from budwood.points.sampling import SAMPLERS
 from budwood.points.text import TextEmbeddings
 
 RATES = (0.3, 1.0, 3.0)
@@ -49,6 +50,8 @@ class BenchConfig:
         seeds: how many, 1 or more.
         steps: of training.
         batch_size: clouds a step.
+        sampler: how the points of clouds are drawn that methods adapt to, and that rates are chosen
+            on; a name in ``SAMPLERS``.
         curriculum: of all methods; those that fade in leave out counts at which they do nothing.
         tune: choose each learning rate on validation clouds of seen classes, with a seed of its
             own; else the methods' defaults hold.
@@ -60,6 +63,7 @@ class BenchConfig:
     seeds: int = 3
     steps: int = 400
     batch_size: int = 32
+    sampler: str = "random"
     curriculum: Curriculum = dataclasses.field(default_factory=Curriculum)
     tune: bool = False
 
@@ -68,6 +72,7 @@ class BenchConfig:
             raise InputError("give at least one method, each once")
         for name in self.methods:
             METHODS.get(name)
+        SAMPLERS.get(self.sampler)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be 1 or more")
         if not self.points + self.lidar or min(self.points + self.lidar) < 2:
@@ -189,6 +194,7 @@ class _Bench:
             self.config.batch_size,
             lr,
             seed,
+            sampler=self.config.sampler,
             curriculum=self.config.curriculum,
         )
         start = time.perf_counter()
@@ -203,7 +209,8 @@ class _Bench:
         scored = []
         for factor in RATES:
             trial = self._trial(name, seed, factor * METHODS.get(name).lr)
-            tops = [self._accuracy(trial, "val", "random", n, seed)[0] for n in TUNED_AT]
+            drawn = self.config.sampler
+            tops = [self._accuracy(trial, "val", drawn, n, seed)[0] for n in TUNED_AT]
             scored.append((statistics.fmean(tops), trial.lr))
         return max(scored)[1]
 
