@@ -103,8 +103,8 @@ def test_tuning_tries_rates_of_the_method():
 
 def test_methods_adapt_to_samples_of_the_kind_asked_for(monkeypatch):
     drawn = []
-    inner = sampling.lidar
-    monkeypatch.setattr(sampling, "lidar", lambda *args: drawn.append(1) or inner(*args))
+    inner = sampling.lidar_points
+    monkeypatch.setattr(sampling, "lidar_points", lambda *args: drawn.append(1) or inner(*args))
     model = sprout()
     for sampler, tune in (("random", True), ("lidar", False), ("lidar", True)):
         config = BenchConfig(
