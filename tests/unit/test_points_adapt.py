@@ -269,6 +269,21 @@ def test_lidar_samples_of_varying_size():
     adapt(prepared(model), sets.texts(model.embed_dim), model, config)
 
 
+@pytest.mark.parametrize(
+    ("method", "sampler", "options", "fade"),
+    [
+        ("sparse-lora", "random", {}, 4),
+        ("sparse-lora", "lidar", {}, 1),
+        ("sparse-full", "occluded", {}, 1),
+        ("sparse-lora", "lidar", {"fade": 3}, 3),
+        ("lora", "lidar", {}, None),
+    ],
+)
+def test_what_fades_in_does_so_at_once_for_clouds_of_one_side(method, sampler, options, fade):
+    config = AdaptConfig(method, sampler=sampler, options=options)
+    assert config.resolved.options.get("fade") == fade
+
+
 def test_statistics_by_density():
     model = sprout()
     config = AdaptConfig("adabn", curriculum=COUNTS, options={"counts": (60, 6)})

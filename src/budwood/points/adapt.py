@@ -37,6 +37,8 @@ WARM_UP = 20
 SAVE_EVERY = 50
 ESTIMATE_WITH = 256
 """Clouds that BatchNorm statistics are taken of, at most, for each number of points."""
+ONE_SIDED = ("lidar", "occluded")
+"""Samplers that leave out what is hidden."""
 
 Prepared = Sequence[tuple[Tensor, Tensor | None]]
 OnStep = Callable[[int, int], Any]
@@ -54,7 +56,8 @@ class AdaptConfig:
         seed: of everything drawn.
         objective: what is minimised; default the method's.
         curriculum: how many points the student sees.
-        sampler: how they are chosen, a name in ``SAMPLERS``.
+        sampler: how they are chosen, a name in ``SAMPLERS``. Adapters that fade in do so at once
+            for clouds of which one side is seen, which lack more than points; ours.
         options: of the adapter, over those of the method.
     """
 
@@ -83,11 +86,14 @@ class AdaptConfig:
     def resolved(self) -> Method:
         """The method with what is set here instead of its own."""
         method: Method = METHODS.get(self.method)
+        options = {**method.options, **self.options}
+        if method.options.get("fade") and self.sampler in ONE_SIDED and "fade" not in self.options:
+            options["fade"] = 1.0
         return dataclasses.replace(
             method,
             lr=self.lr or method.lr,
             objective=method.objective and (self.objective or method.objective),
-            options={**method.options, **self.options},
+            options=options,
         )
 
 
