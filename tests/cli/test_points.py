@@ -309,7 +309,7 @@ def test_existing_files_stay(budwood, scans, tmp_path):
         (["--counts", "64,x"], "no list of whole numbers"),
         (["--counts", ""], "no list of whole numbers"),
         (["--counts", "0"], "must be 1 or more"),
-        (["--counts", "60,90"], "does nothing at 60, 90 points"),
+        (["--counts", "120,150"], "does nothing at 120, 150 points"),
         (["--method", "esp"], "unknown method"),
         (["--lr", "0"], "lr=0.0"),
         (["--steps", "0"], "--steps"),
