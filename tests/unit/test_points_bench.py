@@ -10,7 +10,7 @@ import torch
 from budwood.errors import InputError, UnknownNameError
 from budwood.points import Curriculum, sampling
 from budwood.points.adapt import thinned
-from budwood.points.bench import BenchConfig, run, top_k
+from budwood.points.bench import BenchConfig, _Bench, run, top_k
 from budwood.points.grouping import Grouping
 from budwood.points.io import Cloud
 from budwood.points.speed import encoder_rows, grouping_rows, looped_groups
@@ -101,19 +101,24 @@ def test_tuning_tries_rates_of_the_method():
     assert row["lr"] in [pytest.approx(1e-3 * factor) for factor in (0.3, 1, 3)]
 
 
-def test_methods_adapt_to_samples_of_the_kind_asked_for(monkeypatch):
-    drawn = []
-    inner = sampling.lidar_points
+@pytest.mark.parametrize("sampler", ["random", "lidar"])
+def test_methods_adapt_and_are_tuned_to_samples_of_the_kind_asked_for(sampler, monkeypatch):
+    drawn, looked = [], set()
+    inner, thinned = sampling.lidar_points, _Bench._thinned
     monkeypatch.setattr(sampling, "lidar_points", lambda *args: drawn.append(1) or inner(*args))
+    monkeypatch.setattr(
+        _Bench, "_thinned", lambda self, *key: looked.add(key[:2]) or thinned(self, *key)
+    )
     model = sprout()
-    for sampler, tune in (("random", True), ("lidar", False), ("lidar", True)):
+    for tune in (False, True):
         config = BenchConfig(
             ("lora",), (8,), (), 1, 2, 4, sampler=sampler, tune=tune, curriculum=COUNTS
         )
         run(sets.clouds(), sets.texts(model.embed_dim), model, config)
-        drawn.append(0)
-    before, adapting, tuning = "".join(map(str, drawn)).split("0")[:3]
-    assert not before and 0 < len(adapting) < len(tuning)
+        assert bool(drawn) == (sampler == "lidar")
+        drawn.clear()
+    assert {kind for part, kind in looked if part == "val"} == {sampler}
+    assert {kind for part, kind in looked if part != "val"} == {"random"}
 
 
 def test_groups_without_clouds_are_empty():
