@@ -92,13 +92,13 @@ def show(
         shown = DEFAULT_COLUMNS.get(found[0].name) or dict.fromkeys(rows[0] if rows else [], "")
     else:
         shown = _columns(columns, rows)
-    drawn = rows
+    table = rows, shown
     if across is not None:
         _check_known(across, rows)
-        rows, shown = records.spread(rows, shown, across)
+        table = records.spread(rows, shown, across)
     if plot is not None:
-        _draw(drawn, columns, across, plot, force)
-    typer.echo(records.table(rows, shown), nl=False)
+        _draw(rows, list(shown), across, plot, force)
+    typer.echo(records.table(*table), nl=False)
 
 
 def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:
@@ -116,11 +116,10 @@ def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:
 
 
 def _draw(
-    rows: list[records.Row], columns: str | None, across: str | None, path: Path, force: bool
+    rows: list[records.Row], columns: list[str], across: str | None, path: Path, force: bool
 ) -> None:
     """Draw the second of two columns along a key, a curve for each value of the first."""
-    named = list(_columns(columns, rows)) if columns else []
-    if across is None or len(named) != 2:
+    if across is None or len(columns) != 2:
         raise InputError(
             "--plot needs --across, and two --columns: of the curves, and their height"
         )
@@ -128,7 +127,7 @@ def _draw(
         raise InputError(f"--plot needs numbers above 0 along {across}")
     reserve_picture(path, force)
     need_matplotlib()
-    by, height = named
+    by, height = columns
     write_whole(path, lambda part: records.plot(rows, part, x=across, y=height, by=by, log=True))
     say(f"wrote {path}")
 
