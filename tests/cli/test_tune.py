@@ -88,6 +88,8 @@ def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
     assert abs(exported["loss_lora"] - exported["loss_slim"]) < 1
     assert json.loads((lora / "approximation.json").read_text())["approximate"]
     losses = []
+    line = ["tune", "eval", lora, "--target", test, "--plot", tmp_path / "lora.png", *options]
+    refused_with_bars(budwood(*line), "no SLIM adapter")
     for adapter in (folder, lora):
         line = ["tune", "eval", adapter, "--target", test, *SMALL, "--limit", 0, *options]
         rows = json.loads(budwood(*line).stdout)["rows"]
@@ -96,6 +98,27 @@ def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
     assert slim_loss["before"] == lora_loss["before"] and slim_loss["after"] != slim_loss["before"]
     again = budwood("tune", "export-lora", folder, "--output", lora, *files, *options)
     refused(again, "not an empty directory")
+
+
+def test_eval_draws_where_tokens_go(slim, budwood, lm_dir, data, tmp_path, monkeypatch):
+    from budwood.tune import plots
+
+    drawn = {}
+    whole = plots.plot_identity
+    monkeypatch.setattr(
+        plots, "plot_identity", lambda rows, path: drawn.update(rows=rows) or whole(rows, path)
+    )
+    picture, options = tmp_path / "routes.png", ["--model", lm_dir, "--data", data, *SMALL]
+    line = ["tune", "eval", slim[0], "--plot", picture, *options]
+    result = budwood(*line, "--target", "openbookqa,boolq", "--limit", 6)
+    assert result.exit_code == 0, result.output
+    assert "wrote" in result.output and picture.read_bytes().startswith(b"\x89PNG")
+    assert {row["text"] for row in drawn["rows"]} == {"target", "wikitext2_valid", "chat"}
+    assert all(0 <= row["identity_share"] <= 1 for row in drawn["rows"])
+    refused(budwood(*line), "exists")
+    other = ["--plot", tmp_path / "other.png", "--general", data / "boolq_test.jsonl"]
+    bare = budwood("tune", "eval", slim[0], "--model", lm_dir, *other, "--prompts", 0)
+    refused(bare, "no text to show")
 
 
 def test_slim_adapters_that_cannot_be_used(slim, budwood, lm_dir, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune.bench import plots
+from budwood.tune import plots
 from budwood.tune.bench.plan import Plan, split
 from budwood.tune.bench.rows import method_rows
 from budwood.tune.bench.runner import Trial, best_rates

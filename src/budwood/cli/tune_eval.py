@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +9,8 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
-from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import reserve
+from budwood.cli.console import progress
+from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,6 +66,10 @@ def tune_eval(
     seed: Annotated[int, typer.Option(help="Of draws and intervals.")] = 0,
     device: options.Device = "auto",
     dtype: tune_options.Dtype = "auto",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw where SLIM sends each text, by layer."),
+    ] = None,
     out: options.Out = None,
     force: options.Force = False,
     json: options.Json = False,
@@ -76,7 +79,8 @@ def tune_eval(
     With --data DIR the tasks that ship are the default: openbookqa, boolq and arc_easy are targets;
     winogrande, social_iqa and gsm8k are general; perplexity is on wikitext2_valid.txt. Other names
     are tasks of lm-eval. KL is the divergence from the base model, on text and on its own replies
-    to everyday requests. Intervals hold 95 %, by a paired bootstrap over items.
+    to everyday requests. Intervals hold 95 %, by a paired bootstrap over items. --plot shows how
+    much weight goes to identity experts, for target questions and for each text.
 
     \b
     Example:
@@ -90,13 +94,16 @@ def tune_eval(
     need_at_least(1, batch=batch)
     if style not in STYLES:
         raise InputError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
-    if out:
-        reserve(out, force)
+    results = Results(out, force, json, plot)
     tasks = _tasks(target, general, data, limit, seed)
     text = _text(text, data)
     if not tasks and text is None and not prompts:
         raise InputError("nothing to evaluate: give --target, --general, --text or --data")
+    shown = any(task.examples for task in tasks if task.group == "target")
+    if plot and not (shown or text or prompts):
+        raise InputError("--plot has no text to show: give --text, --prompts, or files as --target")
     loaded = _load(model, adapter, device, dtype)
+    _check_drawn(loaded, adapter, plot)
     suite = _suite(loaded, tasks, text, windows, prompts, style, batch, limit, seed)
     rows = _measure(loaded, suite, seed)
     record = records.new_record(
@@ -113,17 +120,8 @@ def tune_eval(
             "prompts": prompts,
         },
     )
-    if out:
-        say(f"wrote {records.write(record, out, overwrite=force)}")
-    if json:
-        print_json(dataclasses.asdict(record))
-        return
-    print_rows(rows)
-
-
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Before, after and difference as a table."""
-    print_table([row | {"change": _change(row)} for row in rows], _COLUMNS)
+    table = [row | {"change": _change(row)} for row in rows]
+    results.publish(record, _COLUMNS, rows=table, draw=lambda _, part: _draw(loaded, suite, part))
 
 
 def _change(row: dict[str, Any]) -> str:
@@ -198,3 +196,21 @@ def _measure(loaded: LanguageModel, suite: Suite, seed: int) -> list[dict[str, A
     with progress("texts") as advance:
         text_before, text_after = suite.drift(loaded.model, loaded.tokenizer, advance)
     return report_rows(before + text_before, after + text_after, seed)
+
+
+def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None:
+    from budwood.tune.train import is_slim
+
+    if plot and not is_slim(loaded.model):
+        raise InputError(
+            f"--plot draws where SLIM sends text, and {adapter} is no SLIM adapter; leave it out"
+        )
+
+
+def _draw(loaded: LanguageModel, suite: Suite, path: Path) -> None:
+    from budwood.tune.encoding import pad_of
+    from budwood.tune.evaluate.routing import routing_rows
+    from budwood.tune.plots import plot_identity
+
+    texts = suite.routed(loaded.tokenizer)
+    plot_identity(routing_rows(loaded.model, pad_of(loaded.tokenizer), texts), path)

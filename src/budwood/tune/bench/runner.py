@@ -26,7 +26,7 @@ from budwood.tune.own_text import kept_text
 from budwood.tune.runs import RunFolder, read_json, write_text
 from budwood.tune.train import adapter_of, fingerprint, is_slim, train
 
-_PROBE_WINDOWS, _PROBE_REPLIES, _ROUTED = 6, 12, 24
+_PROBE_WINDOWS, _PROBE_REPLIES = 6, 12
 
 Bar = Callable[[str], Any]
 """Makes a context manager that yields a function (done, total, note), from a title."""
@@ -280,13 +280,7 @@ class Comparison:
 
     def note_routing(self, trial: Trial, adapted: Any) -> None:
         """Identity share by layer for target and for general text."""
-        target = [
-            row
-            for examples in self.material.validation.values()
-            for row in encode(examples[: _ROUTED // 3], self.tokenizer, 10_000).rows
-        ]
-        texts = {"target": target}
-        texts |= {name: rows[:_ROUTED] for name, rows in self.texts().items()}
+        texts = self.suite(self.validation).routed(self.tokenizer)
         self.keep(trial, "routing.json", routing_rows(adapted, pad_of(self.tokenizer), texts))
 
     def described(self, trial: Trial) -> dict[str, Any]:

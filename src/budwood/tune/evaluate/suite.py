@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError
-from budwood.tune.encoding import Row
+from budwood.tune.encoding import Row, encode_one
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, find_task, run_tasks, task_names
 from budwood.tune.evaluate.scores import Score
@@ -22,6 +22,8 @@ GENERAL = ("winogrande", "social_iqa", "gsm8k")
 TEXT = "wikitext2_valid.txt"
 CHAT = "chat"
 """What the base model's own replies are called among the texts."""
+ROUTED = 24
+"""Rows of each kind of text whose routing is looked at."""
 
 Advance = Callable[..., None]
 
@@ -64,6 +66,13 @@ class Suite:
             before, after = measure_drift(model, tokenizer, rows, name, advance=advance)
             befores, afters = befores + before, afters + after
         return befores, afters
+
+    def routed(self, tokenizer: Any) -> dict[str, list[Row]]:
+        """A few rows of each kind of text, for :func:`routing_rows`: all targets together first."""
+        targets = [task for task in self.tasks if task.group == "target" and task.examples]
+        few = [one for task in targets for one in (task.examples or ())[: ROUTED // len(targets)]]
+        found = {"target": [encode_one(one, tokenizer) for one in few]} if few else {}
+        return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
 
     def _tasks(self, model: Any, tokenizer: Any, advance: Advance | None) -> list[Score]:
         return run_tasks(

@@ -1,4 +1,4 @@
-"""Pictures of a comparison."""
+"""Pictures of a comparison, and of where an adapter sends text."""
 
 from __future__ import annotations
 
