@@ -314,6 +314,9 @@ def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     again = json.loads(budwood(*line).stdout)
     assert not trained
     assert plain(again["rows"]) == plain(found["rows"])
+    fewer = [{"1e-3,1e-2": "1e-3", "0,1": "0"}.get(word, word) for word in line]
+    runs = json.loads(budwood(*fewer).stdout)["config"]["runs"]
+    assert [run["lr"] for run in runs if run["method"] == "lora"] == [1e-3, 1e-2]
     longer = [5 if word == 4 else word for word in line]
     refused_with_bars(budwood(*longer), "holds another run")
 

@@ -105,7 +105,7 @@ def bench_tune(
     tasks, and wikitext2_valid.txt. Rates are chosen on validation questions taken from the
     training files; tests are run for the chosen ones only. Everything goes to --output: a record a
     run, the record of the comparison, pictures. A comparison that was cut off goes on when the
-    command is repeated; more methods, rates and seeds may be added.
+    command is repeated; more methods, rates and seeds may be added, and rates tried before count.
 
     \b
     Example:

@@ -53,17 +53,14 @@ class AnswerTrainer(Trainer):
         _tell_slim(model, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = found
-        if self._kl:
-            held = (
-                self._held_kl(model)
-                if self._held
-                else self._prompt_kl(model, outputs, rest, labels)
-            )
-            loss = loss + self._kl * held / self.current_gradient_accumulation_steps
+        if self._kl and not self._held:
+            divergence = self._prompt_kl(model, outputs, rest, labels)
+            loss = loss + self._kl * divergence / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        held = self._hold(model) if self._kl and self._held else 0.0
+        loss = held + super().training_step(model, *args, **kwargs)
         if not bool(torch.isfinite(loss)):
             raise DivergedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
@@ -73,6 +70,18 @@ class AnswerTrainer(Trainer):
     ) -> Tensor:
         base = self._base_logits(model, inputs)
         return prompt_kl(base, outputs.logits, labels, inputs["attention_mask"])
+
+    def _hold(self, model: nn.Module) -> Tensor:
+        """Forward and backward on held texts; by itself, so that one graph at a time takes memory.
+
+        Ranks exchange gradients in the backward pass that follows.
+        """
+        model.train()
+        with self.accelerator.no_sync(model):
+            with self.compute_loss_context_manager():
+                loss = self._kl * self._held_kl(model) / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _held_kl(self, model: nn.Module) -> Tensor:
         batch = self.args.per_device_train_batch_size

@@ -101,6 +101,7 @@ class Comparison:
             for lr in self.plan.lrs
         ]
         found = self.run_all(sweep)
+        found |= {trial: row for trial, row in self.earlier().items() if trial not in found}
         finals = [
             Trial(method, lr, seed)
             for method, lr in best_rates(found).items()
@@ -165,6 +166,18 @@ class Comparison:
             self.say(f"{i}/{len(trials)} {trial.name}")
             found[trial] = self.trial(trial)
         return found
+
+    def earlier(self) -> dict[Trial, dict[str, Any]]:
+        """Runs of the sweep that are in the folder, at whatever rate they were made."""
+        files = sorted((self.output / "runs").glob("*/record.json"))
+        rows = [records.read(file).rows[0] for file in files]
+        trials = {Trial(row["method"], row["lr"], row["seed"]): dict(row) for row in rows}
+        methods, seed = self.plan.methods, self.plan.seeds[0]
+        return {
+            trial: row
+            for trial, row in trials.items()
+            if trial.method in methods and trial.seed == seed
+        }
 
     def trial(self, trial: Trial) -> dict[str, Any]:
         """One run, its scores on validation data and on text, and its record."""
