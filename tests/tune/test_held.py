@@ -31,11 +31,13 @@ def rows():
     return encode(examples, TOKENS, 200).rows
 
 
-def trained(folder, rows, held=(), method="lora", steps=12, lr=1e-2, accumulate=1, **options):
-    tuner = parse_tuner(method)
-    adapted = attach(tuner, tiny_chat.model(), 2, 0)
-    settings = Settings(steps=steps, batch=4, accumulate=accumulate, lr=lr, schedule="linear")
-    train(adapted, TOKENS, rows, settings, RunFolder(folder, {}), held=held, **options)
+SLIM = "n_experts=2+n_clusters=2+n_directions=8+skip_first=0.0"
+
+
+def trained(folder, rows, held=(), method="lora", kl=0.0, **how):
+    adapted = attach(parse_tuner(method), tiny_chat.model(), 2, 0)
+    settings = Settings(**{"steps": 12, "batch": 4, "lr": 1e-2, "schedule": "linear", **how})
+    train(adapted, TOKENS, rows, settings, RunFolder(folder, {}), held=held, kl=kl)
     return adapted.eval()
 
 
@@ -84,16 +86,21 @@ def test_own_text_goes_on_where_it_was(tmp_path, rows, own, monkeypatch):
 
 def test_own_text_is_no_training_data(tmp_path, rows, own):
     """Statistics of SLIM are those without it; weights hardly move at this rate."""
-    slim = {
-        "method": "slim-whitened:n_experts=2+n_clusters=2+n_directions=8+skip_first=0.0",
-        "lr": 1e-12,
-    }
+    slim = {"method": f"slim-whitened:{SLIM}", "lr": 1e-12}
     alone = tiny.states(trained(tmp_path / "alone", rows, steps=3, **slim))
     held = tiny.states(trained(tmp_path / "held", rows, own, steps=3, kl=1.0, **slim))
     kept = [key for key in alone if "slim_clusters" in key]
     assert kept and any(float(alone[key].abs().sum()) > 0 for key in kept)
     for key in kept:
         assert torch.allclose(alone[key].float(), held[key].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_own_text_under_checkpointing(tmp_path, rows, own):
+    how = {"held": own, "kl": 1.0, "steps": 4, "method": f"slim-whitened:{SLIM}"}
+    plain = tiny.states(trained(tmp_path / "plain", rows, **how))
+    again = tiny.states(trained(tmp_path / "again", rows, checkpointing=True, **how))
+    for key, value in plain.items():
+        assert torch.allclose(value, again[key], rtol=1e-4, atol=1e-6), key
 
 
 def test_every_pass_has_texts_of_its_own(tmp_path, rows, own, monkeypatch):
@@ -110,4 +117,4 @@ def test_every_pass_has_texts_of_its_own(tmp_path, rows, own, monkeypatch):
 
     monkeypatch.setattr(AnswerTrainer, "_held_kl", watched)
     trained(tmp_path / "held", rows, own, steps=3, accumulate=2, kl=1.0)
-    assert seen == [0, 4, 8, 0, 4, 8]
+    assert seen == [0, 1, 2, 3, 4, 5]  # one text to four examples

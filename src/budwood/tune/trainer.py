@@ -15,6 +15,9 @@ from budwood.tune.losses import answer_kl, answer_loss, prompt_kl
 from budwood.tune.sampler import LengthGrouped
 from budwood.tune.steps import layers_of, tell_labels
 
+_HELD_PART = 4
+"""Training examples in a pass to each text that is held: texts are longer than answers."""
+
 
 class AnswerTrainer(Trainer):
     """A Trainer for :class:`budwood.tune.encoding.LeftPadded` batches.
@@ -22,7 +25,7 @@ class AnswerTrainer(Trainer):
     Args:
         lengths: of each training example, by which they are grouped.
         kl: weight of the divergence from the base model on the prompts, or on ``held``.
-        held: texts to hold to the base model on, a batch a pass; none for the prompts.
+        held: texts to hold to the base model on, a few a pass; none for the prompts.
         kwargs: the Trainer's.
     """
 
@@ -84,7 +87,7 @@ class AnswerTrainer(Trainer):
         return loss.detach()
 
     def _held_kl(self, model: nn.Module) -> Tensor:
-        batch = self.args.per_device_train_batch_size
+        batch = max(1, self.args.per_device_train_batch_size // _HELD_PART)
         start = self._turn() * batch
         rows = [self._held[(start + i) % len(self._held)] for i in range(batch)]
         inputs: Any = self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
