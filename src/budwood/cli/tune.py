@@ -207,6 +207,7 @@ def _train(
             weight_decay=tuner.weight_decay,
             kl=tuner.kl,
             held=own if tuner.held_on_own else (),
+            strength=tuner.strength,
             advance=advance,
         )
     found = {

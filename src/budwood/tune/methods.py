@@ -52,6 +52,8 @@ TOKENS_A_DIRECTION = 10
 """Learnt tokens to each direction of SLIM's distance: a covariance of fewer fits these alone."""
 FEWEST = 8
 """Directions, however few tokens there are."""
+DISCRIMINANT_MARGIN = 1.0
+"""Standard deviations beyond the mean that count as inside, with distance="discriminant"."""
 ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -63,11 +65,13 @@ class Tuner:
         weight_decay: AdamW's, on the adapter.
         kl: weight of the divergence from the base model, on the prompts that are trained on or on
             the base model's own text.
+        strength: part of what was learnt that is kept at the end, in (0, 1].
         extra: further options, for the adapter's config.
     """
 
     weight_decay: float = 0.0
     kl: float = 0.0
+    strength: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     is_ablation: ClassVar[bool] = False
@@ -80,6 +84,8 @@ class Tuner:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name}={value!r}; give a number of at least 0")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"strength={self.strength!r}; give a number above 0 and up to 1")
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         """The PEFT config.
@@ -128,6 +134,15 @@ class Lora(Tuner):
     dropout: float = 0.0
 
     use_dora: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bent = self.use_dora or {"use_dora", "init_lora_weights"} & set(self.extra)
+        if self.strength != 1 and bent:
+            raise InputError(
+                f"strength={self.strength!r} scales B, and what DoRA learns, or an adapter that "
+                "does not start at zero, is more than B·A; give strength=1"
+            )
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         from peft import LoraConfig
@@ -213,9 +228,11 @@ class Slim(Tuner):
         texts: of the base model's own, which its distance tells the training data from; 0 for a
             distance to the training data alone, None for ``N_TEXTS``, or none where there are few
             tokens to learn.
+        strength: ours, as of any tuner: on validation data it forgets less and costs nothing.
     """
 
     texts: int | None = None
+    strength: float = 0.7
 
     preset: ClassVar[dict[str, Any]] = {}
 
@@ -228,6 +245,8 @@ class Slim(Tuner):
     def config(self, rank: int, model: Any, seed: int) -> Any:
         distance = "whitened" if self.texts == 0 else "discriminant"
         options = {"alpha": 2.0 * rank, "distance": distance, **self.preset, **self.extra}
+        if options["distance"] == "discriminant":
+            options.setdefault("margin", DISCRIMINANT_MARGIN)
         try:
             return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
         except TypeError as error:  # an option that there is none of
@@ -258,6 +277,8 @@ class Slim(Tuner):
 @dataclass(frozen=True)
 class Moe(Slim):
     """A top-2 mixture of LoRA experts with none of SLIM's parts, much like MixLoRA."""
+
+    strength: float = 1.0
 
     preset: ClassVar[dict[str, Any]] = {
         "n_identity": 0,
@@ -370,6 +391,8 @@ class SlimPaper(Slim):
 
     In all layers, and so with more parameters, as above.
     """
+
+    strength: float = 1.0
 
     is_ablation: ClassVar[bool] = True
     preset: ClassVar[dict[str, Any]] = {

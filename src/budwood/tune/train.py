@@ -97,6 +97,7 @@ def train(
     weight_decay: float = 0.0,
     kl: float = 0.0,
     held: Sequence[Row] = (),
+    strength: float = 1.0,
     advance: Callable[..., None] | None = None,
     probe: Probe | None = None,
 ) -> list[dict[str, Any]]:
@@ -113,6 +114,7 @@ def train(
         weight_decay: AdamW's.
         kl: weight of the divergence from the base model on the prompts, or on ``held``.
         held: texts to hold to the base model on; none for the prompts.
+        strength: part of what was learnt that is kept at the end, as of :func:`weaken`.
         advance: a function (done, total, note), for a progress bar.
         probe: called every ``settings.probe_every`` steps, before the first and after the last.
 
@@ -148,12 +150,30 @@ def train(
         raise DivergedError(f"{error}; {kept}; try a lower learning rate") from None
     # Without the Trainer's mixed precision the model computes what it will when it is loaded.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    weaken(model, strength)
     if trainer.args.should_save:
         save_adapter(model, str(folder.path))
         tokenizer.save_pretrained(folder.path)
         folder.complete()
         folder.drop_checkpoints()
     return folder.history()
+
+
+@torch.no_grad()
+def weaken(model: Any, strength: float) -> None:
+    """Keep a part of what a LoRA or SLIM adapter has learnt: B is multiplied by it.
+
+    Source: WiSE-FT, arXiv 2109.01903, eq. 1, for W + B·A: a point on the way from the base model
+    (0) to the tuned one (1) often knows the task as well and forgets less.
+
+    Args:
+        model: a ``PeftModel`` after training; only its trained weights are changed.
+        strength: in (0, 1].
+    """
+    if strength != 1:
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and (".lora_B." in name or ".slim_out." in name):
+                weight.mul_(strength)
 
 
 def _take_up(folder: RunFolder, model: Any) -> Path | None:

@@ -245,6 +245,7 @@ class Comparison:
                     weight_decay=tuner.weight_decay,
                     kl=tuner.kl,
                     held=own if tuner.held_on_own else (),
+                    strength=tuner.strength,
                     advance=advance,
                     probe=self.probe if settings.probe_every else None,
                 )
