@@ -5,8 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from budwood.errors import DivergedError
+from budwood.errors import DivergedError, InputError
 from budwood.tune import state
 from budwood.tune.data import example_of
 from budwood.tune.encoding import encode
@@ -21,9 +22,10 @@ ROWS = encode([example_of(one, "cloze") for one in QUESTIONS], TOKENS, 200).rows
 
 
 def trained(folder, method="slim-whitened", base=None, **settings):
-    model = attach(parse_tuner(method), base or tiny_chat.model(), 2, 0)
+    tuner = parse_tuner(method)
+    model = attach(tuner, base or tiny_chat.model(), 2, 0)
     chosen = Settings(**{"steps": 6, "batch": 4, "lr": 1e-2, **settings})
-    train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}))
+    train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}), strength=tuner.strength)
     return model.eval()
 
 
@@ -38,6 +40,26 @@ def test_in_bfloat16_what_was_trained_is_what_is_loaded(tmp_path, method):
             tiny_chat.model().to(torch.bfloat16), str(tmp_path)
         ).eval()(**inputs)
     assert torch.equal(fresh, again.logits)
+
+
+@pytest.mark.parametrize("method", ["lora", "slim-whitened:skip_first=0.0"])
+def test_a_part_of_what_was_learnt_is_kept(tmp_path, method):
+    joint = "+" if ":" in method else ":"
+    files = {}
+    for strength in (1, 0.5):
+        folder = tmp_path / str(strength)
+        trained(folder, f"{method}{joint}strength={strength}")
+        files[strength] = load_file(folder / "adapter_model.safetensors")
+    halved = [key for key in files[1] if "lora_B" in key or "slim_out" in key]
+    assert halved and all(float(files[1][key].abs().sum()) > 0 for key in halved)
+    for key, value in files[1].items():
+        assert torch.equal(files[0.5][key], value * 0.5 if key in halved else value), key
+
+
+@pytest.mark.parametrize("rest", ["dora", "lora:use_dora=true", "lora:init_lora_weights=pissa"])
+def test_a_part_of_what_is_no_product_is_refused(rest):
+    with pytest.raises(InputError, match="give strength=1"):
+        parse_tuner(f"{rest}{'+' if ':' in rest else ':'}strength=0.5")
 
 
 def test_an_infinite_input_names_the_last_checkpoint(tmp_path, monkeypatch):

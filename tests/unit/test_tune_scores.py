@@ -356,7 +356,10 @@ def test_only_methods_that_take_it_have_text_written(text, n):
     assert parse_tuner(text).n_own == n
 
 
-BAD_COUNTS = ("slim:texts=1.5", "lora-own:texts=0", "lora-own:texts=2.5")
+BAD = (
+    *("slim:texts=1.5", "lora-own:texts=0", "lora-own:texts=2.5"),
+    *("slim:strength=0", "lora:strength=1.1", "lora:strength=nan", "lora:strength=half"),
+)
 
 
 @pytest.mark.parametrize(
@@ -373,16 +376,23 @@ def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
 
 @pytest.mark.parametrize(
     ("text", "margin"),
-    [("slim", 1.5), ("slim:margin=0", 0), ("slim-rms", 1.5), ("slim-paper", 0.0)],
+    [("slim", 1.0), ("slim:texts=0", 1.5), ("slim:margin=0", 0), ("slim-rms", 1.5)],
 )
-def test_the_margin_is_none_in_the_plain_reading(text, margin):
+def test_the_margin_goes_with_the_distance(text, margin):
     assert parse_tuner(text).config(1, None, 0).margin == margin
+
+
+def test_the_plain_reading_has_nothing_of_ours():
+    plain = parse_tuner("slim-paper")
+    assert plain.config(1, None, 0).margin == 0 and plain.strength == 1
+    assert parse_tuner("moe").strength == parse_tuner("lora").strength == 1
+    assert parse_tuner("slim").strength == parse_tuner("slim-no-l1").strength == 0.7
 
 
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")
-    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:texts=-1", *BAD_COUNTS):
+    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:texts=-1", *BAD):
         with pytest.raises(InputError):
             parse_tuner(wrong)
 
