@@ -534,3 +534,15 @@ def test_whitened_distances_soon_have_the_scale_of_training_data():
         clusters.commit(clusters.taken())
     found, _ = clusters.distance(tokens(2000), lambda: None, False)
     assert 0.8 < found.std() < 1.2 and abs(found.mean()) < 0.5
+
+
+def test_fewer_tokens_are_let_in_at_inference():
+    found = []
+    for changes in ({"margin": 2.0}, {"margin": 2.0, "margin_inference": 0.5}):
+        model = tiny.trained(**changes)
+        with observe(model) as seen:
+            logits(model)
+        found.append((seen.mean("distance"), states(model)))
+    (wide, trained), (narrow, same) = found
+    assert narrow == pytest.approx(wide + 1.5, abs=0.05)  # later layers read other inputs
+    assert all(torch.equal(value, same[key]) for key, value in trained.items())

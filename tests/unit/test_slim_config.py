@@ -30,6 +30,8 @@ BAD = [
     ({"l1": float("nan")}, "l1=nan"),
     ({"alpha": float("inf")}, "alpha=inf"),
     ({"margin": float("nan")}, "margin=nan"),
+    ({"margin_inference": "1"}, "margin_inference='1'"),
+    ({"margin_inference": float("inf")}, "margin_inference=inf"),
     ({"slim_version": 2}, "upgrade budwood"),
     ({"yielding": "no"}, "yielding='no'; give True or False"),
     ({"router": "off"}, "router='off'; give True or False"),

@@ -378,8 +378,10 @@ def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
     ("text", "margin"),
     [("slim", 1.0), ("slim:texts=0", 1.5), ("slim:margin=0", 0), ("slim-rms", 1.5)],
 )
-def test_the_margin_goes_with_the_distance(text, margin):
-    assert parse_tuner(text).config(1, None, 0).margin == margin
+def test_the_margin_at_inference_goes_with_the_distance(text, margin):
+    config = parse_tuner(text).config(1, None, 0)
+    assert config.margin_of(training=False) == margin
+    assert config.margin_of(training=True) == (0 if margin == 0 else 1.5)
 
 
 def test_the_plain_reading_has_nothing_of_ours():

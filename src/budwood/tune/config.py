@@ -75,6 +75,8 @@ class SlimConfig(PeftConfig):
         beta: strength of yielding, ≥ 0. Open.
         margin: standard deviations of distance beyond the mean that count as inside, 1.5 for some 9
             of 10 training tokens; ours.
+        margin_inference: the same at inference, None for ``margin``; ours. Less lets in fewer
+            tokens than the experts were trained on.
         merging: random masks on rows of B and columns of A in training.
         merge_p: share of B·A that is masked, in [0, 1).
         merge_rescale: divide the masked B·A by 1 − merge_p, as DARE does. Open.
@@ -112,6 +114,7 @@ class SlimConfig(PeftConfig):
     yield_at: str = "block"
     beta: float = 4.0
     margin: float = 1.5
+    margin_inference: float | None = None
     merging: bool = True
     merge_p: float = 0.5
     merge_rescale: bool = False
@@ -165,6 +168,12 @@ class SlimConfig(PeftConfig):
     def kept(self) -> int:
         """Experts that a token keeps; all of them without a router."""
         return self.top_k if self.router else self.n_total
+
+    def margin_of(self, training: bool) -> float:
+        """The margin in training, or at inference."""
+        if training or self.margin_inference is None:
+            return self.margin
+        return self.margin_inference
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         fitted = getattr(self, "_fitted", None)
@@ -221,7 +230,10 @@ class SlimConfig(PeftConfig):
             )
 
     def _check_ranges(self) -> None:
-        for name in ("alpha", "beta", "l1", "margin", "momentum", "merge_p", "skip_first"):
+        numbers = ["alpha", "beta", "l1", "margin", "momentum", "merge_p", "skip_first"]
+        if self.margin_inference is not None:
+            numbers.append("margin_inference")
+        for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise InputError(f"{name}={value!r}; give a number")
@@ -229,8 +241,9 @@ class SlimConfig(PeftConfig):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}={value!r}; give a finite number of at least 0")
-        if not math.isfinite(self.margin):
-            raise InputError(f"margin={self.margin!r}; give a finite number")
+        for name in ("margin", "margin_inference"):
+            if name in numbers and not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name}={getattr(self, name)!r}; give a finite number")
         if not 0 < self.momentum <= 1:
             raise InputError(f"momentum={self.momentum!r}; give a number in (0, 1]")
         for name in ("merge_p", "skip_first"):

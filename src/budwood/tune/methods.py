@@ -52,8 +52,8 @@ TOKENS_A_DIRECTION = 10
 """Learnt tokens to each direction of SLIM's distance: a covariance of fewer fits these alone."""
 FEWEST = 8
 """Directions, however few tokens there are."""
-DISCRIMINANT_MARGIN = 1.0
-"""Standard deviations beyond the mean that count as inside, with distance="discriminant"."""
+MARGIN_INFERENCE = 1.0
+"""That of SLIM beside a discriminant, where no margin is given."""
 ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -245,8 +245,8 @@ class Slim(Tuner):
     def config(self, rank: int, model: Any, seed: int) -> Any:
         distance = "whitened" if self.texts == 0 else "discriminant"
         options = {"alpha": 2.0 * rank, "distance": distance, **self.preset, **self.extra}
-        if options["distance"] == "discriminant":
-            options.setdefault("margin", DISCRIMINANT_MARGIN)
+        if options["distance"] == "discriminant" and "margin" not in options:
+            options.setdefault("margin_inference", MARGIN_INFERENCE)
         try:
             return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
         except TypeError as error:  # an option that there is none of

@@ -122,9 +122,8 @@ class Clusters(_Kept):
             raw, moments = self._measure(flat, gather, keep() if gather else None)
         found = None
         if self.steps >= 2:
-            found = standardised_distance(
-                raw, self.distance_mean, self.distance_var, self.config.margin
-            )
+            margin = self.config.margin_of(training=gather)
+            found = standardised_distance(raw, self.distance_mean, self.distance_var, margin)
         self._last = weakref.ref(x), place, found
         return found, moments
 
