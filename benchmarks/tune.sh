@@ -20,9 +20,11 @@ stages=("${@:-}")
 [ -n "${stages[0]}" ] || stages=(sweep final ablation seeds speed)
 
 budwood=${BUDWOOD:-budwood}
-methods=lora,lora-wd:weight_decay=10,lora-wd:weight_decay=30,lora-late,dora,lora-kl,lora-own,moe,slim-paper,slim
+methods=lora,lora:strength=0.7,lora-wd:weight_decay=10,lora-wd:weight_decay=30,lora-late
+methods+=,dora,lora-kl,lora-own,moe,slim-paper,slim
 ablations=slim-no-identity,slim-no-router,slim-no-clustering,slim-no-yielding,slim-no-merging
-ablations+=,slim-no-l1,slim-whitened,slim-max,slim-rms,slim-all-tokens,slim-all-layers,slim-by-module,slim-mask
+ablations+=,slim-no-l1,slim:strength=1,slim:margin=1.5,slim-whitened,slim-max,slim-rms
+ablations+=,slim-all-tokens,slim-all-layers,slim-by-module,slim-mask
 settings=(
     --steps 200 --batch 8 --max-length 160 --per-task 1100 --n-validation 150
     --limit 400 --general-limit 200 --windows 32 --prompts 32 --probe-every 0

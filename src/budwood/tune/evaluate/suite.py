@@ -70,7 +70,8 @@ class Suite:
     def routed(self, tokenizer: Any) -> dict[str, list[Row]]:
         """A few rows of each kind of text, for :func:`routing_rows`: all targets together first."""
         targets = [task for task in self.tasks if task.group == "target" and task.examples]
-        few = [one for task in targets for one in (task.examples or ())[: ROUTED // len(targets)]]
+        each = max(1, ROUTED // max(1, len(targets)))
+        few = [one for task in targets for one in (task.examples or ())[:each]]
         found = {"target": [encode_one(one, tokenizer) for one in few]} if few else {}
         return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
 
