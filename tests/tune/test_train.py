@@ -25,7 +25,7 @@ def trained(folder, method="slim-whitened", base=None, **settings):
     tuner = parse_tuner(method)
     model = attach(tuner, base or tiny_chat.model(), 2, 0)
     chosen = Settings(**{"steps": 6, "batch": 4, "lr": 1e-2, **settings})
-    train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}), strength=tuner.strength)
+    train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}), **tuner.training(()))
     return model.eval()
 
 

@@ -204,10 +204,7 @@ def _train(
             rows,
             settings,
             folder,
-            weight_decay=tuner.weight_decay,
-            kl=tuner.kl,
-            held=own if tuner.held_on_own else (),
-            strength=tuner.strength,
+            **tuner.training(own),
             advance=advance,
         )
     found = {

@@ -122,6 +122,19 @@ class Tuner:
             own: as many texts as :attr:`n_own` says.
         """
 
+    def training(self, own: Sequence[Row]) -> dict[str, Any]:
+        """What :func:`budwood.tune.train.train` takes beside the settings that any tuner has.
+
+        Args:
+            own: as many texts as :attr:`n_own` says.
+        """
+        return {
+            "weight_decay": self.weight_decay,
+            "kl": self.kl,
+            "held": own if self.held_on_own else (),
+            "strength": self.strength,
+        }
+
 
 @dataclass(frozen=True)
 class Lora(Tuner):

@@ -242,10 +242,7 @@ class Comparison:
                     self.rows,
                     settings,
                     folder,
-                    weight_decay=tuner.weight_decay,
-                    kl=tuner.kl,
-                    held=own if tuner.held_on_own else (),
-                    strength=tuner.strength,
+                    **tuner.training(own),
                     advance=advance,
                     probe=self.probe if settings.probe_every else None,
                 )
