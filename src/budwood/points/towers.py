@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError, UnsupportedModelError
+from budwood.errors import InputError, UnsupportedModelError, first_line
 from budwood.points.encoders.checkpoints import read_checkpoint, state_of
 from budwood.registry import Registry
 
@@ -215,8 +215,7 @@ def _pretrained(kind: Any, source: str) -> Any:
     try:
         return kind.from_pretrained(source)
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load the text tower {source}: {line}") from None
+        raise InputError(f"cannot load the text tower {source}: {first_line(error)}") from None
 
 
 def _bigg() -> TextTower:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, UnknownNameError
+from budwood.errors import InputError, UnknownNameError, first_line
 
 STYLES = ("cloze", "listed")
 """How a question with choices is asked: by itself, or with its choices listed below it."""
@@ -183,8 +183,9 @@ def _rows_of_hub(source: str, split: str) -> Iterable[tuple[str, Any]]:
     try:
         rows = load_dataset(name, config or None, split=split)
     except Exception as error:  # whatever the hub's client raises for what is not there
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source} is neither a file nor a dataset to be had: {reason}") from error
+        raise InputError(
+            f"{source} is neither a file nor a dataset to be had: {first_line(error)}"
+        ) from error
     return ((f"{source}, row {i}", row) for i, row in enumerate(rows))
 
 

@@ -62,11 +62,11 @@ def load_adapter(folder: str | os.PathLike[str], encoder: PointEncoder) -> Adapt
         UnknownNameError: this version has no such adapter.
     """
     about, state = read_adapter(folder)
-    check_identity(about.get("encoder", {}), encoder, str(folder))
+    check_identity(about["encoder"], encoder, str(folder))
     kind: type[Adapter] = ADAPTERS.get(str(about.get("adapter")))
     try:
-        adapter = kind.restore(encoder, about.get("config", {}), state)
-    except (KeyError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder} holds a damaged {kind.name!r} adapter: {line}") from None
+        adapter = kind.restore(encoder, about["config"], state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())  # torch lists what does not fit on lines of its own
+        raise InputError(f"{folder} holds a damaged {kind.name!r} adapter: {told}") from None
     return adapter.to(next(encoder.parameters()).device).eval()

@@ -13,7 +13,6 @@ class Frozen(Adapter):
     """The encoder as it is; the baseline of every comparison."""
 
     name: ClassVar[str] = "frozen"
-    source: ClassVar[str] = "no adaptation"
 
 
 @dataclass(frozen=True)
@@ -32,5 +31,4 @@ class AdaBN(Adapter):
     """BatchNorm statistics re-estimated on the clouds to come; see :meth:`Adapter.estimate`."""
 
     name: ClassVar[str] = "adabn"
-    source: ClassVar[str] = "AdaBN, arXiv 1603.04779"
     Config: ClassVar[type[AdapterConfig]] = AdaBNConfig

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from budwood.errors import InputError, OutputError, UnsupportedModelError
+from budwood.errors import InputError, OutputError, UnsupportedModelError, first_line
 from budwood.points.adapters.statistics import BatchStatistics
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block
@@ -68,7 +68,6 @@ class Adapter(nn.Module, ABC):
 
     Attributes:
         name: the name in ``ADAPTERS``.
-        source: where the method is from.
         Config: class of its options.
         encoder: what it adapts.
 
@@ -78,7 +77,6 @@ class Adapter(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    source: ClassVar[str]
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
     encoder: PointEncoder
 
@@ -232,10 +230,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
             about = json.loads((file.metadata() or {})["budwood"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"{path} is truncated or no adapter: {line}") from None
-    if about.get("format") != FORMAT:
+        raise InputError(f"{path} is truncated or no adapter: {first_line(error)}") from None
+    if isinstance(about, dict) and about.get("format") != FORMAT:
         raise InputError(f"{path} has format {about.get('format')}; this version reads {FORMAT}")
+    parts = [about[key] for key in ("encoder", "config") if key in about]
+    if len(parts) < 2 or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path} is truncated or no adapter: its description is damaged")
     state.pop("nothing", None)
     return about, state
 

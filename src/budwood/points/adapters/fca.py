@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError
 from budwood.points.adapters.base import Adapter, AdapterConfig
-from budwood.points.adapters.statistics import NormShifts
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Attention, Block, Context, Mlp
 
@@ -32,17 +31,13 @@ class FcaConfig(AdapterConfig):
         init: ``"random"``, the paper's, or ``"closed"``, ours: every head's way to the new tokens
             starts shut by a learnable gate, so that step 0 equals the frozen encoder to rounding.
         mlp_ratio: width inside the MLP of the learnable block, in units of the encoder's.
-        shared: one learnable block for all blocks of the encoder; the tokens stay their own. Ours.
         std: spread of the tokens at the start.
-        norms: learn differences to the BatchNorms' scales and shifts too. Ours.
     """
 
     n_tokens: int = 8
     init: str = "random"
     mlp_ratio: float = 4.0
-    shared: bool = False
     std: float = 0.02
-    norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +65,6 @@ class FusedCrossAttention(Adapter):
     """See the head of this file."""
 
     name: ClassVar[str] = "fca"
-    source: ClassVar[str] = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
     Config: ClassVar[type[AdapterConfig]] = FcaConfig
     config: FcaConfig
 
@@ -79,23 +73,21 @@ class FusedCrossAttention(Adapter):
         options, dim, blocks = self.config, encoder.dim, self.blocks
         size = (len(blocks), options.n_tokens, dim)
         self.tokens = nn.Parameter(torch.randn(size) * options.std)
-        n_learned = 1 if options.shared else len(blocks)
         hidden = max(1, round(options.mlp_ratio * dim))
         heads = [block.attn.n_heads for block in blocks]
-        own = [n if dim % n == 0 else 1 for n in heads[:n_learned]]
+        own = [n if dim % n == 0 else 1 for n in heads]
         self.learned = nn.ModuleList(
             Block(dim, Attention(dim, n, bias=True), Mlp(dim, hidden)) for n in own
         )
         closed = options.init == "closed"
         gates = [nn.Parameter(torch.zeros(n)) for n in heads] if closed else []
         self.gates = nn.ParameterList(gates)
-        self.norms = NormShifts(encoder) if options.norms else None
 
     def contexts(self) -> list[Context]:
         """What each block of the encoder attends to besides the points."""
         made = []
         for index, block in enumerate(self.blocks):
-            learned = cast(Block, self.learned[index % len(self.learned)])
+            learned = cast(Block, self.learned[index])
             tokens = learned(self.tokens[index : index + 1])[0]
             made.append(block.context(tokens, self.gates[index] if len(self.gates) else None))
         return made
@@ -103,47 +95,25 @@ class FusedCrossAttention(Adapter):
     def around(self, share: float) -> Around:
         return attending(self.contexts(), share)
 
-    def replaced(self, share: float) -> dict[str, Tensor]:
-        return {} if self.norms is None else self.norms.replaced(self.encoder, share)
-
     def fuse(self) -> Fused:
         """The same function with keys and values computed once; not for training.
 
         Returns:
             An adapter of its own, which saves and loads like any other.
         """
-        return Fused.of(self, self.contexts(), self.norms)
-
-
-@dataclass(frozen=True)
-class FusedConfig(AdapterConfig):
-    """What a fused adapter has besides keys and values; see :class:`FcaConfig`."""
-
-    norms: bool = False
+        return Fused.of(self, self.contexts())
 
 
 class Fused(Adapter):
     """Keys and values that the frozen blocks attend to: what FCA or deep prompts come down to."""
 
     name: ClassVar[str] = "fused"
-    source: ClassVar[str] = "ours"
-    Config: ClassVar[type[AdapterConfig]] = FusedConfig
-    config: FusedConfig
-
-    def __init__(self, encoder: PointEncoder, config: FusedConfig | None = None) -> None:
-        super().__init__(encoder, config)
-        self.norms = NormShifts(encoder, fixed=True) if self.config.norms else None
 
     @classmethod
-    def of(
-        cls, adapter: Adapter, contexts: list[Context], norms: NormShifts | None = None
-    ) -> Fused:
-        """From an adapter, what its blocks attend to, and its differences to BatchNorms."""
+    def of(cls, adapter: Adapter, contexts: list[Context]) -> Fused:
+        """From an adapter, and what its blocks attend to."""
         own = adapter.config
-        config = FusedConfig(own.batch_norm, own.counts, own.fade, norms is not None)
-        made = cls(adapter.encoder, config)
-        if made.norms is not None and norms is not None:
-            made.norms.load_state_dict(norms.state_dict())
+        made = cls(adapter.encoder, AdapterConfig(own.batch_norm, own.counts, own.fade))
         for index, context in enumerate(contexts):
             made._put(index, context.keys, context.values, context.gate)
         if made.statistics is not None and adapter.statistics is not None:
@@ -154,7 +124,7 @@ class Fused(Adapter):
     def restore(
         cls, encoder: PointEncoder, config: Mapping[str, Any], state: Mapping[str, Tensor]
     ) -> Fused:
-        made = cls(encoder, cast(FusedConfig, cls.make_config(config)))
+        made = cls(encoder, cls.make_config(config))
         for index in range(len(encoder.blocks)):
             gate = state.get(f"gate_{index}")
             made._put(index, state[f"keys_{index}"], state[f"values_{index}"], gate)
@@ -169,9 +139,6 @@ class Fused(Adapter):
             for i in range(len(self.blocks))
         ]
         return attending(contexts, share)
-
-    def replaced(self, share: float) -> dict[str, Tensor]:
-        return {} if self.norms is None else self.norms.replaced(self.encoder, share)
 
     def _put(self, index: int, keys: Tensor, values: Tensor, gate: Tensor | None) -> None:
         gate = None if gate is None else gate.detach().clone()

@@ -14,37 +14,6 @@ from budwood.points.encoders.base import PointEncoder
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-class NormShifts(nn.Module):
-    """Learnable differences to the scales and shifts of each BatchNorm, at first 0.
-
-    Ours: BatchNorms stand where groups of points become tokens, before anything that attention can
-    put right.
-
-    Args:
-        encoder: whose they are added to.
-        fixed: not learnable.
-    """
-
-    def __init__(self, encoder: PointEncoder, fixed: bool = False) -> None:
-        super().__init__()
-        modules = encoder.named_modules()
-        norms = [name for name, module in modules if isinstance(module, BATCH_NORMS)]
-        self.names = tuple(f"{name}.{last}" for name in norms for last in ("weight", "bias"))
-        for index, name in enumerate(self.names):
-            zeros = torch.zeros_like(encoder.get_parameter(name))
-            if fixed:
-                self.register_buffer(f"difference_{index}", zeros)
-            else:
-                self.register_parameter(f"difference_{index}", nn.Parameter(zeros))
-
-    def replaced(self, encoder: PointEncoder, share: float) -> dict[str, Tensor]:
-        """By the names of the encoder's parameters; ``share`` scales the differences."""
-        return {
-            name: encoder.get_parameter(name) + share * getattr(self, f"difference_{index}")
-            for index, name in enumerate(self.names)
-        }
-
-
 class BatchStatistics(nn.Module):
     """Mean and variance of each BatchNorm, at first those of the encoder.
 

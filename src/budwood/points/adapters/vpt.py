@@ -42,7 +42,6 @@ class ShallowPrompts(Adapter):
     """Prompts that enter before the first block and pass through all; pooling does not see them."""
 
     name: ClassVar[str] = "vpt-shallow"
-    source: ClassVar[str] = "VPT, arXiv 2203.12119"
     Config: ClassVar[type[AdapterConfig]] = VptConfig
     config: VptConfig
 
@@ -67,7 +66,6 @@ class DeepPrompts(Adapter):
     """Prompts of their own in every block, dropped after it."""
 
     name: ClassVar[str] = "vpt-deep"
-    source: ClassVar[str] = "VPT, arXiv 2203.12119"
     Config: ClassVar[type[AdapterConfig]] = VptConfig
     config: VptConfig
 

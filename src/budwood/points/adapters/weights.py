@@ -72,7 +72,6 @@ class Lora(_Copies):
     """
 
     name: ClassVar[str] = "lora"
-    source: ClassVar[str] = "LoRA, arXiv 2106.09685"
     Config: ClassVar[type[AdapterConfig]] = LoraConfig
     config: LoraConfig
 
@@ -114,7 +113,6 @@ class Tent(_Copies):
     """
 
     name: ClassVar[str] = "tent"
-    source: ClassVar[str] = "Tent, arXiv 2006.10726"
 
     def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
         return tuple(
@@ -129,7 +127,6 @@ class FullFineTuning(_Copies):
     """A copy of every parameter."""
 
     name: ClassVar[str] = "full"
-    source: ClassVar[str] = "fine-tuning"
 
     def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
         return tuple(name for name, _ in encoder.named_parameters())

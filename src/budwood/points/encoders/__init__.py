@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from budwood.errors import InputError
+from budwood.errors import InputError, first_line
 from budwood.points.encoders.base import EncoderSpec, Hub, PointEncoder, Preparation
 from budwood.points.encoders.checkpoints import fit, read_checkpoint, state_of
 from budwood.registry import Registry
@@ -99,7 +99,7 @@ def download(hub: Hub) -> Path:
     try:
         return Path(hf_hub_download(hub.repo, hub.file, repo_type=hub.kind))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot download {hub.file} of {hub.repo}: {line}; give a local file as checkpoint"
+            f"cannot download {hub.file} of {hub.repo}: {first_line(error)}; give a local file as "
+            "checkpoint"
         ) from None

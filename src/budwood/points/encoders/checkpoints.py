@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from budwood.errors import InputError, UnsupportedModelError
+from budwood.errors import InputError, UnsupportedModelError, first_line
 from budwood.points.encoders.base import PointEncoder, scale_of
 
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -64,8 +64,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason = f"it needs {wanted[1]}, and loading that could run code" if wanted else "damaged"
         raise InputError(f"{file} is refused: {reason}") from None
     except Exception as error:  # torch's unpickler raises what damaged bytes happen to
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file} is truncated or no checkpoint: {line}") from None
+        raise InputError(f"{file} is truncated or no checkpoint: {first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{file} holds a {type(content).__name__}, expected a state dict")
     return dict(content)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood.errors import InputError
+from budwood.errors import InputError, first_line
 from budwood.points.io.cloud import Cloud, make_cloud
 from budwood.points.io.options import ReadOptions
 
@@ -36,8 +36,7 @@ def need(module: str, what: str) -> Any:
 
 def damaged(path: Path, error: BaseException) -> InputError:
     """The error for a file that a library failed on."""
-    lines = str(error).strip().splitlines()
-    return InputError(f"{path} is truncated or damaged: {lines[0] if lines else type(error)}")
+    return InputError(f"{path} is truncated or damaged: {first_line(error)}")
 
 
 def read_las(path: Path, options: ReadOptions) -> Cloud:

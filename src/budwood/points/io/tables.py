@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood.errors import InputError
+from budwood.errors import InputError, first_line
 from budwood.points.io.cloud import Cloud, make_cloud
 from budwood.points.io.options import ReadOptions
 
@@ -120,7 +120,7 @@ def read_text(path: Path, options: ReadOptions) -> Cloud:
                 encoding=TEXT,
             )
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no table of numbers: {_first_line(error)}") from None
+        raise InputError(f"{path} is no table of numbers: {first_line(error)}") from None
     if table.size == 0:
         raise InputError(f"{path} has no points")
     if layout.n_points is not None and len(table) != layout.n_points:
@@ -194,11 +194,7 @@ def _numpy_errors(path: Path) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # zip, zlib, tokenizer and parser raise what they happen to
-        text = _first_line(error)
+        text = first_line(error)
         if "allow_pickle" in text:
             text = "it holds pickled objects, which could run code; save plain arrays"
         raise InputError(f"{path} is truncated or no NumPy file: {text}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
