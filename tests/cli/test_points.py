@@ -129,8 +129,22 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
     kept = (output / "adapter.safetensors").read_bytes()
     refused(budwood(*command), "exists; choose another folder")
     assert (output / "adapter.safetensors").read_bytes() == kept
-    again = budwood(*command[:-9], tmp_path / "b", "--method", "adabn", "--json")
-    assert json.loads(again.stdout)["params"] == 0
+    (scans / "2.npy").write_bytes(b"no array")
+    (tmp_path / "names.txt").write_text("\ufeffball\nstick\n", encoding="utf-8")
+    command = ["points", "adapt", scans, "--output", tmp_path / "b", "--json"]
+    refused(budwood(*command, "--method", "esp-zero"), "give one of --labels")
+    again = budwood(*command, "--method", "adabn")
+    found = json.loads(again.stdout)
+    assert found["params"] == 0 and found["clouds"] == 6
+    assert [one["cloud"] for one in found["skipped"]] == [str(scans / "2.npy")]
+    assert again.stderr.startswith(f"left out: {scans / '2.npy'}")
+    (tmp_path / "file").write_text("")
+    refused(budwood(*command[:3], "--output", tmp_path / "file" / "x"), "is a file; give a folder")
+    named = budwood("classify", scans / "0.npy", "--labels-file", tmp_path / "names.txt", "--json")
+    assert set(json.loads(named.stdout)["rows"][0]["names"]) == {"ball", "stick"}
+    for file in scans.iterdir():
+        file.write_bytes(b"no array")
+    refused(budwood(*command[:3], "--output", tmp_path / "c"), "0.npy", "no NumPy file")
 
 
 def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
@@ -261,6 +275,8 @@ def test_ls(budwood):
         (["--labels", NAMES, "--checkpoint", "no.pt"], "no.pt"),
         (["--labels", NAMES, "--sampler", "dense"], "unknown sampler"),
         (["--labels", NAMES, "--up", "x"], "up='x'"),
+        (["--labels", NAMES, "--columns", "xyzr"], "columns='xyzr' must have"),
+        (["--labels", NAMES, "--device", "cudda"], "device 'cudda' cannot be used"),
         (["--labels", NAMES, "--adapter", "no"], "there is no adapter at no"),
         (["--labels", NAMES, "--points", 1], "--points"),
         (["--labels", NAMES, "--plot", "out.gif"], "must end in .png"),
@@ -286,6 +302,8 @@ def test_bad_clouds(budwood, scans, tmp_path):
     refused(budwood("classify", tmp_path / "no.ply", "--labels", NAMES), "does not exist")
     (tmp_path / "nothing").mkdir()
     refused(budwood("classify", tmp_path / "nothing", "--labels", NAMES), "no file of a known")
+    both = ["--csv", tmp_path / "a.png", "--plot", tmp_path / "." / "a.png"]
+    refused(budwood("classify", scans / "0.npy", "--labels", NAMES, *both), "are both")
     many = budwood("classify", scans, "--labels", NAMES, "--plot", tmp_path / "a.png")
     refused(many, "draws one cloud")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from budwood.errors import InputError, OutputError, ShapeError, UnknownNameError
-from budwood.points import METHODS, AdaptConfig, Curriculum, Objective, adapt, load_adapter
+from budwood.errors import DivergedError, InputError, OutputError, ShapeError, UnknownNameError
+from budwood.points import (
+    METHODS,
+    AdaptConfig,
+    Curriculum,
+    Objective,
+    TextEmbeddings,
+    adapt,
+    load_adapter,
+    make_adapter,
+)
 from budwood.points.adapt import SAVE_EVERY, STATE, stacked, thinned
 from budwood.points.classify import encode
 from budwood.points.io import Cloud
 from budwood.points.methods import Method
 from tests.points import models, sets
 
+adapt_module = sys.modules["budwood.points.adapt"]
 COUNTS = Curriculum((30, 12, 6))
 
 
@@ -225,13 +236,78 @@ def test_thinned():
 
 
 def test_stacked_cuts_to_the_smallest():
-    a, b = torch.randn(9, 3), torch.randn(5, 3)
-    xyz, rgb = stacked([(a, a), (b, b)], 0.4)
-    assert xyz.shape == (2, 5, 3) and torch.equal(xyz[1], b) and torch.equal(rgb, xyz)
-    assert len({tuple(row) for row in xyz[0].tolist()} & {tuple(row) for row in a.tolist()}) == 5
+    a, b, red = torch.randn(9, 3), torch.randn(5, 3), torch.rand(9, 3)
+    xyz, rgb = stacked([(a, red), (b, b)], 0.4)
+    assert xyz.shape == (2, 5, 3) and torch.equal(xyz[1], b) and torch.equal(rgb[1], b)
+    rows = [red.tolist().index(color) for color in rgb[0].tolist()]
+    assert rows == [0, 2, 4, 6, 8]
+    kept = a[rows] - a[rows].mean(0)
+    torch.testing.assert_close(xyz[0], kept / kept.norm(dim=1).max())
     assert stacked([(a, None), (b, None)], 0.4)[1] is None
-    mixed = stacked([(a, a), (b, None)], 0.4)[1]
-    assert torch.equal(mixed[0], xyz[0]) and (mixed[1] == 0.4).all()
+    mixed = stacked([(a, red), (b, None)], 0.4)[1]
+    assert torch.equal(mixed[0], rgb[0]) and (mixed[1] == 0.4).all()
+
+
+def test_a_sparse_cloud_leaves_the_others_as_they_are(monkeypatch):
+    model = sprout()
+    clouds = prepared(model)
+    few = (clouds[0][0][:8], None)
+    seen = []
+    inner = adapt_module.stacked
+    monkeypatch.setattr(
+        adapt_module, "stacked", lambda clouds, grey: seen.append(clouds) or inner(clouds, grey)
+    )
+    config = AdaptConfig("lora", 30, batch_size=4, curriculum=COUNTS)
+    adapter = adapt([*clouds, few], sets.texts(model.embed_dim), model, config)
+    assert {len(xyz) for batch in seen for xyz, _ in batch} == {32, 30, 16, 12, 6}
+    assert all(len({len(xyz) for xyz, _ in batch}) == 1 for batch in seen)
+    alone = adapt(clouds, sets.texts(model.embed_dim), model, config)
+    assert torch.equal(adapter.statistics.mean_0, alone.statistics.mean_0)  # none of few points
+    with pytest.raises(InputError, match="no cloud has 12 points, the densest has 8; give denser"):
+        adapt([few], None, model, AdaptConfig(steps=1, curriculum=Curriculum((30, 12))))
+
+
+def test_a_loss_that_is_no_number_ends_it(tmp_path):
+    model = sprout()
+    config = AdaptConfig("lora", 6, lr=1e30, curriculum=COUNTS)
+    with pytest.raises(DivergedError, match="at step 2.*give a learning rate below 1e\\+30"):
+        adapt(prepared(model), sets.texts(model.embed_dim), model, config, output=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_features_that_are_no_numbers_are_refused():
+    model = sprout()
+    adapter = adapt(prepared(model), None, model, AdaptConfig(steps=1, curriculum=COUNTS))
+    with torch.no_grad():
+        adapter.up[0].fill_(float("nan"))
+    with pytest.raises(InputError, match="sprout with the adapter gives NaN or infinite features"):
+        encode(model, [(torch.randn(6, 3), None)], adapter)
+
+
+def test_names_are_for_those_who_compare_them():
+    model = sprout()
+    one = TextEmbeddings(("ball",), torch.ones(1, model.embed_dim))
+    for method in ("sparse-lora", "adabn"):
+        config = AdaptConfig(method, 2, curriculum=COUNTS)
+        with_names, without = (
+            adapt(prepared(model), texts, model, config).state_dict()
+            for texts in (sets.texts(model.embed_dim), None)
+        )
+        assert all(torch.equal(with_names[key], without[key]) for key in without)
+    for texts, n in ((None, 0), (one, 1)):
+        with pytest.raises(InputError, match=f"'esp-zero-paper' compares names, .* there are {n};"):
+            adapt(prepared(model), texts, model, AdaptConfig("esp-zero-paper", 1))
+
+
+@pytest.mark.parametrize("n_names", [2, 5])
+def test_few_names_teach_too(n_names):
+    model = sprout()
+    texts = TextEmbeddings(tuple("abcde"[:n_names]), torch.eye(model.embed_dim)[:n_names])
+    config = AdaptConfig("esp-zero-paper", 2, lr=0.1, curriculum=COUNTS)
+    adapter = adapt(prepared(model), texts, model, config)
+    torch.manual_seed(config.seed)
+    fresh = make_adapter("fca", model)
+    assert not torch.equal(adapter.tokens, fresh.tokens)
 
 
 def test_lidar_sees_all_encoders_clouds_upright():
@@ -320,7 +396,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="no clouds"):
         adapt([], sets.texts(model.embed_dim), model, config)
     with pytest.raises(ShapeError, match="13 wide"):
-        adapt(prepared(model), sets.texts(13), model, config)
+        adapt(prepared(model), sets.texts(13), model, dataclasses.replace(config, method="lora"))
     bad = dataclasses.replace(config, options={"rang": 3})
     with pytest.raises(InputError, match="no option 'rang'"):
         adapt(prepared(model), sets.texts(model.embed_dim), model, bad)

@@ -29,7 +29,9 @@ def logits(n=5, c=7, seed=0, scale=3.0):
 def test_negatives():
     teacher = torch.tensor([[5.0, 4.0, 0.0, -9.0]])
     assert negatives(teacher, k=2).tolist() == [[False, False, True, True]]
-    assert negatives(teacher, k=9).tolist() == [[False] * 4]
+    assert negatives(teacher, k=9).tolist() == [[False, False, True, True]]  # half, at most
+    assert negatives(teacher[:, :1], k=9).tolist() == [[False]]
+    assert negatives(teacher[:, :3], k=9).tolist() == [[False, True, True]]
     assert negatives(teacher, "all_but_argmax").tolist() == [[False, True, True, True]]
     assert negatives(teacher, "threshold", threshold=0.01).tolist() == [[False, False, True, True]]
     flat = torch.zeros(1, 4)

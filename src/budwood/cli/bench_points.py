@@ -32,7 +32,7 @@ MARKDOWN = {
     "seen_top5": ".1%",
     "novel_top1": ".1%",
     "params": ",",
-    "lr": "",
+    "lr": ".1g",
     "seconds": ".0f",
 }
 """Columns of the Markdown table of a record."""
@@ -59,6 +59,7 @@ def bench_points(
     ] = False,
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
+    device: options.Device = "auto",
     out: options.Out = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against points.")
@@ -91,20 +92,21 @@ def bench_points(
         sampler,
         tune=tune,
     )
-    record = _measure(config, encoder, checkpoint, results)
+    record = _measure(config, encoder, checkpoint, device, results)
     columns = {key: (key, spec) for key, spec in MARKDOWN.items()}
     results.publish(record, columns, notes=[_legend(record.config)], draw=_draw)
 
 
 def _measure(
-    config: BenchConfig, encoder: str, checkpoint: Path | None, results: Results
+    config: BenchConfig, encoder: str, checkpoint: Path | None, device: str, results: Results
 ) -> records.Record:
     from budwood.points import load_clouds
     from budwood.points.bench import run
 
     with working("reading clouds"):
         given = load_clouds()
-    model, words = clouds.load(encoder, checkpoint, list(given.labels), None)
+    model = clouds.load(encoder, checkpoint, device)
+    words = clouds.words_of(model, list(given.labels))
 
     about = _described(config, model, given)
 

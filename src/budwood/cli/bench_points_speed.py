@@ -34,12 +34,11 @@ def bench_points_speed(
     Example:
       budwood bench points-speed --points 1024,64 --out speed.json
     """
-    from budwood.points import load_encoder
     from budwood.points.speed import encoder_rows, grouping_rows
 
     counts = options.counts_of(points, "points")
     results = Results(out, force, json)
-    model = load_encoder(encoder, checkpoint)
+    model = clouds.load(encoder, checkpoint, "cpu")
     rows = []
     with working("measuring"):
         for n_points in counts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from budwood.errors import InputError
 from budwood.figures import need_matplotlib
 
 if TYPE_CHECKING:
-    from budwood.points import Cloud, PointEncoder, Ranking
+    from budwood.points import PointEncoder, Ranking
 
 BATCH = 32
 
@@ -49,6 +48,7 @@ def classify(
     table: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the names as CSV.")
     ] = None,
+    device: options.Device = "auto",
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -66,27 +66,30 @@ def classify(
 
     names = clouds.names_of(labels, labels_file, embeddings)
     SAMPLERS.get(sampler)
+    reading = clouds.Reading(columns, drop_invalid, up, seed)
     files = clouds.files_of(paths, labels_file, table)
     if plot:
         if len(files) > 1:
             raise InputError(f"--plot draws one cloud, and there are {len(files)}")
+        if table and table.resolve() == plot.resolve():
+            raise InputError(f"--csv and --plot are both {plot}; give two names")
         reserve_picture(plot, force)
         need_matplotlib()
     if table:
         reserve(table, force)
-    model, words = clouds.load(encoder, checkpoint, names, embeddings)
-    settings = {"points": points, "sampler": sampler, "up": up, "seed": seed, "top": top}
-    found, skipped = _rank(files, model, words, adapter, settings, (columns, drop_invalid))
-    rankings = [ranking for _, ranking in found]
+    model = clouds.load(encoder, checkpoint, device)
+    words = clouds.words_of(model, names, embeddings)
+    how = {"points": points, "sampler": sampler}
+    rankings, skipped = _rank(files, model, words, adapter, reading, top, **how)
     if table:
         write_whole(table, lambda part: _write_csv(rankings, part))
         say(f"wrote {table}")
     if plot:
-        write_whole(plot, lambda part: _draw(found[0], model, settings, part))
+        write_whole(plot, lambda part: _draw(files[0], rankings[0], model, reading, how, part))
         say(f"wrote {plot}")
     if json:
         named = str(adapter) if adapter else None
-        about = {"encoder": model.name, "adapter": named, **settings}
+        about = {"encoder": model.name, "adapter": named, **how, "up": up, "seed": seed, "top": top}
         print_json({**about, "rows": _rows(rankings), "skipped": skipped})
     else:
         _print(rankings)
@@ -101,48 +104,29 @@ def _rank(
     model: PointEncoder,
     words: Any,
     adapter: Path | None,
-    settings: dict[str, Any],
-    reading: tuple[str | None, bool],
-) -> tuple[list[tuple[Cloud | None, Ranking]], list[dict[str, str]]]:
+    reading: clouds.Reading,
+    top: int,
+    **how: Any,
+) -> tuple[list[Ranking], list[dict[str, str]]]:
     """Rankings, and the clouds that have none, with the reason.
-
-    A ranking is with its cloud if there is but one, since a folder's do not fit into memory.
 
     Raises:
         InputError: no cloud can be named.
     """
-    from budwood.points import classify, load_adapter
+    from budwood.points import load_adapter
+    from budwood.points.classify import rank
 
     adapted = None if adapter is None else load_adapter(adapter, model)
-
-    def name(part: list[Path]) -> list[tuple[Cloud | None, Ranking]]:
-        given = list(clouds.read_each(part, *reading, settings["seed"]))
-        rankings = classify(given, words, encoder=model, adapter=adapted, **settings)
-        return list(zip(given if len(files) == 1 else [None] * len(given), rankings))
-
-    found: list[tuple[Cloud | None, Ranking]] = []
+    found: list[Ranking] = []
     skipped: list[dict[str, str]] = []
     with progress("clouds") as advance:
         for part in clouds.chunks(files, BATCH):
-            try:
-                found += name(part)
-            except InputError:
-                found += _one_by_one(name, part, skipped)
+            prepared = list(reading.prepare_each(model, part, skipped, **how))
+            found += rank(prepared, words, model, adapted, top=top)
             advance(len(found) + len(skipped), len(files))
     if not found:
         raise InputError(skipped[0]["reason"])
     return found, skipped
-
-
-def _one_by_one(
-    name: Callable[[list[Path]], list[Any]], files: list[Path], skipped: list[dict[str, str]]
-) -> Iterator[Any]:
-    """What ``name`` makes of each file; one that it refuses goes to ``skipped``."""
-    for file in files:
-        try:
-            yield from name([file])
-        except InputError as error:
-            skipped.append({"cloud": str(file), "reason": str(error)})
 
 
 def _rows(rankings: list[Ranking]) -> list[dict[str, Any]]:
@@ -182,15 +166,17 @@ def _print(rankings: list[Ranking]) -> None:
 
 
 def _draw(
-    found: tuple[Cloud | None, Ranking], model: PointEncoder, settings: dict[str, Any], path: Path
+    file: Path,
+    ranking: Ranking,
+    model: PointEncoder,
+    reading: clouds.Reading,
+    how: dict[str, Any],
+    path: Path,
 ) -> None:
     from budwood.points.picture import draw
 
-    cloud, ranking = found
-    assert cloud is not None
-    rest = {key: settings[key] for key in ("up", "sampler", "seed")}
-    dense, _ = model.prepare(cloud, **rest)
-    sparse, _ = model.prepare(cloud, settings["points"], **rest)
+    dense, _ = reading.prepare(model, file)
+    sparse, _ = reading.prepare(model, file, **how)
     told = f"{len(sparse)} points: {ranking.best} {ranking.scores[0]:.0%}"
     views = [(told, sparse.numpy())]
     if len(sparse) < len(dense):

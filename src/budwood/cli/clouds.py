@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from budwood.cli.console import working
+from budwood.cli.models import be_quiet, device_of
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.points import Cloud, PointEncoder, TextEmbeddings
+    from budwood.points import PointEncoder, TextEmbeddings
 
 Clouds = Annotated[
     list[Path],
@@ -58,7 +60,7 @@ def names_of(labels: str | None, file: Path | None, embeddings: Path | None) -> 
     if file is None:
         return None
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise InputError(f"cannot read {file}: {reason}") from None
@@ -80,26 +82,71 @@ def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
     return files
 
 
-def load(
-    encoder: str, checkpoint: Path | None, names: list[str] | None, embeddings: Path | None
-) -> tuple[PointEncoder, TextEmbeddings]:
-    """An encoder, and names in its space."""
+def load(encoder: str, checkpoint: Path | None, device: str) -> PointEncoder:
+    """An encoder on a device."""
     from budwood.points import load_encoder
+
+    where = device_of(device)
+    with working("loading the encoder"):
+        return load_encoder(encoder, checkpoint, device=where)
+
+
+def words_of(
+    model: PointEncoder, names: list[str] | None, embeddings: Path | None = None
+) -> TextEmbeddings:
+    """Names in the space of an encoder, from its text tower or from a file."""
     from budwood.points.classify import embed_names
 
-    with working("loading the encoder and the text tower"):
-        model = load_encoder(encoder, checkpoint)
-        return model, embed_names(model, names, embeddings=embeddings)
+    with working("embedding the names"):
+        be_quiet()
+        return embed_names(model, names, embeddings=embeddings)
 
 
-def read_each(
-    files: list[Path], columns: str | None, drop_invalid: bool, seed: int
-) -> Iterator[Cloud]:
-    """The clouds of some files, one after the other."""
-    from budwood.points import read
+@dataclass(frozen=True)
+class Reading:
+    """How files become what an encoder takes.
 
-    invalid = "drop" if drop_invalid else "error"
-    return (read(path, columns=columns, invalid=invalid, seed=seed) for path in files)
+    Attributes:
+        columns: of tables.
+        drop_invalid: leave out points that are NaN or infinite.
+        up: the axis that points up.
+        seed: of sampling.
+
+    Raises:
+        InputError: there are no such columns or axis.
+    """
+
+    columns: str | None
+    drop_invalid: bool
+    up: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        from budwood.points.io.options import ReadOptions
+        from budwood.points.sampling import check_up
+
+        ReadOptions(columns=self.columns)
+        check_up(self.up)
+
+    def prepare(
+        self, model: PointEncoder, file: Path, points: int | None = None, sampler: str = "random"
+    ) -> Any:
+        """The xyz and rgb of a file, as :meth:`PointEncoder.prepare` returns them."""
+        from budwood.points import read
+
+        invalid = "drop" if self.drop_invalid else "error"
+        cloud = read(file, columns=self.columns, invalid=invalid, seed=self.seed)
+        return model.prepare(cloud, points, up=self.up, sampler=sampler, seed=self.seed)
+
+    def prepare_each(
+        self, model: PointEncoder, files: list[Path], skipped: list[dict[str, str]], **how: Any
+    ) -> Iterator[tuple[str, Any]]:
+        """What each file is called and holds; one that cannot be used goes to ``skipped``."""
+        for file in files:
+            try:
+                yield str(file), self.prepare(model, file, **how)
+            except InputError as error:
+                skipped.append({"cloud": str(file), "reason": str(error)})
 
 
 def chunks(items: list[Path], size: int) -> Iterator[list[Path]]:

@@ -47,7 +47,8 @@ def demo(
         if file.exists():
             raise InputError(f"{file} exists, perhaps of an earlier demo; choose another --dir")
     given = load_clouds()
-    model, words = clouds.load("sprout", None, list(given.labels), None)
+    model = clouds.load("sprout", None, "auto")
+    words = clouds.words_of(model, list(given.labels))
     adapter = _adapted(given, words, model, adapted, steps, seed)
     tested = given.where(group="unseen", use="test")
     rows = _name_all(tested, words, model, adapter, points, seed)

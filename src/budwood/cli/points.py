@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from budwood.cli import clouds, demo_points, options
-from budwood.cli.console import out, print_json, progress
+from budwood.cli.console import out, print_json, progress, say
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from budwood.points import PointEncoder
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("demo")(demo_points.demo)
@@ -20,7 +24,7 @@ def points(context: typer.Context) -> None:
 
     \b
     Example:
-      budwood points adapt scans/ --labels chair,table,lamp --output adapted/
+      budwood points adapt scans/ --output adapted/
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -49,22 +53,25 @@ def adapt(
     columns: clouds.Columns = None,
     drop_invalid: clouds.DropInvalid = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
     """Adapt an encoder with unlabelled dense clouds, so that a few of their points will do.
 
-    The names say what could be there; which cloud is which stays unknown. The encoder is not
-    changed: the adapter is a small file beside it, for `budwood classify --adapter`. Killed and
+    Some methods, such as esp-zero, compare names, which say what could be there; which cloud is
+    which stays unknown. The encoder is not changed: the adapter is a small file beside it, for
+    `budwood classify --adapter`. Clouds that cannot be read are named and left out. Killed and
     started again with the same options, it goes on where it was.
 
     \b
     Example:
-      budwood points adapt scans/ --labels-file names.txt --output adapted/
+      budwood points adapt scans/ --output adapted/
+      budwood points adapt scans/ --output adapted/ --method esp-zero --labels-file names.txt
     """
     from budwood.points import AdaptConfig, Curriculum
+    from budwood.points import adapt as run
     from budwood.points.adapt import check_output
 
-    names = clouds.names_of(labels, labels_file, embeddings)
     config = AdaptConfig(
         method,
         steps,
@@ -74,25 +81,44 @@ def adapt(
         curriculum=Curriculum(options.counts_of(counts, "counts")),
         sampler=sampler,
     )
+    needed = config.resolved.compares_names
+    names = clouds.names_of(labels, labels_file, embeddings) if needed else None
+    reading = clouds.Reading(columns, drop_invalid, up, seed)
     check_output(output, config)
     files = clouds.files_of(paths, labels_file)
-    model, words = clouds.load(encoder, checkpoint, names, embeddings)
-    given = []
-    with progress("reading") as advance:  # raw clouds of a folder need not fit into memory
-        for cloud in clouds.read_each(files, columns, drop_invalid, seed):
-            given.append(model.prepare(cloud, up=up))
-            advance(len(given), len(files))
-    from budwood.points import adapt as run
-
+    model = clouds.load(encoder, checkpoint, device)
+    words = clouds.words_of(model, names, embeddings) if needed else None
+    given, skipped = _read(files, model, reading)
     with progress("steps") as advance:
         adapter = run(given, words, model, config, output=output, on_step=advance)
     n_params = sum(p.numel() for p in adapter.parameters())
     if json:
         about = {"encoder": model.name, "method": method, "clouds": len(given), "params": n_params}
-        print_json(about | {"steps": steps, "output": str(output)})
+        print_json(about | {"steps": steps, "output": str(output), "skipped": skipped})
     else:
         out().print(
             f"adapted {model.name} by {method} to {len(given)} clouds: {n_params:,} parameters in "
             f"{output}",
             markup=False,
         )
+
+
+def _read(
+    files: list[Path], model: PointEncoder, reading: clouds.Reading
+) -> tuple[list[Any], list[dict[str, str]]]:
+    """The clouds, prepared, and those that cannot be used, with the reason.
+
+    Raises:
+        InputError: no cloud can be used.
+    """
+    given: list[Any] = []
+    skipped: list[dict[str, str]] = []
+    with progress("reading") as advance:  # one by one: raw clouds need not fit into memory
+        for _, cloud in reading.prepare_each(model, files, skipped):
+            given.append(cloud)
+            advance(len(given) + len(skipped), len(files))
+    if not given:
+        raise InputError(skipped[0]["reason"])
+    for one in skipped:
+        say(f"left out: {one['reason']}")
+    return given, skipped

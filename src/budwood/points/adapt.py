@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError, OutputError, first_line
+from budwood.errors import DivergedError, InputError, OutputError, first_line
 from budwood.points.adapters import Adapter, identity, make_adapter
 from budwood.points.adapters.base import FILE
 from budwood.points.classify import embed_names, encode
@@ -99,7 +99,7 @@ class AdaptConfig:
 
 def adapt(
     clouds: Sequence[Cloud] | Prepared,
-    texts: TextEmbeddings,
+    texts: TextEmbeddings | None,
     encoder: PointEncoder,
     config: AdaptConfig | None = None,
     *,
@@ -115,8 +115,9 @@ def adapt(
 
     Args:
         clouds: dense ones, unlabelled: as read, or as :meth:`PointEncoder.prepare` returns them.
-        texts: embeddings of names, of the encoder's own text tower. Which of them a cloud is
-            stays unknown.
+            Steps on more points than a cloud has are left to the others.
+        texts: embeddings of names, of the encoder's own text tower, for a method that compares
+            names; see :attr:`Method.compares_names`. Which of them a cloud is stays unknown.
         encoder: frozen.
         config: how; default ``AdaptConfig()``.
         output: a folder for the adapter. An unfinished run of the same settings there goes on
@@ -128,17 +129,21 @@ def adapt(
         The adapter, in evaluation mode.
 
     Raises:
-        InputError: no clouds, or unusable ones; or an output for a method that is more than an
-            adapter.
+        InputError: no clouds, or unusable ones; fewer than two names for a method that compares
+            them; or an output for a method that is more than an adapter.
         ShapeError: embeddings of another width than the encoder's features.
+        DivergedError: the loss or its gradient was NaN or infinite; no adapter is written.
         OutputError: the folder has an adapter, an unfinished run of other settings, or cannot be
             written.
     """
     config = config or AdaptConfig()
-    prepared = [encoder.prepare(one, up=up) if isinstance(one, Cloud) else one for one in clouds]
+    prepared = [
+        encoder.prepare(one, up=up, seed=config.seed) if isinstance(one, Cloud) else one
+        for one in clouds
+    ]
     if not prepared:
         raise InputError("there are no clouds to adapt to; give at least one")
-    texts = embed_names(encoder, texts)
+    texts = _compared(texts, encoder, config)
     if output is not None:
         check_output(Path(output), config)
     with torch.random.fork_rng(devices=[]):
@@ -152,6 +157,20 @@ def adapt(
     return adapter
 
 
+def _compared(
+    texts: TextEmbeddings | None, encoder: PointEncoder, config: AdaptConfig
+) -> TextEmbeddings | None:
+    """The names that a method compares; None if it compares none."""
+    if not config.resolved.compares_names:
+        return None
+    n_names = 0 if texts is None else len(texts.labels)
+    if n_names < 2:
+        raise InputError(
+            f"method {config.method!r} compares names, and there are {n_names}; give two or more"
+        )
+    return embed_names(encoder, texts)
+
+
 def check_output(folder: Path, config: AdaptConfig) -> None:
     """Whether an adapter can go to a folder, for a look before slow work; raises as adapt does."""
     method = config.resolved
@@ -162,8 +181,11 @@ def check_output(folder: Path, config: AdaptConfig) -> None:
         )
     if (folder / FILE).exists():
         raise OutputError(f"{folder / FILE} exists; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; give a folder")
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir():
+        raise OutputError(f"{there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {there}; choose another folder")
 
 
 def thinned(
@@ -178,28 +200,41 @@ def thinned(
         seed: of the draw.
     """
     xyz, rgb = cloud
-    points = xyz.double().numpy()
-    kept = SAMPLERS.get(sampler)(points, n_points, seed)
-    thin = normalize(Cloud(points[kept])).xyz
-    return torch.from_numpy(thin).float(), None if rgb is None else rgb[kept]
+    points = xyz.double()
+    kept = SAMPLERS.get(sampler)(points.numpy(), n_points, seed)
+    return _normalized(points[kept]), None if rgb is None else rgb[kept]
 
 
 def stacked(clouds: Prepared, grey: float) -> tuple[Tensor, Tensor | None]:
     """A batch of as many points each as the smallest cloud has, evenly spread over the others'.
 
-    LiDAR-like samples of one number differ in how many points they have.
+    LiDAR-like samples of one number differ in how many points they have. What was cut is normalised
+    again.
 
     Args:
         clouds: xyz and rgb (or None) of each.
         grey: colour of clouds without any among others with colours.
     """
     n_points = min(len(xyz) for xyz, _ in clouds)
-    kept = [torch.linspace(0, len(xyz) - 1, n_points).round().long() for xyz, _ in clouds]
-    xyz = torch.stack([cloud[rows] for (cloud, _), rows in zip(clouds, kept)])
-    if all(rgb is None for _, rgb in clouds):
+    parts = [_cut(cloud, n_points) for cloud in clouds]
+    xyz = torch.stack([xyz for xyz, _ in parts])
+    if all(rgb is None for _, rgb in parts):
         return xyz, None
-    colors = [torch.full_like(cloud, grey) if rgb is None else rgb for cloud, rgb in clouds]
-    return xyz, torch.stack([rgb[rows] for rgb, rows in zip(colors, kept)])
+    return xyz, torch.stack(
+        [xyz.new_full(xyz.shape[1:], grey) if rgb is None else rgb for _, rgb in parts]
+    )
+
+
+def _cut(cloud: tuple[Tensor, Tensor | None], n_points: int) -> tuple[Tensor, Tensor | None]:
+    xyz, rgb = cloud
+    if len(xyz) == n_points:
+        return cloud
+    rows = torch.linspace(0, len(xyz) - 1, n_points).round().long()
+    return _normalized(xyz[rows].double()), None if rgb is None else rgb[rows]
+
+
+def _normalized(xyz: Tensor) -> Tensor:
+    return torch.from_numpy(normalize(Cloud(xyz.numpy())).xyz).float()
 
 
 class _Run:
@@ -210,21 +245,17 @@ class _Run:
         adapter: Adapter,
         config: AdaptConfig,
         clouds: Prepared,
-        texts: TextEmbeddings,
+        texts: TextEmbeddings | None,
         folder: Path | None,
     ) -> None:
         self.adapter, self.config, self.clouds, self.texts = adapter, config, clouds, texts
         self.folder, self.step = folder, 0
         self.device = next(adapter.encoder.parameters()).device
+        self.sizes = np.array([len(xyz) for xyz, _ in clouds])
         method = config.resolved
-        counts = self._reached(config.curriculum.counts)
-        if not counts:
-            told = ", ".join(map(str, config.curriculum.counts))
-            raise InputError(
-                f"the adapter does nothing at {told} points: {adapter.encoder.name} was made for "
-                f"{adapter.encoder.grouping.n_dense}; give smaller counts"
-            )
-        self.curriculum = dataclasses.replace(config.curriculum, counts=counts)
+        self.curriculum = dataclasses.replace(
+            config.curriculum, counts=self._usable(config.curriculum.counts)
+        )
         self.objective, self.lr = method.objective, method.lr
         self.optim = None
         if self.objective is not None:
@@ -239,13 +270,12 @@ class _Run:
         if self.objective is None or self.optim is None:
             return
         teacher = encode(self.adapter.encoder, self.clouds).to(self.device)
-        vectors = self.texts.vectors.to(self.device)
+        vectors = None if self.texts is None else self.texts.vectors.to(self.device)
         while self.step < self.config.steps:
             rng = np.random.default_rng([self.config.seed, self.step])
-            chosen = rng.choice(
-                len(self.clouds), min(self.config.batch_size, len(self.clouds)), replace=False
-            )
-            xyz, rgb = self._batch(chosen, self._points(rng), rng)
+            n_points = self._points(rng)
+            chosen = self._chosen(n_points, self.config.batch_size, rng)
+            xyz, rgb = self._batch(chosen, n_points, rng)
             student = self.adapter(xyz, rgb, 1.0)  # whole: it fades in use alone
             loss = self.objective(
                 student, teacher[chosen], vectors, self.adapter.encoder.logit_scale
@@ -267,13 +297,47 @@ class _Run:
             group["lr"] = self.lr * _factor(self.step, self.config.steps)
         self.optim.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise DivergedError(
+                f"the loss or its gradient is NaN or infinite at step {self.step + 1}, and no "
+                f"adapter is written; give a learning rate below {self.lr:g}"
+            )
         self.optim.step()
         self.step += 1
+
+    def _usable(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Those at which the adapter does anything, and that there is a cloud for.
+
+        Raises:
+            InputError: none.
+        """
+        reached = self._reached(counts)
+        encoder, told = self.adapter.encoder, ", ".join(map(str, counts))
+        if not reached:
+            raise InputError(
+                f"the adapter does nothing at {told} points: {encoder.name} was made for "
+                f"{encoder.grouping.n_dense}; give smaller counts"
+            )
+        usable = self._with_clouds(reached)
+        if not usable:
+            raise InputError(
+                f"no cloud has {min(reached)} points, the densest has {self.sizes.max()}; give "
+                "denser clouds, or smaller counts"
+            )
+        return usable
 
     def _reached(self, counts: Sequence[int]) -> tuple[int, ...]:
         """Those at which the adapter does anything: one that fades is out of dense clouds."""
         return tuple(n for n in counts if self.adapter.share(n) > 0)
+
+    def _with_clouds(self, counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(n for n in counts if n <= self.sizes.max())
+
+    def _chosen(self, n_points: int, most: int, rng: np.random.Generator) -> np.ndarray:
+        """Which clouds: of those that have so many points."""
+        dense = np.flatnonzero(self.sizes >= n_points)
+        return rng.choice(dense, min(most, len(dense)), replace=False)
 
     def _points(self, rng: np.random.Generator) -> int:
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 32)))
@@ -294,11 +358,10 @@ class _Run:
 
     def _sparse_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         rng = np.random.default_rng(self.config.seed)
-        counts = self._reached(self.adapter.config.counts) or self.curriculum.counts
-        most = min(len(self.clouds), ESTIMATE_WITH)
-        for n_points in counts:
-            chosen = rng.choice(len(self.clouds), most, replace=False)
-            for start in range(0, most, 64):
+        counts = self._with_clouds(self._reached(self.adapter.config.counts))
+        for n_points in counts or self.curriculum.counts:
+            chosen = self._chosen(n_points, ESTIMATE_WITH, rng)
+            for start in range(0, len(chosen), 64):
                 yield self._batch(chosen[start : start + 64], n_points, rng)
 
     # What is kept of an unfinished run. -----------------------------------------------------------
@@ -310,13 +373,14 @@ class _Run:
                 dataclasses.asdict(self.config),
                 dataclasses.asdict(self.config.resolved),
                 identity(self.adapter.encoder),
-                self.texts.labels,
+                None if self.texts is None else self.texts.labels,
             ],
             default=str,
             sort_keys=True,
         )
         digest = hashlib.sha256(about.encode())
-        digest.update(self.texts.vectors.numpy().tobytes())
+        if self.texts is not None:
+            digest.update(self.texts.vectors.numpy().tobytes())
         for part in itertools.chain(*self.clouds):
             digest.update(b"" if part is None else part.numpy().tobytes())
         return digest.hexdigest()

@@ -87,25 +87,52 @@ def classify(
         UnsupportedModelError: an adapter or a checkpoint for another encoder.
     """
     _check_counts(top=top, batch_size=batch_size)
-    given = list(_as_clouds(clouds))
-    if not given:
-        raise InputError("there are no clouds; give at least one")
     model = load_encoder(encoder, checkpoint) if isinstance(encoder, str) else encoder
     words = embed_names(model, labels, embeddings=embeddings, text=text, templates=templates)
-    prepared = [model.prepare(cloud, points, up=up, sampler=sampler, seed=seed) for cloud in given]
     if isinstance(adapter, (str, os.PathLike)):
         adapter = load_adapter(adapter, model)
     elif adapter is not None and adapter.encoder is not model:
         raise UnsupportedModelError(
             f"the adapter stands around another {adapter.encoder.name} encoder; give that one too"
         )
-    features = encode(model, prepared, adapter, batch_size)
+    prepared = [  # one by one: files as they are read need not fit into memory together
+        (cloud.source, model.prepare(cloud, points, up=up, sampler=sampler, seed=seed))
+        for cloud in _as_clouds(clouds)
+    ]
+    if not prepared:
+        raise InputError("there are no clouds; give at least one")
+    return rank(prepared, words, model, adapter, top=top, batch_size=batch_size)
+
+
+def rank(
+    clouds: Sequence[tuple[str, tuple[Tensor, Tensor | None]]],
+    words: TextEmbeddings,
+    model: PointEncoder,
+    adapter: Adapter | None = None,
+    *,
+    top: int | None = None,
+    batch_size: int = 32,
+) -> list[Ranking]:
+    """Name prepared clouds; arguments as for :func:`classify`.
+
+    Args:
+        clouds: of each, what it is called, and its xyz and rgb from :meth:`PointEncoder.prepare`.
+        words: embeddings of the names.
+        model: the encoder.
+        adapter: made for this encoder.
+        top: names to return of each cloud; default all.
+        batch_size: clouds encoded at once.
+
+    Raises:
+        InputError: features that are NaN or infinite.
+    """
+    features = encode(model, [cloud for _, cloud in clouds], adapter, batch_size)
     scores = score(features, words.vectors, model.logit_scale)
     rankings = []
-    for cloud, (xyz, _), row in zip(given, prepared, scores):
+    for (source, (xyz, _)), row in zip(clouds, scores):
         order = row.argsort(descending=True, stable=True)[:top].tolist()
         names = tuple(words.labels[i] for i in order)
-        rankings.append(Ranking(cloud.source, names, tuple(row[order].tolist()), len(xyz)))
+        rankings.append(Ranking(source, names, tuple(row[order].tolist()), len(xyz)))
     return rankings
 
 
@@ -125,6 +152,9 @@ def encode(
 
     Returns:
         Not normalised, on the CPU, shape (n_clouds, embed_dim).
+
+    Raises:
+        InputError: some are NaN or infinite.
     """
     device = next(model.parameters()).device
     groups: dict[tuple[int, bool], list[int]] = {}
@@ -140,6 +170,9 @@ def encode(
                 colors = [color for i in part if (color := prepared[i][1]) is not None]
                 rgb = torch.stack(colors).to(device) if colored else None
                 features[part] = run(xyz, rgb).float().cpu()
+    if not features.isfinite().all():
+        whose = model.name if adapter is None else f"{model.name} with the adapter"
+        raise InputError(f"{whose} gives NaN or infinite features: its weights are damaged")
     return features
 
 

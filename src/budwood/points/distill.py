@@ -29,7 +29,8 @@ def negatives(
         teacher: logits, shape (batch, n_texts).
         rule: ``"outside_top_k"``, ``"threshold"`` (probability below ``threshold``) or
             ``"all_but_argmax"``.
-        k: for the first rule, 1 or more.
+        k: for the first rule, 1 or more; at most half of the texts are spared, so that few have
+            negatives too.
         threshold: for the second, in (0, 1).
 
     Returns:
@@ -45,7 +46,7 @@ def negatives(
     best = F.one_hot(teacher.argmax(-1), teacher.shape[-1]).bool()
     if rule == "threshold":
         return (teacher.softmax(-1) < threshold) & ~best
-    n_positive = 1 if rule == "all_but_argmax" else min(k, teacher.shape[-1])
+    n_positive = 1 if rule == "all_but_argmax" else max(1, min(k, teacher.shape[-1] // 2))
     kept = torch.zeros_like(best).scatter(-1, teacher.topk(n_positive, dim=-1).indices, True)
     return ~kept & ~best
 
@@ -135,29 +136,36 @@ class Objective:
             raise InputError(f"temperature={self.temperature} must be above 0")
         negatives(torch.zeros(1, 2), self.rule, k=self.k, threshold=self.threshold)
 
+    @property
+    def compares_names(self) -> bool:
+        """Whether a term is about names, and not about features alone."""
+        return bool(self.complementary or self.kl or self.entropy)
+
     def __call__(
-        self, student: Tensor, teacher: Tensor, texts: Tensor, logit_scale: float
+        self, student: Tensor, teacher: Tensor, texts: Tensor | None, logit_scale: float
     ) -> Tensor:
         """The loss of a batch.
 
         Args:
             student: features, shape (batch, d).
             teacher: features, same shape; no gradient goes there.
-            texts: embeddings of length 1, shape (n_texts, d).
+            texts: embeddings of length 1, shape (n_texts, d); None if no term compares names.
             logit_scale: factor on cosines.
 
         Returns:
             Shape ().
         """
         teacher = teacher.detach()
+        total = student.new_zeros(())
+        if self.cosine:
+            total = total + self.cosine * cosine(student, teacher)
+        if texts is None or not self.compares_names:
+            return total
         own = logit_scale * F.normalize(student, dim=-1) @ texts.T
         wise = logit_scale * F.normalize(teacher, dim=-1) @ texts.T
-        total = student.new_zeros(())
         if self.complementary:
             outside = negatives(wise, self.rule, k=self.k, threshold=self.threshold)
             total = total + self.complementary * complementary(own, outside)
-        if self.cosine:
-            total = total + self.cosine * cosine(student, teacher)
         if self.kl:
             total = total + self.kl * divergence(own, wise, self.temperature)
         if self.entropy:

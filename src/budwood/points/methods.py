@@ -41,6 +41,11 @@ class Method:
     density_aware: bool = True
     adjusts_texts: bool = False
 
+    @property
+    def compares_names(self) -> bool:
+        """Whether adapting takes embeddings of names."""
+        return self.objective is not None and self.objective.compares_names
+
 
 SHARED = Objective(complementary=1.0, cosine=1.0)
 """The paper's negatives and a positive term, ours: features as those of the dense cloud."""

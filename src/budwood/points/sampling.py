@@ -176,6 +176,16 @@ def check_extent(cloud: Cloud) -> None:
         )
 
 
+def check_up(axis: str) -> None:
+    """Refuse what is no axis that clouds are turned from or to.
+
+    Raises:
+        InputError: it is neither ``"y"`` nor ``"z"``.
+    """
+    if axis not in ("y", "z"):
+        raise InputError(f"up={axis!r} is unknown; give 'y' or 'z'")
+
+
 def to_up(xyz: Array, current: str, wanted: str) -> Array:
     """Turned so that another axis points up; a rotation, so that nothing is mirrored.
 
@@ -187,9 +197,8 @@ def to_up(xyz: Array, current: str, wanted: str) -> Array:
     Raises:
         InputError: another axis.
     """
-    for axis in (current, wanted):
-        if axis not in ("y", "z"):
-            raise InputError(f"up={axis!r} is unknown; give 'y' or 'z'")
+    check_up(current)
+    check_up(wanted)
     if current == wanted:
         return xyz
     x, y, z = xyz[:, 0], xyz[:, 1], xyz[:, 2]
