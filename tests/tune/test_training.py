@@ -160,7 +160,7 @@ def test_evaluation_and_forward_passes_without_backward_change_nothing():
 def test_checkpointing_counts_once_and_changes_nothing(reentrant):
     found = []
     for checkpointing in (False, True):
-        model = tiny.slim(l1=0.5)
+        model = tiny.slim(l1=0.5, margin=1.0, margin_inference=-1.0)
         if checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -529,10 +529,10 @@ def test_whitened_distances_soon_have_the_scale_of_training_data():
 
     clusters = make_clusters(tiny.config(n_directions=32, margin=0.0), 96, "k")
     for _ in range(10):
-        _, moments = clusters.distance(tokens(200), lambda: None, True)
+        _, moments = clusters.distance(tokens(200), lambda: None, gather=True, training=True)
         clusters.add(moments)
         clusters.commit(clusters.taken())
-    found, _ = clusters.distance(tokens(2000), lambda: None, False)
+    found, _ = clusters.distance(tokens(2000), lambda: None, gather=False, training=False)
     assert 0.8 < found.std() < 1.2 and abs(found.mean()) < 0.5
 
 

@@ -37,11 +37,21 @@ REFUSAL = (
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass of one adapter."""
+    """One forward pass of one adapter.
+
+    Attributes:
+        name: of the adapter.
+        config: of the adapter.
+        training: whether it is one of training, which reentrant checkpointing begins without
+            gradients.
+        gather: whether it has gradients, so that statistics are gathered in its backward pass.
+        masked: whether a mask of dynamic merging is in force.
+    """
 
     name: str
     config: SlimConfig
     training: bool
+    gather: bool
     masked: bool
 
 
@@ -167,9 +177,9 @@ class SlimLinear(nn.Module, SlimLayer):
     def _with_experts(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """The layer's output with an adapter, shape (…, d_out), from that without it."""
         config = self.slim_config[name]
-        training = self.training and torch.is_grad_enabled() and self.slim_in[name].requires_grad
+        training = self.training and self.slim_in[name].requires_grad
         masked = name in self.slim_mask and (self.training or config.merge_inference == "mask")
-        now = _Pass(name, config, training, masked)
+        now = _Pass(name, config, training, training and torch.is_grad_enabled(), masked)
         distance, moments = self._distance(x, now)
         side_in, side_out = self._sides(now, moments)
         lean = self._skips(x)
@@ -195,7 +205,7 @@ class SlimLinear(nn.Module, SlimLayer):
         if shared is not None and shared.follows:
             return clusters.measured(x.shape[:-1].numel()), None
         fitted = functools.partial(self._fitted, x, now.config)
-        return clusters.distance(x, fitted, now.training)
+        return clusters.distance(x, fitted, gather=now.gather, training=now.training)
 
     def discriminants(self) -> list[tuple[Discriminant, SlimConfig]]:
         """This layer's own that are fitted before training, of adapters that are being trained."""
@@ -223,7 +233,7 @@ class SlimLinear(nn.Module, SlimLayer):
 
     def _sides(self, now: _Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
         """How this pass uses ``slim_in`` and ``slim_out``."""
-        if not (now.training or now.masked):
+        if not (now.gather or now.masked):
             return None, None
         slim_in, slim_out = self.slim_in[now.name], self.slim_out[now.name]
         config, mask = now.config, self.slim_mask[now.name] if now.masked else None

@@ -100,7 +100,7 @@ class Clusters(_Kept):
         self._last: tuple[Any, ...] | None = None
 
     def distance(
-        self, x: Tensor, keep: Callable[[], Tensor | None], gather: bool
+        self, x: Tensor, keep: Callable[[], Tensor | None], *, gather: bool, training: bool
     ) -> tuple[Tensor | None, Moments | None]:
         """Standardised distance of each token, computed once for layers that share an input.
 
@@ -108,13 +108,14 @@ class Clusters(_Kept):
             x: the layer's input, shape (…, d_in).
             keep: gives the tokens that count, bool of shape (n_tokens,), or None for all.
             gather: also return moments; None if another layer has got those of this input.
+            training: which margin holds.
 
         Returns:
             Distances, shape (n_tokens,), None in the first two steps; and moments or None.
         """
         if not gather and self.steps < 2:
             return None, None
-        place = (version(x), gather, self.steps)
+        place = (version(x), gather, training, self.steps)
         if self._last is not None and self._last[0]() is x and self._last[1] == place:
             return self._last[2], None
         flat = x.detach().reshape(-1, x.shape[-1])
@@ -122,7 +123,7 @@ class Clusters(_Kept):
             raw, moments = self._measure(flat, gather, keep() if gather else None)
         found = None
         if self.steps >= 2:
-            margin = self.config.margin_of(training=gather)
+            margin = self.config.margin_of(training)
             found = standardised_distance(raw, self.distance_mean, self.distance_var, margin)
         self._last = weakref.ref(x), place, found
         return found, moments
