@@ -43,13 +43,40 @@ def test_a_target_that_is_no_linear_layer():
         tiny.slim(target_modules=["embed_tokens"])
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"num_hidden_layers": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 32}, {"num_hidden_layers": 2}, {"intermediate_size": 48}]
+)
 def test_another_base_model(saved, changes):
-    assert "made for a base model" in refused(saved, tiny.llama(**changes))
+    assert f"made for a base model with {next(iter(changes))}=" in refused(
+        saved, tiny.llama(**changes)
+    )
 
 
-def test_another_base_model_of_the_same_depth_and_width(saved):
+def test_tensors_of_other_shapes(saved):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base": None}))
     assert "has shape" in refused(saved, tiny.llama(intermediate_size=48))
+
+
+def test_another_base_model_of_the_same_sizes(saved):
+    other = tiny.llama()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.02)
+    assert "with other weights" in refused(saved, other)
+    with pytest.raises(InputError, match="with other weights"):
+        tiny.slim(other).load_adapter(saved, "second")
+
+
+def test_a_base_model_that_was_rounded_or_trained_on_is_the_same_one(saved):
+    rounded, trained_on = tiny.llama(torch.bfloat16), tiny.llama(torch.float16)
+    with torch.no_grad():
+        for weight in trained_on.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1 * weight.std())
+    longer = tiny.llama()
+    longer.resize_token_embeddings(70)
+    for model in (rounded, trained_on, longer):
+        peft.PeftModel.from_pretrained(model, saved)
 
 
 def test_a_newer_version(saved):

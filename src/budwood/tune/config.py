@@ -176,8 +176,8 @@ class SlimConfig(PeftConfig):
         return self.margin_inference
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        fitted = getattr(self, "_fitted", None)
-        shown = self if fitted is None else dataclasses.replace(self, base=fitted)
+        base = getattr(self, "base_at_hand", None)  # noted by the tuner, of the model it is in
+        shown = self if base is None else dataclasses.replace(self, base=base)
         if shown is not self:
             shown.auto_mapping = self.auto_mapping
         PeftConfig.save_pretrained(shown, save_directory, **kwargs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,28 +79,4 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"the adapter's {key!r} has NaN or infinite values; use an earlier one"
-            )
-
-
-def describe_base(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells base models apart: kind and sizes, from a transformers config as a dict."""
-    text = config.get("text_config") or config
-    sizes = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "vocab_size")
-    found = {"model_type": config.get("model_type")}
-    return {**found, **{key: text[key] for key in sizes if isinstance(text.get(key), int)}}
-
-
-def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
-    """Compare the base model that an adapter was made for with the one at hand.
-
-    Vocabularies may differ, since tokens are often added.
-
-    Raises:
-        InputError: kind or size differ.
-    """
-    for key, value in (made_for or {}).items():
-        if key in base and base[key] != value and key != "vocab_size":
-            raise InputError(
-                f"the adapter was made for a base model with {key}={value!r}, this one has "
-                f"{base[key]!r}; load it on the model that it was trained on"
             )

@@ -204,8 +204,8 @@ class SlimLinear(nn.Module, SlimLayer):
         shared = self.shared_clusters.get(now.name)
         if shared is not None and shared.follows:
             return clusters.measured(x.shape[:-1].numel()), None
-        fitted = functools.partial(self._fitted, x, now.config)
-        return clusters.distance(x, fitted, gather=now.gather, training=now.training)
+        counting = functools.partial(self._counting, x, now.config)
+        return clusters.distance(x, counting, gather=now.gather, training=now.training)
 
     def discriminants(self) -> list[tuple[Discriminant, SlimConfig]]:
         """This layer's own that are fitted before training, of adapters that are being trained."""
@@ -219,13 +219,13 @@ class SlimLinear(nn.Module, SlimLayer):
     def _show(self, x: Tensor, survey: Survey) -> None:
         flat = x.detach().reshape(-1, x.shape[-1])
         for clusters, config in self.discriminants():
-            keep = self._fitted(x, config)
+            keep = self._counting(x, config)
             survey.see(clusters, flat if keep is None else flat[keep])
 
     def _keep(self, x: Tensor) -> Tensor | None:
         return None if self.watch is None else self.watch.keep(x)
 
-    def _fitted(self, x: Tensor, config: SlimConfig) -> Tensor | None:
+    def _counting(self, x: Tensor, config: SlimConfig) -> Tensor | None:
         """Tokens that enter the statistics."""
         if self.watch is None or config.fit_on == "all":
             return self._keep(x)

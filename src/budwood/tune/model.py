@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
+from budwood.tune.base import check_base, describe_base
 from budwood.tune.config import SLIM, SlimConfig
-from budwood.tune.files import check_base, check_state, describe_base
+from budwood.tune.files import check_state
 from budwood.tune.layer import REFUSAL, Shared, SlimLayer, SlimLinear
 from budwood.tune.steps import StepKeeper, forget, layers_of
 from budwood.tune.targets import (
@@ -52,13 +53,13 @@ class SlimModel(BaseTuner):
         # A copy: what is noted in it is of this model, and the user may have others for it.
         config: Any = copy.copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
-        base = describe_base(self.get_model_config(model))
+        base = describe_base(self.get_model_config(model), model)
         check_base(config.base, base)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError:
             raise InputError(_no_match(model, config)) from None
-        config._fitted = base
+        config.base_at_hand = base
         for layer, watch in watches(model, SlimLinear).items():
             layer.watch = watch  # type: ignore[assignment]
 

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from budwood.errors import DivergedError, InputError, UnknownNameError
+from budwood.tune.base import fingerprint_of
 from budwood.tune.encoding import LeftPadded, Row, pad_of, takes_logits_to_keep
 from budwood.tune.runs import RunFolder
 from budwood.tune.trainer import AnswerTrainer, check_gradients, save_adapter
@@ -190,9 +191,10 @@ def _take_up(folder: RunFolder, model: Any) -> Path | None:
 def adapter_of(
     name: str, model: Any, method: str, settings: Settings, rank: int, data: str
 ) -> dict[str, Any]:
-    """What makes a run what it is, for its folder: also the dtype of the base model."""
+    """What makes a run what it is, for its folder: also weights and dtype of the base model."""
     dtype = str(model.dtype).removeprefix("torch.")
-    about = {"model": name, "dtype": dtype, "method": method, "rank": rank, "data": data}
+    about = {"model": name, "weights": fingerprint_of(model), "dtype": dtype}
+    about |= {"method": method, "rank": rank, "data": data}
     return about | dataclasses.asdict(settings)
 
 

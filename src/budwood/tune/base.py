@@ -1,0 +1,107 @@
+"""What tells base models apart: kind, sizes, and a few of their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from budwood.errors import InputError
+
+WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size")
+SIZES = (*WIDTHS, "num_hidden_layers", "n_layer", "vocab_size")
+N_SAMPLED = 32
+FEWEST = 8
+"""Weights in common, below which nothing is concluded from them."""
+LIKENESS = 0.9
+"""Cosine of two samples of weights: 1 but for rounding in one model, near 0 in two of one kind."""
+_NUMBERED = re.compile(r"\.\d+\.")
+
+
+def describe_base(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Kind, sizes and some weights of a model.
+
+    Args:
+        config: of transformers, as a dict.
+        model: whose weights; adapters in it are left out.
+    """
+    text = config.get("text_config") or config
+    found: dict[str, Any] = {"model_type": config.get("model_type")}
+    found |= {key: text[key] for key in SIZES if isinstance(text.get(key), int)}
+    return {**found, "weights": sampled_weights(model)}
+
+
+def sampled_weights(model: nn.Module) -> dict[str, float]:
+    """Name → one value, of a few matrices of the layers; none of those that cannot be read.
+
+    Args:
+        model: adapters in it are left out.
+    """
+    matrices = sorted(_matrices(model))
+    step = max(1, len(matrices) // N_SAMPLED)
+    found = {}
+    for name, weight in matrices[::step][:N_SAMPLED]:
+        place = zlib.crc32(name.encode()) % weight.numel()
+        row, column = divmod(place, weight.shape[1])
+        found[name] = float(f"{weight.detach()[row, column].item():.4g}")
+    return found
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """A digest of sampled weights, by which a run knows its base model again."""
+    return hashlib.sha256(json.dumps(sampled_weights(model)).encode()).hexdigest()[:16]
+
+
+def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
+    """Compare the base model that an adapter was made for with the one at hand.
+
+    Vocabularies may differ, since tokens are often added; weights by what rounding and further
+    training change.
+
+    Raises:
+        InputError: kind, sizes or weights differ.
+    """
+    made_for = dict(made_for or {})
+    weights = made_for.pop("weights", None) or {}
+    for key, value in made_for.items():
+        if key in base and base[key] != value and key != "vocab_size":
+            raise InputError(
+                f"the adapter was made for a base model with {key}={value!r}, this one has "
+                f"{base[key]!r}; load it on the model that it was trained on"
+            )
+    if not _alike(weights, base.get("weights") or {}):
+        raise InputError(
+            "the adapter was made for a base model of this kind and size with other weights; load "
+            "it on the model that it was trained on"
+        )
+
+
+def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    shared = [name for name in one if name in other]
+    a, b = (torch.tensor([values[name] for name in shared]) for values in (one, other))
+    lengths = a.norm() * b.norm()
+    if len(shared) < FEWEST or not lengths > 0:
+        return True
+    return bool(a @ b >= LIKENESS * lengths)
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Linear layers of numbered blocks: no heads, which may be new, and no adapters."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or "lora_" in name:
+            continue
+        if _NUMBERED.search(name) and _is_readable(module.weight):
+            yield name.removesuffix(".base_layer"), module.weight
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether single values can be read: not of quantised, sharded or meta tensors."""
+    plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+    return plain and weight.is_floating_point() and weight.numel() > 0
