@@ -21,7 +21,7 @@ from budwood.registry import Registry
 Indices = NDArray[np.int64]
 LEAST_EXTENT, MOST_EXTENT = 1e-15, 1e15
 """Of clouds, in the units of the file: squares of what lies between are float32 numbers."""
-THIN_ABOVE = 65_536
+FARTHEST_POOL = 65_536
 """Clouds above this many points are thinned at random before farthest-point sampling."""
 
 
@@ -43,13 +43,13 @@ def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
 def far_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
     """Indices of points far apart; arguments as in :func:`random_points`.
 
-    Starts at a point that the seed draws. Deviation: above `THIN_ABOVE` points the cloud is thinned
-    at random first, because the cost grows with points · n_points.
+    Starts at a point that the seed draws. Deviation: above `FARTHEST_POOL` points the cloud is
+    thinned at random first, because the cost grows with points · n_points.
     """
     _check_count(n_points)
     if len(xyz) <= n_points:
         return np.arange(len(xyz))
-    pool = random_points(xyz, max(THIN_ABOVE, 4 * n_points), seed)
+    pool = random_points(xyz, max(FARTHEST_POOL, 4 * n_points), seed)
     start = int(np.random.default_rng(seed).integers(len(pool)))
     centred = torch.from_numpy(xyz[pool] - xyz[pool].mean(axis=0)).float()
     picked = farthest_points(centred[None], n_points, start=start)[0].numpy()

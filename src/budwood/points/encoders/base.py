@@ -25,7 +25,7 @@ Published = Mapping[str, tuple[str | None, ...]]
 """Names here to published names. Several are stacked along the first axis; None is zeros."""
 
 LOGIT_SCALE = 1 / 0.07
-THIN_ABOVE = 1 << 20
+MOST_SORTED = 1 << 20
 """Looking for points at the same place sorts them, which takes long on millions."""
 
 
@@ -155,7 +155,7 @@ class PointEncoder(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """What :meth:`forward` takes, of one cloud: turned, sampled, normalised.
 
-        Points at the same place count once. Deviation: clouds above `THIN_ABOVE` points are
+        Points at the same place count once. Deviation: clouds above `MOST_SORTED` points are
         thinned at random before anything else.
 
         Args:
@@ -172,7 +172,7 @@ class PointEncoder(nn.Module, ABC):
             InputError: one point, or all at the same place: no shape to encode; or coordinates that
                 are no lengths in any unit.
         """
-        cloud = without_duplicates(sample(cloud, THIN_ABOVE, "random", seed))
+        cloud = without_duplicates(sample(cloud, MOST_SORTED, "random", seed))
         if len(cloud) == 1:
             raise InputError(
                 f"{cloud.source} has only one point, or all at the same place: there is no shape"

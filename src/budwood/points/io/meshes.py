@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from budwood.errors import InputError
 from budwood.points.io.cloud import Cloud, make_cloud
+from budwood.points.io.libraries import damaged, need
 from budwood.points.io.mesh_checks import CHECKS
 from budwood.points.io.options import ReadOptions
-from budwood.points.io.scans import damaged, need
 
 
 def read_mesh(path: Path, options: ReadOptions) -> Cloud:

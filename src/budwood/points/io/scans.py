@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import struct
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood.errors import InputError, first_line
+from budwood.errors import InputError
 from budwood.points.io.cloud import Cloud, make_cloud
+from budwood.points.io.libraries import damaged, need
 from budwood.points.io.options import ReadOptions
 
 # Bytes of the headers of LAS 1.4 and of the oldest, and of a record before and behind the points.
@@ -20,23 +20,6 @@ LAS_HEADER, LAS_HEADER_MIN = 375, 227
 LAS_RECORD, LAS_LATE_RECORD = 54, 60
 LAZ_VARIABLE = 2**32 - 1  # chunks of different numbers of points
 LAZ_CHUNK_MAX = 2**24  # points; writers take 50,000
-
-
-def need(module: str, what: str) -> Any:
-    """Import an optional library.
-
-    Raises:
-        InputError: it is not installed; the message has the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InputError(f"{what} needs {module}: pip install 'budwood[points]'") from None
-
-
-def damaged(path: Path, error: BaseException) -> InputError:
-    """The error for a file that a library failed on."""
-    return InputError(f"{path} is truncated or damaged: {first_line(error)}")
 
 
 def read_las(path: Path, options: ReadOptions) -> Cloud:
