@@ -97,7 +97,9 @@ def test_nan_and_infinite_coordinates(name, bad, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(files, "XYZ", xyz)
         files.write(path)
-    assert "1 of 200 points" in refused(path)
+    message = refused(path)
+    assert "1 of 200 points" in message
+    assert "invalid='drop'" in message and "--drop-invalid" in message
     assert len(read(path, invalid="drop")) == 199
 
 
@@ -139,6 +141,16 @@ def test_text_layouts(tmp_path):
     assert "names no columns" in refused(path)
     path.write_text("# nothing else\n")
     refused(path)
+
+
+@pytest.mark.parametrize("header", ["x,y,z,r", "x,y,z,X", "x,y,z,Red", "x,y,z,r,g,b,red"])
+def test_headers_that_name_columns_twice_or_one_colour(header, tmp_path):
+    path = tmp_path / "a.csv"
+    width = header.count(",") + 1
+    path.write_text(f"{header}\n" + ",".join("123456789"[:width]) + "\n")
+    message = refused(path)
+    assert f"its header {header!r} must name x, y, z once" in message
+    assert read(path, columns="xyz".ljust(width, "_")).xyz.tolist() == [[1, 2, 3]]
 
 
 def test_a_first_line_that_counts_the_points(tmp_path):
@@ -323,6 +335,55 @@ def test_colours_of_meshes_and_of_ply_points(tmp_path):
         ball.export(tmp_path / name)
         cloud = read(tmp_path / name, n_points=50)
         np.testing.assert_allclose(cloud.rgb, np.tile([[0, 1.0, 0]], (50, 1)), atol=0.01)
+
+
+def write_ply(path, kind, rgb, encoding="ascii", faces=""):
+    """Four points with colours of a type, and perhaps faces."""
+    names = [("float", "xyz"), (kind, ("red", "green", "blue"))]
+    lines = ["ply", f"format {encoding} 1.0", "element vertex 4"]
+    lines += [f"property {of} {name}" for of, group in names for name in group]
+    if faces:
+        lines += ["element face 2", "property list uchar int vertex_indices"]
+    head = "\n".join([*lines, "end_header\n"])
+    xyz = np.eye(4, 3)
+    if encoding == "ascii":
+        rows = [" ".join(map(str, (*a.tolist(), *b))) for a, b in zip(xyz, rgb, strict=True)]
+        path.write_text(head + "\n".join(rows) + "\n" + faces)
+        return
+    code = {"ushort": "<u2", "int": "<i4"}[kind]
+    table = np.zeros(4, dtype=[("xyz", "<f4", 3), ("rgb", code, 3)])
+    table["xyz"], table["rgb"] = xyz, rgb
+    path.write_bytes(head.encode() + table.tobytes())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "binary_little_endian"])
+def test_wide_colours_of_ply(encoding, tmp_path):
+    path = tmp_path / "a.ply"
+    rgb = [[32768, 65535, 0], [300, 1, 2], [65535, 0, 0], [256, 257, 258]]
+    for kind in ("ushort", "int"):
+        write_ply(path, kind, rgb, encoding)
+        np.testing.assert_allclose(read(path).rgb, np.array(rgb) / 65535, atol=1e-6)
+        write_ply(path, kind, [[255, 0, 51]] * 4, encoding)
+        np.testing.assert_allclose(read(path).rgb, [[1, 0, 0.2]] * 4, atol=1e-6)
+    write_ply(path, "int", [[-1, 0, 70000]] * 4, encoding)
+    assert "colours must be" in refused(path)
+
+
+def test_wide_colours_of_ply_meshes(tmp_path):
+    path = tmp_path / "a.ply"
+    write_ply(path, "uint16", [[32768, 65535, 0]] * 4, faces="3 0 1 2\n3 1 2 3\n")
+    rgb = read(path, n_points=9).rgb
+    np.testing.assert_allclose(rgb, [[32768 / 65535, 1, 0]] * 9, atol=1e-6)
+    faces = "element face 2\nproperty ushort red\n"
+    path.write_text(path.read_text().replace("element face 2\n", faces))
+    assert "colours of faces as ushort; write them as uchar" in refused(path)
+
+
+def test_ply_without_coordinates(tmp_path):
+    path = tmp_path / "a.ply"
+    write_ply(path, "uchar", [[1, 2, 3]] * 4)
+    path.write_text(path.read_text().replace("float x", "float u"))
+    assert "no x, y and z; the properties of its points are u, y, z, red, green" in refused(path)
 
 
 def test_the_colour_of_a_material_without_texture(tmp_path):

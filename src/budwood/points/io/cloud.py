@@ -66,7 +66,7 @@ def make_cloud(
     if n_bad and invalid != "drop":
         raise InputError(
             f"{source}: {n_bad} of {len(points)} points have NaN or infinite coordinates; "
-            "clean the file, or read it with invalid='drop'"
+            "clean the file, or leave them out with invalid='drop' (--drop-invalid)"
         )
     if n_bad == len(points):
         raise InputError(f"{source}: all {n_bad} points have NaN or infinite coordinates")

@@ -12,12 +12,17 @@ from typing import BinaryIO
 
 from budwood.errors import InputError
 
-# Types of a .ply whose values take more than one byte.
-PLY_BYTES = {
+# Types of a .ply whose values take more than one byte, those of whole numbers first.
+PLY_WHOLE = {
     **dict.fromkeys(("short", "ushort", "int16", "uint16"), 2),
-    **dict.fromkeys(("int", "uint", "int32", "uint32", "float", "float32"), 4),
+    **dict.fromkeys(("int", "uint", "int32", "uint32"), 4),
+}
+PLY_BYTES = {
+    **PLY_WHOLE,
+    **dict.fromkeys(("float", "float32"), 4),
     **dict.fromkeys(("double", "float64"), 8),
 }
+PLY_COLORS = ("red", "green", "blue")
 
 
 def check_stl(path: Path) -> None:
@@ -82,21 +87,31 @@ class PlyElement:
     """An element of a .ply header.
 
     Attributes:
+        name: such as ``"vertex"``.
         n_rows: how many the file declares.
+        names: of the properties.
         properties: type of each value, or of the length where ``is_list``.
         is_list: whether each property is a list.
     """
 
+    name: str
     n_rows: int
+    names: list[str] = field(default_factory=list)
     properties: list[str] = field(default_factory=list)
     is_list: list[bool] = field(default_factory=list)
 
+    def wide_colors(self) -> list[str]:
+        """Types of colours that are whole numbers of more than 8 bits, which trimesh cuts."""
+        types = zip(self.names, self.properties)
+        return [kind for name, kind in types if name in PLY_COLORS and kind in PLY_WHOLE]
+
 
 def check_ply(path: Path) -> None:
-    """The rows of an ASCII file and the values of its last, or the least size of a binary one."""
+    """Properties, and the rows of an ASCII file and the values of its last, or the least size."""
     with path.open("rb") as file:
-        header = _ply_header(file)
+        header = _ply_header(path, file)
         elements = _ply_elements(path, header)
+        _check_ply_properties(path, elements)
         if any(words[:2] == ["format", "ascii"] for words in header):
             _check_ply_rows(path, file, [element for element in elements if element.n_rows])
             return
@@ -106,6 +121,23 @@ def check_ply(path: Path) -> None:
     least = sum(element.n_rows * width for element, width in zip(elements, widths))
     if left < least:
         raise InputError(f"{path} is truncated: {left} of {least} bytes or more")
+
+
+def has_wide_colors(path: Path) -> bool:
+    """Whether a .ply has colours of points that are whole numbers of more than 8 bits."""
+    with path.open("rb") as file:
+        elements = _ply_elements(path, _ply_header(path, file))
+    return any(element.name == "vertex" and element.wide_colors() for element in elements)
+
+
+def _check_ply_properties(path: Path, elements: list[PlyElement]) -> None:
+    for element in elements:
+        if element.name == "vertex" and not {"x", "y", "z"} <= set(element.names):
+            told = ", ".join(element.names)[:60] or "none"
+            raise InputError(f"{path} has no x, y and z; the properties of its points are {told}")
+        wide = element.wide_colors()
+        if element.name == "face" and wide:
+            raise InputError(f"{path} has colours of faces as {wide[0]}; write them as uchar")
 
 
 def _check_ply_rows(path: Path, file: BinaryIO, elements: list[PlyElement]) -> None:
@@ -126,14 +158,14 @@ def _check_ply_rows(path: Path, file: BinaryIO, elements: list[PlyElement]) -> N
         raise InputError(f"{path} is truncated: its last row has {len(values)} of {at} values")
 
 
-def _ply_header(file: BinaryIO) -> list[list[str]]:
+def _ply_header(path: Path, file: BinaryIO) -> list[list[str]]:
     """Words of the lines up to the end of the header, where the file is left."""
     header = []
     for line in iter(file.readline, b""):
         header.append(line.decode("latin-1").split())
         if header[-1] == ["end_header"]:
-            break
-    return header
+            return header
+    raise InputError(f"{path} is truncated or no PLY file: its header does not end")
 
 
 def _ply_elements(path: Path, header: list[list[str]]) -> list[PlyElement]:
@@ -142,9 +174,10 @@ def _ply_elements(path: Path, header: list[list[str]]) -> list[PlyElement]:
         if words[:1] == ["element"]:
             if len(words) != 3 or not re.fullmatch("[0-9]+", words[2]):
                 raise InputError(f"{path} is damaged: its header has {' '.join(words)[:60]!r}")
-            elements.append(PlyElement(int(words[2])))
+            elements.append(PlyElement(words[1], int(words[2])))
         elif words[:1] == ["property"] and len(words) > 2 and elements:
             is_list = words[1] == "list"
+            elements[-1].names.append(words[-1])
             elements[-1].is_list.append(is_list)
             elements[-1].properties.append(words[2] if is_list else words[1])
     return elements

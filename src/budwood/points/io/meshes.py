@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from budwood.errors import InputError
 from budwood.points.io.cloud import Cloud, make_cloud
 from budwood.points.io.libraries import damaged, need
-from budwood.points.io.mesh_checks import CHECKS
+from budwood.points.io.mesh_checks import CHECKS, has_wide_colors
 from budwood.points.io.options import ReadOptions
 
 
@@ -31,12 +31,14 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     if not parts:
         raise InputError(f"{path} has no points")
     vertices, colors, faces = _joined(parts)
+    if path.suffix.lower() == ".ply" and has_wide_colors(path):
+        colors = _ply_colors(trimesh, path, colors)
     if len(faces) == 0:
         return make_cloud(vertices, colors, source=str(path), invalid=options.invalid)
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise InputError(f"{path} is damaged: a face names a vertex that is not there")
-    make_cloud(vertices, source=str(path))  # sampling would spread NaN over whole triangles
-    xyz, rgb = sample_surface(vertices, faces, options.n_points, options.seed, colors)
+    whole = make_cloud(vertices, colors, source=str(path))  # sampling would spread NaN
+    xyz, rgb = sample_surface(whole.xyz, faces, options.n_points, options.seed, whole.rgb)
     return make_cloud(xyz, rgb, source=str(path))
 
 
@@ -102,6 +104,15 @@ def _colors(geometry: Any, n_vertices: int) -> NDArray[Any] | None:
         return None
     # A material without a texture has one colour, shape (4,), for all vertices.
     return np.broadcast_to(colors, (n_vertices, 4)) if np.ndim(colors) == 1 else np.asarray(colors)
+
+
+def _ply_colors(trimesh: Any, path: Path, cut: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Colours of the points of a .ply as they are written; a scene has them ``cut`` to 8 bits."""
+    with path.open("rb") as file:
+        content = trimesh.exchange.ply.load_ply(file)
+    # A texture comes first, and gives the points another order.
+    colors = None if "visual" in content else content.get("vertex_colors")
+    return cut if colors is None else colors[:, :3]
 
 
 def _joined(parts: list[Any]) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]:

@@ -28,13 +28,13 @@ class ReadOptions:
             raise InputError(f"invalid={self.invalid!r} is unknown; give 'error' or 'drop'")
         if not 1 <= self.n_points <= 100_000_000:
             raise InputError(f"n_points={self.n_points} is outside 1…100,000,000")
-        columns = self.columns
-        if columns is None:
-            return
-        letters = columns.replace("_", "")
-        colors = [letter for letter in letters if letter in "rgb"]
-        if sorted(letters) != sorted("xyz" + "".join(colors)) or len(colors) not in (0, 3):
+        if self.columns is not None and not names_once(self.columns):
             raise InputError(
-                f"columns={columns!r} must have x, y, z once, r, g, b once or not at all, and _ "
-                "for what is left out"
+                f"columns={self.columns!r} must have x, y, z once, r, g, b once or not at all, and "
+                "_ for what is left out"
             )
+
+
+def names_once(columns: str) -> bool:
+    """Whether letters of columns have x, y, z once, and r, g, b once or not at all."""
+    return sorted(columns.replace("_", "")) in (sorted("xyz"), sorted("xyzrgb"))

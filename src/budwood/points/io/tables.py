@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from budwood.errors import InputError, first_line
 from budwood.points.io.cloud import Cloud, make_cloud
-from budwood.points.io.options import ReadOptions
+from budwood.points.io.options import ReadOptions, names_once
 
 KITTI_COLUMNS = 4
 TEXT = "utf-8-sig"  # as UTF-8, and a byte-order mark, which spreadsheets write, is left out
@@ -108,7 +108,7 @@ def read_text(path: Path, options: ReadOptions) -> Cloud:
 
     An integer alone above the rows counts them, as in some .xyz files.
     """
-    layout = _layout(path)
+    layout = _layout(path, options.columns)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of a file without data: checked below
@@ -128,7 +128,7 @@ def read_text(path: Path, options: ReadOptions) -> Cloud:
             f"{path} declares {layout.n_points} points in its first line and has {len(table)}: "
             "truncated, or of another format"
         )
-    return _from_table(table, path, replace(options, columns=options.columns or layout.columns))
+    return _from_table(table, path, replace(options, columns=layout.columns))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class _Layout:
     Attributes:
         separator: between values; None for blanks.
         skip: lines to skip.
-        columns: letters of the columns by the header; None without one.
+        columns: letters of the columns, as given or by the header; None without either.
         n_points: how many the first line declares; None if it does not.
     """
 
@@ -148,7 +148,7 @@ class _Layout:
     n_points: int | None = None
 
 
-def _layout(path: Path) -> _Layout:
+def _layout(path: Path, columns: str | None) -> _Layout:
     with path.open(encoding=TEXT, errors="replace") as file:
         head = list(itertools.islice(file, 100))
     if any("\0" in line for line in head):
@@ -163,13 +163,20 @@ def _layout(path: Path) -> _Layout:
     separator = next((mark for mark in ",;" if mark in first), None)
     fields = [field.strip().strip("\"'").lower() for field in first.split(separator)]
     if len(fields) == 1 and fields[0].isdecimal():
-        return _Layout(separator, skip + 1, n_points=int(fields[0]))
+        return _Layout(separator, skip + 1, columns, int(fields[0]))
     if all(_is_number(field) for field in fields):
-        return _Layout(separator, skip)
+        return _Layout(separator, skip, columns)
+    if columns is not None:
+        return _Layout(separator, skip + 1, columns)
     names = [HEADERS.get(field.removeprefix("//"), field) for field in fields]
     columns = "".join(name if name in tuple("xyzrgb") else "_" for name in names)
     if not all(letter in columns for letter in "xyz"):
         raise InputError(f"{path}: its header {first[:60]!r} names no columns x, y and z")
+    if not names_once(columns):
+        raise InputError(
+            f"{path}: its header {first[:60]!r} must name x, y, z once and r, g, b once or not at "
+            "all; correct it, or name the columns with columns='xyz_rgb'"
+        )
     return _Layout(separator, skip + 1, columns)
 
 
