@@ -157,6 +157,19 @@ def test_wrappings(name, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_logit_scales(tmp_path):
+    encoder = pointbert().eval()
+    state = random_state(layout(encoder))
+    for logarithm in (4.7, 1000.0):
+        scale = torch.tensor(logarithm)
+        load_weights(encoder, save(tmp_path, {**state, "logit_scale": scale}))
+        assert encoder.logit_scale == 100.0
+    for bad in ("nan", "inf", "-inf"):
+        path = save(tmp_path, {**state, "logit_scale": torch.tensor(float(bad))})
+        with pytest.raises(InputError, match=rf"model\.pt has logit_scale {bad}; expected"):
+            load_weights(encoder, path)
+
+
 def test_safetensors_and_demo_prefix(tmp_path):
     encoder = openshape().eval()
     state = random_state(layout(encoder))
@@ -298,6 +311,11 @@ def test_prepare():
     xyz = np.random.default_rng(0).normal(size=(500, 3)) + 1e6
     cloud = make_cloud(np.vstack([xyz, xyz]), np.ones((1000, 3)))
     points, rgb = encoder.prepare(cloud, 64, seed=1)
+    for n in (1, 0, -4, 2.5):
+        with pytest.raises(InputError, match=f"n_points={n} must be an integer of 2 or more"):
+            encoder.prepare(cloud, n)
+    with pytest.raises(InputError, match="seed=-1 must be an integer of 0 or more"):
+        encoder.prepare(cloud, seed=-1)
     assert points.shape == rgb.shape == (64, 3) and points.dtype == torch.float32
     assert points.norm(dim=1).max().item() == pytest.approx(1, abs=1e-6)
     assert encoder.prepare(cloud)[0].shape == (500, 3)  # duplicates count once
@@ -373,3 +391,4 @@ def test_sprout_files_that_differ(tmp_path):
     for bad in ("{", "3", json.dumps({**sizes, "dim": "16"}), json.dumps({**sizes, "depth": 0})):
         refused(InputError, sprout=bad)
     refused(InputError, logit_scale="warm")
+    assert "has logit_scale nan; expected" in refused(InputError, logit_scale="nan")

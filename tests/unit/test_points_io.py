@@ -276,6 +276,11 @@ def test_crop():
             crop(cloud, box)
 
 
+def test_seeds_below_zero():
+    with pytest.raises(InputError, match="seed=-1 must be 0 or more"):
+        read("a.glb", seed=-1)
+
+
 def test_folders(tmp_path):
     with pytest.raises(InputError, match="no file of a known format"):
         find_files(tmp_path)

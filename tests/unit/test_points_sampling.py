@@ -115,5 +115,9 @@ def test_refusals():
     for n in (0, -3, 2.5, True):
         with pytest.raises(InputError, match="must be an integer of 1 or more"):
             sample(cloud, n)
+    for name in SAMPLERS.names():
+        for seed in (-1, 0.5):
+            with pytest.raises(InputError, match=f"seed={seed} must be an integer of 0 or more"):
+                sample(cloud, 3, name, seed)
     with pytest.raises(UnknownNameError, match="did you mean 'random'"):
         sample(cloud, 3, "randm")

@@ -31,9 +31,9 @@ def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
     Args:
         xyz: shape (n, 3).
         n_points: how many, 1 or more.
-        seed: the same seed gives the same points.
+        seed: 0 or more; the same seed gives the same points.
     """
-    _check_count(n_points)
+    check_draw(n_points, seed)
     if len(xyz) <= n_points:
         return np.arange(len(xyz))
     rng = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def far_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
     Starts at a point that the seed draws. Deviation: above `FARTHEST_POOL` points the cloud is
     thinned at random first, because the cost grows with points · n_points.
     """
-    _check_count(n_points)
+    check_draw(n_points, seed)
     if len(xyz) <= n_points:
         return np.arange(len(xyz))
     pool = random_points(xyz, max(FARTHEST_POOL, 4 * n_points), seed)
@@ -82,7 +82,7 @@ def lidar_points(
         azimuth_step: angle between shots, degrees.
         up: ``"y"`` or ``"z"``, the axis that points up.
     """
-    _check_count(n_points)
+    check_draw(n_points, seed)
     rng = np.random.default_rng(seed)
     points = to_up(xyz, up, "z")
     points = points - points.mean(axis=0)
@@ -113,7 +113,7 @@ def visible_points(xyz: Array, n_points: int, seed: int = 0, *, hidden: float = 
         seed: seed of the direction of view and of the draw.
         hidden: share of the points, farthest along the view, that is left out, in [0, 1).
     """
-    _check_count(n_points)
+    check_draw(n_points, seed)
     if not 0 <= hidden < 1:
         raise InputError(f"hidden={hidden} is outside [0, 1)")
     rng = np.random.default_rng(seed)
@@ -140,7 +140,7 @@ def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -
 
     Raises:
         UnknownNameError: no such method in ``SAMPLERS``.
-        InputError: ``n_points`` is below 1.
+        InputError: ``n_points`` is below 1, or ``seed`` below 0.
     """
     return cloud.take(SAMPLERS.get(method)(cloud.xyz, n_points, seed))
 
@@ -159,6 +159,22 @@ def normalize(cloud: Cloud) -> Cloud:
     centred = cloud.xyz - cloud.xyz.mean(axis=0)
     radius = float(np.linalg.norm(centred, axis=1).max())
     return replace(cloud, xyz=centred / radius if radius > 0 else centred)
+
+
+def check_draw(n_points: int, seed: int, least: int = 1) -> None:
+    """Refuse numbers that nothing can be drawn with.
+
+    Args:
+        n_points: how many points.
+        seed: of the draw.
+        least: the fewest points allowed.
+
+    Raises:
+        InputError: too few points, a negative seed, or no integers.
+    """
+    for name, value, low in (("n_points", n_points, least), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+            raise InputError(f"{name}={value!r} must be an integer of {low} or more")
 
 
 def check_extent(cloud: Cloud) -> None:
@@ -216,8 +232,3 @@ def _first_returns(points: Array, offset: Array, steps: tuple[float, float]) -> 
     first = np.ones(len(order), dtype=bool)
     first[1:] = (cells[1:] != cells[:-1]).any(axis=1)
     return np.sort(order[first])
-
-
-def _check_count(n_points: int) -> None:
-    if isinstance(n_points, bool) or not isinstance(n_points, Integral) or n_points < 1:
-        raise InputError(f"n_points={n_points!r} must be an integer of 1 or more")

@@ -139,7 +139,7 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    state, _ = state_of(read_checkpoint(checkpoint))
+    state, _ = state_of(read_checkpoint(checkpoint), str(checkpoint))
     needed = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.bias")
     missing = [key for key in needed if key not in state]
     if missing:

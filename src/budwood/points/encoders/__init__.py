@@ -77,10 +77,10 @@ def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:
     """Load a published checkpoint into an encoder, which may be on the meta device.
 
     Raises:
-        InputError: the file is missing, truncated or needs code.
+        InputError: the file is missing, truncated or needs code, or its ``logit_scale`` is NaN.
         UnsupportedModelError: another architecture.
     """
-    state, scale = state_of(read_checkpoint(path))
+    state, scale = state_of(read_checkpoint(path), str(path))
     encoder.load_state_dict(fit(encoder, state, str(path)), assign=True)
     encoder.checkpoint = Path(path)
     if scale is not None:

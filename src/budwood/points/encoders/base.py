@@ -16,7 +16,14 @@ from budwood.errors import InputError, ShapeError
 from budwood.points.encoders.blocks import Block
 from budwood.points.grouping import Grouping, check_points
 from budwood.points.io.cloud import Cloud
-from budwood.points.sampling import check_extent, normalize, sample, to_up, without_duplicates
+from budwood.points.sampling import (
+    check_draw,
+    check_extent,
+    normalize,
+    sample,
+    to_up,
+    without_duplicates,
+)
 
 Around = Callable[[int, Block, Tensor], Tensor]
 """Called in place of each block with its number, the block and its input; returns its output."""
@@ -25,6 +32,7 @@ Published = Mapping[str, tuple[str | None, ...]]
 """Names here to published names. Several are stacked along the first axis; None is zeros."""
 
 LOGIT_SCALE = 1 / 0.07
+MOST_SCALE = 100.0
 MOST_SORTED = 1 << 20
 """Looking for points at the same place sorts them, which takes long on millions."""
 
@@ -160,18 +168,20 @@ class PointEncoder(nn.Module, ABC):
 
         Args:
             cloud: what was read.
-            n_points: points to keep; default as many as in training.
+            n_points: points to keep, 2 or more; default as many as in training.
             up: ``"y"`` or ``"z"``: the axis of the cloud that points up.
             sampler: a name in ``SAMPLERS``.
-            seed: seed of the sampling.
+            seed: seed of the sampling, 0 or more.
 
         Returns:
             xyz and rgb (or None), float32, shape (n, 3), n ≤ n_points.
 
         Raises:
-            InputError: one point, or all at the same place: no shape to encode; or coordinates that
-                are no lengths in any unit.
+            InputError: one point, or all at the same place: no shape to encode; coordinates that
+                are no lengths in any unit; or ``n_points`` or ``seed`` too small.
         """
+        wanted = self.preparation.n_points if n_points is None else n_points
+        check_draw(wanted, seed, least=2)
         cloud = without_duplicates(sample(cloud, MOST_SORTED, "random", seed))
         if len(cloud) == 1:
             raise InputError(
@@ -179,7 +189,6 @@ class PointEncoder(nn.Module, ABC):
             )
         check_extent(cloud)
         turned = Cloud(to_up(cloud.xyz, up, "y"), cloud.rgb, cloud.source)
-        wanted = self.preparation.n_points if n_points is None else n_points
         cloud = normalize(sample(turned, wanted, sampler, seed))
         xyz = torch.from_numpy(cloud.xyz).float()
         keep = self.preparation.color and cloud.rgb is not None
@@ -205,6 +214,25 @@ class EncoderSpec:
         return self.build(**self.options)
 
 
-def scale_of(logarithm: float) -> float:
-    """``logit_scale`` as the factor it stands for, capped at 100 as CLIP does."""
-    return min(math.exp(logarithm), 100.0)
+def scale_of(logarithm: float, source: str) -> float:
+    """``logit_scale`` of a checkpoint as the factor it stands for, capped at 100 as CLIP does.
+
+    Args:
+        logarithm: what the checkpoint holds.
+        source: its file, for messages.
+
+    Raises:
+        InputError: NaN or infinite.
+    """
+    check_scale(logarithm, source)
+    return math.exp(logarithm) if logarithm < math.log(MOST_SCALE) else MOST_SCALE
+
+
+def check_scale(scale: float, source: str) -> None:
+    """Refuse a ``logit_scale`` that is no finite number.
+
+    Raises:
+        InputError: NaN or infinite.
+    """
+    if not math.isfinite(scale):
+        raise InputError(f"{source} has logit_scale {scale}; expected a finite number")

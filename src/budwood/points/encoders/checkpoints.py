@@ -70,11 +70,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(content)
 
 
-def state_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], float | None]:
+def state_of(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], float | None]:
     """The tensors of a checkpoint by bare name, and its ``logit_scale`` as a factor.
 
     Looks under ``state_dict``, ``module`` and ``model``, and strips the prefixes of wrappers. What
     has no name but a number, as in the state of an optimiser, is left out.
+
+    Args:
+        content: from :func:`read_checkpoint`.
+        source: its file, for messages.
+
+    Raises:
+        InputError: ``logit_scale`` is NaN or infinite.
     """
     inner: Mapping[str, Any] = content
     for name in ("state_dict", "module", "model"):
@@ -88,7 +95,7 @@ def state_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], float | Non
     if scale is None and isinstance(outside, Tensor):
         scale = outside
     usable = scale is not None and scale.numel() == 1
-    return state, scale_of(float(scale)) if usable else None  # type: ignore[arg-type]
+    return state, scale_of(float(scale), source) if usable else None  # type: ignore[arg-type]
 
 
 def fit(encoder: PointEncoder, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from budwood.points.encoders.base import (
     PointEncoder,
     Preparation,
     Published,
+    check_scale,
 )
 from budwood.points.encoders.blocks import Attention, Block, GroupNet, Mlp, position_net
 from budwood.points.encoders.checkpoints import check_layout
@@ -188,6 +189,7 @@ def _read_sizes(metadata: dict[str, str], source: str) -> tuple[SproutConfig, fl
         scale = float(metadata.get("logit_scale", LOGIT_SCALE))
     except ValueError as error:
         raise InputError(f"{source} has damaged metadata: {error}") from None
+    check_scale(scale, source)
     if not isinstance(sizes, dict):
         raise InputError(f"{source} has sprout sizes {str(sizes)[:60]!r}; expected name and number")
     unknown = [key for key in sizes if key not in known]

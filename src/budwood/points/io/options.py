@@ -15,7 +15,7 @@ class ReadOptions:
         columns: letters of the columns of a table, such as ``"xyz_rgb"``; None finds out.
         invalid: ``"error"`` or ``"drop"``, for points with NaN or infinite coordinates.
         n_points: points sampled from a mesh.
-        seed: seed of that sampling.
+        seed: seed of that sampling, 0 or more.
     """
 
     columns: str | None = None
@@ -28,6 +28,8 @@ class ReadOptions:
             raise InputError(f"invalid={self.invalid!r} is unknown; give 'error' or 'drop'")
         if not 1 <= self.n_points <= 100_000_000:
             raise InputError(f"n_points={self.n_points} is outside 1…100,000,000")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed} must be 0 or more")
         if self.columns is not None and not names_once(self.columns):
             raise InputError(
                 f"columns={self.columns!r} must have x, y, z once, r, g, b once or not at all, and "
