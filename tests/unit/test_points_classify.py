@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,25 @@ def test_missing_towers(monkeypatch, tmp_path):
         OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
     with pytest.raises(InputError, match="cannot load the text tower"):
         MiniLM(str(tmp_path)).embed(["a"])
+
+
+def test_open_clip_that_fails(monkeypatch, tmp_path):
+    def refused():
+        with pytest.raises(InputError) as caught:
+            OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def fail(*_, **__):
+        raise RuntimeError("no such weights\nfor this model")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    (tmp_path / "open_clip.py").write_text("raise RuntimeError('no torchvision::nms')\n")
+    assert "which does not import: no torchvision::nms; give" in refused()
+    stub = SimpleNamespace(create_model=fail)
+    monkeypatch.setitem(sys.modules, "open_clip", stub)
+    assert "cannot load the text tower EVA02-E-14-plus: no such weights" in refused()
 
 
 def slip_state(width=64, depth=2, vocab=30, length=12, out=9):
@@ -327,7 +347,8 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"labels": None}, InputError, "either labels or"),
         ({"labels": []}, InputError, "no labels"),
         ({"text": models.Words(11)}, ShapeError, "11 wide"),
-        ({"points": 0}, InputError, "1 or more"),
+        ({"points": 1}, InputError, "n_points=1 must be an integer of 2 or more"),
+        ({"seed": -1}, InputError, "seed=-1 must be an integer of 0 or more"),
         ({"top": 0}, InputError, "top=0"),
         ({"batch_size": 0}, InputError, "batch_size=0"),
         ({"up": "x"}, InputError, "give 'y' or 'z'"),

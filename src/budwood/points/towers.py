@@ -1,7 +1,8 @@
 """Text towers: from sentences to the space that a point encoder was aligned with.
 
 A tower is loaded when a text is first embedded, not before; with embeddings from a file or the
-cache it never is.
+cache it never is. The exception is the tower in a ULIP checkpoint of one's own: what it is cached
+under depends on its weights, so they are read first.
 """
 
 from __future__ import annotations
@@ -114,18 +115,30 @@ class OpenClip(TextTower):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         if self._parts is None:
-            try:
-                import open_clip  # pyright: ignore[reportMissingImports]
-            except ImportError:
-                raise InputError(
-                    f"the text tower {self.name} needs open_clip: pip install open_clip_torch, or "
-                    "give text embeddings as a file"
-                ) from None
-            model = open_clip.create_model(self.name, pretrained=self.pretrained)
-            self._parts = open_clip.get_tokenizer(self.name), model.eval()
+            self._parts = self._load()
         tokenizer, model = self._parts
         with torch.inference_mode():
             return model.encode_text(tokenizer(list(texts))).float().clone()
+
+    def _load(self) -> tuple[Any, Any]:
+        instead = "give text embeddings as a file"
+        try:
+            import open_clip  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError:
+            raise InputError(
+                f"the text tower {self.name} needs open_clip: pip install open_clip_torch, or "
+                f"{instead}"
+            ) from None
+        except Exception as error:  # such as RuntimeError, by a torchvision for another torch
+            raise InputError(
+                f"the text tower {self.name} needs open_clip, which does not import: "
+                f"{first_line(error)}; {instead}"
+            ) from None
+        try:
+            model = open_clip.create_model(self.name, pretrained=self.pretrained)
+            return open_clip.get_tokenizer(self.name), model.eval()
+        except Exception as error:  # of the hub, of files, and of names that it does not know
+            raise _unloadable(self.name, error) from None
 
 
 def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipText:
@@ -215,7 +228,11 @@ def _pretrained(kind: Any, source: str) -> Any:
     try:
         return kind.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the text tower {source}: {first_line(error)}") from None
+        raise _unloadable(source, error) from None
+
+
+def _unloadable(source: str, error: Exception) -> InputError:
+    return InputError(f"cannot load the text tower {source}: {first_line(error)}")
 
 
 def _bigg() -> TextTower:
