@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import torch
@@ -16,24 +17,24 @@ from budwood.points.towers import TextTower
 GROUPS = Grouping(7, 5, 40)
 
 
-def _pointbert():
+def pointbert():
     return PointBert(dim=24, depth=2, n_heads=3, group_dim=20, embed_dim=10, grouping=GROUPS)
 
 
-def _openshape():
+def openshape(embed_dim=11, grouping=GROUPS):
     sizes = {"dim": 20, "depth": 2, "n_heads": 3, "d_head": 8, "mlp_dim": 28}
-    return OpenShape(**sizes, group_dims=(6, 7, 9), embed_dim=11, grouping=GROUPS)
+    return OpenShape(**sizes, group_dims=(6, 7, 9), embed_dim=embed_dim, grouping=grouping)
 
 
-def _uni3d():
-    return Uni3D(Eva(24, 3, 2, 30, "split", False), group_dim=18, embed_dim=9, grouping=GROUPS)
+def uni3d(kind="split", fused=False):
+    return Uni3D(Eva(24, 3, 2, 30, kind, fused), group_dim=18, embed_dim=9, grouping=GROUPS)
 
 
-def _sprout():
+def sprout():
     return Sprout(SproutConfig(dim=16, depth=3, n_heads=4, embed_dim=12, n_groups=8, k=6))
 
 
-MAKERS = {"ulip": _pointbert, "openshape": _openshape, "uni3d": _uni3d, "sprout": _sprout}
+MAKERS = {"ulip": pointbert, "openshape": openshape, "uni3d": uni3d, "sprout": sprout}
 
 
 def make(name, seed=0):
@@ -50,6 +51,13 @@ def make(name, seed=0):
             elif key.endswith("running_var"):
                 buffer.copy_(0.3 * torch.rand_like(buffer) + 0.05)
     return encoder.eval().requires_grad_(False)
+
+
+def sparse_sprout():
+    """Sprout to which the clouds of ``sets`` are sparse."""
+    model = make("sprout")
+    model.grouping = dataclasses.replace(model.grouping, n_dense=480)
+    return model
 
 
 class Words(TextTower):

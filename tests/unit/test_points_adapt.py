@@ -35,10 +35,13 @@ def prepared(encoder, use="adapt"):
     return [encoder.prepare(Cloud(xyz.astype(float))) for xyz in given.xyz]
 
 
-def sprout():
-    model = models.make("sprout")
-    model.grouping = dataclasses.replace(model.grouping, n_dense=480)
-    return model
+sprout = models.sparse_sprout
+
+
+def cut_off(done, total):
+    """Ends a run behind the first step that it has saved."""
+    if done > SAVE_EVERY:
+        raise KeyboardInterrupt
 
 
 def distance(encoder, adapter, n_points=6):
@@ -118,12 +121,8 @@ def test_going_on_equals_never_stopping(tmp_path):
     config = AdaptConfig("lora", steps=SAVE_EVERY + 3, batch_size=2, curriculum=COUNTS)
     whole = adapt(clouds, texts, model, config)
 
-    def die(done, total):
-        if done == SAVE_EVERY + 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        adapt(clouds, texts, model, config, output=tmp_path, on_step=die)
+        adapt(clouds, texts, model, config, output=tmp_path, on_step=cut_off)
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     steps = []
     resumed = adapt(
@@ -138,13 +137,8 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path):
     model = sprout()
     texts, clouds = sets.texts(model.embed_dim), prepared(model)
     config = AdaptConfig("lora", steps=SAVE_EVERY + 1, batch_size=2, curriculum=COUNTS)
-
-    def die(done, total):
-        if done == SAVE_EVERY + 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        adapt(clouds, texts, model, config, output=tmp_path, on_step=die)
+        adapt(clouds, texts, model, config, output=tmp_path, on_step=cut_off)
     kept = (tmp_path / STATE).read_bytes()
     for other in (dataclasses.replace(config, lr=0.5), dataclasses.replace(config, seed=9)):
         with pytest.raises(OutputError, match="other settings"):
@@ -323,11 +317,6 @@ def test_other_colours_are_another_run(tmp_path):
     model = models.make("openshape")
     grey = [(xyz, torch.full_like(xyz, 0.1)) for xyz, _ in prepared(model)]
     config = AdaptConfig("lora", steps=SAVE_EVERY + 2, batch_size=2, curriculum=COUNTS)
-
-    def cut_off(done, total):
-        if done > SAVE_EVERY:
-            raise KeyboardInterrupt
-
     texts = sets.texts(model.embed_dim)
     with pytest.raises(KeyboardInterrupt):
         adapt(grey, texts, model, config, output=tmp_path / "a", on_step=cut_off)

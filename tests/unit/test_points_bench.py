@@ -14,20 +14,15 @@ from budwood.points.bench import BenchConfig, _Bench, run, top_k
 from budwood.points.grouping import Grouping
 from budwood.points.io import Cloud
 from budwood.points.speed import encoder_rows, grouping_rows, looped_groups
-from tests.points import models, sets
+from tests.points import sets
+from tests.points.models import sparse_sprout
 
 SMALL = {"points": (30, 8), "lidar": (8,), "steps": 2, "batch_size": 4}
 COUNTS = Curriculum((30, 8))
 
 
-def sprout():
-    model = models.make("sprout")
-    model.grouping = dataclasses.replace(model.grouping, n_dense=480)
-    return model
-
-
 def test_rows():
-    model = sprout()
+    model = sparse_sprout()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     grouping, jobs = model.grouping, []
     config = BenchConfig(("frozen", "t3a", "esp-zero"), **SMALL, seeds=2, curriculum=COUNTS)
@@ -56,7 +51,7 @@ def test_rows():
 
 
 def test_accuracy_is_what_counting_gives():
-    model = sprout()
+    model = sparse_sprout()
     clouds, texts = sets.clouds(), sets.texts(model.embed_dim)
     config = BenchConfig(("tokens",), points=(8,), lidar=(), seeds=1, curriculum=COUNTS)
     (row,) = run(clouds, texts, model, config)
@@ -75,7 +70,7 @@ def test_accuracy_is_what_counting_gives():
 
 
 def test_frozen_has_the_published_groups_and_tokens_do_not():
-    model = sprout()
+    model = sparse_sprout()
     seen = []
     forward = type(model).forward
 
@@ -93,7 +88,7 @@ def test_frozen_has_the_published_groups_and_tokens_do_not():
 
 
 def test_tuning_tries_rates_of_the_method():
-    model = sprout()
+    model = sparse_sprout()
     config = BenchConfig(
         ("lora",), points=(8,), lidar=(), steps=1, seeds=1, tune=True, curriculum=COUNTS
     )
@@ -109,7 +104,7 @@ def test_methods_adapt_and_are_tuned_to_samples_of_the_kind_asked_for(sampler, m
     monkeypatch.setattr(
         _Bench, "_thinned", lambda self, *key: looked.add(key[:2]) or thinned(self, *key)
     )
-    model = sprout()
+    model = sparse_sprout()
     for tune in (False, True):
         config = BenchConfig(
             ("lora",), (8,), (), 1, 2, 4, sampler=sampler, tune=tune, curriculum=COUNTS
@@ -122,7 +117,7 @@ def test_methods_adapt_and_are_tuned_to_samples_of_the_kind_asked_for(sampler, m
 
 
 def test_groups_without_clouds_are_empty():
-    model = sprout()
+    model = sparse_sprout()
     clouds = sets.clouds()
     kept = [i for i, one in enumerate(clouds.about) if one.group != "novel"]
     rest = dataclasses.replace(
@@ -153,7 +148,7 @@ def test_a_loop_makes_the_same_groups():
 
 
 def test_speed_rows():
-    model = sprout()
+    model = sparse_sprout()
     rows = encoder_rows(model, 20, 2, 2)
     assert [row["what"] for row in rows][:3] == ["frozen", "fca random", "fca random, fused"]
     assert rows[0]["over_frozen"] == 1 and all(row["clouds_per_s"] > 0 for row in rows)

@@ -262,6 +262,15 @@ def test_rankings(name):
     assert len(top.names) == 1 and top.n_points == 80
 
 
+def test_a_cloud_of_two_million_points(tmp_path):
+    xyz = np.random.default_rng(0).normal(size=(2_000_000, 3)).astype(np.float32)
+    np.save(tmp_path / "scan.npy", xyz)
+    encoder, tower = models.make("sprout"), models.Words(12)
+    got = classify_clouds(tmp_path / "scan.npy", LABELS, encoder=encoder, text=tower)[0]
+    assert set(got.names) == set(LABELS) and got.n_points == encoder.preparation.n_points
+    assert np.isfinite(got.scores).all()
+
+
 def test_the_text_tower_in_a_checkpoint_is_taken(monkeypatch, tmp_path):
     encoder = models.make("ulip")
     assert tower_of(encoder) == "ulip"  # the published one

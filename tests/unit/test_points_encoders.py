@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -17,40 +18,20 @@ from budwood.errors import InputError, ShapeError, UnknownNameError, Unsupported
 from budwood.points.encoders import ENCODERS, load_encoder, load_weights
 from budwood.points.encoders import base as encoders_base
 from budwood.points.encoders.checkpoints import layout
-from budwood.points.encoders.openshape import OpenShape
 from budwood.points.encoders.pointbert import PointBert
 from budwood.points.encoders.sprout import Sprout, SproutConfig, load_sprout, save_sprout
-from budwood.points.encoders.uni3d import Eva, Uni3D
-from budwood.points.grouping import Grouping
 from budwood.points.io import make_cloud
+from tests.points.models import GROUPS, openshape, pointbert, uni3d
 from tests.reference import encoders_reference as reference
 from tests.reference import published_layouts
-
-GROUPS = Grouping(7, 5, 40)
-
-
-def pointbert():
-    return PointBert(dim=24, depth=2, n_heads=3, group_dim=20, embed_dim=10, grouping=GROUPS)
 
 
 def pointbert_color():
     return PointBert("ulip2", color=True, dim=24, depth=3, n_heads=4, embed_dim=10, grouping=GROUPS)
 
 
-def openshape():
-    sizes = {"dim": 20, "depth": 2, "n_heads": 3, "d_head": 8, "mlp_dim": 28}
-    return OpenShape(**sizes, group_dims=(6, 7, 9), embed_dim=11, grouping=GROUPS)
-
-
 def openshape_bare():
-    sizes = {"dim": 20, "depth": 2, "n_heads": 3, "d_head": 8, "mlp_dim": 28}
-    balls = Grouping(7, 5, 40, radius=1.1)
-    return OpenShape(**sizes, group_dims=(6, 7, 9), embed_dim=None, grouping=balls)
-
-
-def uni3d(kind, fused):
-    eva = Eva(24, 3, 2, 30, kind, fused)
-    return Uni3D(eva, group_dim=18, embed_dim=9, grouping=GROUPS)
+    return openshape(embed_dim=None, grouping=dataclasses.replace(GROUPS, radius=1.1))
 
 
 TINY = {
