@@ -12,10 +12,10 @@ from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_window
 from budwood.tune.evaluate.harness import (
     find_task,
     run_tasks,
-    shipped_tasks,
     task_names,
     task_of,
 )
+from budwood.tune.evaluate.known_tasks import shipped_tasks
 from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, compare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -14,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, UnknownNameError
+from budwood.errors import InputError
 from budwood.tune.data import Example, listed, read_examples
 from budwood.tune.encoding import render
+from budwood.tune.evaluate.known_tasks import (
+    SHIPPED,
+    leaf_tasks,
+    no_lm_eval,
+    shipped_tasks,
+    task_manager,
+)
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.ranges import need_at_least
-
-SHIPPED = Path(__file__).parents[1] / "tasks"
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,6 @@ class Task:
     examples: tuple[Example, ...] | None
     chat: bool = True
     rendered: bool = False
-
-
-def shipped_tasks() -> tuple[str, ...]:
-    """Names of the tasks that ship."""
-    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
 def find_task(
@@ -176,8 +177,8 @@ def run_tasks(
         advance: a function (done, total, note), for a progress bar.
 
     Returns:
-        For multiple choice ``accuracy`` and the ``loss`` of the right answer; for other answers
-        ``loss``, or ``accuracy`` if they are generated.
+        For multiple choice ``accuracy`` and the ``loss`` of the right answer, where there is one;
+        for other answers ``loss``, or ``accuracy`` if they are generated.
 
     Raises:
         InputError: lm-eval is not installed, or can't run a task; two tasks have the same name, or
@@ -188,7 +189,7 @@ def run_tasks(
     need_at_least(0, limit=limit)
     if not tasks:
         return []
-    _refuse_same_names(tasks)
+    tasks = expanded(tasks)
     with _quiet(), tempfile.TemporaryDirectory(prefix="budwood-tasks-") as folder:
         lm = _model(model, tokenizer, batch, advance)
         files = {task.name: Path(folder, f"{i}.jsonl") for i, task in enumerate(tasks)}
@@ -202,19 +203,33 @@ def run_tasks(
     return [score for task in tasks for score in found[task.name]]
 
 
-def _refuse_same_names(tasks: Sequence[Task]) -> None:
-    name, n = Counter(task.name for task in tasks).most_common(1)[0]
-    if n > 1:
-        raise InputError(f"{n} tasks are called {name!r}; give each a name of its own")
+def expanded(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks, with those of lm-eval's groups and tags in the place of these.
+
+    Raises:
+        InputError: lm-eval is not installed, or a group changes settings of its tasks; two tasks
+            have the same name.
+        UnknownNameError: lm-eval has no such task.
+    """
+    found = [leaf for task in tasks for leaf in _leaves(task)]
+    for name, n in Counter(task.name for task in found).items():
+        if n > 1:
+            raise InputError(f"{n} tasks are called {name!r}; give each once, by its own name")
+    return found
+
+
+def _leaves(task: Task) -> list[Task]:
+    if task.config is not None:
+        return [task]
+    with _quiet():
+        return [dataclasses.replace(task, name=name) for name in leaf_tasks(task.name)]
 
 
 def _model(model: Any, tokenizer: Any, batch: int, advance: Any) -> Any:
     try:
         from budwood.tune.evaluate.shared_prompt import SharedPromptLM
     except ImportError as error:
-        raise InputError(f"evaluation needs lm-eval ({error}): pip install 'budwood[tune]'") from (
-            error
-        )
+        raise no_lm_eval(error) from error
     model.eval()
     return SharedPromptLM(model, tokenizer, batch, advance)
 
@@ -225,14 +240,8 @@ def _evaluate(
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    own = [task.name for task in tasks if task.config is None]
-    manager = TaskManager(include_defaults=bool(own))
-    unknown = [name for name in own if name not in manager.all_tasks]
-    if unknown:
-        known = ", ".join(shipped_tasks())
-        raise UnknownNameError(
-            f"unknown task {unknown[0]!r}; give a file, one of {known}, or a task of lm-eval"
-        )
+    own = any(task.config is None for task in tasks)
+    manager = task_manager() if own else TaskManager(include_defaults=False)
     specs: list[Any] = [
         task.name
         if task.config is None
@@ -250,7 +259,11 @@ def _evaluate(
     )
     if found is None or "samples" not in found:
         raise InputError("lm-eval gave no samples; run it on one rank")
-    return found["samples"]
+    samples = found["samples"]
+    for name, task in loaded["tasks"].items():
+        for sample in samples[name]:
+            sample["gold"] = _gold(task, sample["doc"])
+    return samples
 
 
 def _with_data(task: Task, file: Path, style: str, tokenizer: Any) -> dict[str, Any]:
@@ -311,20 +324,31 @@ _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
 def _right_answer(sample: dict[str, Any]) -> tuple[float, str] | None:
-    """Log-likelihood and text of the right answer; None where answers are generated."""
-    responses, arguments = sample["filtered_resps"], list(sample["arguments"])
-    if not isinstance(responses[0], Sequence) or isinstance(responses[0], str):
+    """Log-likelihood and text of the right answer; None where it is not known."""
+    gold = sample["gold"]
+    if gold is None:
         return None
-    target = sample["target"]
-    index = 0
-    if len(responses) > 1:  # multiple choice
-        index = int(target) if str(target).isdecimal() else _gold(sample["doc"])
-    return float(responses[index][0]), str(arguments[index][1])
+    return float(sample["filtered_resps"][gold][0]), str(sample["arguments"][gold][1])
 
 
-def _gold(doc: dict[str, Any]) -> int:
-    """Where contexts are chosen between, the target is a text and the index is in the data."""
-    return int(doc.get("answer", doc.get("label", 0)))
+def _gold(task: Any, doc: dict[str, Any]) -> int | None:
+    """Which of a question's requests has the right answer, as lm-eval itself finds it.
+
+    None where answers are generated, where none or several are right, and where a task has a
+    function of its own that scores them.
+    """
+    config = task.config
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return 0
+    if task.OUTPUT_TYPE != "multiple_choice" or not config.doc_to_choice or config.process_results:
+        return None
+    found = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = list(task.doc_to_choice(doc))
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if isinstance(found, str):
+        return choices.index(found) if found in choices else None
+    return int(found) if isinstance(found, int) and 0 <= found < len(choices) else None
 
 
 def _n_tokens(tokenizer: Any, text: str) -> int:

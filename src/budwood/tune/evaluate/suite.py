@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError
 from budwood.tune.encoding import Row, encode_one
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
-from budwood.tune.evaluate.harness import Task, find_task, run_tasks, task_names
+from budwood.tune.evaluate.harness import Task, expanded, find_task, run_tasks, task_names
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.own_text import replies
 from budwood.tune.ranges import need_at_least
@@ -90,11 +89,19 @@ class Suite:
 def find_tasks(
     targets: Sequence[str], general: Sequence[str], data: Path | None, limit: int, seed: int
 ) -> tuple[Task, ...]:
-    """Tasks by their names, no two the same; the rest as in :func:`find_task`."""
+    """Tasks by their names, no two the same; the rest as in :func:`find_task`.
+
+    A group or tag of lm-eval's is all of its tasks.
+
+    Raises:
+        InputError: a task is there twice, or a file is missing or malformed; a group of lm-eval's
+            changes settings of its tasks.
+        UnknownNameError: there is no such task.
+    """
     asked = [(one, "target") for one in targets] + [(one, "general") for one in general]
     names = task_names([one for one, _ in asked])
     found = (find_task(one, data, group, limit, seed) for one, group in asked)
-    return tuple(dataclasses.replace(task, name=name) for task, name in zip(found, names))
+    return tuple(expanded([replace(task, name=name) for task, name in zip(found, names)]))
 
 
 def make_texts(
