@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
-from budwood.tune.data import example_of, listed, read_examples
+from budwood.tune.data import example_of, is_file, listed, read_examples
 from budwood.tune.encoding import IGNORED, LeftPadded, encode, encode_one, prompt_tokens
 from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.sampler import LengthGrouped, grouped_order
@@ -72,6 +72,23 @@ def test_columns_of_the_hub(row, answer):
 def test_answer_must_be_an_index(answer):
     with pytest.raises(InputError, match="no index"):
         example_of({"question": "q", "choices": ["a", "b"], "answer": answer})
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    file = tiny_chat.write_lines(tmp_path / "train.jsonl", [QUESTION])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_examples(str(file)) == [example_of(QUESTION)]
+    file.write_bytes(b"\xff\xfe" + file.read_bytes())
+    with pytest.raises(InputError, match="train.jsonl: it is not UTF-8 text"):
+        read_examples(str(file))
+
+
+def test_what_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions").touch()
+    (tmp_path / "boolq").mkdir()
+    assert all(map(is_file, ("a.txt", "b/c.jsonl", "c.json", "./d", "~/e", "questions")))
+    assert not any(map(is_file, ("boolq", "hellaswag", "allenai/ai2_arc")))
 
 
 def test_too_long_examples_are_left_out():

@@ -160,6 +160,9 @@ def test_find_task(data, tmp_path):
     drawn = find_task("arc_easy", data, limit=5, seed=1)
     assert len(drawn.examples) == 5
     assert drawn.examples == find_task("arc_easy", data, limit=5, seed=1).examples
+    rows = [{"question": "q", "answer": "a"}]
+    text = tiny_chat.write_lines(tmp_path / "lines.txt", rows)
+    assert find_task(str(text), None).examples == tuple(map(example_of, rows))
     with pytest.raises(InputError, match="needs its file"):
         find_task("arc_easy", None)
     with pytest.raises(InputError, match="cannot read"):

@@ -64,7 +64,7 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
     """
     if style not in STYLES:
         raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
-    rows = _rows_of_file(Path(source)) if _is_file(source) else _rows_of_hub(source, split)
+    rows = _rows_of_file(Path(source)) if is_file(source) else _rows_of_hub(source, split)
     examples = []
     for where, row in rows:
         try:
@@ -151,19 +151,28 @@ def _need_text(value: Any, what: str) -> None:
         raise InputError(f"{what} must be a text that is not empty, and is {value!r}")
 
 
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
+    """Whether a source is a file, there or missing, and not the name of a dataset or task."""
     path = Path(source)
     looks = path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~"))
-    return path.exists() or looks
+    return path.is_file() or looks
 
 
-def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        InputError: the file can't be read, or is no UTF-8 text.
+    """
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"cannot read {path}: {reason}") from error
-    for number, line in enumerate(text.split("\n"), 1):
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

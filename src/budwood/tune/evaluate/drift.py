@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from budwood.errors import InputError
+from budwood.tune.data import read_text
 from budwood.tune.encoding import (
     IGNORED,
     LeftPadded,
@@ -42,12 +43,7 @@ def text_windows(path: Path, tokenizer: Any, n_windows: int, length: int = WINDO
     """
     need_at_least(0, n_windows=n_windows)
     need_at_least(2, length=length)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"cannot read {path}: {reason}") from error
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     windows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
     if not windows:
         raise InputError(f"{path} has {len(tokens)} tokens; a window needs {length}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError
-from budwood.tune.data import Example, listed, read_examples
+from budwood.tune.data import Example, is_file, listed, read_examples
 from budwood.tune.encoding import render
 from budwood.tune.evaluate.known_tasks import (
     SHIPPED,
@@ -66,7 +66,7 @@ def find_task(
     Raises:
         InputError: its file is missing or malformed.
     """
-    if _is_file(name):
+    if is_file(name):
         examples = draw(read_examples(name), limit, seed)
         return task_of(Path(name).stem, examples, group)
     if name in shipped_tasks():
@@ -93,7 +93,7 @@ def task_names(asked: Sequence[str]) -> list[str]:
     Raises:
         InputError: a file or another task is there twice.
     """
-    paths = [Path(one).expanduser().resolve() if _is_file(one) else None for one in asked]
+    paths = [Path(one).expanduser().resolve() if is_file(one) else None for one in asked]
     for what, n in Counter(path or one for path, one in zip(paths, asked)).items():
         if n > 1:
             raise InputError(f"task {what} is given {n} times; give it once, as target or general")
@@ -111,10 +111,6 @@ def _need_single(name: str, examples: Sequence[Example]) -> None:
             f"{other.where}: task {name!r} takes single questions, and this has a system prompt or "
             "several turns; give the file itself as a task"
         )
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".jsonl", ".json"))
 
 
 def _with_folder(path: Path) -> str:
