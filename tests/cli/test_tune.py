@@ -391,6 +391,14 @@ def test_bad_input(budwood, tmp_path, data):
     export = ["tune", "export-lora", tmp_path, "--output", out, "--calibration", file]
     for option, value in (("limit", 0), ("max-length", 0), ("rank", -1)):
         refused(budwood(*export, f"--{option}", value), f"={value} is below")
+    full = ["tune", "export-lora", tmp_path, "--calibration", file, "--output"]
+    refused(budwood(*full, data), "not an empty directory")
+    refused(budwood(*full, file), "not an empty directory")
+    refused(budwood(*full, file / "below"), "boolq_train.jsonl is a file; choose another place")
+    refused(budwood("tune", "eval", tmp_path, "--prompts", 100), "there are 64 prompts, not 100")
+    for name in ("test.txt", "test.jsonl"):
+        refused(budwood("tune", "eval", tmp_path, "--target", name), f"cannot read {name}")
+    refused(budwood("tune", "eval", tmp_path, "--target", "hellaswagg"), "unknown task", "boolq")
     (tmp_path / "chat.txt").write_text("words " * 200)
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
 
@@ -402,6 +410,7 @@ def test_bad_input_of_the_benchmark(budwood, tmp_path, data):
     refused(budwood(*line, data, "--seeds", "0,0"), "nothing twice")
     refused(budwood(*line, data, "--methods", "lora:alpha"), "write key=value")
     refused(budwood(*line, data, "--steps", 0), "steps=0")
+    refused(budwood(*line, data, "--prompts", 65), "there are 64 prompts, not 65")
 
 
 def test_targets_that_match_nothing(budwood, lm_dir, data, tmp_path):

@@ -88,10 +88,12 @@ def tune_eval(
       budwood tune eval tuned --data tasks --limit 500
     """
     from budwood.tune.data import STYLES
+    from budwood.tune.evaluate.drift import chat_prompts
     from budwood.tune.ranges import need_at_least
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
     need_at_least(1, batch=batch)
+    chat_prompts(prompts)  # refuses more than there are, before a model is loaded
     if style not in STYLES:
         raise InputError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     results = Results(out, force, json, plot)

@@ -50,10 +50,12 @@ def export_lora(
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.tune.data import read_examples
+    from budwood.tune.export import empty_folder
     from budwood.tune.ranges import need_at_least
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
+    empty_folder(output)  # refuses other places, before a model is loaded
     examples = {
         name: read_examples(source, style)
         for name, source in (("calibration", calibration), ("held_out", held_out))

@@ -91,7 +91,7 @@ def export_lora(
     rank = config.rank if rank is None else rank
     if not 1 <= rank <= config.rank:
         raise InputError(f"rank={rank}; give 1 to {config.rank}, the rank of all experts together")
-    folder = _empty_folder(output)
+    folder = empty_folder(output)
     averaged = list(calibration)
     measured = averaged if held_out is None else list(held_out)
     was_training = model.training
@@ -217,10 +217,18 @@ def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
     return total / n_tokens, n_tokens
 
 
-def _empty_folder(output: str | os.PathLike[str]) -> Path:
+def empty_folder(output: str | os.PathLike[str]) -> Path:
+    """A place where a folder can be written, absent or empty.
+
+    Raises:
+        OutputError: something is there already, or one of the folders above it is a file.
+    """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty directory; choose another name")
+    above = next(one for one in folder.absolute().parents if one.exists())
+    if not above.is_dir():
+        raise OutputError(f"cannot write {folder}: {above} is a file; choose another place")
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from budwood.errors import InputError
 from budwood.tune.data import Example, read_examples
+from budwood.tune.evaluate.drift import chat_prompts
 from budwood.tune.evaluate.suite import TARGETS, TEXT
 from budwood.tune.methods import parse_tuner
 from budwood.tune.ranges import need_at_least
@@ -70,6 +71,7 @@ class Plan:
         need_at_least(1, **{name: getattr(self, name) for name in positive})
         counts = ("per_task", "limit", "general_limit", "windows", "prompts", "probe_limit")
         need_at_least(0, **{name: getattr(self, name) for name in counts})
+        chat_prompts(self.prompts)  # refuses more than there are
         for lr in self.lrs:
             dataclasses.replace(self.settings, lr=lr)
 
