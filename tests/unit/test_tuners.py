@@ -43,12 +43,6 @@ def test_only_methods_that_take_it_have_text_written(text, n):
     assert parse_tuner(text).n_own == n
 
 
-BAD = (
-    *("slim:texts=1.5", "lora-own:texts=0", "lora-own:texts=2.5"),
-    *("slim:strength=0", "lora:strength=1.1", "lora:strength=nan", "lora:strength=half"),
-)
-
-
 @pytest.mark.parametrize(
     ("n_learnt", "n", "distance"), [(1279, 0, "whitened"), (1280, N_TEXTS, "discriminant")]
 )
@@ -94,9 +88,49 @@ def test_what_training_gets(text, expected):
 def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")
-    for wrong in ("lora:alpha", "lora:=3", "lora:kl=-1", "slim:texts=-1", *BAD):
-        with pytest.raises(InputError):
+    for wrong in ("lora:alpha", "lora:=3"):
+        with pytest.raises(InputError, match="is no option; write key=value"):
             parse_tuner(wrong)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-kl", "dora", "slim", "slim-paper"])
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        *((f"strength={wrong}", "above 0 and up to 1") for wrong in ("0", "1.1", "nan", "half")),
+        *((f"kl={wrong}", "give a number of at least 0") for wrong in ("-1", "x", "inf", "true")),
+        ("weight_decay=none", "weight_decay=None; give a number of at least 0"),
+        ("r=4", "r=4 is no option of a method; give --rank"),
+        ("seed=1", "seed=1 is no option of a method; give --seed"),
+        ("alpha=x", "alpha='x'; give a number"),
+        ("foo=1", "unexpected keyword argument 'foo'"),
+    ],
+)
+def test_options_are_refused_before_a_model_is_loaded(method, option, reason):
+    with pytest.raises(InputError, match=reason):
+        parse_tuner(f"{method}:{option}")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        *((f"slim:texts={wrong}", "of texts, at least 0") for wrong in ("1.5", "-1", "true")),
+        *((f"lora-own:texts={wrong}", "of texts, at least 1") for wrong in ("0", "2.5", "true")),
+        ("slim:texts=0+distance=discriminant", "texts=0 and distance='discriminant', which takes"),
+        ("lora:alpha=0", "alpha=0; give a number above 0"),
+        ("lora:dropout=1", r"dropout=1; give a share in \[0, 1\)"),
+        ("lora-late:skip_first=half", r"skip_first='half'; give a share in \[0, 1\)"),
+    ],
+)
+def test_options_of_one_method_are_refused(text, reason):
+    with pytest.raises(InputError, match=reason):
+        parse_tuner(text)
+
+
+def test_options_of_peft_replace_what_a_method_gives():
+    config = parse_tuner("lora:target_modules=up+use_rslora=true").config(3, tiny_chat.model(), 0)
+    assert (config.r, config.target_modules, config.use_rslora) == (3, "up", True)
+    assert parse_tuner("slim-no-yielding:texts=0+distance=discriminant").n_own == 0
 
 
 def test_fit_rank():

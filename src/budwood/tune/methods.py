@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from budwood.errors import BudwoodError, InputError
+from budwood.errors import BudwoodError, InputError, first_line
 from budwood.registry import Registry
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import Row
@@ -80,11 +80,16 @@ class Tuner:
     """Whether ``kl`` is on text that the base model writes by itself, and not on prompts."""
 
     def __post_init__(self) -> None:
+        for name, place in (("r", "rank"), ("seed", "seed")):
+            if name in self.extra:
+                raise InputError(
+                    f"{name}={self.extra[name]!r} is no option of a method; give --{place}"
+                )
         for name in ("weight_decay", "kl"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if not _is_number(value) or not 0 <= value < float("inf"):
                 raise InputError(f"{name}={value!r}; give a number of at least 0")
-        if not 0 < self.strength <= 1:
+        if not _is_number(self.strength) or not 0 < self.strength <= 1:
             raise InputError(f"strength={self.strength!r}; give a number above 0 and up to 1")
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
@@ -156,19 +161,28 @@ class Lora(Tuner):
                 f"strength={self.strength!r} scales B, and what DoRA learns, or an adapter that "
                 "does not start at zero, is more than B·A; give strength=1"
             )
+        if not _is_number(self.alpha) or not 0 < self.alpha < float("inf"):
+            raise InputError(f"alpha={self.alpha!r}; give a number above 0")
+        _check_share("dropout", self.dropout)
+        self._config(1, ALL)  # refuses options that it does not know, before a model is loaded
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
+        return self._config(rank, self.targets(model))
+
+    def _config(self, rank: int, targets: str) -> Any:
         from peft import LoraConfig
 
-        return LoraConfig(
-            r=rank,
-            lora_alpha=round(self.alpha * rank),
-            lora_dropout=self.dropout,
-            target_modules=self.targets(model),
-            use_dora=self.use_dora,
-            task_type="CAUSAL_LM",
-            **self.extra,
-        )
+        options = {
+            "lora_alpha": round(self.alpha * rank),
+            "lora_dropout": self.dropout,
+            "target_modules": targets,
+            "use_dora": self.use_dora,
+            "task_type": "CAUSAL_LM",
+        }
+        try:
+            return LoraConfig(r=rank, **{**options, **self.extra})
+        except (TypeError, ValueError) as error:  # an option that there is none of
+            raise InputError(f"LoRA: {first_line(error)}") from error
 
     def targets(self, model: Any) -> str:
         """A regular expression of the modules to adapt."""
@@ -213,6 +227,10 @@ class LoraLate(Lora):
 
     skip_first: float = SlimConfig.skip_first
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share("skip_first", self.skip_first)
+
     def targets(self, model: Any) -> str:
         names = (name for name, _ in model.named_modules())
         return later_layers(super().targets(model), names, self.skip_first)
@@ -253,32 +271,38 @@ class Slim(Tuner):
         super().__post_init__()
         if self.texts is not None:
             _check_count("texts", self.texts, 0)
-        self.config(1, None, 0)  # refuses options that it does not know, before a model is loaded
+        config = self.config(1, None, 0)  # refuses options that it does not know
+        if self.texts == 0 and _compares(config):
+            raise InputError(
+                f"texts=0 and distance={config.distance!r}, which takes texts of the base model's "
+                "own; give more texts, or another distance"
+            )
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         distance = "whitened" if self.texts == 0 else "discriminant"
-        options = {"alpha": 2.0 * rank, "distance": distance, **self.preset, **self.extra}
+        options = {"alpha": 2.0 * rank, "distance": distance, "task_type": "CAUSAL_LM"}
+        options |= {**self.preset, **self.extra}
         if options["distance"] == "discriminant" and "margin" not in options:
             options.setdefault("margin_inference", MARGIN_INFERENCE)
         try:
-            return SlimConfig(r=rank, seed=seed, task_type="CAUSAL_LM", **options)
+            return SlimConfig(r=rank, seed=seed, **options)
         except TypeError as error:  # an option that there is none of
             raise InputError(f"SLIM: {error}") from error
 
     def fitted_to(self, n_learnt: int) -> Slim:
         n_directions = min(SlimConfig.n_directions, max(FEWEST, n_learnt // TOKENS_A_DIRECTION))
         texts = self.texts
-        if texts is None:  # next to few examples, other ones of the same task look strange
-            texts = N_TEXTS if n_directions == SlimConfig.n_directions else 0
+        asked = "distance" in self.extra
+        if texts is None and not asked and n_directions < SlimConfig.n_directions:
+            texts = 0  # next to few examples, other ones of the same task look strange
         extra = {"n_directions": n_directions, **self.extra}
         return dataclasses.replace(self, texts=texts, extra=extra)
 
     @property
     def n_own(self) -> int:
-        config = self.config(1, None, 0)
-        if not (config.yielding and config.distance == "discriminant"):
+        if not _compares(self.config(1, None, 0)):
             return 0
-        return self.texts or N_TEXTS
+        return N_TEXTS if self.texts is None else self.texts
 
     def prepare(
         self, adapted: Any, tokenizer: Any, rows: Sequence[Row], own: Sequence[Row]
@@ -425,9 +449,23 @@ class SlimMask(Slim):
     preset: ClassVar[dict[str, Any]] = {"merge_inference": "mask"}
 
 
+def _compares(config: SlimConfig) -> bool:
+    """Whether the distance is fitted to texts of the base model's own as well."""
+    return config.yielding and config.distance == "discriminant"
+
+
 def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}={value!r}; give a number of texts, at least {least}")
+
+
+def _check_share(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise InputError(f"{name}={value!r}; give a share in [0, 1)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def parse_tuner(text: str) -> Tuner:
@@ -451,10 +489,7 @@ def parse_tuner(text: str) -> Tuner:
         if not equals or not key.isidentifier():
             raise InputError(f"{text!r}: {item!r} is no option; write key=value")
         (options if key in own else extra)[key] = _value(value)
-    try:
-        return kind(**options, extra=extra)
-    except TypeError as error:
-        raise InputError(f"{text!r}: {error}") from error
+    return kind(**options, extra=extra)
 
 
 def fit_rank(count: Callable[[int], int], n_wanted: int, tolerance: float = 0.05) -> int:
