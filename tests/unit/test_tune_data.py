@@ -116,6 +116,25 @@ def test_the_user_speaks_before_the_assistant(first):
         example_of(chat(*first, "assistant", "user", "assistant"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("tool_calls", [{"id": "1"}]), ("name", "Ada"), ("weight", 0)]
+)
+def test_messages_have_a_role_and_content_alone(key, value):
+    row = chat("user", "assistant")
+    row["messages"][1][key] = value
+    with pytest.raises(InputError, match=f"the assistant message has {key}; only role and"):
+        example_of(row)
+    row["messages"][1] |= {"content": None}
+    with pytest.raises(InputError, match="only role and content are understood"):
+        example_of(row)
+
+
+def test_keys_of_a_message_that_hold_nothing_are_no_matter():
+    row = chat("user", "assistant")
+    row["messages"][0] |= {"name": None, "tool_calls": []}
+    assert example_of(row) == example_of(chat("user", "assistant"))
+
+
 def test_what_a_template_refuses_is_told_with_its_line(tmp_path):
     strict = tiny_chat.tokenizer()
     strict.chat_template = (

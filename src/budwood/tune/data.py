@@ -113,6 +113,7 @@ def _messages(found: Any) -> tuple[dict[str, str], ...]:
     for message in found:
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
             raise InputError(f"a message needs a role, one of {', '.join(_ROLES)}")
+        _refuse_other_keys(message)
         _need_text(message.get("content"), f"content of the {message['role']} message")
     roles = [message["role"] for message in found]
     if "user" not in roles or "assistant" not in roles:
@@ -125,6 +126,17 @@ def _messages(found: Any) -> tuple[dict[str, str], ...]:
             "leave the turns before it out"
         )
     return tuple({"role": m["role"], "content": m["content"]} for m in found)
+
+
+def _refuse_other_keys(message: Mapping[str, Any]) -> None:
+    """Refuse what a chat template might use and would not be given; datasets fill up with None."""
+    others = [key for key in message if key not in ("role", "content")]
+    filled = [key for key in others if message[key] not in (None, "", [])]
+    if filled:
+        raise InputError(
+            f"the {message['role']} message has {', '.join(filled)}; only role and content are "
+            "understood, so write into the content what is to be learnt, and leave the rest out"
+        )
 
 
 def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
