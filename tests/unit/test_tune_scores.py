@@ -87,10 +87,21 @@ def test_report_puts_targets_first_and_adds_means():
     assert rows[-1]["difference"] == -0.5 and rows[-1]["n"] == 4
 
 
-def test_shared_prompts_give_what_hflm_gives(adapted):
+@pytest.mark.parametrize("plain", [False, True])
+def test_shared_prompts_give_what_hflm_gives(adapted, monkeypatch, plain):
     from lm_eval.models.huggingface import HFLM
 
     from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+
+    if plain:  # as models without these arguments are
+        base = adapted.get_base_model()
+        whole = base.forward
+
+        def forward(input_ids, **given):
+            assert not {"logits_to_keep", "position_ids"} & set(given)
+            return whole(input_ids, **given)
+
+        monkeypatch.setattr(base, "forward", forward)
 
     draw = random.Random(1)
     requests = []

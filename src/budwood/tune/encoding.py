@@ -185,10 +185,15 @@ def pad_of(tokenizer: Any) -> int:
 
 def takes_logits_to_keep(model: Any) -> bool:
     """Whether a model can be told to compute the last logits only."""
+    return takes(model, "logits_to_keep")
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether a model, or that inside an adapter, has an argument of that name."""
     import inspect
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return name in inspect.signature(base.forward).parameters
 
 
 def _n_last(rows: Sequence[Row]) -> int:

@@ -10,6 +10,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from budwood.tune.encoding import takes, takes_logits_to_keep
+
 Request = tuple[tuple[str, str], list[int], list[int]]
 Advance = Callable[..., None]
 
@@ -46,6 +48,8 @@ class SharedPromptLM(_Base):
         )
         self._n_prompts = batch_size
         self._advance = advance or (lambda done, total, note="": None)
+        self._last_alone = {"logits_to_keep": 1} if takes_logits_to_keep(pretrained) else {}
+        self._takes_positions = takes(pretrained, "position_ids")
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not context.endswith("\n"):
@@ -90,9 +94,9 @@ class SharedPromptLM(_Base):
         first = self.model(
             input_ids=tokens,
             attention_mask=mask,
-            position_ids=_positions(mask),
-            logits_to_keep=1,
             use_cache=True,
+            **self._placed(_positions(mask)),
+            **self._last_alone,
         )
         owner = torch.tensor([k for k, _ in answers], device=self.device)
         wanted, real = _padded([answer for _, answer in answers], left=False)
@@ -105,12 +109,16 @@ class SharedPromptLM(_Base):
             later = self.model(
                 input_ids=wanted[:, :-1],
                 attention_mask=whole,
-                position_ids=_positions(whole)[:, mask.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
+                **self._placed(_positions(whole)[:, mask.shape[1] :]),
             )
             heads = torch.cat([heads, later.logits], dim=1)
         return _sums(heads, wanted, real)
+
+    def _placed(self, positions: Tensor) -> dict[str, Tensor]:
+        """Positions for a model that takes them; others find them by themselves."""
+        return {"position_ids": positions} if self._takes_positions else {}
 
 
 def _sums(logits: Tensor, wanted: Tensor, real: Tensor) -> list[tuple[float, bool]]:
