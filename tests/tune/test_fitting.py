@@ -10,6 +10,7 @@ from budwood.tune import SlimLinear, fit_discriminant, observe
 from budwood.tune.discriminant import discriminant
 from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
 from budwood.tune.fitting import Survey
+from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.own_text import own_text, replies
 from tests import tiny_chat
 from tests import tiny_llm as tiny
@@ -287,6 +288,16 @@ def test_own_text_is_requests_and_replies(chat):
         asked = TOKENS.decode(row["input_ids"][:n_asked])
         assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n") and n_asked > len(before) + 10
     chat.eval()
+
+
+def test_what_a_checkpoint_asks_of_sampling_is_left_out():
+    plain, chat = tiny_chat.model(), tiny_chat.model()
+    asked = {"repetition_penalty": 5.0, "temperature": 0.1, "min_p": 0.5, "top_k": 3}
+    chat.generation_config.update(**asked)
+    assert own_text(chat, TOKENS, 5) == own_text(plain, TOKENS, 5)
+    adapted = attach(parse_tuner("lora"), chat, 2, 0)
+    assert replies(adapted, TOKENS, ["a"]) == replies(plain, TOKENS, ["a"])
+    assert {key: getattr(chat.generation_config, key) for key in asked} == asked
 
 
 def test_own_text_is_the_other_text_when_none_is_given(chat, monkeypatch):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _draw(
     need_at_least(1, batch=batch, n_tokens=n_tokens)
     pad, ends = pad_of(tokenizer), _ends(model, tokenizer)
     found: list[list[int]] = []
-    with torch.random.fork_rng(), evaluating(model):
+    with torch.random.fork_rng(), evaluating(model), _own_distribution(model):
         torch.manual_seed(seed)
         for begin in range(0, len(starts), batch):
             rows = [{"input_ids": one, "labels": one} for one in starts[begin : begin + batch]]
@@ -144,10 +145,6 @@ def _draw(
             output = model.generate(
                 input_ids=inputs["input_ids"].to(model.device),
                 attention_mask=inputs["attention_mask"].to(model.device),
-                do_sample=True,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
                 max_new_tokens=n_tokens,
                 pad_token_id=pad,
             )
@@ -156,6 +153,23 @@ def _draw(
             if advance:
                 advance(len(found), len(starts))
     return found
+
+
+@contextmanager
+def _own_distribution(model: Any) -> Iterator[None]:
+    """Sampling without what a checkpoint asks for, such as a temperature or a penalty."""
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = base.generation_config
+    ends = {"bos_token_id": asked.bos_token_id, "eos_token_id": asked.eos_token_id}
+    base.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **ends
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = asked
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
