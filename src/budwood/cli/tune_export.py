@@ -30,7 +30,7 @@ def export_lora(
         str | None,
         typer.Option(metavar="FILE|ID", help="Examples to measure the loss on; else the same."),
     ] = None,
-    model: tune_options.Model = None,
+    model: tune_options.Base = None,
     rank: Annotated[int, typer.Option(help="Of the LoRA; 0: that of all experts together.")] = 0,
     limit: Annotated[int, typer.Option(help="Examples of each file, drawn at random.")] = 256,
     style: tune_options.Style = "cloze",
@@ -82,13 +82,12 @@ def _export(
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
-    from budwood.cli.language_models import load_adapter, load_language_model, need_adapter
+    from budwood.cli.language_models import load_adapted
     from budwood.tune.encoding import encode
     from budwood.tune.evaluate.harness import draw
     from budwood.tune.train import is_slim
 
-    need_adapter(adapter)
-    loaded = load_adapter(load_language_model(model, device, dtype), adapter)
+    loaded = load_adapted(adapter, model, device, dtype)
     if not is_slim(loaded.model):
         raise InputError(f"{adapter} is no SLIM adapter; PEFT can merge or convert others itself")
     from budwood.tune import export_lora as write_lora

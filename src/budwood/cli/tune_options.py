@@ -11,6 +11,12 @@ Model = Annotated[
     str | None,
     typer.Option(metavar="ID|DIR", help="Hub id or directory; left out: SmolLM2-135M-Instruct."),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID|DIR", help="Hub id or directory; left out: what the adapter was made for."
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

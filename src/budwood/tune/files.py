@@ -13,6 +13,8 @@ from budwood.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+"""Older adapters of other kinds, which PEFT reads by itself."""
 
 
 def check_adapter_files(folder: Path) -> None:
@@ -27,12 +29,16 @@ def check_adapter_files(folder: Path) -> None:
     config = folder / CONFIG_FILE
     if config.is_file():
         try:
-            json.loads(config.read_text(encoding="utf-8"))
+            found = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{config} is not JSON: {error}; save the adapter again") from None
+        if not isinstance(found, dict):
+            raise InputError(f"{config} holds no options of an adapter; save the adapter again")
     weights = folder / WEIGHTS_FILE
     if weights.is_file():
         check_safetensors(weights)
+    elif not (folder / PICKLED_FILE).exists():
+        raise InputError(f"{folder} has no {WEIGHTS_FILE}; save the adapter again")
 
 
 def check_safetensors(path: Path) -> None:

@@ -37,7 +37,7 @@ class RunFolder:
             self._write("running")
             self.is_complete = False
             return
-        _refuse_another(self.path, found.get("config", {}), self.config)
+        _refuse_another(self.path, found["config"], self.config)
         self.is_complete = found.get("status") == "complete"
 
     def complete(self) -> None:
@@ -91,7 +91,10 @@ class RunFolder:
         file = self.path / _STATE
         if not file.exists():
             return None
-        return read_json(file)
+        found = read_json(file)
+        if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+            raise InputError(f"{file} is damaged: it says of no run what it is; delete the folder")
+        return found
 
     def _write(self, status: str) -> None:
         state = {"format": 1, "status": status, "config": self.config}

@@ -20,7 +20,7 @@ from budwood.errors import DivergedError, InputError, UnknownNameError
 from budwood.tune.base import fingerprint_of
 from budwood.tune.encoding import LeftPadded, Row, pad_of, takes_logits_to_keep
 from budwood.tune.runs import RunFolder
-from budwood.tune.trainer import AnswerTrainer, check_gradients, save_adapter
+from budwood.tune.trainer import AnswerTrainer, check_gradients, tell_slim
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 _KL_POSITIONS = 48
@@ -73,6 +73,8 @@ class Settings:
         for name in ("steps", "probe_every", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} is below 0")
+        if self.seed >= 2**32:
+            raise InputError(f"seed={self.seed} is above {2**32 - 1}, the largest that NumPy takes")
         for name in ("lr", "epochs", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} must be a number above 0")
@@ -151,9 +153,10 @@ def train(
         raise DivergedError(f"{error}; {kept}; try a lower learning rate") from None
     # Without the Trainer's mixed precision the model computes what it will when it is loaded.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    tell_slim(model, None)
     weaken(model, strength)
+    trainer.save_model(str(folder.path))
     if trainer.args.should_save:
-        save_adapter(model, str(folder.path))
         tokenizer.save_pretrained(folder.path)
         folder.complete()
         folder.drop_checkpoints()

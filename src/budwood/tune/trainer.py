@@ -53,7 +53,7 @@ class AnswerTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels, rest = inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
-        _tell_slim(model, labels)
+        tell_slim(model, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = found
         if self._kl and not self._held:
@@ -92,7 +92,7 @@ class AnswerTrainer(Trainer):
         rows = [self._held[(start + i) % len(self._held)] for i in range(batch)]
         inputs: Any = self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
         labels = inputs.pop("labels")
-        _tell_slim(model, torch.full_like(labels, IGNORED))  # no training data
+        tell_slim(model, torch.full_like(labels, IGNORED))  # no training data
         return answer_kl(self._base_logits(model, inputs), model(**inputs).logits, labels)
 
     def _turn(self) -> int:
@@ -133,7 +133,8 @@ def check_gradients(model: nn.Module, step: int) -> None:
         raise DivergedError(f"a gradient is NaN or infinite at step {step}")
 
 
-def _tell_slim(model: nn.Module, labels: Tensor) -> None:
+def tell_slim(model: nn.Module, labels: Tensor | None) -> None:
+    """Tell SLIM's layers, if there are any, which tokens are learnt."""
     if layers_of(model):
         tell_labels(model, labels)
 
