@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from budwood.prune import attach
-from budwood.tune import SlimLinear
+from budwood.prune.chat import render
+from budwood.sprout import ask, load_vlm, make_scene
+from budwood.tune import SlimConfig, SlimLinear
 from tests import tiny_llm as tiny
 from tests.contract import models
 
@@ -45,3 +47,44 @@ def test_tuning_a_pruned_model(family):
     assert answer.shape[1] == data["input_ids"].shape[1] + 4
     assert [entry.n_after for entry in session.report] == [6, 6]
     assert torch.isfinite(model(**data).logits).all()
+
+
+def test_sprout_learns_a_new_way_to_answer_on_few_tokens():
+    """Scenes, the embedded model, and 64 of its 256 visual tokens, in training and after."""
+    model, processor = load_vlm()
+    processor.tokenizer.padding_side = "left"
+    asked = [(s, ask(s, "largest")[0]) for s in map(make_scene, range(40)) if ask(s, "largest")]
+    prompt = render(processor, "What is the largest object?")
+
+    def batch(part, answered=True):
+        answers = [f"Certainly the {q.answer}<|im_end|>" if answered else "" for _, q in part]
+        images, text = [scene.image for scene, _ in part], [prompt + answer for answer in answers]
+        data = processor(images=images, text=text, return_tensors="pt", padding=True)
+        data = data.to(model.dtype)
+        if answered:
+            data["labels"] = torch.full_like(data.input_ids, -100)
+            for i, answer in enumerate(answers):
+                n = len(processor.tokenizer(answer).input_ids)
+                data["labels"][i, -n:] = data.input_ids[i, -n:]
+        return data
+
+    def said(adapted):
+        data = batch(asked[-4:], answered=False)
+        answers = adapted.generate(**data, max_new_tokens=6, do_sample=False)
+        return processor.batch_decode(answers[:, data.input_ids.shape[1] :])
+
+    quick = SlimConfig(r=4, alpha=8, n_directions=8, merging=False, task_type=None)
+    adapted = peft.get_peft_model(model, quick)
+    optim = tiny.optimiser(adapted.train(), lr=5e-3)
+    with attach(adapted, method="adav", keep=64, processor=processor, forward=True):
+        for step in range(12):
+            optim.zero_grad()
+            adapted(**batch([asked[(4 * step + i) % 32] for i in range(4)])).loss.backward()
+            optim.step()
+    with attach(adapted.eval(), method="adav", keep=64, processor=processor) as session:
+        after = said(adapted)
+        with adapted.disable_adapter():
+            before = said(adapted)
+    assert [entry.n_after for entry in session.report] == [64] * 4
+    assert all(answer.startswith("Certainly the ") for answer in after), after
+    assert not any(answer.startswith("Certainly") for answer in before)
