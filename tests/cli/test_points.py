@@ -147,6 +147,20 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
     refused(budwood(*command[:3], "--output", tmp_path / "c"), "0.npy", "no NumPy file")
 
 
+def test_only_what_is_in_a_box(budwood, tmp_path):
+    chair = sets.clouds(2).xyz[0].astype(float)
+    np.save(tmp_path / "chair.npy", chair)
+    np.save(tmp_path / "room.npy", np.concatenate([chair, chair + 50, chair - 50]))
+    command = ["--labels", NAMES, "--json"]
+    (alone,) = json.loads(budwood("classify", tmp_path / "chair.npy", *command).stdout)["rows"]
+    room = ["classify", tmp_path / "room.npy", *command, "--box"]
+    (found,) = json.loads(budwood(*room, "-10,-10,-inf,10,10,10").stdout)["rows"]
+    assert found["names"] == alone["names"] and found["scores"] == alone["scores"]
+    refused(budwood(*room, "200,200,200,300,300,300"), "no point in the box; the cloud spans")
+    refused(budwood(*room, "1,2,3"), "must be six numbers")
+    refused(budwood(*room, "1,1,1,0,2,2"), "x0 ≤ x1")
+
+
 def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
     command = ["points", "adapt", scans, "--labels", NAMES, "--output", tmp_path / "a"]
     assert budwood(*command, "--method", "adabn").exit_code == 0
@@ -326,7 +340,7 @@ def test_existing_files_stay(budwood, scans, tmp_path):
     [
         (["--counts", "64,x"], "no list of whole numbers"),
         (["--counts", ""], "no list of whole numbers"),
-        (["--counts", "0"], "must be 1 or more"),
+        (["--counts", "12,1"], "must be 2 or more each"),
         (["--counts", "120,150"], "does nothing at 120, 150 points"),
         (["--method", "esp"], "unknown method"),
         (["--lr", "0"], "lr=0.0"),

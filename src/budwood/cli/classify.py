@@ -39,6 +39,7 @@ def classify(
     sampler: clouds.Sampler = "random",
     up: clouds.Up = "y",
     columns: clouds.Columns = None,
+    box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     top: Annotated[int, typer.Option(min=1, help="Names shown of each cloud.")] = 5,
@@ -66,7 +67,7 @@ def classify(
 
     names = clouds.names_of(labels, labels_file, embeddings)
     SAMPLERS.get(sampler)
-    reading = clouds.Reading(columns, drop_invalid, up, seed)
+    reading = clouds.Reading(columns, drop_invalid, up, seed, box)
     files = clouds.files_of(paths, labels_file, table)
     if plot:
         if len(files) > 1:

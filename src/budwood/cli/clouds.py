@@ -39,6 +39,10 @@ Up = Annotated[str, typer.Option(help="y or z: the axis of the clouds that point
 Columns = Annotated[
     str | None, typer.Option(metavar="LETTERS", help="Columns of tables, such as xyz_rgb.")
 ]
+Box = Annotated[
+    str | None,
+    typer.Option(metavar="X0,Y0,Z0,X1,Y1,Z1", help="Only points in this box, in the file's units."),
+]
 DropInvalid = Annotated[
     bool, typer.Option("--drop-invalid", help="Leave out points that are NaN or infinite.")
 ]
@@ -111,31 +115,38 @@ class Reading:
         drop_invalid: leave out points that are NaN or infinite.
         up: the axis that points up.
         seed: of sampling.
+        box: six numbers, outside of which points are left out.
 
     Raises:
-        InputError: there are no such columns or axis.
+        InputError: there are no such columns or axis, or the box is malformed.
     """
 
     columns: str | None
     drop_invalid: bool
     up: str
     seed: int
+    box: str | None = None
 
     def __post_init__(self) -> None:
+        from budwood.points.io.cloud import corners
         from budwood.points.io.options import ReadOptions
         from budwood.points.sampling import check_up
 
         ReadOptions(columns=self.columns)
         check_up(self.up)
+        if self.box is not None:
+            corners(self.box.split(","))
 
     def prepare(
         self, model: PointEncoder, file: Path, points: int | None = None, sampler: str = "random"
     ) -> Any:
         """The xyz and rgb of a file, as :meth:`PointEncoder.prepare` returns them."""
-        from budwood.points import read
+        from budwood.points import crop, read
 
         invalid = "drop" if self.drop_invalid else "error"
         cloud = read(file, columns=self.columns, invalid=invalid, seed=self.seed)
+        if self.box is not None:
+            cloud = crop(cloud, self.box.split(","))
         return model.prepare(cloud, points, up=self.up, sampler=sampler, seed=self.seed)
 
     def prepare_each(

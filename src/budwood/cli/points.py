@@ -51,6 +51,7 @@ def adapt(
     sampler: clouds.Sampler = "random",
     up: clouds.Up = "y",
     columns: clouds.Columns = None,
+    box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
     device: options.Device = "auto",
@@ -83,7 +84,7 @@ def adapt(
     )
     needed = config.resolved.compares_names
     names = clouds.names_of(labels, labels_file, embeddings) if needed else None
-    reading = clouds.Reading(columns, drop_invalid, up, seed)
+    reading = clouds.Reading(columns, drop_invalid, up, seed, box)
     check_output(output, config)
     files = clouds.files_of(paths, labels_file)
     model = clouds.load(encoder, checkpoint, device)

@@ -187,8 +187,8 @@ class Curriculum:
     order: str = "mixed"
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise InputError(f"counts={self.counts} must be 1 or more, at least one")
+        if not self.counts or min(self.counts) < 2:
+            raise InputError(f"counts={self.counts} must be 2 or more each, at least one")
         if self.order not in ("mixed", "falling"):
             raise InputError(f"order={self.order!r} is unknown; give 'mixed' or 'falling'")
 

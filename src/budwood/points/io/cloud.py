@@ -100,7 +100,7 @@ def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np
     return values.astype(np.float32)
 
 
-def crop(cloud: Cloud, box: Sequence[float]) -> Cloud:
+def crop(cloud: Cloud, box: Sequence[float | str]) -> Cloud:
     """The points inside a box, faces included.
 
     Args:
@@ -110,18 +110,28 @@ def crop(cloud: Cloud, box: Sequence[float]) -> Cloud:
     Raises:
         InputError: the box is malformed or holds no point.
     """
-    try:
-        low, high = np.asarray(box, dtype=np.float64).reshape(2, 3)
-    except (TypeError, ValueError):
-        raise InputError(f"box {box!r} must be six numbers: x0, y0, z0, x1, y1, z1") from None
-    if np.isnan([low, high]).any() or (low > high).any():
-        raise InputError(f"box {list(box)} must have x0 ≤ x1, y0 ≤ y1 and z0 ≤ z1")
+    low, high = corners(box)
     inside = ((cloud.xyz >= low) & (cloud.xyz <= high)).all(axis=1)
     if not inside.any():
         bounds = [*cloud.xyz.min(axis=0).round(3), *cloud.xyz.max(axis=0).round(3)]
         around = ", ".join(f"{x:g}" for x in bounds)
         raise InputError(f"{cloud.source}: no point in the box; the cloud spans {around}")
     return cloud.take(np.flatnonzero(inside))
+
+
+def corners(box: Sequence[float | str]) -> tuple[Array, Array]:
+    """The lowest and the highest corner of a box, as of :func:`crop`, each of shape (3,).
+
+    Raises:
+        InputError: the box is malformed.
+    """
+    try:
+        low, high = np.asarray(box, dtype=np.float64).reshape(2, 3)
+    except (TypeError, ValueError):
+        raise InputError(f"box {box!r} must be six numbers: x0, y0, z0, x1, y1, z1") from None
+    if np.isnan([low, high]).any() or (low > high).any():
+        raise InputError(f"box {list(box)} must have x0 ≤ x1, y0 ≤ y1 and z0 ≤ z1")
+    return low, high
 
 
 def _floats(values: object, what: str, source: str) -> Array:
