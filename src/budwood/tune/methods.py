@@ -1,6 +1,6 @@
 """Ways of fine-tuning: SLIM, its ablations and what they are compared to.
 
-A new one is a class here and a line in ``TUNERS``.
+A new one is a class here, or options of SLIM, and a line in ``TUNERS``.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ TUNERS = Registry(
         "dora": f"{_HERE}:Dora",
         "moe": f"{_HERE}:Moe",
         "slim": f"{_HERE}:Slim",
-        "slim-no-identity": f"{_HERE}:SlimNoIdentity",
-        "slim-no-router": f"{_HERE}:SlimNoRouter",
-        "slim-no-clustering": f"{_HERE}:SlimNoClustering",
-        "slim-no-yielding": f"{_HERE}:SlimNoYielding",
-        "slim-no-merging": f"{_HERE}:SlimNoMerging",
-        "slim-no-l1": f"{_HERE}:SlimNoL1",
-        "slim-whitened": f"{_HERE}:SlimWhitened",
+        "slim-no-identity": f"{_HERE}:SLIM_NO_IDENTITY",
+        "slim-no-router": f"{_HERE}:SLIM_NO_ROUTER",
+        "slim-no-clustering": f"{_HERE}:SLIM_NO_CLUSTERING",
+        "slim-no-yielding": f"{_HERE}:SLIM_NO_YIELDING",
+        "slim-no-merging": f"{_HERE}:SLIM_NO_MERGING",
+        "slim-no-l1": f"{_HERE}:SLIM_NO_L1",
+        "slim-whitened": f"{_HERE}:SLIM_WHITENED",
         "slim-paper": f"{_HERE}:SlimPaper",
-        "slim-max": f"{_HERE}:SlimMax",
-        "slim-rms": f"{_HERE}:SlimRms",
-        "slim-all-tokens": f"{_HERE}:SlimAllTokens",
-        "slim-by-module": f"{_HERE}:SlimByModule",
-        "slim-all-layers": f"{_HERE}:SlimAllLayers",
-        "slim-mask": f"{_HERE}:SlimMask",
+        "slim-max": f"{_HERE}:SLIM_MAX",
+        "slim-rms": f"{_HERE}:SLIM_RMS",
+        "slim-all-tokens": f"{_HERE}:SLIM_ALL_TOKENS",
+        "slim-by-module": f"{_HERE}:SLIM_BY_MODULE",
+        "slim-all-layers": f"{_HERE}:SLIM_ALL_LAYERS",
+        "slim-mask": f"{_HERE}:SLIM_MASK",
     },
 )
 
@@ -327,106 +327,10 @@ class Moe(Slim):
 
 
 @dataclass(frozen=True)
-class SlimNoIdentity(Slim):
-    """SLIM without identity experts, so that nothing is there to yield to."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"n_identity": 0, "yielding": False}
-
-
-@dataclass(frozen=True)
-class SlimNoRouter(Slim):
-    """SLIM whose experts weigh the same but for yielding."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"router": False}
-
-
-@dataclass(frozen=True)
-class SlimNoClustering(Slim):
-    """``slim-whitened`` with a single running mean; the discriminant has no centres at all."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"distance": "whitened", "clustering": False}
-
-
-@dataclass(frozen=True)
-class SlimNoYielding(Slim):
-    """SLIM whose experts do not yield far from the training data."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"yielding": False}
-
-
-@dataclass(frozen=True)
-class SlimNoMerging(Slim):
-    """SLIM without random masks on B·A."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"merging": False}
-
-
-@dataclass(frozen=True)
-class SlimNoL1(Slim):
-    """SLIM without its L1 penalty."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"l1": 0.0}
-
-
-@dataclass(frozen=True)
-class SlimMax(Slim):
-    """SLIM with the paper's distance, the largest over channels."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"distance": "max"}
-
-
-@dataclass(frozen=True)
-class SlimRms(Slim):
-    """SLIM with the root mean square over channels as distance."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"distance": "rms"}
-
-
-@dataclass(frozen=True)
-class SlimAllTokens(Slim):
-    """SLIM whose statistics are those of all tokens, also of prompts."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"fit_on": "all"}
-
-
-@dataclass(frozen=True)
-class SlimByModule(Slim):
-    """SLIM each of whose modules yields by the distance of its own input."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"yield_at": "module"}
-
-
-@dataclass(frozen=True)
-class SlimAllLayers(Slim):
-    """SLIM in all layers, also in the first ones: at the same rank, and so with more parameters."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"skip_first": 0.0}
-
-
-@dataclass(frozen=True)
-class SlimWhitened(Slim):
-    """SLIM whose distance is that to the training data alone."""
-
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"distance": "whitened"}
-
-
-@dataclass(frozen=True)
 class SlimPaper(Slim):
     """SLIM in the plain reading of the paper, but for a standardised distance and our β.
 
-    In all layers, and so with more parameters, as above.
+    In all layers, and so with more parameters, as ``slim-all-layers``.
     """
 
     strength: float = 1.0
@@ -441,12 +345,46 @@ class SlimPaper(Slim):
     }
 
 
-@dataclass(frozen=True)
-class SlimMask(Slim):
-    """SLIM that keeps its last mask at inference in place of the expectation."""
+def _variant(summary: str, **preset: Any) -> type[Slim]:
+    """SLIM with some options set."""
+    return type("SlimVariant", (Slim,), {"__doc__": summary, "is_ablation": True, "preset": preset})
 
-    is_ablation: ClassVar[bool] = True
-    preset: ClassVar[dict[str, Any]] = {"merge_inference": "mask"}
+
+SLIM_NO_IDENTITY = _variant(
+    "SLIM without identity experts, so that nothing is there to yield to.",
+    n_identity=0,
+    yielding=False,
+)
+SLIM_NO_ROUTER = _variant("SLIM whose experts weigh the same but for yielding.", router=False)
+SLIM_NO_CLUSTERING = _variant(
+    "``slim-whitened`` with a single running mean; the discriminant has no centres at all.",
+    distance="whitened",
+    clustering=False,
+)
+SLIM_NO_YIELDING = _variant(
+    "SLIM whose experts do not yield far from the training data.", yielding=False
+)
+SLIM_NO_MERGING = _variant("SLIM without random masks on B·A.", merging=False)
+SLIM_NO_L1 = _variant("SLIM without its L1 penalty.", l1=0.0)
+SLIM_WHITENED = _variant(
+    "SLIM whose distance is that to the training data alone.", distance="whitened"
+)
+SLIM_MAX = _variant("SLIM with the paper's distance, the largest over channels.", distance="max")
+SLIM_RMS = _variant("SLIM with the root mean square over channels as distance.", distance="rms")
+SLIM_ALL_TOKENS = _variant(
+    "SLIM whose statistics are those of all tokens, also of prompts.", fit_on="all"
+)
+SLIM_BY_MODULE = _variant(
+    "SLIM each of whose modules yields by the distance of its own input.", yield_at="module"
+)
+SLIM_ALL_LAYERS = _variant(
+    "SLIM in all layers, also in the first ones: at the same rank, and so with more parameters.",
+    skip_first=0.0,
+)
+SLIM_MASK = _variant(
+    "SLIM that keeps its last mask at inference in place of the expectation.",
+    merge_inference="mask",
+)
 
 
 def _compares(config: SlimConfig) -> bool:
