@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
-from budwood.tune.files import CONFIG_FILE, WEIGHTS_FILE
+from budwood.tune.files import WEIGHTS_FILE
 from budwood.tune.layer import SlimLinear
 from budwood.tune.merging import merged_scale
 from budwood.tune.observe import observe
@@ -269,7 +269,6 @@ def _write(
         (folder / "README.md").write_text(_card(report), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
-    assert (folder / CONFIG_FILE).is_file()
 
 
 def _card(report: LoraExport) -> str:
