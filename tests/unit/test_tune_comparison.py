@@ -50,15 +50,21 @@ def test_method_rows():
     def final(method, seed, target, kl):
         row = {"method": method, "lr": 1e-3, "seed": seed, "rank": 4, "params": 9}
         row |= {"status": "complete", "final": True, "target": target, "target_before": 0.3}
+        row |= {"loss_gsm8k": 5 + kl, "loss_val_boolq": 1.0, "accuracy_boolq": target}
         return row | {"kl_chat": kl, "perplexity": 20 + kl, "perplexity_before": 20.0}
 
-    rows = [final("lora", 0, 0.4, 1.0), final("lora", 1, 0.6, 3.0), final("slim", 0, 0.5, 0.2)]
+    rows = [final("base", None, 0.3, 0.0), final("lora", 0, 0.4, 1.0), final("lora", 1, 0.6, 3.0)]
+    rows.append(final("slim", 0, 0.5, 0.2))
     found = {row["method"]: row for row in method_rows(rows)}
     assert found["lora"]["target"] == 0.5 and found["lora"]["n_seeds"] == 2
     assert found["lora"]["target_gain"] == pytest.approx(0.2)
     assert found["lora"]["target_std"] == pytest.approx(0.02**0.5)
     assert found["slim"]["kl_chat_ratio"] == pytest.approx(0.1)
     assert found["slim"]["perplexity_rise_ratio"] == pytest.approx(0.1)
+    assert found["lora"]["loss_gsm8k"] == 7 and found["lora"]["loss_rise_gsm8k"] == 2
+    assert found["slim"]["loss_rise_gsm8k_ratio"] == pytest.approx(0.1)
+    assert found["base"]["loss_rise_gsm8k"] == 0 and found["lora"]["accuracy_boolq"] == 0.5
+    assert not any("val_" in key for key in found["slim"])
 
 
 @pytest.mark.parametrize(

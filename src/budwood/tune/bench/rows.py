@@ -42,10 +42,18 @@ def method_rows(rows: Sequence[Row], baseline: str = "lora") -> list[Row]:
         if row.get("final") and row.get("status") == "complete":
             finals.setdefault(row["method"], []).append(row)
     found = [_mean_row(method, group) for method, group in finals.items()]
-    against = next((row for row in found if row["method"] == baseline), None)
+    base, against = (
+        next((row for row in found if row["method"] == name), {}) for name in ("base", baseline)
+    )
     for row in found:
-        for key in (*FORGETTING, "kl_chat", "kl_text"):
-            row[f"{key}_ratio"] = _ratio(row.get(key), against.get(key) if against else None)
+        rises = {
+            key.replace("loss_", "loss_rise_", 1): row[key] - base[key]
+            for key in _of_tasks("loss", row)
+            if key in base
+        }
+        row |= rises
+        for key in (*FORGETTING, *rises, "kl_chat", "kl_text"):
+            row[f"{key}_ratio"] = _ratio(row.get(key), against.get(key))
     return found
 
 
@@ -62,8 +70,13 @@ def _mean_row(method: str, group: Sequence[Row]) -> Row:
         row[name] = statistics.fmean(gaps) if gaps else None
     if row["target"] is not None:
         row["target_gain"] = row["target"] - first["target_before"]
-    tasks = sorted(key for key in first if key.startswith("accuracy_") and "_val_" not in key)
+    tasks = [*_of_tasks("accuracy", first), *_of_tasks("loss", first)]
     return row | {key: statistics.fmean(one[key] for one in group) for key in tasks}
+
+
+def _of_tasks(metric: str, row: Row) -> list[str]:
+    """Columns of a score of single tasks, but not of validation."""
+    return sorted(key for key in row if key.startswith(f"{metric}_") and "_val_" not in key)
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:
