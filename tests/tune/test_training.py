@@ -337,6 +337,22 @@ def test_the_penalty_is_in_the_gradient_once_a_step():
 # --- observing ----------------------------------------------------------------------------------
 
 
+def test_observed_routing_of_what_is_learnt():
+    model, data = tiny.trained(), tiny.batch()
+    data["labels"][:, :-3] = -100
+    chosen = int((data["labels"][:, 1:] != -100).sum())
+    with observe(model) as every:
+        model(**data)
+    with observe(model, learnt=True) as seen:
+        model(**data)
+    assert {row["n_tokens"] for row in seen.rows()} == {chosen}
+    assert seen.rows()[0]["weights"] != every.rows()[0]["weights"]
+    del data["labels"]
+    with observe(model, learnt=True) as unlabelled:
+        model(**data)
+    assert unlabelled.rows() == every.rows()
+
+
 def test_observed_routing_leaves_padding_out():
     model = tiny.trained()
     data = tiny.batch()

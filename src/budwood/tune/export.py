@@ -64,7 +64,8 @@ def export_lora(
 ) -> LoraExport:
     """Write an ordinary LoRA whose experts have fixed weights: their averages over some data.
 
-    Not in the paper; ours. The LoRA is what SLIM would be if every token were routed alike. It
+    Not in the paper; ours. The LoRA is what SLIM would be if every token were routed alike, as the
+    tokens of the answers are on average. It
     loses the choice by token, and with it the bypass: expect it to forget more. It is labelled
     approximate, with the losses measured, in ``approximation.json`` and ``README.md`` beside it.
 
@@ -97,7 +98,7 @@ def export_lora(
     was_training = model.training
     model.eval()
     try:
-        with observe(model) as seen, torch.no_grad():
+        with observe(model, learnt=True) as seen, torch.no_grad():
             for batch in averaged:
                 model(**batch)
         found = {

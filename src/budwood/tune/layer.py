@@ -227,9 +227,10 @@ class SlimLinear(nn.Module, SlimLayer):
 
     def _counting(self, x: Tensor, config: SlimConfig) -> Tensor | None:
         """Tokens that enter the statistics."""
-        if self.watch is None or config.fit_on == "all":
-            return self._keep(x)
-        return self.watch.learnt(x, self.keeper.labels)
+        return self._keep(x) if config.fit_on == "all" else self._learnt(x)
+
+    def _learnt(self, x: Tensor) -> Tensor | None:
+        return None if self.watch is None else self.watch.learnt(x, self.keeper.labels)
 
     def _sides(self, now: _Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
         """How this pass uses ``slim_in`` and ``slim_out``."""
@@ -313,7 +314,8 @@ class SlimLinear(nn.Module, SlimLayer):
         if recorder is not None:
             place = (self.slim_key, now.name)
             n_tokens = x.shape[:-1].numel()
-            recorder.add(place, now.config, weights, rows, distance, self._keep(x), n_tokens)
+            keep = self._learnt(x) if recorder.learnt else self._keep(x)
+            recorder.add(place, now.config, weights, rows, distance, keep, n_tokens)
 
     def _add(
         self, result: Tensor, h: Tensor, b: Tensor, side: Side | None, rows: Tensor | None

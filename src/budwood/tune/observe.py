@@ -56,9 +56,14 @@ class LayerRouting:
 
 
 class Recorder:
-    """Adds up routing by layer and adapter while it is open."""
+    """Adds up routing by layer and adapter while it is open.
 
-    def __init__(self) -> None:
+    Args:
+        learnt: only of tokens whose next token is learnt.
+    """
+
+    def __init__(self, learnt: bool = False) -> None:
+        self.learnt = learnt
         self.layers: dict[tuple[str, str], LayerRouting] = {}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ class Recorder:
             weights: routing weights, shape (n_routed, n_experts + n_identity).
             rows: tokens that were routed, shape (n_routed,); the others surely bypass. None: all.
             distance: standardised distance of all tokens, shape (n_tokens,), or None.
-            keep: tokens that are no padding, bool of shape (n_tokens,); None for all.
+            keep: tokens that count, bool of shape (n_tokens,); None for all.
             n_tokens: tokens of the pass.
         """
         everyone = weights
@@ -109,7 +114,7 @@ class Recorder:
 
 
 @contextmanager
-def observe(model: nn.Module) -> Iterator[Recorder]:
+def observe(model: nn.Module, *, learnt: bool = False) -> Iterator[Recorder]:
     """Note the routing of every forward pass inside the block.
 
     >>> with observe(model) as seen:
@@ -118,6 +123,8 @@ def observe(model: nn.Module) -> Iterator[Recorder]:
 
     Args:
         model: a model with SLIM layers, wrapped or not.
+        learnt: count tokens whose next token is learnt alone, by the labels that the model is
+            given; all but padding where it is given none.
 
     Raises:
         AttachError: the model has no SLIM layers, or is being observed already.
@@ -125,7 +132,7 @@ def observe(model: nn.Module) -> Iterator[Recorder]:
     keeper = keeper_of(model)
     if keeper.recorder is not None:
         raise AttachError("the model is being observed already; leave that block first")
-    keeper.recorder = Recorder()
+    keeper.recorder = Recorder(learnt)
     try:
         yield keeper.recorder
     finally:
