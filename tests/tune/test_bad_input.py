@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood.errors import InputError, UnsupportedModelError
+from budwood.tune.base import sampled_weights
 from budwood.tune.files import check_adapter_files
 from tests import tiny_llm as tiny
 
@@ -56,6 +57,14 @@ def test_tensors_of_other_shapes(saved):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base": None}))
     assert "has shape" in refused(saved, tiny.llama(intermediate_size=48))
+
+
+def test_adapters_are_no_part_of_what_tells_base_models_apart():
+    plain = sampled_weights(tiny.llama())
+    assert len(plain) == 21  # seven matrices in each of three layers
+    lora = peft.LoraConfig(target_modules=["q_proj", "up_proj"])
+    for adapted in (tiny.slim(), peft.get_peft_model(tiny.llama(), lora)):
+        assert sampled_weights(adapted.get_base_model()) == plain
 
 
 def test_another_base_model_of_the_same_sizes(saved):

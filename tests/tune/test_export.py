@@ -32,6 +32,8 @@ def test_export_is_a_plain_lora_with_its_measured_loss(model, tmp_path):
     assert report.loss_lora == pytest.approx(loss, abs=1e-5)
     assert report.loss_slim == pytest.approx(model(**tiny.batch(seed=50)).loss.item(), abs=1e-5)
     assert report.rank == 12 and report.held_out
+    learnt = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in data)
+    assert report.n_calibration_tokens == learnt < sum(b["attention_mask"].sum() for b in data)
     facts = json.loads((tmp_path / "lora" / "approximation.json").read_text())
     assert facts["approximate"] and facts["loss_lora"] == report.loss_lora
     assert "approximation" in (tmp_path / "lora" / "README.md").read_text()

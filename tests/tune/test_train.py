@@ -13,6 +13,7 @@ from budwood.tune.data import example_of
 from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.runs import RunFolder
+from budwood.tune.steps import keeper_of
 from budwood.tune.train import Settings, train
 from tests import tiny_chat
 
@@ -27,6 +28,10 @@ def trained(folder, method="slim-whitened", base=None, **settings):
     chosen = Settings(**{"steps": 6, "batch": 4, "lr": 1e-2, **settings})
     train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}), **tuner.training(()))
     return model.eval()
+
+
+def test_no_labels_stay_in_force(tmp_path):
+    assert keeper_of(trained(tmp_path)).labels is None
 
 
 @pytest.mark.parametrize("method", ["slim-whitened", "lora"])
