@@ -49,7 +49,7 @@ def demo(
     given = load_clouds()
     model = clouds.load("sprout", None, "auto")
     words = clouds.words_of(model, list(given.labels))
-    adapter = _adapted(given, words, model, adapted, steps, seed)
+    adapter = _adapted(given, model, adapted, steps, seed)
     tested = given.where(group="unseen", use="test")
     rows = _name_all(tested, words, model, adapter, points, seed)
     files = _save_some(tested, rows, points, seed, folder)
@@ -72,23 +72,13 @@ def demo(
     )
 
 
-def _adapted(
-    given: CloudSet,
-    words: TextEmbeddings,
-    model: PointEncoder,
-    folder: Path,
-    steps: int,
-    seed: int,
-) -> Adapter:
-    from budwood.points import AdaptConfig, Cloud, Curriculum, TextEmbeddings, adapt
+def _adapted(given: CloudSet, model: PointEncoder, folder: Path, steps: int, seed: int) -> Adapter:
+    from budwood.points import AdaptConfig, Cloud, Curriculum, adapt
 
-    unlabelled = given.where(use="adapt")
-    rows = [words.labels.index(label) for label in unlabelled.labels]
-    texts = TextEmbeddings(unlabelled.labels, words.vectors[rows])
-    dense = [Cloud(xyz.astype("float64")) for xyz in unlabelled.xyz]
+    dense = [Cloud(xyz.astype("float64")) for xyz in given.where(use="adapt").xyz]
     config = AdaptConfig(steps=steps, seed=seed, curriculum=Curriculum(COUNTS))
     with progress("adapting") as advance:
-        return adapt(dense, texts, model, config, output=folder, on_step=advance)
+        return adapt(dense, None, model, config, output=folder, on_step=advance)
 
 
 def _name_all(
