@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,6 +98,8 @@ def _config(
 def _measure(config: SpeedConfig) -> records.Record:
     from budwood.tune.bench import measure_speed
 
+    # PyTorch's profiler, which counts memory, otherwise writes a line when it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     n_groups, done = len(config.widths) * len(config.n_tokens), []
     with progress("timing") as advance:
 

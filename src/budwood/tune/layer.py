@@ -19,6 +19,7 @@ from budwood.tune.merging import merged_scale
 from budwood.tune.product import Side, product
 from budwood.tune.regularisation import l1_slopes
 from budwood.tune.router import route, standardise
+from budwood.tune.rows import add_rows, take_rows
 from budwood.tune.state import Clusters, Discriminant, Mask, make_clusters
 from budwood.tune.steps import StepKeeper
 from budwood.tune.tokens import TokenWatch
@@ -186,7 +187,7 @@ class SlimLinear(nn.Module, SlimLayer):
         rows = self._possible_rows(distance, config) if lean else None
         flat = x.reshape(-1, x.shape[-1])
         if rows is not None:
-            flat = flat[rows]
+            flat = take_rows(flat, rows)
         near = distance if rows is None or distance is None else distance[rows]
         h, weights = self._route(flat, name, side_in, near)
         self._record(now, x, weights, rows, distance)
@@ -320,15 +321,15 @@ class SlimLinear(nn.Module, SlimLayer):
     def _add(
         self, result: Tensor, h: Tensor, b: Tensor, side: Side | None, rows: Tensor | None
     ) -> Tensor:
-        flat = result.reshape(-1, result.shape[-1])
-        if rows is None and flat.dtype == h.dtype == b.dtype:
+        if rows is None and result.dtype == h.dtype == b.dtype:
+            flat = result.reshape(-1, result.shape[-1])
             return product(h, b, side, flat).view(result.shape)  # adds without a copy of B·h
         delta = product(h, b, side).to(result.dtype)
         if rows is None:
             return result + delta.view(result.shape)
-        if self.quantization_backend is None:  # a quantised layer may hand out its own storage
-            return flat.index_add_(0, rows, delta).view(result.shape)
-        return flat.index_add(0, rows, delta).view(result.shape)
+        if self.quantization_backend is not None:  # it may hand out its own storage
+            result = result.clone()
+        return add_rows(result, delta, rows)
 
     def __repr__(self) -> str:
         return "slim." + super().__repr__()
