@@ -171,6 +171,22 @@ def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
     refused(result, "made for another encoder", "depth 2, here 3")
 
 
+def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path, monkeypatch):
+    made = budwood("points", "adapt", scans, "--output", tmp_path / "a", "--method", "t3a")
+    assert made.exit_code == 0, made.output
+    command = ["classify", scans, "--labels", NAMES, "--points", "20", "--json"]
+    scores = {}
+    for adapter in ([], ["--adapter", tmp_path / "a"]):
+        for batch in (32, 3):
+            monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", batch)
+            rows = json.loads(budwood(*command, *adapter).stdout)["rows"]
+            scores[bool(adapter), batch] = [row["scores"] for row in rows]
+    assert len(scores[True, 3]) == len(list(scans.iterdir()))
+    for adapted in (True, False):
+        np.testing.assert_allclose(scores[adapted, 3], scores[adapted, 32], atol=1e-5)
+    assert not np.allclose(scores[True, 32], scores[False, 32], atol=1e-3)
+
+
 def test_files_that_options_name_are_no_clouds(budwood, scans, tmp_path):
     shutil.copytree(scans, tmp_path / "mine")
     names = tmp_path / "mine" / "names.txt"

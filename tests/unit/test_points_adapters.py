@@ -6,16 +6,18 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
 from budwood.points.adapters import ADAPTERS, identity, load_adapter, make_adapter
 from budwood.points.adapters.base import FILE
+from budwood.points.adapters.t3a import adjusted_names
 from budwood.points.encoders.blocks import Attention, Context
 from tests.points import models
 
 NAMES = [name for name in ADAPTERS if name != "fused"]
-START_FROZEN = {"frozen": {}, "lora": {}, "tent": {}, "full": {}, "adabn": {}}
+START_FROZEN = {"frozen": {}, "lora": {}, "tent": {}, "full": {}, "adabn": {}, "t3a": {}}
 START_FROZEN["fca"] = {"init": "closed"}
 
 
@@ -59,7 +61,7 @@ def test_contract(name, encoder, tmp_path):
     frozen = model(xyz, rgb)
     adapter = make_adapter(name, model)
     assert not any(key in before for key in adapter.state_dict())
-    if name == "adabn":
+    if name in ("adabn", "t3a"):
         adapter.estimate([clouds(16)])
     if list(adapter.parameters()):
         train(adapter)
@@ -300,6 +302,29 @@ def test_estimate_leaves_no_hooks_behind_an_error():
         adapter.estimate([])
     with pytest.raises(InputError, match="set batch_norm=True"):
         make_adapter("fca", model).estimate([clouds()])
+
+
+def test_names_lean_on_the_surest_clouds():
+    names = torch.eye(3)
+    features = torch.tensor([[0.9, 0.1, 0.0], [0.6, 0.5, 0.0], [0.0, 0.0, 2.0]])
+    got = adjusted_names(names, features, 10.0, n_keep=1)
+    torch.testing.assert_close(got[1], names[1])
+    torch.testing.assert_close(
+        got[0], F.normalize(names[0] + F.normalize(features[0], dim=0), dim=0)
+    )
+    torch.testing.assert_close(adjusted_names(names, features, 10.0, n_keep=0), names)
+    assert torch.equal(names, torch.eye(3))
+
+
+def test_t3a_alone_changes_names(tmp_path):
+    model = models.make("sprout")
+    names, features = torch.eye(model.embed_dim)[:4], torch.randn(9, model.embed_dim)
+    for other in ("adabn", "lora", "fca"):
+        assert make_adapter(other, model).adjusted_names(names, features) is names
+    make_adapter("t3a", model, n_keep=2).save(tmp_path)
+    expected = adjusted_names(names, features, model.logit_scale, 2)
+    assert torch.equal(load_adapter(tmp_path, model).adjusted_names(names, features), expected)
+    assert not torch.allclose(expected, names, atol=1e-2)
 
 
 def test_files(tmp_path):

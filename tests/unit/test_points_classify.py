@@ -21,7 +21,7 @@ from budwood.errors import (
 )
 from budwood.points import classify as classify_clouds
 from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings
-from budwood.points.classify import encode, tower_of
+from budwood.points.classify import encode, score, tower_of
 from budwood.points.encoders import ENCODERS
 from budwood.points.io import make_cloud
 from budwood.points.templates import TEMPLATES
@@ -293,6 +293,20 @@ def test_batches_do_not_matter():
     for batch_size in (1, 2, 100):
         got = encode(encoder, prepared, batch_size=batch_size)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_t3a_names_clouds_by_what_they_have_in_common():
+    encoder, tower = models.make("sprout"), models.Words(12)
+    adapter, words = make_adapter("t3a", encoder), embed_labels(LABELS, tower, cache=False)
+    options = {"encoder": encoder, "points": 40, "batch_size": 3}
+    together = classify_clouds(shapes(), words, adapter=adapter, **options)
+    alone = [classify_clouds(one, words, adapter=adapter, **options)[0] for one in shapes()]
+    assert [one.scores for one in together] != [one.scores for one in alone]
+    prepared = [encoder.prepare(one, 40) for one in shapes()]
+    features = encode(encoder, prepared, adapter, 3)
+    wanted = score(features, adapter.adjusted_names(words.vectors, features), encoder.logit_scale)
+    for ranking, row in zip(together, wanted, strict=True):
+        assert dict(zip(ranking.names, ranking.scores)) == dict(zip(LABELS, row.tolist()))
 
 
 def test_files_arrays_adapters_and_embeddings(tmp_path):

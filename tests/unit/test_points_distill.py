@@ -13,7 +13,6 @@ from budwood.points.distill import (
     RULES,
     Curriculum,
     Objective,
-    adjusted_texts,
     complementary,
     cosine,
     divergence,
@@ -106,18 +105,6 @@ def test_curriculum():
     falling = Curriculum((32, 1024, 64), "falling")
     seen = [falling.points(step, 90, draw) for step in range(90)]
     assert set(seen[:30]) == {1024} and set(seen[30:60]) == {1024, 64} and 32 in seen[60:]
-
-
-def test_adjusted_texts_lean_on_the_surest():
-    texts = torch.eye(3)
-    features = torch.tensor([[0.9, 0.1, 0.0], [0.6, 0.5, 0.0], [0.0, 0.0, 2.0]])
-    got = adjusted_texts(features, texts, 10.0, n_keep=1)
-    torch.testing.assert_close(got[1], texts[1])
-    torch.testing.assert_close(
-        got[0], F.normalize(texts[0] + F.normalize(features[0], dim=0), dim=0)
-    )
-    torch.testing.assert_close(adjusted_texts(features, texts, 10.0, n_keep=0), texts)
-    assert torch.equal(texts, torch.eye(3))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def _rank(
     found: list[Ranking] = []
     skipped: list[dict[str, str]] = []
     with progress("clouds") as advance:
-        for part in clouds.chunks(files, BATCH):
+        together = len(files) if adapted is not None and adapted.transductive else BATCH
+        for part in clouds.chunks(files, together):
             prepared = list(reading.prepare_each(model, part, skipped, **how))
             found += rank(prepared, words, model, adapted, top=top)
             advance(len(found) + len(skipped), len(files))

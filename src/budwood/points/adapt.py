@@ -174,10 +174,10 @@ def _compared(
 def check_output(folder: Path, config: AdaptConfig) -> None:
     """Whether an adapter can go to a folder, for a look before slow work; raises as adapt does."""
     method = config.resolved
-    if method.adjusts_texts or not method.density_aware:
+    if not method.density_aware:
         raise InputError(
-            f"method {config.method!r} is for comparison in `budwood bench points`: more than an "
-            "adapter belongs to it, and that is not saved; choose another"
+            f"method {config.method!r} is for comparison in `budwood bench points`: its group "
+            "sizes are no part of an adapter; choose another"
         )
     if (folder / FILE).exists():
         raise OutputError(f"{folder / FILE} exists; choose another folder")

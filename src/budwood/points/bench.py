@@ -23,7 +23,7 @@ from budwood.points.adapt import AdaptConfig, Prepared, adapt, thinned
 from budwood.points.adapters import Adapter
 from budwood.points.classify import encode
 from budwood.points.data import GROUPS, CloudSet
-from budwood.points.distill import Curriculum, adjusted_texts
+from budwood.points.distill import Curriculum
 from budwood.points.encoders import PointEncoder
 from budwood.points.io import Cloud
 from budwood.points.methods import METHODS, Method
@@ -230,9 +230,7 @@ class _Bench:
         thin = self._thinned(part, sampler, n_points, seed)
         features = encode(self.encoder, thin, trial.adapter)
         texts = self._texts_of(clouds.labels)
-        vectors = texts.vectors
-        if trial.method.adjusts_texts:
-            vectors = adjusted_texts(features, vectors, self.encoder.logit_scale)
+        vectors = trial.adapter.adjusted_names(texts.vectors, features)
         wanted = torch.tensor([texts.labels.index(one.label) for one in clouds.about])
         return top_k(features, vectors, wanted, 1), top_k(features, vectors, wanted, 5)
 

@@ -127,7 +127,8 @@ def rank(
         InputError: features that are NaN or infinite.
     """
     features = encode(model, [cloud for _, cloud in clouds], adapter, batch_size)
-    scores = score(features, words.vectors, model.logit_scale)
+    vectors = words.vectors if adapter is None else adapter.adjusted_names(words.vectors, features)
+    scores = score(features, vectors, model.logit_scale)
     rankings = []
     for (source, (xyz, _)), row in zip(clouds, scores):
         order = row.argsort(descending=True, stable=True)[:top].tolist()

@@ -198,30 +198,3 @@ class Curriculum:
         if self.order == "falling":
             counts = counts[: 1 + step * len(counts) // max(1, n_steps)]
         return counts[int(torch.randint(len(counts), (), generator=generator))]
-
-
-def adjusted_texts(features: Tensor, texts: Tensor, logit_scale: float, n_keep: int = 20) -> Tensor:
-    """Training-free adaptation: classifiers that lean on the surest unlabelled features.
-
-    Source: T3A (NeurIPS 2021): the vector of a class becomes the mean of its text and of the
-    ``n_keep`` features of least entropy among those that are named so.
-
-    Args:
-        features: of unlabelled clouds, shape (n, d).
-        texts: of length 1, shape (n_texts, d).
-        logit_scale: factor on cosines.
-        n_keep: features per class at most, 0 or more.
-
-    Returns:
-        Vectors of length 1, shape (n_texts, d).
-    """
-    unit = F.normalize(features, dim=-1)
-    log_p = (logit_scale * unit @ texts.T).log_softmax(-1)
-    unsure = -(log_p.exp() * log_p).sum(-1)
-    named = log_p.argmax(-1)
-    sums = texts.clone()
-    for index in range(len(texts)):
-        members = (named == index).nonzero().squeeze(1)
-        surest = members[unsure[members].argsort(stable=True)[:n_keep]]
-        sums[index] += unit[surest].sum(0)
-    return F.normalize(sums, dim=-1)

@@ -28,8 +28,6 @@ class Method:
         options: of the adapter.
         density_aware: whether the tokens follow the number of points. Off, the encoder's published
             group sizes hold as far as there are points.
-        adjusts_texts: whether the embeddings of names are moved towards unlabelled features when
-            clouds are named; see :func:`budwood.points.distill.adjusted_texts`.
     """
 
     adapter: str
@@ -39,7 +37,6 @@ class Method:
     lr: float = 1e-3
     options: Mapping[str, Any] = field(default_factory=dict)
     density_aware: bool = True
-    adjusts_texts: bool = False
 
     @property
     def compares_names(self) -> bool:
@@ -72,11 +69,10 @@ TENT = Method(
     _BY_DENSITY,
 )
 T3A = Method(
-    "adabn",
+    "t3a",
     "T3A, NeurIPS 2021",
-    "training-free: names lean on the surest test features",
+    "training-free: names lean on the surest of the clouds to be named",
     options=_BY_DENSITY,
-    adjusts_texts=True,
 )
 VPT_SHALLOW = Method(
     "vpt-shallow", "VPT, arXiv 2203.12119", "prompts before all blocks", SHARED, 1e-2, _BY_DENSITY

@@ -21,6 +21,7 @@ ADAPTERS = Registry(
     {
         "frozen": "budwood.points.adapters.adabn:Frozen",
         "adabn": "budwood.points.adapters.adabn:AdaBN",
+        "t3a": "budwood.points.adapters.t3a:T3A",
         "fca": "budwood.points.adapters.fca:FusedCrossAttention",
         "fused": "budwood.points.adapters.fca:Fused",
         "vpt-shallow": "budwood.points.adapters.vpt:ShallowPrompts",

@@ -70,6 +70,7 @@ class Adapter(nn.Module, ABC):
         name: the name in ``ADAPTERS``.
         Config: class of its options.
         encoder: what it adapts.
+        transductive: what a cloud is named depends on the other clouds of the call.
 
     Args:
         encoder: kept in evaluation mode and never written to.
@@ -78,6 +79,7 @@ class Adapter(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
+    transductive: ClassVar[bool] = False
     encoder: PointEncoder
 
     def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
@@ -102,6 +104,18 @@ class Adapter(nn.Module, ABC):
             share: how far the adapter comes in, in (0, 1].
         """
         return {}
+
+    def adjusted_names(self, vectors: Tensor, features: Tensor) -> Tensor:
+        """Embeddings of names as clouds are compared with them.
+
+        Args:
+            vectors: of the names, of length 1, shape (n_names, d).
+            features: of all clouds to be named, shape (n_clouds, d).
+
+        Returns:
+            Of length 1, shape (n_names, d).
+        """
+        return vectors
 
     def share(self, n_points: int) -> float:
         """How far the adapter comes in on clouds of so many points, in [0, 1]; see ``fade``."""
