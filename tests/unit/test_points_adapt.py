@@ -253,10 +253,15 @@ def test_a_sparse_cloud_leaves_the_others_as_they_are(monkeypatch):
     )
     config = AdaptConfig("lora", 30, batch_size=4, curriculum=COUNTS)
     adapter = adapt([*clouds, few], sets.texts(model.embed_dim), model, config)
-    assert {len(xyz) for batch in seen for xyz, _ in batch} == {32, 30, 16, 12, 6}
+    assert {len(xyz) for batch in seen for xyz, _ in batch} == {60, 32, 30, 16, 12, 6}
     assert all(len({len(xyz) for xyz, _ in batch}) == 1 for batch in seen)
     alone = adapt(clouds, sets.texts(model.embed_dim), model, config)
     assert torch.equal(adapter.statistics.mean_0, alone.statistics.mean_0)  # none of few points
+    seen.clear()
+    nearly = [(xyz[: len(xyz) - i], rgb) for i, (xyz, rgb) in enumerate(clouds * 2)]
+    adapt(nearly, None, model, AdaptConfig("adabn", options={"counts": (60,)}))
+    kept = [len(xyz) for xyz, _ in seen[-1]]
+    assert sorted(kept, reverse=True) == list(range(60, 53, -1))  # 54 of 60 are nearly so many
     with pytest.raises(InputError, match="no cloud has 12 points, the densest has 8; give denser"):
         adapt([few], None, model, AdaptConfig(steps=1, curriculum=Curriculum((30, 12))))
 

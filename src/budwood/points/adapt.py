@@ -37,6 +37,9 @@ WARM_UP = 20
 SAVE_EVERY = 50
 ESTIMATE_WITH = 256
 """Clouds that BatchNorm statistics are taken of, at most, for each number of points."""
+NEARLY = 0.9
+"""Part of a number of points from which on a cloud counts as one of so many: some of its points may
+have lain at the same place. Clouds of a batch are cut to the smallest."""
 ONE_SIDED = ("lidar", "occluded")
 """Samplers that leave out what is hidden."""
 
@@ -115,7 +118,7 @@ def adapt(
 
     Args:
         clouds: dense ones, unlabelled: as read, or as :meth:`PointEncoder.prepare` returns them.
-            Steps on more points than a cloud has are left to the others.
+            Steps on clearly more points than a cloud has are left to the others.
         texts: embeddings of names, of the encoder's own text tower, for a method that compares
             names; see :attr:`Method.compares_names`. Which of them a cloud is stays unknown.
         encoder: frozen.
@@ -332,11 +335,11 @@ class _Run:
         return tuple(n for n in counts if self.adapter.share(n) > 0)
 
     def _with_clouds(self, counts: Sequence[int]) -> tuple[int, ...]:
-        return tuple(n for n in counts if n <= self.sizes.max())
+        return tuple(n for n in counts if NEARLY * n <= self.sizes.max())
 
     def _chosen(self, n_points: int, most: int, rng: np.random.Generator) -> np.ndarray:
-        """Which clouds: of those that have so many points."""
-        dense = np.flatnonzero(self.sizes >= n_points)
+        """Which clouds: of those that have so many points, or nearly."""
+        dense = np.flatnonzero(self.sizes >= NEARLY * n_points)
         return rng.choice(dense, min(most, len(dense)), replace=False)
 
     def _points(self, rng: np.random.Generator) -> int:
