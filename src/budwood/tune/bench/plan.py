@@ -45,7 +45,7 @@ class Plan:
     """
 
     methods: tuple[str, ...] = METHODS
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Settings = field(default_factory=Settings)
     reference: str = "slim"
