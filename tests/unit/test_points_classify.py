@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from budwood.errors import (
     InputError,
@@ -25,7 +26,7 @@ from budwood.points.classify import encode, score, tower_of
 from budwood.points.encoders import ENCODERS
 from budwood.points.io import make_cloud
 from budwood.points.templates import TEMPLATES
-from budwood.points.towers import TOWERS, MiniLM, OpenClip, minilm_source, ulip_text
+from budwood.points.towers import TOWERS, ClipText, MiniLM, OpenClip, minilm_source, ulip_text
 from tests.points import models
 
 LABELS = ("chair", "table", "desk lamp")
@@ -156,6 +157,40 @@ def test_missing_towers(monkeypatch, tmp_path):
         OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
     with pytest.raises(InputError, match="cannot load the text tower"):
         MiniLM(str(tmp_path)).embed(["a"])
+
+
+def save_clip(folder):
+    """A tiny random CLIP text model with a tokenizer of single letters."""
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{one}</w>" for one in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    CLIPTokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=12,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+    )
+    torch.manual_seed(0)
+    model = CLIPTextModelWithProjection(config).eval()
+    model.save_pretrained(folder)
+    return model, vocabulary
+
+
+def test_clip_text_is_what_stands_at_the_end_of_each_text(tmp_path):
+    model, vocabulary = save_clip(tmp_path)
+    texts = ["table", "a chair", "z" * 100]
+    for row, text in zip(ClipText(str(tmp_path)).embed(texts), texts, strict=True):
+        letters = [part for word in text.split() for part in [*word[:-1], f"{word[-1]}</w>"]]
+        ids = ["<|startoftext|>", *letters[:75], "<|endoftext|>"]
+        with torch.inference_mode():  # alone and without padding
+            seen = model.text_model(torch.tensor([[vocabulary[one] for one in ids]]))
+            expected = model.text_projection(seen.last_hidden_state[0, -1])
+        torch.testing.assert_close(row, expected)
 
 
 def test_open_clip_that_fails(monkeypatch, tmp_path):

@@ -11,12 +11,14 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from budwood.errors import InputError, ShapeError, UnknownNameError, UnsupportedModelError
-from budwood.points.encoders import ENCODERS, load_encoder, load_weights
+from budwood.points.encoders import ENCODERS, download, load_encoder, load_weights
 from budwood.points.encoders import base as encoders_base
+from budwood.points.encoders.base import Hub
 from budwood.points.encoders.checkpoints import layout
 from budwood.points.encoders.pointbert import PointBert
 from budwood.points.encoders.sprout import Sprout, SproutConfig, load_sprout, save_sprout
@@ -171,6 +173,25 @@ def test_load_encoder(tmp_path, monkeypatch):
     assert (asked[0].repo, asked[0].file) == ("BAAI/Uni3D", "modelzoo/uni3d-ti/model.pt")
     with pytest.raises(UnknownNameError, match="did you mean"):
         load_encoder("uni3d-x")
+
+
+def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def hub(repo, file, repo_type):
+        asked.append((repo, file, repo_type))
+        return str(tmp_path / "model.pt")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    assert download(Hub("a/b", "c.pt", "dataset", "MIT")) == tmp_path / "model.pt"
+    assert asked == [("a/b", "c.pt", "dataset")]
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no network\nand more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(InputError, match="cannot download .* of BAAI/Uni3D: no network; give a"):
+        load_encoder("uni3d-ti")
 
 
 def test_another_architecture_tells_which_keys(tmp_path):
