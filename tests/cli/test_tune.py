@@ -444,6 +444,15 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
 
 
+def test_float16_is_not_trained_in(budwood, lm_dir, tmp_path, data):
+    out = tmp_path / "out"
+    half = ["--model", lm_dir, "--dtype", "float16"]
+    refused_with_bars(budwood(*command(lm_dir, data, out), *half), "in float16", "(--dtype)")
+    line = ["bench", "tune", "--data", data, "--output", out, *BENCH, *half]
+    refused_with_bars(budwood(*line), "in float16")
+    assert not out.exists()
+
+
 def test_bad_input_of_the_benchmark(budwood, tmp_path, data):
     line = ["bench", "tune", "--output", tmp_path / "out", "--data"]
     refused(budwood(*line, tmp_path / "gone"), "no folder")

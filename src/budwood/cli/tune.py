@@ -162,13 +162,14 @@ def _run(
     from budwood.tune.methods import parse_tuner
     from budwood.tune.ranges import need_at_least
     from budwood.tune.runs import refuse_other_files
-    from budwood.tune.train import fingerprint
+    from budwood.tune.train import check_dtype, fingerprint
 
     tuner = parse_tuner(method)
     need_at_least(1, rank=rank)
     examples = [example for source in sources for example in read_examples(source, style)]
     refuse_other_files(output)
     loaded = load_language_model(model, _of_this_process(device), dtype)
+    check_dtype(loaded.model)
     if own_rate:
         settings = dataclasses.replace(settings, lr=tuner.rate_for(loaded.model))
     encoded = encode(examples, loaded.tokenizer, settings.max_length)

@@ -127,9 +127,11 @@ def train(
     Raises:
         DivergedError: the loss, a gradient or a layer's input was NaN or infinite; the message
             names the last good checkpoint.
+        InputError: the model is in float16.
     """
     if folder.is_complete:
         return folder.history()
+    check_dtype(model)
     start = _take_up(folder, model)
     watch = _Watch(folder, settings, advance, probe)
     trainer = AnswerTrainer(
@@ -161,6 +163,19 @@ def train(
         folder.complete()
         folder.drop_checkpoints()
     return folder.history()
+
+
+def check_dtype(model: Any) -> None:
+    """Refuse float16, whose small gradients become 0 where the loss is not scaled.
+
+    Raises:
+        InputError: the model is in float16.
+    """
+    if model.dtype == torch.float16:
+        raise InputError(
+            "the model is in float16, in which small gradients become 0; train in bfloat16 or "
+            "float32 (--dtype)"
+        )
 
 
 @torch.no_grad()
