@@ -119,6 +119,8 @@ def test_options_are_refused_before_a_model_is_loaded(method, option, reason):
         *((f"slim:texts={wrong}", "of texts, at least 0") for wrong in ("1.5", "-1", "true")),
         *((f"lora-own:texts={wrong}", "of texts, at least 1") for wrong in ("0", "2.5", "true")),
         ("slim:texts=0+distance=discriminant", "texts=0 and distance='discriminant', which takes"),
+        ("slim-max:texts=8", "texts=8 and distance='max', which takes no text"),
+        ("slim:texts=8+distance=whitened", "leave texts out, or take distance=discriminant"),
         ("lora:alpha=0", "alpha=0; give a number above 0"),
         ("lora:dropout=1", r"dropout=1; give a share in \[0, 1\)"),
         ("lora-late:skip_first=half", r"skip_first='half'; give a share in \[0, 1\)"),
@@ -133,6 +135,12 @@ def test_options_of_peft_replace_what_a_method_gives():
     config = parse_tuner("lora:target_modules=up+use_rslora=true").config(3, tiny_chat.model(), 0)
     assert (config.r, config.target_modules, config.use_rslora) == (3, "up", True)
     assert parse_tuner("slim-no-yielding:texts=0+distance=discriminant").n_own == 0
+
+
+@pytest.mark.parametrize(("alpha", "rank", "expected"), [(0.3, 1, 0.3), (0.5, 4, 2), (2, 8, 16)])
+def test_alpha_is_that_of_lora_times_the_rank(alpha, rank, expected):
+    config = parse_tuner(f"lora:alpha={alpha}").config(rank, tiny_chat.model(), 0)
+    assert config.lora_alpha == expected and isinstance(config.lora_alpha, type(expected))
 
 
 @pytest.mark.parametrize(

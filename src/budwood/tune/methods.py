@@ -187,8 +187,9 @@ class Lora(Tuner):
     def _config(self, rank: int, targets: str) -> Any:
         from peft import LoraConfig
 
+        alpha = self.alpha * rank
         options = {
-            "lora_alpha": round(self.alpha * rank),
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": self.dropout,
             "target_modules": targets,
             "use_dora": self.use_dora,
@@ -292,6 +293,11 @@ class Slim(Tuner):
             raise InputError(
                 f"texts=0 and distance={config.distance!r}, which takes texts of the base model's "
                 "own; give more texts, or another distance"
+            )
+        if self.texts and not _compares(config):
+            raise InputError(
+                f"texts={self.texts} and distance={config.distance!r}, which takes no text of the "
+                "base model's own; leave texts out, or take distance=discriminant"
             )
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
