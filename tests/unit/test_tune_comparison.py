@@ -93,6 +93,21 @@ def test_pictures_show_what_was_measured(keys, labels, tmp_path, monkeypatch):
     assert drawn[1].axes[1].get_ylabel() == front[0]
 
 
+@pytest.mark.parametrize("base", [[], [{"method": "base", "lr": None, "validation": 0.35}]])
+def test_runs_below_the_base_model_lie_outside(base, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    runs = [(1e-3, 0.4, 0.5), (3e-3, 0.5, 2.0), (1e-2, 0.3, 900.0)]
+    shared = {"method": "lora", "status": "complete"}
+    rows = [shared | {"lr": lr, "validation": v, "kl_chat": kl} for lr, v, kl in runs]
+    plots.plot_front([*base, *rows], tmp_path / "front.png")
+    axis = drawn[0].axes[0]
+    (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    assert 0.4 < low < 0.5 and bottom < 0.4 and 0.5 < top < 0.55
+    assert 2 < high < 3 if base else high > 900
+    assert len(axis.lines[0].get_xdata()) == 3  # a line leads there
+
+
 def test_a_picture_of_nothing_is_refused(tmp_path):
     row = {"method": "lora", "lr": 1e-3, "status": "complete", "validation": 0.4}
     with pytest.raises(InputError, match="measured on no text"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ KL = {
 
 def plot_front(rows: Sequence[Row], path: Path) -> Path:
     """Learning against forgetting, a point a learning rate, a line a method.
+
+    Lines to runs that know less than the base model lead out of the picture.
 
     Args:
         rows: of all runs; those of the sweep count.
@@ -43,11 +46,13 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
             xs, ys = [row[key] for row in points], [row["validation"] for row in points]
             axis.plot(xs, ys, marker="o", label=method)
             for row in points:
-                axis.annotate(f"{row['lr']:g}", (row[key], row["validation"]), fontsize=6)
+                place = (row[key], row["validation"])
+                axis.annotate(f"{row['lr']:g}", place, fontsize=6, annotation_clip=True)
         if base is not None:
             axis.axhline(base["validation"], linestyle="--", color="grey", linewidth=1)
         axis.set_xlabel(label)
         axis.set_xscale("log")
+        _frame(axis, key, [row for group in methods.values() for row in group], base)
     axes[0].set_ylabel("accuracy on validation questions")
     axes[0].legend(fontsize=7)
     return save_figure(figure, path)
@@ -94,6 +99,7 @@ def plot_identity(rows: Sequence[Row], path: Path) -> Path:
             axis.plot(layers, [row[key] for row in group], marker=".", label=text)
     for axis, label in zip(axes, ("weight on identity experts", "standardised distance")):
         axis.set_xlabel("layer")
+        axis.locator_params(axis="x", integer=True)
         axis.set_ylabel(label)
     axes[0].legend(fontsize=7)
     return save_figure(figure, path)
@@ -109,6 +115,16 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
         if all(row["lr"] != other["lr"] for other in group):
             group.append(row)
     return found
+
+
+def _frame(axis: Any, key: str, rows: Sequence[Row], base: Row | None) -> None:
+    """Show the runs that know as much as the base model does, if there are any."""
+    least = -math.inf if base is None else base["validation"]
+    shown = [row for row in rows if row["validation"] >= least and row[key] > 0]
+    if shown:
+        xs, ys = [row[key] for row in shown], [row["validation"] for row in shown]
+        axis.set_xlim(min(xs) / 1.15, max(xs) * 1.25)
+        axis.set_ylim(max(least, min(ys) - 0.1) - 0.01, max(ys) + 0.02)
 
 
 def _kl_of(rows: Sequence[Row]) -> dict[str, str]:
