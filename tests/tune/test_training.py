@@ -20,6 +20,7 @@ from transformers import (
 import budwood.tune.steps as steps_module
 from budwood.errors import AttachError, DivergedError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
+from budwood.tune.evaluate.routing import by_layer, routing_rows
 from budwood.tune.state import make_clusters
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow
@@ -351,6 +352,23 @@ def test_observed_routing_of_what_is_learnt():
     with observe(model, learnt=True) as unlabelled:
         model(**data)
     assert unlabelled.rows() == every.rows()
+
+
+def test_routing_by_layer_is_that_of_what_has_labels():
+    model, data = tiny.trained().eval(), tiny.batch(padding=None)
+    data["labels"][:, :-3] = -100
+    rows = [
+        {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        for ids, labels in zip(data["input_ids"], data["labels"])
+    ]
+    with torch.no_grad(), observe(model, learnt=True) as seen:
+        model(**data)
+    got = routing_rows(model, 0, {"one": rows, "two": rows}, batch=2)
+    expected = by_layer(seen.rows())
+    for text in ("one", "two"):
+        for row, wanted in zip((r for r in got if r["text"] == text), expected, strict=True):
+            assert row == pytest.approx({"text": text, **wanted}, abs=1e-5)
+    assert steps_module.keeper_of(model).labels is None
 
 
 def test_observed_routing_leaves_padding_out():

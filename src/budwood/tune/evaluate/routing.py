@@ -19,6 +19,8 @@ def routing_rows(
 ) -> list[dict[str, Any]]:
     """Identity share and distance by layer, for several kinds of text.
 
+    Tokens count whose next one has a label: answers, replies and text, but no prompts.
+
     Args:
         model: a ``PeftModel`` with a SLIM adapter.
         pad_id: the padding token.
@@ -32,20 +34,22 @@ def routing_rows(
     Raises:
         InputError: ``batch`` is below 1.
     """
-    from budwood.tune import observe
+    from budwood.tune import observe, tell_labels
 
     need_at_least(1, batch=batch)
     model.eval()
     collate = LeftPadded(pad_id, trim=False)
     found = []
     for name, rows in texts.items():
-        with observe(model) as seen:
+        with observe(model, learnt=True) as seen:
             for start in range(0, len(rows), batch):
                 inputs = collate(rows[start : start + batch])
+                tell_labels(model, inputs["labels"])
                 model(
                     input_ids=inputs["input_ids"].to(model.device),
                     attention_mask=inputs["attention_mask"].to(model.device),
                 )
+        tell_labels(model, None)
         found += [{"text": name, **row} for row in by_layer(seen.rows())]
     return found
 
