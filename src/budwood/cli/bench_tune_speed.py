@@ -61,10 +61,17 @@ def bench_tune_speed(
     Example:
       budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
     """
+    _quieten_profiler()
     config = _config(widths, tokens, methods, rank, distance, repeats, seed, device, dtype)
     results = Results(out, force, json)
     record = _measure(config)
     results.publish(record, _SHOWN, notes=_targets(record.rows))
+
+
+def _quieten_profiler() -> None:
+    """PyTorch's, which counts memory, writes lines of its own; to be called before its import."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _config(
@@ -98,8 +105,6 @@ def _config(
 def _measure(config: SpeedConfig) -> records.Record:
     from budwood.tune.bench import measure_speed
 
-    # PyTorch's profiler, which counts memory, otherwise writes a line when it starts and stops.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     n_groups, done = len(config.widths) * len(config.n_tokens), []
     with progress("timing") as advance:
 
