@@ -42,14 +42,16 @@ def routing_rows(
     found = []
     for name, rows in texts.items():
         with observe(model, learnt=True) as seen:
-            for start in range(0, len(rows), batch):
-                inputs = collate(rows[start : start + batch])
-                tell_labels(model, inputs["labels"])
-                model(
-                    input_ids=inputs["input_ids"].to(model.device),
-                    attention_mask=inputs["attention_mask"].to(model.device),
-                )
-        tell_labels(model, None)
+            try:
+                for start in range(0, len(rows), batch):
+                    inputs = collate(rows[start : start + batch])
+                    tell_labels(model, inputs["labels"])
+                    model(
+                        input_ids=inputs["input_ids"].to(model.device),
+                        attention_mask=inputs["attention_mask"].to(model.device),
+                    )
+            finally:
+                tell_labels(model, None)
         found += [{"text": name, **row} for row in by_layer(seen.rows())]
     return found
 
