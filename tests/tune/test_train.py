@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -14,7 +16,7 @@ from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.runs import RunFolder
 from budwood.tune.steps import keeper_of
-from budwood.tune.train import Settings, train
+from budwood.tune.train import Settings, default_lr, train
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -78,3 +80,10 @@ def test_an_infinite_input_names_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(state.Clusters, "taken", taken)
     with pytest.raises(DivergedError, match=r"inputs of layer .*checkpoint-\d+; try a lower"):
         trained(tmp_path, steps=200, save_every=1)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 3e-3), (576, 3e-3), (1152, 1.5e-3)])
+def test_the_default_rate_falls_with_the_width(width, rate):
+    text = SimpleNamespace(hidden_size=width)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert default_lr(model) == pytest.approx(rate)

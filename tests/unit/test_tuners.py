@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -141,21 +139,6 @@ def test_options_of_peft_replace_what_a_method_gives():
 def test_alpha_is_that_of_lora_times_the_rank(alpha, rank, expected):
     config = parse_tuner(f"lora:alpha={alpha}").config(rank, tiny_chat.model(), 0)
     assert config.lora_alpha == expected and isinstance(config.lora_alpha, type(expected))
-
-
-@pytest.mark.parametrize(
-    ("method", "width", "rate"),
-    [
-        ("slim", 576, 1e-2),
-        ("slim-max", 2048, 2.8125e-3),
-        ("dora", 64, 3e-3),
-        ("lora", 1152, 1.5e-3),
-    ],
-)
-def test_rates_fall_with_the_width(method, width, rate):
-    text = SimpleNamespace(hidden_size=width)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-    assert parse_tuner(method).rate_for(model) == pytest.approx(rate)
 
 
 def test_fit_rank():

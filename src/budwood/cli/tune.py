@@ -83,7 +83,7 @@ def run(
     rank: Annotated[int, typer.Option(help="Rank; of each expert where there are several.")] = 4,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate; default: the method's own for the model's width."),
+        typer.Option(help="Peak learning rate; default: 3e-3, less for models wider than 576."),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Optimiser steps, in place of epochs.")] = 0,
@@ -162,16 +162,16 @@ def _run(
     from budwood.tune.methods import parse_tuner
     from budwood.tune.ranges import need_at_least
     from budwood.tune.runs import refuse_other_files
-    from budwood.tune.train import check_dtype, fingerprint
+    from budwood.tune.train import check_dtype, default_lr, fingerprint
 
-    tuner = parse_tuner(method)
+    parse_tuner(method)
     need_at_least(1, rank=rank)
     examples = [example for source in sources for example in read_examples(source, style)]
     refuse_other_files(output)
     loaded = load_language_model(model, _of_this_process(device), dtype)
     check_dtype(loaded.model)
     if own_rate:
-        settings = dataclasses.replace(settings, lr=tuner.rate_for(loaded.model))
+        settings = dataclasses.replace(settings, lr=default_lr(loaded.model))
     encoded = encode(examples, loaded.tokenizer, settings.max_length)
     if encoded.n_too_long:
         say(f"left out {encoded.n_too_long} examples of more than {settings.max_length} tokens")

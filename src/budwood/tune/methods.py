@@ -52,8 +52,6 @@ TOKENS_A_DIRECTION = 10
 """Learnt tokens to each direction of SLIM's distance: a covariance of fewer fits these alone."""
 FEWEST = 8
 """Directions, however few tokens there are."""
-RATE_WIDTH = 576
-"""Model width that rates were tried at, SmolLM2-135M's."""
 MARGIN_INFERENCE = 1.0
 """That of SLIM beside a discriminant, where no margin is given."""
 ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -76,8 +74,6 @@ class Tuner:
     strength: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    rate: ClassVar[float] = 3e-3
-    """Learning rate that did best on validation questions, at a width of ``RATE_WIDTH``."""
     is_ablation: ClassVar[bool] = False
     """Whether it is another method without a part, and so has that one's rank."""
     held_on_own: ClassVar[bool] = False
@@ -105,17 +101,6 @@ class Tuner:
             seed: of whatever the adapter draws by itself.
         """
         raise NotImplementedError
-
-    def rate_for(self, model: Any) -> float:
-        """The learning rate where none is given: smaller for wider models.
-
-        Ours: inversely to the width, which is a rule of thumb and was not measured.
-
-        Args:
-            model: the base model.
-        """
-        width = getattr(model.config.get_text_config(), "hidden_size", RATE_WIDTH)
-        return self.rate * min(1.0, RATE_WIDTH / width)
 
     def fitted_to(self, n_learnt: int) -> Tuner:
         """The tuner for training data of that size.
@@ -281,7 +266,6 @@ class Slim(Tuner):
     texts: int | None = None
     strength: float = 0.7
 
-    rate: ClassVar[float] = 1e-2
     preset: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
