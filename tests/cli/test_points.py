@@ -175,13 +175,21 @@ def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path, monkeypatch):
     made = budwood("points", "adapt", scans, "--output", tmp_path / "a", "--method", "t3a")
     assert made.exit_code == 0, made.output
     command = ["classify", scans, "--labels", NAMES, "--points", "20", "--json"]
-    scores = {}
+    naming, scores, sizes = sys.modules["budwood.points.classify"], {}, {}
+    inner = naming.rank
+
+    def seen(clouds, *args, **options):
+        sizes.setdefault((bool(adapter), batch), []).append(len(clouds))
+        return inner(clouds, *args, **options)
+
+    monkeypatch.setattr(naming, "rank", seen)
     for adapter in ([], ["--adapter", tmp_path / "a"]):
         for batch in (32, 3):
             monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", batch)
             rows = json.loads(budwood(*command, *adapter).stdout)["rows"]
             scores[bool(adapter), batch] = [row["scores"] for row in rows]
     assert len(scores[True, 3]) == len(list(scans.iterdir()))
+    assert sizes[True, 3] == sizes[False, 32] == [7] and sizes[False, 3] == [3, 3, 1]
     for adapted in (True, False):
         np.testing.assert_allclose(scores[adapted, 3], scores[adapted, 32], atol=1e-5)
     assert not np.allclose(scores[True, 32], scores[False, 32], atol=1e-3)
