@@ -15,7 +15,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -25,6 +24,7 @@ from typing import Any
 import budwood
 from budwood.errors import InputError, OutputError
 from budwood.figures import new_figure, save_figure
+from budwood.files import write_text
 
 Row = dict[str, Any]
 
@@ -124,11 +124,7 @@ def write(record: Record, path: str | os.PathLike[str], *, overwrite: bool = Fal
         raise InputError(f"record {record.name!r} is not JSON: {error}") from error
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; choose another name, or overwrite it on purpose")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, text)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    write_text(target, text)
     return target
 
 
@@ -336,19 +332,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _write_atomically(target: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink()
-        raise
 
 
 def _grouped(rows: Iterable[Mapping[str, Any]], by: str) -> dict[Any, list[Mapping[str, Any]]]:

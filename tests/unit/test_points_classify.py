@@ -76,7 +76,7 @@ def test_cache(tmp_path):
     for file in (tmp_path / "cache" / "text").iterdir():
         file.write_bytes(b"broken")
     assert torch.equal(embed_labels(LABELS, tower).vectors, first.vectors)
-    assert not list((tmp_path / "cache" / "text").glob("*.part"))
+    assert {path.suffix for path in (tmp_path / "cache" / "text").iterdir()} == {".safetensors"}
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):

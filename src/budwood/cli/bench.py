@@ -19,9 +19,10 @@ from budwood.cli import (
     tune_eval,
 )
 from budwood.cli.console import say
-from budwood.cli.output import reserve_picture, write_whole
+from budwood.cli.output import reserve_picture
 from budwood.errors import InputError, UnknownNameError
 from budwood.figures import need_matplotlib
+from budwood.files import write_whole
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("prune")(bench_prune.bench_prune)

@@ -12,9 +12,9 @@ import typer
 from budwood import records
 from budwood.cli import options, tune_options
 from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import write_whole
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
+from budwood.files import write_whole
 
 if TYPE_CHECKING:
     from budwood.tune.bench.plan import Plan

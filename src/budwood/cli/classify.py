@@ -10,9 +10,10 @@ import typer
 
 from budwood.cli import clouds, options
 from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import reserve, reserve_picture, write_whole
+from budwood.cli.output import reserve, reserve_picture
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
+from budwood.files import write_whole
 
 if TYPE_CHECKING:
     from budwood.points import PointEncoder, Ranking

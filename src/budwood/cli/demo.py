@@ -10,8 +10,9 @@ import typer
 
 from budwood.cli import options
 from budwood.cli.console import out, print_json, print_table, progress, say
-from budwood.cli.output import reserve_picture, write_whole
+from budwood.cli.output import reserve_picture
 from budwood.cli.prune import drawn
+from budwood.files import write_whole
 
 if TYPE_CHECKING:
     from budwood.cli.models import Loaded

@@ -9,8 +9,8 @@ import typer
 
 from budwood.cli import clouds, options
 from budwood.cli.console import out, print_json, print_table, progress
-from budwood.cli.output import write_whole
 from budwood.errors import InputError
+from budwood.files import write_whole
 
 if TYPE_CHECKING:
     from budwood.points import Adapter, CloudSet, PointEncoder, TextEmbeddings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from budwood.errors import OutputError
@@ -38,23 +37,3 @@ def reserve_picture(path: Path, force: bool = False) -> Path:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise OutputError(f"{path} must end in .png, .jpg or .webp, which gives the format")
     return reserve(path, force)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file by its final name only when it is complete.
-
-    Args:
-        path: the file.
-        write: writes to the path that it is given, which has the same suffix.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    part = path.with_name(f".part-{path.name}")
-    try:
-        write(part)
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

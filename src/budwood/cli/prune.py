@@ -9,8 +9,9 @@ import typer
 
 from budwood.cli import options
 from budwood.cli.console import out, print_json, print_table, say, working
-from budwood.cli.output import reserve_picture, write_whole
+from budwood.cli.output import reserve_picture
 from budwood.cli.pictures import read_picture
+from budwood.files import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image

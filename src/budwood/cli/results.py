@@ -10,9 +10,10 @@ from typing import Any
 
 from budwood import records
 from budwood.cli.console import print_json, print_table, say
-from budwood.cli.output import reserve, reserve_picture, write_whole
+from budwood.cli.output import reserve, reserve_picture
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
+from budwood.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from budwood.errors import InputError, OutputError, first_line
+from budwood.files import write_whole
 from budwood.points.templates import resolve_templates
 from budwood.points.towers import TOWERS, TextTower
 
@@ -112,10 +112,8 @@ def save_embeddings(embeddings: TextEmbeddings, path: str | os.PathLike[str]) ->
     if Path(path).exists():
         raise OutputError(f"{path} exists; choose another name")
     labels = json.dumps(list(embeddings.labels), ensure_ascii=False)
-    try:
-        save_file({"embeddings": embeddings.vectors.contiguous()}, path, {"labels": labels})
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from None
+    tensors = {"embeddings": embeddings.vectors.contiguous()}
+    write_whole(Path(path), lambda part: save_file(tensors, part, {"labels": labels}))
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
@@ -173,10 +171,6 @@ def _keep(key: str, vectors: Tensor) -> None:
     """Whole or not at all; a folder that cannot be written costs time, not the answer."""
     target = _cache_file(key)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(descriptor)
-        save_file({"vectors": vectors.contiguous()}, part)
-        Path(part).replace(target)
-    except (OSError, SafetensorError):
+        write_whole(target, lambda part: save_file({"vectors": vectors.contiguous()}, part))
+    except OutputError:
         return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from budwood.errors import InputError
+from budwood.files import write_text
 from budwood.tune.encoding import (
     IGNORED,
     LeftPadded,
@@ -21,7 +22,7 @@ from budwood.tune.encoding import (
 )
 from budwood.tune.modes import evaluating
 from budwood.tune.ranges import need_at_least
-from budwood.tune.runs import read_json, write_text
+from budwood.tune.runs import read_json
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Where what the model makes up is cut."""

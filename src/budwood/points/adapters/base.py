@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from budwood.errors import InputError, OutputError, UnsupportedModelError, first_line
+from budwood.files import write_whole
 from budwood.points.adapters.statistics import BatchStatistics
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block
@@ -186,13 +187,8 @@ class Adapter(nn.Module, ABC):
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         if not state:
             state = {"nothing": torch.zeros(0)}
-        part = target.with_suffix(".part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, part, {"budwood": json.dumps(about)})
-            part.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {target}: {error}") from None
+        metadata = {"budwood": json.dumps(about)}
+        write_whole(target, lambda part: save_file(state, part, metadata))
         return target
 
     @classmethod

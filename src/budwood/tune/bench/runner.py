@@ -15,6 +15,7 @@ from typing import Any
 
 from budwood import records
 from budwood.errors import DivergedError, InputError
+from budwood.files import write_text
 from budwood.tune.bench.plan import Material, Plan, read_material
 from budwood.tune.encoding import Row, encode, n_learnt, pad_of
 from budwood.tune.evaluate.harness import Task, draw, task_of
@@ -23,7 +24,7 @@ from budwood.tune.evaluate.scores import Score, mean_of
 from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, count_at, fit_rank, n_trainable, parse_tuner
 from budwood.tune.own_text import kept_text
-from budwood.tune.runs import RunFolder, read_json, write_text
+from budwood.tune.runs import RunFolder, read_json
 from budwood.tune.train import adapter_of, fingerprint, is_slim, train
 
 _PROBE_WINDOWS, _PROBE_REPLIES = 6, 12
