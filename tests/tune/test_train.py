@@ -87,3 +87,9 @@ def test_the_default_rate_falls_with_the_width(width, rate):
     text = SimpleNamespace(hidden_size=width)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
     assert default_lr(model) == pytest.approx(rate)
+
+
+def test_without_a_rate_a_model_is_trained_at_its_default(tmp_path):
+    base = tiny_chat.model()
+    trained(tmp_path, "lora", base, lr=None, schedule="constant_with_warmup", warmup=0, log_every=6)
+    assert RunFolder(tmp_path, {}).history()[-1]["lr"] == pytest.approx(default_lr(base))

@@ -62,7 +62,20 @@ def bench_tune_speed(
       budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
     """
     _quieten_profiler()
-    config = _config(widths, tokens, methods, rank, distance, repeats, seed, device, dtype)
+    from budwood.cli.models import place
+    from budwood.tune.bench import SpeedConfig
+
+    config = SpeedConfig(
+        widths=options.counts_of(widths, "widths"),
+        n_tokens=options.counts_of(tokens, "tokens"),
+        methods=tuple(options.listed(methods)),
+        repeats=repeats,
+        r=rank,
+        distance=distance,
+        dtype=dtype,
+        device=str(place(device, dtype)[0]),
+        seed=seed,
+    )
     results = Results(out, force, json)
     record = _measure(config)
     results.publish(record, _SHOWN, notes=_targets(record.rows))
@@ -72,34 +85,6 @@ def _quieten_profiler() -> None:
     """PyTorch's, which counts memory, writes lines of its own; to be called before its import."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def _config(
-    widths: str,
-    tokens: str,
-    methods: str,
-    rank: int,
-    distance: str,
-    repeats: int,
-    seed: int,
-    device: str,
-    dtype: str,
-) -> SpeedConfig:
-    from budwood.cli.models import place
-    from budwood.tune.bench import SpeedConfig
-
-    where, _ = place(device, dtype)
-    return SpeedConfig(
-        widths=options.counts_of(widths, "widths"),
-        n_tokens=options.counts_of(tokens, "tokens"),
-        methods=tuple(options.listed(methods)),
-        repeats=repeats,
-        r=rank,
-        distance=distance,
-        dtype=dtype,
-        device=str(where),
-        seed=seed,
-    )
 
 
 def _measure(config: SpeedConfig) -> records.Record:

@@ -18,6 +18,7 @@ from budwood.cli.tune_export import export_lora
 
 if TYPE_CHECKING:
     from budwood.cli.language_models import LanguageModel
+    from budwood.tune.data import Example
     from budwood.tune.encoding import Row
     from budwood.tune.methods import Tuner
     from budwood.tune.runs import RunFolder
@@ -115,8 +116,15 @@ def run(
     Example:
       budwood tune train.jsonl --output tuned --method slim --epochs 1
     """
-    settings = _settings(
-        **({} if lr is None else {"lr": lr}),
+    from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.tune.data import read_examples
+    from budwood.tune.methods import parse_tuner
+    from budwood.tune.ranges import need_at_least
+    from budwood.tune.runs import refuse_other_files
+    from budwood.tune.train import Settings, check_dtype
+
+    settings = Settings(
+        lr=lr,
         epochs=epochs,
         steps=steps,
         batch=batch,
@@ -129,7 +137,14 @@ def run(
         log_every=log_every,
         seed=seed,
     )
-    found = _run(train, output, model, method, rank, settings, lr is None, style, device, dtype)
+    parse_tuner(method)  # these refuse bad input before a model is loaded
+    need_at_least(1, rank=rank)
+    examples = [example for source in train for example in read_examples(source, style)]
+    refuse_other_files(output)
+    loaded = load_language_model(model, _of_this_process(device), dtype)
+    check_dtype(loaded.model)
+    with third_party_warnings_off():
+        found = _run(loaded, examples, output, method, rank, settings)
     if not _is_first_process():
         return
     if json:
@@ -138,76 +153,70 @@ def run(
         _print(found)
 
 
-def _settings(**values: Any) -> Settings:
-    from budwood.tune.train import Settings
-
-    return Settings(**values)
-
-
 def _run(
-    sources: list[str],
-    output: Path,
-    model: str | None,
-    method: str,
-    rank: int,
-    settings: Settings,
-    own_rate: bool,
-    style: str,
-    device: str,
-    dtype: str,
-) -> dict[str, Any]:
-    from budwood.cli.language_models import load_language_model, third_party_warnings_off
-    from budwood.tune.data import read_examples
-    from budwood.tune.encoding import encode
-    from budwood.tune.methods import parse_tuner
-    from budwood.tune.ranges import need_at_least
-    from budwood.tune.runs import refuse_other_files
-    from budwood.tune.train import check_dtype, default_lr, fingerprint
-
-    parse_tuner(method)
-    need_at_least(1, rank=rank)
-    examples = [example for source in sources for example in read_examples(source, style)]
-    refuse_other_files(output)
-    loaded = load_language_model(model, _of_this_process(device), dtype)
-    check_dtype(loaded.model)
-    if own_rate:
-        settings = dataclasses.replace(settings, lr=default_lr(loaded.model))
-    encoded = encode(examples, loaded.tokenizer, settings.max_length)
-    if encoded.n_too_long:
-        say(f"left out {encoded.n_too_long} examples of more than {settings.max_length} tokens")
-    data = fingerprint(encoded.rows)
-    with third_party_warnings_off():
-        return _train(loaded, encoded.rows, output, method, rank, settings, data)
-
-
-def _train(
     loaded: LanguageModel,
-    rows: list[Row],
+    examples: list[Example],
     output: Path,
     method: str,
     rank: int,
     settings: Settings,
-    data: str,
 ) -> dict[str, Any]:
     from accelerate import PartialState
 
     from budwood.tune.encoding import n_learnt
     from budwood.tune.methods import attach, n_trainable, parse_tuner
     from budwood.tune.runs import RunFolder
-    from budwood.tune.train import adapter_of, train
+    from budwood.tune.train import adapter_of, default_lr, fingerprint
 
+    settings = dataclasses.replace(settings, lr=settings.lr or default_lr(loaded.model))
+    rows = _encoded(loaded, examples, settings.max_length)
     tuner = parse_tuner(method).fitted_to(n_learnt(rows))
     adapted = attach(tuner, loaded.model, rank, settings.seed)
     state = PartialState(cpu=loaded.model.device.type == "cpu")
     with state.main_process_first():
-        about = adapter_of(loaded.name, loaded.model, method, settings, rank, data)
+        about = adapter_of(loaded.name, loaded.model, method, settings, rank, fingerprint(rows))
         folder = RunFolder(output, about)
-    with state.main_process_first():
+    found = {
+        "output": str(output),
+        "model": loaded.name,
+        "method": method,
+        "rank": rank,
+        "params": n_trainable(adapted),
+        "n_examples": len(rows),
+        "history": _train(loaded, rows, tuner, adapted, settings, folder),
+    }
+    if state.is_main_process and not (output / "record.json").exists():
+        _record(found, settings, output)
+    return found
+
+
+def _encoded(loaded: LanguageModel, examples: list[Example], max_length: int) -> list[Row]:
+    from budwood.tune.encoding import encode
+
+    encoded = encode(examples, loaded.tokenizer, max_length)
+    if encoded.n_too_long:
+        say(f"left out {encoded.n_too_long} examples of more than {max_length} tokens")
+    return encoded.rows
+
+
+def _train(
+    loaded: LanguageModel,
+    rows: list[Row],
+    tuner: Tuner,
+    adapted: Any,
+    settings: Settings,
+    folder: RunFolder,
+) -> list[dict[str, Any]]:
+    from accelerate import PartialState
+
+    from budwood.tune.train import train
+
+    with PartialState().main_process_first():
         own = _own_text(folder, tuner, adapted, loaded)
     if folder.last_checkpoint() is None:
         tuner.prepare(adapted, loaded.tokenizer, rows, own)
     with progress("training") as advance:
-        history = train(
+        return train(
             adapted,
             loaded.tokenizer,
             rows,
@@ -216,18 +225,6 @@ def _train(
             **tuner.training(own),
             advance=advance,
         )
-    found = {
-        "output": str(output),
-        "model": loaded.name,
-        "method": method,
-        "rank": rank,
-        "params": n_trainable(adapted),
-        "n_examples": len(rows),
-        "history": history,
-    }
-    if state.is_main_process and not (output / "record.json").exists():
-        _record(found, settings, output)
-    return found
 
 
 def _own_text(folder: RunFolder, tuner: Tuner, adapted: Any, loaded: LanguageModel) -> list[Row]:

@@ -15,6 +15,7 @@ from budwood.errors import InputError
 
 if TYPE_CHECKING:
     from budwood.cli.language_models import LanguageModel
+    from budwood.tune.encoding import Row
     from budwood.tune.evaluate.suite import Suite
 
 MARKDOWN = {
@@ -90,6 +91,7 @@ def tune_eval(
     from budwood.cli.language_models import load_adapted
     from budwood.tune.data import STYLES
     from budwood.tune.evaluate.drift import chat_prompts
+    from budwood.tune.evaluate.suite import Suite
     from budwood.tune.ranges import need_at_least
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
@@ -107,7 +109,8 @@ def tune_eval(
         raise InputError("--plot has no text to show: give --text, --prompts, or files as --target")
     loaded = load_adapted(adapter, model, device, dtype)
     _check_drawn(loaded, adapter, plot)
-    suite = _suite(loaded, tasks, text, windows, prompts, style, batch, limit, seed)
+    texts = _texts(loaded, text, windows, prompts, seed)
+    suite = Suite(tasks, texts, style, batch, limit)
     rows = _measure(loaded, suite, seed)
     record = records.new_record(
         "tune eval",
@@ -156,21 +159,13 @@ def _text(text: Path | None, data: Path | None) -> Path | None:
     return text
 
 
-def _suite(
-    loaded: LanguageModel,
-    tasks: tuple[Any, ...],
-    text: Path | None,
-    windows: int,
-    prompts: int,
-    style: str,
-    batch: int,
-    limit: int,
-    seed: int,
-) -> Suite:
-    from budwood.tune.evaluate.suite import Suite, make_texts
+def _texts(
+    loaded: LanguageModel, text: Path | None, windows: int, prompts: int, seed: int
+) -> dict[str, list[Row]]:
+    from budwood.tune.evaluate.suite import make_texts
 
     with progress("replies of the base model") as advance:
-        texts = make_texts(
+        return make_texts(
             loaded.model,
             loaded.tokenizer,
             text=text,
@@ -179,7 +174,6 @@ def _suite(
             seed=seed,
             advance=advance,
         )
-    return Suite(tasks, texts, style, batch, limit)
 
 
 def _measure(loaded: LanguageModel, suite: Suite, seed: int) -> list[dict[str, Any]]:

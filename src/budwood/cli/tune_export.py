@@ -13,6 +13,8 @@ from budwood.cli.console import print_json, print_table, say, working
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
+    from budwood.cli.language_models import LanguageModel
+    from budwood.tune.data import Example
     from budwood.tune.encoding import Row
 
 _COLUMNS = {"model": ("model", ""), "loss": ("loss a token", ".4f")}
@@ -49,19 +51,25 @@ def export_lora(
     Example:
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
+    from budwood.cli.language_models import load_adapted
     from budwood.tune.data import read_examples
+    from budwood.tune.evaluate.harness import draw
     from budwood.tune.export import empty_folder
     from budwood.tune.ranges import need_at_least
+    from budwood.tune.train import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
     empty_folder(output)  # refuses other places, before a model is loaded
     examples = {
-        name: read_examples(source, style)
+        name: draw(read_examples(source, style), limit, seed)
         for name, source in (("calibration", calibration), ("held_out", held_out))
         if source
     }
-    found = _export(adapter, output, examples, model, rank, limit, max_length, seed, device, dtype)
+    loaded = load_adapted(adapter, model, device, dtype)
+    if not is_slim(loaded.model):
+        raise InputError(f"{adapter} is no SLIM adapter; PEFT can merge or convert others itself")
+    found = _export(loaded, examples, output, rank, max_length)
     if json:
         print_json(found)
         return
@@ -71,30 +79,18 @@ def export_lora(
 
 
 def _export(
-    adapter: str,
+    loaded: LanguageModel,
+    examples: dict[str, list[Example]],
     output: Path,
-    examples: dict[str, list[Any]],
-    model: str | None,
     rank: int,
-    limit: int,
     max_length: int,
-    seed: int,
-    device: str,
-    dtype: str,
 ) -> dict[str, Any]:
-    from budwood.cli.language_models import load_adapted
-    from budwood.tune.encoding import encode
-    from budwood.tune.evaluate.harness import draw
-    from budwood.tune.train import is_slim
-
-    loaded = load_adapted(adapter, model, device, dtype)
-    if not is_slim(loaded.model):
-        raise InputError(f"{adapter} is no SLIM adapter; PEFT can merge or convert others itself")
     from budwood.tune import export_lora as write_lora
+    from budwood.tune.encoding import encode
 
     batches = {
         name: _batches(
-            encode(draw(some, limit, seed), loaded.tokenizer, max_length).rows,
+            encode(some, loaded.tokenizer, max_length).rows,
             loaded.tokenizer,
             loaded.model.device,
         )

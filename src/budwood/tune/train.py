@@ -38,7 +38,7 @@ class Settings:
     """How to train.
 
     Attributes:
-        lr: peak learning rate.
+        lr: peak learning rate; None for :func:`default_lr` of the model.
         steps: optimiser steps; 0 for as many as ``epochs`` make.
         epochs: passes over the data, if ``steps`` is 0.
         batch: examples per device in one forward pass.
@@ -54,7 +54,7 @@ class Settings:
         checkpointing: recompute activations in the backward pass, to save memory.
     """
 
-    lr: float = 3e-4
+    lr: float | None = None
     steps: int = 0
     epochs: float = 1.0
     batch: int = 16
@@ -78,9 +78,11 @@ class Settings:
                 raise InputError(f"{name}={getattr(self, name)} is below 0")
         if self.seed >= 2**32:
             raise InputError(f"seed={self.seed} is above {2**32 - 1}, the largest that NumPy takes")
-        for name in ("lr", "epochs", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)} must be a number above 0")
+        numbers = {"epochs": self.epochs, "max_grad_norm": self.max_grad_norm}
+        numbers |= {} if self.lr is None else {"lr": self.lr}
+        for name, value in numbers.items():
+            if not 0 < value < math.inf:
+                raise InputError(f"{name}={value} must be a number above 0")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup={self.warmup} is outside [0, 1)")
         if self.schedule not in SCHEDULES:
@@ -239,7 +241,7 @@ def _arguments(
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr,
+        learning_rate=settings.lr or default_lr(model),
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,
         weight_decay=weight_decay,
