@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -124,11 +125,63 @@ def trainer(rank: int, n: int, output: str, resume: str | None = None) -> dict[s
     return tiny.states(model)
 
 
-def command(rank: int, n: int, line: list[str]) -> None:
-    """A command of budwood, as `accelerate launch` starts it on each rank."""
+def command(
+    rank: int, n: int, line: list[str], fsdp: str = "", version: str = "2", stop: int = 0
+) -> None:
+    """A command of budwood, as `accelerate launch` starts it on each rank.
+
+    Args:
+        rank: of this process.
+        n: ranks.
+        line: of words.
+        fsdp: what FSDP writes into checkpoints, as accelerate calls it; none for DDP.
+        version: of FSDP.
+        stop: step before which the ranks stop as if they were interrupted; 0 for none.
+    """
     from accelerate.state import AcceleratorState
 
     from budwood.cli import app
 
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
-    app(line, standalone_mode=False)
+    if fsdp:
+        _shard(fsdp, version)
+    if stop:
+        _stop_before(stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        app(line, standalone_mode=False)
+
+
+def _stop_before(step: int) -> None:
+    from budwood.tune.trainer import AnswerTrainer
+
+    inner = AnswerTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step + 1 == step:
+            raise KeyboardInterrupt
+        return inner(self, *args, **kwargs)
+
+    AnswerTrainer.training_step = training_step
+
+
+def _shard(kind: str, version: str) -> None:
+    """Set what `accelerate launch --use_fsdp` sets, and let it do so without a GPU."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION=version,
+        FSDP_STATE_DICT_TYPE=kind,
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    )
+    inner = AcceleratorState.__init__
+
+    def on_an_accelerator(self: Any, *args: Any, **kwargs: Any) -> None:
+        PartialState(cpu=True)
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        inner(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = on_an_accelerator

@@ -47,20 +47,50 @@ def test_trainer_on_two_ranks_is_one_and_resumes_bit_equal(tmp_path):
     assert same(first, resumed)
 
 
-def test_command_line_on_two_ranks_is_one(tmp_path):
-    model, data = tiny_chat.save(tmp_path / "lm"), tiny_chat.save_data(tmp_path / "nlp")
+class Line:
+    """`budwood tune` on a tiny model, on several ranks."""
 
-    def train(n: int) -> tuple[dict, list]:
-        out = tmp_path / f"{n}-ranks"
-        line = ["tune", data / "boolq_train.jsonl", "--output", out, "--model", model]
+    def __init__(self, place):
+        self.place = place
+        self.model = tiny_chat.save(place / "lm")
+        self.data = tiny_chat.save_data(place / "nlp") / "boolq_train.jsonl"
+
+    def run(self, name, n=2, **how):
+        """The adapter that a run leaves in a folder, None where it leaves none."""
+        out, results = self.place / name, self.place / f"results-{name}"
+        line = ["tune", self.data, "--output", out, "--model", self.model, "--save-every", 2]
         line += ["--steps", 4, "--log-every", 1, "--lr", "1e-2", "--batch", 4 // n, "--rank", 2]
         line += ["--method", "slim:n_experts=3+n_clusters=2"]
-        (tmp_path / f"results-{n}").mkdir()
-        ranks.run(ranks.command, tmp_path / f"results-{n}", n, line=[str(word) for word in line])
-        history = [json.loads(row) for row in (out / "history.jsonl").read_text().splitlines()]
-        return load_file(out / "adapter_model.safetensors"), history
+        results.mkdir(exist_ok=True)
+        ranks.run(ranks.command, results, n, line=[str(word) for word in line], **how)
+        file = out / "adapter_model.safetensors"
+        return load_file(file) if file.exists() else None
 
-    (one, history), (two, again) = train(1), train(2)
-    near(one, two)
+    def history(self, name):
+        lines = (self.place / name / "history.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def test_command_line_on_two_ranks_is_one(tmp_path):
+    line = Line(tmp_path)
+    near(line.run("one", 1), line.run("two"))
+    history, again = line.history("one"), line.history("two")
     assert [row["step"] for row in again] == [1, 2, 3, 4]
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in history], 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_command_line_under_fsdp_saves_and_resumes(kind, tmp_path):
+    line = Line(tmp_path)
+    expected = line.run("ddp")
+    assert line.run("cut", fsdp=kind, stop=3) is None
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    whole = line.run("whole", fsdp=kind)
+    near(expected, whole)
+    assert same(whole, line.run("cut", fsdp=kind))
+    assert not list((tmp_path / "cut").glob("checkpoint-*"))
+
+
+def test_fsdp1_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="FSDP1 was not tried; launch with --fsdp_version 2"):
+        Line(tmp_path).run("old", fsdp="FULL_STATE_DICT", version="1")

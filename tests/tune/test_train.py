@@ -16,7 +16,7 @@ from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.runs import RunFolder
 from budwood.tune.steps import keeper_of
-from budwood.tune.train import Settings, default_lr, train
+from budwood.tune.train import Settings, check_trainable, default_lr, train
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -93,3 +93,13 @@ def test_without_a_rate_a_model_is_trained_at_its_default(tmp_path):
     base = tiny_chat.model()
     trained(tmp_path, "lora", base, lr=None, schedule="constant_with_warmup", warmup=0, log_every=6)
     assert RunFolder(tmp_path, {}).history()[-1]["lr"] == pytest.approx(default_lr(base))
+
+
+def test_another_gpu_than_the_first_is_refused_without_a_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    on = {n: SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", n)) for n in (0, 1)}
+    with pytest.raises(InputError, match="on cuda:1.*set CUDA_VISIBLE_DEVICES=1"):
+        check_trainable(on[1])
+    check_trainable(on[0])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_trainable(on[1])

@@ -176,10 +176,10 @@ def _compare(
     from budwood.cli.language_models import load_language_model, third_party_warnings_off
     from budwood.tune.bench.rows import method_rows
     from budwood.tune.bench.runner import Comparison
-    from budwood.tune.train import check_dtype
+    from budwood.tune.train import check_trainable
 
     loaded = load_language_model(model, device, dtype)
-    check_dtype(loaded.model)
+    check_trainable(loaded.model)
     with third_party_warnings_off():
         comparison = Comparison(
             plan, loaded.name, loaded.model, loaded.tokenizer, data, output, progress, say

@@ -121,7 +121,7 @@ def run(
     from budwood.tune.methods import parse_tuner
     from budwood.tune.ranges import need_at_least
     from budwood.tune.runs import refuse_other_files
-    from budwood.tune.train import Settings, check_dtype
+    from budwood.tune.train import Settings, check_trainable
 
     settings = Settings(
         lr=lr,
@@ -142,7 +142,7 @@ def run(
     examples = [example for source in train for example in read_examples(source, style)]
     refuse_other_files(output)
     loaded = load_language_model(model, _of_this_process(device), dtype)
-    check_dtype(loaded.model)
+    check_trainable(loaded.model)
     with third_party_warnings_off():
         found = _run(loaded, examples, output, method, rank, settings)
     if not _is_first_process():

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,11 +133,11 @@ def train(
     Raises:
         DivergedError: the loss, a gradient or a layer's input was NaN or infinite; the message
             names the last good checkpoint.
-        InputError: the model is in float16.
+        InputError: as :func:`check_trainable`, or the model is split up by FSDP1 or DeepSpeed.
     """
     if folder.is_complete:
         return folder.history()
-    check_dtype(model)
+    check_trainable(model)
     start = _take_up(folder, model)
     watch = _Watch(folder, settings, advance, probe)
     trainer = AnswerTrainer(
@@ -149,6 +150,7 @@ def train(
         held=held,
         callbacks=[watch, *_slim_callbacks(model)],
     )
+    _check_sharding(trainer)
     trainer.remove_callback(PrinterCallback)
     if start is None and probe and settings.probe_every:
         watch.take_probe(model, 0)
@@ -162,12 +164,22 @@ def train(
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     tell_slim(model, None)
     weaken(model, strength)
+    if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder.path))
     if trainer.args.should_save:
         tokenizer.save_pretrained(folder.path)
         folder.complete()
         folder.drop_checkpoints()
     return folder.history()
+
+
+def _check_sharding(trainer: AnswerTrainer) -> None:
+    """Refuse ways to split a model of which it is not known that the adapter comes out right."""
+    if trainer.is_deepspeed_enabled:
+        raise InputError("training under DeepSpeed was not tried; launch with DDP, or with FSDP2")
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise InputError("training under FSDP1 was not tried; launch with --fsdp_version 2")
 
 
 def default_lr(model: Any) -> float:
@@ -179,16 +191,23 @@ def default_lr(model: Any) -> float:
     return RATE * min(1.0, RATE_WIDTH / width)
 
 
-def check_dtype(model: Any) -> None:
-    """Refuse float16, whose small gradients become 0 where the loss is not scaled.
+def check_trainable(model: Any) -> None:
+    """Refuse a model where or as the Trainer would not train it.
 
     Raises:
-        InputError: the model is in float16.
+        InputError: it is in float16, whose small gradients become 0 where the loss is not scaled,
+            or, without a launcher, on another GPU than the first, to which the Trainer moves it.
     """
     if model.dtype == torch.float16:
         raise InputError(
             "the model is in float16, in which small gradients become 0; train in bfloat16 or "
             "float32 (--dtype)"
+        )
+    place = model.device
+    if place.type == "cuda" and place.index and "LOCAL_RANK" not in os.environ:
+        raise InputError(
+            f"the model is on {place}, and training takes the first GPU that it sees; set "
+            f"CUDA_VISIBLE_DEVICES={place.index} and give --device cuda"
         )
 
 
