@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -441,6 +442,14 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", "eval", tmp_path, "--target", "hellaswagg"), "unknown task", "boolq")
     (tmp_path / "chat.txt").write_text("words " * 200)
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
+
+
+@pytest.mark.parametrize(("given", "meant"), [("evl", "eval"), ("export", "export-lora")])
+def test_a_mistyped_command_is_no_dataset(budwood, tmp_path, monkeypatch, given, meant):
+    monkeypatch.chdir(tmp_path)
+    refused(budwood("tune", given, "--output", "out"), f"did you mean `budwood tune {meant}`")
+    Path(given).write_text("{}")
+    refused(budwood("tune", given, "--output", "out"), f"{given}, line 1")
 
 
 def test_float16_is_not_trained_in(budwood, lm_dir, tmp_path, data):

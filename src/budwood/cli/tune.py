@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from budwood.cli import options, tune_options
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
+from budwood.errors import InputError
 
 if TYPE_CHECKING:
     from budwood.cli.language_models import LanguageModel
@@ -31,6 +33,13 @@ class _RunByDefault(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = {*self.commands, "--help"}
         if args and args[0] not in known:
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            if near and not Path(args[0]).exists():
+                raise InputError(
+                    f"{args[0]} is neither a command nor a file; did you mean "
+                    f"`budwood tune {near[0]}`? A dataset of the hub by that name: "
+                    f"`budwood tune run {args[0]}`"
+                )
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
