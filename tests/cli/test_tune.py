@@ -248,11 +248,17 @@ def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method
             raise KeyboardInterrupt
         check(model, step)
 
+    def killed_in_the_end(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(train, "check_gradients", killed)
         assert budwood(*again).exit_code == 130
     # A checkpoint that the kill cut off is passed over.
     (tmp_path / "b" / "checkpoint-6").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "weaken", killed_in_the_end)  # all steps are done
+        assert budwood(*again).exit_code == 130
     found = json.loads(budwood(*again).stdout)["history"]
     assert [row["loss"] for row in found] == [row["loss"] for row in expected]
     seconds = [row["seconds"] for row in found]  # of both parts

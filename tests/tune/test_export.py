@@ -30,6 +30,8 @@ def test_export_is_a_plain_lora_with_its_measured_loss(model, tmp_path):
     assert isinstance(loaded.peft_config["default"], peft.LoraConfig)
     loss = loaded(**tiny.batch(seed=50)).loss.item()
     assert report.loss_lora == pytest.approx(loss, abs=1e-5)
+    base = tiny.llama()(**tiny.batch(seed=50)).loss.item()
+    assert report.loss_base == pytest.approx(base, abs=1e-5)  # whose head is not the trained one
     assert report.loss_slim == pytest.approx(model(**tiny.batch(seed=50)).loss.item(), abs=1e-5)
     assert report.rank == 12 and report.held_out
     learnt = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in data)
@@ -64,6 +66,11 @@ def test_export_refuses(model, tmp_path):
     data = [tiny.batch()]
     with pytest.raises(InputError, match="'other'"):
         export_lora(model, data, tmp_path / "a", adapter="other")
+    both = tiny.slim()
+    both.add_adapter("second", tiny.config())
+    both.base_model.set_adapter(["default", "second"])
+    with pytest.raises(InputError, match=r"are \['default', 'second'\].*set_adapter\('default'\)"):
+        export_lora(both, data, tmp_path / "a")
     with pytest.raises(InputError, match="rank=13"):
         export_lora(model, data, tmp_path / "a", rank=13)
     with pytest.raises(InputError, match="calibration is empty"):

@@ -146,6 +146,18 @@ def test_the_last_step_is_saved(tmp_path):
     assert int(layers(model)[0].slim_clusters["default"].n_steps) == 3
 
 
+def test_layers_that_are_one_module_at_two_places(tmp_path):
+    def base():
+        model = tiny.llama()
+        model.model.layers[2].mlp = model.model.layers[0].mlp
+        return model
+
+    model = tiny.trained(model=base())
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_transformers_loads_it_by_itself(tmp_path):
     model = tiny.trained()
     expected = logits(model)

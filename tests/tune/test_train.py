@@ -16,7 +16,7 @@ from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.runs import RunFolder
 from budwood.tune.steps import keeper_of
-from budwood.tune.train import Settings, check_trainable, default_lr, train
+from budwood.tune.train import Settings, adapter_of, check_trainable, default_lr, train
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -30,6 +30,23 @@ def trained(folder, method="slim-whitened", base=None, **settings):
     chosen = Settings(**{"steps": 6, "batch": 4, "lr": 1e-2, **settings})
     train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}), **tuner.training(()))
     return model.eval()
+
+
+def test_the_number_of_processes_makes_a_run_what_it_is():
+    about = adapter_of("tiny", tiny_chat.model(), "lora", Settings(), 2, "data")
+    assert about["processes"] == 1
+
+
+def test_nothing_watches_a_run_that_was_broken_off(tmp_path, monkeypatch):
+    def broken_off(model, step):
+        raise DivergedError("a gradient is NaN")
+
+    seen = []
+    monkeypatch.setattr("budwood.tune.train.check_gradients", broken_off)
+    monkeypatch.setattr("budwood.tune.train.check_trainable", seen.append)
+    with pytest.raises(DivergedError) as kept:  # and with it the frames of the run
+        trained(tmp_path, log_every=1)
+    assert keeper_of(seen[0]).recorder is None and kept.tb
 
 
 def test_no_labels_stay_in_force(tmp_path):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -519,6 +521,41 @@ OTHERS = {
     "T5": (T5ForConditionalGeneration(T5), ["wi"]),
     "BERT": (BertForMaskedLM(BERT), ["intermediate.dense"]),
 }
+
+
+def test_padding_of_a_decoder_is_not_in_the_statistics():
+    base = T5ForConditionalGeneration(T5)
+    model = tiny.slim(base, target_modules=["wi"], distance="rms", task_type=None).train()
+    data = tiny.batch()
+    data["labels"][0, 5:] = -100  # fewer than the encoder has
+    model(**data).loss.backward()
+    places = [one.slim_key.split(".")[0] for one in layers(model)]
+    assert places == ["encoder"] * 2 + ["decoder"] * 2
+    assert n_counted(model, 0) == data["attention_mask"].sum()
+    assert n_counted(model, 2) == n_counted(model, 3) == (data["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_labels_reach_layers_whose_input_is_flat(masked):
+    config = Qwen2MoeConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    targets = ["shared_expert.gate_proj"]
+    model = tiny.slim(Qwen2MoeForCausalLM(config), target_modules=targets).train()
+    data = labelled()
+    if not masked:
+        data = {**tiny.batch(padding=None), "attention_mask": None}
+        data["labels"][:, :6] = -100
+    model(**data).loss.backward()
+    assert n_counted(model) == (data["labels"][:, 1:] != -100).sum() > 0
 
 
 @pytest.mark.parametrize("name", OTHERS)

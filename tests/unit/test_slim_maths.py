@@ -223,6 +223,32 @@ def test_centres_start_around_the_mean():
     assert (after.count > 10).all()
 
 
+def test_few_tokens_do_not_say_how_channels_vary():
+    x = random(64, 6) * torch.arange(1.0, 7)
+    zero = torch.zeros(1, 6)
+    variances = {}
+    for n in (1, 2, 8, 64):
+        _, moments = measure(x[:n], zero, zero + 1, "rms", gather=True)
+        variances[n] = seed_centres(moments, torch.Generator())[1][0]
+    assert torch.allclose(variances[1], (7 * (x[0] ** 2).mean() / 8).expand(6), rtol=1e-4)
+    plain = x[:2].var(0, correction=0)
+    assert (variances[2] > 0.7 * (x[:2] ** 2).mean()).all() and variances[
+        2
+    ].argmax() == plain.argmax()
+    for n in (8, 64):
+        assert torch.allclose(variances[n], x[:n].var(0, correction=0), rtol=1e-3)
+
+
+def test_whitening_takes_one_huge_token():
+    token = random(1, 40) * 1e6
+    covariance = 0.5 * torch.eye(40) + 0.5 * token.T @ token
+    white = whitener(covariance)
+    assert white.isfinite().all()
+    usual = torch.eye(40) + 0.1 * random(40, 40) @ random(40, 40).T / 40
+    lower = torch.linalg.cholesky(usual.double() + 1e-3 * torch.eye(40))
+    torch.testing.assert_close(whitener(usual), torch.linalg.inv(lower).T.float())
+
+
 def test_distance_statistics_start_and_slide():
     moments = Moments(*[torch.zeros(1)] * 3, torch.tensor([4.0, 8.0, 24.0]))  # mean 2, variance 2
     mean, var = slide_distance(torch.tensor(9.0), torch.tensor(1.0), moments, 1.0)

@@ -19,6 +19,8 @@ SPREAD = 0.1
 """Centres start this far from the mean, in standard deviations a channel."""
 FLOOR = 1e-6
 """Least variance of a channel, as a share of the centre's mean variance."""
+FEW = 8
+"""Tokens from which on the variances of the first step are taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ def seed_centres(moments: Moments, generator: torch.Generator) -> tuple[Tensor, 
 
     Open: the paper's start. Ours is deterministic and needs no exchange of tokens between ranks:
     the mean of all tokens, moved a little along a random direction for each centre, which splits
-    the tokens by projection; a single centre is the mean itself.
+    the tokens by projection; a single centre is the mean itself. The variance of a few tokens says
+    little, that of one is 0 in all channels: below ``FEW`` the rest of the weight is on the mean
+    square of all channels.
 
     Args:
         moments: of the first step, taken around centres at zero.
@@ -197,7 +201,10 @@ def seed_centres(moments: Moments, generator: torch.Generator) -> tuple[Tensor, 
     """
     n = moments.count.sum().clamp(min=1)
     mean = moments.first.sum(0) / n
-    var = (moments.second.sum(0) / n - mean.square()).clamp(min=0)
+    square = moments.second.sum(0) / n
+    var = (square - mean.square()).clamp(min=0)
+    unsure = (1 - n / FEW).clamp(min=0)
+    var = (1 - unsure) * var + unsure * square.mean()
     centre = mean + var.sqrt() * scatter(moments.first, generator)
     return centre, var.expand_as(centre).clone()
 

@@ -82,7 +82,8 @@ class SlimConfig(PeftConfig):
         merge_rescale: divide the masked B·A by 1 − merge_p, as DARE does. Open.
         merge_inference: ``"expectation"`` scales B·A, ``"mask"`` applies the last mask drawn. Open.
         l1: coefficient of the L1 penalty, ≥ 0. Open.
-        seed: of masks and of the start of the centres.
+        seed: of masks, of the start of the centres and of the directions of ``"whitened"``; not to
+            be changed in a saved adapter.
         target_modules: names or a regular expression as in PEFT; None takes the MLP projections.
         exclude_modules: names or a regular expression as in PEFT.
         skip_first: share of the layers, from the input on, that are left alone where neither
@@ -185,6 +186,8 @@ class SlimConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
         """Read the config of a saved adapter, and look whether the adapter beside it is whole.
+
+        A config that was saved by itself is read by ``peft.PeftConfig.from_pretrained``.
 
         Raises:
             InputError: the files in the directory are malformed or truncated.

@@ -21,6 +21,7 @@ from budwood.errors import InputError, OutputError
 from budwood.tune.files import WEIGHTS_FILE
 from budwood.tune.layer import SlimLinear
 from budwood.tune.merging import merged_scale
+from budwood.tune.modes import evaluating
 from budwood.tune.observe import observe
 from budwood.tune.steps import layers_of
 
@@ -70,7 +71,7 @@ def export_lora(
     approximate, with the losses measured, in ``approximation.json`` and ``README.md`` beside it.
 
     Args:
-        model: a PEFT model with a SLIM adapter that is active.
+        model: a PEFT model whose one active adapter is SLIM's.
         calibration: batches as the model takes them (input_ids, attention_mask, labels), like the
             data that the LoRA will be used on.
         output: directory to write, absent or empty.
@@ -82,12 +83,16 @@ def export_lora(
         Losses and sizes.
 
     Raises:
-        InputError: no such adapter, rank out of range, or no batch with labels.
+        InputError: the adapter is not the active one, rank out of range, or no batch with labels.
         OutputError: the directory holds something already, or cannot be written.
     """
     layers = [one for one in layers_of(model) if adapter in one.slim_in]
-    if not layers or adapter not in layers[0].active_adapters:
-        raise InputError(f"the model has no active SLIM adapter {adapter!r}")
+    active = list(layers[0].active_adapters) if layers else []
+    if active != [adapter]:
+        raise InputError(
+            f"active SLIM adapters are {active or 'none'}, and {adapter!r} is to be exported by "
+            f"itself; call model.set_adapter({adapter!r}) first"
+        )
     config = layers[0].slim_config[adapter]
     rank = config.rank if rank is None else rank
     if not 1 <= rank <= config.rank:
@@ -95,9 +100,7 @@ def export_lora(
     folder = empty_folder(output)
     averaged = list(calibration)
     measured = averaged if held_out is None else list(held_out)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with observe(model, learnt=True) as seen, torch.no_grad():
             for batch in averaged:
                 model(**batch)
@@ -109,12 +112,10 @@ def export_lora(
         if not found:
             raise InputError("calibration is empty: give at least one batch")
         loss_slim, n_tokens = _mean_loss(model, measured)
-        with _instead(layers, {}):
+        with model.disable_adapter():
             loss_base, _ = _mean_loss(model, measured)
         with _instead(layers, found):
             loss_lora, _ = _mean_loss(model, measured)
-    finally:
-        model.train(was_training)
     report = LoraExport(
         path=str(folder),
         rank=rank,
@@ -173,7 +174,7 @@ def _fixed(layer: SlimLinear, adapter: str, routing: Any, rank: int) -> tuple[Te
 def _instead(
     layers: list[SlimLinear], found: Mapping[str, tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
-    """Fixed low-rank products in place of the experts inside, nothing where there is none."""
+    """Fixed low-rank products in place of the experts inside."""
     before = [layer._disable_adapters for layer in layers]
     hooks = []
     for layer in layers:

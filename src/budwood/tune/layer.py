@@ -179,7 +179,7 @@ class SlimLinear(nn.Module, SlimLayer):
         """The layer's output with an adapter, shape (…, d_out), from that without it."""
         config = self.slim_config[name]
         training = self.training and self.slim_in[name].requires_grad
-        masked = name in self.slim_mask and (self.training or config.merge_inference == "mask")
+        masked = name in self.slim_mask and (training or config.merge_inference == "mask")
         now = _Pass(name, config, training, training and torch.is_grad_enabled(), masked)
         distance, moments = self._distance(x, now)
         side_in, side_out = self._sides(now, moments)
@@ -239,23 +239,26 @@ class SlimLinear(nn.Module, SlimLayer):
             return None, None
         slim_in, slim_out = self.slim_in[now.name], self.slim_out[now.name]
         config, mask = now.config, self.slim_mask[now.name] if now.masked else None
-        slopes = l1_slopes(config.l1, config.r, slim_in.shape[1], len(slim_out))
-        place = (self.slim_key, now.name)
-        # Backward comes to B first: what is counted there is counted when it comes to A.
+        slopes, counted, due = (0.0, 0.0), _never, _never
+        if now.gather:
+            slopes = l1_slopes(config.l1, config.r, slim_in.shape[1], len(slim_out))
+            counted = functools.partial(self._on_backward, now.name, moments)
+            # Backward comes to B first: what is due there is counted when it comes to A.
+            due = functools.partial(self.keeper.is_first, self.slim_key, now.name)
         return (
             Side(
                 columns=None if mask is None else mask.columns,  # type: ignore[arg-type]
                 rows=None,
                 n_masked=config.rank,
                 slope=slopes[0],
-                on_backward=functools.partial(self._on_backward, now.name, moments),
+                on_backward=counted,
             ),
             Side(
                 columns=None,
                 rows=None if mask is None else mask.rows,  # type: ignore[arg-type]
                 n_masked=len(slim_out),
                 slope=slopes[1],
-                on_backward=functools.partial(self.keeper.is_first, *place),
+                on_backward=due,
             ),
         )
 
@@ -327,7 +330,8 @@ class SlimLinear(nn.Module, SlimLayer):
         delta = product(h, b, side).to(result.dtype)
         if rows is None:
             return result + delta.view(result.shape)
-        if self.quantization_backend is not None:  # it may hand out its own storage
+        # A quantised layer may hand out its own storage, and a hook keep what it was shown.
+        if self.quantization_backend is not None or self.base_layer._forward_hooks:
             result = result.clone()
         return add_rows(result, delta, rows)
 
@@ -345,6 +349,10 @@ def _drop_bypassed(
         return h, lora, rows
     kept = active.nonzero().squeeze(-1)
     return h[kept], lora[kept], kept if rows is None else rows[kept]
+
+
+def _never() -> bool:
+    return False
 
 
 def _autocast(x: Tensor) -> bool:

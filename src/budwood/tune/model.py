@@ -125,11 +125,14 @@ class SlimModel(BaseTuner):
         states = tuple(f".{name}.{adapter_name}." for name in ("slim_clusters", "slim_mask"))
         expected = {
             key: value
-            for key, value in model.state_dict().items()
+            for key, value in model.state_dict(keep_vars=True).items()
             if key.endswith(marks) or any(state in key for state in states)
         }
-        check_state(mapped, expected)
-        return mapped
+        # Of layers that are one module at two places, a file has the tensors once.
+        there = {id(expected[key]): value for key, value in mapped.items() if key in expected}
+        again = {k: there[id(v)] for k, v in expected.items() if id(v) in there}
+        check_state(again | mapped, expected)
+        return again | mapped
 
     def _keeper(self) -> StepKeeper:
         layers = layers_of(self.model)

@@ -23,7 +23,7 @@ class LayerRouting:
         layer: name of the layer.
         adapter: name of the adapter.
         n_experts: LoRA experts; the rest of the weights are those of identity experts.
-        n_tokens: tokens seen.
+        n_tokens: tokens seen; those that gradient checkpointing sees again count again.
         weights: sum of routing weights, float64, shape (n_experts + n_identity,).
         bypassed: tokens with no weight on any LoRA expert.
         distance: sum of the standardised distances; 0 where none was computed.

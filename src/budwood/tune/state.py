@@ -366,8 +366,9 @@ class Mask(_Kept):
     def commit(self) -> None:
         """Draw the mask of the next step."""
         step = self.steps + 1
-        self.columns.copy_(self._draw("columns", len(self.columns), step))
-        self.rows.copy_(self._draw("rows", len(self.rows), step))
+        # New tensors: a backward pass that is still to come masks with those of its forward pass.
+        self.columns = self._draw("columns", len(self.columns), step).to(self.columns.device)
+        self.rows = self._draw("rows", len(self.rows), step).to(self.rows.device)
         self.n_steps.add_(1)
 
     def _draw(self, axis: str, size: int, step: int) -> Tensor:

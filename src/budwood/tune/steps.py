@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,12 +37,16 @@ class StepKeeper:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.recorder: Recorder | None = None
-        self.pending = False
         self.labels: Tensor | None = None
         self.survey: Survey | None = None
         self._seen: dict[tuple[str, str], int] = {}
         self._warned = False
         _follow(self)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a backward pass was noted since the last commit."""
+        return bool(self._seen)
 
     def is_first(self, layer: str, adapter: str) -> bool:
         """Whether a layer's next backward pass is its first in this step: the penalty is due."""
@@ -52,19 +55,21 @@ class StepKeeper:
     def on_backward(self, layer: str, adapter: str) -> bool:
         """Note a backward pass of a layer; whether it was the first in this step."""
         first = self.is_first(layer, adapter)
-        self.pending = True
         n_passes = self._seen[layer, adapter] = self._seen.get((layer, adapter), 0) + 1
         if n_passes > PATIENCE:
             self._warn()
         return first
 
     def after_step(self, held: set[int]) -> None:
-        """Commit, if an optimiser that holds parameters with these ids updates this model."""
-        if self.pending and any(id(one) in held for one in self._trained()):
-            self.commit()
+        """Commit what an optimiser that holds parameters with these ids has updated."""
+        if self.pending:
+            self.commit(held)
 
-    def commit(self) -> bool:
+    def commit(self, held: set[int] | None = None) -> bool:
         """Take up the statistics gathered since the last commit, and draw the next masks.
+
+        Args:
+            held: ids of the parameters of what is committed; None for all.
 
         Returns:
             Whether there was anything to take up.
@@ -72,28 +77,35 @@ class StepKeeper:
         Raises:
             DivergedError: a layer's inputs were NaN or infinite; nothing is taken up.
         """
-        if not self.pending:
-            return False
-        self.pending = False
-        self._seen.clear()
-        active = [(layer, name) for layer in self.layers() for name in layer.trained_adapters()]
+        mine = [
+            (layer, name)
+            for layer in self.layers()
+            for name in layer.slim_in
+            if held is None or held & {id(layer.slim_in[name]), id(layer.slim_out[name])}
+        ]
+        # An adapter as a whole: which of its layers saw a token may differ between ranks.
+        trained = {name for layer, name in mine if (layer.slim_key, name) in self._seen}
+        mine = [(layer, name) for layer, name in mine if name in trained]
+        for layer, name in mine:
+            self._seen.pop((layer.slim_key, name), None)
         reduce_and_commit(
-            [layer.slim_clusters[name] for layer, name in active if name in layer.slim_clusters]  # type: ignore[misc]
+            [layer.slim_clusters[name] for layer, name in mine if name in layer.slim_clusters]  # type: ignore[misc]
         )
-        for layer, name in active:
+        for layer, name in mine:
             if name in layer.slim_mask:
                 layer.slim_mask[name].commit()  # type: ignore[operator]
-        return True
+        return bool(mine)
+
+    def forget_gathered(self) -> None:
+        """Drop what was gathered since the last commit."""
+        self._seen.clear()
+        for layer in self.layers():
+            for clusters in layer.slim_clusters.values():
+                clusters.pending = None  # type: ignore[assignment]
 
     def layers(self) -> list[SlimLinear]:
         """All SLIM layers of the model, in its order."""
         return layers_of(self.model)
-
-    def _trained(self) -> Iterable[nn.Parameter]:
-        for layer in self.layers():
-            for name in layer.trained_adapters():
-                yield layer.slim_in[name]
-                yield layer.slim_out[name]
 
     def _warn(self) -> None:
         if not self._warned:

@@ -32,6 +32,8 @@ class TokenWatch:
             if name in parameters
         }
         self.parent = parent
+        self.outermost: nn.Module = model if parent is None else parent.outermost
+        self.answers = is_second_half(model, self.outermost)
         self.shifts = predicts_next(model) if parent is None else parent.shifts
         self.mask: Tensor | None = None
         self.labels: Tensor | None = None
@@ -49,6 +51,8 @@ class TokenWatch:
         self.labels = self._argument("labels", args, kwargs)
         if self.labels is None and self.parent is not None:
             self.labels = self.parent.labels
+        if self.answers and self.mask is None and self.labels is not None:
+            self.mask = self.labels != IGNORED  # a decoder's token i is there to predict label i
 
     def keep(self, x: Tensor) -> Tensor | None:
         """The tokens of a layer's input that are no padding.
@@ -84,7 +88,7 @@ class TokenWatch:
         """
         kept = self.keep(x)
         labels = self.labels if self.labels is not None else labels
-        shape = self._shape(x)
+        shape = self._shape(x, labels)
         if not self.shifts or labels is None or shape is None or not _fit(labels, shape):
             return kept
         found = torch.zeros(shape, dtype=torch.bool, device=x.device)
@@ -93,13 +97,14 @@ class TokenWatch:
         found = found.reshape(-1)
         return found if kept is None else found & kept
 
-    def _shape(self, x: Tensor) -> tuple[int, int] | None:
+    def _shape(self, x: Tensor, labels: Tensor | None) -> tuple[int, int] | None:
         """Rows and columns of a layer's tokens, which some models flatten; None if unknown."""
         if x.ndim == 3:
             return x.shape[0], x.shape[1]
-        if self.mask is None or self.mask.numel() != len(x):
-            return None
-        return self.mask.shape[0], self.mask.shape[1]
+        for like in (self.mask, labels):
+            if like is not None and like.ndim == 2 and like.numel() == len(x):
+                return like.shape[0], like.shape[1]
+        return None
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found, place = kwargs.get(name), self._places.get(name)
@@ -124,6 +129,15 @@ def predicts_next(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return True
     return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def is_second_half(module: nn.Module, outermost: nn.Module) -> bool:
+    """Whether a module is the decoder of an encoder–decoder."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(outermost, PreTrainedModel) or not outermost.config.is_encoder_decoder:
+        return False
+    return outermost.get_decoder() is module
 
 
 def hook_of(module: nn.Module, kind: type) -> Any:

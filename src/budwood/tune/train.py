@@ -19,7 +19,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from budwood.errors import DivergedError, InputError, UnknownNameError
 from budwood.tune.base import fingerprint_of
+from budwood.tune.callback import SlimCallback
 from budwood.tune.encoding import LeftPadded, Row, pad_of, takes_logits_to_keep
+from budwood.tune.observe import observe
 from budwood.tune.runs import RunFolder
 from budwood.tune.trainer import AnswerTrainer, check_gradients, tell_slim
 
@@ -160,12 +162,14 @@ def train(
         last = folder.last_checkpoint()
         kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
         raise DivergedError(f"{error}; {kept}; try a lower learning rate") from None
+    finally:
+        watch.close()
     # Without the Trainer's mixed precision the model computes what it will when it is loaded.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     tell_slim(model, None)
     weaken(model, strength)
-    if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if sharding := _sharding(trainer):  # checkpoints may be in shards, the adapter is whole
+        sharding.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder.path))
     if trainer.args.should_save:
         tokenizer.save_pretrained(folder.path)
@@ -174,11 +178,17 @@ def train(
     return folder.history()
 
 
+def _sharding(trainer: AnswerTrainer) -> Any:
+    """Accelerate's settings of FSDP, None without it."""
+    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+
+
 def _check_sharding(trainer: AnswerTrainer) -> None:
     """Refuse ways to split a model of which it is not known that the adapter comes out right."""
     if trainer.is_deepspeed_enabled:
         raise InputError("training under DeepSpeed was not tried; launch with DDP, or with FSDP2")
-    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+    sharding = _sharding(trainer)
+    if sharding and sharding.fsdp_version != 2:
         raise InputError("training under FSDP1 was not tried; launch with --fsdp_version 2")
 
 
@@ -228,9 +238,13 @@ def weaken(model: Any, strength: float) -> None:
                 weight.mul_(strength)
 
 
+def _processes(model: Any) -> PartialState:
+    return PartialState(cpu=model.device.type == "cpu")
+
+
 def _take_up(folder: RunFolder, model: Any) -> Path | None:
     """The checkpoint to go on from; one process removes what a kill left half written."""
-    state = PartialState(cpu=model.device.type == "cpu")
+    state = _processes(model)
     if state.is_main_process:
         folder.drop_checkpoints(only_broken=True)
         start = folder.last_checkpoint()
@@ -242,10 +256,11 @@ def _take_up(folder: RunFolder, model: Any) -> Path | None:
 def adapter_of(
     name: str, model: Any, method: str, settings: Settings, rank: int, data: str
 ) -> dict[str, Any]:
-    """What makes a run what it is, for its folder: also weights and dtype of the base model."""
+    """What makes a run what it is, for its folder, beside what it was asked for."""
     dtype = str(model.dtype).removeprefix("torch.")
     about = {"model": name, "weights": fingerprint_of(model), "dtype": dtype}
     about |= {"method": method, "rank": rank, "data": data}
+    about |= {"processes": _processes(model).num_processes}
     return about | dataclasses.asdict(settings)
 
 
@@ -323,9 +338,11 @@ class _Watch(TrainerCallback):
         check_gradients(kwargs["model"], state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._observing is not None:
-            self.routing = self._observing.close()
-            self._observing = None
+        self.close()
+        if state.global_step == state.max_steps:
+            # The adapter itself is next. From a checkpoint after the last step, a run that was cut
+            # off before that would take one step more.
+            control.should_save = False
         self.advance(state.global_step, state.max_steps, self.note)
         every = self.settings.probe_every
         if self.probe and every:
@@ -348,6 +365,12 @@ class _Watch(TrainerCallback):
         parts = [f"loss {row['loss']:.3f}"]
         parts += [f"{key.split('_')[0]} {value:.2f}" for key, value in self.routing.items()]
         self.note = ", ".join(parts)
+
+    def close(self) -> None:
+        """End watching the routing of a step, also one that was broken off."""
+        if self._observing is not None:
+            self.routing = self._observing.close()
+            self._observing = None
 
     def take_probe(self, model: Any, step: int) -> None:
         """Note what the probe says."""
@@ -378,14 +401,8 @@ def _observer(model: Any) -> _Observer | None:
     unwrapped = getattr(model, "module", model)
     if not is_slim(unwrapped):
         return None
-    from budwood.tune import observe
-
     return _Observer(observe(unwrapped))
 
 
 def _slim_callbacks(model: Any) -> list[TrainerCallback]:
-    if not is_slim(model):
-        return []
-    from budwood.tune import SlimCallback
-
-    return [SlimCallback()]
+    return [SlimCallback()] if is_slim(model) else []

@@ -19,6 +19,8 @@ from budwood.tune.clustering import Moments, from_nearest, moves, over_blocks
 
 RIDGE = 1e-3
 """Added to variances that are about 1."""
+LEAST_RIDGE = 1e-5
+"""Added as a share of the largest variance: float32 knows a covariance to no more than that."""
 
 
 def random_directions(d_in: int, n_directions: int, *, seed: int, key: str) -> Tensor:
@@ -48,7 +50,8 @@ def whitener(covariance: Tensor) -> Tensor:
         covariance: float32, shape (n_directions, n_directions).
     """
     eye = torch.eye(len(covariance), device=covariance.device, dtype=torch.float64)
-    lower = torch.linalg.cholesky(covariance.double() + RIDGE * eye)
+    ridge = (LEAST_RIDGE * covariance.diagonal().max().double()).clamp(min=RIDGE)
+    lower = torch.linalg.cholesky(covariance.double() + ridge * eye)
     return torch.linalg.solve_triangular(lower, eye, upper=False).T.float().contiguous()
 
 

@@ -187,7 +187,7 @@ def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
     def before() -> None:
         model.zero_grad()
         if far:
-            _forget_gathered(keeper)
+            keeper.forget_gathered()
 
     def run() -> None:
         _pass(model, x)
@@ -197,14 +197,6 @@ def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
     with observe(model) as seen, torch.no_grad():
         model(x)
     return _Case(model, run, before, seen.mean("bypassed_share"))
-
-
-def _forget_gathered(keeper: Any) -> None:
-    keeper.pending = False
-    keeper._seen.clear()
-    for layer in keeper.layers():
-        for clusters in layer.slim_clusters.values():
-            clusters.pending = None
 
 
 def _lora(slim: SlimConfig) -> LoraConfig:

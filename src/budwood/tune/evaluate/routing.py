@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from budwood.tune.encoding import LeftPadded, Row
+from budwood.tune.observe import observe
 from budwood.tune.ranges import need_at_least
+from budwood.tune.steps import tell_labels
 from budwood.tune.targets import layer_number
 
 
@@ -34,8 +36,6 @@ def routing_rows(
     Raises:
         InputError: ``batch`` is below 1.
     """
-    from budwood.tune import observe, tell_labels
-
     need_at_least(1, batch=batch)
     model.eval()
     collate = LeftPadded(pad_id, trim=False)
