@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from budwood import records
 from tests import tiny_chat
@@ -190,7 +191,7 @@ def test_tune(tuned, budwood, lm_dir, data):
     other = other_weights(lm_dir, folder.parent / "other" / lm_dir.name)
     refused_with_bars(budwood(*command(other, data, folder)), "holds another run", "weights")
     (folder / "run.json").write_text("[]")
-    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json is damaged")
+    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json says of no run")
 
 
 def test_the_rate_where_none_is_given(budwood, lm_dir, data, tmp_path):
@@ -443,11 +444,51 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood(*full, file), "not an empty directory")
     refused(budwood(*full, file / "below"), "boolq_train.jsonl is a file; choose another place")
     refused(budwood("tune", "eval", tmp_path, "--prompts", 100), "there are 64 prompts, not 100")
+    both = ["--out", tmp_path / "a.png", "--plot", tmp_path / "a.png"]
+    refused(budwood("tune", "eval", tmp_path, *both), "give two names")
     for name in ("test.txt", "test.jsonl"):
         refused(budwood("tune", "eval", tmp_path, "--target", name), f"cannot read {name}")
     refused(budwood("tune", "eval", tmp_path, "--target", "hellaswagg"), "unknown task", "boolq")
     (tmp_path / "chat.txt").write_text("words " * 200)
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
+
+
+def test_models_that_cannot_be_trained(slim, budwood, lm_dir, data, tmp_path):
+    def tune(model):
+        line = command(model, data, tmp_path / f"on-{model.name}")
+        return budwood(*line)
+
+    def changed(name, change):
+        shutil.copytree(lm_dir, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file, {"format": "pt"})
+        return tmp_path / name
+
+    refused_with_bars(tune(slim[0]), "is an adapter; give its base model")
+    lacking = changed("lacking", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
+    refused_with_bars(tune(lacking), "lacks 1 weights, such as model.layers.0.mlp.up_proj.weight")
+    broken = changed("broken", lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    refused_with_bars(tune(broken), "loss is nan at step 1", "look at the base model's weights")
+    cut = changed("cut", lambda weights: None) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    refused_with_bars(tune(cut.parent), "cannot load model", "not fully covered")
+    both_ways = tmp_path / "both-ways"
+    shutil.copytree(lm_dir, both_ways)
+    sizes = {"vocab_size": 300, "hidden_size": 24, "num_attention_heads": 4}
+    bert = BertConfig(**sizes, intermediate_size=32, num_hidden_layers=1)
+    BertForMaskedLM(bert).save_pretrained(both_ways)
+    refused_with_bars(tune(both_ways), "(bert) reads in both directions")
+
+
+def test_examples_beyond_the_models_positions_are_left_out(budwood, lm_dir, data, tmp_path):
+    shutil.copytree(lm_dir, tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    few = {**json.loads(config.read_text()), "max_position_embeddings": 44}
+    config.write_text(json.dumps(few))
+    result = budwood(*command(tmp_path / "short", data, tmp_path / "out"))
+    assert "examples of more than 44 tokens" in result.stderr
 
 
 @pytest.mark.parametrize(("given", "meant"), [("evl", "eval"), ("export", "export-lora")])

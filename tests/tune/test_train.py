@@ -16,7 +16,7 @@ from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.runs import RunFolder
 from budwood.tune.steps import keeper_of
-from budwood.tune.train import Settings, adapter_of, check_trainable, default_lr, train
+from budwood.tune.train import Settings, adapter_of, check_trainable, default_lr, train, weaken
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -78,6 +78,20 @@ def test_a_part_of_what_was_learnt_is_kept(tmp_path, method):
     assert halved and all(float(files[1][key].abs().sum()) > 0 for key in halved)
     for key, value in files[1].items():
         assert torch.equal(files[0.5][key], value * 0.5 if key in halved else value), key
+
+
+def test_what_is_kept_of_a_loaded_adapter(tmp_path):
+    trained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_chat.model(), str(tmp_path))  # nothing to train
+    before = {key: value.clone() for key, value in loaded.state_dict().items()}
+    weaken(loaded, 0.5)
+    changed = [key for key, value in loaded.state_dict().items() if not value.equal(before[key])]
+    assert changed == [key for key in before if ".slim_out." in key]
+    for strength in (0, -1, 1.5, float("nan")):
+        with pytest.raises(InputError, match="strength="):
+            weaken(loaded, strength)
+    with pytest.raises(InputError, match="no LoRA or SLIM adapter is active"):
+        weaken(tiny_chat.model(), 0.5)
 
 
 @pytest.mark.parametrize("rest", ["dora", "lora:use_dora=true", "lora:init_lora_weights=pissa"])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from budwood.cli.console import working
 from budwood.cli.models import bare_name, be_quiet, device_of, dtype_of, is_path
 from budwood.errors import BudwoodError, InputError, first_line
@@ -164,11 +166,47 @@ def _default(dtype: Any) -> tuple[Any, Any]:
 def _pretrained(source: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from budwood.tune.files import CONFIG_FILE
+
     if is_path(source) and not Path(source).expanduser().is_dir():
         raise InputError(f"there is no model directory {source}; give a directory or a hub id")
     where = str(Path(source).expanduser()) if is_path(source) else source
+    if Path(where, CONFIG_FILE).exists() and not Path(where, "config.json").exists():
+        raise _is_adapter(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto")
+        options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+        found: Any = AutoModelForCausalLM.from_pretrained(where, **options)
+        model, loaded = found
+        _check_loaded(source, model, loaded)
         return model, AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:  # what transformers raises for what is not there
+    except BudwoodError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # for what is not there, or not whole
         raise InputError(f"cannot load model {source}: {first_line(error)}") from error
+
+
+def _check_loaded(source: str, model: Any, loaded: dict[str, Any]) -> None:
+    """Refuse what transformers loads with a warning, and what is no causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _is_adapter(source)
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model {source} lacks {len(missing)} weights, such as {missing[0]}, which would be "
+            "random: its files are incomplete, or it was made for something else"
+        )
+    config = model.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        raise InputError(
+            f"model {source} ({config.model_type}) reads in both directions; give a causal "
+            "language model, such as Llama, Qwen or GPT-2"
+        )
+
+
+def _is_adapter(source: str) -> InputError:
+    return InputError(
+        f"{source} is an adapter; give its base model (training starts a new adapter, and does not "
+        "go on with one)"
+    )

@@ -42,6 +42,8 @@ class Results:
         if self.out:
             reserve(self.out, self.force or self._partial() is not None)
         if self.plot:
+            if self.out and self.out.absolute() == self.plot.absolute():
+                raise InputError(f"--out and --plot are both {self.out}; give two names")
             reserve_picture(self.plot, self.force)
             need_matplotlib()
 

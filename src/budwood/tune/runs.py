@@ -93,7 +93,7 @@ class RunFolder:
             return None
         found = read_json(file)
         if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-            raise InputError(f"{file} is damaged: it says of no run what it is; delete the folder")
+            raise InputError(f"{file} says of no run of budwood what it is; choose another folder")
         return found
 
     def _write(self, status: str) -> None:

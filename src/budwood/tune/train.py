@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from budwood.errors import DivergedError, InputError, UnknownNameError
@@ -161,7 +162,10 @@ def train(
     except DivergedError as error:
         last = folder.last_checkpoint()
         kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
-        raise DivergedError(f"{error}; {kept}; try a lower learning rate") from None
+        hint = "try a lower learning rate"
+        if not trainer.state.global_step:
+            hint = "nothing was learnt yet, so look at the base model's weights and its dtype"
+        raise DivergedError(f"{error}; {kept}; {hint}") from None
     finally:
         watch.close()
     # Without the Trainer's mixed precision the model computes what it will when it is loaded.
@@ -229,13 +233,26 @@ def weaken(model: Any, strength: float) -> None:
     (0) to the tuned one (1) often knows the task as well and forgets less.
 
     Args:
-        model: a ``PeftModel`` after training; only its trained weights are changed.
+        model: a ``PeftModel`` after training; its active adapters are changed.
         strength: in (0, 1].
+
+    Raises:
+        InputError: the strength is out of range, or no LoRA or SLIM adapter is active.
     """
-    if strength != 1:
-        for name, weight in model.named_parameters():
-            if weight.requires_grad and (".lora_B." in name or ".slim_out." in name):
-                weight.mul_(strength)
+    if not 0 < strength <= 1:
+        raise InputError(f"strength={strength!r}; give a number above 0 and up to 1")
+    if strength == 1:
+        return
+    ends = tuple(
+        end
+        for name in (model.active_adapters if isinstance(model, PeftModel) else ())
+        for end in (f".lora_B.{name}.weight", f".slim_out.{name}")
+    )
+    weights = [weight for name, weight in model.named_parameters() if name.endswith(ends)]
+    if not weights:
+        raise InputError("no LoRA or SLIM adapter is active in the model; give a PEFT model")
+    for weight in weights:
+        weight.mul_(strength)
 
 
 def _processes(model: Any) -> PartialState:

@@ -61,9 +61,7 @@ def chat_prompts(limit: int = 0) -> list[str]:
     need_at_least(0, limit=limit)
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     if limit > len(lines):
-        raise InputError(
-            f"there are {len(lines)} prompts, not {limit}; ask for fewer, or 0 for all"
-        )
+        raise InputError(f"there are {len(lines)} prompts, not {limit}; ask for fewer")
     return [json.loads(line)["prompt"] for line in lines[: limit or None]]
 
 
