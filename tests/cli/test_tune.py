@@ -362,6 +362,7 @@ def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     again = json.loads(budwood(*line).stdout)
     assert not trained
     assert plain(again["rows"]) == plain(found["rows"])
+    assert plain(again["config"]["runs"]) == plain(found["config"]["runs"])
     fewer = [{"1e-3,1e-2": "1e-3", "0,1": "0"}.get(word, word) for word in line]
     runs = json.loads(budwood(*fewer).stdout)["config"]["runs"]
     assert [run["lr"] for run in runs if run["method"] == "lora"] == [1e-3, 1e-2]

@@ -32,9 +32,14 @@ def trained(folder, method="slim-whitened", base=None, **settings):
     return model.eval()
 
 
-def test_the_number_of_processes_makes_a_run_what_it_is():
-    about = adapter_of("tiny", tiny_chat.model(), "lora", Settings(), 2, "data")
-    assert about["processes"] == 1
+def test_the_number_of_processes_makes_a_run_what_it_is(monkeypatch):
+    def about():
+        return adapter_of("tiny", tiny_chat.model(), "lora", Settings(), 2, "data")
+
+    alone = about()
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr("budwood.tune.train._processes", lambda model: two)
+    assert about() == alone | {"processes": 2} != alone
 
 
 def test_nothing_watches_a_run_that_was_broken_off(tmp_path, monkeypatch):

@@ -277,7 +277,9 @@ def adapter_of(
     dtype = str(model.dtype).removeprefix("torch.")
     about = {"model": name, "weights": fingerprint_of(model), "dtype": dtype}
     about |= {"method": method, "rank": rank, "data": data}
-    about |= {"processes": _processes(model).num_processes}
+    n_processes = _processes(model).num_processes
+    if n_processes > 1:
+        about["processes"] = n_processes
     return about | dataclasses.asdict(settings)
 
 

@@ -253,11 +253,11 @@ class Comparison:
         return adapted, history
 
     def loaded(self, trial: Trial) -> Any:
-        """The adapter of a run that is over."""
+        """The adapter of a run that is over, whose parameters count as trained ones."""
         import peft
 
-        folder = self.path(trial) / "adapter"
-        return peft.PeftModel.from_pretrained(self.model, str(folder)).eval()
+        folder = str(self.path(trial) / "adapter")
+        return peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True).eval()
 
     def rank(self, method: str) -> int:
         """The rank that gives a method as many trained parameters as the reference has."""
