@@ -200,11 +200,9 @@ def _run(
 
 
 def _encoded(loaded: LanguageModel, examples: list[Example], max_length: int) -> list[Row]:
-    from budwood.tune.encoding import encode
+    from budwood.tune.encoding import encode, longest_for
 
-    text = loaded.model.config.get_text_config()
-    n_positions = getattr(text, "max_position_embeddings", None) or max_length
-    longest = min(max_length, n_positions)
+    longest = longest_for(loaded.model, max_length)
     encoded = encode(examples, loaded.tokenizer, longest)
     if encoded.n_too_long:
         say(f"left out {encoded.n_too_long} examples of more than {longest} tokens")

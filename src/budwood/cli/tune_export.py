@@ -86,11 +86,12 @@ def _export(
     max_length: int,
 ) -> dict[str, Any]:
     from budwood.tune import export_lora as write_lora
-    from budwood.tune.encoding import encode
+    from budwood.tune.encoding import encode, longest_for
 
+    longest = longest_for(loaded.model, max_length)
     batches = {
         name: _batches(
-            encode(some, loaded.tokenizer, max_length).rows,
+            encode(some, loaded.tokenizer, longest).rows,
             loaded.tokenizer,
             loaded.model.device,
         )

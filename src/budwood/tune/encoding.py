@@ -183,6 +183,17 @@ def pad_of(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if found is None else found
 
 
+def longest_for(model: Any, max_length: int) -> int:
+    """Tokens that an example may have: ``max_length``, and no more than the model has positions.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        max_length: tokens that are asked for.
+    """
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, n_positions or max_length)
+
+
 def takes_logits_to_keep(model: Any) -> bool:
     """Whether a model can be told to compute the last logits only."""
     return takes(model, "logits_to_keep")

@@ -17,7 +17,7 @@ from budwood import records
 from budwood.errors import DivergedError, InputError
 from budwood.files import write_text
 from budwood.tune.bench.plan import Material, Plan, read_material
-from budwood.tune.encoding import Row, encode, n_learnt, pad_of
+from budwood.tune.encoding import Row, encode, longest_for, n_learnt, pad_of
 from budwood.tune.evaluate.harness import Task, draw, task_of
 from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, mean_of
@@ -76,7 +76,8 @@ class Comparison:
         self.plan, self.name, self.model, self.tokenizer = plan, name, model, tokenizer
         self.data, self.output, self.bar, self.say = data, output, bar, say
         self.material: Material = read_material(plan, data)
-        encoded = encode(self.material.all_train, tokenizer, plan.settings.max_length)
+        longest = longest_for(model, plan.settings.max_length)
+        encoded = encode(self.material.all_train, tokenizer, longest)
         self.rows: list[Row] = encoded.rows
         self.tests = find_tasks(TARGETS, (), data, plan.limit, 0)
         self.general = find_tasks((), GENERAL, data, plan.general_limit, 0)
