@@ -366,6 +366,9 @@ def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     fewer = [{"1e-3,1e-2": "1e-3", "0,1": "0"}.get(word, word) for word in line]
     runs = json.loads(budwood(*fewer).stdout)["config"]["runs"]
     assert [run["lr"] for run in runs if run["method"] == "lora"] == [1e-3, 1e-2]
+    tried = ["tried" if word == "1e-3,1e-2" else word for word in line]
+    assert plain(json.loads(budwood(*tried).stdout)["rows"]) == plain(found["rows"])
+    refused_with_bars(budwood(*tried, "--methods", "dora"), "has no run of dora with seed 0")
     longer = [5 if word == 4 else word for word in line]
     refused_with_bars(budwood(*longer), "holds another run")
 
@@ -513,6 +516,7 @@ def test_bad_input_of_the_benchmark(budwood, tmp_path, data):
     line = ["bench", "tune", "--output", tmp_path / "out", "--data"]
     refused(budwood(*line, tmp_path / "gone"), "no folder")
     refused(budwood(*line, data, "--lrs", "1e-3,fast"), "lrs=")
+    refused(budwood(*line, data, "--lrs", ","), "lrs is empty")
     refused(budwood(*line, data, "--seeds", "0,0"), "nothing twice")
     refused(budwood(*line, data, "--methods", "lora:alpha"), "write key=value")
     refused(budwood(*line, data, "--steps", 0), "steps=0")

@@ -70,7 +70,11 @@ def bench_tune(
         typer.Option(metavar="NAME[:KEY=VALUE+…],…", help="Of `budwood ls tuners`, with options."),
     ] = "lora,lora-wd,dora,lora-kl,moe,slim",
     lrs: Annotated[
-        str, typer.Option(metavar="RATE,…", help="Learning rates that each method is tried with.")
+        str,
+        typer.Option(
+            metavar="RATE,…",
+            help="Learning rates that each method is tried with; `tried` for those in --output.",
+        ),
     ] = "1e-3,3e-3,1e-2",
     seeds: Annotated[
         str, typer.Option(metavar="N,…", help="Of the final runs; the first is the sweep's.")
@@ -156,7 +160,7 @@ def _plan(methods: str, lrs: str, seeds: str, settings: Any, **rest: Any) -> Pla
 
     return Plan(
         methods=tuple(options.listed(methods)),
-        lrs=tuple(_numbers(lrs, float, "lrs")),
+        lrs=() if lrs == "tried" else tuple(_numbers(lrs, float, "lrs")),
         seeds=tuple(_numbers(seeds, int, "seeds")),
         settings=settings,
         **rest,
@@ -165,9 +169,12 @@ def _plan(methods: str, lrs: str, seeds: str, settings: Any, **rest: Any) -> Pla
 
 def _numbers(text: str, kind: Any, name: str) -> list[Any]:
     try:
-        return [kind(item) for item in options.listed(text)]
+        numbers = [kind(item) for item in options.listed(text)]
     except ValueError as error:
         raise InputError(f"{name}={text!r} holds something that is no number: {error}") from error
+    if not numbers:
+        raise InputError(f"{name} is empty; give numbers with commas")
+    return numbers
 
 
 def _compare(

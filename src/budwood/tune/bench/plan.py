@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         methods: texts that :func:`parse_tuner` takes.
-        lrs: learning rates that each method is tried with.
+        lrs: learning rates that each method is tried with; none for those it was tried with before.
         seeds: of the final runs; the first is that of the sweep.
         settings: of training; its learning rate and seed are replaced.
         reference: method whose trainable parameters the others are given.
@@ -65,7 +65,7 @@ class Plan:
             parse_tuner(text)
         for name in ("methods", "lrs", "seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if not (values or name == "lrs") or len(set(values)) < len(values):
                 raise InputError(f"{name} {list(values)} must hold something, and nothing twice")
         positive = ("rank", "n_validation", "batch")
         need_at_least(1, **{name: getattr(self, name) for name in positive})

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ class Comparison:
         ]
         found = self.run_all(sweep)
         found |= {trial: row for trial, row in self.earlier().items() if trial not in found}
+        self.need_tried(found)
         finals = [
             Trial(method, lr, seed)
             for method, lr in best_rates(found).items()
@@ -180,6 +181,19 @@ class Comparison:
             for trial, row in trials.items()
             if trial.method in methods and trial.seed == seed
         }
+
+    def need_tried(self, found: Collection[Trial]) -> None:
+        """Without rates, every method needs a run that is in the folder.
+
+        Raises:
+            InputError: one has none.
+        """
+        untried = [name for name in self.plan.methods if all(one.method != name for one in found)]
+        if untried:
+            raise InputError(
+                f"{self.output} has no run of {', '.join(untried)} with seed {self.plan.seeds[0]}; "
+                "give learning rates"
+            )
 
     def trial(self, trial: Trial) -> dict[str, Any]:
         """One run, its scores on validation data and on text, and its record."""
