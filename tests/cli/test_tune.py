@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -254,7 +256,9 @@ def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "check_gradients", killed)
-        assert budwood(*again).exit_code == 130
+        result = budwood(*again)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "budwood: interrupted"
     # A checkpoint that the kill cut off is passed over.
     (tmp_path / "b" / "checkpoint-6").mkdir()
     with monkeypatch.context() as patch:
@@ -274,9 +278,27 @@ def test_a_finished_run(tuned, budwood, lm_dir, data):
     kept = records.read(folder / "record.json")
     (folder / "record.json").unlink()
     again = command(lm_dir, data, folder)
-    assert budwood(*again).exit_code == 0
+    result = budwood(*again)
+    assert result.exit_code == 0 and "is over; nothing is trained" in result.stderr
     assert records.read(folder / "record.json").rows == kept.rows
     refused_with_bars(budwood(*again, "--dtype", "bfloat16"), "dtype")
+
+
+def test_one_process_at_a_time(budwood, lm_dir, data, tmp_path):
+    line = command(lm_dir, data, tmp_path / "run")
+    held = (
+        "import sys, filelock\n"
+        "with filelock.FileLock(sys.argv[1]):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    (tmp_path / "run").mkdir()
+    words = [sys.executable, "-c", held, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        refused_with_bars(budwood(*line), "another process is at the run in")
+        other.communicate()
+    assert budwood(*line).exit_code == 0
 
 
 def test_diverging_run_stops_and_keeps_its_checkpoint(budwood, lm_dir, data, tmp_path, monkeypatch):

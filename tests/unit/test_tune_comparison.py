@@ -125,7 +125,13 @@ def test_layers_are_means_of_their_projections():
 
 
 def test_plan_refuses():
-    for wrong in ({"seeds": (0, 0)}, {"lrs": (1e-3, 1e-3)}, {"rank": 0}, {"lrs": (-1.0,)}, {"limit": -1}):
+    for wrong in (
+        {"seeds": (0, 0)},
+        {"lrs": (1e-3, 1e-3)},
+        {"rank": 0},
+        {"lrs": (-1.0,)},
+        {"limit": -1},
+    ):
         with pytest.raises(InputError):
             Plan(**wrong)
     with pytest.raises(UnknownNameError):

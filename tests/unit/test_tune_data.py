@@ -129,6 +129,13 @@ def test_messages_have_a_role_and_content_alone(key, value):
         example_of(row)
 
 
+def test_tools_beside_messages_are_refused():
+    row = chat("user", "assistant")
+    assert example_of(row | {"tools": [], "source": "a site"}) == example_of(row)
+    with pytest.raises(InputError, match="the line has tools; only role and content"):
+        example_of(row | {"tools": [{"type": "function"}]})
+
+
 def test_keys_of_a_message_that_hold_nothing_are_no_matter():
     row = chat("user", "assistant")
     row["messages"][0] |= {"name": None, "tool_calls": []}

@@ -11,6 +11,8 @@ from typer.core import TyperGroup
 from budwood.errors import BudwoodError
 
 BAD_INPUT = 2
+INTERRUPTED = 130
+"""What typer returns after Ctrl-C."""
 
 # The base of typer's usage errors. It has no public name: it is click's, which typer brings along
 # in newer versions and takes from the package in older ones.
@@ -24,7 +26,10 @@ class Commands(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         try:
-            sys.exit(super().main(*args, standalone_mode=False, **extra))
+            code = super().main(*args, standalone_mode=False, **extra)
+            if code == INTERRUPTED:
+                typer.echo("budwood: interrupted", err=True)
+            sys.exit(code)
         except _UsageError as error:
             hint = getattr(getattr(error, "ctx", None), "command_path", "budwood")
             message = error.format_message()  # type: ignore[attr-defined]

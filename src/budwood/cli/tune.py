@@ -185,6 +185,8 @@ def _run(
     with state.main_process_first():
         about = adapter_of(loaded.name, loaded.model, method, settings, rank, fingerprint(rows))
         folder = RunFolder(output, about)
+    if folder.is_complete:
+        say(f"the run in {output} is over; nothing is trained")
     found = {
         "output": str(output),
         "model": loaded.name,

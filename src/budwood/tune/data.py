@@ -15,6 +15,7 @@ STYLES = ("cloze", "listed")
 """How a question with choices is asked: by itself, or with its choices listed below it."""
 
 _ROLES = ("system", "user", "assistant", "tool")
+_BESIDE_MESSAGES = ("tools", "functions", "documents")
 _FORMS = 'give "messages", or "question", "choices" and "answer"'
 
 
@@ -85,6 +86,7 @@ def example_of(row: Any, style: str = "cloze") -> Example:
     if not isinstance(row, Mapping):
         raise InputError(f"is not an object; {_FORMS}")
     if "messages" in row:
+        _refuse_filled(row, _BESIDE_MESSAGES, "the line")
         return Example(_messages(row["messages"]))
     question = row.get("question", row.get("question_stem"))
     if question is None:
@@ -113,7 +115,8 @@ def _messages(found: Any) -> tuple[dict[str, str], ...]:
     for message in found:
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
             raise InputError(f"a message needs a role, one of {', '.join(_ROLES)}")
-        _refuse_other_keys(message)
+        others = [key for key in message if key not in ("role", "content")]
+        _refuse_filled(message, others, f"the {message['role']} message")
         _need_text(message.get("content"), f"content of the {message['role']} message")
     roles = [message["role"] for message in found]
     if "user" not in roles or "assistant" not in roles:
@@ -128,14 +131,13 @@ def _messages(found: Any) -> tuple[dict[str, str], ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in found)
 
 
-def _refuse_other_keys(message: Mapping[str, Any]) -> None:
+def _refuse_filled(row: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
     """Refuse what a chat template might use and would not be given; datasets fill up with None."""
-    others = [key for key in message if key not in ("role", "content")]
-    filled = [key for key in others if message[key] not in (None, "", [])]
+    filled = [key for key in keys if row.get(key) not in (None, "", [])]
     if filled:
         raise InputError(
-            f"the {message['role']} message has {', '.join(filled)}; only role and content are "
-            "understood, so write into the content what is to be learnt, and leave the rest out"
+            f"{what} has {', '.join(filled)}; only role and content are understood, "
+            "so write into the content what is to be learnt, and leave the rest out"
         )
 
 

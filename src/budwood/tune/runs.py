@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from budwood.errors import InputError, OutputError
 from budwood.files import write_text
 
-_STATE, _HISTORY = "run.json", "history.jsonl"
+_STATE, _HISTORY, _LOCK = "run.json", "history.jsonl", ".lock"
 
 
 class RunFolder:
@@ -39,6 +42,23 @@ class RunFolder:
             return
         _refuse_another(self.path, found["config"], self.config)
         self.is_complete = found.get("status") == "complete"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from this run for a while.
+
+        Raises:
+            OutputError: another process has it.
+        """
+        try:
+            lock = FileLock(self.path / _LOCK, timeout=0).acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"another process is at the run in {self.path}; wait for it or stop it, or choose "
+                "another folder"
+            ) from error
+        with lock:
+            yield
 
     def complete(self) -> None:
         """Note that the run is over."""

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,26 +138,39 @@ def train(
         DivergedError: the loss, a gradient or a layer's input was NaN or infinite; the message
             names the last good checkpoint.
         InputError: as :func:`check_trainable`, or the model is split up by FSDP1 or DeepSpeed.
+        OutputError: another process is at this run.
     """
     if folder.is_complete:
         return folder.history()
     check_trainable(model)
-    start = _take_up(folder, model)
-    watch = _Watch(folder, settings, advance, probe)
-    trainer = AnswerTrainer(
-        model=model,
-        args=_arguments(model, settings, folder, weight_decay),
-        train_dataset=list(rows),  # type: ignore[arg-type]
-        data_collator=_collator(model, tokenizer, _KL_POSITIONS if kl and not held else 0),
-        lengths=[len(row["input_ids"]) for row in rows],
-        kl=kl,
-        held=held,
-        callbacks=[watch, *_slim_callbacks(model)],
-    )
-    _check_sharding(trainer)
-    trainer.remove_callback(PrinterCallback)
-    if start is None and probe and settings.probe_every:
-        watch.take_probe(model, 0)
+    with folder.claimed() if _processes(model).is_main_process else nullcontext():
+        start = _take_up(folder, model)
+        watch = _Watch(folder, settings, advance, probe)
+        trainer = AnswerTrainer(
+            model=model,
+            args=_arguments(model, settings, folder, weight_decay),
+            train_dataset=list(rows),  # type: ignore[arg-type]
+            data_collator=_collator(model, tokenizer, _KL_POSITIONS if kl and not held else 0),
+            lengths=[len(row["input_ids"]) for row in rows],
+            kl=kl,
+            held=held,
+            callbacks=[watch, *_slim_callbacks(model)],
+        )
+        _check_sharding(trainer)
+        trainer.remove_callback(PrinterCallback)
+        if start is None and probe and settings.probe_every:
+            watch.take_probe(model, 0)
+        _take_steps(trainer, folder, start, watch)
+        tell_slim(model, None)
+        weaken(model, strength)
+        _save(trainer, tokenizer, folder)
+    return folder.history()
+
+
+def _take_steps(
+    trainer: AnswerTrainer, folder: RunFolder, start: Path | None, watch: _Watch
+) -> None:
+    """Train to the end; what diverges says what is left."""
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     except DivergedError as error:
@@ -170,8 +184,10 @@ def train(
         watch.close()
     # Without the Trainer's mixed precision the model computes what it will when it is loaded.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    tell_slim(model, None)
-    weaken(model, strength)
+
+
+def _save(trainer: AnswerTrainer, tokenizer: Any, folder: RunFolder) -> None:
+    """Write the adapter, and after it that the run is over."""
     if sharding := _sharding(trainer):  # checkpoints may be in shards, the adapter is whole
         sharding.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder.path))
@@ -179,7 +195,6 @@ def train(
         tokenizer.save_pretrained(folder.path)
         folder.complete()
         folder.drop_checkpoints()
-    return folder.history()
 
 
 def _sharding(trainer: AnswerTrainer) -> Any:
