@@ -118,6 +118,13 @@ def test_an_infinite_input_names_the_last_checkpoint(tmp_path, monkeypatch):
         trained(tmp_path, steps=200, save_every=1)
 
 
+def test_a_broken_base_model_is_told_from_a_rate_that_is_too_high(tmp_path):
+    base = tiny_chat.model()
+    base.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="loss is nan at step 1.*look at the base model's"):
+        trained(tmp_path, "lora", base)
+
+
 @pytest.mark.parametrize(("width", "rate"), [(64, 3e-3), (576, 3e-3), (1152, 1.5e-3)])
 def test_the_default_rate_falls_with_the_width(width, rate):
     text = SimpleNamespace(hidden_size=width)

@@ -52,13 +52,29 @@ def load_language_model(
         dtype: a name; ``"auto"`` for the checkpoint's, which is bfloat16 for the default model.
 
     Raises:
-        InputError: there is no such model, device or dtype.
+        InputError: there is no such model, device or dtype, or what the model computes is no
+            number.
     """
     where, kind = device_of(device), dtype_of(dtype)
     with working(f"loading {source or 'SmolLM2-135M-Instruct'}"), third_party_warnings_off():
         be_quiet()
         model, tokenizer = _default(kind) if source is None else _pretrained(source, kind)
-        return LanguageModel(name_of(source), model.to(where).eval(), tokenizer)
+        model = model.to(where).eval()
+        _check_finite(model)
+        return LanguageModel(name_of(source), model, tokenizer)
+
+
+def _check_finite(model: Any) -> None:
+    """Refuse a model whose logits are NaN; those of unused words may be −∞."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device)).logits
+    if logits.isnan().any():
+        raise InputError(
+            "what the base model computes is NaN; its weights are damaged, or overflow in "
+            f"{str(model.dtype).removeprefix('torch.')} (--dtype)"
+        )
 
 
 def name_of(source: str | None) -> str:
