@@ -102,7 +102,7 @@ def bench_tune(
     eval_batch: tune_options.EvalBatch = 16,
     model: tune_options.Model = None,
     device: options.Device = "auto",
-    dtype: tune_options.Dtype = "auto",
+    dtype: tune_options.TrainingDtype = "auto",
     json: options.Json = False,
 ) -> None:
     """Train on three tasks with each method, choose its learning rate, and see what is forgotten.

@@ -112,7 +112,7 @@ def run(
     log_every: Annotated[int, typer.Option(help="Steps between rows of the history.")] = 10,
     seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
     device: options.Device = "auto",
-    dtype: tune_options.Dtype = "auto",
+    dtype: tune_options.TrainingDtype = "auto",
     json: options.Json = False,
 ) -> None:
     """Fine-tune an adapter on answers; prompts are read and not learnt.
