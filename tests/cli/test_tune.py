@@ -395,6 +395,37 @@ def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     refused_with_bars(budwood(*longer), "holds another run")
 
 
+def test_a_comparison_keeps_its_model_and_its_questions(
+    comparison, budwood, data, lm_dir, tmp_path
+):
+    _, line, _ = comparison
+    other = shutil.copytree(lm_dir, tmp_path / lm_dir.name)  # called the same
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {key: -x for key, x in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    refused_with_bars(budwood(*line, "--model", other), "holds another run (weights")
+    changed = shutil.copytree(data, tmp_path / "nlp")
+    file = changed / "boolq_test.jsonl"
+    file.write_text(file.read_text().replace("Which", "What", 1))
+    refused_with_bars(budwood(*line, "--data", changed), "holds another run (tests")
+
+
+def test_the_base_of_an_adapter_on_the_hub(monkeypatch):
+    from peft import PeftConfig
+
+    from budwood.cli.language_models import _base_of
+    from budwood.errors import InputError
+
+    found = PeftConfig(base_model_name_or_path="someone/base")
+    monkeypatch.setattr(PeftConfig, "from_pretrained", classmethod(lambda cls, name: found))
+    assert _base_of("someone/adapter") == "someone/base"
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="cannot load adapter someone/adapter"):
+        _base_of("someone/adapter")
+
+
 def test_bench_goes_on_from_records_alone(comparison, budwood):
     """What was tested stays as it is; a run that still has to be is trained again."""
     folder, line, found = comparison

@@ -24,6 +24,7 @@ from budwood.errors import AttachError, DivergedError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
 from budwood.tune.evaluate.routing import by_layer, routing_rows
 from budwood.tune.state import make_clusters
+from tests import tiny_chat
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow
 from tests.tiny_llm import logits, states
@@ -365,7 +366,7 @@ def test_routing_by_layer_is_that_of_what_has_labels():
     ]
     with torch.no_grad(), observe(model, learnt=True) as seen:
         model(**data)
-    got = routing_rows(model, 0, {"one": rows, "two": rows}, batch=2)
+    got = routing_rows(model, tiny_chat.tokenizer(), {"one": rows, "two": rows}, batch=2)
     expected = by_layer(seen.rows())
     for text in ("one", "two"):
         for row, wanted in zip((r for r in got if r["text"] == text), expected, strict=True):

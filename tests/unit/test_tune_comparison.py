@@ -6,11 +6,12 @@ import pytest
 
 from budwood.errors import InputError, UnknownNameError
 from budwood.tune import plots
-from budwood.tune.bench.plan import Plan, split
+from budwood.tune.bench.plan import Plan, read_material, split
 from budwood.tune.bench.rows import method_rows
 from budwood.tune.bench.runner import Trial, best_rates
-from budwood.tune.data import example_of
+from budwood.tune.data import STYLES, example_of
 from budwood.tune.evaluate.routing import by_layer
+from tests import tiny_chat
 
 
 def test_split_keeps_a_question_on_one_side():
@@ -114,6 +115,15 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
         plots.plot_front([row], tmp_path / "front.png")
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_validation_questions_are_left_for_the_suite_to_style(style, tmp_path):
+    data = tiny_chat.save_data(tmp_path)
+    material = read_material(Plan(n_validation=6, style=style), data)
+    assert all("\n" not in one.question for one in material.validation["boolq"])
+    listed = ["\n- " in one.question for one in material.train["boolq"]]
+    assert listed == [style == "listed"] * 24
+
+
 def test_layers_are_means_of_their_projections():
     rows = [
         {"layer": f"m.layers.{n}.mlp.{p}", "identity_share": s, "bypassed_share": 0, "distance": 1}
@@ -127,6 +137,7 @@ def test_layers_are_means_of_their_projections():
 def test_plan_refuses():
     for wrong in (
         {"seeds": (0, 0)},
+        {"seeds": (0, -1)},
         {"lrs": (1e-3, 1e-3)},
         {"rank": 0},
         {"lrs": (-1.0,)},

@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
-from budwood.tune.data import example_of, is_file, listed, read_examples
+from budwood.tune.data import example_of, is_file, read_examples, styled
 from budwood.tune.encoding import IGNORED, LeftPadded, encode, encode_one, prompt_tokens
 from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.sampler import LengthGrouped, grouped_order
@@ -43,7 +44,7 @@ def test_every_turn_of_the_assistant_is_learnt():
 
 def test_styles():
     assert example_of(QUESTION, "listed").question == "Is it wet?\n- no\n- yes"
-    assert listed("a", ["b"]) == "a\n- b"
+    assert styled(example_of(QUESTION), "listed") == example_of(QUESTION, "listed")
     with pytest.raises(UnknownNameError):
         read_examples("x.jsonl", style="other")
 
@@ -174,6 +175,20 @@ def test_left_padding_and_the_positions_that_are_needed():
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 0, 1], [IGNORED, 0, 1, 2]]
     more = LeftPadded(pad_id=0, n_before=100)(rows_of((9, 2)))
     assert more["logits_to_keep"] == 16 and more["labels"].shape == (1, 16)
+
+
+def test_padding_moves_no_position():
+    """GPT-2 reads where a token is from a table, which rows of 44 fill."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 44, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 260}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.5)).eval()
+    rows = rows_of((44, 2), (9, 3), (30, 5))
+    collate = LeftPadded.of(model, TOKENS, trim=False)
+    losses = [model(**LeftPadded(0, multiple=1, trim=False)([row])).loss.item() for row in rows]
+    counts = torch.tensor([2.0, 3.0, 5.0])
+    together = model(**collate(rows)).loss.item()
+    assert together == pytest.approx(float((torch.tensor(losses) * counts).sum() / 10), rel=1e-4)
+    assert "position_ids" not in LeftPadded.of(tiny_chat.model(), TOKENS)(rows)
 
 
 def test_loss_with_the_last_logits_is_that_with_all():

@@ -5,9 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from budwood.errors import InputError
-from budwood.tune.data import example_of
+from budwood.tune.data import example_of, styled
+from budwood.tune.encoding import encode_one
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import (
     find_task,
@@ -19,7 +21,7 @@ from budwood.tune.evaluate.known_tasks import shipped_tasks
 from budwood.tune.evaluate.report import report_rows
 from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, compare
-from budwood.tune.evaluate.suite import find_tasks, make_texts
+from budwood.tune.evaluate.suite import Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.own_text import own_text, replies
 from tests import tiny_chat
@@ -116,6 +118,86 @@ def test_shared_prompts_give_what_hflm_gives(adapted, monkeypatch, plain):
     )
     assert [same for _, same in ours] == [same for _, same in theirs]
     assert [x for x, _ in ours] == pytest.approx([x for x, _ in theirs], abs=1e-4)
+
+
+def test_answers_that_leave_little_room(adapted):
+    from lm_eval.models.huggingface import HFLM
+
+    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+
+    requests = [
+        (("", str(n)), list(range(3, 3 + prompt)), list(range(40, 40 + n)))
+        for prompt, n in [(30, 4), (30, 23), (1, 24), (30, 24)]
+    ]
+    sized = {"pretrained": adapted, "tokenizer": TOKENS, "max_length": 24, "batch_size": 1}
+    ours = SharedPromptLM(adapted, TOKENS, 4, max_length=24)
+    theirs = HFLM(**sized)._loglikelihood_tokens(requests, disable_tqdm=True)
+    found = [value for value, _ in ours._loglikelihood_tokens(requests)]
+    assert found == pytest.approx([value for value, _ in theirs], abs=1e-3)
+    with pytest.raises(InputError, match="25 tokens is longer than the 24"):
+        ours._loglikelihood_tokens([(("", ""), [3], list(range(3, 28)))])
+
+
+def test_what_a_user_wrote_is_scored_as_it_is(adapted, tmp_path):
+    """lm-eval would take a question of digits for a number, and brackets for a list."""
+    written = [("7", "[2, 3]"), ("Write.", "cout << x; cin >> y;"), ("{{q}}", "['a']"), ("8", "9")]
+    free = [{"question": question, "answer": answer} for question, answer in written]
+    choices = [
+        {"question": question, "choices": [answer, "no"], "answer": 0}
+        for question, answer in written
+    ]
+    files = [
+        tiny_chat.write_lines(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("free", free), ("choices", choices))
+    ]
+    found = {
+        one.key: one
+        for one in run_tasks(adapted, TOKENS, find_tasks(map(str, files), (), None, 0, 0))
+    }
+    for i, (question, answer) in enumerate(written):
+        turns = [{"role": "user", "content": question}]
+        prompt = TOKENS.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        total, n = by_hand(adapted, prompt, answer)
+        for name in ("free", "choices"):
+            assert found[name, "loss"].values[i] == pytest.approx(-total, abs=1e-3)
+            assert found[name, "loss"].weights[i] == n
+    assert len(found["choices", "accuracy"].values) == len(written)
+
+
+def test_a_template_decides_what_a_prompt_begins_with(adapted, data, tmp_path):
+    """Where the tokenizer puts a token before texts, training and generation have none in chats."""
+    adds = tiny_chat.tokenizer()
+    adds.bos_token = "<|endoftext|>"
+    adds.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert adds("a")["input_ids"][0] == 0
+    chat = turns(("user", "U1"), ("assistant", "A"), ("user", "U2"), ("assistant", "B"))
+    file = tiny_chat.write_lines(tmp_path / "chats.jsonl", [{"messages": chat}])
+    tasks = [find_task("gsm8k", data), find_task(str(file), None), find_task("winogrande", data)]
+    plain = {one.key: one.values for one in run_tasks(adapted, TOKENS, tasks)}
+    found = {one.key: one.values for one in run_tasks(adapted, adds, tasks)}
+    for name in ("gsm8k", "chats"):
+        assert found[name, "loss"] == pytest.approx(plain[name, "loss"], abs=1e-3)
+    assert found["winogrande", "loss"] != pytest.approx(plain["winogrande", "loss"], abs=1e-3)
+
+
+def test_a_task_whose_data_cannot_be_had(adapted, data, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(TaskManager, "load", unreachable)
+    with pytest.raises(InputError, match="lm-eval cannot load arc_easy: no network"):
+        run_tasks(adapted, TOKENS, [find_task("arc_easy", data)])
+
+
+def test_routed_targets_are_asked_as_the_tasks_are(data):
+    task = find_task("arc_easy", data, "target", limit=2)
+    rows = Suite((task,), style="listed").routed(TOKENS)["target"]
+    assert rows == [encode_one(styled(one, "listed"), TOKENS) for one in task.examples]
+    assert rows != [encode_one(one, TOKENS) for one in task.examples]
 
 
 def by_hand(model, prompt, answer):
@@ -277,14 +359,21 @@ def test_drift_by_hand(adapted, data):
         nll = -logs.gather(1, ids[0, 1:, None]).sum().item()
         assert scores[0].values[1] == pytest.approx(nll, rel=1e-4)
     plain = measure_drift(adapted.unload(), TOKENS, rows, "text")
-    assert plain[0] == plain[1] or plain[1][1].value == 0
+    assert plain[0] == plain[1] and plain[1][1].value == 0
+    assert plain[0][0].values == pytest.approx(before[0].values, rel=1e-4)
 
 
 def test_replies_are_the_base_models_own(adapted):
-    with adapted.disable_adapter():
-        found = replies(adapted, TOKENS, chat_prompts(3), n_tokens=5, batch=2)
-        again = replies(adapted, TOKENS, chat_prompts(3), n_tokens=5, batch=2)
-    assert found == again and len(found) == 3
+    asked = chat_prompts(3)
+    made = make_texts(adapted, TOKENS, text=None, n_windows=0, n_prompts=3)
+    tuned = replies(adapted, TOKENS, asked)
+    assert made["chat"] == replies(adapted.unload(), TOKENS, asked) != tuned
+
+
+def test_replies_end(adapted):
+    found = replies(adapted, TOKENS, chat_prompts(3), n_tokens=5, batch=2)
+    assert found == replies(adapted, TOKENS, chat_prompts(3), n_tokens=5, batch=2)
+    assert len(found) == 3
     for row in found:
         said = [label for label in row["labels"] if label != -100]
         assert 1 <= len(said) <= 5 and row["input_ids"][-len(said) :] == said
@@ -310,7 +399,7 @@ def test_counts_that_are_too_low(adapted, data):
         lambda: replies(adapted, TOKENS, ["a"], n_tokens=0),
         lambda: own_text(adapted, TOKENS, 0),
         lambda: measure_drift(adapted, TOKENS, rows, "text", batch=0),
-        lambda: routing_rows(adapted, 0, {"text": rows}, batch=-1),
+        lambda: routing_rows(adapted, TOKENS, {"text": rows}, batch=-1),
         lambda: run_tasks(adapted, TOKENS, [task], batch=0),
         lambda: run_tasks(adapted, TOKENS, [task], batch=-1),
         lambda: run_tasks(adapted, TOKENS, [task], limit=-1),

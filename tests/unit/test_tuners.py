@@ -67,7 +67,10 @@ def test_the_margin_at_inference_goes_with_the_distance(text, margin):
 
 def test_the_plain_reading_has_nothing_of_ours():
     plain = parse_tuner("slim-paper")
-    assert plain.config(1, None, 0).margin == 0 and plain.strength == 1
+    config = plain.config(1, None, 0)
+    assert (config.distance, config.fit_on, config.yield_at) == ("max", "all", "module")
+    assert config.margin_of(training=True) == config.margin_of(training=False) == 0
+    assert config.skip_first == 0 and plain.strength == 1 and plain.n_own == 0
     assert parse_tuner("moe").strength == parse_tuner("lora").strength == 1
     assert parse_tuner("slim").strength == parse_tuner("slim-no-l1").strength == 0.7
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,18 +115,20 @@ def load_adapted(
     return load_adapter(load_language_model(model or _base_of(adapter), device, dtype), adapter)
 
 
-def _base_of(folder: str) -> str | None:
+def _base_of(adapter: str) -> str | None:
     """What an adapter's config says that it was made for; None for the default model."""
-    from budwood.tune.files import CONFIG_FILE
+    from peft import PeftConfig
 
-    file = Path(folder, CONFIG_FILE)
-    if not file.exists():
-        return None
-    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
+
+    try:
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except Exception as error:  # peft's and the hub's client's, which have nothing in common
+        raise InputError(f"cannot load adapter {adapter}: {first_line(error)}") from error
     if not name or name == DEFAULT:
         return None
     if is_path(name) and not Path(name).is_dir():
-        raise InputError(f"{folder} was made for {name}, which is not there; give --model")
+        raise InputError(f"{adapter} was made for {name}, which is not there; give --model")
     return str(name)
 
 

@@ -111,6 +111,7 @@ def tune_eval(
     _check_drawn(loaded, adapter, plot)
     texts = _texts(loaded, text, windows, prompts, seed)
     suite = Suite(tasks, texts, style, batch, limit)
+    routed = suite.routed(loaded.tokenizer) if plot else {}  # refuses what it cannot tell apart
     rows = _measure(loaded, suite, seed)
     record = records.new_record(
         "tune eval",
@@ -127,7 +128,7 @@ def tune_eval(
         },
     )
     table = [row | {"change": _change(row)} for row in rows]
-    results.publish(record, _COLUMNS, rows=table, draw=lambda _, part: _draw(loaded, suite, part))
+    results.publish(record, _COLUMNS, rows=table, draw=lambda _, part: _draw(loaded, routed, part))
 
 
 def _change(row: dict[str, Any]) -> str:
@@ -197,10 +198,8 @@ def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None
         )
 
 
-def _draw(loaded: LanguageModel, suite: Suite, path: Path) -> None:
-    from budwood.tune.encoding import pad_of
+def _draw(loaded: LanguageModel, texts: dict[str, list[Row]], path: Path) -> None:
     from budwood.tune.evaluate.routing import routing_rows
     from budwood.tune.plots import plot_identity
 
-    texts = suite.routed(loaded.tokenizer)
-    plot_identity(routing_rows(loaded.model, pad_of(loaded.tokenizer), texts), path)
+    plot_identity(routing_rows(loaded.model, loaded.tokenizer, texts), path)

@@ -90,11 +90,7 @@ def _export(
 
     longest = longest_for(loaded.model, max_length)
     batches = {
-        name: _batches(
-            encode(some, loaded.tokenizer, longest).rows,
-            loaded.tokenizer,
-            loaded.model.device,
-        )
+        name: _batches(encode(some, loaded.tokenizer, longest).rows, loaded)
         for name, some in examples.items()
     }
     with working("averaging and measuring"):
@@ -108,12 +104,15 @@ def _export(
     return dataclasses.asdict(report)
 
 
-def _batches(rows: list[Row], tokenizer: Any, device: Any) -> list[dict[str, Any]]:
-    from budwood.tune.encoding import LeftPadded, pad_of
+def _batches(rows: list[Row], loaded: LanguageModel) -> list[dict[str, Any]]:
+    from budwood.tune.encoding import LeftPadded
 
-    collate = LeftPadded(pad_of(tokenizer), trim=False)
+    collate = LeftPadded.of(loaded.model, loaded.tokenizer, trim=False)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     return [
-        {key: value.to(device) for key, value in collate(ordered[i : i + _BATCH]).items()}
+        {
+            key: value.to(loaded.model.device)
+            for key, value in collate(ordered[i : i + _BATCH]).items()
+        }
         for i in range(0, len(ordered), _BATCH)
     ]

@@ -35,7 +35,9 @@ Style = Annotated[
 ]
 Limit = Annotated[
     int,
-    typer.Option(help="Questions of each task, drawn at random (lm-eval's own: the first); 0: all."),
+    typer.Option(
+        help="Questions of each task, drawn at random (lm-eval's own: the first); 0: all."
+    ),
 ]
 Windows = Annotated[int, typer.Option(help="Windows of 256 tokens for perplexity; 0 for all.")]
 Prompts = Annotated[

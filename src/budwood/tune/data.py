@@ -96,13 +96,20 @@ def example_of(row: Any, style: str = "cloze") -> Example:
     if not choices:
         _need_text(answer, "answer")
         return Example(_turns(question, answer))
-    asked = question if style == "cloze" else listed(question, choices)
-    return Example(_turns(asked, choices[answer]), tuple(choices), answer)
+    return styled(Example(_turns(question, choices[answer]), tuple(choices), answer), style)
 
 
-def listed(question: str, choices: Sequence[str]) -> str:
-    """A question with its choices below it."""
-    return "\n".join([question, *(f"- {choice}" for choice in choices)])
+def styled(example: Example, style: str) -> Example:
+    """A cloze question in a style; examples without choices have only one.
+
+    Args:
+        example: as it is read.
+        style: one of ``STYLES``.
+    """
+    if style == "cloze" or not example.choices:
+        return example
+    asked = "\n".join([example.question, *(f"- {choice}" for choice in example.choices)])
+    return dataclasses.replace(example, messages=_turns(asked, example.messages[-1]["content"]))
 
 
 def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:

@@ -155,12 +155,20 @@ class LeftPadded:
         multiple: lengths are padded to a multiple of this.
         trim: give ``logits_to_keep``, and labels for those positions alone.
         n_before: positions to keep before the first label as well.
+        count: give ``position_ids``, from each row's own beginning.
     """
 
     pad_id: int
     multiple: int = 8
     trim: bool = True
     n_before: int = 0
+    count: bool = False
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, **options: Any) -> LeftPadded:
+        """As a model takes it; further options as of the class."""
+        options = {"trim": takes_logits_to_keep(model), "count": _counts(model)} | options
+        return cls(pad_of(tokenizer), **options)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -169,6 +177,8 @@ class LeftPadded:
             "input_ids": _left(rows, "input_ids", width, self.pad_id),
             "attention_mask": _left([{"m": [1] * len(r["labels"])} for r in rows], "m", width, 0),
         }
+        if self.count:
+            batch["position_ids"] = positions(batch["attention_mask"])
         labels = _left(rows, "labels", width, IGNORED)
         if self.trim:
             n_kept = min(_n_last(rows) + 1 + self.n_before, width)
@@ -192,6 +202,17 @@ def longest_for(model: Any, max_length: int) -> int:
     """
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(max_length, n_positions or max_length)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The place of each token in its row, from 0, by an attention mask of shape (n, length)."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _counts(model: Any) -> bool:
+    """Whether padding on the left moves what a model reads: rotary positions are relative."""
+    text = model.config.get_text_config()
+    return takes(model, "position_ids") and not getattr(text, "rope_parameters", None)
 
 
 def takes_logits_to_keep(model: Any) -> bool:

@@ -109,8 +109,8 @@ def export_lora(
             for layer in layers
             if (layer.slim_key, adapter) in seen.layers
         }
-        if not found:
-            raise InputError("calibration is empty: give at least one batch")
+        if not any(seen.layers[key, adapter].n_tokens for key in found):
+            raise InputError("calibration has no token that counts: give batches with labels")
         loss_slim, n_tokens = _mean_loss(model, measured)
         with model.disable_adapter():
             loss_base, _ = _mean_loss(model, measured)

@@ -143,7 +143,7 @@ class Tuner:
 
 @dataclass(frozen=True)
 class Lora(Tuner):
-    """Low-rank adaptation of the MLP projections, those that SLIM adapts.
+    """Low-rank adaptation of the MLP projections of all layers.
 
     Source: arXiv 2106.09685.
     """

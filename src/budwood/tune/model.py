@@ -25,7 +25,6 @@ from budwood.tune.layer import REFUSAL, Shared, SlimLayer, SlimLinear
 from budwood.tune.steps import StepKeeper, forget, layers_of
 from budwood.tune.targets import (
     LEADERS,
-    MLP_TARGETS,
     default_targets,
     in_layers,
     later_layers,
@@ -39,7 +38,6 @@ class SlimModel(BaseTuner):
 
     prefix = "slim_"
     tuner_layer_cls = SlimLayer
-    target_module_mapping = MLP_TARGETS  # type: ignore[assignment]
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from budwood.errors import DivergedError, InputError, UnknownNameError
 from budwood.tune.base import fingerprint_of
 from budwood.tune.callback import SlimCallback
-from budwood.tune.encoding import LeftPadded, Row, pad_of, takes_logits_to_keep
+from budwood.tune.encoding import LeftPadded, Row
 from budwood.tune.observe import observe
 from budwood.tune.runs import RunFolder
 from budwood.tune.trainer import AnswerTrainer, check_gradients, tell_slim
@@ -95,8 +95,8 @@ class Settings:
             raise UnknownNameError(f"unknown schedule {self.schedule!r}; known: {known}")
 
 
-def fingerprint(rows: Sequence[Row]) -> str:
-    """A digest of tokenised examples, by which a run knows its data again."""
+def fingerprint(rows: Sequence[Any]) -> str:
+    """A digest of tokenised examples, or other JSON values, by which a run knows them again."""
     return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:16]
 
 
@@ -150,7 +150,9 @@ def train(
             model=model,
             args=_arguments(model, settings, folder, weight_decay),
             train_dataset=list(rows),  # type: ignore[arg-type]
-            data_collator=_collator(model, tokenizer, _KL_POSITIONS if kl and not held else 0),
+            data_collator=LeftPadded.of(
+                model, tokenizer, n_before=_KL_POSITIONS if kl and not held else 0
+            ),
             lengths=[len(row["input_ids"]) for row in rows],
             kl=kl,
             held=held,
@@ -340,10 +342,6 @@ def _checkpointing(settings: Settings) -> dict[str, Any]:
     names = {one.name for one in dataclasses.fields(TrainingArguments)}
     new = "activation_checkpointing"
     return {new if new in names else "gradient_checkpointing": True}
-
-
-def _collator(model: Any, tokenizer: Any, n_before: int) -> LeftPadded:
-    return LeftPadded(pad_of(tokenizer), trim=takes_logits_to_keep(model), n_before=n_before)
 
 
 class _Watch(TrainerCallback):

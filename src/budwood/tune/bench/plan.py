@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError
-from budwood.tune.data import Example, read_examples
+from budwood.tune.data import Example, read_examples, styled
 from budwood.tune.evaluate.drift import chat_prompts
 from budwood.tune.evaluate.suite import TARGETS, TEXT
 from budwood.tune.methods import parse_tuner
@@ -74,6 +74,8 @@ class Plan:
         chat_prompts(self.prompts)  # refuses more than there are
         for lr in self.lrs:
             dataclasses.replace(self.settings, lr=lr)
+        for seed in self.seeds:
+            dataclasses.replace(self.settings, seed=seed)
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class Material:
 
     Attributes:
         train: task → examples.
-        validation: task → examples, none of them in ``train``.
+        validation: task → examples, none of them in ``train``; a suite asks them in its style.
     """
 
     train: dict[str, list[Example]]
@@ -116,8 +118,9 @@ def read_material(plan: Plan, data: Path) -> Material:
         raise InputError(f"{data} lacks {', '.join(missing)}; see docs/tune.md for what it holds")
     train, validation = {}, {}
     for name in TARGETS:
-        examples = read_examples(str(data / f"{name}_train.jsonl"), plan.style)
-        validation[name], train[name] = split(examples, plan.n_validation, plan.per_task, name)
+        examples = read_examples(str(data / f"{name}_train.jsonl"))
+        validation[name], chosen = split(examples, plan.n_validation, plan.per_task, name)
+        train[name] = [styled(one, plan.style) for one in chosen]
     return Material(train, validation)
 
 

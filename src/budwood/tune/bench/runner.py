@@ -16,12 +16,14 @@ from typing import Any
 from budwood import records
 from budwood.errors import DivergedError, InputError
 from budwood.files import write_text
+from budwood.tune.base import fingerprint_of
 from budwood.tune.bench.plan import Material, Plan, read_material
-from budwood.tune.encoding import Row, encode, longest_for, n_learnt, pad_of
+from budwood.tune.data import read_text
+from budwood.tune.encoding import Row, encode, longest_for, n_learnt
 from budwood.tune.evaluate.harness import Task, draw, task_of
 from budwood.tune.evaluate.routing import routing_rows
 from budwood.tune.evaluate.scores import Score, mean_of
-from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
+from budwood.tune.evaluate.suite import CHAT, GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, count_at, fit_rank, n_trainable, parse_tuner
 from budwood.tune.own_text import kept_text
 from budwood.tune.runs import RunFolder, read_json
@@ -88,13 +90,25 @@ class Comparison:
             "model": name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "data": fingerprint(self.rows),
+            "weights": fingerprint_of(model),
+            "tests": self._tested(),
         }
         self.folder = RunFolder(output, state)
         self._texts: dict[str, list[Row]] | None = None
         self._ranks: dict[str, int] = {}
 
+    def _tested(self) -> str:
+        """A digest of all questions and of the text, wherever they lie."""
+        asked = [
+            [task.name, [[one.messages, one.choices, one.answer] for one in task.examples or ()]]
+            for task in (*self.validation, *self.tests, *self.general)
+        ]
+        return fingerprint([*asked, read_text(self.data / TEXT)])
+
     def run(self) -> list[dict[str, Any]]:
         """Everything that is not done yet; returns the rows of all runs, the base model's first."""
+        for method in self.plan.methods:
+            self.rank(method)  # refuses what cannot be compared, before hours of work
         befores = self.base_scores()
         rows = [self.base_row(befores)]
         sweep = [
@@ -297,7 +311,7 @@ class Comparison:
             tasks.append(dataclasses.replace(task, examples=tuple(few)))
         texts = {}
         for name, rows in self.texts().items():
-            texts[name] = rows[: _PROBE_REPLIES if name == "chat" else _PROBE_WINDOWS]
+            texts[name] = rows[: _PROBE_REPLIES if name == CHAT else _PROBE_WINDOWS]
         suite = dataclasses.replace(self.suite(tasks), texts=texts)
         scores = suite.after(model, self.tokenizer)
         befores, afters = suite.drift(model, self.tokenizer)
@@ -308,7 +322,7 @@ class Comparison:
     def note_routing(self, trial: Trial, adapted: Any) -> None:
         """Identity share by layer for target and for general text."""
         texts = self.suite(self.validation).routed(self.tokenizer)
-        self.keep(trial, "routing.json", routing_rows(adapted, pad_of(self.tokenizer), texts))
+        self.keep(trial, "routing.json", routing_rows(adapted, self.tokenizer, texts))
 
     def described(self, trial: Trial) -> dict[str, Any]:
         """What a run is, as the beginning of its row."""
@@ -400,10 +414,10 @@ def summary(befores: Sequence[Score], afters: Sequence[Score]) -> dict[str, Any]
                 row[f"{name}{suffix}_before"] = mean_of(name, base)
     for score in afters:
         if score.metric == "perplexity":
-            name = "perplexity" if score.task != "chat" else "perplexity_of_replies"
+            name = "perplexity" if score.task != CHAT else "perplexity_of_replies"
             row[name], row[f"{name}_before"] = score.value, known[score.key].value
         if score.metric == "kl":
-            row["kl_chat" if score.task == "chat" else "kl_text"] = score.value
+            row["kl_chat" if score.task == CHAT else "kl_text"] = score.value
     return row
 
 

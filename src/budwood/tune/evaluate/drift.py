@@ -16,8 +16,6 @@ from budwood.tune.encoding import (
     IGNORED,
     LeftPadded,
     Row,
-    pad_of,
-    takes_logits_to_keep,
 )
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
@@ -95,7 +93,7 @@ def measure_drift(
     """
     need_at_least(1, batch=batch)
     model.eval()
-    collate = LeftPadded(pad_of(tokenizer), multiple=1, trim=takes_logits_to_keep(model))
+    collate = LeftPadded.of(model, tokenizer, multiple=1)
     adapted = hasattr(model, "disable_adapter")
     sums: list[tuple[float, float, float, int]] = [(0.0, 0.0, 0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)

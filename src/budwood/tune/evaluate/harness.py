@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError
-from budwood.tune.data import Example, is_file, listed, read_examples
+from budwood.errors import InputError, first_line
+from budwood.tune.data import Example, is_file, read_examples, styled
 from budwood.tune.encoding import render
 from budwood.tune.evaluate.known_tasks import (
     SHIPPED,
@@ -49,6 +49,11 @@ class Task:
     examples: tuple[Example, ...] | None
     chat: bool = True
     rendered: bool = False
+
+    @property
+    def asked(self) -> str:
+        """How: ``"chat"`` through the template by lm-eval, ``"rendered"`` before, or ``"text"``."""
+        return ("rendered" if self.rendered else "chat") if self.chat else "text"
 
 
 def find_task(
@@ -133,7 +138,7 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
     if len(with_choices) != 1:
         raise InputError(f"{name}: some questions have choices and some have none")
     kind = "openbookqa" if with_choices == {True} else "gsm8k"
-    config = _read_yaml(SHIPPED / f"{kind}.yaml")
+    config = _read_yaml(SHIPPED / f"{kind}.yaml") | {"doc_to_target": "answer"}
     rendered = not all(example.is_single for example in examples)
     return Task(name, group, config, tuple(examples), rendered=rendered)
 
@@ -190,10 +195,12 @@ def run_tasks(
         lm = _model(model, tokenizer, batch, advance)
         files = {task.name: Path(folder, f"{i}.jsonl") for i, task in enumerate(tasks)}
         found: dict[str, list[Score]] = {}
-        for chat in (True, False):
-            mine = [task for task in tasks if (task.chat and not task.rendered) == chat]
+        for asked in ("chat", "rendered", "text"):
+            mine = [task for task in tasks if task.asked == asked]
             if mine:
-                samples = _evaluate(lm, mine, files, style, limit, chat)
+                # A template writes the token that texts begin with, or means to have none.
+                lm.add_bos_token = None if asked == "text" else False
+                samples = _evaluate(lm, mine, files, style, limit, asked == "chat")
                 for task in mine:
                     found[task.name] = _scores(task, samples[task.name], tokenizer)
     return [score for task in tasks for score in found[task.name]]
@@ -244,7 +251,11 @@ def _evaluate(
         else _with_data(task, files[task.name], style, lm.tokenizer)
         for task in tasks
     ]
-    loaded = manager.load(specs)
+    try:
+        loaded = manager.load(specs)
+    except Exception as error:  # whatever data sets and the hub's client raise
+        names = ", ".join(task.name for task in tasks)
+        raise InputError(f"lm-eval cannot load {names}: {first_line(error)}") from error
     found: Any = evaluate(
         lm=lm,
         task_dict=loaded,
@@ -275,10 +286,9 @@ def _with_data(task: Task, file: Path, style: str, tokenizer: Any) -> dict[str, 
 
 
 def _row(example: Example, style: str) -> dict[str, Any]:
-    question = example.question
     if not example.choices:
-        return {"question": question, "answer": example.messages[-1]["content"]}
-    asked = listed(question, example.choices) if style == "listed" else question
+        return {"question": example.question, "answer": example.messages[-1]["content"]}
+    asked = styled(example, style).question
     return {"question": asked, "choices": list(example.choices), "answer": example.answer}
 
 

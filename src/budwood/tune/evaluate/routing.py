@@ -17,7 +17,7 @@ from budwood.tune.targets import layer_number
 
 @torch.inference_mode()
 def routing_rows(
-    model: Any, pad_id: int, texts: Mapping[str, Sequence[Row]], batch: int = 8
+    model: Any, tokenizer: Any, texts: Mapping[str, Sequence[Row]], batch: int = 8
 ) -> list[dict[str, Any]]:
     """Identity share and distance by layer, for several kinds of text.
 
@@ -25,7 +25,7 @@ def routing_rows(
 
     Args:
         model: a ``PeftModel`` with a SLIM adapter.
-        pad_id: the padding token.
+        tokenizer: its padding token is used.
         texts: name → rows.
         batch: rows at a time.
 
@@ -38,18 +38,15 @@ def routing_rows(
     """
     need_at_least(1, batch=batch)
     model.eval()
-    collate = LeftPadded(pad_id, trim=False)
+    collate = LeftPadded.of(model, tokenizer, trim=False)
     found = []
     for name, rows in texts.items():
         with observe(model, learnt=True) as seen:
             try:
                 for start in range(0, len(rows), batch):
                     inputs = collate(rows[start : start + batch])
-                    tell_labels(model, inputs["labels"])
-                    model(
-                        input_ids=inputs["input_ids"].to(model.device),
-                        attention_mask=inputs["attention_mask"].to(model.device),
-                    )
+                    tell_labels(model, inputs.pop("labels"))
+                    model(**{key: value.to(model.device) for key, value in inputs.items()})
             finally:
                 tell_labels(model, None)
         found += [{"text": name, **row} for row in by_layer(seen.rows())]

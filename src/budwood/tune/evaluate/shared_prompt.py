@@ -10,7 +10,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from budwood.tune.encoding import takes, takes_logits_to_keep
+from budwood.errors import InputError
+from budwood.tune.encoding import positions, takes, takes_logits_to_keep
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Advance = Callable[..., None]
@@ -65,8 +66,7 @@ class SharedPromptLM(_Base):
     ) -> list[tuple[float, bool]]:
         answers: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, prompt, answer) in enumerate(requests):
-            room = self.max_length - len(answer)
-            answers[tuple(prompt[-room:])].append(i)
+            answers[tuple(prompt[-self._room(answer) :])].append(i)
         prompts = sorted(answers, key=len, reverse=True)
         found: dict[int, tuple[float, bool]] = {}
         for start in range(0, len(prompts), self._n_prompts):
@@ -78,6 +78,16 @@ class SharedPromptLM(_Base):
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], pair)
             self._advance(len(found), len(requests))
         return [found[i] for i in range(len(requests))]
+
+    def _room(self, answer: list[int]) -> int:
+        """Tokens of a prompt that there is room for; an answer's last one is not read."""
+        room = self.max_length - len(answer) + 1
+        if room < 1:
+            raise InputError(
+                f"an answer of {len(answer)} tokens is longer than the {self.max_length} that the "
+                "model reads; leave it out"
+            )
+        return room
 
     @torch.inference_mode()
     def _score(
@@ -95,7 +105,7 @@ class SharedPromptLM(_Base):
             input_ids=tokens,
             attention_mask=mask,
             use_cache=True,
-            **self._placed(_positions(mask)),
+            **self._placed(positions(mask)),
             **self._last_alone,
         )
         owner = torch.tensor([k for k, _ in answers], device=self.device)
@@ -111,7 +121,7 @@ class SharedPromptLM(_Base):
                 attention_mask=whole,
                 past_key_values=cache,
                 use_cache=True,
-                **self._placed(_positions(whole)[:, mask.shape[1] :]),
+                **self._placed(positions(whole)[:, mask.shape[1] :]),
             )
             heads = torch.cat([heads, later.logits], dim=1)
         return _sums(heads, wanted, real)
@@ -146,7 +156,3 @@ def _padded(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         tokens[i, place] = torch.tensor(list(row))
         mask[i, place] = 1
     return tokens, mask
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp_min(0)

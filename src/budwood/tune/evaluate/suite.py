@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError
+from budwood.tune.data import styled
 from budwood.tune.encoding import Row, encode_one
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, expanded, find_task, run_tasks, task_names
@@ -71,7 +72,11 @@ class Suite:
         targets = [task for task in self.tasks if task.group == "target" and task.examples]
         each = max(1, ROUTED // max(1, len(targets)))
         few = [one for task in targets for one in (task.examples or ())[:each]]
-        found = {"target": [encode_one(one, tokenizer) for one in few]} if few else {}
+        found = (
+            {"target": [encode_one(styled(one, self.style), tokenizer) for one in few]}
+            if few
+            else {}
+        )
         return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
 
     def _tasks(self, model: Any, tokenizer: Any, advance: Advance | None) -> list[Score]:
