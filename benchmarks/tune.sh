@@ -11,8 +11,8 @@
 #   curves     LoRA and SLIM at their rates, with the course of training, in OUTPUT-curves
 #   speed      forward and backward beside LoRA, in OUTPUT-speed.json
 # Each finished run is a record in OUTPUT/runs, so a script that was stopped goes on where it was
-# when it is started again; OUTPUT/record.json is that of the last of the first three. On one core a run trains for 10 to 20 minutes, is validated in 5 and tested in
-# 15. BUDWOOD names the command.
+# when it is started again; OUTPUT/record.json is that of the last of the first three. On one core a
+# run trains for 10 to 20 minutes, is validated in 5 and tested in 15. BUDWOOD names the command.
 set -euo pipefail
 
 data=${1:?folder with the data} output=${2:?folder for runs and records}
