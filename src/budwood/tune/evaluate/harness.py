@@ -138,7 +138,7 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
     if len(with_choices) != 1:
         raise InputError(f"{name}: some questions have choices and some have none")
     kind = "openbookqa" if with_choices == {True} else "gsm8k"
-    config = _read_yaml(SHIPPED / f"{kind}.yaml") | {"doc_to_target": "answer"}
+    config = _read_yaml(SHIPPED / f"{kind}.yaml") | {"doc_to_target": "answer"}  # as it is written
     rendered = not all(example.is_single for example in examples)
     return Task(name, group, config, tuple(examples), rendered=rendered)
 
