@@ -72,8 +72,8 @@ class Suite:
         targets = [task for task in self.tasks if task.group == "target" and task.examples]
         each = max(1, ROUTED // max(1, len(targets)))
         few = [one for task in targets for one in (task.examples or ())[:each]]
-        rows = [encode_one(styled(one, self.style), tokenizer) for one in few]
-        found = {"target": rows} if rows else {}
+        asked = [encode_one(styled(one, self.style), tokenizer) for one in few]
+        found = {"target": asked} if asked else {}
         return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
 
     def _tasks(self, model: Any, tokenizer: Any, advance: Advance | None) -> list[Score]:
