@@ -85,13 +85,13 @@ def test_pictures_show_what_was_measured(keys, labels, tmp_path, monkeypatch):
         {"method": "lora", "lr": 1e-2, "status": "diverged"},
     ]
     for row in rows[:2]:
-        row |= dict.fromkeys(keys, 1.5)
+        row |= dict.fromkeys((*keys, "validation_loss"), 1.5)
     plots.plot_front(rows, tmp_path / "front.png")
     plots.plot_curves({"lora": [{"step": 2, "probe": rows[1]}, {"step": 3}]}, tmp_path / "c.png")
     front, curves = ([axis.get_xlabel() for axis in figure.axes] for figure in drawn)
     assert len(front) == len(labels) and all(a.startswith(b) for a, b in zip(front, labels))
-    assert len(curves) == 2 and [len(axis.lines) for axis in drawn[1].axes] == [1, 1]
-    assert drawn[1].axes[1].get_ylabel() == front[0]
+    assert len(curves) == 3 and [len(axis.lines) for axis in drawn[1].axes] == [1, 1, 1]
+    assert drawn[1].axes[2].get_ylabel() == front[0]
 
 
 @pytest.mark.parametrize("base", [[], [{"method": "base", "lr": None, "validation": 0.35}]])

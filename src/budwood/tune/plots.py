@@ -59,7 +59,7 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
 
 
 def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
-    """Accuracy and divergence over steps.
+    """Accuracy, the loss of right answers, and divergence over steps.
 
     Args:
         histories: method → history of a run, with probes.
@@ -70,6 +70,7 @@ def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
         for method, history in histories.items()
     }
     labels = {"validation": "accuracy on validation questions"}
+    labels["validation_loss"] = "loss of their right answers, nats a token"
     labels |= _kl_of([probe for points in probes.values() for _, probe in points])
     figure, axes = _figure(len(labels))
     for method, points in probes.items():
