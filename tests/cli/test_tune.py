@@ -357,6 +357,14 @@ def test_bench(comparison):
     }
 
 
+def test_show_runs(comparison, budwood, tmp_path):
+    folder, _, _ = comparison
+    lines = budwood("bench", "show", folder / "runs", "--where", "seed=1").stdout.splitlines()
+    assert lines[0].startswith("| method | lr | seed | params | validation |")
+    assert sorted(line.split()[1] for line in lines[2:]) == sorted(COMPARED)
+    refused(budwood("bench", "show", tmp_path), "there is no record.json in")
+
+
 def test_bench_without_replies(lm_dir, data, budwood, tmp_path):
     line = ["bench", "tune", "--data", data, "--output", tmp_path / "out", "--model", lm_dir]
     line += [*BENCH, "--prompts", 0, "--methods", "lora", "--reference", "lora"]

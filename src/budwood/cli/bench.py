@@ -38,6 +38,7 @@ DEFAULT_COLUMNS = {
     "bench points": bench_points.MARKDOWN,
     "bench points-speed": bench_points_speed.MARKDOWN,
     "bench tune": bench_tune.MARKDOWN,
+    "bench tune run": bench_tune.MARKDOWN_OF_RUNS,
     "bench tune-speed": bench_tune_speed.MARKDOWN,
     "tune eval": tune_eval.MARKDOWN,
 }
@@ -58,7 +59,10 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def show(
     record: Annotated[
-        list[Path], typer.Argument(metavar="RECORD...", help="Records that bench wrote.")
+        list[Path],
+        typer.Argument(
+            metavar="RECORD...", help="Records that bench wrote, or folders with record.json below."
+        ),
     ],
     columns: Annotated[
         str | None,
@@ -86,8 +90,9 @@ def show(
     Example:
       budwood bench show record.json --columns method,keep,accuracy:.1%
       budwood bench show record.json --columns method,unseen_top1:.1% --across points
+      budwood bench show comparison/runs --where seed=0
     """
-    found = [records.read(one) for one in record]
+    found = [records.read(file) for one in record for file in _files(one)]
     rows = _chosen([row for one in found for row in one.rows], where)
     if columns is None:
         shown = DEFAULT_COLUMNS.get(found[0].name) or dict.fromkeys(rows[0] if rows else [], "")
@@ -100,6 +105,16 @@ def show(
     if plot is not None:
         _draw(rows, list(shown), across, plot, force)
     typer.echo(records.table(*table), nl=False)
+
+
+def _files(path: Path) -> list[Path]:
+    """A record, or all that lie in a folder, by their paths."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("record.json"))
+    if not files:
+        raise InputError(f"there is no record.json in {path}")
+    return files
 
 
 def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:

@@ -40,6 +40,19 @@ MARKDOWN = {
 }
 """Columns of the Markdown table of a record."""
 
+MARKDOWN_OF_RUNS = {
+    "method": "",
+    "lr": ".0e",
+    "seed": "",
+    "params": ",",
+    "validation": ".1%",
+    "validation_loss": ".2f",
+    "perplexity": ".2f",
+    "kl_chat": ".3f",
+    "kl_text": ".3f",
+}
+"""The same of single runs, which are tested only if they are chosen."""
+
 _COLUMNS = {
     "method": ("method", ""),
     "lr": ("lr", ".0e"),
