@@ -102,6 +102,7 @@ def plot_identity(rows: Sequence[Row], path: Path) -> Path:
         axis.set_xlabel("layer")
         axis.locator_params(axis="x", integer=True)
         axis.set_ylabel(label)
+    axes[0].set_ylim(0, 1.02)
     axes[0].legend(fontsize=7)
     return save_figure(figure, path)
 
