@@ -119,6 +119,8 @@ class Comparison:
         found = self.run_all(sweep)
         found |= {trial: row for trial, row in self.earlier().items() if trial not in found}
         self.need_tried(found)
+        place = self.plan.methods.index
+        found = {trial: found[trial] for trial in sorted(found, key=lambda one: place(one.method))}
         finals = [
             Trial(method, lr, seed)
             for method, lr in best_rates(found).items()
