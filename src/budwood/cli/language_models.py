@@ -58,21 +58,22 @@ def load_language_model(
     with working(f"loading {source or 'SmolLM2-135M-Instruct'}"), third_party_warnings_off():
         be_quiet()
         model, tokenizer = _default(kind) if source is None else _pretrained(source, kind)
-        model = model.to(where).eval()
-        _check_finite(model)
-        return LanguageModel(name_of(source), model, tokenizer)
+        loaded = LanguageModel(name_of(source), model.to(where).eval(), tokenizer)
+        _check_finite(loaded)
+        return loaded
 
 
-def _check_finite(model: Any) -> None:
+def _check_finite(loaded: LanguageModel) -> None:
     """Refuse a model whose logits are NaN; those of unused words may be −∞."""
     import torch
 
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=loaded.model.device)
     with torch.inference_mode():
-        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device)).logits
+        logits = loaded.model(input_ids=tokens).logits
     if logits.isnan().any():
         raise InputError(
             "what the base model computes is NaN; its weights are damaged, or overflow in "
-            f"{str(model.dtype).removeprefix('torch.')} (--dtype)"
+            f"{loaded.dtype} (--dtype)"
         )
 
 
