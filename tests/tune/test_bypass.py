@@ -7,6 +7,7 @@ import torch
 
 from budwood.tune import SlimLinear, observe
 from budwood.tune import layer as layer_module
+from budwood.tune.regularisation import l1_slopes
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 
@@ -108,6 +109,27 @@ def test_training_on_a_batch_that_bypasses_gives_zero_gradients_to_all():
     model(**tiny.batch()).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and (p.grad == 0).all() for p in trained)
+
+
+def test_training_on_a_batch_that_bypasses_is_counted_and_penalised_once():
+    model = send_away(tiny.trained(l1=0.5))
+    model.train()
+    base, data = logits(tiny.llama(), tiny.batch()), tiny.batch()
+    model.zero_grad()
+    for _ in range(2):  # of one optimiser step
+        out = model(**data)
+        assert torch.equal(out.logits, base)
+        out.loss.backward()
+    for layer in layers(model):
+        config, slim_in = layer.slim_config["default"], layer.slim_in["default"]
+        slope, _ = l1_slopes(0.5, config.r, layer.in_features, layer.out_features)
+        expected = slope * slim_in.sign()
+        expected[config.rank :] = 0  # the router
+        assert torch.allclose(slim_in.grad, expected)
+    clusters = layers(model)[0].slim_clusters["default"]
+    before = clusters.distance_mean.clone()
+    layers(model)[0].keeper.commit()
+    assert clusters.distance_mean > before  # all of these tokens are far away
 
 
 def test_the_past_of_a_token_decides_nothing_about_its_routing():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from budwood.tune import SlimLinear
-from budwood.tune.product import Side, product
+from budwood.tune.product import Side, product, untouched
 from budwood.tune.regularisation import l1_slopes
 from tests import tiny_llm as tiny
 
@@ -83,6 +83,29 @@ def test_the_penalty_is_on_its_rows_alone(due):
     extra = 0.5 * weight.sign() * due
     extra[N_MASKED:] = 0
     assert torch.allclose(weight.grad - plain, extra, atol=1e-5) and calls == [1]
+
+
+def test_untouched_weights_have_the_gradient_of_the_penalty_alone():
+    result, a, b = tensors(6)
+    inner, calls = result * 1, []
+    found = untouched(inner, a, b, *(side(None, slope, calls=calls) for slope in (0.5, 0.25)))
+    assert torch.equal(found, inner) and found.data_ptr() == inner.data_ptr()
+    found.add_(1)  # as an activation in place does; a view could not be
+    (found * 3).sum().backward()
+    assert torch.equal(result.grad, torch.full_like(result, 3)) and calls == [1, 1]
+    for weight, slope in ((a, 0.5), (b, 0.25)):
+        assert torch.equal(weight.grad[:N_MASKED], slope * weight[:N_MASKED].sign())
+        assert not weight.grad[N_MASKED:].any()
+
+
+def test_backward_comes_to_b_first_with_and_without_tokens():
+    x, a, result = tensors(7)
+    b = torch.randn(6, 6, requires_grad=True)
+    order: list[str] = []
+    sides = [Side(None, None, 6, 0.0, lambda i=i: bool(order.append(i))) for i in "ab"]
+    product(product(x, a, sides[0]), b, sides[1], result).sum().backward()
+    untouched(result, a, b, *sides).sum().backward()
+    assert order == ["b", "a", "b", "a"]
 
 
 def test_a_frozen_weight_is_not_counted():

@@ -16,7 +16,7 @@ from budwood.errors import MergeError
 from budwood.tune.clustering import Moments
 from budwood.tune.config import SlimConfig
 from budwood.tune.merging import merged_scale
-from budwood.tune.product import Side, product
+from budwood.tune.product import Side, product, untouched
 from budwood.tune.regularisation import l1_slopes
 from budwood.tune.router import route, standardise
 from budwood.tune.rows import add_rows, take_rows
@@ -185,6 +185,9 @@ class SlimLinear(nn.Module, SlimLayer):
         side_in, side_out = self._sides(now, moments)
         lean = self._skips(x)
         rows = self._possible_rows(distance, config) if lean else None
+        if rows is not None and not len(rows):
+            self._record(now, x, torch.zeros(0, config.n_total, device=x.device), rows, distance)
+            return untouched(result, self.slim_in[name], self.slim_out[name], side_in, side_out)
         flat = x.reshape(-1, x.shape[-1])
         if rows is not None:
             flat = take_rows(flat, rows)

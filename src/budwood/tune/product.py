@@ -82,6 +82,27 @@ class Product(torch.autograd.Function):
         return of_x, of_weight, grad if ctx.has_base else None, None
 
 
+class Untouched(torch.autograd.Function):
+    """The output of a pass in which no token reaches an expert; what backward counts, it counts."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, a: Tensor, b: Tensor, side_a: Side, side_b: Side) -> Any:
+        ctx.sides = side_a, side_b
+        ctx.save_for_backward(a, b)
+        return result.detach()  # the same memory, and unlike a view it may be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_weights: list[Tensor | None] = [None, None]
+        for i in (1, 0):  # B before A, as in a pass with tokens
+            if ctx.needs_input_grad[1 + i]:
+                weight = ctx.saved_tensors[i]
+                of_weights[i] = torch.zeros_like(weight)
+                ctx.sides[i].settle(of_weights[i], weight)
+        return grad, *of_weights, None, None
+
+
 def product(x: Tensor, weight: Tensor, side: Side | None, base: Tensor | None = None) -> Tensor:
     """The product x·Wᵀ, on top of a base where there is one.
 
@@ -94,3 +115,20 @@ def product(x: Tensor, weight: Tensor, side: Side | None, base: Tensor | None = 
     if side is not None:
         return Product.apply(x, weight, base, side)  # type: ignore[return-value]
     return F.linear(x, weight) if base is None else torch.addmm(base, x, weight.T)
+
+
+def untouched(
+    result: Tensor, a: Tensor, b: Tensor, side_a: Side | None, side_b: Side | None
+) -> Tensor:
+    """A layer's output where no token reaches an expert.
+
+    Args:
+        result: output of the base layer, shape (…, d_out); it is returned as it is.
+        a: A and the router.
+        b: B.
+        side_a: how A is used in training; None outside.
+        side_b: likewise for B.
+    """
+    if side_a is None or side_b is None:
+        return result
+    return Untouched.apply(result, a, b, side_a, side_b)  # type: ignore[return-value]

@@ -68,4 +68,4 @@ def surely_bypassed(
     """
     if top_k > n_identity or beta == 0:
         return None
-    return 2 * beta * distance > widest_gap(n_lora + n_identity) * 1.001
+    return distance > widest_gap(n_lora + n_identity) * 1.001 / (2 * beta)
