@@ -52,7 +52,7 @@ def test_styles():
 @pytest.mark.parametrize(
     ("row", "answer"),
     [
-        ({"question": "q", "answer": True, "passage": "p"}, "yes"),
+        ({"question": "q", "answer": True, "passage": "p"}, "true"),
         (
             {
                 "question_stem": "q",

@@ -53,9 +53,9 @@ def bench_tune_speed(
 ) -> None:
     """Time forward and backward of one gated MLP with SLIM, LoRA and others, side by side.
 
-    The LoRA has the rank of all of SLIM's experts together. "loop" is the same mixture as a loop
-    over experts; "bypass" is SLIM on a batch whose tokens all go to identity experts. Gathering
-    and committing statistics is included. Ratios are taken within a round; medians are reported.
+    The LoRA has the rank of all of SLIM's experts together. "loop" is routed experts as a loop,
+    without distance, statistics and masks; "bypass" is SLIM on a batch whose tokens all go to
+    identity experts. Gathering and committing statistics is included. Ratios are taken within a round; medians are reported.
 
     \b
     Example:

@@ -81,7 +81,7 @@ def tune_eval(
     winogrande, social_iqa and gsm8k are general; perplexity is on wikitext2_valid.txt. Other names
     are tasks of lm-eval. KL is the divergence from the base model, on text and on its own replies
     to everyday requests. Intervals hold 95 %, by a paired bootstrap over items. --plot shows how
-    much weight goes to identity experts, for target questions and for each text.
+    much weight goes to identity experts, for answers, replies and text.
 
     \b
     Example:

@@ -152,7 +152,7 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
     """Choices and the index of the right one; no choices and a text where there are none."""
     choices, answer = row.get("choices"), row.get("answer", row.get("answerKey"))
     if choices is None and isinstance(answer, bool):
-        return ["no", "yes"], int(answer)
+        return ["false", "true"], int(answer)
     if choices is None:
         return [], answer
     if isinstance(choices, Mapping):  # ARC and OpenBookQA: {"text": [...], "label": [...]}
