@@ -132,6 +132,31 @@ def test_training_on_a_batch_that_bypasses_is_counted_and_penalised_once():
     assert clusters.distance_mean > before  # all of these tokens are far away
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_on_a_batch_that_bypasses(reentrant):
+    model = send_away(tiny.trained(l1=0.5))
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model.zero_grad()
+        model(**tiny.batch()).loss.backward()
+        layers(model)[0].keeper.forget_gathered()
+        grads.append([layer.slim_in["default"].grad.clone() for layer in layers(model)])
+    assert all(one.abs().sum() > 0 and torch.equal(one, two) for one, two in zip(*grads))
+
+
+@pytest.mark.parametrize("inference", ["mask", "expectation"])
+def test_backward_in_evaluation_has_zero_gradients(inference):
+    model = send_away(tiny.trained(merge_inference=inference, l1=0.5)).eval()
+    model.zero_grad()
+    model(**tiny.batch()).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in trained)
+
+
 def test_the_past_of_a_token_decides_nothing_about_its_routing():
     """Causal: logits of a prefix are those with more text after it."""
     model = tiny.trained()

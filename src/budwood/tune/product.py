@@ -86,21 +86,22 @@ class Untouched(torch.autograd.Function):
     """The output of a pass in which no token reaches an expert; what backward counts, it counts."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, a: Tensor, b: Tensor, side_a: Side, side_b: Side) -> Any:
-        ctx.sides = side_a, side_b
+    def forward(ctx: Any, result: Tensor, a: Tensor, b: Tensor, *sides: Side | None) -> Tensor:
+        ctx.sides = sides
         ctx.save_for_backward(a, b)
         return result.detach()  # the same memory, and unlike a view it may be changed in place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_result: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors  # once, as in Product
         of_weights: list[Tensor | None] = [None, None]
         for i in (1, 0):  # B before A, as in a pass with tokens
             if ctx.needs_input_grad[1 + i]:
-                weight = ctx.saved_tensors[i]
-                of_weights[i] = torch.zeros_like(weight)
-                ctx.sides[i].settle(of_weights[i], weight)
-        return grad, *of_weights, None, None
+                of_weights[i] = grad = torch.zeros_like(weights[i])
+                if ctx.sides[i] is not None:
+                    ctx.sides[i].settle(grad, weights[i])
+        return of_result, *of_weights, None, None
 
 
 def product(x: Tensor, weight: Tensor, side: Side | None, base: Tensor | None = None) -> Tensor:
@@ -123,12 +124,12 @@ def untouched(
     """A layer's output where no token reaches an expert.
 
     Args:
-        result: output of the base layer, shape (…, d_out); it is returned as it is.
-        a: A and the router.
-        b: B.
-        side_a: how A is used in training; None outside.
+        result: output of the base layer, shape (…, d_out); its values are returned.
+        a: A and the router, whose gradient is that of the penalty.
+        b: B, likewise.
+        side_a: as of :func:`product`, for A.
         side_b: likewise for B.
     """
-    if side_a is None or side_b is None:
+    if not torch.is_grad_enabled() or not (a.requires_grad or b.requires_grad):
         return result
     return Untouched.apply(result, a, b, side_a, side_b)  # type: ignore[return-value]
