@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     T5Config,
@@ -355,6 +357,18 @@ def test_observed_routing_of_what_is_learnt():
     with observe(model, learnt=True) as unlabelled:
         model(**data)
     assert unlabelled.rows() == every.rows()
+
+
+def test_labels_pass_a_model_that_the_head_skips():
+    """OPT's head calls the decoder inside its model, and that alone."""
+    sizes = {"vocab_size": tiny.N_WORDS, "hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 24}
+    model, data = tiny.slim(OPTForCausalLM(OPTConfig(**sizes))), tiny.batch()
+    data["labels"][:, :-3] = -100
+    with observe(model, learnt=True) as seen:
+        model(**data)
+    chosen = int((data["labels"][:, 1:] != -100).sum())
+    assert {row["n_tokens"] for row in seen.rows()} == {chosen}
 
 
 def test_routing_by_layer_is_that_of_what_has_labels():

@@ -47,12 +47,19 @@ class TokenWatch:
         if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
             self.mask = mask
         else:
-            self.mask = None if self.parent is None else self.parent.mask
+            self.mask = self._above("mask")
         self.labels = self._argument("labels", args, kwargs)
-        if self.labels is None and self.parent is not None:
-            self.labels = self.parent.labels
+        if self.labels is None:
+            self.labels = self._above("labels")
         if self.answers and self.mask is None and self.labels is not None:
             self.mask = self.labels != IGNORED  # a decoder's token i is there to predict label i
+
+    def _above(self, name: str) -> Tensor | None:
+        """What the nearest model around this one was given; some heads skip a model between."""
+        watch = self.parent
+        while watch is not None and getattr(watch, name) is None:
+            watch = watch.parent
+        return None if watch is None else getattr(watch, name)
 
     def keep(self, x: Tensor) -> Tensor | None:
         """The tokens of a layer's input that are no padding.
