@@ -28,7 +28,7 @@ def refused(folder, model=None):
     return str(error.value)
 
 
-@pytest.mark.parametrize("names", [["up_projj"], "nothing.*"])
+@pytest.mark.parametrize("names", [["up_projj"], "nothing.*", "up_proj"])
 def test_target_modules_that_match_nothing(names):
     base = tiny.llama()
     with pytest.raises(InputError, match="match no layer") as error:
@@ -36,6 +36,9 @@ def test_target_modules_that_match_nothing(names):
     assert "gate_proj" in str(error.value) and "\n" not in str(error.value)
     if names == ["up_projj"]:
         assert "did you mean 'up_proj'" in str(error.value)
+    elif names == "up_proj":
+        assert "did you mean '.*[.]up_proj'" in str(error.value)
+        assert tiny.slim(tiny.llama(), target_modules=".*[.]up_proj")
     assert not any(module._forward_pre_hooks for module in base.modules())
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from budwood.errors import InputError, UnknownNameError
+from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
+from budwood.tune.targets import with_attention
 from tests import tiny_chat
 
 
@@ -161,6 +163,22 @@ def test_adapters_leave_the_base_as_it_was():
         after = model.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_lora_on_attention_as_well_whatever_its_projections_are_called():
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=16))
+    phi = Phi3ForCausalLM(Phi3Config(**sizes, intermediate_size=32, pad_token_id=0))
+    expected = {
+        opt: "fc1 fc2 k_proj out_proj q_proj v_proj",
+        phi: "down_proj gate_up_proj o_proj qkv_proj",
+    }
+    for model, names in expected.items():
+        adapted = attach(parse_tuner("lora-attn"), model, 2, seed=0)
+        found = {name.split(".")[-3] for name, _ in adapted.named_modules() if ".lora_A." in name}
+        assert " ".join(sorted(found)) == names
+    with pytest.raises(UnsupportedModelError, match="no attention"):
+        with_attention(r".*\.fc1", ["layers.0.fc1", "tower.0.self_attn.q_proj"])
 
 
 @pytest.mark.parametrize(("n_learnt", "expected"), [(0, 8), (160, 16), (1_000_000, 128)])

@@ -15,7 +15,8 @@ from budwood.registry import Registry
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import Row
 from budwood.tune.fitting import N_TEXTS, fit_discriminant
-from budwood.tune.targets import default_targets, later_layers
+from budwood.tune.model import is_linear
+from budwood.tune.targets import default_targets, later_layers, with_attention
 
 _HERE = "budwood.tune.methods"
 
@@ -54,7 +55,6 @@ FEWEST = 8
 """Directions, however few tokens there are."""
 MARGIN_INFERENCE = 1.0
 """That of SLIM beside a discriminant, where no margin is given."""
-ALL = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ class Lora(Tuner):
         if not _is_number(self.alpha) or not 0 < self.alpha < float("inf"):
             raise InputError(f"alpha={self.alpha!r}; give a number above 0")
         _check_share("dropout", self.dropout)
-        self._config(1, ALL)  # refuses options that it does not know, before a model is loaded
+        self._config(
+            1, "all-linear"
+        )  # refuses options that it does not know, before a model is loaded
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         return self._config(rank, self.targets(model))
@@ -246,7 +248,8 @@ class LoraAttention(Lora):
     """LoRA on attention as well, at a lower rank."""
 
     def targets(self, model: Any) -> str:
-        return ALL
+        linear = (name for name, module in model.named_modules() if is_linear(module))
+        return with_attention(super().targets(model), linear)
 
 
 @dataclass(frozen=True)

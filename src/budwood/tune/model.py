@@ -93,7 +93,7 @@ class SlimModel(BaseTuner):
         if isinstance(target, SlimLinear):
             target.update_layer(adapter_name, peft_config, shared)
             return
-        if not _is_linear(target):
+        if not is_linear(target):
             raise UnsupportedModelError(
                 f"target module {current_key!r} is a {type(target).__name__}; SLIM takes linear "
                 "layers: name others in target_modules"
@@ -147,7 +147,8 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(SLIM, SlimModel.prefix)  # type: ignore[arg-type]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, quantised or not."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
     backend = resolve_quantization_backend(module)
@@ -172,10 +173,11 @@ def _shared_clusters(
 def _no_match(model: nn.Module, config: SlimConfig) -> str:
     """One line on target modules that match nothing."""
     known = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)}
     )
     wanted = config.target_modules
     shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted or ()))
     near = difflib.get_close_matches(str(shown).split(", ")[0], known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    start = ".*[.]" if isinstance(wanted, str) else ""  # a regular expression of full names
+    hint = f"did you mean {start + near[0]!r}? " if near else ""
     return f"target_modules={shown!r} match no layer; {hint}linear layers: {', '.join(known)}"

@@ -100,6 +100,25 @@ def later_layers(pattern: str, names: Iterable[str], skip_first: float) -> str:
     return in_layers(pattern, sorted(numbers)[n_skipped:])  # type: ignore[arg-type,type-var]
 
 
+def with_attention(pattern: str, linear: Iterable[str]) -> str:
+    """A regular expression of the modules that another matches, and of attention beside them.
+
+    Args:
+        pattern: a regular expression of the full names of MLP projections.
+        linear: names of all linear layers of a model.
+
+    Raises:
+        UnsupportedModelError: no linear layer beside them is called attention.
+    """
+    parts = [found for name in linear if (found := re.match(rf"({_PLAIN})\d+\.(.+)", name))]
+    stacks = {part[1] for part in parts if re.fullmatch(pattern, part[0])}
+    beside = [part for part in parts if part[1] in stacks and "att" in part[2].lower()]
+    if not beside:
+        raise UnsupportedModelError("no attention is known beside the MLPs of this model")
+    stack, names = ("|".join(sorted({re.escape(part[i]) for part in beside})) for i in (1, 2))
+    return rf"({pattern}|({stack})\d+\.({names}))"
+
+
 SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
 """Names of modules of one MLP that read the same input, whose distance is computed once."""
 LEADERS = {
