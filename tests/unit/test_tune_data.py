@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune.data import example_of, is_file, read_examples, styled
-from budwood.tune.encoding import IGNORED, LeftPadded, encode, encode_one, prompt_tokens
+from budwood.tune.encoding import IGNORED, Padded, encode, encode_one, prompt_tokens
 from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.sampler import LengthGrouped, grouped_order
 from tests import tiny_chat
@@ -73,6 +73,14 @@ def test_columns_of_the_hub(row, answer):
 def test_answer_must_be_an_index(answer):
     with pytest.raises(InputError, match="no index"):
         example_of({"question": "q", "choices": ["a", "b"], "answer": answer})
+
+
+def test_half_a_character_is_refused_with_its_line(tmp_path):
+    file = tiny_chat.write_lines(
+        tmp_path / "a.jsonl", [QUESTION, {**QUESTION, "question": "a \ud83d"}]
+    )
+    with pytest.raises(InputError, match="a.jsonl, line 2: .*half a character"):
+        read_examples(str(file))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -168,12 +176,12 @@ def rows_of(*lengths):
 
 
 def test_left_padding_and_the_positions_that_are_needed():
-    batch = LeftPadded(pad_id=0, multiple=8)(rows_of((9, 2), (5, 3)))
+    batch = Padded(pad_id=0, multiple=8)(rows_of((9, 2), (5, 3)))
     assert batch["input_ids"].shape == (2, 16) and batch["logits_to_keep"] == 4
     assert batch["input_ids"][1].tolist() == [0] * 11 + [5, 6, 7, 8, 9]
     assert batch["attention_mask"].sum(1).tolist() == [9, 5]
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 0, 1], [IGNORED, 0, 1, 2]]
-    more = LeftPadded(pad_id=0, n_before=100)(rows_of((9, 2)))
+    more = Padded(pad_id=0, n_before=100)(rows_of((9, 2)))
     assert more["logits_to_keep"] == 16 and more["labels"].shape == (1, 16)
 
 
@@ -183,24 +191,24 @@ def test_padding_moves_no_position():
     sizes = {"n_positions": 44, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 260}
     model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.5)).eval()
     rows = rows_of((44, 2), (9, 3), (30, 5))
-    collate = LeftPadded.of(model, TOKENS, trim=False)
-    losses = [model(**LeftPadded(0, multiple=1, trim=False)([row])).loss.item() for row in rows]
+    collate = Padded.of(model, TOKENS, trim=False)
+    losses = [model(**Padded(0, multiple=1, trim=False)([row])).loss.item() for row in rows]
     counts = torch.tensor([2.0, 3.0, 5.0])
     together = model(**collate(rows)).loss.item()
     assert together == pytest.approx(float((torch.tensor(losses) * counts).sum() / 10), rel=1e-4)
-    assert "position_ids" not in LeftPadded.of(tiny_chat.model(), TOKENS)(rows)
+    assert "position_ids" not in Padded.of(tiny_chat.model(), TOKENS)(rows)
 
 
 def test_loss_with_the_last_logits_is_that_with_all():
     model = tiny_chat.model()
     rows = rows_of((9, 2), (30, 5), (4, 1))
-    trimmed, whole = LeftPadded(0)(rows), LeftPadded(0, trim=False)(rows)
+    trimmed, whole = Padded(0)(rows), Padded(0, trim=False)(rows)
     losses = []
     for batch in (trimmed, whole):
         labels = batch.pop("labels")
         losses.append(answer_loss(model(**batch).logits, labels))
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
-    theirs = model(**LeftPadded(0, trim=False)(rows)).loss
+    theirs = model(**Padded(0, trim=False)(rows)).loss
     assert losses[1].item() == pytest.approx(theirs.item(), rel=1e-5)
 
 

@@ -170,6 +170,12 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
 def _need_text(value: Any, what: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{what} must be a text that is not empty, and is {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} has half a character, a lone surrogate, at {error.start}; write it whole"
+        ) from None
 
 
 def is_file(source: str) -> bool:
