@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from budwood import records
+from budwood.cli.results import Results
 from budwood.sprout.questions import KINDS
 
 SMALL = ["--scenes", 4, "--timed", 1, "--batch", 12]
@@ -166,3 +167,14 @@ def test_speed_of_a_shape(budwood):
     assert full["n_prompt"] - adav["n_prompt"] == 2880 - 160
     config = json.loads(result.stdout)["config"]
     assert config["limit_numel"] == 5 * 576**2 > config["largest_numel"]
+
+
+def test_results_are_printed_before_they_are_drawn(tmp_path, capsys):
+    def fail(rows, part):
+        raise RuntimeError("no picture")
+
+    results = Results(None, False, False, plot=tmp_path / "plot.png")
+    with pytest.raises(RuntimeError, match="no picture"):
+        record = records.new_record("bench", [{"score": 0.75}], seed=0, config={})
+        results.publish(record, {"score": ("score", ".2f")}, draw=fail)
+    assert "0.75" in capsys.readouterr().out and not any(tmp_path.iterdir())

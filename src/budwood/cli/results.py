@@ -106,15 +106,15 @@ class Results:
         """
         if self.out:
             say(f"wrote {records.write(record, self.out, overwrite=self.force or self.resumes)}")
+        if self.json:
+            print_json(asdict(record))
+        else:
+            print_table(record.rows if rows is None else rows, columns)
+            for note in notes:
+                say(note)
         if self.plot and draw:
             write_whole(self.plot, lambda part: draw(record.rows, part))
             say(f"wrote {self.plot}")
-        if self.json:
-            print_json(asdict(record))
-            return
-        print_table(record.rows if rows is None else rows, columns)
-        for note in notes:
-            say(note)
 
 
 def _settings(record: records.Record) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def tune_eval(
     _check_drawn(loaded, adapter, plot)
     texts = _texts(loaded, text, windows, prompts, seed)
     suite = Suite(tasks, texts, style, batch, limit)
-    routed = suite.routed(loaded.tokenizer) if plot else {}  # refuses what it cannot tell apart
+    # Refuses what it cannot tell apart, before the slow work.
+    routed = suite.routed(loaded.model, loaded.tokenizer) if plot else {}
     rows = _measure(loaded, suite, seed)
     record = records.new_record(
         "tune eval",

@@ -323,7 +323,7 @@ class Comparison:
 
     def note_routing(self, trial: Trial, adapted: Any) -> None:
         """Identity share by layer for target and for general text."""
-        texts = self.suite(self.validation).routed(self.tokenizer)
+        texts = self.suite(self.validation).routed(adapted, self.tokenizer)
         self.keep(trial, "routing.json", routing_rows(adapted, self.tokenizer, texts))
 
     def described(self, trial: Trial) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from budwood.errors import InputError
 from budwood.tune.data import styled
-from budwood.tune.encoding import Row, encode_one
+from budwood.tune.encoding import Row, encode_one, longest_for
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import Task, expanded, find_task, run_tasks, task_names
 from budwood.tune.evaluate.scores import Score
@@ -24,6 +25,8 @@ CHAT = "chat"
 """What the base model's own replies are called among the texts."""
 ROUTED = 24
 """Rows of each kind of text whose routing is looked at."""
+LONGEST = 1024
+"""Tokens of a row whose routing is looked at."""
 
 Advance = Callable[..., None]
 
@@ -67,12 +70,17 @@ class Suite:
             befores, afters = befores + before, afters + after
         return befores, afters
 
-    def routed(self, tokenizer: Any) -> dict[str, list[Row]]:
-        """A few rows of each kind of text, for :func:`routing_rows`: all targets together first."""
+    def routed(self, model: Any, tokenizer: Any) -> dict[str, list[Row]]:
+        """A few rows of each kind of text, for :func:`routing_rows`: all targets together first.
+
+        Questions that are longer than ``LONGEST`` or than the model reads are left out.
+        """
         targets = [task for task in self.tasks if task.group == "target" and task.examples]
-        each = max(1, ROUTED // max(1, len(targets)))
-        few = [one for task in targets for one in (task.examples or ())[:each]]
-        asked = [encode_one(styled(one, self.style), tokenizer) for one in few]
+        each, longest = max(1, ROUTED // max(1, len(targets))), longest_for(model, LONGEST)
+        asked: list[Row] = []
+        for task in targets:
+            rows = (encode_one(styled(one, self.style), tokenizer) for one in task.examples or ())
+            asked += itertools.islice((r for r in rows if len(r["input_ids"]) <= longest), each)
         found = {"target": asked} if asked else {}
         return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
 
