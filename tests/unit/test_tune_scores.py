@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from budwood.errors import InputError
 from budwood.tune.data import example_of, styled
-from budwood.tune.encoding import encode_one
+from budwood.tune.encoding import encode_one, lead_of, render
 from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
 from budwood.tune.evaluate.harness import (
     find_task,
@@ -25,8 +33,22 @@ from budwood.tune.evaluate.suite import Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.own_text import own_text, replies
 from tests import tiny_chat
+from tests.tiny_chat import TEMPLATE
 
 TOKENS = tiny_chat.tokenizer()
+SIZES = {"vocab_size": len(TOKENS), "hidden_size": 32, "num_hidden_layers": 2}
+STATEFUL = {
+    "rwkv": lambda: RwkvForCausalLM(RwkvConfig(**SIZES, context_length=64)),
+    "lfm2": lambda: Lfm2ForCausalLM(
+        Lfm2Config(
+            **SIZES,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+        )
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +160,92 @@ def test_answers_that_leave_little_room(adapted):
         ours._loglikelihood_tokens([(("", ""), [3], list(range(3, 28)))])
 
 
+def test_answers_of_several_lengths_at_the_last_position():
+    """GPT-2 reads where a token is from a table, which ends."""
+    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 260}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.5)).eval()
+    requests = [(("", ""), list(range(3, 43)), list(range(40, 40 + n))) for n in (2, 3, 1)]
+    alone, together = (
+        SharedPromptLM(model, TOKENS, batch)._loglikelihood_tokens(requests) for batch in (1, 4)
+    )
+    assert [x for x, _ in together] == pytest.approx([x for x, _ in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_models_that_keep_a_state(kind):
+    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+
+    torch.manual_seed(0)
+    model = STATEFUL[kind]().eval()
+    draw = random.Random(0)
+    rows = [[draw.randrange(3, 250) for _ in range(n)] for n in (12, 5, 9)]
+    requests = [(("", ""), row, [7, 8, 9][:n]) for row, n in zip(rows, (1, 3, 2))]
+    found = SharedPromptLM(model, TOKENS, 4)._loglikelihood_tokens(requests)
+    with torch.no_grad():
+        for (_, prompt, answer), (total, _) in zip(requests, found):
+            logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            at = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            by_hand = sum(logits[i, token].item() for i, token in zip(at, answer))
+            assert total == pytest.approx(by_hand, abs=1e-3)
+    labelled = [{"input_ids": row, "labels": [-100] * 2 + row[2:]} for row in rows]
+    together, _ = measure_drift(model, TOKENS, labelled, "t", batch=3)
+    alone, _ = measure_drift(model, TOKENS, labelled, "t", batch=1)
+    assert together[0].values == pytest.approx(alone[0].values, rel=1e-4)
+
+
+LEADS = {  # what a template writes before an answer
+    "<think>\n\n</think>\n\n": TEMPLATE.replace(
+        "+ '\n' + message['content']",
+        "+ '\n' + ('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') "
+        "+ message['content']",
+    ),
+    " ": "{% for message in messages %}{{ '[INST]' + message['content'] + '[/INST]' if "
+    "message['role'] == 'user' else ' ' + message['content'] + eos_token }}{% endfor %}",
+    "": TEMPLATE,
+}
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_answers_are_scored_where_training_puts_them(adapted, tmp_path, lead):
+    tokens = tiny_chat.tokenizer()
+    tokens.chat_template = LEADS[lead]
+    assert lead_of(tokens) == lead
+    row = {"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1}
+    chat = {"messages": turns(("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B"))}
+    for name, given, said in (("single", row, "yes"), ("chat", chat, "B")):
+        file = tiny_chat.write_lines(tmp_path / f"{name}.jsonl", [given])
+        (found,) = (
+            one
+            for one in run_tasks(adapted, tokens, [find_task(str(file), None)])
+            if one.metric == "loss"
+        )
+        trained = encode_one(example_of(given), tokens)["input_ids"]
+        answer = tokens(said + tokens.eos_token, add_special_tokens=False)["input_ids"]
+        assert trained[-len(answer) :] == answer
+        with torch.no_grad():
+            logits = adapted(torch.tensor([trained])).logits[0].log_softmax(-1)
+        first = len(trained) - len(answer)
+        # A space before the answer is a token of its own here, and lm-eval counts it in.
+        first -= lead == " "
+        picked = [logits[i - 1, trained[i]].item() for i in range(first, len(trained) - 1)]
+        assert found.values[0] == pytest.approx(-sum(picked), abs=1e-3)
+
+
+def test_todays_date_is_in_no_prompt(adapted):
+    """Or else a run could not be gone on with, or a score be repeated, the day after."""
+    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+
+    tokens = tiny_chat.tokenizer()
+    tokens.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + TEMPLATE
+    turn = turns(("user", "U"))
+    ours = render(tokens, turn, True)
+    assert ours.startswith("01 Jan 2025\n")
+    assert SharedPromptLM(adapted, tokens).apply_chat_template(turn) == ours
+
+
 def test_what_a_user_wrote_is_scored_as_it_is(adapted, tmp_path):
     """lm-eval would take a question of digits for a number, and brackets for a list."""
     written = [("7", "[2, 3]"), ("Write.", "cout << x; cin >> y;"), ("{{q}}", "['a']"), ("8", "9")]
@@ -195,9 +303,13 @@ def test_a_task_whose_data_cannot_be_had(adapted, data, monkeypatch):
 
 def test_routed_targets_are_asked_as_the_tasks_are(data):
     task = find_task("arc_easy", data, "target", limit=2)
-    rows = Suite((task,), style="listed").routed(TOKENS)["target"]
+    rows = Suite((task,), style="listed").routed(tiny_chat.model(), TOKENS)["target"]
     assert rows == [encode_one(styled(one, "listed"), TOKENS) for one in task.examples]
     assert rows != [encode_one(one, TOKENS) for one in task.examples]
+    lengths = [len(encode_one(one, TOKENS)["input_ids"]) for one in task.examples]
+    short = tiny_chat.model(max_position_embeddings=min(lengths))
+    (left,) = Suite((task,)).routed(short, TOKENS)["target"]
+    assert len(left["input_ids"]) == min(lengths) < max(lengths)
 
 
 def by_hand(model, prompt, answer):

@@ -55,7 +55,8 @@ def bench_tune_speed(
 
     The LoRA has the rank of all of SLIM's experts together. "loop" is routed experts as a loop,
     without distance, statistics and masks; "bypass" is SLIM on a batch whose tokens all go to
-    identity experts. Gathering and committing statistics is included. Ratios are taken within a round; medians are reported.
+    identity experts. Gathering and committing statistics is included. Ratios are taken within a
+    round; medians are reported.
 
     \b
     Example:

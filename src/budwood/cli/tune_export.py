@@ -105,9 +105,9 @@ def _export(
 
 
 def _batches(rows: list[Row], loaded: LanguageModel) -> list[dict[str, Any]]:
-    from budwood.tune.encoding import LeftPadded
+    from budwood.tune.encoding import Padded
 
-    collate = LeftPadded.of(loaded.model, loaded.tokenizer, trim=False)
+    collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     return [
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data import Example
 
-_MARK = "@@request@@"
+_MARK, _REPLY = "@@request@@", "@@reply@@"
+DAY = date(2025, 1, 1)
+"""What chat templates that write today's date are told."""
 IGNORED = -100
 """Label of a token that is not learnt."""
 
@@ -103,7 +106,10 @@ def render(
     """
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
+            list(messages),
+            chat_template=dated_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -112,6 +118,22 @@ def render(
             f"{where + ': ' if where else ''}the model's chat template refuses turns of {roles} "
             f"({reason}); leave out or rewrite what it refuses"
         ) from error
+
+
+def dated_template(tokenizer: Any) -> str:
+    """The chat template, to which today is always ``DAY``.
+
+    Otherwise a run could not be gone on with, or a score be repeated, the day after.
+
+    Raises:
+        ValueError: there is none.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{code}" for code in ("-d", "-m", *"aAbBcdHIjmMpSxXyY")]
+    filled = "".join(f"|replace('{code}', '{DAY.strftime(code)}')" for code in codes)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filled} }}}}{{% endmacro %}}{template}"
 
 
 def n_learnt(rows: Sequence[Row]) -> int:
@@ -123,6 +145,23 @@ def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
     """The tokens of a question up to where the assistant begins."""
     turns = [{"role": "user", "content": question}]
     return _tokens(tokenizer, render(tokenizer, turns, True))
+
+
+def lead_of(tokenizer: Any) -> str:
+    """What a chat template writes between where the assistant begins and what it says.
+
+    An empty block of thoughts (Qwen3), or a space (Mistral): training learns it with the answer.
+
+    Args:
+        tokenizer: with a chat template, or without one.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    asked, said = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _REPLY}
+    prompt = render(tokenizer, [asked], True)
+    whole = render(tokenizer, [asked, said], False)
+    lead, found, _ = whole.removeprefix(prompt).partition(_REPLY)
+    return lead if found and whole.startswith(prompt) else ""
 
 
 def tokens_before_request(tokenizer: Any) -> list[int]:
@@ -144,11 +183,12 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
 
 
 @dataclass(frozen=True)
-class LeftPadded:
+class Padded:
     """Puts rows together so that they end together.
 
     Answers are then at the end of every row, and logits of the rest need not be computed: with a
-    large vocabulary they cost as much as many layers.
+    large vocabulary they cost as much as many layers. Models with a state that runs through the
+    row, some of which read padding, have it behind the row instead.
 
     Args:
         pad_id: the padding token.
@@ -156,6 +196,7 @@ class LeftPadded:
         trim: give ``logits_to_keep``, and labels for those positions alone.
         n_before: positions to keep before the first label as well.
         count: give ``position_ids``, from each row's own beginning.
+        behind: pad on the right; excludes ``trim``.
     """
 
     pad_id: int
@@ -163,10 +204,13 @@ class LeftPadded:
     trim: bool = True
     n_before: int = 0
     count: bool = False
+    behind: bool = False
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, **options: Any) -> LeftPadded:
+    def of(cls, model: Any, tokenizer: Any, **options: Any) -> Padded:
         """As a model takes it; further options as of the class."""
+        if is_stateful(model):
+            return cls(pad_of(tokenizer), **options | {"trim": False, "behind": True})
         options = {"trim": takes_logits_to_keep(model), "count": _counts(model)} | options
         return cls(pad_of(tokenizer), **options)
 
@@ -174,17 +218,21 @@ class LeftPadded:
         width = max(len(row["input_ids"]) for row in rows)
         width = -(-width // self.multiple) * self.multiple
         batch: dict[str, Any] = {
-            "input_ids": _left(rows, "input_ids", width, self.pad_id),
-            "attention_mask": _left([{"m": [1] * len(r["labels"])} for r in rows], "m", width, 0),
+            "input_ids": self._padded([row["input_ids"] for row in rows], width, self.pad_id),
+            "attention_mask": self._padded([[1] * len(row["labels"]) for row in rows], width, 0),
         }
         if self.count:
             batch["position_ids"] = positions(batch["attention_mask"])
-        labels = _left(rows, "labels", width, IGNORED)
+        labels = self._padded([row["labels"] for row in rows], width, IGNORED)
         if self.trim:
             n_kept = min(_n_last(rows) + 1 + self.n_before, width)
             batch["logits_to_keep"] = n_kept
             labels = labels[:, -n_kept:]
         return batch | {"labels": labels}
+
+    def _padded(self, rows: Sequence[list[int]], width: int, fill: int) -> Tensor:
+        gaps = [[fill] * (width - len(row)) for row in rows]
+        return torch.tensor([r + g if self.behind else g + r for r, g in zip(rows, gaps)])
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -224,18 +272,24 @@ def takes(model: Any, name: str) -> bool:
     """Whether a model, or that inside an adapter, has an argument of that name."""
     import inspect
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(base.forward).parameters
+    return name in inspect.signature(_base(model).forward).parameters
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a model, or that inside an adapter, has layers that keep a state and no cache."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    others = set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"}
+    return bool(others) or bool(getattr(_base(model), "_is_stateful", False))
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _n_last(rows: Sequence[Row]) -> int:
     """From the first label of a row to its end, the most of any row."""
     first = [next(i for i, x in enumerate(row["labels"]) if x != IGNORED) for row in rows]
     return max(len(row["labels"]) - i for row, i in zip(rows, first))
-
-
-def _left(rows: Sequence[Row], key: str, width: int, fill: int) -> Tensor:
-    return torch.tensor([[fill] * (width - len(row[key])) + row[key] for row in rows])
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError
 from budwood.tune.discriminant import discriminant
-from budwood.tune.encoding import LeftPadded, Row, n_learnt
+from budwood.tune.encoding import Padded, Row, n_learnt
 from budwood.tune.modes import evaluating
 from budwood.tune.own_text import own_text
 from budwood.tune.ranges import need_at_least
@@ -178,7 +178,7 @@ def _show(
 ) -> None:
     """Pass rows through the model, whose layers show their inputs and change nothing."""
     device = next(model.parameters()).device
-    collate = LeftPadded.of(model, tokenizer)
+    collate = Padded.of(model, tokenizer)
     with _shown_to(model, survey), evaluating(model):
         for start in range(0, len(rows), batch):
             inputs = collate(rows[start : start + batch])

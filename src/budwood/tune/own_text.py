@@ -14,7 +14,7 @@ from budwood.errors import InputError
 from budwood.files import write_text
 from budwood.tune.encoding import (
     IGNORED,
-    LeftPadded,
+    Padded,
     Row,
     pad_of,
     prompt_tokens,
@@ -142,7 +142,7 @@ def _draw(
         torch.manual_seed(seed)
         for begin in range(0, len(starts), batch):
             rows = [{"input_ids": one, "labels": one} for one in starts[begin : begin + batch]]
-            inputs = LeftPadded(pad, trim=False)(rows)
+            inputs = Padded(pad, trim=False)(rows)
             output = model.generate(
                 input_ids=inputs["input_ids"].to(model.device),
                 attention_mask=inputs["attention_mask"].to(model.device),

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from budwood.errors import DivergedError, InputError, UnknownNameError
 from budwood.tune.base import fingerprint_of
 from budwood.tune.callback import SlimCallback
-from budwood.tune.encoding import LeftPadded, Row
+from budwood.tune.encoding import Padded, Row
 from budwood.tune.observe import observe
 from budwood.tune.runs import RunFolder
 from budwood.tune.trainer import AnswerTrainer, check_gradients, tell_slim
@@ -150,7 +150,7 @@ def train(
             model=model,
             args=_arguments(model, settings, folder, weight_decay),
             train_dataset=list(rows),  # type: ignore[arg-type]
-            data_collator=LeftPadded.of(
+            data_collator=Padded.of(
                 model, tokenizer, n_before=_KL_POSITIONS if kl and not held else 0
             ),
             lengths=[len(row["input_ids"]) for row in rows],

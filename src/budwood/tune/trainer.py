@@ -20,7 +20,7 @@ _HELD_PART = 4
 
 
 class AnswerTrainer(Trainer):
-    """A Trainer for :class:`budwood.tune.encoding.LeftPadded` batches.
+    """A Trainer for :class:`budwood.tune.encoding.Padded` batches.
 
     Args:
         lengths: of each training example, by which they are grouped.

@@ -14,7 +14,7 @@ from budwood.errors import InputError
 from budwood.tune.data import read_text
 from budwood.tune.encoding import (
     IGNORED,
-    LeftPadded,
+    Padded,
     Row,
 )
 from budwood.tune.evaluate.scores import Score
@@ -93,7 +93,7 @@ def measure_drift(
     """
     need_at_least(1, batch=batch)
     model.eval()
-    collate = LeftPadded.of(model, tokenizer, multiple=1)
+    collate = Padded.of(model, tokenizer, multiple=1)
     adapted = hasattr(model, "disable_adapter")
     sums: list[tuple[float, float, float, int]] = [(0.0, 0.0, 0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from budwood.errors import InputError, first_line
 from budwood.tune.data import Example, is_file, read_examples, styled
-from budwood.tune.encoding import render
+from budwood.tune.encoding import lead_of, render
 from budwood.tune.evaluate.known_tasks import (
     SHIPPED,
     leaf_tasks,
@@ -200,6 +200,7 @@ def run_tasks(
             if mine:
                 # A template writes the token that texts begin with, or means to have none.
                 lm.add_bos_token = None if asked == "text" else False
+                lm.lead = "" if asked == "text" else lead_of(tokenizer)
                 samples = _evaluate(lm, mine, files, style, limit, asked == "chat")
                 for task in mine:
                     found[task.name] = _scores(task, samples[task.name], tokenizer)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from budwood.tune.encoding import LeftPadded, Row
+from budwood.tune.encoding import Padded, Row
 from budwood.tune.observe import observe
 from budwood.tune.ranges import need_at_least
 from budwood.tune.steps import tell_labels
@@ -38,7 +38,7 @@ def routing_rows(
     """
     need_at_least(1, batch=batch)
     model.eval()
-    collate = LeftPadded.of(model, tokenizer, trim=False)
+    collate = Padded.of(model, tokenizer, trim=False)
     found = []
     for name, rows in texts.items():
         with observe(model, learnt=True) as seen:

@@ -11,7 +11,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from budwood.errors import InputError
-from budwood.tune.encoding import positions, takes, takes_logits_to_keep
+from budwood.tune.encoding import (
+    dated_template,
+    is_stateful,
+    positions,
+    takes,
+    takes_logits_to_keep,
+)
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Advance = Callable[..., None]
@@ -24,9 +30,10 @@ class SharedPromptLM(_Base):
     """``HFLM`` whose log-likelihoods cost one pass over each prompt, and not one a choice.
 
     The answers are read from the prompt's key-value cache, and logits are computed for answers
-    alone. Prompts are sorted by length. The numbers are HFLM's but for rounding, and for one thing:
-    the line break that ends a chat prompt is part of the prompt, as in training and generation,
-    where HFLM scores it as the beginning of each answer.
+    alone. Prompts are sorted by length. The numbers are HFLM's but for rounding, and for two things
+    that are as in training here: the line break that ends a chat prompt is part of the prompt,
+    where HFLM scores it as the beginning of each answer, and so is what the chat template writes
+    before an answer, which HFLM leaves out. Models that keep a state are read as HFLM reads them.
 
     Args:
         pretrained: a causal language model of transformers or PEFT.
@@ -34,6 +41,9 @@ class SharedPromptLM(_Base):
         batch_size: prompts at a time.
         advance: a function (done, total, note), for a progress bar.
         kwargs: HFLM's.
+
+    Attributes:
+        lead: what the chat template writes before an answer.
     """
 
     def __init__(
@@ -45,14 +55,21 @@ class SharedPromptLM(_Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, **kwargs
+            pretrained=pretrained,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            chat_template_args=_template_args(tokenizer),
+            **kwargs,
         )
+        self.lead = ""
         self._n_prompts = batch_size
         self._advance = advance or (lambda done, total, note="": None)
         self._last_alone = {"logits_to_keep": 1} if takes_logits_to_keep(pretrained) else {}
         self._takes_positions = takes(pretrained, "position_ids")
+        self._is_stateful = is_stateful(pretrained)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context += self.lead
         if not context.endswith("\n"):
             return super()._encode_pair(context, continuation)
         answer = self.tokenizer.encode(continuation, add_special_tokens=False)
@@ -64,6 +81,8 @@ class SharedPromptLM(_Base):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        if self._is_stateful:  # there is no cache that answers could share
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, prompt, answer) in enumerate(requests):
             answers[tuple(prompt[-self._room(answer) :])].append(i)
@@ -115,7 +134,7 @@ class SharedPromptLM(_Base):
         if wanted.shape[1] > 1:
             cache = first.past_key_values
             cache.batch_select_indices(owner)
-            whole = torch.cat([mask[owner], real[:, :-1]], dim=1)
+            whole = torch.cat([mask[owner], real[:, 1:]], dim=1)  # read where another follows
             later = self.model(
                 input_ids=wanted[:, :-1],
                 attention_mask=whole,
@@ -129,6 +148,11 @@ class SharedPromptLM(_Base):
     def _placed(self, positions: Tensor) -> dict[str, Tensor]:
         """Positions for a model that takes them; others find them by themselves."""
         return {"position_ids": positions} if self._takes_positions else {}
+
+
+def _template_args(tokenizer: Any) -> dict[str, str]:
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    return {"chat_template": dated_template(tokenizer)} if has_one else {}
 
 
 def _sums(logits: Tensor, wanted: Tensor, real: Tensor) -> list[tuple[float, bool]]:
