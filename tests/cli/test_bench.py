@@ -174,7 +174,7 @@ def test_results_are_printed_before_they_are_drawn(tmp_path, capsys):
         raise RuntimeError("no picture")
 
     results = Results(None, False, False, plot=tmp_path / "plot.png")
+    record = records.new_record("bench", [{"score": 0.75}], seed=0, config={})
     with pytest.raises(RuntimeError, match="no picture"):
-        record = records.new_record("bench", [{"score": 0.75}], seed=0, config={})
         results.publish(record, {"score": ("score", ".2f")}, draw=fail)
     assert "0.75" in capsys.readouterr().out and not any(tmp_path.iterdir())
