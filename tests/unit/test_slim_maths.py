@@ -78,6 +78,14 @@ def test_surely_bypassed_tokens_do_bypass(n_identity, top_k):
     assert (lora[sure] == 0).all()
 
 
+def test_no_token_is_sure_that_a_router_could_bring_back():
+    extreme = torch.tensor([[1.0, 0, 0, 0, -1.0, 0]]).expand(2, -1)  # 4 LoRA, 2 identity experts
+    distance = torch.tensor([0.99, 1.01]) * math.sqrt(12) / (2 * 0.8)
+    lora = route(yield_scores(standardise(extreme), distance, 4, 0.8), 2)[:, :4]
+    assert (lora > 0).any(-1).tolist() == [True, False]
+    assert surely_bypassed(distance, 4, 2, 2, 0.8).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("kind", ["max", "rms"])
 @pytest.mark.parametrize("n_clusters", [1, 3])
 def test_distance_and_moments_are_the_reference(kind, n_clusters, monkeypatch):
