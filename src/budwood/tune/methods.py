@@ -164,9 +164,8 @@ class Lora(Tuner):
         if not _is_number(self.alpha) or not 0 < self.alpha < float("inf"):
             raise InputError(f"alpha={self.alpha!r}; give a number above 0")
         _check_share("dropout", self.dropout)
-        self._config(
-            1, "all-linear"
-        )  # refuses options that it does not know, before a model is loaded
+        # Refuses options that it does not know, before a model is loaded.
+        self._config(1, "all-linear")
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         return self._config(rank, self.targets(model))
