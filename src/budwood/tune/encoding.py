@@ -272,17 +272,18 @@ def takes(model: Any, name: str) -> bool:
     """Whether a model, or that inside an adapter, has an argument of that name."""
     import inspect
 
-    return name in inspect.signature(_base(model).forward).parameters
+    return name in inspect.signature(inner_model(model).forward).parameters
 
 
 def is_stateful(model: Any) -> bool:
     """Whether a model, or that inside an adapter, has layers that keep a state and no cache."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     others = set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"}
-    return bool(others) or bool(getattr(_base(model), "_is_stateful", False))
+    return bool(others) or bool(getattr(inner_model(model), "_is_stateful", False))
 
 
-def _base(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
+    """A model, or that inside an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -16,6 +16,7 @@ from budwood.tune.encoding import (
     IGNORED,
     Padded,
     Row,
+    inner_model,
     pad_of,
     prompt_tokens,
     tokens_before_request,
@@ -161,7 +162,7 @@ def _own_distribution(model: Any) -> Iterator[None]:
     """Sampling without what a checkpoint asks for, such as a temperature or a penalty."""
     from transformers import GenerationConfig
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     asked = base.generation_config
     ends = {"bos_token_id": asked.bos_token_id, "eos_token_id": asked.eos_token_id}
     base.generation_config = GenerationConfig(
