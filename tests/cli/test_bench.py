@@ -134,7 +134,7 @@ def test_interrupting_leaves_nothing(budwood, model_dir, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("budwood.prune.bench.accuracy.measure", interrupted)
+    monkeypatch.setattr("budwood.bench.prune.accuracy.measure", interrupted)
     target = tmp_path / "record.json"
     command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random"]
     assert budwood(*command, "--out", target).exit_code == 130

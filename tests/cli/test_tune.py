@@ -381,7 +381,7 @@ def plain(rows):
 
 
 def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
-    from budwood.tune.bench import runner
+    from budwood.bench.tune import runner
 
     folder, line, found = comparison
     record = next((folder / "runs").glob("lora-lr0.001-seed0")) / "record.json"

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 
+from budwood.bench.tune import METHODS, SpeedConfig, measure_speed
+from budwood.bench.tune.speed import TARGETS
 from budwood.errors import InputError, OutputError
 from budwood.tune import export_lora
-from budwood.tune.bench import METHODS, SpeedConfig, measure_speed
-from budwood.tune.bench.speed import TARGETS
 from budwood.tune.export import reduce_rank
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits

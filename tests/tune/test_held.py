@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from budwood.runs import RunFolder
 from budwood.tune.data import example_of
 from budwood.tune.encoding import encode
 from budwood.tune.evaluate.drift import measure_drift
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.own_text import own_text
-from budwood.tune.runs import RunFolder
 from budwood.tune.train import Settings, train
 from budwood.tune.trainer import AnswerTrainer
 from tests import tiny_chat

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from budwood.errors import DivergedError, InputError
+from budwood.runs import RunFolder
 from budwood.tune import state
 from budwood.tune.data import example_of
 from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.runs import RunFolder
 from budwood.tune.steps import keeper_of
 from budwood.tune.train import Settings, adapter_of, check_trainable, default_lr, train, weaken
 from tests import tiny_chat

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from budwood.bench.prune import Config, Outcome, Variant, rows_of, run, variants_of
+from budwood.bench.prune.accuracy import FULL, Asked, normalise
+from budwood.bench.prune.answering import answer_full, answer_pruned, encode
+from budwood.bench.prune.speed import _Largest
+from budwood.bench.prune.times import Run, Times
+from budwood.bootstrap import PairedBootstrap, interval
 from budwood.errors import InputError, UnknownNameError
 from budwood.prune import attach
-from budwood.prune.bench import Config, Outcome, Variant, rows_of, run, variants_of
-from budwood.prune.bench.accuracy import FULL, Asked, normalise
-from budwood.prune.bench.answering import answer_full, answer_pruned, encode
-from budwood.prune.bench.speed import _Largest
-from budwood.prune.bench.statistics import PairedBootstrap, interval
-from budwood.prune.bench.times import Run, Times
 from budwood.prune.chat import answers, prepare, render
 from budwood.prune.latency import FirstToken
 from budwood.sprout.questions import Question, balanced
@@ -101,7 +101,7 @@ def test_run_scores_what_the_model_says(vlm, monkeypatch):
     """Asked for what it answers when alone, the model is right with all tokens, and only then."""
     model, processor = vlm
     scenes = [(scene, [_own(vlm, scene, q) for q in asked]) for scene, asked in balanced(2, 5)]
-    monkeypatch.setattr("budwood.prune.bench.accuracy.balanced", lambda *_: scenes)
+    monkeypatch.setattr("budwood.bench.prune.accuracy.balanced", lambda *_: scenes)
     config = Config(
         tuple(variants_of(["adav", "uniform"])), (1.0, 2), n_scenes=5, batch=12, n_timed=2
     )

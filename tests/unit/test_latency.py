@@ -6,7 +6,8 @@ from PIL import Image
 
 from budwood.prune import attach
 from budwood.prune.chat import prepare
-from budwood.prune.latency import FirstToken, generate_timed, side_by_side
+from budwood.prune.latency import FirstToken, generate_timed
+from budwood.timing import side_by_side
 from tests import tiny_vlm
 
 

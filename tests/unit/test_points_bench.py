@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from budwood.bench.points import BenchConfig, _Bench, run, top_k
+from budwood.bench.points_speed import encoder_rows, grouping_rows, looped_groups
 from budwood.errors import InputError, UnknownNameError
 from budwood.points import Curriculum, sampling
 from budwood.points.adapt import thinned
-from budwood.points.bench import BenchConfig, _Bench, run, top_k
 from budwood.points.grouping import Grouping
 from budwood.points.io import Cloud
-from budwood.points.speed import encoder_rows, grouping_rows, looped_groups
 from tests.points import sets
 from tests.points.models import sparse_sprout
 

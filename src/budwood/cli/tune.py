@@ -20,10 +20,10 @@ from budwood.errors import InputError
 
 if TYPE_CHECKING:
     from budwood.cli.language_models import LanguageModel
+    from budwood.runs import RunFolder
     from budwood.tune.data import Example
     from budwood.tune.encoding import Row
     from budwood.tune.methods import Tuner
-    from budwood.tune.runs import RunFolder
     from budwood.tune.train import Settings
 
 
@@ -125,11 +125,11 @@ def run(
     Example:
       budwood tune train.jsonl --output tuned --method slim --epochs 1
     """
+    from budwood.checks import need_at_least
     from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.runs import refuse_other_files
     from budwood.tune.data import read_examples
     from budwood.tune.methods import parse_tuner
-    from budwood.tune.ranges import need_at_least
-    from budwood.tune.runs import refuse_other_files
     from budwood.tune.train import Settings, check_trainable
 
     settings = Settings(
@@ -172,9 +172,9 @@ def _run(
 ) -> dict[str, Any]:
     from accelerate import PartialState
 
+    from budwood.runs import RunFolder
     from budwood.tune.encoding import n_learnt
     from budwood.tune.methods import attach, n_trainable, parse_tuner
-    from budwood.tune.runs import RunFolder
     from budwood.tune.train import adapter_of, default_lr, fingerprint
 
     settings = dataclasses.replace(settings, lr=settings.lr or default_lr(loaded.model))

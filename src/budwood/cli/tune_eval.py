@@ -88,11 +88,11 @@ def tune_eval(
       budwood tune eval tuned --target test.jsonl --text general.txt --out record.json
       budwood tune eval tuned --data tasks --limit 500
     """
+    from budwood.checks import need_at_least
     from budwood.cli.language_models import load_adapted
     from budwood.tune.data import STYLES
     from budwood.tune.evaluate.drift import chat_prompts
     from budwood.tune.evaluate.suite import Suite
-    from budwood.tune.ranges import need_at_least
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
     need_at_least(1, batch=batch)

@@ -51,11 +51,11 @@ def export_lora(
     Example:
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
+    from budwood.checks import need_at_least
     from budwood.cli.language_models import load_adapted
     from budwood.tune.data import read_examples
     from budwood.tune.evaluate.harness import draw
     from budwood.tune.export import empty_folder
-    from budwood.tune.ranges import need_at_least
     from budwood.tune.train import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)

@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image
 
 from budwood.prune.chat import answers, check_question, prepare
-from budwood.prune.latency import FirstToken, Timed, generate_timed, side_by_side
+from budwood.prune.latency import FirstToken, Timed, generate_timed
 from budwood.prune.report import ImageReport
 from budwood.prune.session import attach
+from budwood.timing import side_by_side
 
 
 @dataclass(frozen=True, eq=False)

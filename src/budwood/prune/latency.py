@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from torch import Tensor
 from budwood.prune.chat import GREEDY
 from budwood.prune.families import innermost
 from budwood.prune.session import PruneSession
-
-T = TypeVar("T")
+from budwood.timing import synchronize
 
 
 @dataclass(frozen=True)
@@ -108,33 +107,6 @@ def generate_timed(
     return Timed(sequences, first, steps)
 
 
-def side_by_side(
-    runs: Mapping[str, Callable[[int], T]], repeats: int, warm_up: bool = True
-) -> dict[str, list[T]]:
-    """Call every run in turn, A B C A B C …, so that what disturbs the machine disturbs all alike.
-
-    Which run goes first changes from round to round.
-
-    Args:
-        runs: functions of the number of the round.
-        repeats: rounds whose results count.
-        warm_up: a round before them, that does not.
-
-    Returns:
-        The results of each run, one per round.
-    """
-    names = list(runs)
-    results: dict[str, list[T]] = {name: [] for name in names}
-    if warm_up:
-        for name in names:
-            runs[name](0)
-    for round_ in range(repeats):
-        turn = round_ % len(names)
-        for name in names[turn:] + names[:turn]:
-            results[name].append(runs[name](round_))
-    return results
-
-
 @contextmanager
 def _encoder_clock(model: Any) -> Iterator[list[float]]:
     """Milliseconds of every run of the image encoder inside."""
@@ -160,6 +132,5 @@ def _encoder_clock(model: Any) -> Iterator[list[float]]:
 
 
 def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    synchronize(model.device)
     return time.perf_counter()

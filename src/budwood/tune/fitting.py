@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.tune.discriminant import discriminant
 from budwood.tune.encoding import Padded, Row, n_learnt
 from budwood.tune.modes import evaluating
 from budwood.tune.own_text import own_text
-from budwood.tune.ranges import need_at_least
 from budwood.tune.state import Discriminant
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.files import write_text
+from budwood.runs import read_json
 from budwood.tune.encoding import (
     IGNORED,
     Padded,
@@ -22,8 +24,6 @@ from budwood.tune.encoding import (
     tokens_before_request,
 )
 from budwood.tune.modes import evaluating
-from budwood.tune.ranges import need_at_least
-from budwood.tune.runs import read_json
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Where what the model makes up is cut."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.tune.data import read_text
 from budwood.tune.encoding import (
@@ -19,7 +20,6 @@ from budwood.tune.encoding import (
 )
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
-from budwood.tune.ranges import need_at_least
 
 PROMPTS = Path(__file__).parents[1] / "tasks" / "prompts.jsonl"
 """Everyday requests that ship."""

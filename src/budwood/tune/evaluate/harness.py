@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
 from budwood.tune.data import Example, is_file, read_examples, styled
 from budwood.tune.encoding import lead_of, render
@@ -26,7 +27,6 @@ from budwood.tune.evaluate.known_tasks import (
     task_manager,
 )
 from budwood.tune.evaluate.scores import Score
-from budwood.tune.ranges import need_at_least
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from budwood.checks import need_at_least
 from budwood.tune.encoding import Padded, Row
 from budwood.tune.observe import observe
-from budwood.tune.ranges import need_at_least
 from budwood.tune.steps import tell_labels
 from budwood.tune.targets import layer_number
 

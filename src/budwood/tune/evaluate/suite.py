@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.tune.data import styled
 from budwood.tune.encoding import Row, encode_one, longest_for
@@ -16,7 +17,6 @@ from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_window
 from budwood.tune.evaluate.harness import Task, expanded, find_task, run_tasks, task_names
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.own_text import replies
-from budwood.tune.ranges import need_at_least
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 GENERAL = ("winogrande", "social_iqa", "gsm8k")

@@ -9,16 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from budwood.errors import InputError
-from budwood.prune.bench.answering import (
+from budwood.bench.prune.answering import (
     Answered,
     Encoded,
     answer_full,
     answer_pruned,
     encode,
 )
-from budwood.prune.bench.times import Run, Times, measure
-from budwood.prune.bench.variants import Variant
+from budwood.bench.prune.times import Run, Times, measure
+from budwood.bench.prune.variants import Variant
+from budwood.errors import InputError
 from budwood.prune.budget import Budget
 from budwood.prune.chat import prepare
 from budwood.sprout.questions import Question, balanced

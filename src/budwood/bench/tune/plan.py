@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.tune.data import Example, read_examples, styled
 from budwood.tune.evaluate.drift import chat_prompts
 from budwood.tune.evaluate.suite import TARGETS, TEXT
 from budwood.tune.methods import parse_tuner
-from budwood.tune.ranges import need_at_least
 from budwood.tune.train import Settings
 
 METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from budwood.bench.tune.loop import LoopedExperts
 from budwood.errors import InputError
-from budwood.tune.bench.loop import LoopedExperts
+from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
 from budwood.tune.observe import observe
 from budwood.tune.steps import keeper_of
@@ -137,15 +137,10 @@ class _Case:
 
 def _measure_one(config: SpeedConfig, width: int, n_tokens: int) -> list[Row]:
     cases = {name: _case(name, config, width, n_tokens) for name in config.methods}
-    names, times = list(cases), {name: [] for name in cases}
-    for round_ in range(-1, config.repeats):
-        turn = round_ % len(names)
-        for name in names[turn:] + names[:turn]:
-            spent = _timed(cases[name], config.device)
-            if round_ >= 0:
-                times[name].append(spent)
+    clocks = {name: _clock(case, config.device) for name, case in cases.items()}
+    times = side_by_side(clocks, config.repeats)
     peaks = {name: _peak_mib(case, config.device) for name, case in cases.items()}
-    return [_row(name, config, width, n_tokens, cases, times, peaks) for name in names]
+    return [_row(name, config, width, n_tokens, cases, times, peaks) for name in cases]
 
 
 def _case(name: str, config: SpeedConfig, width: int, n_tokens: int) -> _Case:
@@ -223,19 +218,14 @@ def _pass(model: Any, x: Tensor) -> None:
     model(x).sum().backward()
 
 
-def _timed(case: _Case, device: str) -> float:
+def _clock(case: _Case, device: str) -> Callable[[int], float]:
     """Milliseconds of one pass."""
-    case.before()
-    _wait(device)
-    start = time.perf_counter()
-    case.run()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start)
 
+    def run(_: int) -> float:
+        case.before()
+        return 1e3 * seconds(case.run, device)
 
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    return run
 
 
 def _peak_mib(case: _Case, device: str) -> float:
@@ -245,7 +235,7 @@ def _peak_mib(case: _Case, device: str) -> float:
     tensors = [*case.model.parameters(), *case.model.buffers()]
     held = sum(one.untyped_storage().nbytes() for one in tensors)
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronize(device)
         start = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         case.run()
@@ -310,5 +300,4 @@ def _row(
 
 
 def _ratio(own: list[float], other: list[float]) -> float:
-    """The median of the ratio within each round."""
-    return round(statistics.median(a / b for a, b in zip(own, other)), 4)
+    return round(median_ratio(own, other), 4)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from budwood import records
+from budwood.bench.tune.plan import Material, Plan, read_material
 from budwood.errors import DivergedError, InputError
 from budwood.files import write_text
+from budwood.runs import RunFolder, read_json
 from budwood.tune.base import fingerprint_of
-from budwood.tune.bench.plan import Material, Plan, read_material
 from budwood.tune.data import read_text
 from budwood.tune.encoding import Row, encode, longest_for, n_learnt
 from budwood.tune.evaluate.harness import Task, draw, task_of
@@ -26,7 +27,6 @@ from budwood.tune.evaluate.scores import Score, mean_of
 from budwood.tune.evaluate.suite import CHAT, GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, count_at, fit_rank, n_trainable, parse_tuner
 from budwood.tune.own_text import kept_text
-from budwood.tune.runs import RunFolder, read_json
 from budwood.tune.train import adapter_of, fingerprint, is_slim, train
 
 _PROBE_WINDOWS, _PROBE_REPLIES = 6, 12

@@ -8,16 +8,8 @@ from typing import Annotated
 import typer
 
 from budwood import records
-from budwood.cli import (
-    bench_points,
-    bench_points_speed,
-    bench_prune,
-    bench_speed,
-    bench_tune,
-    bench_tune_speed,
-    options,
-    tune_eval,
-)
+from budwood.cli import options, tune_eval
+from budwood.cli.bench import points, points_speed, prune, prune_speed, tune, tune_speed
 from budwood.cli.console import say
 from budwood.cli.output import reserve_picture
 from budwood.errors import InputError, UnknownNameError
@@ -25,21 +17,21 @@ from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
 app = typer.Typer(rich_markup_mode=None)
-app.command("prune")(bench_prune.bench_prune)
-app.command("prune-speed")(bench_speed.bench_speed)
-app.command("points")(bench_points.bench_points)
-app.command("points-speed")(bench_points_speed.bench_points_speed)
-app.command("tune")(bench_tune.bench_tune)
-app.command("tune-speed")(bench_tune_speed.bench_tune_speed)
+app.command("prune")(prune.bench_prune)
+app.command("prune-speed")(prune_speed.bench_speed)
+app.command("points")(points.bench_points)
+app.command("points-speed")(points_speed.bench_points_speed)
+app.command("tune")(tune.bench_tune)
+app.command("tune-speed")(tune_speed.bench_tune_speed)
 
 DEFAULT_COLUMNS = {
-    "bench prune": bench_prune.MARKDOWN,
-    "bench prune-speed": bench_speed.MARKDOWN,
-    "bench points": bench_points.MARKDOWN,
-    "bench points-speed": bench_points_speed.MARKDOWN,
-    "bench tune": bench_tune.MARKDOWN,
-    "bench tune run": bench_tune.MARKDOWN_OF_RUNS,
-    "bench tune-speed": bench_tune_speed.MARKDOWN,
+    "bench prune": prune.MARKDOWN,
+    "bench prune-speed": prune_speed.MARKDOWN,
+    "bench points": points.MARKDOWN,
+    "bench points-speed": points_speed.MARKDOWN,
+    "bench tune": tune.MARKDOWN,
+    "bench tune run": tune.MARKDOWN_OF_RUNS,
+    "bench tune-speed": tune_speed.MARKDOWN,
     "tune eval": tune_eval.MARKDOWN,
 }
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from budwood.tune.bench.speed import METHODS, TARGETS, SpeedConfig, measure_speed
+from budwood.bench.tune.speed import METHODS, TARGETS, SpeedConfig, measure_speed
 
 __all__ = ["METHODS", "TARGETS", "SpeedConfig", "measure_speed"]

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from budwood.prune.bench.variants import Variant
+from budwood.bench.prune.variants import Variant
 from budwood.prune.chat import prepare
-from budwood.prune.latency import FirstToken, generate_timed, side_by_side
+from budwood.prune.latency import FirstToken, generate_timed
 from budwood.prune.session import attach
+from budwood.timing import side_by_side
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from budwood.cli.console import progress
 from budwood.cli.results import Results
 
 if TYPE_CHECKING:
+    from budwood.bench.prune import Config
     from budwood.cli.models import Loaded
-    from budwood.prune.bench import Config
 
 MARKDOWN = {
     "method": "",
@@ -115,7 +115,7 @@ def bench_prune(
 
 
 def _config(*, methods: str, keep: str, compat: str | None, question: str, **rest: Any) -> Config:
-    from budwood.prune.bench import Config, variants_of
+    from budwood.bench.prune import Config, variants_of
 
     variants = variants_of(options.listed(methods), compat, options.listed(question))
     keeps = tuple(options.keep_of(item) for item in options.listed(keep))
@@ -131,8 +131,8 @@ def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
 
 
 def _measure(config: Config, model: str | None, device: str, dtype: str) -> records.Record:
+    from budwood.bench.prune import counts, rows_of, run
     from budwood.cli.models import load
-    from budwood.prune.bench import counts, rows_of, run
 
     loaded = load(model, device, dtype)
     with progress("answers") as advance:

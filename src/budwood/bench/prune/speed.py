@@ -16,10 +16,11 @@ from budwood.errors import InputError
 from budwood.prune.budget import Budget
 from budwood.prune.families import family_of, innermost
 from budwood.prune.families.base import Layout
-from budwood.prune.latency import Timed, generate_timed, side_by_side
+from budwood.prune.latency import Timed, generate_timed
 from budwood.prune.question import QUESTIONS, Question
 from budwood.prune.selection import select
 from budwood.prune.session import PruneSession, attach
+from budwood.timing import side_by_side
 
 Row = dict[str, Any]
 

@@ -17,8 +17,8 @@ from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
-    from budwood.tune.bench.plan import Plan
-    from budwood.tune.bench.runner import Comparison
+    from budwood.bench.tune.plan import Plan
+    from budwood.bench.tune.runner import Comparison
 
 MARKDOWN = {
     "method": "",
@@ -169,7 +169,7 @@ def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
 
 
 def _plan(methods: str, lrs: str, seeds: str, settings: Any, **rest: Any) -> Plan:
-    from budwood.tune.bench.plan import Plan
+    from budwood.bench.tune.plan import Plan
 
     return Plan(
         methods=tuple(options.listed(methods)),
@@ -193,9 +193,9 @@ def _numbers(text: str, kind: Any, name: str) -> list[Any]:
 def _compare(
     plan: Plan, data: Path, output: Path, model: str | None, device: str, dtype: str
 ) -> tuple[records.Record, list[str]]:
+    from budwood.bench.tune.rows import method_rows
+    from budwood.bench.tune.runner import Comparison
     from budwood.cli.language_models import load_language_model, third_party_warnings_off
-    from budwood.tune.bench.rows import method_rows
-    from budwood.tune.bench.runner import Comparison
     from budwood.tune.train import check_trainable
 
     loaded = load_language_model(model, device, dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from budwood.prune.bench.variants import Variant
+from budwood.bench.prune.variants import Variant
 from budwood.prune.chat import GREEDY, answers
 from budwood.prune.families import family_of, innermost
 from budwood.prune.session import attach

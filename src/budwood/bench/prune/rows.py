@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from budwood.prune.bench.accuracy import FULL, Asked, Config, Outcome
-from budwood.prune.bench.statistics import PairedBootstrap, interval, ratio
-from budwood.prune.bench.times import Run
+from budwood.bench.prune.accuracy import FULL, Asked, Config, Outcome
+from budwood.bench.prune.times import Run
+from budwood.bootstrap import PairedBootstrap, interval, ratio
 from budwood.sprout.questions import KINDS
 
 Row = dict[str, Any]

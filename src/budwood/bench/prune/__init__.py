@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from budwood.prune.bench.accuracy import Config, Outcome, run
-from budwood.prune.bench.rows import counts, rows_of
-from budwood.prune.bench.variants import Variant, variants_of
+from budwood.bench.prune.accuracy import Config, Outcome, run
+from budwood.bench.prune.rows import counts, rows_of
+from budwood.bench.prune.variants import Variant, variants_of
 
 __all__ = ["Config", "Outcome", "Variant", "counts", "rows_of", "run", "variants_of"]

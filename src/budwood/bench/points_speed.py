@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from budwood.points.adapters import Adapter, make_adapter
 from budwood.points.adapters.fca import FusedCrossAttention
 from budwood.points.encoders import PointEncoder
 from budwood.points.grouping import Grouping
+from budwood.timing import median_ratio, seconds, side_by_side
 
 Row = dict[str, Any]
 
@@ -44,13 +44,14 @@ def encoder_rows(encoder: PointEncoder, n_points: int, batch: int, repeats: int)
         runs |= {f"fca {init}": adapter, f"fca {init}, fused": adapter.fuse().eval()}
     runs["lora"] = make_adapter("lora", encoder)
     with torch.inference_mode():
-        times = _in_turn({name: _caller(run, xyz) for name, run in runs.items()}, repeats)
+        clocks = {name: _clock(functools.partial(run, xyz)) for name, run in runs.items()}
+        times = side_by_side(clocks, repeats)
     return [
         {
             "what": name,
             "points": n_points,
             "clouds_per_s": batch / statistics.median(own),
-            "over_frozen": statistics.median(a / b for a, b in zip(own, times["frozen"])),
+            "over_frozen": median_ratio(own, times["frozen"]),
         }
         for name, own in times.items()
     ]
@@ -69,13 +70,13 @@ def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -
         "groups": lambda: by_distance(xyz),
         "groups, loop": lambda: [looped_groups(cloud.numpy(), n_groups, k) for cloud in xyz],
     }
-    times = _in_turn(runs, repeats)
+    times = side_by_side({name: _clock(run) for name, run in runs.items()}, repeats)
     return [
         {
             "what": name,
             "points": n_points,
             "clouds_per_s": batch / statistics.median(own),
-            "over_loop": statistics.median(b / a for a, b in zip(own, times["groups, loop"])),
+            "over_loop": median_ratio(times["groups, loop"], own),
         }
         for name, own in times.items()
     ]
@@ -106,19 +107,5 @@ def looped_groups(xyz: np.ndarray, n_groups: int, k: int) -> tuple[np.ndarray, n
     return np.array(centers), np.stack(members)
 
 
-def _caller(run: PointEncoder | Adapter, xyz: Tensor) -> Callable[[], Any]:
-    return lambda: run(xyz)
-
-
-def _in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each; every round begins with another one."""
-    names = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(repeats + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            runs[name]()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
+def _clock(run: Callable[[], Any]) -> Callable[[int], float]:
+    return lambda _: seconds(run)

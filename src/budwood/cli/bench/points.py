@@ -14,8 +14,8 @@ from budwood.cli.console import progress, working
 from budwood.cli.results import Results
 
 if TYPE_CHECKING:
+    from budwood.bench.points import BenchConfig
     from budwood.points import PointEncoder
-    from budwood.points.bench import BenchConfig
 
 ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
 ALL += ",esp-zero-paper,esp-zero,sparse-full,sparse-lora"
@@ -78,7 +78,7 @@ def bench_points(
     Example:
       budwood bench points --methods tokens,adabn,sparse-lora --points 64 --seeds 1 --out new.json
     """
-    from budwood.points.bench import BenchConfig
+    from budwood.bench.points import BenchConfig
 
     results = Results(out, force, json, plot, resumes=True)
     sparse = options.counts_of(lidar, "lidar") if options.listed(lidar) else ()
@@ -100,8 +100,8 @@ def bench_points(
 def _measure(
     config: BenchConfig, encoder: str, checkpoint: Path | None, device: str, results: Results
 ) -> records.Record:
+    from budwood.bench.points import run
     from budwood.points import load_clouds
-    from budwood.points.bench import run
 
     with working("reading clouds"):
         given = load_clouds()

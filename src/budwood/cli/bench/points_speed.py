@@ -34,7 +34,7 @@ def bench_points_speed(
     Example:
       budwood bench points-speed --points 1024,64 --out speed.json
     """
-    from budwood.points.speed import encoder_rows, grouping_rows
+    from budwood.bench.points_speed import encoder_rows, grouping_rows
 
     counts = options.counts_of(points, "points")
     results = Results(out, force, json)
