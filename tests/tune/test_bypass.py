@@ -7,7 +7,7 @@ import torch
 
 from budwood.tune import SlimLinear, observe
 from budwood.tune import layer as layer_module
-from budwood.tune.regularisation import l1_slopes
+from budwood.tune.equations import l1_slopes
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
-from budwood.tune.discriminant import discriminant
+from budwood.tune.distance import discriminant
 from budwood.tune.encoding import Padded, Row, n_learnt
 from budwood.tune.modes import evaluating
 from budwood.tune.own_text import own_text

@@ -13,17 +13,20 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from budwood.errors import MergeError
-from budwood.tune.clustering import Moments
+from budwood.tune.autograd import Side, add_rows, product, take_rows, untouched
 from budwood.tune.config import SlimConfig
-from budwood.tune.merging import merged_scale
-from budwood.tune.product import Side, product, untouched
-from budwood.tune.regularisation import l1_slopes
-from budwood.tune.router import route, standardise
-from budwood.tune.rows import add_rows, take_rows
+from budwood.tune.equations import (
+    l1_slopes,
+    merged_scale,
+    route,
+    standardise,
+    surely_bypassed,
+    yield_scores,
+)
+from budwood.tune.moments import Moments
 from budwood.tune.state import Clusters, Discriminant, Mask, make_clusters
 from budwood.tune.steps import StepKeeper
 from budwood.tune.tokens import TokenWatch
-from budwood.tune.yielding import surely_bypassed, yield_scores
 
 if TYPE_CHECKING:
     from budwood.tune.fitting import Survey

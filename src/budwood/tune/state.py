@@ -15,20 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from budwood.errors import DivergedError, InputError
-from budwood.tune.clustering import (
+from budwood.tune.config import SlimConfig
+from budwood.tune.distance import (
+    measure,
+    measure_along,
+    measure_whitened,
+    no_centres,
+    random_directions,
+    whitener,
+)
+from budwood.tune.equations import draw_keep, standardised_distance
+from budwood.tune.moments import (
     Moments,
     channel_scale,
-    measure,
     scatter,
     seed_centres,
     slide,
     slide_distance,
+    slide_whitened,
 )
-from budwood.tune.config import SlimConfig
-from budwood.tune.discriminant import measure_along, no_centres
-from budwood.tune.merging import draw_keep
-from budwood.tune.whitening import measure_whitened, random_directions, slide_whitened, whitener
-from budwood.tune.yielding import standardised_distance
 
 
 def version(tensor: Tensor) -> int:

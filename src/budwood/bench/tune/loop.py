@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budwood.tune.router import route, standardise
+from budwood.tune.equations import route, standardise
 
 
 class LoopedExperts(nn.Module):
