@@ -160,9 +160,9 @@ def discriminant(training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Fit Fisher's linear discriminant between two samples, with a ridge.
 
     Source: Friedman 1989, regularised discriminant analysis: w = (C + λ)⁻¹·(μ_other − μ_training)
-        in standardised channels, with C the mean of the two covariances. With one covariance for
-        both, the difference of the squared Mahalanobis distances to the two samples (arXiv
-        2106.09022) is linear in the token, so that one product measures it in all channels.
+    in standardised channels, with C the mean of the two covariances. With one covariance for
+    both, the difference of the squared Mahalanobis distances to the two samples (arXiv
+    2106.09022) is linear in the token, so that one product measures it in all channels.
 
     Args:
         training: tokens of the training data, float32, shape (n_training, d_in).

@@ -84,7 +84,7 @@ def standardised_distance(raw: Tensor, mean: Tensor, var: Tensor, margin: float)
     """Express distances in standard deviations of the training distances, minus a margin: d.
 
     Source: SLIM, weight yielding. Deviation: the paper takes the raw distance. That grows with
-        width and heavy tails, so that training data would yield too.
+    width and heavy tails, so that training data would yield too.
 
     Args:
         raw: distance of each token, shape (n_tokens,), unitless.

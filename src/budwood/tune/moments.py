@@ -1,10 +1,10 @@
 """Running statistics of the training data: sums of one step, and how statistics move by them.
 
 Source: SLIM, sliding clustering. A layer's statistics are cluster centres, a spread around them,
-    and the distribution of the distances. Each optimiser step adds up :class:`Moments` of its
-    tokens, over passes and ranks, and the functions here move the statistics by them. Everything is
-    pure, float32 and outside autograd. :mod:`budwood.tune.distance` measures with these statistics,
-    :mod:`budwood.tune.state` holds them.
+and the distribution of the distances. Each optimiser step adds up :class:`Moments` of its
+tokens, over passes and ranks, and the functions here move the statistics by them. Everything is
+pure, float32 and outside autograd. :mod:`budwood.tune.distance` measures with these statistics,
+:mod:`budwood.tune.state` holds them.
 """
 
 from __future__ import annotations

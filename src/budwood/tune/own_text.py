@@ -23,7 +23,7 @@ from budwood.tune.encoding import (
     prompt_tokens,
     tokens_before_request,
 )
-from budwood.tune.modes import evaluating
+from budwood.tune.observe import evaluating
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Where what the model makes up is cut."""

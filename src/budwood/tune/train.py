@@ -22,9 +22,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from budwood.errors import DivergedError, InputError, UnknownNameError
 from budwood.runs import RunFolder
 from budwood.tune.base import fingerprint_of
-from budwood.tune.callback import SlimCallback
 from budwood.tune.encoding import Padded, Row
 from budwood.tune.observe import observe
+from budwood.tune.steps import SlimCallback
 from budwood.tune.trainer import AnswerTrainer, check_gradients, tell_slim
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
