@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DISTANCES = ("max", "rms", "whitened", "discriminant")
 SPREAD = 0.1
 """Centres start this far from the mean, in standard deviations a channel."""
 FLOOR = 1e-6

@@ -287,7 +287,7 @@ class SlimLinear(nn.Module, SlimLayer):
 
     def _scale(self, now: _Pass) -> float:
         config = now.config
-        scale = config.alpha / config.r
+        scale = config.scale
         if now.name not in self.slim_mask:
             return scale
         return scale * merged_scale(config.merge_p, rescale=config.merge_rescale, masked=now.masked)
