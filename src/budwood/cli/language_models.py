@@ -88,7 +88,7 @@ def need_adapter(folder: str) -> None:
     Raises:
         InputError: there is none, or its files are malformed or truncated.
     """
-    from budwood.tune.files import CONFIG_FILE, check_adapter_files
+    from budwood.tune.saved import CONFIG_FILE, check_adapter_files
 
     if not is_path(folder) and "/" in folder:
         return
@@ -184,7 +184,7 @@ def _default(dtype: Any) -> tuple[Any, Any]:
 def _pretrained(source: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from budwood.tune.files import CONFIG_FILE
+    from budwood.tune.saved import CONFIG_FILE
 
     if is_path(source) and not Path(source).expanduser().is_dir():
         raise InputError(f"there is no model directory {source}; give a directory or a hub id")

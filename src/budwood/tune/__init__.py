@@ -29,11 +29,15 @@ from budwood.tune.steps import commit, tell_labels
 if TYPE_CHECKING:
     from budwood.tune.callback import SlimCallback
     from budwood.tune.export import LoraExport, export_lora
+    from budwood.tune.finetuning import FinetuneResult, finetune
+    from budwood.tune.settings import Settings
 
 __all__ = [
+    "FinetuneResult",
     "LayerRouting",
     "LoraExport",
     "Recorder",
+    "Settings",
     "SlimCallback",
     "SlimConfig",
     "SlimLayer",
@@ -41,12 +45,20 @@ __all__ = [
     "SlimModel",
     "commit",
     "export_lora",
+    "finetune",
     "fit_discriminant",
     "observe",
     "tell_labels",
 ]
 
-_HOMES = {"LoraExport": "export", "SlimCallback": "callback", "export_lora": "export"}
+_HOMES = {
+    "FinetuneResult": "finetuning",
+    "LoraExport": "export",
+    "Settings": "settings",
+    "SlimCallback": "callback",
+    "export_lora": "export",
+    "finetune": "finetuning",
+}
 
 register()
 

@@ -192,14 +192,18 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     Raises:
         UnsupportedModelError: the template shows no such place.
     """
-    before, found, _ = render(tokenizer, [{"role": "user", "content": _MARK}], True).partition(
-        _MARK
-    )
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template, which self-generated text needs; train with "
+            "slim:texts=0"
+        )
+    turns = [{"role": "user", "content": _MARK}]
+    before, found, _ = render(tokenizer, turns, True).partition(_MARK)
     tokens = _tokens(tokenizer, before)
     if not found or not tokens:
         raise UnsupportedModelError(
-            "the chat template does not show where a user's turn begins; give texts of your own, "
-            "or none (slim:texts=0)"
+            "the chat template does not show where a user's turn begins, which self-generated text "
+            "needs; train with slim:texts=0"
         )
     return tokens
 

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
-from budwood.tune.files import WEIGHTS_FILE
 from budwood.tune.layer import SlimLinear
 from budwood.tune.merging import merged_scale
 from budwood.tune.modes import evaluating
 from budwood.tune.observe import observe
+from budwood.tune.saved import WEIGHTS_FILE
 from budwood.tune.steps import layers_of
 
 REPORT_FILE = "approximation.json"

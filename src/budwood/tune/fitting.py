@@ -7,7 +7,7 @@ shows it: no other data are needed, since the model also makes up what it is ask
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
+from budwood.progress import Progress, silent
 from budwood.tune.discriminant import discriminant
-from budwood.tune.encoding import Padded, Row, n_learnt
+from budwood.tune.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.modes import evaluating
-from budwood.tune.own_text import own_text
+from budwood.tune.self_generated import self_generate
 from budwood.tune.state import Discriminant
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
 
@@ -36,12 +37,12 @@ LEAST_TOKENS = 32
 def fit_discriminant(
     model: nn.Module,
     tokenizer: Any,
-    rows: Sequence[Row],
-    other: Sequence[Row] | None = None,
+    rows: Sequence[EncodedExample],
+    other: Sequence[EncodedExample] | None = None,
     *,
     batch: int = 16,
     seed: int = 0,
-    advance: Callable[..., None] | None = None,
+    progress: Progress = silent,
 ) -> tuple[int, int]:
     """Show a fresh SLIM adapter training data and text that must not change, before training.
 
@@ -57,7 +58,7 @@ def fit_discriminant(
             the model itself, which needs a chat template.
         batch: rows at a time.
         seed: of the draws.
-        advance: a function (done, total, note), for a progress bar.
+        progress: called after each batch.
 
     Returns:
         How many tokens of each have labels.
@@ -72,7 +73,7 @@ def fit_discriminant(
     need_at_least(1, batch=batch)
     _check_rows("training data", rows)
     if other is None:
-        other = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=advance)
+        other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
     rows = _drawn(rows, seed)
     seen = []
@@ -84,7 +85,7 @@ def fit_discriminant(
     fitted = [(one, _fit(one, *(kept[one] for kept in seen))) for one in found]
     for clusters, (direction, offset, n) in fitted:
         clusters.set_direction(direction, offset, n)
-    return n_learnt(rows), n_learnt(other)
+    return n_supervised(rows), n_supervised(other)
 
 
 class Survey:
@@ -149,7 +150,7 @@ def _fresh(model: nn.Module) -> list[Discriminant]:
     return found
 
 
-def _drawn(rows: Sequence[Row], seed: int) -> list[Row]:
+def _drawn(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
     """Rows, drawn until there are enough of them and of their tokens, in their order."""
     drawn: list[int] = []
     n_tokens = 0
@@ -157,15 +158,15 @@ def _drawn(rows: Sequence[Row], seed: int) -> list[Row]:
         if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
             break
         drawn.append(i)
-        n_tokens += n_learnt([rows[i]])
+        n_tokens += n_supervised([rows[i]])
     return [rows[i] for i in sorted(drawn)]
 
 
-def _check_rows(what: str, rows: Sequence[Row]) -> None:
-    bad = next((i for i, row in enumerate(rows) if not n_learnt([row])), None)
+def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
+    bad = next((i for i, row in enumerate(rows) if not n_supervised([row])), None)
     if bad is not None:
         raise InputError(f"row {bad} of the {what} has no token that counts; leave it out")
-    n = n_learnt(rows)
+    n = n_supervised(rows)
     if n < LEAST_TOKENS:
         raise InputError(
             f"the {what} has {n} tokens that count and needs {LEAST_TOKENS}: give more, or "
@@ -174,7 +175,7 @@ def _check_rows(what: str, rows: Sequence[Row]) -> None:
 
 
 def _show(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int, survey: Survey
+    model: nn.Module, tokenizer: Any, rows: Sequence[EncodedExample], batch: int, survey: Survey
 ) -> None:
     """Pass rows through the model, whose layers show their inputs and change nothing."""
     device = next(model.parameters()).device
