@@ -145,12 +145,13 @@ def finetune(
     rows, n_left_out = _encoded(examples, tokenizer, model, chosen.max_length)
     tuner = tuner.fitted_to(n_supervised(rows))
     name = _name_of(model)
-    with processes(model).main_process_first():
-        data_id = fingerprint(rows)
-        identity = run_identity(name, model, method, chosen, rank, data_id, arguments)
-        run = RunFolder(folder, identity)
-    was_complete = run.is_complete
-    with _adapted(tuner, model, rank, chosen.seed, run) as adapted:
+    identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
+    with _detached_on_error(attach(tuner, model, rank, chosen.seed)) as adapted:
+        with processes(model).main_process_first():
+            run = RunFolder(folder, run_identity(*identity))
+        was_complete = run.is_complete
+        if was_complete:
+            adapted = _saved(adapted.unload(), run)
         n_parameters = n_trainable(adapted)
         file = texts_file or folder / TEXTS_FILE
         texts = _texts(run, tuner, adapted, tokenizer, file, progress)
@@ -308,19 +309,20 @@ def _device_of_process(device: str) -> str:
 
 
 @contextmanager
-def _adapted(tuner: Tuner, model: Any, rank: int, seed: int, run: RunFolder) -> Iterator[Any]:
-    """The model with a fresh adapter, or that of a finished run; taken off again on an error."""
-    if run.is_complete:
-        import peft
-
-        adapted: Any = peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
-    else:
-        adapted = attach(tuner, model, rank, seed)
+def _detached_on_error(adapted: Any) -> Iterator[Any]:
+    """Take the adapter off the user's model where something goes wrong."""
     try:
         yield adapted
     except BaseException:
         adapted.unload()
         raise
+
+
+def _saved(model: Any, run: RunFolder) -> Any:
+    """The adapter of a finished run on its base model."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
 
 
 def _texts(
