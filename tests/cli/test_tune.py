@@ -425,16 +425,16 @@ def test_a_comparison_keeps_its_model_and_its_questions(
 def test_the_base_of_an_adapter_on_the_hub(monkeypatch):
     from peft import PeftConfig
 
-    from budwood.cli.language_models import _base_of
+    from budwood.tune.loading import base_of
     from budwood.errors import InputError
 
     found = PeftConfig(base_model_name_or_path="someone/base")
     monkeypatch.setattr(PeftConfig, "from_pretrained", classmethod(lambda cls, name: found))
-    assert _base_of("someone/adapter") == "someone/base"
+    assert base_of("someone/adapter") == "someone/base"
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="cannot load adapter someone/adapter"):
-        _base_of("someone/adapter")
+        base_of("someone/adapter")
 
 
 def test_bench_goes_on_from_records_alone(comparison, budwood):
@@ -538,7 +538,7 @@ def test_models_that_cannot_be_trained(slim, budwood, lm_dir, data, tmp_path):
     lacking = changed("lacking", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
     refused_with_bars(tune(lacking), "lacks 1 weights, such as model.layers.0.mlp.up_proj.weight")
     broken = changed("broken", lambda weights: weights["model.norm.weight"].fill_(float("nan")))
-    refused_with_bars(tune(broken), "what the base model computes is NaN", "float32 (--dtype)")
+    refused_with_bars(tune(broken), "the logits of the base model are NaN", "float32 (--dtype)")
     cut = changed("cut", lambda weights: None) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     refused_with_bars(tune(cut.parent), "cannot load model", "not fully covered")

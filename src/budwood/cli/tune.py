@@ -136,8 +136,8 @@ def run(
       budwood tune train.jsonl --output tuned
       budwood tune eval tuned --target test.jsonl
     """
-    from budwood.cli.language_models import third_party_warnings_off
     from budwood.cli.models import be_quiet
+    from budwood.loading import third_party_warnings_off
     from budwood.tune import Settings, finetune
 
     settings = Settings(

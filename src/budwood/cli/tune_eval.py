@@ -14,7 +14,7 @@ from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.cli.language_models import LanguageModel
+    from budwood.loading import Loaded
     from budwood.tune.encoding import EncodedExample
     from budwood.tune.evaluate.suite import Suite
 
@@ -81,7 +81,7 @@ def tune_eval(
       budwood tune eval tuned --data tasks --limit 500
     """
     from budwood.checks import need_at_least
-    from budwood.cli.language_models import load_adapted
+    from budwood.cli.models import load_adapted
     from budwood.tune.data import STYLES
     from budwood.tune.evaluate.divergence import chat_prompts
     from budwood.tune.evaluate.suite import Suite
@@ -151,7 +151,7 @@ def _text(text: Path | None, data: Path | None) -> Path | None:
 
 
 def _texts(
-    loaded: LanguageModel, text: Path | None, windows: int, prompts: int, seed: int
+    loaded: Loaded, text: Path | None, windows: int, prompts: int, seed: int
 ) -> dict[str, list[EncodedExample]]:
     from budwood.tune.evaluate.divergence import make_texts
 
@@ -167,7 +167,7 @@ def _texts(
         )
 
 
-def _measure(loaded: LanguageModel, suite: Suite, seed: int) -> list[dict[str, Any]]:
+def _measure(loaded: Loaded, suite: Suite, seed: int) -> list[dict[str, Any]]:
     from budwood.tune.evaluate.scores import report_rows
 
     with progress("before") as bar:
@@ -179,7 +179,7 @@ def _measure(loaded: LanguageModel, suite: Suite, seed: int) -> list[dict[str, A
     return report_rows(before + text_before, after + text_after, seed)
 
 
-def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None:
+def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
     from budwood.tune.trainer import is_slim
 
     if plot and not is_slim(loaded.model):
@@ -188,7 +188,7 @@ def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None
         )
 
 
-def _draw(loaded: LanguageModel, texts: dict[str, list[EncodedExample]], path: Path) -> None:
+def _draw(loaded: Loaded, texts: dict[str, list[EncodedExample]], path: Path) -> None:
     from budwood.tune.evaluate.suite import routing_rows
     from budwood.tune.plots import plot_identity
 

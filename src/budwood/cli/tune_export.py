@@ -13,7 +13,7 @@ from budwood.cli.console import print_json, print_table, say, working
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.cli.language_models import LanguageModel
+    from budwood.loading import Loaded
     from budwood.tune.data import Example
     from budwood.tune.encoding import EncodedExample
 
@@ -52,7 +52,7 @@ def export_lora(
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.checks import need_at_least
-    from budwood.cli.language_models import load_adapted
+    from budwood.cli.models import load_adapted
     from budwood.tune.data import read_examples
     from budwood.tune.evaluate.tasks import draw
     from budwood.tune.export import empty_folder
@@ -79,7 +79,7 @@ def export_lora(
 
 
 def _export(
-    loaded: LanguageModel,
+    loaded: Loaded,
     examples: dict[str, list[Example]],
     output: Path,
     rank: int,
@@ -104,7 +104,7 @@ def _export(
     return dataclasses.asdict(report)
 
 
-def _batches(rows: list[EncodedExample], loaded: LanguageModel) -> list[dict[str, Any]]:
+def _batches(rows: list[EncodedExample], loaded: Loaded) -> list[dict[str, Any]]:
     from budwood.tune.encoding import Padded
 
     collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from budwood import records
 from budwood.checks import need_at_least
 from budwood.errors import InputError, OutputError
+from budwood.loading import SMOLLM2, bare_name, load_language_model
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
@@ -256,10 +257,11 @@ def _model_of(
 ) -> tuple[Any, Any]:
     """The model and its tokenizer, loaded where they are given by name."""
     if isinstance(model, (str, os.PathLike)) or model is None:
-        name = None if model in (None, "smollm2") else os.fspath(model)
-        progress(0, 1, f"loading {name or 'SmolLM2'}")
+        name = SMOLLM2 if model is None else os.fspath(model)
+        progress(0, 1, f"loading {name}")
         on_cpu = device == "auto" and getattr(args, "use_cpu", False)
-        loaded = _load(name, "cpu" if on_cpu else _device_of_process(device), dtype)
+        device = "cpu" if on_cpu else _device_of_process(device)
+        loaded = load_language_model(name, device, dtype)
         return loaded.model, tokenizer or loaded.tokenizer
     if hasattr(model, "peft_config"):
         raise InputError(
@@ -271,12 +273,6 @@ def _model_of(
     if getattr(args, "use_cpu", False) and model.device.type != "cpu":
         raise InputError(f"args.use_cpu is set and the model is on {model.device}; move it first")
     return model, tokenizer or _tokenizer_of(model)
-
-
-def _load(name: str | None, device: str, dtype: str) -> Any:
-    from budwood.cli.language_models import load_language_model
-
-    return load_language_model(name, device, dtype)
 
 
 def _tokenizer_of(model: Any) -> Any:
@@ -295,8 +291,6 @@ def _tokenizer_of(model: Any) -> Any:
 
 def _name_of(model: Any) -> str:
     """What records call a model: without the directories above it."""
-    from budwood.cli.models import bare_name
-
     return bare_name(getattr(model, "name_or_path", "") or model.config.model_type)
 
 

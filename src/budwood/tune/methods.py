@@ -1,6 +1,7 @@
 """Ways of fine-tuning by name: SLIM, its ablations, and the methods that it is compared with.
 
-A new method is a line in ``METHODS``: options of SLIM or LoRA, or a small class of its own.
+A new method is a line in ``METHODS``, options of SLIM or LoRA or a small class of its own, and its
+summary in ``budwood.catalogue``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from budwood import catalogue
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.registry import Registry
 from budwood.tune.config import SlimConfig
@@ -269,66 +271,42 @@ class Slim(Tuner):
 
 @dataclass(frozen=True)
 class Method:
-    """A name's entry in ``METHODS``.
+    """What a name of ``budwood.catalogue.TUNERS`` stands for.
 
     Attributes:
-        summary: what it is, in one line.
         kind: the tuner's class.
         options: values of the class's fields, and options of the adapter's config.
-        is_ablation: whether it is SLIM without a part, and so compared at SLIM's own rank.
     """
 
-    summary: str
     kind: type[Tuner]
     options: Mapping[str, Any] = field(default_factory=dict)
-    is_ablation: bool = False
 
 
-def _ablation(summary: str, **options: Any) -> Method:
-    return Method(summary, Slim, options, is_ablation=True)
+def _slim(**options: Any) -> Method:
+    return Method(Slim, options)
 
 
 METHODS = {
-    "lora": Method("LoRA on the MLP projections of all layers", Lora),
+    "lora": Method(Lora),
     # This decay kept the target score and halved the divergence (benchmarks/LOG.md, 2026-11-22).
-    "lora-wd": Method("LoRA with decoupled weight decay", Lora, {"weight_decay": 30.0}),
-    "lora-kl": Method(
-        "LoRA that stays close to the base model on the prompts it trains on", Lora, {"kl": 1.0}
+    "lora-wd": Method(Lora, {"weight_decay": 30.0}),
+    "lora-kl": Method(Lora, {"kl": 1.0}),
+    "lora-own": Method(LoraTexts),
+    "lora-late": Method(LoraLate),
+    "lora-attn": Method(LoraAttention),
+    "dora": Method(Dora),
+    "moe": _slim(
+        strength=1.0, n_identity=0, clustering=False, yielding=False, merging=False, l1=0.0
     ),
-    "lora-own": Method("LoRA that stays close to the base model on self-generated text", LoraTexts),
-    "lora-late": Method("LoRA on the later layers only, those that SLIM adapts", LoraLate),
-    "lora-attn": Method("LoRA on attention as well, at a lower rank", LoraAttention),
-    "dora": Method("LoRA with the magnitude of each column apart (DoRA)", Dora),
-    "moe": Method(
-        "Top-2 mixture of LoRA experts without SLIM's other parts, similar to MixLoRA",
-        Slim,
-        {
-            "strength": 1.0,
-            "n_identity": 0,
-            "clustering": False,
-            "yielding": False,
-            "merging": False,
-            "l1": 0.0,
-        },
-    ),
-    "slim": Method("Soft LoRA and identity mixture (SLIM), our reconstruction", Slim),
-    "slim-no-identity": _ablation(
-        "SLIM without identity experts, and so without yielding", n_identity=0, yielding=False
-    ),
-    "slim-no-router": _ablation("SLIM without a router: experts weigh the same", router=False),
-    "slim-no-clustering": _ablation(
-        "SLIM with the whitened distance to one running mean", distance="whitened", clustering=False
-    ),
-    "slim-no-yielding": _ablation(
-        "SLIM whose experts do not yield far from the training data", yielding=False
-    ),
-    "slim-no-merging": _ablation("SLIM without random masks on B·A", merging=False),
-    "slim-no-l1": _ablation("SLIM without its L1 penalty", l1=0.0),
-    "slim-whitened": _ablation(
-        "SLIM with the distance to the training data alone", distance="whitened"
-    ),
-    "slim-paper": _ablation(
-        "SLIM as the paper reads, in all layers, but for a standardised distance and our β",
+    "slim": _slim(),
+    "slim-no-identity": _slim(n_identity=0, yielding=False),
+    "slim-no-router": _slim(router=False),
+    "slim-no-clustering": _slim(distance="whitened", clustering=False),
+    "slim-no-yielding": _slim(yielding=False),
+    "slim-no-merging": _slim(merging=False),
+    "slim-no-l1": _slim(l1=0.0),
+    "slim-whitened": _slim(distance="whitened"),
+    "slim-paper": _slim(
         strength=1.0,
         distance="max",
         fit_on="all",
@@ -336,25 +314,14 @@ METHODS = {
         yield_at="module",
         margin=0.0,
     ),
-    "slim-max": _ablation(
-        "SLIM with the paper's distance, the maximum over channels", distance="max"
-    ),
-    "slim-rms": _ablation("SLIM with the root mean square over channels", distance="rms"),
-    "slim-all-tokens": _ablation(
-        "SLIM whose statistics include all tokens, also those of prompts", fit_on="all"
-    ),
-    "slim-by-module": _ablation(
-        "SLIM in which each module yields by the distance of its own input", yield_at="module"
-    ),
-    "slim-all-layers": _ablation(
-        "SLIM in all layers at the same rank, and so with more parameters", skip_first=0.0
-    ),
-    "slim-mask": _ablation(
-        "SLIM that keeps its last mask at inference in place of the expectation",
-        merge_inference="mask",
-    ),
+    "slim-max": _slim(distance="max"),
+    "slim-rms": _slim(distance="rms"),
+    "slim-all-tokens": _slim(fit_on="all"),
+    "slim-by-module": _slim(yield_at="module"),
+    "slim-all-layers": _slim(skip_first=0.0),
+    "slim-mask": _slim(merge_inference="mask"),
 }
-"""Name → method. Options given behind a name take precedence over the options here."""
+"""Name → tuner and options. Summaries are in ``budwood.catalogue``."""
 
 TUNERS = Registry("tuning method", METHODS)  # type: ignore[arg-type]
 
@@ -395,6 +362,15 @@ def method_of(text: str) -> Method:
     if not isinstance(text, str):
         raise InputError(f"method={text!r}; give a name such as 'slim'")
     return TUNERS.get(text.partition(":")[0].strip())
+
+
+def is_ablation(text: str) -> bool:
+    """Whether a method is SLIM with a part left out or changed, and so has SLIM's own rank.
+
+    Args:
+        text: as :func:`parse_tuner` takes it.
+    """
+    return catalogue.TUNERS[text.partition(":")[0].strip()].facts["kind"] == "ablation"
 
 
 def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:

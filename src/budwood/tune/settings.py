@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from budwood.checks import need_at_least, need_seed
 from budwood.errors import InputError, UnknownNameError
 
 SCHEDULES = (
     *("cosine", "linear", "constant", "constant_with_warmup"),
     *("polynomial", "inverse_sqrt", "cosine_with_restarts"),
 )
-MOST_SEED = 2**32 - 1
-"""The largest seed that NumPy takes."""
 
 RATE, RATE_WIDTH = 3e-3, 576
 """A learning rate that was good for all methods, and the model width that it was tried at."""
@@ -71,8 +70,6 @@ class Settings:
             self._check_count(name, 1)
         for name in ("steps", "probe_every", "seed"):
             self._check_count(name, 0)
-        if self.seed > MOST_SEED:
-            raise InputError(f"seed={self.seed} is outside 0 to {MOST_SEED}")
         numbers = {"epochs": self.epochs, "max_grad_norm": self.max_grad_norm}
         numbers |= {} if self.lr is None else {"lr": self.lr}
         for name, value in numbers.items():
@@ -88,10 +85,10 @@ class Settings:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise InputError(f"{name}={value!r}; give an int of at least {least}")
-        if value < least:
-            most = f" to {MOST_SEED}" if name == "seed" else ""
-            reason = f"outside {least}{most}" if most else f"below {least}"
-            raise InputError(f"{name}={value} is {reason}")
+        if name == "seed":
+            need_seed(value)
+        else:
+            need_at_least(least, **{name: value})
 
 
 def default_lr(model: Any) -> float:

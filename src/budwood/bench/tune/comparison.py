@@ -27,7 +27,7 @@ from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, routing_rows
 from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
 from budwood.tune.finetuning import FinetuneResult, finetune
-from budwood.tune.methods import method_of, parse_tuner
+from budwood.tune.methods import is_ablation, parse_tuner
 from budwood.tune.train import fingerprint
 from budwood.tune.trainer import is_slim
 
@@ -252,7 +252,7 @@ class Comparison:
     def rank(self, method: str) -> int:
         """The rank that gives a method as many trained parameters as the reference has."""
         if method not in self._ranks:
-            if method == self.plan.reference or method_of(method).is_ablation:
+            if method == self.plan.reference or is_ablation(method):
                 self._ranks[method] = self.plan.rank
             else:
                 reference = parse_tuner(self.plan.reference)

@@ -195,7 +195,8 @@ def _compare(
 ) -> tuple[records.Record, list[str]]:
     from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.rows import method_rows
-    from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.cli.models import load_language_model
+    from budwood.loading import third_party_warnings_off
     from budwood.tune.train import check_trainable
 
     loaded = load_language_model(model, device, dtype)
