@@ -24,7 +24,7 @@ from transformers import (
 import budwood.tune.steps as steps_module
 from budwood.errors import AttachError, DivergedError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
-from budwood.tune.evaluate.routing import by_layer, routing_rows
+from budwood.tune.evaluate.suite import by_layer, routing_rows
 from budwood.tune.state import make_statistics
 from tests import tiny_chat
 from tests import tiny_llm as tiny

@@ -10,7 +10,7 @@ import typer
 
 from budwood.cli import options
 from budwood.cli.console import out, print_json, print_table, progress, say
-from budwood.cli.output import reserve_picture
+from budwood.cli.output import make_folder, reserve_picture
 from budwood.cli.prune import drawn
 from budwood.files import write_whole
 
@@ -67,6 +67,7 @@ def demo(
         (overlay_dir / f"scene-{i}.png", overlay_dir / f"scene-{i}-kept.png")
         for i in _count(chosen)
     ]
+    make_folder(overlay_dir)
     for path in (path for pair in paths for path in pair):
         reserve_picture(path, force=True)
     loaded = load(model, device, dtype)

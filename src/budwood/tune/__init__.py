@@ -27,12 +27,16 @@ from budwood.tune.steps import SlimCallback, SlimLayer, commit, tell_labels
 
 if TYPE_CHECKING:
     from budwood.tune.export import LoraExport, export_lora
+    from budwood.tune.finetuning import FinetuneResult, finetune
     from budwood.tune.fitting import fit_discriminant
+    from budwood.tune.settings import Settings
 
 __all__ = [
+    "FinetuneResult",
     "LayerRouting",
     "LoraExport",
     "Recorder",
+    "Settings",
     "SlimCallback",
     "SlimConfig",
     "SlimLayer",
@@ -40,6 +44,7 @@ __all__ = [
     "SlimModel",
     "commit",
     "export_lora",
+    "finetune",
     "fit_discriminant",
     "observe",
     "tell_labels",
@@ -47,7 +52,14 @@ __all__ = [
 
 __getattr__, __dir__, _ = lazy_exports(
     __name__,
-    {"LoraExport": "export", "export_lora": "export", "fit_discriminant": "fitting"},
+    {
+        "FinetuneResult": "finetuning",
+        "LoraExport": "export",
+        "Settings": "settings",
+        "export_lora": "export",
+        "finetune": "finetuning",
+        "fit_discriminant": "fitting",
+    },
 )
 
 register()

@@ -270,7 +270,7 @@ class SlimConfig(PeftConfig):
             InputError: a file in the directory is malformed or truncated, or the config belongs to
                 an adapter whose weights are missing.
         """
-        from budwood.tune.files import check_adapter_files
+        from budwood.tune.saved import check_adapter_files
 
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not _is_config_alone(folder):
@@ -343,7 +343,7 @@ class SlimConfig(PeftConfig):
 
 def _is_config_alone(folder: Path) -> bool:
     """Whether a directory holds a config that was saved without an adapter."""
-    from budwood.tune.files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+    from budwood.tune.saved import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 
     if (folder / WEIGHTS_FILE).exists() or (folder / PICKLED_FILE).exists():
         return False

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
 from budwood.tune.equations import merged_scale
-from budwood.tune.files import WEIGHTS_FILE
 from budwood.tune.layer import SlimLinear
 from budwood.tune.observe import evaluating, observe
+from budwood.tune.saved import WEIGHTS_FILE
 from budwood.tune.steps import layers_of
 
 REPORT_FILE = "approximation.json"
@@ -159,7 +159,7 @@ def _fixed(layer: SlimLinear, adapter: str, routing: Any, rank: int) -> tuple[Te
     weights = routing.mean_weights()[: config.n_experts].float()
     a = layer.slim_in[adapter][: config.rank].float().cpu()
     b = layer.slim_out[adapter].float().cpu()
-    scale = config.alpha / config.r
+    scale = config.scale
     if adapter in layer.slim_mask:
         mask: Any = layer.slim_mask[adapter]
         masked = config.merge_inference == "mask"

@@ -19,9 +19,9 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
 from budwood.tune.distance import discriminant
-from budwood.tune.encoding import Padded, Row, n_learnt
+from budwood.tune.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.observe import evaluating
-from budwood.tune.own_text import own_text
+from budwood.tune.self_generated import self_generate
 from budwood.tune.state import DiscriminantStatistics, InputStatistics
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
 
@@ -38,8 +38,8 @@ LEAST_TOKENS = 32
 def fit_discriminant(
     model: nn.Module,
     tokenizer: Any,
-    rows: Sequence[Row],
-    other: Sequence[Row] | None = None,
+    rows: Sequence[EncodedExample],
+    other: Sequence[EncodedExample] | None = None,
     *,
     batch: int = 16,
     seed: int = 0,
@@ -59,7 +59,7 @@ def fit_discriminant(
             texts, which need a chat template.
         batch: rows at a time.
         seed: of the draws.
-        progress: called while text is generated.
+        progress: called after each batch of text that is generated.
 
     Returns:
         The number of supervised tokens of both.
@@ -74,7 +74,7 @@ def fit_discriminant(
     need_at_least(1, batch=batch)
     _check_rows("training data", rows)
     if other is None:
-        other = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=progress)
+        other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
     rows = _draw(rows, seed)
     surveys = []
@@ -87,7 +87,7 @@ def fit_discriminant(
     fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
     for layer, texts, direction in zip(fresh, inputs, fitted):
         layer.set_direction(*direction, sum(map(len, texts)))
-    return n_learnt(rows), n_learnt(other)
+    return n_supervised(rows), n_supervised(other)
 
 
 class Survey:
@@ -137,11 +137,11 @@ def _fresh_statistics(model: nn.Module) -> list[DiscriminantStatistics]:
     return fresh
 
 
-def _check_rows(what: str, rows: Sequence[Row]) -> None:
-    bad = next((i for i, row in enumerate(rows) if not n_learnt([row])), None)
+def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
+    bad = next((i for i, row in enumerate(rows) if not n_supervised([row])), None)
     if bad is not None:
         raise InputError(f"row {bad} of the {what} has no token that counts; leave it out")
-    n = n_learnt(rows)
+    n = n_supervised(rows)
     if n < LEAST_TOKENS:
         raise InputError(
             f"the {what} has {n} tokens that count and needs {LEAST_TOKENS}: give more, or "
@@ -149,7 +149,7 @@ def _check_rows(what: str, rows: Sequence[Row]) -> None:
         )
 
 
-def _draw(rows: Sequence[Row], seed: int) -> list[Row]:
+def _draw(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
     """Draw rows until there are enough rows and tokens; they stay in their order."""
     drawn: list[int] = []
     n_tokens = 0
@@ -157,12 +157,12 @@ def _draw(rows: Sequence[Row], seed: int) -> list[Row]:
         if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
             break
         drawn.append(i)
-        n_tokens += n_learnt([rows[i]])
+        n_tokens += n_supervised([rows[i]])
     return [rows[i] for i in sorted(drawn)]
 
 
 def _read(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int, survey: Survey
+    model: nn.Module, tokenizer: Any, rows: Sequence[EncodedExample], batch: int, survey: Survey
 ) -> None:
     """Pass rows through the model, whose layers show their inputs to the survey."""
     device = next(model.parameters()).device

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
-from budwood.tune.base import check_base, describe_base
+from budwood.tune.base_model import check_base, describe_base
 from budwood.tune.config import SLIM, SlimConfig
-from budwood.tune.files import check_state
 from budwood.tune.layer import REFUSAL, SharedStatistics, SlimLinear
+from budwood.tune.saved import check_state
 from budwood.tune.steps import SlimLayer, StepKeeper, forget, layers_of
 from budwood.tune.targets import (
     LEADERS,

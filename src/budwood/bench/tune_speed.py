@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from budwood.bench.tune.loop import LoopedExperts
 from budwood.errors import InputError
 from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
+from budwood.tune.equations import route, standardise
 from budwood.tune.observe import observe
 from budwood.tune.steps import keeper_of
 
@@ -93,6 +94,42 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LoopedExperts(nn.Module):
+    """The same mixture as a loop over experts with layers of their own, for comparison only.
+
+    Args:
+        base: the frozen layer.
+        r: rank of one expert.
+        n_experts: LoRA experts.
+        n_identity: identity experts.
+        top_k: experts kept.
+        scale: factor on the experts' output.
+    """
+
+    def __init__(
+        self, base: nn.Linear, r: int, n_experts: int, n_identity: int, top_k: int, scale: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.top_k, self.scale = top_k, scale
+        d_in, d_out = base.in_features, base.out_features
+        self.router = nn.Linear(d_in, n_experts + n_identity, bias=False)
+        self.a = nn.ModuleList(nn.Linear(d_in, r, bias=False) for _ in range(n_experts))
+        self.b = nn.ModuleList(nn.Linear(r, d_out, bias=False) for _ in range(n_experts))
+        for layer in self.b:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        result = self.base(flat)
+        weights = route(standardise(F.linear(flat, self.router.weight).float()), self.top_k)
+        for i, (a, b) in enumerate(zip(self.a, self.b)):
+            rows = (weights[:, i] > 0).nonzero().squeeze(-1)
+            update = b(a(flat[rows])) * (self.scale * weights[rows, i]).unsqueeze(-1).to(x.dtype)
+            result = torch.index_add(result, 0, rows, update)
+        return result.view(*x.shape[:-1], -1)
 
 
 def measure_speed(
@@ -206,7 +243,7 @@ def _looped(base: GatedMLP, slim: SlimConfig) -> nn.Module:
             slim.n_experts,
             slim.n_identity,
             slim.top_k,
-            slim.alpha / slim.r,
+            slim.scale,
         )
         dtype = next(base.parameters()).dtype
         setattr(base, name, layer.to(next(base.parameters()).device, dtype))
