@@ -425,8 +425,8 @@ def test_a_comparison_keeps_its_model_and_its_questions(
 def test_the_base_of_an_adapter_on_the_hub(monkeypatch):
     from peft import PeftConfig
 
-    from budwood.tune.loading import base_of
     from budwood.errors import InputError
+    from budwood.tune.loading import base_of
 
     found = PeftConfig(base_model_name_or_path="someone/base")
     monkeypatch.setattr(PeftConfig, "from_pretrained", classmethod(lambda cls, name: found))

@@ -7,7 +7,7 @@ import torch
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.discriminant import discriminant
+from budwood.tune.distance import discriminant
 from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
 from budwood.tune.fitting import Survey
 from budwood.tune.methods import attach, parse_tuner

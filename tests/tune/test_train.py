@@ -107,14 +107,14 @@ def test_a_part_of_what_is_no_product_is_refused(rest):
 
 
 def test_an_infinite_input_names_the_last_checkpoint(tmp_path, monkeypatch):
-    inner, steps = state.Clusters.taken, []
+    inner, steps = state.InputStatistics.take, []
 
     def taken(self):
         found = inner(self)
         steps.append(1)
         return found if len(steps) < 100 else found.fill_(float("inf"))
 
-    monkeypatch.setattr(state.Clusters, "taken", taken)
+    monkeypatch.setattr(state.InputStatistics, "take", taken)
     with pytest.raises(DivergedError, match=r"inputs of layer .*checkpoint-\d+; try a lower"):
         trained(tmp_path, steps=200, save_every=1)
 

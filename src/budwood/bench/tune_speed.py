@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from budwood.errors import InputError
 from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
+from budwood.tune.equations import route, standardise
 from budwood.tune.observe import observe
-from budwood.tune.router import route, standardise
 from budwood.tune.steps import keeper_of
 
 Row = dict[str, Any]
@@ -205,16 +205,16 @@ def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
     keeper = keeper_of(model)
     for layer in keeper.layers():  # B = 0 would be a special case of the arithmetic
         nn.init.normal_(layer.slim_out["default"], std=1e-3)
-    directed = [clusters for layer in keeper.layers() for clusters, _ in layer.discriminants()]
-    for clusters in directed:  # any direction takes as long
-        clusters.set_direction(torch.randn_like(clusters.direction), clusters.offset, n=1)
+    directed = [fitted for layer in keeper.layers() for fitted in layer.discriminants().values()]
+    for fitted in directed:  # any direction takes as long
+        fitted.set_direction(torch.randn_like(fitted.direction), fitted.offset, 1)
     for _ in range(3):  # yielding starts with the third step
         _pass(model, x)
         keeper.commit()
     if far:
         x = (x.detach() * 20).requires_grad_()
-        for clusters in directed:
-            clusters.offset.sub_(1e6)
+        for fitted in directed:
+            fitted.offset.sub_(1e6)
 
     def before() -> None:
         model.zero_grad()

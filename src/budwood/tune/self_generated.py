@@ -24,7 +24,7 @@ from budwood.tune.encoding import (
     prompt_tokens,
     tokens_before_request,
 )
-from budwood.tune.modes import evaluating
+from budwood.tune.observe import evaluating
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Longest request and reply, in tokens."""

@@ -20,9 +20,9 @@ from budwood.errors import DivergedError, InputError
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder
 from budwood.tune.base_model import fingerprint_of
-from budwood.tune.callback import SlimCallback
 from budwood.tune.encoding import EncodedExample, Padded
 from budwood.tune.settings import Settings, trainer_arguments
+from budwood.tune.steps import SlimCallback
 from budwood.tune.trainer import AnswerTrainer, Probe, RunWatch, is_slim, tell_slim
 
 _KL_POSITIONS = 48

@@ -128,7 +128,7 @@ def routing_rows(
     collate = Padded.of(model, tokenizer, trim=False)
     found = []
     for name, rows in texts.items():
-        with observe(model, learnt=True) as seen:
+        with observe(model, supervised=True) as seen:
             try:
                 for start in range(0, len(rows), batch):
                     inputs = collate(rows[start : start + batch])
