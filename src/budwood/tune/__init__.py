@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from budwood.tune.export import LoraExport, export_lora
     from budwood.tune.finetuning import FinetuneResult, finetune
     from budwood.tune.fitting import fit_discriminant
+    from budwood.tune.loading import load_adapted
     from budwood.tune.settings import Settings
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "export_lora",
     "finetune",
     "fit_discriminant",
+    "load_adapted",
     "observe",
     "tell_labels",
 ]
@@ -59,6 +61,7 @@ __getattr__, __dir__, _ = lazy_exports(
         "export_lora": "export",
         "finetune": "finetuning",
         "fit_discriminant": "fitting",
+        "load_adapted": "loading",
     },
 )
 

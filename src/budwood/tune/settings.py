@@ -285,5 +285,5 @@ def _tell_defaults(
         told = ", ".join(f"{name}={value}" for name, value in left.items())
         warnings.warn(
             f"where {type(arguments).__name__} has its defaults, budwood's are used: {told}",
-            stacklevel=4,
+            stacklevel=5,
         )
