@@ -13,9 +13,9 @@ from budwood.cli.console import print_json, print_table, say, working
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.cli.language_models import LanguageModel
+    from budwood.loading import Loaded
     from budwood.tune.data import Example
-    from budwood.tune.encoding import Row
+    from budwood.tune.encoding import EncodedExample
 
 _COLUMNS = {"model": ("model", ""), "loss": ("loss a token", ".4f")}
 _BATCH = 8
@@ -52,11 +52,11 @@ def export_lora(
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.checks import need_at_least
-    from budwood.cli.language_models import load_adapted
+    from budwood.cli.models import load_adapted
     from budwood.tune.data import read_examples
-    from budwood.tune.evaluate.harness import draw
+    from budwood.tune.evaluate.tasks import draw
     from budwood.tune.export import empty_folder
-    from budwood.tune.train import is_slim
+    from budwood.tune.trainer import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
@@ -79,7 +79,7 @@ def export_lora(
 
 
 def _export(
-    loaded: LanguageModel,
+    loaded: Loaded,
     examples: dict[str, list[Example]],
     output: Path,
     rank: int,
@@ -104,7 +104,7 @@ def _export(
     return dataclasses.asdict(report)
 
 
-def _batches(rows: list[Row], loaded: LanguageModel) -> list[dict[str, Any]]:
+def _batches(rows: list[EncodedExample], loaded: Loaded) -> list[dict[str, Any]]:
     from budwood.tune.encoding import Padded
 
     collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)

@@ -87,7 +87,7 @@ def plot_identity(rows: Sequence[Row], path: Path) -> Path:
     """Identity share by layer, a line a kind of text.
 
     Args:
-        rows: from :func:`budwood.tune.evaluate.routing.routing_rows`.
+        rows: from :func:`budwood.tune.evaluate.suite.routing_rows`.
         path: the picture.
     """
     figure, axes = _figure(2)

@@ -17,8 +17,8 @@ from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
+    from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.plan import Plan
-    from budwood.bench.tune.runner import Comparison
 
 MARKDOWN = {
     "method": "",
@@ -159,7 +159,7 @@ def bench_tune(
 
 
 def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
-    from budwood.tune.train import Settings
+    from budwood.tune.settings import Settings
 
     if steps < 1:
         raise InputError(f"steps={steps} is below 1")
@@ -193,9 +193,10 @@ def _numbers(text: str, kind: Any, name: str) -> list[Any]:
 def _compare(
     plan: Plan, data: Path, output: Path, model: str | None, device: str, dtype: str
 ) -> tuple[records.Record, list[str]]:
+    from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.rows import method_rows
-    from budwood.bench.tune.runner import Comparison
-    from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.cli.models import load_language_model
+    from budwood.loading import third_party_warnings_off
     from budwood.tune.train import check_trainable
 
     loaded = load_language_model(model, device, dtype)

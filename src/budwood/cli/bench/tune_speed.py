@@ -14,7 +14,7 @@ from budwood.cli.console import progress
 from budwood.cli.results import Results
 
 if TYPE_CHECKING:
-    from budwood.bench.tune import SpeedConfig
+    from budwood.bench.tune_speed import SpeedConfig
 
 _SHOWN = {
     "method": ("method", ""),
@@ -63,7 +63,7 @@ def bench_tune_speed(
       budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
     """
     _quieten_profiler()
-    from budwood.bench.tune import SpeedConfig
+    from budwood.bench.tune_speed import SpeedConfig
     from budwood.cli.models import place
 
     config = SpeedConfig(
@@ -89,7 +89,7 @@ def _quieten_profiler() -> None:
 
 
 def _measure(config: SpeedConfig) -> records.Record:
-    from budwood.bench.tune import measure_speed
+    from budwood.bench.tune_speed import measure_speed
 
     n_groups, done = len(config.widths) * len(config.n_tokens), []
     with progress("timing") as advance:
@@ -108,7 +108,7 @@ def _measure(config: SpeedConfig) -> records.Record:
 
 
 def _targets(rows: list[records.Row]) -> list[str]:
-    from budwood.bench.tune import TARGETS
+    from budwood.bench.tune_speed import TARGETS
 
     found = {
         "over_lora_wide": [

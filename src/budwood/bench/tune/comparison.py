@@ -1,53 +1,37 @@
-"""Runs a comparison: sweep, choice on validation data, final runs and tests.
+"""Run a comparison: sweep, choice on validation data, final runs and tests.
 
-Each finished step is a file, so that a comparison that was cut off goes on where it was.
+Each finished step is a file, so that an interrupted comparison continues where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from budwood import records
-from budwood.bench.tune.plan import Material, Plan, read_material
+from budwood.bench.tune.plan import Material, Plan, Trial, count_at, fit_rank, read_material
+from budwood.bench.tune.rows import best_rates, first_finals, summary
 from budwood.errors import DivergedError, InputError
 from budwood.files import write_text
+from budwood.progress import ProgressBar
 from budwood.runs import RunFolder, read_json
-from budwood.tune.base import fingerprint_of
+from budwood.tune.base_model import fingerprint_of
 from budwood.tune.data import read_text
-from budwood.tune.encoding import Row, encode, longest_for, n_learnt
-from budwood.tune.evaluate.harness import Task, draw, task_of
-from budwood.tune.evaluate.routing import routing_rows
-from budwood.tune.evaluate.scores import Score, mean_of
-from budwood.tune.evaluate.suite import CHAT, GENERAL, TARGETS, TEXT, Suite, find_tasks, make_texts
-from budwood.tune.methods import attach, count_at, fit_rank, n_trainable, parse_tuner
-from budwood.tune.own_text import kept_text
-from budwood.tune.train import adapter_of, fingerprint, is_slim, train
+from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
+from budwood.tune.evaluate.divergence import CHAT, make_texts
+from budwood.tune.evaluate.scores import Score
+from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, routing_rows
+from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
+from budwood.tune.finetuning import FinetuneResult, finetune
+from budwood.tune.methods import is_ablation, parse_tuner
+from budwood.tune.train import fingerprint
+from budwood.tune.trainer import is_slim
 
 _PROBE_WINDOWS, _PROBE_REPLIES = 6, 12
-
-Bar = Callable[[str], Any]
-"""Makes a context manager that yields a function (done, total, note), from a title."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run: a method, a learning rate and a seed."""
-
-    method: str
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        plain = re.sub(r"[^a-z0-9.+-]+", "_", self.method.lower())
-        return f"{plain}-lr{self.lr:g}-seed{self.seed}"
 
 
 class Comparison:
@@ -55,13 +39,13 @@ class Comparison:
 
     Args:
         plan: what to compare.
-        name: of the model, for records.
+        name: name of the model, for records.
         model: the base model; its weights stay as they are.
         tokenizer: of the model.
         data: folder with training, test and general data.
         output: folder of the comparison.
-        bar: for progress.
-        say: for remarks.
+        bar: opens a progress bar.
+        say: prints a remark.
     """
 
     def __init__(
@@ -72,15 +56,14 @@ class Comparison:
         tokenizer: Any,
         data: Path,
         output: Path,
-        bar: Bar,
+        bar: ProgressBar,
         say: Callable[[str], None],
     ) -> None:
         self.plan, self.name, self.model, self.tokenizer = plan, name, model, tokenizer
         self.data, self.output, self.bar, self.say = data, output, bar, say
         self.material: Material = read_material(plan, data)
         longest = longest_for(model, plan.settings.max_length)
-        encoded = encode(self.material.all_train, tokenizer, longest)
-        self.rows: list[Row] = encoded.rows
+        self.rows = encode(self.material.all_train, tokenizer, longest).rows
         self.tests = find_tasks(TARGETS, (), data, plan.limit, 0)
         self.general = find_tasks((), GENERAL, data, plan.general_limit, 0)
         self.validation = tuple(
@@ -94,13 +77,13 @@ class Comparison:
             "tests": self._tested(),
         }
         self.folder = RunFolder(output, state)
-        self._texts: dict[str, list[Row]] | None = None
+        self._texts: dict[str, list[EncodedExample]] | None = None
         self._ranks: dict[str, int] = {}
 
     def _tested(self) -> str:
         """A digest of all questions and of the text, wherever they lie."""
         asked = [
-            [task.name, [[one.messages, one.choices, one.answer] for one in task.examples or ()]]
+            [task.name, [[ex.messages, ex.choices, ex.answer] for ex in task.examples or ()]]
             for task in (*self.validation, *self.tests, *self.general)
         ]
         return fingerprint([*asked, read_text(self.data / TEXT)])
@@ -136,42 +119,34 @@ class Comparison:
 
     # The steps, each of which reads its file where there is one.
 
-    def texts(self) -> dict[str, list[Row]]:
+    def texts(self) -> dict[str, list[EncodedExample]]:
         """Windows of text, and the base model's replies."""
         if self._texts is None:
             file = self.output / "texts.json"
             if not file.exists():
-                with self.bar("replies of the base model") as advance:
+                with self.bar("replies of the base model") as progress:
                     made = make_texts(
                         self.model,
                         self.tokenizer,
                         text=self.data / TEXT,
                         n_windows=self.plan.windows,
                         n_prompts=self.plan.prompts,
-                        advance=advance,
+                        progress=progress,
                     )
                 write_text(file, json.dumps(made))
             self._texts = read_json(file)
         return self._texts or {}
 
-    def own_text(self, n_texts: int) -> list[Row]:
-        """Texts that the base model writes by itself, the same for all runs."""
-        if not n_texts:
-            return []
-        file = self.output / f"own-{n_texts}.json"
-        with self.bar("text of the base model") as advance:
-            return kept_text(file, self.model, self.tokenizer, n_texts, advance)
-
     def base_scores(self) -> list[Score]:
         """Of the base model, on everything."""
         file = self.output / "base.json"
         if not file.exists():
-            with self.bar("base model") as advance:
+            with self.bar("base model") as progress:
                 suite = self.suite((*self.validation, *self.general, *self.tests))
-                scores = suite.after(self.model, self.tokenizer, advance)
-                scores += suite.drift(self.model, self.tokenizer, advance)[0]
+                scores = suite.after(self.model, self.tokenizer, progress)
+                scores += suite.drift(self.model, self.tokenizer, progress)[0]
             write_text(file, json.dumps([score.as_dict() for score in scores]))
-        return [Score.from_dict(one) for one in read_json(file)]
+        return [Score.from_dict(item) for item in read_json(file)]
 
     def base_row(self, befores: Sequence[Score]) -> dict[str, Any]:
         """The base model as a row of its own."""
@@ -220,20 +195,21 @@ class Comparison:
         began = time.perf_counter()
         row = self.described(trial)
         try:
-            adapted, history = self.trained(trial)
+            result = self.trained(trial)
         except DivergedError as error:
             self.say(str(error))
             self.note(trial, row | {"status": "diverged"}, [])
             return row | {"status": "diverged"}
-        row |= {"params": n_trainable(adapted), "train_seconds": _seconds(history, began)}
-        with self.bar(f"evaluating {trial.name}") as advance:
+        adapted, history = result.model, result.history
+        row |= {"params": result.n_trained_parameters, "train_seconds": _seconds(history, began)}
+        with self.bar(f"evaluating {trial.name}") as progress:
             suite = self.suite(self.validation)
-            scores = suite.after(adapted, self.tokenizer, advance)
-            scores += suite.drift(adapted, self.tokenizer, advance)[1]
+            scores = suite.after(adapted, self.tokenizer, progress)
+            scores += suite.drift(adapted, self.tokenizer, progress)[1]
         if is_slim(adapted):
             self.note_routing(trial, adapted)
         adapted.unload()
-        losses = [one["loss"] for one in history if "loss" in one]
+        losses = [entry["loss"] for entry in history if "loss" in entry]
         row |= {"train_loss": losses[-1] if losses else None}
         row |= {"status": "complete"} | summary(befores, scores)
         self.keep(trial, "scores.json", [score.as_dict() for score in scores])
@@ -244,61 +220,45 @@ class Comparison:
         """A chosen run on the target tests and the general tasks."""
         file = self.path(trial) / "tests.json"
         if not file.exists():
-            adapted, _ = self.trained(trial)  # again, where only the record was kept
-            with self.bar(f"testing {trial.name}") as advance:
+            adapted = self.trained(trial).model  # again, where only the record was kept
+            with self.bar(f"testing {trial.name}") as progress:
                 suite = self.suite((*self.general, *self.tests))
-                scores = suite.after(adapted, self.tokenizer, advance)
+                scores = suite.after(adapted, self.tokenizer, progress)
             adapted.unload()
             self.keep(trial, "tests.json", [score.as_dict() for score in scores])
-        return summary(befores, [Score.from_dict(one) for one in read_json(file)])
+        return summary(befores, [Score.from_dict(item) for item in read_json(file)])
 
-    def trained(self, trial: Trial) -> tuple[Any, list[dict[str, Any]]]:
-        """An adapter, trained now or before, and its history."""
-        tuner = parse_tuner(trial.method).fitted_to(n_learnt(self.rows))
-        settings = dataclasses.replace(self.plan.settings, lr=trial.lr, seed=trial.seed)
-        rank = self.rank(trial.method)
-        data = fingerprint(self.rows)
-        state = adapter_of(self.name, self.model, trial.method, settings, rank, data)
-        folder = RunFolder(self.path(trial) / "adapter", state)
-        if folder.is_complete:
-            return self.loaded(trial), folder.history()
-        own = self.own_text(tuner.n_own)
-        adapted = attach(tuner, self.model, rank, trial.seed)
-        try:
-            if folder.last_checkpoint() is None:
-                tuner.prepare(adapted, self.tokenizer, self.rows, own)
-            with self.bar(trial.name) as advance:
-                history = train(
-                    adapted,
-                    self.tokenizer,
-                    self.rows,
-                    settings,
-                    folder,
-                    **tuner.training(own),
-                    advance=advance,
-                    probe=self.probe if settings.probe_every else None,
-                )
-        except BaseException:
-            adapted.unload()
-            raise
-        return adapted, history
-
-    def loaded(self, trial: Trial) -> Any:
-        """The adapter of a run that is over, whose parameters count as trained ones."""
-        import peft
-
-        folder = str(self.path(trial) / "adapter")
-        return peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True).eval()
+    def trained(self, trial: Trial) -> FinetuneResult:
+        """An adapter, trained now or before."""
+        tuner = parse_tuner(trial.method).fitted_to(n_supervised(self.rows))
+        self.path(trial).mkdir(parents=True, exist_ok=True)
+        with self.bar(trial.name) as progress:
+            return finetune(
+                self.model,
+                self.rows,
+                self.path(trial) / "adapter",
+                method=trial.method,
+                rank=self.rank(trial.method),
+                tokenizer=self.tokenizer,
+                args=self.plan.settings,
+                lr=trial.lr,
+                seed=trial.seed,
+                texts_file=self.output / f"own-{tuner.n_texts}.json",
+                record=False,
+                probe=self.probe,
+                progress=progress,
+            )
 
     def rank(self, method: str) -> int:
         """The rank that gives a method as many trained parameters as the reference has."""
         if method not in self._ranks:
-            tuner, reference = parse_tuner(method), parse_tuner(self.plan.reference)
-            if method == self.plan.reference or tuner.is_ablation:
+            if method == self.plan.reference or is_ablation(method):
                 self._ranks[method] = self.plan.rank
             else:
+                reference = parse_tuner(self.plan.reference)
                 wanted = count_at(reference, self.model)(self.plan.rank)
-                self._ranks[method] = fit_rank(count_at(tuner, self.model), wanted)
+                count = count_at(parse_tuner(method), self.model)
+                self._ranks[method] = fit_rank(count, wanted)
         return self._ranks[method]
 
     def suite(self, tasks: Sequence[Task]) -> Suite:
@@ -367,62 +327,6 @@ class Comparison:
         write_text(self.path(trial) / name, json.dumps(value))
 
 
-def first_finals(rows: Sequence[dict[str, Any]]) -> dict[str, Trial]:
-    """The first final run of each method that came to its end."""
-    found: dict[str, Trial] = {}
-    for row in rows:
-        if row.get("final") and row["method"] != "base" and row.get("status") == "complete":
-            found.setdefault(row["method"], Trial(row["method"], row["lr"], row["seed"]))
-    return found
-
-
-def best_rates(found: dict[Trial, dict[str, Any]]) -> dict[str, float]:
-    """The learning rate of each method that does best on validation data.
-
-    A tie goes to the lower loss, and then to the lower rate.
-
-    Raises:
-        InputError: all runs of all methods diverged.
-    """
-    best: dict[str, tuple[tuple[float, float, float], float]] = {}
-    for trial, row in found.items():
-        if row.get("status") != "complete":
-            continue
-        key = (-row["validation"], row["validation_loss"], trial.lr)
-        if trial.method not in best or key < best[trial.method][0]:
-            best[trial.method] = (key, trial.lr)
-    if not best:
-        raise InputError("every run diverged; give lower learning rates")
-    return {method: lr for method, (_, lr) in best.items()}
-
-
-def summary(befores: Sequence[Score], afters: Sequence[Score]) -> dict[str, Any]:
-    """Columns of a row: of each task, and means over target, validation and general tasks."""
-    known = {score.key: score for score in befores}
-    row: dict[str, Any] = {}
-    for score in afters:
-        row[f"{score.metric}_{score.task}"] = score.value
-    groups = {
-        "validation": [s for s in afters if s.task.startswith("val_")],
-        "target": [s for s in afters if s.task in TARGETS],
-        "general": [s for s in afters if s.task in GENERAL],
-    }
-    for name, scores in groups.items():
-        for metric, suffix in (("accuracy", ""), ("loss", "_loss")):
-            mine = [score for score in scores if score.metric == metric]
-            if mine:
-                base = [known[score.key] for score in mine]
-                row[f"{name}{suffix}"] = mean_of(name, mine)
-                row[f"{name}{suffix}_before"] = mean_of(name, base)
-    for score in afters:
-        if score.metric == "perplexity":
-            name = "perplexity" if score.task != CHAT else "perplexity_of_replies"
-            row[name], row[f"{name}_before"] = score.value, known[score.key].value
-        if score.metric == "kl":
-            row["kl_chat" if score.task == CHAT else "kl_text"] = score.value
-    return row
-
-
 def _seconds(history: Sequence[dict[str, Any]], began: float) -> float:
-    noted = [one["seconds"] for one in history if "seconds" in one]
+    noted = [row["seconds"] for row in history if "seconds" in row]
     return noted[-1] if noted else round(time.perf_counter() - began, 1)

@@ -1,9 +1,10 @@
-"""How far a tuned model has moved from its base: on text, and on replies to chat prompts."""
+"""How far a tuned model has moved from its base, on text and on replies to requests."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,28 @@ import torch.nn.functional as F
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
+from budwood.progress import Progress, silent
 from budwood.tune.data import read_text
 from budwood.tune.encoding import (
     IGNORED,
+    EncodedExample,
     Padded,
-    Row,
 )
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
+from budwood.tune.self_generated import replies
 
+CHAT = "chat"
+"""Name of the base model's own replies among the texts."""
 PROMPTS = Path(__file__).parents[1] / "tasks" / "prompts.jsonl"
 """Everyday requests that ship."""
 
 WINDOW = 256
 
 
-def text_windows(path: Path, tokenizer: Any, n_windows: int, length: int = WINDOW) -> list[Row]:
+def text_windows(
+    path: Path, tokenizer: Any, n_windows: int, length: int = WINDOW
+) -> list[EncodedExample]:
     """Windows of a text, spread evenly over it; all tokens but the first count.
 
     Args:
@@ -63,16 +70,67 @@ def chat_prompts(limit: int = 0) -> list[str]:
     return [json.loads(line)["prompt"] for line in lines[: limit or None]]
 
 
+def make_texts(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: Path | None,
+    n_windows: int,
+    n_prompts: int,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, list[EncodedExample]]:
+    """Windows of a text, and the base model's own replies to everyday requests.
+
+    Args:
+        model: its adapter is off while it replies.
+        tokenizer: of the model.
+        text: a file; None for no text.
+        n_windows: of the text.
+        n_prompts: requests; 0 for none.
+        seed: of the replies.
+        progress: called after each batch.
+
+    Raises:
+        InputError: the file can't be read, is too short, or is called as the replies are; a count
+            is below 0.
+    """
+    need_at_least(0, n_windows=n_windows, n_prompts=n_prompts)
+    texts = {}
+    if text is not None:
+        texts[text_name(text)] = text_windows(text, tokenizer, n_windows)
+    if n_prompts:
+        off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+        with off:
+            asked = chat_prompts(n_prompts)
+            texts[CHAT] = replies(model, tokenizer, asked, seed=seed, progress=progress)
+    return texts
+
+
+def text_name(text: Path) -> str:
+    """What a file is called among the texts: its stem.
+
+    Raises:
+        InputError: that is the name of the replies.
+    """
+    if text.stem == CHAT:
+        raise InputError(
+            f"{text} is called {CHAT!r} in the results, as the base model's replies are; give the "
+            "file another name"
+        )
+    return text.stem
+
+
 @torch.inference_mode()
 def measure_drift(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Sequence[EncodedExample],
     name: str,
     *,
     batch: int = 4,
     group: str = "general",
-    advance: Callable[..., None] | None = None,
+    progress: Progress = silent,
 ) -> tuple[list[Score], list[Score]]:
     """Perplexity before and after, and divergence from the base model, token by token.
 
@@ -83,7 +141,7 @@ def measure_drift(
         name: of the text, in the scores.
         batch: rows at a time.
         group: of the scores.
-        advance: a function (done, total, note), for a progress bar.
+        progress: called after each batch.
 
     Returns:
         Scores of the base model and of the tuned one: ``perplexity`` and ``kl``.
@@ -111,8 +169,7 @@ def measure_drift(
                 base = model(**inputs).logits
         for i, one in zip(chosen, _sums(base, tuned, labels, adapted)):
             sums[i] = one
-        if advance:
-            advance(start + len(chosen), len(rows))
+        progress(start + len(chosen), len(rows))
     befores, afters, divergences, counts = zip(*sums)
     weights = tuple(float(count) for count in counts)
     nothing = (0.0,) * len(weights)

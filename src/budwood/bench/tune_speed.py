@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from budwood.bench.tune.loop import LoopedExperts
 from budwood.errors import InputError
 from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
+from budwood.tune.equations import route, standardise
 from budwood.tune.observe import observe
 from budwood.tune.steps import keeper_of
 
@@ -95,6 +96,42 @@ class GatedMLP(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class LoopedExperts(nn.Module):
+    """The same mixture as a loop over experts with layers of their own, for comparison only.
+
+    Args:
+        base: the frozen layer.
+        r: rank of one expert.
+        n_experts: LoRA experts.
+        n_identity: identity experts.
+        top_k: experts kept.
+        scale: factor on the experts' output.
+    """
+
+    def __init__(
+        self, base: nn.Linear, r: int, n_experts: int, n_identity: int, top_k: int, scale: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.top_k, self.scale = top_k, scale
+        d_in, d_out = base.in_features, base.out_features
+        self.router = nn.Linear(d_in, n_experts + n_identity, bias=False)
+        self.a = nn.ModuleList(nn.Linear(d_in, r, bias=False) for _ in range(n_experts))
+        self.b = nn.ModuleList(nn.Linear(r, d_out, bias=False) for _ in range(n_experts))
+        for layer in self.b:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        result = self.base(flat)
+        weights = route(standardise(F.linear(flat, self.router.weight).float()), self.top_k)
+        for i, (a, b) in enumerate(zip(self.a, self.b)):
+            rows = (weights[:, i] > 0).nonzero().squeeze(-1)
+            update = b(a(flat[rows])) * (self.scale * weights[rows, i]).unsqueeze(-1).to(x.dtype)
+            result = torch.index_add(result, 0, rows, update)
+        return result.view(*x.shape[:-1], -1)
+
+
 def measure_speed(
     config: SpeedConfig, on_progress: Callable[[str], None] | None = None
 ) -> list[Row]:
@@ -168,16 +205,16 @@ def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
     keeper = keeper_of(model)
     for layer in keeper.layers():  # B = 0 would be a special case of the arithmetic
         nn.init.normal_(layer.slim_out["default"], std=1e-3)
-    directed = [clusters for layer in keeper.layers() for clusters, _ in layer.discriminants()]
-    for clusters in directed:  # any direction takes as long
-        clusters.set_direction(torch.randn_like(clusters.direction), clusters.offset, n=1)
+    directed = [fitted for layer in keeper.layers() for fitted in layer.discriminants().values()]
+    for fitted in directed:  # any direction takes as long
+        fitted.set_direction(torch.randn_like(fitted.direction), fitted.offset, 1)
     for _ in range(3):  # yielding starts with the third step
         _pass(model, x)
         keeper.commit()
     if far:
         x = (x.detach() * 20).requires_grad_()
-        for clusters in directed:
-            clusters.offset.sub_(1e6)
+        for fitted in directed:
+            fitted.offset.sub_(1e6)
 
     def before() -> None:
         model.zero_grad()
