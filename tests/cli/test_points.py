@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from budwood import records
-from budwood.points import ENCODERS, METHODS, bench
+from budwood.bench import points as bench
+from budwood.points import ENCODERS, METHODS
 from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
 from tests.points import models, sets
