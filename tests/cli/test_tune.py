@@ -538,7 +538,7 @@ def test_models_that_cannot_be_trained(slim, budwood, lm_dir, data, tmp_path):
     lacking = changed("lacking", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
     refused_with_bars(tune(lacking), "lacks 1 weights, such as model.layers.0.mlp.up_proj.weight")
     broken = changed("broken", lambda weights: weights["model.norm.weight"].fill_(float("nan")))
-    refused_with_bars(tune(broken), "what the base model computes is NaN", "float32 (--dtype)")
+    refused_with_bars(tune(broken), "the logits of the base model are NaN", "float32 (--dtype)")
     cut = changed("cut", lambda weights: None) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     refused_with_bars(tune(cut.parent), "cannot load model", "not fully covered")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from budwood import catalogue
 from budwood.points.distill import Objective
 from budwood.registry import Registry
 
@@ -114,21 +115,4 @@ ESP_ZERO = Method(
     {"init": "closed", "fade": 8.0, **_BY_DENSITY},
 )
 
-METHODS = Registry(
-    "method",
-    {
-        "frozen": "budwood.points.methods:FROZEN",
-        "tokens": "budwood.points.methods:TOKENS",
-        "adabn": "budwood.points.methods:ADABN",
-        "tent": "budwood.points.methods:TENT",
-        "t3a": "budwood.points.methods:T3A",
-        "vpt-shallow": "budwood.points.methods:VPT_SHALLOW",
-        "vpt-deep": "budwood.points.methods:VPT_DEEP",
-        "lora": "budwood.points.methods:LORA",
-        "full": "budwood.points.methods:FULL",
-        "esp-zero-paper": "budwood.points.methods:ESP_ZERO_PAPER",
-        "esp-zero": "budwood.points.methods:ESP_ZERO",
-        "sparse-full": "budwood.points.methods:SPARSE_FULL",
-        "sparse-lora": "budwood.points.methods:SPARSE_LORA",
-    },
-)
+METHODS = Registry("method", catalogue.ADAPTATIONS)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from budwood import catalogue
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.registry import Registry
 from budwood.tune.config import SlimConfig
@@ -18,36 +19,7 @@ from budwood.tune.fitting import N_TEXTS, fit_discriminant
 from budwood.tune.model import is_linear
 from budwood.tune.targets import default_targets, later_layers, with_attention
 
-_HERE = "budwood.tune.methods"
-
-TUNERS = Registry(
-    "tuning method",
-    {
-        "lora": f"{_HERE}:Lora",
-        "lora-wd": f"{_HERE}:LoraDecay",
-        "lora-kl": f"{_HERE}:LoraKl",
-        "lora-own": f"{_HERE}:LoraOwn",
-        "lora-late": f"{_HERE}:LoraLate",
-        "lora-attn": f"{_HERE}:LoraAttention",
-        "dora": f"{_HERE}:Dora",
-        "moe": f"{_HERE}:Moe",
-        "slim": f"{_HERE}:Slim",
-        "slim-no-identity": f"{_HERE}:SLIM_NO_IDENTITY",
-        "slim-no-router": f"{_HERE}:SLIM_NO_ROUTER",
-        "slim-no-clustering": f"{_HERE}:SLIM_NO_CLUSTERING",
-        "slim-no-yielding": f"{_HERE}:SLIM_NO_YIELDING",
-        "slim-no-merging": f"{_HERE}:SLIM_NO_MERGING",
-        "slim-no-l1": f"{_HERE}:SLIM_NO_L1",
-        "slim-whitened": f"{_HERE}:SLIM_WHITENED",
-        "slim-paper": f"{_HERE}:SlimPaper",
-        "slim-max": f"{_HERE}:SLIM_MAX",
-        "slim-rms": f"{_HERE}:SLIM_RMS",
-        "slim-all-tokens": f"{_HERE}:SLIM_ALL_TOKENS",
-        "slim-by-module": f"{_HERE}:SLIM_BY_MODULE",
-        "slim-all-layers": f"{_HERE}:SLIM_ALL_LAYERS",
-        "slim-mask": f"{_HERE}:SLIM_MASK",
-    },
-)
+TUNERS = Registry("tuning method", catalogue.TUNERS)
 
 TOKENS_A_DIRECTION = 10
 """Learnt tokens to each direction of SLIM's distance: a covariance of fewer fits these alone."""

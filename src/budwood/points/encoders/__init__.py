@@ -1,4 +1,4 @@
-"""Point encoders, one file each. A new encoder is a new file and a line here."""
+"""Point encoders, one file each. A new encoder is a new file and an entry in ``catalogue``."""
 
 from __future__ import annotations
 
@@ -7,27 +7,13 @@ from pathlib import Path
 
 import torch
 
+from budwood import catalogue
 from budwood.errors import InputError, first_line
 from budwood.points.encoders.base import EncoderSpec, Hub, PointEncoder, Preparation
 from budwood.points.encoders.checkpoints import fit, read_checkpoint, state_of
 from budwood.registry import Registry
 
-ENCODERS = Registry(
-    "encoder",
-    {
-        "sprout": "budwood.points.encoders.sprout:SPROUT",
-        "ulip": "budwood.points.encoders.pointbert:ULIP",
-        "ulip2": "budwood.points.encoders.pointbert:ULIP2",
-        "openshape": "budwood.points.encoders.openshape:OPENSHAPE",
-        "openshape-l14": "budwood.points.encoders.openshape:OPENSHAPE_L14",
-        "openshape-b32": "budwood.points.encoders.openshape:OPENSHAPE_B32",
-        "uni3d-ti": "budwood.points.encoders.uni3d:TINY",
-        "uni3d-s": "budwood.points.encoders.uni3d:SMALL",
-        "uni3d-b": "budwood.points.encoders.uni3d:BASE",
-        "uni3d-l": "budwood.points.encoders.uni3d:LARGE",
-        "uni3d-g": "budwood.points.encoders.uni3d:GIANT",
-    },
-)
+ENCODERS = Registry("encoder", catalogue.ENCODERS)
 
 __all__ = [
     "ENCODERS",

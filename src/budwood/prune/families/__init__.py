@@ -1,4 +1,4 @@
-"""Model families, one file each. A new family is a new file and a line here.
+"""Model families, one file each. A new family is a new file and an entry in ``catalogue``.
 
 The names are those of ``config.model_type``.
 """
@@ -8,18 +8,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from budwood import catalogue
 from budwood.errors import UnknownNameError, UnsupportedModelError
 from budwood.prune.families.base import Family, Layout
 from budwood.registry import Registry
 
-FAMILIES = Registry(
-    "model family",
-    {
-        "llava": "budwood.prune.families.llava:Llava",
-        "llava_next": "budwood.prune.families.llava_next:LlavaNext",
-        "qwen2_5_vl": "budwood.prune.families.qwen2_5_vl:Qwen25VL",
-    },
-)
+FAMILIES = Registry("model family", catalogue.FAMILIES)
 
 __all__ = ["FAMILIES", "Family", "Layout", "family_of", "innermost"]
 
