@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from budwood import records
-from budwood.points import ENCODERS, METHODS, bench
+from budwood.bench import points as bench
+from budwood.points import ENCODERS, METHODS
 from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
 from tests.points import models, sets
@@ -175,7 +176,7 @@ def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path, monkeypatch):
     made = budwood("points", "adapt", scans, "--output", tmp_path / "a", "--method", "t3a")
     assert made.exit_code == 0, made.output
     command = ["classify", scans, "--labels", NAMES, "--points", "20", "--json"]
-    naming, scores, sizes = sys.modules["budwood.points.classify"], {}, {}
+    naming, scores, sizes = sys.modules["budwood.points.classification"], {}, {}
     inner = naming.rank
 
     def seen(clouds, *args, **options):

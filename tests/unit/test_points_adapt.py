@@ -20,13 +20,13 @@ from budwood.points import (
     load_adapter,
     make_adapter,
 )
-from budwood.points.adapt import SAVE_EVERY, STATE, stacked, thinned
-from budwood.points.classify import encode
+from budwood.points.adaptation import SAVE_EVERY, STATE, stacked, thinned
+from budwood.points.classification import encode
 from budwood.points.io import Cloud
 from budwood.points.methods import Method
 from tests.points import models, sets
 
-adapt_module = sys.modules["budwood.points.adapt"]
+adapt_module = sys.modules["budwood.points.adaptation"]
 COUNTS = Curriculum((30, 12, 6))
 
 

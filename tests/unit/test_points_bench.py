@@ -11,7 +11,7 @@ from budwood.bench.points import BenchConfig, _Bench, run, top_k
 from budwood.bench.points_speed import encoder_rows, grouping_rows, looped_groups
 from budwood.errors import InputError, UnknownNameError
 from budwood.points import Curriculum, sampling
-from budwood.points.adapt import thinned
+from budwood.points.adaptation import thinned
 from budwood.points.grouping import Grouping
 from budwood.points.io import Cloud
 from tests.points import sets

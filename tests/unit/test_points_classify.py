@@ -22,7 +22,7 @@ from budwood.errors import (
 )
 from budwood.points import classify as classify_clouds
 from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings
-from budwood.points.classify import encode, score, tower_of
+from budwood.points.classification import encode, score, tower_of
 from budwood.points.encoders import ENCODERS
 from budwood.points.io import make_cloud
 from budwood.points.templates import TEMPLATES

@@ -1,8 +1,7 @@
-"""Ways to adapt an encoder to sparse clouds, each an adapter, what is minimised, and a rate.
+"""Ways to adapt an encoder to sparse clouds: an adapter, an objective and a learning rate each.
 
-All are behind one interface, so that a table can hold them side by side. What is trained beside
-ESP-Zero gets the same clouds, steps and objective, but for Tent, which is about its own, and for
-ours.
+All have one interface, so that one table can compare them. The peers that train get ESP-Zero's
+clouds, steps and objective, except for Tent, which has its own objective, and for ours.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ class Method:
 
     Attributes:
         adapter: a name in ``ADAPTERS``.
-        source: where it is from.
+        source: the paper.
         summary: what it does, in a line.
         objective: what is minimised; None: nothing is trained.
-        lr: learning rate, by default.
+        lr: default learning rate.
         options: of the adapter.
-        density_aware: whether the tokens follow the number of points. Off, the encoder's published
-            group sizes hold as far as there are points.
+        density_aware: whether group sizes follow the number of points; if not, the encoder's
+            published sizes are used, cut to the number of points.
     """
 
     adapter: str
@@ -40,16 +39,16 @@ class Method:
     density_aware: bool = True
 
     @property
-    def compares_names(self) -> bool:
-        """Whether adapting takes embeddings of names."""
-        return self.objective is not None and self.objective.compares_names
+    def compares_labels(self) -> bool:
+        """Whether adapting needs embeddings of labels."""
+        return self.objective is not None and self.objective.compares_labels
 
 
 SHARED = Objective(complementary=1.0, cosine=1.0)
-"""The paper's negatives and a positive term, ours: features as those of the dense cloud."""
+"""The paper's negatives and a positive term of ours: features like those of the dense cloud."""
 
 FEATURES = Objective(complementary=0.0, cosine=1.0)
-"""The positive term alone, which asks for no names."""
+"""The positive term alone, which needs no labels."""
 
 _DENSITIES = (1024, 512, 256, 128, 64, 32, 16)
 _BY_DENSITY = {"batch_norm": True, "counts": _DENSITIES}
@@ -64,7 +63,7 @@ ADABN = Method(
 TENT = Method(
     "tent",
     "Tent, arXiv 2006.10726",
-    "entropy of names, by scales and shifts of the norms",
+    "lowers the entropy of predictions by scales and shifts of the norms",
     Objective(complementary=0.0, entropy=1.0),
     1e-4,
     _BY_DENSITY,
@@ -72,7 +71,7 @@ TENT = Method(
 T3A = Method(
     "t3a",
     "T3A, NeurIPS 2021",
-    "training-free: names lean on the surest of the clouds to be named",
+    "training-free: class embeddings move towards the most certain clouds",
     options=_BY_DENSITY,
 )
 VPT_SHALLOW = Method(
@@ -86,8 +85,8 @@ FULL = Method("full", "fine-tuning", "a copy of every parameter", SHARED, 1e-4, 
 SPARSE_LORA = Method(
     "lora",
     "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
-    "low-rank differences and a copy of what makes the tokens, taught where clouds are sparser "
-    "than the encoder knows, and faded in",
+    "low-rank differences and a copy of the layers that make tokens, trained on clouds sparser "
+    "than the encoder's and faded in",
     FEATURES,
     1e-3,
     {"stem": True, **_FADED},
@@ -95,7 +94,7 @@ SPARSE_LORA = Method(
 SPARSE_FULL = Method(
     "full",
     "fine-tuning, WiSE-FT, arXiv 2109.01903",
-    "a copy of every parameter, taught and faded in as in sparse-lora",
+    "a copy of every parameter, trained and faded in as in sparse-lora",
     FEATURES,
     3e-4,
     _FADED,

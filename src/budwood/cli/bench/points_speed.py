@@ -1,4 +1,4 @@
-"""`budwood bench points-speed`: what adapters cost in time, and groups against a loop."""
+"""`budwood bench points-speed`: the time that adapters and grouping take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bench_points_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Clouds per second: the frozen encoder, with adapters, fused and not; groups against a loop.
+    """Measure clouds per second: the frozen encoder, adapters (fused and not), and grouping.
 
     Ratios are taken within a round, and their medians shown.
 

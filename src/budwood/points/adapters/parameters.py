@@ -1,17 +1,19 @@
-"""Adapters that lend the encoder other weights: LoRA, norms alone (Tent), or all of them.
+"""Adapters that replace parameters of the encoder: LoRA, norms alone (Tent), or all of them.
 
-The encoder's own stay as they are; the adapter has copies or differences.
+The encoder's parameters stay as they are: the adapter holds copies or differences.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.points.adapters.base import Adapter, AdapterConfig
 from budwood.points.adapters.statistics import BATCH_NORMS
@@ -19,7 +21,7 @@ from budwood.points.encoders.base import PointEncoder
 
 
 class _Copies(Adapter):
-    """Copies of some of the encoder's parameters."""
+    """Trainable copies of some of the encoder's parameters."""
 
     def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
         super().__init__(encoder, config)
@@ -28,15 +30,15 @@ class _Copies(Adapter):
             encoder.get_parameter(name).detach().clone() for name in self.names
         )
 
+    @abstractmethod
     def chosen(self, encoder: PointEncoder) -> tuple[str, ...]:
-        """Names of the parameters that are copied."""
-        raise NotImplementedError
+        """Names of the parameters to copy."""
 
-    def replaced(self, share: float) -> dict[str, Tensor]:
-        if share == 1:
+    def replaced(self, strength: float) -> dict[str, Tensor]:
+        if strength == 1:
             return dict(zip(self.names, self.values))
         return {
-            name: torch.lerp(self.encoder.get_parameter(name), value, share)
+            name: torch.lerp(self.encoder.get_parameter(name), value, strength)
             for name, value in zip(self.names, self.values)
         }
 
@@ -46,10 +48,10 @@ class LoraConfig(AdapterConfig):
     """Options of LoRA.
 
     Attributes:
-        rank: of each difference.
-        alpha: it is scaled by ``alpha / rank``; default ``rank``.
+        rank: of each difference, 1 or more.
+        alpha: differences are scaled by ``alpha / rank``; default ``rank``.
         targets: endings of the names of linear layers in the blocks.
-        stem: whether copies of what makes the tokens learn as well; see :attr:`PointEncoder.stem`.
+        stem: also train copies of the layers that make the tokens (:attr:`PointEncoder.stem`).
     """
 
     rank: int = 8
@@ -59,16 +61,14 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise InputError(f"rank={self.rank} must be 1 or more")
+        need_at_least(1, rank=self.rank)
         object.__setattr__(self, "targets", tuple(self.targets))
 
 
 class Lora(_Copies):
-    """Low-rank differences to the linear layers of the blocks.
+    """Low-rank differences to the linear layers of the blocks; starts at the frozen encoder.
 
-    Source: LoRA (arXiv 2106.09685); starts at the frozen encoder. Beside them, if ``stem`` is on,
-    copies of what makes the tokens, which is ours.
+    Source: LoRA (arXiv 2106.09685). Ours: with ``stem``, copies of the layers that make the tokens.
     """
 
     name: ClassVar[str] = "lora"
@@ -98,18 +98,19 @@ class Lora(_Copies):
         prefixes = tuple(f"{name}." for name in encoder.stem) if self.config.stem else ()
         return tuple(name for name, _ in encoder.named_parameters() if name.startswith(prefixes))
 
-    def replaced(self, share: float) -> dict[str, Tensor]:
-        lent = super().replaced(share)
+    def replaced(self, strength: float) -> dict[str, Tensor]:
+        values = super().replaced(strength)
         for name, down, up in zip(self.layers, self.down, self.up):
             weight = self.encoder.get_parameter(f"{name}.weight")
-            lent[f"{name}.weight"] = weight + share * self.scale * (up @ down)
-        return lent
+            values[f"{name}.weight"] = weight + strength * self.scale * (up @ down)
+        return values
 
 
 class Tent(_Copies):
     """Scales and shifts of the norms alone; meant for :func:`budwood.points.distill.entropy`.
 
-    Source: Tent (arXiv 2006.10726). Deviation: layer norms too, most encoders have few others.
+    Source: Tent (arXiv 2006.10726). Deviation: layer norms count too, as most encoders have few
+    batch norms.
     """
 
     name: ClassVar[str] = "tent"
@@ -124,7 +125,7 @@ class Tent(_Copies):
 
 
 class FullFineTuning(_Copies):
-    """A copy of every parameter."""
+    """A trainable copy of every parameter."""
 
     name: ClassVar[str] = "full"
 

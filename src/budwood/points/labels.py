@@ -1,7 +1,7 @@
-"""Sentences around a name, whose embeddings are averaged.
+"""Class labels, and the sentences (templates) around them whose embeddings are averaged.
 
-In the style of ULIP's ``modelnet40_64``, and 64 as well, but written anew: give the lines of the
-original file as ``templates`` to reproduce published numbers to the last digit.
+The templates are in the style of ULIP's ``modelnet40_64``, and 64 as well, but written anew: pass
+the lines of the original file as ``templates`` to reproduce published numbers to the last digit.
 """
 
 from __future__ import annotations
@@ -90,21 +90,45 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates by name or as they are.
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return labels without surrounding or repeated blanks.
 
     Raises:
-        InputError: no such name, none at all, or one without ``{}``.
+        InputError: there are none, one is empty, or one is repeated (up to case and blanks).
+    """
+    if isinstance(labels, str):
+        raise InputError(f"labels={labels!r} is one string; give a list of labels")
+    cleaned = tuple(" ".join(str(label).split()) for label in labels)
+    if not cleaned:
+        raise InputError("there are no labels; give at least one")
+    if "" in cleaned:
+        raise InputError(f"label {cleaned.index('') + 1} of {len(cleaned)} is empty")
+    seen: set[str] = set()
+    for label in cleaned:
+        if label.casefold() in seen:
+            raise InputError(f"label {label!r} is repeated; give each label once")
+        seen.add(label.casefold())
+    return cleaned
+
+
+def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the sentences of a set of templates.
+
+    Args:
+        templates: a name in ``TEMPLATES``, or sentences with ``{}`` where the label goes.
+
+    Raises:
+        InputError: an unknown name, no sentence at all, or one without ``{}``.
     """
     if isinstance(templates, str):
         if templates not in TEMPLATES:
             known = ", ".join(TEMPLATES)
             raise InputError(f"templates {templates!r} are unknown; known: {known}")
         return TEMPLATES[templates]
-    lines = tuple(templates)
-    if not lines:
+    sentences = tuple(templates)
+    if not sentences:
         raise InputError("templates are empty; give at least '{}'")
-    for line in lines:
-        if not isinstance(line, str) or line.count("{}") != 1:
-            raise InputError(f"template {line!r} must have {{}} once, where the name goes")
-    return lines
+    for sentence in sentences:
+        if not isinstance(sentence, str) or sentence.count("{}") != 1:
+            raise InputError(f"template {sentence!r} must have {{}} once, where the label goes")
+    return sentences
