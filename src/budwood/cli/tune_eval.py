@@ -200,7 +200,7 @@ def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None
 
 
 def _draw(loaded: LanguageModel, texts: dict[str, list[Row]], path: Path) -> None:
+    from budwood.bench.plots import plot_identity
     from budwood.tune.evaluate.routing import routing_rows
-    from budwood.tune.plots import plot_identity
 
     plot_identity(routing_rows(loaded.model, loaded.tokenizer, texts), path)
