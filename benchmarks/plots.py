@@ -3,24 +3,29 @@
     python benchmarks/plots.py                 # all
     python benchmarks/plots.py prune points    # some
 
-They are prune, points, tune-front, tune-curves and tune-identity. Each becomes docs/images/NAME.png. `make plots` runs this too.
+They are prune, points, tune-front, tune-curves and tune-identity, and kept, which runs `budwood prune`
+on examples/prune/peach.png. Each becomes docs/images/NAME.png. `make plots` runs this too.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from budwood import records
 from budwood.bench import plots
+from budwood.prune.overlay import PANEL
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / records.RESULTS, ROOT / "docs" / "images"
+COLOURS = 128
 POINTS = ("frozen", "tokens", "t3a", "esp-zero", "full", "lora", "sparse-lora")
 
 
@@ -72,7 +77,34 @@ def tune_identity(path: Path) -> None:
     plots.plot_identity(json.loads(file.read_text()), path)
 
 
+def kept(path: Path) -> None:
+    """A picture, and beside it the visual tokens that answer the question."""
+    source = ROOT / "examples/prune/peach.png"
+    question = "What colour is the frame around the bell?"
+    with tempfile.TemporaryDirectory() as folder:
+        overlay = Path(folder) / "overlay.png"
+        words = [source, question, "--keep", "28", "--method", "adav-contrast", "--json"]
+        command = [sys.executable, "-m", "budwood.cli", "prune", *words, "--overlay", overlay]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        panels = Image.open(overlay).convert("RGB")
+    answers = json.loads(done.stdout)
+    top = panels.height - PANEL - 52  # the caption's lines are above, two lines of legend below
+    right = panels.crop((16, top, 16 + PANEL, top + PANEL))
+    left = Image.open(source).convert("RGB").resize((PANEL, PANEL), Image.Resampling.BICUBIC)
+    sheet = Image.new("RGB", (2 * PANEL + 48, PANEL + 88), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(19)
+    pen.text((16, 12), question, font=font, fill="black")
+    for x, panel, label in (
+        (16, left, f"all 256 visual tokens: {answers['answer_full']}"),
+        (PANEL + 32, right, f"28 kept: {answers['answer']}"),
+    ):
+        sheet.paste(panel, (x, 46))
+        pen.text((x, PANEL + 54), label, font=font, fill="black")
+    sheet.save(path)
+
+
 PLOTS = {
+    "kept": kept,
     "prune": prune,
     "points": points,
     "tune-front": tune_front,
@@ -86,7 +118,7 @@ def main(names: Iterable[str]) -> None:
     for name in names or PLOTS:
         path = IMAGES / f"{name}.png"
         PLOTS[name](path)
-        small = Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        small = Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
         small.save(path, optimize=True)
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KB")
 
