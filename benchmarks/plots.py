@@ -3,8 +3,8 @@
     python benchmarks/plots.py                 # all
     python benchmarks/plots.py prune points    # some
 
-They are prune, points, tune-front, tune-curves and tune-identity, and kept, which runs `budwood prune`
-on examples/prune/peach.png. Each becomes docs/images/NAME.png. `make plots` runs this too.
+They are prune, points, tune-front, tune-curves and tune-identity, and kept, which runs
+`budwood prune` on examples/prune/peach.png. Each becomes docs/images/NAME.png. `make plots` runs this too.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def kept(path: Path) -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         panels = Image.open(overlay).convert("RGB")
     answers = json.loads(done.stdout)
-    top = panels.height - PANEL - 52  # the caption's lines are above, two lines of legend below
+    edge = panels.crop((14 + PANEL, 0, 15 + PANEL, panels.height)).convert("L")
+    top = next(y for y in range(edge.height) if edge.getpixel((0, y)) < 128)  # below the caption
     right = panels.crop((16, top, 16 + PANEL, top + PANEL))
     left = Image.open(source).convert("RGB").resize((PANEL, PANEL), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (2 * PANEL + 48, PANEL + 88), "white")

@@ -1,9 +1,9 @@
 """What the site needs beyond Markdown: pages from other folders, and links that work there too.
 
 A fence "```python compile" tells the tests that the block is not to be run; the site shows it as
-Python. Pages link to files as they lie in the repository, so that they read well in a checkout. On the
-site, CONTRIBUTING.md and a few others are pages of their own, and a link to a file that is no page
-becomes its text.
+Python. Pages link to files as they lie in the repository, so that they read well in a checkout. On
+the site, CONTRIBUTING.md and a few others are pages of their own, and a link to a file that is no
+page becomes its text.
 """
 
 from __future__ import annotations

@@ -252,7 +252,10 @@ def _label_ends(axis: Any, ends: Sequence[tuple[str, float, float, str]]) -> Non
         axis.annotate(
             name, xy=(x, y), xycoords="data", xytext=(1.03, place), textcoords=transform,
             color=colour, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6,
+                "relpos": (0, 0.5),
+            },
         )  # fmt: skip
 
 
