@@ -4,7 +4,8 @@
     python benchmarks/plots.py prune points    # some
 
 They are prune, points, tune-front, tune-curves and tune-identity, and kept, which runs
-`budwood prune` on examples/prune/peach.png. Each becomes docs/images/NAME.png. `make plots` runs this too.
+`budwood prune` on examples/prune/peach.png. Each becomes docs/images/NAME.png. `make plots` runs
+this too.
 """
 
 from __future__ import annotations
