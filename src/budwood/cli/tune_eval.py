@@ -189,7 +189,7 @@ def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
 
 
 def _draw(loaded: Loaded, texts: dict[str, list[EncodedExample]], path: Path) -> None:
+    from budwood.bench.plots import plot_identity
     from budwood.tune.evaluate.suite import routing_rows
-    from budwood.tune.plots import plot_identity
 
     plot_identity(routing_rows(loaded.model, loaded.tokenizer, texts), path)

@@ -135,8 +135,10 @@ def _draw(
         raise InputError(f"--plot needs numbers above 0 along {across}")
     reserve_picture(path, force)
     need_matplotlib()
+    from budwood.bench.plots import plot_lines
+
     by, height = columns
-    write_whole(path, lambda part: records.plot(rows, part, x=across, y=height, by=by, log=True))
+    write_whole(path, lambda part: plot_lines(rows, part, x=across, y=height, by=by, log=True))
     say(f"wrote {path}")
 
 

@@ -142,6 +142,8 @@ def _described(config: BenchConfig, encoder: PointEncoder, given: Any) -> dict[s
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:
+    from budwood.bench.plots import plot_lines
+
     curves = [
         row
         | {
@@ -151,7 +153,7 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         for row in rows
         if row["sampler"] == "random"
     ]
-    records.plot(
+    plot_lines(
         curves, path, x="points", y="unseen_top1", by="method", low="low", high="high", log=True
     )
 

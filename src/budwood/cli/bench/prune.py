@@ -153,23 +153,22 @@ def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:
+    from budwood.bench.plots import plot_lines
+
     baselines = ("full", "blind")
-    curves = [
-        row | {"curve": _label(row, rows), "visual tokens kept": row["n_kept"]}
-        for row in rows
-        if row["method"] not in baselines
-    ]
+    curves = [row | {"curve": _label(row, rows)} for row in rows if row["method"] not in baselines]
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
-    records.plot(
+    plot_lines(
         curves,
         path,
-        x="visual tokens kept",
+        x="n_kept",
         y="accuracy",
         by="curve",
         low="accuracy_low",
         high="accuracy_high",
         baseline=full,
-        title="dashed: all tokens",
+        baseline_label="all tokens",
+        log=True,
     )
 
 

@@ -216,7 +216,7 @@ def _compare(
 
 def _draw(comparison: Comparison, runs: list[dict[str, Any]], output: Path) -> list[str]:
     """Draw what there is; returns the names of the pictures."""
-    from budwood.tune.plots import plot_curves, plot_front, plot_identity
+    from budwood.bench.plots import plot_curves, plot_front, plot_identity
 
     histories, routing = comparison.histories(runs), comparison.routing(runs)
     pictures: dict[str, Callable[[Path], Path]] = {"front.png": lambda part: plot_front(runs, part)}
