@@ -64,7 +64,7 @@ class Registry:
         return tuple(self._targets)
 
     def _unknown(self, name: object) -> str:
-        near = difflib.get_close_matches(str(name).lower(), self._targets, n=1)
+        near = difflib.get_close_matches(str(name).lower(), self._targets, n=1, cutoff=0.75)
         hint = f", did you mean {near[0]!r}?" if near else ";"
         return f"unknown {self.kind} {name!r}{hint} known: {', '.join(self._targets)}"
 
