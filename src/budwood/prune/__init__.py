@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 from budwood.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from budwood.prune.budget import Budget
-    from budwood.prune.encoded import Encoded, encode
-    from budwood.prune.families import FAMILIES
-    from budwood.prune.methods import METHODS, Choice, Method, Selection, Split
-    from budwood.prune.selection import select
-    from budwood.prune.session import PruneSession, attach
+    from budwood.prune.budget import Budget as Budget
+    from budwood.prune.encoded import Encoded as Encoded
+    from budwood.prune.encoded import encode as encode
+    from budwood.prune.families import FAMILIES as FAMILIES
+    from budwood.prune.methods import METHODS as METHODS
+    from budwood.prune.methods import Choice as Choice
+    from budwood.prune.methods import Method as Method
+    from budwood.prune.methods import Selection as Selection
+    from budwood.prune.methods import Split as Split
+    from budwood.prune.selection import select as select
+    from budwood.prune.session import PruneSession as PruneSession
+    from budwood.prune.session import attach as attach
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

@@ -94,10 +94,11 @@ class Pruner:
 
         started = self._now()
         features, saliency_of = self._encode(inputs)
-        encoded = self._now()
+        encoded_at = self._now()
 
         layouts = self.family.layouts(inputs, features)
-        _refuse_other_pictures(features, layouts)
+        if self.encoded is not None:
+            _refuse_other_pictures(self.encoded, layouts)
         lengths = [layout.n_placeholders for layout in layouts]
         images = locate_images(ids, self.family.image_token_id, lengths)
         with torch.no_grad():
@@ -124,7 +125,7 @@ class Pruner:
             pruned.origin,
             [self._describe(number, *image) for number, image in enumerate(described)],
             checks,
-            Timing(1e3 * (encoded - started), 1e3 * (self._now() - encoded)),
+            Timing(1e3 * (encoded_at - started), 1e3 * (self._now() - encoded_at)),
         )
 
     def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SaliencyOf]:
@@ -248,15 +249,18 @@ def image_outputs(features: Sequence[Tensor]) -> dict[str, Any]:
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
+    given: Any = list(features)
+    return {"image": BaseModelOutputWithPooling(pooler_output=given)}
 
 
-def _refuse_other_pictures(features: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
-    """Pictures that were encoded before must be those of the call."""
-    if len(features) != len(layouts):
+def _refuse_other_pictures(encoded: Encoded, layouts: Sequence[Layout]) -> None:
+    """Check that pictures encoded before have the sizes of those of the call."""
+    theirs = [len(scores) for scores in encoded.saliency]
+    ours = [layout.n_candidates for layout in layouts]
+    if theirs != ours:
         raise InputError(
-            f"the call has {len(layouts)} images and encoded has {len(features)}; encode the same "
-            "pictures, or arrange them with encoded.pick(...)"
+            f"encoded has pictures of {theirs} visual tokens, the call has images of {ours}; "
+            "encode the same pictures, or arrange them with encoded.pick(...)"
         )
 
 

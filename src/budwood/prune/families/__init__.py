@@ -37,8 +37,8 @@ def family_class(config: Any, name: str) -> type[Family]:
     """
     if config.model_type not in FAMILIES and not hasattr(config, "vision_config"):
         raise UnsupportedModelError(
-            f"{name} ({config.model_type!r}) has no vision, so there are no visual tokens to prune; "
-            f"known families: {', '.join(FAMILIES)}"
+            f"{name} ({config.model_type!r}) has no vision, so there are no visual tokens to "
+            f"prune; known families: {', '.join(FAMILIES)}"
         )
     try:
         return FAMILIES.get(config.model_type)

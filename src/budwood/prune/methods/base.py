@@ -1,4 +1,4 @@
-"""The interface of a pruning method: a choice among visual tokens, as a pure function on tensors."""
+"""The interface of a pruning method: a choice of visual tokens, as a pure tensor function."""
 
 from __future__ import annotations
 
