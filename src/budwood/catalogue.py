@@ -17,14 +17,19 @@ PRUNING_METHODS = {
     "adav": _method(
         "adav:AdaV",
         "text and saliency",
-        "Adaptive text–visual redirection.",
+        "Keep tokens by question and by saliency, split anew for each image and question.",
         "AdaV, Findings of ACL 2025 (2025.findings-acl.258); arXiv 2501.09532",
+    ),
+    "adav-official": _method(
+        "adav_official:AdaVOfficial",
+        "text and saliency",
+        "AdaV with the selection of its authors' code, faults included. For LLaVA and LLaVA-NeXT.",
+        "the public code of AdaV, JiayiV/AdaV",
     ),
     "adav-contrast": _method(
         "adav_contrast:AdaVContrast",
         "text and saliency",
-        "AdaV's reserve, split and refill, with another relevance to the text. Ours, not the "
-        "paper's.",
+        "AdaV with a relevance score that ignores words like \"the\". Ours, not the paper's.",
         "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018",
     ),
     "fastervlm": _method(
@@ -41,13 +46,13 @@ PRUNING_METHODS = {
         "AdaV (text-to-image attention alone), 2025.findings-acl.258",
     ),
     "random": _method(
-        "random:Random",
+        "baselines:Random",
         "nothing",
-        "Keep a random subset, drawn without replacement.",
+        "Keep a random subset of the tokens, drawn without replacement.",
         "baseline",
     ),
     "uniform": _method(
-        "uniform:Uniform",
+        "baselines:Uniform",
         "nothing",
         "Keep tokens at even distances along the order in which the LLM sees them.",
         "baseline",

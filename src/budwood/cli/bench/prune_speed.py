@@ -14,8 +14,7 @@ from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.bench.prune.shapes import Shape
-    from budwood.bench.prune.speed import SpeedConfig
+    from budwood.bench.prune_speed import Shape, SpeedConfig
 
 _SHOWN = {
     "method": ("method", ""),
@@ -79,7 +78,7 @@ def bench_speed(
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
-    from budwood.bench.prune.speed import SpeedConfig
+    from budwood.bench.prune_speed import SpeedConfig
     from budwood.prune.methods import METHODS
 
     METHODS.get(method)
@@ -87,7 +86,7 @@ def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) 
 
 
 def _shape(name: str | None, *size: int) -> Shape | None:
-    from budwood.bench.prune.shapes import Shape
+    from budwood.bench.prune_speed import Shape
 
     return None if name is None else Shape(name, *size)
 
@@ -95,7 +94,7 @@ def _shape(name: str | None, *size: int) -> Shape | None:
 def _measure(
     config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
 ) -> records.Record:
-    from budwood.bench.prune.speed import largest_allocation, measure_speed
+    from budwood.bench.prune_speed import largest_allocation, measure_speed
 
     model, processor, inputs, described = _subject(config, shape, source)
     with working("timing"):
@@ -113,7 +112,7 @@ def _subject(
     from budwood.cli.models import load, place
 
     if shape is not None:
-        from budwood.bench.prune.shapes import random_llava_next
+        from budwood.bench.prune_speed import random_llava_next
 
         device, dtype = place(*source[1:])
         with working(f"building {shape.name} with random weights"):
@@ -133,7 +132,7 @@ def _subject(
 
 
 def _targets(record: records.Record) -> list[str]:
-    from budwood.bench.prune.speed import PREFILL_TARGET, SELECT_TARGET
+    from budwood.bench.prune_speed import PREFILL_TARGET, SELECT_TARGET
 
     config, pruned = record.config, [row for row in record.rows if row["prefill_over_plain"]]
     prefill = max(row["prefill_over_plain"] for row in pruned)

@@ -1,4 +1,7 @@
-"""What pruning saves and what it costs, as ratios of times measured side by side."""
+"""What pruning saves and what it costs, as ratios of times measured side by side.
+
+The model is a real one, or one of a published shape with random weights, for timing alone.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from budwood.errors import InputError
+from budwood.checks import need_at_least
+from budwood.errors import InputError, UnknownNameError
 from budwood.prune.budget import Budget
-from budwood.prune.families import family_of, innermost
+from budwood.prune.families import family_of
 from budwood.prune.families.base import Layout
 from budwood.prune.latency import Timed, generate_timed
 from budwood.prune.question import QUESTIONS, Question
 from budwood.prune.selection import select
 from budwood.prune.session import PruneSession, attach
-from budwood.timing import side_by_side
+from budwood.timing import median_ratio, side_by_side
+from budwood.unwrap import innermost
 
 Row = dict[str, Any]
 
@@ -28,6 +33,11 @@ PREFILL_TARGET = 1.10
 """Prefill with pruning over that of the same LLM given as long a prompt without it."""
 SELECT_TARGET = 0.03
 """Selector with saliency row over prefill with all tokens."""
+
+SHAPES = ("llava-next",)
+
+_HEAD, _VISION_HEAD = 128, 64
+_WORDS, _QUESTION = 32_064, 24
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,8 @@ class SpeedConfig:
             Budget.parse(keep)
         if len(set(self.keeps)) < len(self.keeps):
             raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
-        if self.repeats < 1 or self.n_new < 2:
-            raise InputError(
-                f"repeats={self.repeats} and n_new={self.n_new}; give at least 1 and at least 2"
-            )
+        need_at_least(1, repeats=self.repeats)
+        need_at_least(2, n_new=self.n_new)
 
 
 def measure_speed(
@@ -96,22 +104,22 @@ def measure_speed(
         plans[f"pruned {keep}"] = functools.partial(
             _time_pruned, model, processor, inputs, keep, config
         )
-    found = side_by_side(plans, config.repeats)
-    full = found["full"]
+    times = side_by_side(plans, config.repeats)
+    full = times["full"]
     n_visual = next(iter(counts.values()))[0]
     rows = [_row("full", 1.0, n_visual, n_visual, length, full, full)]
     for keep, (n_visual, n_kept) in counts.items():
-        plain, pruned = found[f"plain {keep}"], found[f"pruned {keep}"]
+        plain, pruned = times[f"plain {keep}"], times[f"pruned {keep}"]
         n_prompt = plain[0].sequences.shape[1] - config.n_new
         rows.append(_row("plain", keep, 0, 0, n_prompt, plain, full))
         row = _row(config.method, keep, n_visual, n_kept, n_prompt, pruned, full)
-        row["prefill_over_plain"] = _ratio(pruned, plain, lambda one: one.first.prefill_ms)
+        row["prefill_over_plain"] = _ratio(pruned, plain, _prefill_ms)
         rows.append(row)
     return rows
 
 
 def largest_allocation(model: Any, processor: Any, inputs: Mapping[str, Any], keep: float) -> Row:
-    """The largest tensor that saliency row and selection (AdaV) produce.
+    """Find the largest tensor that saliency row and selection (AdaV) produce.
 
     Returns:
         ``largest_shape`` and ``largest_numel``, and ``limit_numel``: encoder heads × N × N, times
@@ -155,13 +163,13 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        known = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
-        for one in result if isinstance(result, list | tuple) else [result]:
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for x in result if isinstance(result, list | tuple) else [result]:
             # A view allocates nothing.
-            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in known:
-                numel = one.untyped_storage().nbytes() // max(one.element_size(), 1)
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
+                numel = x.untyped_storage().nbytes() // max(x.element_size(), 1)
                 if numel > self.numel:
-                    self.numel, self.shape = numel, tuple(one.shape)
+                    self.numel, self.shape = numel, tuple(x.shape)
         return result
 
 
@@ -186,7 +194,7 @@ def _lengths(
 
 
 def _plain_prompt(model: Any, length: int, seed: int) -> dict[str, Any]:
-    """A text of this many tokens, with no placeholder among them."""
+    """A random text of this many tokens, without placeholders."""
     generator = torch.Generator().manual_seed(seed)
     n_words = min(model.get_input_embeddings().weight.shape[0], model.config.image_token_id)
     ids = torch.randint(n_words, (1, length), generator=generator).to(model.device)
@@ -208,7 +216,7 @@ def _time_pruned(
 def _timed(
     model: Any, inputs: Mapping[str, Any], config: SpeedConfig, session: PruneSession | None = None
 ) -> Timed:
-    # An answer of fixed length, so that all decode equally many tokens.
+    # Answers of fixed length, so that all decode equally many tokens.
     lengths = {"max_new_tokens": config.n_new, "min_new_tokens": config.n_new}
     return generate_timed(model, inputs, session, **lengths)
 
@@ -219,11 +227,11 @@ def _row(
     n_visual: int,
     n_kept: int,
     n_prompt: int,
-    own: list[Timed],
+    calls: list[Timed],
     full: list[Timed],
 ) -> Row:
     def median(of: Callable[[Timed], float]) -> float:
-        return round(statistics.median(map(of, own)), 3)
+        return round(statistics.median(map(of, calls)), 3)
 
     return {
         "method": name,
@@ -231,28 +239,132 @@ def _row(
         "n_visual": n_visual,
         "n_kept": n_kept,
         "n_prompt": n_prompt,
-        "ttft_ms": median(lambda one: one.first.total_ms),
-        "encode_ms": median(lambda one: one.first.encode_ms),
-        "select_ms": median(lambda one: one.first.select_ms),
-        "prefill_ms": median(lambda one: one.first.prefill_ms),
+        "ttft_ms": median(_total_ms),
+        "encode_ms": median(lambda call: call.first.encode_ms),
+        "select_ms": median(_select_ms),
+        "prefill_ms": median(_prefill_ms),
         "decode_tokens_per_s": median(_decode_speed),
-        "ttft_over_full": _ratio(own, full, lambda one: one.first.total_ms),
-        "prefill_over_full": _ratio(own, full, lambda one: one.first.prefill_ms),
+        "ttft_over_full": _ratio(calls, full, _total_ms),
+        "prefill_over_full": _ratio(calls, full, _prefill_ms),
         "select_over_full": round(
-            statistics.median(
-                one.first.select_ms / all_.first.prefill_ms for one, all_ in zip(own, full)
-            ),
-            5,
+            median_ratio(list(map(_select_ms, calls)), list(map(_prefill_ms, full))), 5
         ),
-        "decode_over_full": _ratio(own, full, _decode_speed),
+        "decode_over_full": _ratio(calls, full, _decode_speed),
         "prefill_over_plain": None,
     }
 
 
-def _decode_speed(one: Timed) -> float:
-    return 1e3 * len(one.step_ms) / sum(one.step_ms)
+def _total_ms(call: Timed) -> float:
+    return call.first.total_ms
 
 
-def _ratio(own: list[Timed], other: list[Timed], of: Callable[[Timed], float]) -> float:
+def _select_ms(call: Timed) -> float:
+    return call.first.select_ms
+
+
+def _prefill_ms(call: Timed) -> float:
+    return call.first.prefill_ms
+
+
+def _decode_speed(call: Timed) -> float:
+    """Tokens per second."""
+    return 1e3 * len(call.step_ms) / sum(call.step_ms)
+
+
+def _ratio(calls: list[Timed], baseline: list[Timed], of: Callable[[Timed], float]) -> float:
     """The median of the ratio within each round."""
-    return round(statistics.median(of(a) / of(b) for a, b in zip(own, other)), 4)
+    return round(median_ratio(list(map(of, calls)), list(map(of, baseline))), 4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model of a published shape.
+
+    Attributes:
+        name: one of ``SHAPES``.
+        layers: of the LLM; 32 in the published 7B model.
+        width: of the LLM, a multiple of 128; 4,096 there.
+        vision_layers: of the tower, at least 2; 24 there.
+        vision_width: of the tower, a multiple of 64; 1,024 there.
+
+    Raises:
+        UnknownNameError: an unknown name.
+        InputError: a number is out of range.
+    """
+
+    name: str = "llava-next"
+    layers: int = 4
+    width: int = 2048
+    vision_layers: int = 4
+    vision_width: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.name not in SHAPES:
+            raise UnknownNameError(f"unknown shape {self.name!r}; known: {', '.join(SHAPES)}")
+        need_at_least(1, layers=self.layers)
+        need_at_least(2, vision_layers=self.vision_layers)
+        widths = (("width", _HEAD), ("vision_width", _VISION_HEAD))
+        for name, head in widths:
+            if getattr(self, name) < head or getattr(self, name) % head:
+                raise InputError(f"{name}={getattr(self, name)} must be a multiple of {head}")
+
+
+def random_llava_next(
+    shape: Shape, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Any, dict[str, Any]]:
+    """Build LLaVA-NeXT with a CLIP-L/14 tower at 336 px, and a prompt with 2,880 visual tokens.
+
+    A square picture of 672 px is five crops of 576 patches: an overview and 2 × 2 tiles.
+
+    Args:
+        shape: how large.
+        seed: of weights, pixels and text.
+        dtype: of the weights.
+
+    Returns:
+        The model, and inputs of one row.
+    """
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
+
+    torch.manual_seed(seed)
+    image_token = _WORDS - 1
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=shape.vision_width,
+            intermediate_size=4 * shape.vision_width,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_width // _VISION_HEAD,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=_WORDS,
+            hidden_size=shape.width,
+            intermediate_size=round(shape.width * 2.6875),  # 11,008 at 4,096
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.width // _HEAD,
+            num_key_value_heads=shape.width // _HEAD,
+            max_position_embeddings=4096,
+        ),
+        image_token_index=image_token,  # the parameter's name; the attribute is image_token_id
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    )
+    model: Any = LlavaNextForConditionalGeneration(config)
+    model = model.to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    n_image = 24 * 24 + 48 * (48 + 1)  # overview, and tiles with a newline after each row
+    before, after = torch.randint(3, image_token, (2, _QUESTION)).unbind()
+    ids = torch.cat((before, torch.full((n_image,), image_token), after))[None]
+    return model, {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 5, 3, 336, 336),
+        "image_sizes": torch.tensor([[672, 672]]),
+    }

@@ -6,43 +6,45 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from budwood.bench.prune.accuracy import FULL, Asked, Config, Outcome
-from budwood.bench.prune.times import Run
+from budwood.bench.prune.accuracy import Asked, Outcome
+from budwood.bench.prune.plan import FULL, Config, Run
 from budwood.bootstrap import PairedBootstrap, interval, ratio
 from budwood.sprout.questions import KINDS
 
 Row = dict[str, Any]
 
 GROUPS: dict[str, Callable[[Asked], bool]] = {
-    "": lambda one: True,
-    "salient": lambda one: one.question.asks_salient,
-    "other": lambda one: not one.question.asks_salient,
+    "": lambda asked: True,
+    "salient": lambda asked: asked.question.asks_salient,
+    "other": lambda asked: not asked.question.asks_salient,
 }
-"""The whole, questions whose object is the salient one, and the rest."""
+"""All questions, those about the salient object, and the rest."""
 
 
 def rows_of(outcome: Outcome, config: Config) -> list[Row]:
-    """Rows of a record: ``full`` and ``blind``, then each method at each budget.
+    """Make the rows of a record: ``full`` and ``blind``, then each method at each budget.
 
     Every row has ``method, keep, question, n_visual, n_kept``; ``accuracy``, ``retention``
     (accuracy over that with all tokens) and ``difference`` (to the reference at the same budget, in
     accuracy), each with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
     ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; and the times. What
-    cannot be told, such as the difference of a baseline, is None.
+    is not known, such as the difference of a baseline, is None.
     """
-    draws = PairedBootstrap([one.scene for one in outcome.asked], config.n_resamples, config.seed)
+    draws = PairedBootstrap(
+        [asked.scene for asked in outcome.asked], config.n_resamples, config.seed
+    )
     return [_row(run, outcome, config, draws) for run in config.runs]
 
 
 def counts(outcome: Outcome) -> dict[str, int]:
-    """Questions in all, in each group and of each kind."""
-    found = {"n_questions": len(outcome.asked)}
+    """Count questions: all, in each group and of each kind."""
+    numbers = {"n_questions": len(outcome.asked)}
     for group, belongs in GROUPS.items():
         if group:
-            found[f"n_{group}"] = sum(map(belongs, outcome.asked))
+            numbers[f"n_{group}"] = sum(map(belongs, outcome.asked))
     for kind in KINDS:
-        found[f"n_{kind}"] = sum(one.question.kind == kind for one in outcome.asked)
-    return found
+        numbers[f"n_{kind}"] = sum(asked.question.kind == kind for asked in outcome.asked)
+    return numbers
 
 
 def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> Row:
@@ -57,8 +59,8 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
     for group, belongs in GROUPS.items():
         row |= _scores(run, outcome, config, draws, group, belongs)
     for kind in KINDS:
-        mine = [one.question.kind == kind for one in outcome.asked]
-        row[f"accuracy_{kind}"] = _share(outcome.right[run], mine)
+        counted = [asked.question.kind == kind for asked in outcome.asked]
+        row[f"accuracy_{kind}"] = _accuracy(outcome.right[run], counted)
     return row | {
         "ttft_ms": round(time.first.total_ms, 3),
         "ttft_full_ms": round(outcome.times[FULL].first.total_ms, 3),
@@ -78,21 +80,21 @@ def _scores(
     belongs: Callable[[Asked], bool],
 ) -> Row:
     """Accuracy, retention and difference in one group of questions, with intervals."""
-    mine = [belongs(one) for one in outcome.asked]
-    other = config.reference_run(run.keep) if run.variant else None
-    own, full = outcome.right[run], outcome.right[FULL]
-    resampled = draws.accuracies(own, mine)
-    accuracy, accuracy_full = _share(own, mine), _share(full, mine)
+    counted = [belongs(asked) for asked in outcome.asked]
+    reference = config.reference_run(run.keep) if run.variant else None
+    right, full = outcome.right[run], outcome.right[FULL]
+    resampled = draws.accuracies(right, counted)
+    accuracy, accuracy_full = _accuracy(right, counted), _accuracy(full, counted)
     retention = accuracy / accuracy_full if accuracy is not None and accuracy_full else None
     values: dict[str, Any] = {
         "accuracy": (accuracy, *interval(resampled)),
-        "retention": (retention, *interval(ratio(resampled, draws.accuracies(full, mine)))),
+        "retention": (retention, *interval(ratio(resampled, draws.accuracies(full, counted)))),
         "difference": (None, None, None),
     }
-    if other is not None and other != run and accuracy is not None:
-        theirs = outcome.right[other]
-        gap = accuracy - (_share(theirs, mine) or 0.0)
-        values["difference"] = (gap, *interval(resampled - draws.accuracies(theirs, mine)))
+    if reference is not None and reference != run and accuracy is not None:
+        theirs = outcome.right[reference]
+        gap = accuracy - (_accuracy(theirs, counted) or 0.0)
+        values["difference"] = (gap, *interval(resampled - draws.accuracies(theirs, counted)))
     suffix = f"_{group}" if group else ""
     row: Row = {}
     for name, (value, low, high) in values.items():
@@ -102,10 +104,10 @@ def _scores(
     return row | {f"accuracy_full{suffix}": accuracy_full}
 
 
-def _share(right: list[bool], mine: list[bool]) -> float | None:
-    """Share of rights among those that count; None if there are none."""
-    counted = [one for one, counts_ in zip(right, mine) if counts_]
-    return sum(counted) / len(counted) if counted else None
+def _accuracy(right: list[bool], counted: list[bool]) -> float | None:
+    """Fraction of correct answers among those that count; None if none counts."""
+    n_counted = sum(counted)
+    return sum(map(all, zip(right, counted))) / n_counted if n_counted else None
 
 
 def _mean(values: list[int]) -> int | float:
