@@ -31,5 +31,5 @@ def need_seed(seed: int) -> None:
     """
     if not 0 <= seed <= HIGHEST_SEED:
         raise InputError(
-            f"seed={seed} is outside 0…{HIGHEST_SEED}; give a whole number in that range"
+            f"seed={seed} is out of range; give a whole number from 0 to {HIGHEST_SEED}"
         )

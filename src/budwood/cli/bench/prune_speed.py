@@ -9,6 +9,7 @@ import typer
 
 from budwood import records
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import working
 from budwood.cli.results import Results
 from budwood.errors import InputError
@@ -16,22 +17,20 @@ from budwood.errors import InputError
 if TYPE_CHECKING:
     from budwood.bench.prune_speed import Shape, SpeedConfig
 
-_SHOWN = {
-    "method": ("method", ""),
-    "keep": ("keep", ""),
-    "n_prompt": ("prompt", ""),
-    "ttft_ms": ("first token ms", ".1f"),
-    "encode_ms": ("encoder", ".1f"),
-    "select_ms": ("selector", ".2f"),
-    "prefill_ms": ("prefill", ".1f"),
-    "prefill_over_plain": ("÷ plain", ".3f"),
-    "prefill_over_full": ("÷ full", ".3f"),
-    "select_over_full": ("selector ÷ full prefill", ".2%"),
-    "decode_tokens_per_s": ("decode tokens/s", ".1f"),
-    "decode_over_full": ("÷ full", ".3f"),
-}
-MARKDOWN = {key: spec for key, (_, spec) in _SHOWN.items()}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("method"),
+    Column("keep"),
+    Column("n_prompt", heading="prompt"),
+    Column("ttft_ms", ".1f", "first token ms"),
+    Column("encode_ms", ".1f", "encoder"),
+    Column("select_ms", ".2f", "selector"),
+    Column("prefill_ms", ".1f", "prefill"),
+    Column("prefill_over_plain", ".3f", "÷ plain"),
+    Column("prefill_over_full", ".3f", "÷ full"),
+    Column("select_over_full", ".2%", "selector ÷ full prefill"),
+    Column("decode_tokens_per_s", ".1f", "decode tokens/s"),
+    Column("decode_over_full", ".3f", "÷ full"),
+)
 
 
 def bench_speed(
@@ -74,7 +73,7 @@ def bench_speed(
     built = _shape(shape, layers, width, vision_layers, vision_width)
     results = Results(out, force, json)
     record = _measure(config, built, (model, device, dtype))
-    results.publish(record, _SHOWN, notes=_targets(record))
+    results.publish(record, COLUMNS, notes=_targets(record))
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
