@@ -223,11 +223,13 @@ ADAPTATIONS = {
         "ADABN", "BatchNorm statistics of sparse clouds", "AdaBN, arXiv 1603.04779"
     ),
     "tent": _adaptation(
-        "TENT", "entropy of names, by scales and shifts of the norms", "Tent, arXiv 2006.10726"
+        "TENT",
+        "lowers the entropy of predictions by scales and shifts of the norms",
+        "Tent, arXiv 2006.10726",
     ),
     "t3a": _adaptation(
         "T3A",
-        "training-free: names lean on the surest of the clouds to be named",
+        "training-free: class embeddings move towards the most certain clouds",
         "T3A, NeurIPS 2021",
     ),
     "vpt-shallow": _adaptation("VPT_SHALLOW", "prompts before all blocks", "VPT, arXiv 2203.12119"),
@@ -244,13 +246,13 @@ ADAPTATIONS = {
     ),
     "sparse-full": _adaptation(
         "SPARSE_FULL",
-        "a copy of every parameter, taught and faded in as in sparse-lora",
+        "a copy of every parameter, trained and faded in as in sparse-lora",
         "fine-tuning, WiSE-FT, arXiv 2109.01903",
     ),
     "sparse-lora": _adaptation(
         "SPARSE_LORA",
-        "low-rank differences and a copy of what makes the tokens, taught where clouds are sparser "
-        "than the encoder knows, and faded in",
+        "low-rank differences and a copy of the layers that make tokens, trained on clouds sparser "
+        "than the encoder's and faded in",
         "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
     ),
 }

@@ -1,11 +1,8 @@
-"""Checks of what users give: counts, seeds, and optional packages."""
+"""Checks of counts and seeds that users give."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
-from budwood.errors import InputError, MissingPackageError
+from budwood.errors import InputError
 
 MOST_SEED = 2**63 - 1
 """The largest seed that every random generator in use takes."""
@@ -34,25 +31,3 @@ def need_seed(seed: int) -> None:
     """
     if not 0 <= seed <= MOST_SEED:
         raise InputError(f"seed={seed} is outside 0…{MOST_SEED}; choose another")
-
-
-def need_package(package: str, purpose: str, extra: str) -> Any:
-    """Import an optional package.
-
-    Args:
-        package: name of its module.
-        purpose: what needs it, such as ``"reading .las"``.
-        extra: the extra of budwood that installs it.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingPackageError: it is not installed; the message has the command that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise MissingPackageError(
-            f"{purpose} needs {package}: pip install 'budwood[{extra}]'"
-        ) from None
