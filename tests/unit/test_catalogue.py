@@ -50,12 +50,6 @@ def test_encoders():
                 assert entry.facts["weights"] == "this package"
 
 
-def test_adaptations():
-    for name, entry in catalogue.ADAPTATIONS.items():
-        adaptation = ADAPTATIONS.get(name)
-        assert (entry.summary, entry.source) == (adaptation.summary, adaptation.source)
-
-
 def test_models_are_of_known_families():
     families = {entry.facts["family"] for entry in catalogue.MODELS.values()}
     assert families <= set(catalogue.FAMILIES)

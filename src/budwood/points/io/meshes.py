@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood import optional
 from budwood.errors import InputError
+from budwood.optional import need
 from budwood.points.io.cloud import Cloud, ReadOptions, damaged, make_cloud
 from budwood.points.io.mesh_checks import CHECKS, has_wide_colors
 
 
 def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     """Read a cloud's points, or sample a mesh's faces by area."""
-    trimesh = optional.need("trimesh", f"reading {path.suffix}")
+    trimesh = need("trimesh", f"reading {path.suffix}")
     check = CHECKS.get(path.suffix.lower())
     if check is not None:
         check(path)

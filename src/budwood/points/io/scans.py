@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood import optional
 from budwood.errors import InputError
+from budwood.optional import need
 from budwood.points.io.cloud import Cloud, ReadOptions, damaged, make_cloud
 
 # Bytes of the headers of LAS 1.4 and of the oldest, and of a record before and behind the points.
@@ -23,7 +23,7 @@ LAZ_CHUNK_MAX = 2**24  # points; writers take 50,000
 
 def read_las(path: Path, options: ReadOptions) -> Cloud:
     """Read LAS and LAZ: scaled coordinates, and colours where the point format has them."""
-    laspy = optional.need("laspy", f"reading {path.suffix}")
+    laspy = need("laspy", f"reading {path.suffix}")
     _check_records(path)
     try:
         with laspy.open(path) as reader:
@@ -48,7 +48,7 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
 
 def read_pcd(path: Path, options: ReadOptions) -> Cloud:
     """Read PCD, ascii and binary; an ``rgb`` or ``rgba`` field is unpacked."""
-    pypcd4 = optional.need("pypcd4", "reading .pcd")
+    pypcd4 = need("pypcd4", "reading .pcd")
     try:
         data = pypcd4.PointCloud.from_path(path)
         fields = data.fields
