@@ -9,6 +9,7 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
 from budwood.errors import InputError
@@ -18,20 +19,17 @@ if TYPE_CHECKING:
     from budwood.tune.encoding import EncodedExample
     from budwood.tune.evaluate.suite import Suite
 
-COLUMNS = {
-    "group": ("group", ""),
-    "task": ("task", ""),
-    "metric": ("metric", ""),
-    "n": ("items", ""),
-    "before": ("before", ".3f"),
-    "after": ("after", ".3f"),
-    "difference": ("difference", "+.3f"),
-    "low": ("95 % from", "+.3f"),
-    "high": ("to", "+.3f"),
-}
-"""Key of a row → heading and format."""
-MARKDOWN = {key: spec for key, (_, spec) in COLUMNS.items()}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("group"),
+    Column("task"),
+    Column("metric"),
+    Column("n", heading="items"),
+    Column("before", ".3f"),
+    Column("after", ".3f"),
+    Column("difference", "+.3f"),
+    Column("low", "+.3f", "95 % from"),
+    Column("high", "+.3f", "to"),
+)
 
 
 def tune_eval(
@@ -189,7 +187,7 @@ def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
 
 
 def _draw(loaded: Loaded, texts: dict[str, list[EncodedExample]], path: Path) -> None:
+    from budwood.bench.plots import plot_identity
     from budwood.tune.evaluate.suite import routing_rows
-    from budwood.tune.plots import plot_identity
 
     plot_identity(routing_rows(loaded.model, loaded.tokenizer, texts), path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, say, working
 from budwood.errors import InputError
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from budwood.tune.data import Example
     from budwood.tune.encoding import EncodedExample
 
-_COLUMNS = {"model": ("model", ""), "loss": ("loss a token", ".4f")}
+COLUMNS = Columns(
+    Column("model"),
+    Column("loss", ".4f", "loss a token"),
+)
 _BATCH = 8
 
 
@@ -74,7 +78,7 @@ def export_lora(
         print_json(found)
         return
     names = {"loss_base": "base", "loss_slim": "SLIM", "loss_lora": "LoRA, approximate"}
-    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], _COLUMNS)
+    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], COLUMNS)
     say(f"a LoRA of rank {found['rank']} is in {output}; it approximates {adapter}")
 
 

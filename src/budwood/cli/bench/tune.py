@@ -11,6 +11,7 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
@@ -20,55 +21,37 @@ if TYPE_CHECKING:
     from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.plan import Plan
 
-MARKDOWN = {
-    "method": "",
-    "lr": ".0e",
-    "params": ",",
-    "n_seeds": "",
-    "target": ".1%",
-    "target_std": ".1%",
-    "target_gain": "+.1%",
-    "general": ".1%",
-    "general_loss_rise": "+.3f",
-    "loss_rise_gsm8k": "+.3f",
-    "perplexity": ".2f",
-    "perplexity_rise": "+.2f",
-    "kl_chat": ".4f",
-    "kl_text": ".4f",
-    "kl_chat_ratio": ".2f",
-    "perplexity_rise_ratio": ".2f",
-}
-"""Columns of the Markdown table of a record."""
+COLUMNS_OF_RUNS = Columns(
+    Column("method"),
+    Column("lr", ".0e"),
+    Column("seed"),
+    Column("params", ","),
+    Column("validation", ".1%"),
+    Column("validation_loss", ".2f"),
+    Column("perplexity", ".2f"),
+    Column("kl_chat", ".3f"),
+    Column("kl_text", ".3f"),
+)
+"""Of single runs, which are tested only if they are chosen."""
 
-MARKDOWN_OF_RUNS = {
-    "method": "",
-    "lr": ".0e",
-    "seed": "",
-    "params": ",",
-    "validation": ".1%",
-    "validation_loss": ".2f",
-    "perplexity": ".2f",
-    "kl_chat": ".3f",
-    "kl_text": ".3f",
-}
-"""The same of single runs, which are tested only if they are chosen."""
-
-_COLUMNS = {
-    "method": ("method", ""),
-    "lr": ("lr", ".0e"),
-    "params": ("parameters", ","),
-    "n_seeds": ("seeds", ""),
-    "target": ("target", ".1%"),
-    "target_std": ("±", ".1%"),
-    "target_gain": ("gain", "+.1%"),
-    "general": ("general", ".1%"),
-    "general_loss_rise": ("loss rise", "+.3f"),
-    "loss_rise_gsm8k": ("GSM8K", "+.3f"),
-    "perplexity_rise": ("perplexity rise", "+.2f"),
-    "kl_chat": ("KL chat", ".4f"),
-    "kl_text": ("KL text", ".4f"),
-    "kl_chat_ratio": ("KL / LoRA's", ".2f"),
-}
+COLUMNS = Columns(
+    Column("method"),
+    Column("lr", ".0e"),
+    Column("params", ",", "parameters"),
+    Column("n_seeds", heading="seeds"),
+    Column("target", ".1%"),
+    Column("target_std", ".1%", "±"),
+    Column("target_gain", "+.1%", "gain"),
+    Column("general", ".1%"),
+    Column("general_loss_rise", "+.3f", "loss rise"),
+    Column("loss_rise_gsm8k", "+.3f", "GSM8K"),
+    Column("perplexity", ".2f", only="record"),
+    Column("perplexity_rise", "+.2f", "perplexity rise"),
+    Column("kl_chat", ".4f", "KL chat"),
+    Column("kl_text", ".4f", "KL text"),
+    Column("kl_chat_ratio", ".2f", "KL / LoRA's"),
+    Column("perplexity_rise_ratio", ".2f", only="record"),
+)
 
 
 def bench_tune(
@@ -154,7 +137,7 @@ def bench_tune(
     if json:
         print_json(dataclasses.asdict(record))
         return
-    print_table(record.rows, _COLUMNS)
+    print_table(record.rows, COLUMNS)
     say(f"in {output}: record.json, {', '.join(pictures)}, runs")
 
 
@@ -216,7 +199,7 @@ def _compare(
 
 def _draw(comparison: Comparison, runs: list[dict[str, Any]], output: Path) -> list[str]:
     """Draw what there is; returns the names of the pictures."""
-    from budwood.tune.plots import plot_curves, plot_front, plot_identity
+    from budwood.bench.plots import plot_curves, plot_front, plot_identity
 
     histories, routing = comparison.histories(runs), comparison.routing(runs)
     pictures: dict[str, Callable[[Path], Path]] = {"front.png": lambda part: plot_front(runs, part)}
