@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from budwood.bench.tune.speed import TARGETS
+from budwood.bench.tune_speed import TARGETS
 
 from budwood.bench.tune import METHODS, SpeedConfig, measure_speed
 from budwood.errors import InputError, OutputError
