@@ -181,7 +181,7 @@ def plot_identity(rows: Sequence[Row], path: Path) -> Path:
     """Draw, layer by layer, where SLIM sends each kind of text.
 
     Args:
-        rows: from :func:`budwood.tune.evaluate.routing.routing_rows`.
+        rows: from :func:`budwood.tune.evaluate.suite.routing_rows`.
         path: the picture.
     """
     figure, axes = _figure(2, width=9.6, height=3.8)
