@@ -1,8 +1,11 @@
-"""Checks of counts that users give."""
+"""Checks of numbers that users give."""
 
 from __future__ import annotations
 
 from budwood.errors import InputError
+
+HIGHEST_SEED = 2**32 - 1
+"""NumPy's limit; that of torch is higher."""
 
 
 def need_at_least(least: int, **values: int) -> None:
@@ -18,3 +21,15 @@ def need_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise InputError(f"{name}={value} is below {least}; give at least {least}")
+
+
+def need_seed(seed: int) -> None:
+    """Refuse a seed that a random number generator does not take.
+
+    Raises:
+        InputError: it is outside 0 to 2**32 − 1.
+    """
+    if not 0 <= seed <= HIGHEST_SEED:
+        raise InputError(
+            f"seed={seed} is out of range; give a whole number from 0 to {HIGHEST_SEED}"
+        )

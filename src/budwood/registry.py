@@ -5,9 +5,30 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from budwood.errors import UnknownNameError
+
+_ALIKE = 0.75
+"""How alike two names must be for "did you mean", from 0 to 1: a letter or two may differ."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name's line in a table of :mod:`budwood.catalogue`.
+
+    Attributes:
+        target: where it is defined, ``"module:attribute"``.
+        summary: what it does, in one line.
+        source: the paper or code that it comes from.
+        facts: column → text: what else a list shows.
+    """
+
+    target: str
+    summary: str
+    source: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Registry:
@@ -19,14 +40,16 @@ class Registry:
 
     Args:
         kind: what the names stand for, in the singular; used in error messages.
-        targets: name to ``"module:attribute"`` or to the class itself.
+        targets: name to ``"module:attribute"``, to an entry that has it, or to the class itself.
     """
 
-    def __init__(self, kind: str, targets: Mapping[str, str | type] | None = None) -> None:
+    def __init__(
+        self, kind: str, targets: Mapping[str, Entry] | Mapping[str, str | type] | None = None
+    ) -> None:
         self.kind = kind
         self._targets: dict[str, str | type] = {}
         for name, target in (targets or {}).items():
-            self.register(name, target)
+            self.register(name, target.target if isinstance(target, Entry) else target)
 
     def register(self, name: str, target: str | type) -> None:
         """Add a name.
@@ -51,20 +74,28 @@ class Registry:
         Raises:
             UnknownNameError: no such name; the message has the nearest ones and all known ones.
         """
-        target = self._targets.get(name) if isinstance(name, str) else None
-        if target is None:
-            raise UnknownNameError(self._unknown(name))
+        self.check(name)
+        target = self._targets[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
             return getattr(importlib.import_module(module), attribute)
         return target
+
+    def check(self, name: object) -> None:
+        """Fail if there is no such name; import nothing.
+
+        Raises:
+            UnknownNameError: the message has the nearest name and all known ones.
+        """
+        if not isinstance(name, str) or name not in self._targets:
+            raise UnknownNameError(self._unknown(name))
 
     def names(self) -> tuple[str, ...]:
         """All names, in the order of registration."""
         return tuple(self._targets)
 
     def _unknown(self, name: object) -> str:
-        near = difflib.get_close_matches(str(name).lower(), self._targets, n=1)
+        near = difflib.get_close_matches(str(name).lower(), self._targets, n=1, cutoff=_ALIKE)
         hint = f", did you mean {near[0]!r}?" if near else ";"
         return f"unknown {self.kind} {name!r}{hint} known: {', '.join(self._targets)}"
 

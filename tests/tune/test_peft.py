@@ -98,13 +98,13 @@ def test_one_config_for_two_models(tmp_path):
 def test_statistics_are_shared_by_the_layers_of_a_block():
     first, second, third = layers(tiny.slim())[:3]
     for layer in (second, third):
-        assert layer.clusters("default") is first.clusters("default")
+        assert layer.statistics("default") is first.statistics("default")
         assert "default" not in layer.slim_clusters
     first, second, third = layers(tiny.slim(yield_at="module"))[:3]
-    assert second.clusters("default") is first.clusters("default")
-    assert third.clusters("default").centre.shape == (3, tiny.D_MLP)
+    assert second.statistics("default") is first.statistics("default")
+    assert third.statistics("default").centre.shape == (3, tiny.D_MLP)
     alone = layers(tiny.slim(target_modules=["down_proj"]))[0]
-    assert alone.clusters("default").centre.shape == (3, tiny.D_MLP)
+    assert alone.statistics("default").centre.shape == (3, tiny.D_MLP)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -249,7 +249,7 @@ def test_copies_and_pickles_are_independent():
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert layers(copied)[0].keeper is not layers(model)[0].keeper
         assert layers(copied)[0].keeper.model is copied.base_model.model
-        assert layers(copied)[1].clusters("default") is layers(copied)[0].clusters("default")
+        assert layers(copied)[1].statistics("default") is layers(copied)[0].statistics("default")
         tiny.train(copied, 2)
     assert all(torch.equal(before[key], value) for key, value in states(model).items())
 

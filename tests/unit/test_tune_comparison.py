@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from budwood.bench.tune.plan import Plan, read_material, split
-from budwood.bench.tune.rows import method_rows
-from budwood.bench.tune.runner import Trial, best_rates
+from budwood.bench.tune.plan import Plan, Trial, read_material, split
+from budwood.bench.tune.rows import best_rates, method_rows
 from budwood.errors import InputError, UnknownNameError
 from budwood.tune.data import STYLES, example_of
-from budwood.tune.evaluate.routing import by_layer
+from budwood.tune.evaluate.suite import by_layer
 from tests import tiny_chat
 
 

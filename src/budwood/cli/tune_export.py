@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, say, working
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.cli.language_models import LanguageModel
+    from budwood.loading import Loaded
     from budwood.tune.data import Example
-    from budwood.tune.encoding import Row
+    from budwood.tune.encoding import EncodedExample
 
-_COLUMNS = {"model": ("model", ""), "loss": ("loss a token", ".4f")}
+COLUMNS = Columns(
+    Column("model"),
+    Column("loss", ".4f", "loss a token"),
+)
 _BATCH = 8
 
 
@@ -52,11 +56,11 @@ def export_lora(
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.checks import need_at_least
-    from budwood.cli.language_models import load_adapted
+    from budwood.cli.models import load_adapted
     from budwood.tune.data import read_examples
-    from budwood.tune.evaluate.harness import draw
+    from budwood.tune.evaluate.tasks import draw
     from budwood.tune.export import empty_folder
-    from budwood.tune.train import is_slim
+    from budwood.tune.trainer import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
@@ -74,12 +78,12 @@ def export_lora(
         print_json(found)
         return
     names = {"loss_base": "base", "loss_slim": "SLIM", "loss_lora": "LoRA, approximate"}
-    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], _COLUMNS)
+    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], COLUMNS)
     say(f"a LoRA of rank {found['rank']} is in {output}; it approximates {adapter}")
 
 
 def _export(
-    loaded: LanguageModel,
+    loaded: Loaded,
     examples: dict[str, list[Example]],
     output: Path,
     rank: int,
@@ -104,7 +108,7 @@ def _export(
     return dataclasses.asdict(report)
 
 
-def _batches(rows: list[Row], loaded: LanguageModel) -> list[dict[str, Any]]:
+def _batches(rows: list[EncodedExample], loaded: Loaded) -> list[dict[str, Any]]:
     from budwood.tune.encoding import Padded
 
     collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)

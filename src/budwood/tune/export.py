@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
-from budwood.tune.files import WEIGHTS_FILE
+from budwood.tune.equations import merged_scale
 from budwood.tune.layer import SlimLinear
-from budwood.tune.merging import merged_scale
-from budwood.tune.modes import evaluating
-from budwood.tune.observe import observe
+from budwood.tune.observe import evaluating, observe
+from budwood.tune.saved import WEIGHTS_FILE
 from budwood.tune.steps import layers_of
 
 REPORT_FILE = "approximation.json"
@@ -101,7 +100,7 @@ def export_lora(
     averaged = list(calibration)
     measured = averaged if held_out is None else list(held_out)
     with evaluating(model):
-        with observe(model, learnt=True) as seen, torch.no_grad():
+        with observe(model, supervised=True) as seen, torch.no_grad():
             for batch in averaged:
                 model(**batch)
         found = {

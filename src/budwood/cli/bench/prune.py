@@ -10,6 +10,7 @@ import typer
 
 from budwood import records
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
 
@@ -17,39 +18,27 @@ if TYPE_CHECKING:
     from budwood.bench.prune import Config
     from budwood.cli.models import Loaded
 
-MARKDOWN = {
-    "method": "",
-    "question": "",
-    "keep": "",
-    "n_kept": "",
-    "accuracy": ".1%",
-    "accuracy_low": ".1%",
-    "accuracy_high": ".1%",
-    "retention": ".1%",
-    "difference": "+.1%",
-    "difference_low": "+.1%",
-    "difference_high": "+.1%",
-    "accuracy_salient": ".1%",
-    "accuracy_other": ".1%",
-    "ttft_ms": ".0f",
-    "speedup": ".2f",
-    "select_ms": ".1f",
-}
-"""Columns of the Markdown table of a record."""
-
-_SHOWN = {
-    "curve": ("method", ""),
-    "keep": ("keep", ""),
-    "n_kept": ("tokens", ""),
-    "accuracy_interval": ("accuracy", ""),
-    "retention": ("retention", ".1%"),
-    "difference_interval": ("difference", ""),
-    "accuracy_salient": ("salient", ".1%"),
-    "accuracy_other": ("other", ".1%"),
-    "ttft_ms": ("TTFT ms", ".0f"),
-    "speedup": ("speed-up", ".2f"),
-    "select_ms": ("select ms", ".1f"),
-}
+COLUMNS = Columns(
+    Column("method", only="record"),
+    Column("curve", heading="method", only="terminal"),
+    Column("question", only="record"),
+    Column("keep"),
+    Column("n_kept", heading="tokens"),
+    Column("accuracy", ".1%", only="record"),
+    Column("accuracy_low", ".1%", only="record"),
+    Column("accuracy_high", ".1%", only="record"),
+    Column("accuracy_interval", heading="accuracy", only="terminal"),
+    Column("retention", ".1%"),
+    Column("difference", "+.1%", only="record"),
+    Column("difference_low", "+.1%", only="record"),
+    Column("difference_high", "+.1%", only="record"),
+    Column("difference_interval", heading="difference", only="terminal"),
+    Column("accuracy_salient", ".1%", "salient"),
+    Column("accuracy_other", ".1%", "other"),
+    Column("ttft_ms", ".0f", "TTFT ms"),
+    Column("speedup", ".2f", "speed-up"),
+    Column("select_ms", ".1f", "select ms"),
+)
 
 
 def bench_prune(
@@ -111,7 +100,7 @@ def bench_prune(
     results = Results(out, force, json, plot)
     record = _measure(config, model, device, dtype)
     shown = [_shown(row, record.rows) for row in record.rows]
-    results.publish(record, _SHOWN, rows=shown, notes=[_legend(record.config)], draw=_draw)
+    results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
 
 def _config(*, methods: str, keep: str, compat: str | None, question: str, **rest: Any) -> Config:

@@ -9,30 +9,28 @@ import typer
 
 from budwood import records
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import working
 from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.bench.prune.shapes import Shape
-    from budwood.bench.prune.speed import SpeedConfig
+    from budwood.bench.prune_speed import Shape, SpeedConfig
 
-_SHOWN = {
-    "method": ("method", ""),
-    "keep": ("keep", ""),
-    "n_prompt": ("prompt", ""),
-    "ttft_ms": ("first token ms", ".1f"),
-    "encode_ms": ("encoder", ".1f"),
-    "select_ms": ("selector", ".2f"),
-    "prefill_ms": ("prefill", ".1f"),
-    "prefill_over_plain": ("÷ plain", ".3f"),
-    "prefill_over_full": ("÷ full", ".3f"),
-    "select_over_full": ("selector ÷ full prefill", ".2%"),
-    "decode_tokens_per_s": ("decode tokens/s", ".1f"),
-    "decode_over_full": ("÷ full", ".3f"),
-}
-MARKDOWN = {key: spec for key, (_, spec) in _SHOWN.items()}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("method"),
+    Column("keep"),
+    Column("n_prompt", heading="prompt"),
+    Column("ttft_ms", ".1f", "first token ms"),
+    Column("encode_ms", ".1f", "encoder"),
+    Column("select_ms", ".2f", "selector"),
+    Column("prefill_ms", ".1f", "prefill"),
+    Column("prefill_over_plain", ".3f", "÷ plain"),
+    Column("prefill_over_full", ".3f", "÷ full"),
+    Column("select_over_full", ".2%", "selector ÷ full prefill"),
+    Column("decode_tokens_per_s", ".1f", "decode tokens/s"),
+    Column("decode_over_full", ".3f", "÷ full"),
+)
 
 
 def bench_speed(
@@ -75,11 +73,11 @@ def bench_speed(
     built = _shape(shape, layers, width, vision_layers, vision_width)
     results = Results(out, force, json)
     record = _measure(config, built, (model, device, dtype))
-    results.publish(record, _SHOWN, notes=_targets(record))
+    results.publish(record, COLUMNS, notes=_targets(record))
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
-    from budwood.bench.prune.speed import SpeedConfig
+    from budwood.bench.prune_speed import SpeedConfig
     from budwood.prune.methods import METHODS
 
     METHODS.get(method)
@@ -87,7 +85,7 @@ def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) 
 
 
 def _shape(name: str | None, *size: int) -> Shape | None:
-    from budwood.bench.prune.shapes import Shape
+    from budwood.bench.prune_speed import Shape
 
     return None if name is None else Shape(name, *size)
 
@@ -95,7 +93,7 @@ def _shape(name: str | None, *size: int) -> Shape | None:
 def _measure(
     config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
 ) -> records.Record:
-    from budwood.bench.prune.speed import largest_allocation, measure_speed
+    from budwood.bench.prune_speed import largest_allocation, measure_speed
 
     model, processor, inputs, described = _subject(config, shape, source)
     with working("timing"):
@@ -113,7 +111,7 @@ def _subject(
     from budwood.cli.models import load, place
 
     if shape is not None:
-        from budwood.bench.prune.shapes import random_llava_next
+        from budwood.bench.prune_speed import random_llava_next
 
         device, dtype = place(*source[1:])
         with working(f"building {shape.name} with random weights"):
@@ -133,7 +131,7 @@ def _subject(
 
 
 def _targets(record: records.Record) -> list[str]:
-    from budwood.bench.prune.speed import PREFILL_TARGET, SELECT_TARGET
+    from budwood.bench.prune_speed import PREFILL_TARGET, SELECT_TARGET
 
     config, pruned = record.config, [row for row in record.rows if row["prefill_over_plain"]]
     prefill = max(row["prefill_over_plain"] for row in pruned)

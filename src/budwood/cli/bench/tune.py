@@ -11,64 +11,47 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
+    from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.plan import Plan
-    from budwood.bench.tune.runner import Comparison
 
-MARKDOWN = {
-    "method": "",
-    "lr": ".0e",
-    "params": ",",
-    "n_seeds": "",
-    "target": ".1%",
-    "target_std": ".1%",
-    "target_gain": "+.1%",
-    "general": ".1%",
-    "general_loss_rise": "+.3f",
-    "loss_rise_gsm8k": "+.3f",
-    "perplexity": ".2f",
-    "perplexity_rise": "+.2f",
-    "kl_chat": ".4f",
-    "kl_text": ".4f",
-    "kl_chat_ratio": ".2f",
-    "perplexity_rise_ratio": ".2f",
-}
-"""Columns of the Markdown table of a record."""
+COLUMNS_OF_RUNS = Columns(
+    Column("method"),
+    Column("lr", ".0e"),
+    Column("seed"),
+    Column("params", ","),
+    Column("validation", ".1%"),
+    Column("validation_loss", ".2f"),
+    Column("perplexity", ".2f"),
+    Column("kl_chat", ".3f"),
+    Column("kl_text", ".3f"),
+)
+"""Of single runs, which are tested only if they are chosen."""
 
-MARKDOWN_OF_RUNS = {
-    "method": "",
-    "lr": ".0e",
-    "seed": "",
-    "params": ",",
-    "validation": ".1%",
-    "validation_loss": ".2f",
-    "perplexity": ".2f",
-    "kl_chat": ".3f",
-    "kl_text": ".3f",
-}
-"""The same of single runs, which are tested only if they are chosen."""
-
-_COLUMNS = {
-    "method": ("method", ""),
-    "lr": ("lr", ".0e"),
-    "params": ("parameters", ","),
-    "n_seeds": ("seeds", ""),
-    "target": ("target", ".1%"),
-    "target_std": ("±", ".1%"),
-    "target_gain": ("gain", "+.1%"),
-    "general": ("general", ".1%"),
-    "general_loss_rise": ("loss rise", "+.3f"),
-    "loss_rise_gsm8k": ("GSM8K", "+.3f"),
-    "perplexity_rise": ("perplexity rise", "+.2f"),
-    "kl_chat": ("KL chat", ".4f"),
-    "kl_text": ("KL text", ".4f"),
-    "kl_chat_ratio": ("KL / LoRA's", ".2f"),
-}
+COLUMNS = Columns(
+    Column("method"),
+    Column("lr", ".0e"),
+    Column("params", ",", "parameters"),
+    Column("n_seeds", heading="seeds"),
+    Column("target", ".1%"),
+    Column("target_std", ".1%", "±"),
+    Column("target_gain", "+.1%", "gain"),
+    Column("general", ".1%"),
+    Column("general_loss_rise", "+.3f", "loss rise"),
+    Column("loss_rise_gsm8k", "+.3f", "GSM8K"),
+    Column("perplexity", ".2f", only="record"),
+    Column("perplexity_rise", "+.2f", "perplexity rise"),
+    Column("kl_chat", ".4f", "KL chat"),
+    Column("kl_text", ".4f", "KL text"),
+    Column("kl_chat_ratio", ".2f", "KL / LoRA's"),
+    Column("perplexity_rise_ratio", ".2f", only="record"),
+)
 
 
 def bench_tune(
@@ -154,12 +137,12 @@ def bench_tune(
     if json:
         print_json(dataclasses.asdict(record))
         return
-    print_table(record.rows, _COLUMNS)
+    print_table(record.rows, COLUMNS)
     say(f"in {output}: record.json, {', '.join(pictures)}, runs")
 
 
 def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
-    from budwood.tune.train import Settings
+    from budwood.tune.settings import Settings
 
     if steps < 1:
         raise InputError(f"steps={steps} is below 1")
@@ -193,9 +176,10 @@ def _numbers(text: str, kind: Any, name: str) -> list[Any]:
 def _compare(
     plan: Plan, data: Path, output: Path, model: str | None, device: str, dtype: str
 ) -> tuple[records.Record, list[str]]:
+    from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.rows import method_rows
-    from budwood.bench.tune.runner import Comparison
-    from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.cli.models import load_language_model
+    from budwood.loading import third_party_warnings_off
     from budwood.tune.train import check_trainable
 
     loaded = load_language_model(model, device, dtype)

@@ -1,20 +1,11 @@
-"""Pruning methods, one file each. A new method is a new file and a line here."""
+"""Pruning methods, one file each. A new method is a new file and an entry in ``catalogue``."""
 
 from __future__ import annotations
 
-from budwood.prune.methods.base import Choice, Method
+from budwood import catalogue
+from budwood.prune.methods.base import Choice, Method, Selection, Split
 from budwood.registry import Registry
 
-METHODS = Registry(
-    "method",
-    {
-        "adav": "budwood.prune.methods.adav:AdaV",
-        "adav-contrast": "budwood.prune.methods.adav_contrast:AdaVContrast",
-        "fastervlm": "budwood.prune.methods.fastervlm:FasterVLM",
-        "t2i": "budwood.prune.methods.t2i:T2I",
-        "random": "budwood.prune.methods.random:Random",
-        "uniform": "budwood.prune.methods.uniform:Uniform",
-    },
-)
+METHODS = Registry("method", catalogue.PRUNING_METHODS)
 
-__all__ = ["METHODS", "Choice", "Method"]
+__all__ = ["METHODS", "Choice", "Method", "Selection", "Split"]

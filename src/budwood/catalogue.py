@@ -1,0 +1,243 @@
+"""Everything that has a name: methods, model families, encoders, with what `budwood ls` shows.
+
+A new method is a new file and an entry here. The registries, such as ``budwood.prune.METHODS``, are
+made from these tables. Nothing is imported here, so that lists and ``--help`` need no torch.
+"""
+
+from __future__ import annotations
+
+from budwood.registry import Entry
+
+
+def _method(target: str, reads: str, summary: str, source: str) -> Entry:
+    return Entry(f"budwood.prune.methods.{target}", summary, source, {"reads": reads})
+
+
+PRUNING_METHODS = {
+    "adav": _method(
+        "adav:AdaV",
+        "text and saliency",
+        "Keep tokens by question and by saliency, split anew for each image and question.",
+        "AdaV, Findings of ACL 2025 (2025.findings-acl.258); arXiv 2501.09532",
+    ),
+    "adav-official": _method(
+        "adav_official:AdaVOfficial",
+        "text and saliency",
+        "AdaV with the selection of its authors' code, faults included. For LLaVA and LLaVA-NeXT.",
+        "the public code of AdaV, JiayiV/AdaV",
+    ),
+    "adav-contrast": _method(
+        "adav_contrast:AdaVContrast",
+        "text and saliency",
+        'AdaV with a relevance score that ignores words like "the". Ours, not the paper\'s.',
+        "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018",
+    ),
+    "fastervlm": _method(
+        "fastervlm:FasterVLM",
+        "saliency",
+        "Keep the tokens that the vision encoder's [CLS] attends to most, whatever the question.",
+        "FasterVLM, arXiv 2412.01818",
+    ),
+    "t2i": _method(
+        "t2i:T2I",
+        "text",
+        "Keep the tokens nearest to the question in the LLM's embedding space, whatever the "
+        "saliency.",
+        "AdaV (text-to-image attention alone), 2025.findings-acl.258",
+    ),
+    "random": _method(
+        "baselines:Random",
+        "nothing",
+        "Keep a random subset of the tokens, drawn without replacement.",
+        "baseline",
+    ),
+    "uniform": _method(
+        "baselines:Uniform",
+        "nothing",
+        "Keep tokens at even distances along the order in which the LLM sees them.",
+        "baseline",
+    ),
+}
+"""Of `budwood prune`. ``reads`` says which signals a method takes."""
+
+
+def _family(module: str, name: str, summary: str) -> Entry:
+    module = f"budwood.prune.families.{module}"
+    return Entry(f"{module}:{name}", summary, module)
+
+
+FAMILIES = {
+    "llava": _family(
+        "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
+    ),
+    "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "qwen2_5_vl": _family(
+        "qwen2_5_vl",
+        "Qwen25VL",
+        "Qwen2_5_VLForConditionalGeneration, images only: videos are not pruned.",
+    ),
+}
+"""Vision-language models that can be pruned, by ``config.model_type``."""
+
+
+def _tuner(summary: str, kind: str = "method") -> Entry:
+    return Entry("budwood.tune.methods:METHODS", summary, facts={"kind": kind})
+
+
+def _ablation(summary: str) -> Entry:
+    return _tuner(summary, "ablation")
+
+
+TUNERS = {
+    "lora": _tuner("LoRA on the MLP projections of all layers."),
+    "lora-wd": _tuner("LoRA with decoupled weight decay."),
+    "lora-kl": _tuner("LoRA that stays close to the base model on the prompts it trains on."),
+    "lora-own": _tuner("LoRA that stays close to the base model on self-generated text."),
+    "lora-late": _tuner("LoRA on the later layers only, those that SLIM adapts."),
+    "lora-attn": _tuner("LoRA on attention as well, at a lower rank."),
+    "dora": _tuner("LoRA with the magnitude of each column apart (DoRA, arXiv 2402.09353)."),
+    "moe": _tuner("Top-2 mixture of LoRA experts without SLIM's other parts, as MixLoRA."),
+    "slim": _tuner("Soft LoRA and identity mixture (SLIM, NAACL 2025), our reconstruction."),
+    "slim-no-identity": _ablation("SLIM without identity experts, and so without yielding."),
+    "slim-no-router": _ablation("SLIM without a router: all experts weigh the same."),
+    "slim-no-clustering": _ablation("SLIM with the whitened distance to one running mean."),
+    "slim-no-yielding": _ablation("SLIM whose experts do not yield far from the training data."),
+    "slim-no-merging": _ablation("SLIM without random masks on B·A."),
+    "slim-no-l1": _ablation("SLIM without its L1 penalty."),
+    "slim-whitened": _ablation("SLIM with the distance to the training data alone."),
+    "slim-paper": _ablation(
+        "SLIM as the paper reads, in all layers, but for a standardised distance and our β."
+    ),
+    "slim-max": _ablation("SLIM with the paper's distance, the largest over channels."),
+    "slim-rms": _ablation("SLIM with the root mean square over channels as distance."),
+    "slim-all-tokens": _ablation("SLIM whose statistics include the tokens of prompts."),
+    "slim-by-module": _ablation("SLIM in which each module yields by its own input's distance."),
+    "slim-all-layers": _ablation("SLIM in all layers at the same rank, so with more parameters."),
+    "slim-mask": _ablation("SLIM that keeps its last mask at inference."),
+}
+"""Of `budwood tune`. ``kind``: an ablation is SLIM with a part left out or changed."""
+
+
+def _encoder(target: str, text: str, weights: str, file: str, licence: str) -> Entry:
+    facts = {"text": text, "weights": weights, "file": file, "licence": licence}
+    return Entry(f"budwood.points.encoders.{target}", "", weights, facts)
+
+
+def _uni3d(size: str, name: str) -> Entry:
+    return _encoder(
+        f"uni3d:{name}", "eva02-e", "BAAI/Uni3D", f"modelzoo/uni3d-{size}/model.pt", "MIT"
+    )
+
+
+_ULIP = "ULIP-2/pretrained_models/ULIP-2-PointBERT"
+
+ENCODERS = {
+    "sprout": _encoder(
+        "sprout:SPROUT", "minilm", "this package", "sprout.safetensors", "Apache-2.0"
+    ),
+    "ulip": _encoder(
+        "pointbert:ULIP",
+        "ulip",
+        "SFXX/ulip",
+        f"{_ULIP}-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt",
+        "BSD-3-Clause",
+    ),
+    "ulip2": _encoder(
+        "pointbert:ULIP2",
+        "bigg",
+        "SFXX/ulip",
+        f"{_ULIP}-10k-xyzrgb-pc-vit_g-objaverse_shapenet-pretrained.pt",
+        "BSD-3-Clause",
+    ),
+    "openshape": _encoder(
+        "openshape:OPENSHAPE",
+        "bigg",
+        "OpenShape/openshape-pointbert-vitg14-rgb",
+        "model.pt",
+        "Apache-2.0",
+    ),
+    "openshape-l14": _encoder(
+        "openshape:OPENSHAPE_L14",
+        "clip-l14",
+        "OpenShape/openshape-pointbert-vitl14-rgb",
+        "model.pt",
+        "Apache-2.0",
+    ),
+    "openshape-b32": _encoder(
+        "openshape:OPENSHAPE_B32",
+        "clip-b32",
+        "OpenShape/openshape-pointbert-vitb32-rgb",
+        "model.pt",
+        "Apache-2.0",
+    ),
+    "uni3d-ti": _uni3d("ti", "TINY"),
+    "uni3d-s": _uni3d("s", "SMALL"),
+    "uni3d-b": _uni3d("b", "BASE"),
+    "uni3d-l": _uni3d("l", "LARGE"),
+    "uni3d-g": _uni3d("g", "GIANT"),
+}
+"""Point encoders: the text tower that each is aligned with, and where its weights are."""
+
+
+def _adaptation(name: str, summary: str, source: str) -> Entry:
+    return Entry(f"budwood.points.methods:{name}", summary, source)
+
+
+_ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
+
+ADAPTATIONS = {
+    "frozen": _adaptation("FROZEN", "the encoder as published", "no adaptation"),
+    "tokens": _adaptation("TOKENS", "the frozen encoder with density-aware tokens", "ours"),
+    "adabn": _adaptation(
+        "ADABN", "BatchNorm statistics of sparse clouds", "AdaBN, arXiv 1603.04779"
+    ),
+    "tent": _adaptation(
+        "TENT",
+        "lowers the entropy of predictions by scales and shifts of the norms",
+        "Tent, arXiv 2006.10726",
+    ),
+    "t3a": _adaptation(
+        "T3A",
+        "training-free: class embeddings move towards the most certain clouds",
+        "T3A, NeurIPS 2021",
+    ),
+    "vpt-shallow": _adaptation("VPT_SHALLOW", "prompts before all blocks", "VPT, arXiv 2203.12119"),
+    "vpt-deep": _adaptation("VPT_DEEP", "prompts in each block", "VPT, arXiv 2203.12119"),
+    "lora": _adaptation("LORA", "low-rank differences", "LoRA, arXiv 2106.09685"),
+    "full": _adaptation("FULL", "a copy of every parameter", "fine-tuning"),
+    "esp-zero-paper": _adaptation(
+        "ESP_ZERO_PAPER", "fused cross-attention, random start, negatives alone", _ESP_ZERO
+    ),
+    "esp-zero": _adaptation(
+        "ESP_ZERO",
+        "fused cross-attention, closed start, negatives and cosine, statistics by density",
+        f"{_ESP_ZERO}, with changes of ours",
+    ),
+    "sparse-full": _adaptation(
+        "SPARSE_FULL",
+        "a copy of every parameter, trained and faded in as in sparse-lora",
+        "fine-tuning, WiSE-FT, arXiv 2109.01903",
+    ),
+    "sparse-lora": _adaptation(
+        "SPARSE_LORA",
+        "low-rank differences and a copy of the layers that make tokens, trained on clouds sparser "
+        "than the encoder's and faded in",
+        "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
+    ),
+}
+"""Ways to adapt a point encoder to sparse clouds, for `budwood points adapt`."""
+
+
+def _model(family: str, summary: str, source: str = "the hub") -> Entry:
+    return Entry("", summary, source, {"family": family})
+
+
+MODELS = {
+    "sprout": _model(
+        "llava", "embedded default: a small LLaVA around SmolLM2-135M", "this package"
+    ),
+    "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _model("qwen2_5_vl", "Qwen2.5-VL, any number"),
+}
+"""Models to begin with; any checkpoint of a known family works."""

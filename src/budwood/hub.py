@@ -1,0 +1,133 @@
+"""The Hugging Face hub: its cache alone, and no long wait, when it does not answer."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from budwood.errors import InputError
+
+TIMEOUT_S = 3.0
+"""How long the hub may take to answer before budwood goes on without it."""
+_VALID_S = 60.0
+"""How long the result of one check holds."""
+
+_checked: tuple[str, float, bool] | None = None  # endpoint, time, whether it answered
+
+
+@contextmanager
+def hub_or_cache(
+    repo: str,
+    file: str | None = None,
+    *,
+    kind: str = "model",
+    what: str = "model",
+    instead: str = "give a directory",
+) -> Iterator[None]:
+    """Load something from the hub, or from its cache alone if the hub does not answer.
+
+    The hub's client tries every file six times before it gives up, which takes 40 seconds. Inside
+    this context it is asked for nothing when one short request has failed.
+
+    Args:
+        repo: id on the hub.
+        file: a file of ``repo`` without which it is not in the cache, such as ``"config.json"``;
+            None leaves that to whatever loads it.
+        kind: ``"model"`` or ``"dataset"``.
+        what: what ``repo`` is, for the message.
+        instead: what else a user can do, for the message.
+
+    Raises:
+        InputError: the hub does not answer, and ``file`` is not in the cache.
+    """
+    reason = why_offline()
+    if reason is None:
+        yield
+        return
+    if file is not None and not is_cached(repo, file, kind):
+        raise InputError(
+            f"cannot load {what} {repo}: {reason}, and the cache does not have it; {instead}"
+        )
+    with _offline():
+        yield
+
+
+def is_available(repo: str, file: str, kind: str = "model") -> bool:
+    """Whether a file is in the cache, or the hub answers."""
+    return is_cached(repo, file, kind) or why_offline() is None
+
+
+def why_offline() -> str | None:
+    """Why the hub cannot be asked, in a few words; None if it answers."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if _answers(constants.ENDPOINT):
+        return None
+    return f"the hub ({constants.ENDPOINT}) does not answer"
+
+
+def is_cached(repo: str, file: str, kind: str = "model") -> bool:
+    """Whether the hub's cache has a file.
+
+    Raises:
+        InputError: ``repo`` is no id of the hub.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(repo, file, repo_type=kind), str)
+    except HFValidationError:
+        raise InputError(
+            f"{repo!r} is neither a directory nor an id of the hub such as org/name"
+        ) from None
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether the hub answers one request in time; remembered for a while."""
+    global _checked
+    now = time.monotonic()
+    if _checked and _checked[0] == endpoint and now - _checked[1] < _VALID_S:
+        return _checked[2]
+    answered: list[bool] = []
+    # A thread, because the time that a name server takes has no limit of its own.
+    asking = threading.Thread(target=lambda: answered.append(_ask(endpoint)), daemon=True)
+    asking.start()
+    asking.join(TIMEOUT_S)
+    _checked = endpoint, now, any(answered)
+    return _checked[2]
+
+
+def _ask(endpoint: str) -> bool:
+    from huggingface_hub.utils import get_session
+
+    try:
+        # The client waits and tries again on errors of the server, as if there were no answer.
+        return get_session().head(endpoint, timeout=TIMEOUT_S).status_code < 500
+    except Exception:  # of the HTTP client, which differs between versions
+        return False
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """What HF_HUB_OFFLINE does, for a while."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    datasets: Any = sys.modules.get("datasets.config")
+    try:
+        constants.HF_HUB_OFFLINE = True
+        if datasets:
+            datasets.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        datasets = sys.modules.get("datasets.config")  # it may have been imported in between
+        if datasets:
+            datasets.HF_HUB_OFFLINE = before

