@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
-from budwood.points.templates import resolve_templates
+from budwood.points.labels import resolve_templates
 from budwood.points.text import average_embeddings
 from budwood.points.towers import MiniLM
 

@@ -17,14 +17,19 @@ PRUNING_METHODS = {
     "adav": _method(
         "adav:AdaV",
         "text and saliency",
-        "Adaptive text–visual redirection.",
+        "Keep tokens by question and by saliency, split anew for each image and question.",
         "AdaV, Findings of ACL 2025 (2025.findings-acl.258); arXiv 2501.09532",
+    ),
+    "adav-official": _method(
+        "adav_official:AdaVOfficial",
+        "text and saliency",
+        "AdaV with the selection of its authors' code, faults included. For LLaVA and LLaVA-NeXT.",
+        "the public code of AdaV, JiayiV/AdaV",
     ),
     "adav-contrast": _method(
         "adav_contrast:AdaVContrast",
         "text and saliency",
-        "AdaV's reserve, split and refill, with another relevance to the text. Ours, not the "
-        "paper's.",
+        'AdaV with a relevance score that ignores words like "the". Ours, not the paper\'s.',
         "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018",
     ),
     "fastervlm": _method(
@@ -41,13 +46,13 @@ PRUNING_METHODS = {
         "AdaV (text-to-image attention alone), 2025.findings-acl.258",
     ),
     "random": _method(
-        "random:Random",
+        "baselines:Random",
         "nothing",
-        "Keep a random subset, drawn without replacement.",
+        "Keep a random subset of the tokens, drawn without replacement.",
         "baseline",
     ),
     "uniform": _method(
-        "uniform:Uniform",
+        "baselines:Uniform",
         "nothing",
         "Keep tokens at even distances along the order in which the LLM sees them.",
         "baseline",
@@ -187,11 +192,13 @@ ADAPTATIONS = {
         "ADABN", "BatchNorm statistics of sparse clouds", "AdaBN, arXiv 1603.04779"
     ),
     "tent": _adaptation(
-        "TENT", "entropy of names, by scales and shifts of the norms", "Tent, arXiv 2006.10726"
+        "TENT",
+        "lowers the entropy of predictions by scales and shifts of the norms",
+        "Tent, arXiv 2006.10726",
     ),
     "t3a": _adaptation(
         "T3A",
-        "training-free: names lean on the surest of the clouds to be named",
+        "training-free: class embeddings move towards the most certain clouds",
         "T3A, NeurIPS 2021",
     ),
     "vpt-shallow": _adaptation("VPT_SHALLOW", "prompts before all blocks", "VPT, arXiv 2203.12119"),
@@ -208,13 +215,13 @@ ADAPTATIONS = {
     ),
     "sparse-full": _adaptation(
         "SPARSE_FULL",
-        "a copy of every parameter, taught and faded in as in sparse-lora",
+        "a copy of every parameter, trained and faded in as in sparse-lora",
         "fine-tuning, WiSE-FT, arXiv 2109.01903",
     ),
     "sparse-lora": _adaptation(
         "SPARSE_LORA",
-        "low-rank differences and a copy of what makes the tokens, taught where clouds are sparser "
-        "than the encoder knows, and faded in",
+        "low-rank differences and a copy of the layers that make tokens, trained on clouds sparser "
+        "than the encoder's and faded in",
         "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
     ),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,8 @@ import pytest
 from PIL import Image
 
 from budwood import records
-from budwood.points import ENCODERS, METHODS, bench
+from budwood.bench import points as bench
+from budwood.points import ENCODERS, METHODS
 from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
 from tests.points import models, sets
@@ -63,7 +63,7 @@ def test_classify(budwood, scans, tmp_path):
     result = budwood(*command, "--plot", tmp_path / "out.png", "--csv", tmp_path / "out.csv")
     assert result.exit_code == 0, result.output
     head, row = result.stdout.splitlines()
-    assert head.split() == ["cloud", "points", "name", "score", "then"]
+    assert head.split() == ["cloud", "points", "label", "score", "then"]
     assert row.split()[1] == "9"
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG" and picture.width > picture.height  # dense beside sparse
@@ -78,10 +78,9 @@ def test_classify(budwood, scans, tmp_path):
     assert [line["name"] for line in lines[:2]] == one["names"]
 
 
-def test_classify_a_folder(budwood, scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", 3)
+def test_classify_a_folder(budwood, scans, tmp_path):
     (tmp_path / "names.txt").write_text("ball\n\nstick\ndesk lamp\n", encoding="utf-8")
-    command = ["classify", scans, "--labels-file", tmp_path / "names.txt", "--json"]
+    command = ["classify", scans, "--labels-file", tmp_path / "names.txt", "--json", "--batch", 3]
     rows = json.loads(budwood(*command).stdout)["rows"]
     assert [row["cloud"] for row in rows] == [str(scans / f"{i}.npy") for i in range(7)]
     assert set(rows[0]["names"]) == {"ball", "stick", "desk lamp"}
@@ -90,12 +89,11 @@ def test_classify_a_folder(budwood, scans, tmp_path, monkeypatch):
     assert alone[0]["scores"] == pytest.approx(rows[4]["scores"], abs=1e-5)
 
 
-def test_a_cloud_that_cannot_be_read_stops_no_other(budwood, scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", 3)
+def test_a_cloud_that_cannot_be_read_stops_no_other(budwood, scans, tmp_path):
     np.save(scans / "2.npy", np.full((5, 3), np.nan))
     (scans / "6.npy").write_bytes(b"no array")
     table = tmp_path / "names.csv"
-    command = ["classify", scans, "--labels", NAMES, "--csv", table]
+    command = ["classify", scans, "--labels", NAMES, "--csv", table, "--batch", 3]
     result = budwood(*command, "--json")
     assert result.exit_code == 2
     told = json.loads(result.stdout)
@@ -104,7 +102,7 @@ def test_a_cloud_that_cannot_be_read_stops_no_other(budwood, scans, tmp_path, mo
     assert [row["cloud"] for row in told["skipped"]] == [str(scans / f"{i}.npy") for i in (2, 6)]
     *_, nan, damaged, last = result.stderr.splitlines()
     assert "2.npy" in nan and "NaN" in nan and "6.npy" in damaged
-    assert last == "budwood: error: 2 of 7 clouds have no name; see above"
+    assert last == "budwood: error: 2 of 7 clouds have no label; see above"
     with table.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 3 * len(named)
     for i in (0, 1, 3, 4, 5):
@@ -171,25 +169,16 @@ def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
     refused(result, "made for another encoder", "depth 2, here 3")
 
 
-def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path, monkeypatch):
+def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path):
     made = budwood("points", "adapt", scans, "--output", tmp_path / "a", "--method", "t3a")
     assert made.exit_code == 0, made.output
     command = ["classify", scans, "--labels", NAMES, "--points", "20", "--json"]
-    naming, scores, sizes = sys.modules["budwood.points.classify"], {}, {}
-    inner = naming.rank
-
-    def seen(clouds, *args, **options):
-        sizes.setdefault((bool(adapter), batch), []).append(len(clouds))
-        return inner(clouds, *args, **options)
-
-    monkeypatch.setattr(naming, "rank", seen)
-    for adapter in ([], ["--adapter", tmp_path / "a"]):
+    scores = {}
+    for adapted, adapter in ((False, []), (True, ["--adapter", tmp_path / "a"])):
         for batch in (32, 3):
-            monkeypatch.setattr(sys.modules["budwood.cli.classify"], "BATCH", batch)
-            rows = json.loads(budwood(*command, *adapter).stdout)["rows"]
-            scores[bool(adapter), batch] = [row["scores"] for row in rows]
+            rows = json.loads(budwood(*command, *adapter, "--batch", batch).stdout)["rows"]
+            scores[adapted, batch] = [row["scores"] for row in rows]
     assert len(scores[True, 3]) == len(list(scans.iterdir()))
-    assert sizes[True, 3] == sizes[False, 32] == [7] and sizes[False, 3] == [3, 3, 1]
     for adapted in (True, False):
         np.testing.assert_allclose(scores[adapted, 3], scores[adapted, 32], atol=1e-5)
     assert not np.allclose(scores[True, 32], scores[False, 32], atol=1e-3)
@@ -208,7 +197,7 @@ def test_files_that_options_name_are_no_clouds(budwood, scans, tmp_path):
     (tmp_path / "other").mkdir()
     names.rename(tmp_path / "other" / "names.txt")
     command = ["classify", tmp_path / "other", "--labels-file", tmp_path / "other" / "names.txt"]
-    refused(budwood(*command), "has no clouds but what other options name")
+    refused(budwood(*command), "has no clouds apart from the files that other options name")
 
 
 def test_bench(budwood, tmp_path):
@@ -234,18 +223,18 @@ def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):
     out = tmp_path / "r.json"
     command = ["bench", "points", "--points", "30", "--lidar", "", "--seeds", 1, "--out", out]
     measured, cut_at = [], ["t3a"]
-    rows_of = bench._Bench.rows_of
+    adapt = bench.adapt
 
-    def cut_off(self, name):
-        if name in cut_at:
+    def cut_off(clouds, texts, encoder, config):
+        if config.method in cut_at:
             raise KeyboardInterrupt
-        measured.append(name)
-        return rows_of(self, name)
+        measured.append(config.method)
+        return adapt(clouds, texts, encoder, config)
 
     def kept():
         return records.read(out).status, [row["method"] for row in records.read(out).rows]
 
-    monkeypatch.setattr(bench._Bench, "rows_of", cut_off)
+    monkeypatch.setattr(bench, "adapt", cut_off)
     assert budwood(*command, "--methods", "frozen,tokens,t3a,adabn").exit_code != 0
     assert kept() == ("partial", ["frozen", "tokens"])
     first = records.read(out)
@@ -279,7 +268,7 @@ def test_demo(budwood, tmp_path):
     command = ["points", "demo", "--steps", 2, "--points", 8, "--dir", tmp_path / "demo"]
     result = budwood(*command)
     assert result.exit_code == 0, result.output
-    assert "All 6 clouds of 2 classes, 8 points each" in result.stdout
+    assert "6 objects of 2 classes that adaptation never saw, 8 points each" in result.stdout
     line = next(line for line in result.stdout.splitlines() if "budwood classify" in line)
     arguments = [part.strip('"') for part in line.split()[1:]]
     named = budwood(*arguments, "--json")
@@ -346,7 +335,7 @@ def test_bad_clouds(budwood, scans, tmp_path):
     refused(many, "draws one cloud")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     command = ["classify", scans, "--labels-file", tmp_path / "latin.txt"]
-    refused(budwood(*command), "is no text")
+    refused(budwood(*command), "not a UTF-8 text")
 
 
 def test_existing_files_stay(budwood, scans, tmp_path):

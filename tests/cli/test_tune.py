@@ -115,7 +115,7 @@ def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
 
 
 def test_eval_draws_where_tokens_go(slim, budwood, lm_dir, data, tmp_path, monkeypatch):
-    from budwood.tune import plots
+    from budwood.bench import plots
 
     drawn = {}
     whole = plots.plot_identity

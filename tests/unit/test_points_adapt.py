@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import numpy as np
 import pytest
@@ -17,16 +16,17 @@ from budwood.points import (
     Objective,
     TextEmbeddings,
     adapt,
+    batches,
     load_adapter,
     make_adapter,
 )
-from budwood.points.adapt import SAVE_EVERY, STATE, stacked, thinned
-from budwood.points.classify import encode
+from budwood.points.adaptation import SAVE_EVERY
+from budwood.points.batches import encode, stacked, thinned
 from budwood.points.io import Cloud
 from budwood.points.methods import Method
+from budwood.points.unfinished import FILE as STATE
 from tests.points import models, sets
 
-adapt_module = sys.modules["budwood.points.adapt"]
 COUNTS = Curriculum((30, 12, 6))
 
 
@@ -38,7 +38,7 @@ def prepared(encoder, use="adapt"):
 sprout = models.sparse_sprout
 
 
-def cut_off(done, total):
+def cut_off(done, total, note=""):
     """Ends a run behind the first step that it has saved."""
     if done > SAVE_EVERY:
         raise KeyboardInterrupt
@@ -58,7 +58,7 @@ def test_every_method_runs(method, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = AdaptConfig(method, steps=2, batch_size=4, curriculum=COUNTS)
     if method == "frozen":
-        with pytest.raises(InputError, match="group sizes are no part of an adapter"):
+        with pytest.raises(InputError, match="an adapter cannot hold its group sizes"):
             adapt(prepared(model), sets.texts(12), model, config, output=tmp_path / "a")
         return
     steps = []
@@ -68,7 +68,7 @@ def test_every_method_runs(method, tmp_path):
         model,
         config,
         output=tmp_path / "a",
-        on_step=lambda done, total: steps.append((done, total)),
+        progress=lambda done, total, note="": steps.append((done, total)),
     )
     assert not adapter.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -122,11 +122,16 @@ def test_going_on_equals_never_stopping(tmp_path):
     whole = adapt(clouds, texts, model, config)
 
     with pytest.raises(KeyboardInterrupt):
-        adapt(clouds, texts, model, config, output=tmp_path, on_step=cut_off)
+        adapt(clouds, texts, model, config, output=tmp_path, progress=cut_off)
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     steps = []
     resumed = adapt(
-        clouds, texts, model, config, output=tmp_path, on_step=lambda done, _: steps.append(done)
+        clouds,
+        texts,
+        model,
+        config,
+        output=tmp_path,
+        progress=lambda done, total, note="": steps.append(done),
     )
     assert steps == [SAVE_EVERY + 1, SAVE_EVERY + 2, SAVE_EVERY + 3]
     for key, value in whole.state_dict().items():
@@ -138,7 +143,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path):
     texts, clouds = sets.texts(model.embed_dim), prepared(model)
     config = AdaptConfig("lora", steps=SAVE_EVERY + 1, batch_size=2, curriculum=COUNTS)
     with pytest.raises(KeyboardInterrupt):
-        adapt(clouds, texts, model, config, output=tmp_path, on_step=cut_off)
+        adapt(clouds, texts, model, config, output=tmp_path, progress=cut_off)
     kept = (tmp_path / STATE).read_bytes()
     for other in (dataclasses.replace(config, lr=0.5), dataclasses.replace(config, seed=9)):
         with pytest.raises(OutputError, match="other settings"):
@@ -167,7 +172,7 @@ def test_fading_leaves_dense_clouds_to_the_frozen_encoder():
     dense, sparse = torch.randn(2, 120, 3), torch.randn(2, 6, 3)
     assert torch.equal(adapter(dense), model(dense))
     assert not torch.allclose(adapter(sparse), model(sparse), atol=1e-3)
-    shares = [adapter.share(n) for n in (240, 120, 60, 30, 15, 3)]
+    shares = [adapter.strength(n) for n in (240, 120, 60, 30, 15, 3)]
     assert shares[:2] == [0, 0] and shares[-1] == 1
     assert shares[2:5] == pytest.approx([0.2, 0.4, 0.6])
     with pytest.raises(InputError, match="does nothing at 120, 200 points"):
@@ -247,9 +252,9 @@ def test_a_sparse_cloud_leaves_the_others_as_they_are(monkeypatch):
     clouds = prepared(model)
     few = (clouds[0][0][:8], None)
     seen = []
-    inner = adapt_module.stacked
+    inner = batches.stacked
     monkeypatch.setattr(
-        adapt_module, "stacked", lambda clouds, grey: seen.append(clouds) or inner(clouds, grey)
+        batches, "stacked", lambda clouds, grey: seen.append(clouds) or inner(clouds, grey)
     )
     config = AdaptConfig("lora", 30, batch_size=4, curriculum=COUNTS)
     adapter = adapt([*clouds, few], sets.texts(model.embed_dim), model, config)
@@ -294,7 +299,7 @@ def test_names_are_for_those_who_compare_them():
         )
         assert all(torch.equal(with_names[key], without[key]) for key in without)
     for texts, n in ((None, 0), (one, 1)):
-        with pytest.raises(InputError, match=f"'esp-zero-paper' compares names, .* there are {n};"):
+        with pytest.raises(InputError, match=f"'esp-zero-paper' compares labels, .* are {n};"):
             adapt(prepared(model), texts, model, AdaptConfig("esp-zero-paper", 1))
 
 
@@ -324,7 +329,7 @@ def test_other_colours_are_another_run(tmp_path):
     config = AdaptConfig("lora", steps=SAVE_EVERY + 2, batch_size=2, curriculum=COUNTS)
     texts = sets.texts(model.embed_dim)
     with pytest.raises(KeyboardInterrupt):
-        adapt(grey, texts, model, config, output=tmp_path / "a", on_step=cut_off)
+        adapt(grey, texts, model, config, output=tmp_path / "a", progress=cut_off)
     bright = [(xyz, rgb + 0.5) for xyz, rgb in grey]
     with pytest.raises(OutputError, match="other settings or clouds"):
         adapt(bright, texts, model, config, output=tmp_path / "a")
@@ -398,8 +403,8 @@ def test_bad_input():
         adapt([Cloud(np.zeros((5, 3)))], sets.texts(model.embed_dim), model, config)
 
 
-def test_methods_say_what_they_are():
+def test_methods_without_an_objective():
     for name in METHODS:
         method = METHODS.get(name)
-        assert isinstance(method, Method) and method.summary and method.source
+        assert isinstance(method, Method)
         assert (method.objective is None) == (method.adapter in ("frozen", "adabn", "t3a"))

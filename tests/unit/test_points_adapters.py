@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
-from budwood.points.adapters import ADAPTERS, identity, load_adapter, make_adapter
+from budwood.points.adapters import ADAPTERS, fingerprint, load_adapter, make_adapter
 from budwood.points.adapters.base import FILE
-from budwood.points.adapters.t3a import adjusted_names
+from budwood.points.adapters.training_free import t3a_text
 from budwood.points.encoders.blocks import Attention, Context
 from tests.points import models
 
@@ -307,12 +307,12 @@ def test_estimate_leaves_no_hooks_behind_an_error():
 def test_names_lean_on_the_surest_clouds():
     names = torch.eye(3)
     features = torch.tensor([[0.9, 0.1, 0.0], [0.6, 0.5, 0.0], [0.0, 0.0, 2.0]])
-    got = adjusted_names(names, features, 10.0, n_keep=1)
+    got = t3a_text(names, features, 10.0, n_keep=1)
     torch.testing.assert_close(got[1], names[1])
     torch.testing.assert_close(
         got[0], F.normalize(names[0] + F.normalize(features[0], dim=0), dim=0)
     )
-    torch.testing.assert_close(adjusted_names(names, features, 10.0, n_keep=0), names)
+    torch.testing.assert_close(t3a_text(names, features, 10.0, n_keep=0), names)
     assert torch.equal(names, torch.eye(3))
 
 
@@ -320,10 +320,10 @@ def test_t3a_alone_changes_names(tmp_path):
     model = models.make("sprout")
     names, features = torch.eye(model.embed_dim)[:4], torch.randn(9, model.embed_dim)
     for other in ("adabn", "lora", "fca"):
-        assert make_adapter(other, model).adjusted_names(names, features) is names
+        assert make_adapter(other, model).adapted_text(names, features) is names
     make_adapter("t3a", model, n_keep=2).save(tmp_path)
-    expected = adjusted_names(names, features, model.logit_scale, 2)
-    assert torch.equal(load_adapter(tmp_path, model).adjusted_names(names, features), expected)
+    expected = t3a_text(names, features, model.logit_scale, 2)
+    assert torch.equal(load_adapter(tmp_path, model).adapted_text(names, features), expected)
     assert not torch.allclose(expected, names, atol=1e-2)
 
 
@@ -349,7 +349,7 @@ def test_files(tmp_path):
         load_adapter(tmp_path, model)
     with pytest.raises(InputError, match="there is no adapter"):
         load_adapter(tmp_path / "nope", model)
-    about = {"format": 1, "adapter": "lora", "encoder": identity(model), "config": {}}
+    about = {"format": 1, "adapter": "lora", "encoder": fingerprint(model), "config": {}}
     for wrong in ([about], about | {"encoder": "ulip"}, about | {"config": 3}):
         save_file({"a": torch.zeros(1)}, path, {"budwood": json.dumps(wrong)})
         with pytest.raises(InputError, match="no adapter: its description is damaged"):
@@ -359,7 +359,7 @@ def test_files(tmp_path):
         with pytest.raises(InputError, match="holds a damaged 'lora' adapter: [^\n]*$"):
             load_adapter(tmp_path, model)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="is a file; give a folder"):
         make_adapter("lora", model).save(tmp_path / "file" / "inside")
 
 
@@ -369,12 +369,12 @@ def test_files(tmp_path):
         ("fcaa", {}, UnknownNameError, "did you mean 'fca'"),
         ("fused", {}, InputError, "comes from fuse"),
         ("fca", {"tokens": 3}, InputError, "no option 'tokens'"),
-        ("fca", {"n_tokens": 0}, InputError, "1 or more"),
+        ("fca", {"n_tokens": 0}, InputError, "at least 1"),
         ("fca", {"init": "open"}, InputError, "give 'random' or 'closed'"),
-        ("vpt-deep", {"n_tokens": 0}, InputError, "1 or more"),
-        ("lora", {"rank": 0}, InputError, "1 or more"),
+        ("vpt-deep", {"n_tokens": 0}, InputError, "at least 1"),
+        ("lora", {"rank": 0}, InputError, "at least 1"),
         ("lora", {"targets": ("nothing",)}, InputError, "match no linear layer"),
-        ("adabn", {"batch_norm": False}, InputError, "take 'frozen'"),
+        ("adabn", {"batch_norm": False}, InputError, "use 'frozen'"),
         ("lora", {"fade": True}, InputError, "fade=True must be 0, or from 1 to below 128"),
         ("lora", {"fade": 0.5}, InputError, "fade=0.5 must be"),
         ("lora", {"fade": 128}, InputError, "fade=128 must be"),

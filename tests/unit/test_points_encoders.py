@@ -183,6 +183,7 @@ def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
         return str(tmp_path / "model.pt")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    monkeypatch.setattr("budwood.hub.why_offline", lambda: None)
     assert download(Hub("a/b", "c.pt", "dataset", "MIT")) == tmp_path / "model.pt"
     assert asked == [("a/b", "c.pt", "dataset")]
 
@@ -191,6 +192,9 @@ def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(InputError, match="cannot download .* of BAAI/Uni3D: no network; give a"):
+        load_encoder("uni3d-ti")
+    monkeypatch.setattr("budwood.hub.why_offline", lambda: "it does not answer")
+    with pytest.raises(InputError, match="cannot load checkpoint BAAI/Uni3D: it does not answer"):
         load_encoder("uni3d-ti")
 
 

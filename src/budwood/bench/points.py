@@ -1,7 +1,7 @@
-"""What adaptation gains: accuracy on classes seen in it, unseen, and novel to the encoder as well.
+"""`bench points`: what adaptation gains on classes seen in it, unseen, and novel to the encoder.
 
 Every method gets the same clouds. A row is one method at one density: the mean over seeds, each of
-which draws the points of the test clouds and whatever training draws.
+which draws the points of the test clouds and all randomness of training.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
-from budwood.points.adapt import AdaptConfig, Prepared, adapt, thinned
+from budwood.points.adaptation import AdaptConfig, adapt
 from budwood.points.adapters import Adapter
-from budwood.points.classify import encode
+from budwood.points.batches import encode, thinned
 from budwood.points.data import GROUPS, CloudSet
 from budwood.points.distill import Curriculum
 from budwood.points.encoders import PointEncoder
+from budwood.points.encoders.base import PreparedCloud
 from budwood.points.io import Cloud
 from budwood.points.methods import METHODS, Method
 from budwood.points.sampling import SAMPLERS
 from budwood.points.text import TextEmbeddings
+from budwood.progress import Progress, silent
 
 RATES = (0.3, 1.0, 3.0)
-"""Learning rates tried, in units of the method's own."""
+"""Learning rates to try, in units of the method's default."""
 TUNED_AT = (128, 64, 32)
-"""Numbers of points whose mean accuracy on validation chooses the rate."""
+"""The rate with the best mean accuracy on validation clouds of these numbers of points wins."""
 
 Row = dict[str, Any]
-OnJob = Callable[[int, int], Any]
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,16 @@ class BenchConfig:
 
     Attributes:
         methods: names in ``METHODS``.
-        points: numbers of points.
-        lidar: numbers of points of LiDAR-like samples, besides.
+        points: numbers of points of random samples.
+        lidar: numbers of points of LiDAR-like samples.
         seeds: how many, 1 or more.
         steps: of training.
         batch_size: clouds a step.
-        sampler: how the points of clouds are drawn that methods adapt to, and that rates are chosen
-            on; a name in ``SAMPLERS``.
-        curriculum: of all methods; those that fade in leave out counts at which they do nothing.
-        tune: choose each learning rate on validation clouds of seen classes, with a seed of its
-            own; else the methods' defaults hold.
+        sampler: how points are drawn in adaptation and on validation clouds; a name in
+            ``SAMPLERS``.
+        curriculum: of all methods; those that fade in skip counts at which they have no effect.
+        tune: choose each learning rate on validation clouds of seen classes, with an extra seed;
+            otherwise the methods' defaults are used.
     """
 
     methods: tuple[str, ...]
@@ -73,8 +75,7 @@ class BenchConfig:
         for name in self.methods:
             METHODS.get(name)
         SAMPLERS.get(self.sampler)
-        if self.seeds < 1:
-            raise InputError(f"seeds={self.seeds} must be 1 or more")
+        need_at_least(1, seeds=self.seeds)
         if not self.points + self.lidar or min(self.points + self.lidar) < 2:
             raise InputError("give numbers of points, 2 or more each")
 
@@ -84,41 +85,24 @@ class BenchConfig:
         return (*(("random", n) for n in self.points), *(("lidar", n) for n in self.lidar))
 
 
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """A method ready to name clouds.
-
-    Attributes:
-        method: which.
-        adapter: what came out.
-        lr: learning rate, None if nothing was trained.
-        seconds: that adapting took.
-    """
-
-    method: Method
-    adapter: Adapter
-    lr: float | None
-    seconds: float
-
-
 def run(
     clouds: CloudSet,
     texts: TextEmbeddings,
     encoder: PointEncoder,
     config: BenchConfig,
-    on_job: OnJob | None = None,
+    progress: Progress = silent,
     *,
     begun: Sequence[Row] = (),
     keep: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
-    """Adapt and evaluate every method.
+    """Adapt with every method, and evaluate.
 
     Args:
         clouds: with uses ``"adapt"``, ``"val"`` and ``"test"``.
-        texts: of all labels in ``clouds``.
+        texts: embeddings of all classes in ``clouds``.
         encoder: left as it was.
         config: what to measure.
-        on_job: called with methods done and to do.
+        progress: called with the number of methods done.
         begun: rows of an earlier run that was cut off; their methods are not measured again.
         keep: called with all rows so far, those of ``begun`` too, after each method.
 
@@ -128,152 +112,176 @@ def run(
         seed); None throughout for a group without test clouds.
 
     Raises:
-        InputError: nothing to adapt to, or to tune on.
+        InputError: there are no clouds to adapt to, or to tune on.
     """
     if config.tune and not len(clouds.where(use="val")):
         raise InputError("tuning needs clouds for validation, and there are none")
-    bench = _Bench(clouds, texts, encoder, config)
-    known = {name: [row for row in begun if row["method"] == name] for name in config.methods}
+    evaluation = _Evaluation(clouds, texts, encoder)
+    rows = {name: [row for row in begun if row["method"] == name] for name in config.methods}
     grouping = encoder.grouping
     try:
         for done, name in enumerate(config.methods):
-            if on_job is not None:
-                on_job(done, len(config.methods))
-            if not known[name]:
-                known[name] = bench.rows_of(name)
+            progress(done, len(config.methods))
+            if not rows[name]:
+                rows[name] = _rows_of(name, config, evaluation)
                 if keep is not None:
-                    keep([*itertools.chain(*known.values())])
+                    keep([*itertools.chain(*rows.values())])
     finally:
         encoder.grouping = grouping
-    if on_job is not None:
-        on_job(len(config.methods), len(config.methods))
-    return [*itertools.chain(*known.values())]
+    progress(len(config.methods), len(config.methods))
+    return [*itertools.chain(*rows.values())]
 
 
-class _Bench:
-    def __init__(
-        self, clouds: CloudSet, texts: TextEmbeddings, encoder: PointEncoder, config: BenchConfig
-    ) -> None:
-        self.encoder, self.config, self.texts = encoder, config, texts
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A method after adaptation, with one seed.
+
+    Attributes:
+        method: which.
+        adapter: its result.
+        lr: learning rate; None if nothing was trained.
+        seconds: time that adapting took.
+    """
+
+    method: Method
+    adapter: Adapter
+    lr: float | None
+    seconds: float
+
+
+class _Evaluation:
+    """Test clouds by group, and the accuracy of trials on sparse samples of them."""
+
+    def __init__(self, clouds: CloudSet, texts: TextEmbeddings, encoder: PointEncoder) -> None:
+        self.encoder, self.texts = encoder, texts
         self.grouping = encoder.grouping
-        self.parts = {g: clouds.where(group=g, use="test") for g in GROUPS}
+        self.parts = {group: clouds.where(group=group, use="test") for group in GROUPS}
         self.parts["val"] = clouds.where(use="val")
         self.dense = {name: self._prepared(part) for name, part in self.parts.items()}
-        self.thin: dict[tuple[str, str, int, int], Prepared] = {}
         self.adapting = self._prepared(clouds.where(use="adapt"))
-        self.seen_texts = self._texts_of(clouds.where(group="seen").labels)
+        self.seen_texts = texts.only(clouds.where(group="seen").classes)
+        self._samples: dict[tuple[str, str, int, int], list[PreparedCloud]] = {}
 
-    def rows_of(self, name: str) -> list[Row]:
-        """One row for each density."""
-        method: Method = METHODS.get(name)
-        aware = method.density_aware
-        self.encoder.grouping = dataclasses.replace(self.grouping, density_aware=aware)
-        lr = self._tuned(name) if self.config.tune and method.objective else None
-        trials = [self._trial(name, seed, lr) for seed in range(self.config.seeds)]
-        params = sum(p.numel() for p in trials[0].adapter.parameters())
-        shared = {
-            "params": params,
-            "seeds": len(trials),
-            "seconds": round(statistics.fmean(t.seconds for t in trials), 1),
-            "lr": trials[0].lr,
-        }
-        rows = []
-        for sampler, n_points in self.config.densities:
-            found = [
-                self._accuracies(trial, sampler, n_points, seed)
-                for seed, trial in enumerate(trials)
-            ]
-            about = {"method": name, "sampler": sampler, "points": n_points}
-            rows.append({**about, **_means(found), **shared})
-        return rows
-
-    def _trial(self, name: str, seed: int, lr: float | None) -> Trial:
-        config = AdaptConfig(
-            name,
-            self.config.steps,
-            self.config.batch_size,
-            lr,
-            seed,
-            sampler=self.config.sampler,
-            curriculum=self.config.curriculum,
-        )
-        start = time.perf_counter()
-        adapter = adapt(self.adapting, self.seen_texts, self.encoder, config)
-        seconds = time.perf_counter() - start
-        method = config.resolved
-        return Trial(method, adapter, method.lr if method.objective else None, seconds)
-
-    def _tuned(self, name: str) -> float:
-        """The rate with the best accuracy on seen classes; a seed that no row uses."""
-        seed = self.config.seeds
-        scored = []
-        for factor in RATES:
-            trial = self._trial(name, seed, factor * METHODS.get(name).lr)
-            drawn = self.config.sampler
-            tops = [self._accuracy(trial, "val", drawn, n, seed)[0] for n in TUNED_AT]
-            scored.append((statistics.fmean(tops), trial.lr))
-        return max(scored)[1]
-
-    def _accuracies(self, trial: Trial, sampler: str, n_points: int, seed: int) -> Row:
-        row: Row = {}
-        for group in GROUPS:
-            known = len(self.parts[group]) > 0
-            found = self._accuracy(trial, group, sampler, n_points, seed) if known else (None, None)
-            row |= {f"{group}_top1": found[0], f"{group}_top5": found[1]}
-        return row
-
-    def _accuracy(
+    def accuracy(
         self, trial: Trial, part: str, sampler: str, n_points: int, seed: int
     ) -> tuple[float, float]:
-        """Top-1 and top-5 among the names of the classes in a part."""
+        """Top-1 and top-5 among the classes of a part."""
         clouds = self.parts[part]
-        thin = self._thinned(part, sampler, n_points, seed)
-        features = encode(self.encoder, thin, trial.adapter)
-        texts = self._texts_of(clouds.labels)
-        vectors = trial.adapter.adjusted_names(texts.vectors, features)
-        wanted = torch.tensor([texts.labels.index(one.label) for one in clouds.about])
-        return top_k(features, vectors, wanted, 1), top_k(features, vectors, wanted, 5)
+        samples = self.samples(part, sampler, n_points, seed)
+        features = encode(self.encoder, samples, trial.adapter)
+        texts = self.texts.only(clouds.classes)
+        vectors = trial.adapter.adapted_text(texts.vectors, features)
+        truth = torch.tensor([texts.labels.index(label) for label in clouds.labels])
+        return top_k(features, vectors, truth, 1), top_k(features, vectors, truth, 5)
 
-    def _thinned(self, part: str, sampler: str, n_points: int, seed: int) -> Prepared:
-        """The clouds of a part with fewer points, the same for every method."""
+    def samples(self, part: str, sampler: str, n_points: int, seed: int) -> list[PreparedCloud]:
+        """Sparse samples of the clouds of a part, the same for every method."""
         key = (part, sampler, n_points, seed)
-        if key not in self.thin:
+        if key not in self._samples:
             first = seed * 1_000_003
-            self.thin[key] = [
+            self._samples[key] = [
                 thinned(cloud, n_points, sampler, first + i)
                 for i, cloud in enumerate(self.dense[part])
             ]
-        return self.thin[key]
+        return self._samples[key]
 
-    def _texts_of(self, labels: Sequence[str]) -> TextEmbeddings:
-        rows = [self.texts.labels.index(label) for label in labels]
-        return TextEmbeddings(tuple(labels), self.texts.vectors[rows])
-
-    def _prepared(self, clouds: CloudSet) -> Prepared:
+    def _prepared(self, clouds: CloudSet) -> list[PreparedCloud]:
         return [self.encoder.prepare(Cloud(xyz.astype("float64"))) for xyz in clouds.xyz]
 
 
-def top_k(features: Tensor, vectors: Tensor, wanted: Tensor, k: int) -> float:
-    """Share of features whose right name is among the k nearest.
+def _rows_of(name: str, config: BenchConfig, evaluation: _Evaluation) -> list[Row]:
+    """The rows of one method, one for each density."""
+    method: Method = METHODS.get(name)
+    evaluation.encoder.grouping = dataclasses.replace(
+        evaluation.grouping, density_aware=method.density_aware
+    )
+    lr = _tuned_rate(name, config, evaluation) if config.tune and method.objective else None
+    trials = [_try(name, seed, lr, config, evaluation) for seed in range(config.seeds)]
+    about_trials = {
+        "params": sum(p.numel() for p in trials[0].adapter.parameters()),
+        "seeds": len(trials),
+        "seconds": round(statistics.fmean(trial.seconds for trial in trials), 1),
+        "lr": trials[0].lr,
+    }
+    rows = []
+    for sampler, n_points in config.densities:
+        per_seed = [
+            _accuracies(trial, evaluation, sampler, n_points, seed)
+            for seed, trial in enumerate(trials)
+        ]
+        density = {"method": name, "sampler": sampler, "points": n_points}
+        rows.append({**density, **_means(per_seed), **about_trials})
+    return rows
+
+
+def _try(
+    name: str, seed: int, lr: float | None, config: BenchConfig, evaluation: _Evaluation
+) -> Trial:
+    """Adapt with one method and one seed."""
+    settings = AdaptConfig(
+        name,
+        config.steps,
+        config.batch_size,
+        lr,
+        seed,
+        sampler=config.sampler,
+        curriculum=config.curriculum,
+    )
+    start = time.perf_counter()
+    adapter = adapt(evaluation.adapting, evaluation.seen_texts, evaluation.encoder, settings)
+    seconds = time.perf_counter() - start
+    method = settings.resolved
+    return Trial(method, adapter, method.lr if method.objective else None, seconds)
+
+
+def _tuned_rate(name: str, config: BenchConfig, evaluation: _Evaluation) -> float:
+    """The learning rate with the best accuracy on seen classes, with a seed that no row uses."""
+    seed = config.seeds
+    scored = []
+    for factor in RATES:
+        trial = _try(name, seed, factor * METHODS.get(name).lr, config, evaluation)
+        top1 = [
+            evaluation.accuracy(trial, "val", config.sampler, n_points, seed)[0]
+            for n_points in TUNED_AT
+        ]
+        scored.append((statistics.fmean(top1), trial.lr))
+    return max(scored)[1]
+
+
+def _accuracies(
+    trial: Trial, evaluation: _Evaluation, sampler: str, n_points: int, seed: int
+) -> Row:
+    """Top-1 and top-5 of each group; None for a group without test clouds."""
+    row: Row = {}
+    for group in GROUPS:
+        top1 = top5 = None
+        if len(evaluation.parts[group]):
+            top1, top5 = evaluation.accuracy(trial, group, sampler, n_points, seed)
+        row |= {f"{group}_top1": top1, f"{group}_top5": top5}
+    return row
+
+
+def top_k(features: Tensor, vectors: Tensor, truth: Tensor, k: int) -> float:
+    """Fraction of features whose true class is among the k nearest.
 
     Args:
         features: shape (n, d).
-        vectors: of the names, of length 1, shape (n_names, d).
-        wanted: number of the right name of each, shape (n,).
-        k: all names count if there are fewer.
+        vectors: text embeddings of the classes, of length 1, shape (n_classes, d).
+        truth: index of the true class of each, shape (n,).
+        k: all classes count if there are fewer.
     """
     cosines = F.normalize(features, dim=-1) @ vectors.T
     best = cosines.topk(min(k, len(vectors)), dim=-1).indices
-    return (best == wanted[:, None]).any(-1).float().mean().item()
+    return (best == truth[:, None]).any(-1).float().mean().item()
 
 
-def _means(found: Sequence[Mapping[str, float | None]]) -> Row:
+def _means(per_seed: Sequence[Mapping[str, float | None]]) -> Row:
+    """Means over seeds, and standard deviations of top-1."""
     row: Row = {}
-    for key in found[0]:
-        values = [one[key] for one in found]
-        known = [value for value in values if value is not None]
-        row[key] = statistics.fmean(known) if known else None
+    for key in per_seed[0]:
+        values = [value for accuracies in per_seed if (value := accuracies[key]) is not None]
+        row[key] = statistics.fmean(values) if values else None
         if key.endswith("_top1"):
-            spread = statistics.stdev(known) if len(known) > 1 else None
+            spread = statistics.stdev(values) if len(values) > 1 else None
             row[key.replace("_top1", "_std")] = spread
     return row

@@ -1,4 +1,4 @@
-"""How fast: encoders with and without adapters, and groups against a loop over centres."""
+"""`bench points-speed`: encoders with and without adapters, and groups against a loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from budwood.points.adapters import Adapter, make_adapter
-from budwood.points.adapters.fca import FusedCrossAttention
+from budwood.points.adapters.prompts import FusedCrossAttention
 from budwood.points.encoders import PointEncoder
 from budwood.points.grouping import Grouping
 from budwood.timing import median_ratio, seconds, side_by_side
@@ -21,16 +21,16 @@ Row = dict[str, Any]
 
 
 def encoder_rows(encoder: PointEncoder, n_points: int, batch: int, repeats: int) -> list[Row]:
-    """Encoding with fused cross-attention before and after ``fuse()``, and with LoRA.
+    """Time encoding with fused cross-attention, before and after ``fuse()``, and with LoRA.
 
-    Adapters are fresh and fully in, since speed does not depend on what they have learnt. In each
-    round everything runs once; ratios are taken within a round and their medians reported.
+    Adapters are untrained, since speed does not depend on training. Ratios are taken within a round
+    and their medians reported.
 
     Args:
         encoder: frozen.
         n_points: of each cloud.
         batch: clouds at once.
-        repeats: rounds, after one to warm up.
+        repeats: rounds, after one warm-up; each runs everything once.
 
     Returns:
         Rows with ``what, points, clouds_per_s, over_frozen``.
@@ -50,18 +50,18 @@ def encoder_rows(encoder: PointEncoder, n_points: int, batch: int, repeats: int)
         {
             "what": name,
             "points": n_points,
-            "clouds_per_s": batch / statistics.median(own),
-            "over_frozen": median_ratio(own, times["frozen"]),
+            "clouds_per_s": batch / statistics.median(elapsed),
+            "over_frozen": median_ratio(elapsed, times["frozen"]),
         }
-        for name, own in times.items()
+        for name, elapsed in times.items()
     ]
 
 
 def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -> list[Row]:
-    """Groups by tensors, against a loop over clouds and centres with NumPy.
+    """Time grouping with tensors, and with a loop over clouds and centres in NumPy.
 
     Returns:
-        Rows with ``what, points, clouds_per_s, over_loop`` (speed, in units of the loop's).
+        Rows with ``what, points, clouds_per_s, over_loop`` (speed divided by the loop's).
     """
     xyz = torch.randn(batch, n_points, 3, generator=torch.Generator().manual_seed(0))
     n_groups, k = grouping.sizes(n_points)
@@ -75,17 +75,15 @@ def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -
         {
             "what": name,
             "points": n_points,
-            "clouds_per_s": batch / statistics.median(own),
-            "over_loop": median_ratio(times["groups, loop"], own),
+            "clouds_per_s": batch / statistics.median(elapsed),
+            "over_loop": median_ratio(times["groups, loop"], elapsed),
         }
-        for name, own in times.items()
+        for name, elapsed in times.items()
     ]
 
 
 def looped_groups(xyz: np.ndarray, n_groups: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Farthest-point centres, then the neighbours of one centre after the other.
-
-    What is often written first. The same groups as :class:`Grouping` makes.
+    """Group one cloud the simple way: centre by centre. The groups equal :class:`Grouping`'s.
 
     Args:
         xyz: one cloud, shape (n_points, 3).

@@ -1,4 +1,4 @@
-"""`budwood classify`: names for point clouds."""
+"""`budwood classify`: labels for point clouds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.output import reserve, reserve_picture
 from budwood.errors import InputError
@@ -16,9 +17,15 @@ from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
-    from budwood.points import PointEncoder, Ranking
+    from budwood.points import InputOptions, PointEncoder, Ranking
 
-BATCH = 32
+COLUMNS = Columns(
+    Column("cloud"),
+    Column("points"),
+    Column("label"),
+    Column("score", ".1%"),
+    Column("then"),
+)
 
 
 def classify(
@@ -29,11 +36,14 @@ def classify(
     points: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Points to keep of each; default: those of the encoder's training."
+            min=2, help="Points to keep of each cloud; default: as many as the encoder knows."
         ),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="What `budwood points adapt` wrote.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="An adapter for sparse clouds, by `budwood points adapt`."
+        ),
     ] = None,
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
@@ -42,34 +52,78 @@ def classify(
     columns: clouds.Columns = None,
     box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    top: Annotated[int, typer.Option(min=1, help="Names shown of each cloud.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    top: Annotated[int, typer.Option(min=1, help="Labels to show for each cloud.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Clouds at once.")] = 32,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the cloud (one only).")
+        Path | None, typer.Option(metavar="FILE", help="Draw the cloud (of a single file).")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write the names as CSV.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write labels and scores as CSV.")
     ] = None,
     device: options.Device = "auto",
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Name the objects in point clouds, with words from a list.
+    """Classify point clouds with labels in words.
 
-    Meshes are sampled. Scores are probabilities over the words given. Of several clouds, those that
-    cannot be read are named at the end, after the names of the others, and the exit code is 2.
+    Scores are probabilities over the labels given. Clouds that cannot be read are listed at the
+    end, after the labels of the others, and the exit code is 2.
 
     \b
     Examples:
       budwood classify chair.ply --labels chair,table,"desk lamp" --points 64 --plot chair.png
-      budwood classify scans/ --labels-file names.txt --adapter adapted/ --csv names.csv
+      budwood classify scans/ --labels-file labels.txt --adapter adapted/ --csv found.csv
     """
-    from budwood.points import SAMPLERS
+    from budwood.points import InputOptions
+    from budwood.points import classify as classify_clouds
 
-    names = clouds.names_of(labels, labels_file, embeddings)
-    SAMPLERS.get(sampler)
-    reading = clouds.Reading(columns, drop_invalid, up, seed, box)
+    given = clouds.labels_of(labels, labels_file, embeddings)
+    how = {"points": points, "sampler": sampler, "seed": seed}
+    how |= clouds.reading_of(columns, box, drop_invalid, up)
+    inputs = InputOptions(**how)
     files = clouds.files_of(paths, labels_file, table)
+    _reserve(files, table, plot, force)
+    model = clouds.load(encoder, checkpoint, device)
+    texts = clouds.embed(model, given, embeddings)
+    skipped = clouds.Skipped()
+    found = classify_clouds(
+        iter(files),
+        texts,
+        encoder=model,
+        adapter=adapter,
+        top=top,
+        batch_size=batch,
+        on_error=skipped,
+        **how,
+    )
+    rankings: list[Ranking] = []
+    with progress("clouds") as advance:
+        for ranking in found:
+            rankings.append(ranking)
+            advance(len(rankings) + len(skipped), len(files))
+    if not rankings:
+        raise InputError(skipped.rows[0]["reason"])
+    if table:
+        write_whole(table, lambda part: _write_csv(rankings, part))
+        say(f"wrote {table}")
+    if plot:
+        write_whole(plot, lambda part: _draw(files[0], rankings[0], model, inputs, part))
+        say(f"wrote {plot}")
+    if json:
+        about = {"encoder": model.name, "adapter": str(adapter) if adapter else None}
+        about |= {"points": points, "sampler": sampler, "up": up, "seed": seed, "top": top}
+        print_json({**about, "rows": _rows(rankings), "skipped": skipped.rows})
+    else:
+        _print(rankings)
+    if skipped:
+        for row in skipped.rows:
+            say(f"skipped: {row['reason']}")
+        raise InputError(f"{len(skipped)} of {len(files)} clouds have no label; see above")
+
+
+def _reserve(files: list[Path], table: Path | None, plot: Path | None, force: bool) -> None:
+    """Check that the outputs can be written, before slow work."""
     if plot:
         if len(files) > 1:
             raise InputError(f"--plot draws one cloud, and there are {len(files)}")
@@ -79,68 +133,17 @@ def classify(
         need_matplotlib()
     if table:
         reserve(table, force)
-    model = clouds.load(encoder, checkpoint, device)
-    words = clouds.words_of(model, names, embeddings)
-    how = {"points": points, "sampler": sampler}
-    rankings, skipped = _rank(files, model, words, adapter, reading, top, **how)
-    if table:
-        write_whole(table, lambda part: _write_csv(rankings, part))
-        say(f"wrote {table}")
-    if plot:
-        write_whole(plot, lambda part: _draw(files[0], rankings[0], model, reading, how, part))
-        say(f"wrote {plot}")
-    if json:
-        named = str(adapter) if adapter else None
-        about = {"encoder": model.name, "adapter": named, **how, "up": up, "seed": seed, "top": top}
-        print_json({**about, "rows": _rows(rankings), "skipped": skipped})
-    else:
-        _print(rankings)
-    if skipped:
-        for one in skipped:
-            say(f"skipped: {one['reason']}")
-        raise InputError(f"{len(skipped)} of {len(files)} clouds have no name; see above")
-
-
-def _rank(
-    files: list[Path],
-    model: PointEncoder,
-    words: Any,
-    adapter: Path | None,
-    reading: clouds.Reading,
-    top: int,
-    **how: Any,
-) -> tuple[list[Ranking], list[dict[str, str]]]:
-    """Rankings, and the clouds that have none, with the reason.
-
-    Raises:
-        InputError: no cloud can be named.
-    """
-    from budwood.points import load_adapter
-    from budwood.points.classify import rank
-
-    adapted = None if adapter is None else load_adapter(adapter, model)
-    found: list[Ranking] = []
-    skipped: list[dict[str, str]] = []
-    with progress("clouds") as advance:
-        together = len(files) if adapted is not None and adapted.transductive else BATCH
-        for part in clouds.chunks(files, together):
-            prepared = list(reading.prepare_each(model, part, skipped, **how))
-            found += rank(prepared, words, model, adapted, top=top)
-            advance(len(found) + len(skipped), len(files))
-    if not found:
-        raise InputError(skipped[0]["reason"])
-    return found, skipped
 
 
 def _rows(rankings: list[Ranking]) -> list[dict[str, Any]]:
     return [
         {
-            "cloud": one.source,
-            "n_points": one.n_points,
-            "names": list(one.names),
-            "scores": [round(score, 6) for score in one.scores],
+            "cloud": ranking.source,
+            "n_points": ranking.n_points,
+            "names": list(ranking.labels),
+            "scores": [round(score, 6) for score in ranking.scores],
         }
-        for one in rankings
+        for ranking in rankings
     ]
 
 
@@ -148,40 +151,37 @@ def _write_csv(rankings: list[Ranking], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["cloud", "n_points", "rank", "name", "score"])
-        for one in rankings:
-            for rank, (name, score) in enumerate(zip(one.names, one.scores), 1):
-                writer.writerow([one.source, one.n_points, rank, name, f"{score:.6f}"])
+        for ranking in rankings:
+            for rank, (label, score) in enumerate(zip(ranking.labels, ranking.scores), 1):
+                writer.writerow([ranking.source, ranking.n_points, rank, label, f"{score:.6f}"])
 
 
 def _print(rankings: list[Ranking]) -> None:
-    rows = [
-        {
-            "cloud": one.source,
-            "points": one.n_points,
-            "name": one.best,
-            "score": one.scores[0],
-            "then": ", ".join(f"{n} {s:.0%}" for n, s in zip(one.names[1:], one.scores[1:])),
-        }
-        for one in rankings
-    ]
-    specs = {"cloud": "", "points": "", "name": "", "score": ".1%", "then": ""}
-    print_table(rows, {key: (key, spec) for key, spec in specs.items()})
+    rows = []
+    for ranking in rankings:
+        others = zip(ranking.labels[1:], ranking.scores[1:])
+        rows.append(
+            {
+                "cloud": ranking.source,
+                "points": ranking.n_points,
+                "label": ranking.best,
+                "score": ranking.scores[0],
+                "then": ", ".join(f"{label} {score:.0%}" for label, score in others),
+            }
+        )
+    print_table(rows, COLUMNS)
 
 
 def _draw(
-    file: Path,
-    ranking: Ranking,
-    model: PointEncoder,
-    reading: clouds.Reading,
-    how: dict[str, Any],
-    path: Path,
+    file: Path, ranking: Ranking, encoder: PointEncoder, inputs: InputOptions, path: Path
 ) -> None:
+    """Draw the points that were classified, beside the dense cloud if that has more."""
     from budwood.points.picture import draw
 
-    dense, _ = reading.prepare(model, file)
-    sparse, _ = reading.prepare(model, file, **how)
-    told = f"{len(sparse)} points: {ranking.best} {ranking.scores[0]:.0%}"
-    views = [(told, sparse.numpy())]
+    cloud = inputs.read(file)
+    dense, _ = encoder.prepare(cloud, up=inputs.up, seed=inputs.seed)
+    sparse, _ = inputs.prepare(cloud, encoder)
+    views = [(f"{len(sparse)} points: {ranking.best} {ranking.scores[0]:.0%}", sparse.numpy())]
     if len(sparse) < len(dense):
         views.insert(0, (f"{len(dense)} points", dense.numpy()))
     draw(views, path)

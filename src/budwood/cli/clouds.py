@@ -1,9 +1,7 @@
-"""What the commands on point clouds share: options, labels, encoders and clouds in batches."""
+"""Options that the commands on point clouds share, and what they become."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,43 +16,57 @@ if TYPE_CHECKING:
 
 Clouds = Annotated[
     list[Path],
-    typer.Argument(metavar="CLOUD…", help="Files or folders: .ply .pcd .las .npy .xyz .obj …."),
+    typer.Argument(
+        metavar="CLOUD…",
+        help="Files or folders of .ply .pcd .las .laz .npy .npz .bin .xyz .txt .csv .off .obj "
+        ".stl .glb; meshes are sampled.",
+    ),
 ]
 Labels = Annotated[
-    str | None, typer.Option(metavar="NAME,…", help="Names to choose from, with commas.")
+    str | None,
+    typer.Option(metavar="LABEL,…", help='Labels to choose from, such as chair,"desk lamp".'),
 ]
 LabelsFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The same from a file, a name in each line.")
+    Path | None, typer.Option(metavar="FILE", help="A text file with one label a line, instead.")
 ]
 Embeddings = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Names with their text embeddings (.safetensors) instead."),
+    typer.Option(
+        metavar="FILE", help="Text embeddings of labels (.safetensors), instead of a text model."
+    ),
 ]
 Encoder = Annotated[str, typer.Option(help="One of `budwood ls encoders`.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Local weights of that encoder.")
+    Path | None, typer.Option(metavar="FILE", help="Local weights for that encoder.")
 ]
-Sampler = Annotated[str, typer.Option(help="random, farthest, lidar or occluded.")]
-Up = Annotated[str, typer.Option(help="y or z: the axis of the clouds that points up.")]
+Sampler = Annotated[
+    str, typer.Option(help="How points are chosen: random, farthest, lidar or occluded.")
+]
+Up = Annotated[str, typer.Option(help="The axis that points up in the files: y or z.")]
 Columns = Annotated[
-    str | None, typer.Option(metavar="LETTERS", help="Columns of tables, such as xyz_rgb.")
+    str | None,
+    typer.Option(
+        metavar="LETTERS", help="Columns of tables, such as xyz_rgb; _ is a column to leave out."
+    ),
 ]
 Box = Annotated[
     str | None,
-    typer.Option(metavar="X0,Y0,Z0,X1,Y1,Z1", help="Only points in this box, in the file's units."),
+    typer.Option(
+        metavar="X0,Y0,Z0,X1,Y1,Z1", help="Use only the points in this box, in the file's units."
+    ),
 ]
 DropInvalid = Annotated[
-    bool, typer.Option("--drop-invalid", help="Leave out points that are NaN or infinite.")
+    bool, typer.Option("--drop-invalid", help="Leave out points with NaN or infinite coordinates.")
 ]
 
 
-def names_of(labels: str | None, file: Path | None, embeddings: Path | None) -> list[str] | None:
-    """Names from one of the three options; None for those of embeddings.
+def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) -> list[str] | None:
+    """Labels from one of the three options; None if it is a file of embeddings.
 
     Raises:
-        InputError: none or several of them, an unreadable file, or an empty or repeated name.
+        InputError: none or several options, an unreadable file, or an empty or repeated label.
     """
-    from budwood.points.text import check_labels
+    from budwood.points.labels import check_labels
 
     given = [option for option in (labels, file, embeddings) if option is not None]
     if len(given) != 1:
@@ -66,28 +78,43 @@ def names_of(labels: str | None, file: Path | None, embeddings: Path | None) -> 
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not a UTF-8 text"
         raise InputError(f"cannot read {file}: {reason}") from None
     return list(check_labels([line for line in lines if line.strip()]))
 
 
 def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
-    """Files to read: of folders without those that other options name.
+    """Files to read: those given, and those in folders that no other option names.
+
+    Args:
+        paths: files and folders.
+        others: files that other options name.
 
     Raises:
         InputError: a path does not exist, or there is nothing to read.
     """
     from budwood.points import find_files
 
-    taken = {one.resolve() for one in others if one is not None} - {p.resolve() for p in paths}
+    given = {path.resolve() for path in paths}
+    taken = {path.resolve() for path in others if path is not None} - given
     files = [file for file in find_files(paths) if file.resolve() not in taken]
     if not files:
-        raise InputError(f"{paths[0]} has no clouds but what other options name")
+        raise InputError(f"{paths[0]} has no clouds apart from the files that other options name")
     return files
 
 
+def reading_of(columns: str | None, box: str | None, drop_invalid: bool, up: str) -> dict[str, Any]:
+    """The options of reading, as `classify` and `adapt` of the library take them."""
+    return {
+        "columns": columns,
+        "box": None if box is None else box.split(","),
+        "invalid": "drop" if drop_invalid else "error",
+        "up": up,
+    }
+
+
 def load(encoder: str, checkpoint: Path | None, device: str) -> PointEncoder:
-    """An encoder on a device."""
+    """Load an encoder onto a device."""
     from budwood.points import load_encoder
 
     where = device_of(device)
@@ -95,71 +122,25 @@ def load(encoder: str, checkpoint: Path | None, device: str) -> PointEncoder:
         return load_encoder(encoder, checkpoint, device=where)
 
 
-def words_of(
-    model: PointEncoder, names: list[str] | None, embeddings: Path | None = None
+def embed(
+    encoder: PointEncoder, labels: list[str] | None, embeddings: Path | None = None
 ) -> TextEmbeddings:
-    """Names in the space of an encoder, from its text tower or from a file."""
-    from budwood.points.classify import embed_names
+    """Embed labels in the space of an encoder, by its text model or from a file."""
+    from budwood.points.text import embed_labels_for
 
-    with working("embedding the names"):
+    with working("embedding the labels"):
         be_quiet()
-        return embed_names(model, names, embeddings=embeddings)
+        return embed_labels_for(encoder, labels, embeddings=embeddings)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How files become what an encoder takes.
+class Skipped:
+    """Clouds that cannot be used, with the reason; an ``on_error`` of the library."""
 
-    Attributes:
-        columns: of tables.
-        drop_invalid: leave out points that are NaN or infinite.
-        up: the axis that points up.
-        seed: of sampling.
-        box: six numbers, outside of which points are left out.
+    def __init__(self) -> None:
+        self.rows: list[dict[str, str]] = []
 
-    Raises:
-        InputError: there are no such columns or axis, or the box is malformed.
-    """
+    def __call__(self, name: str, error: Exception) -> None:
+        self.rows.append({"cloud": name, "reason": str(error)})
 
-    columns: str | None
-    drop_invalid: bool
-    up: str
-    seed: int
-    box: str | None = None
-
-    def __post_init__(self) -> None:
-        from budwood.points.io.cloud import corners
-        from budwood.points.io.options import ReadOptions
-        from budwood.points.sampling import check_up
-
-        ReadOptions(columns=self.columns)
-        check_up(self.up)
-        if self.box is not None:
-            corners(self.box.split(","))
-
-    def prepare(
-        self, model: PointEncoder, file: Path, points: int | None = None, sampler: str = "random"
-    ) -> Any:
-        """The xyz and rgb of a file, as :meth:`PointEncoder.prepare` returns them."""
-        from budwood.points import crop, read
-
-        invalid = "drop" if self.drop_invalid else "error"
-        cloud = read(file, columns=self.columns, invalid=invalid, seed=self.seed)
-        if self.box is not None:
-            cloud = crop(cloud, self.box.split(","))
-        return model.prepare(cloud, points, up=self.up, sampler=sampler, seed=self.seed)
-
-    def prepare_each(
-        self, model: PointEncoder, files: list[Path], skipped: list[dict[str, str]], **how: Any
-    ) -> Iterator[tuple[str, Any]]:
-        """What each file is called and holds; one that cannot be used goes to ``skipped``."""
-        for file in files:
-            try:
-                yield str(file), self.prepare(model, file, **how)
-            except InputError as error:
-                skipped.append({"cloud": str(file), "reason": str(error)})
-
-
-def chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
-    """Consecutive parts of at most ``size``."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+    def __len__(self) -> int:
+        return len(self.rows)

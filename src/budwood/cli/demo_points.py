@@ -1,4 +1,4 @@
-"""`budwood points demo`: sparse clouds named before and after adaptation, offline."""
+"""`budwood points demo`: sparse clouds classified before and after adaptation, offline."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, progress
-from budwood.errors import InputError
+from budwood.errors import InputError, MissingPackageError
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
-    from budwood.points import Adapter, CloudSet, PointEncoder, TextEmbeddings
+    from budwood.points import Adapter, CloudSet, PointEncoder
 
 SHOWN = 8
 COUNTS = (128, 64, 32)
-_COLUMNS = {"cloud": ("cloud", ""), "truth": ("truth", ""), "before": ("before", "")}
-_COLUMNS |= {"after": ("after", "")}
+COLUMNS = Columns(
+    Column("cloud"),
+    Column("truth"),
+    Column("before"),
+    Column("after"),
+)
 
 
 def demo(
     points: Annotated[int, typer.Option(min=2, max=1024, help="Points of each cloud.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Of adaptation.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of adaptation.")] = 60,
     folder: Annotated[
-        Path, typer.Option("--dir", metavar="DIR", help="Where clouds and the adapter go.")
+        Path, typer.Option("--dir", metavar="DIR", help="New folder for clouds and the adapter.")
     ] = Path("budwood-points-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all randomness.")] = 0,
     json: options.Json = False,
 ) -> None:
-    """Adapt the embedded point encoder, and name sparse clouds of classes not seen in that.
+    """Adapt the embedded point encoder, and classify sparse clouds before and after.
 
-    Works offline. The clouds that ship are split by class: adaptation has clouds of one part,
-    without their names; tested are those of the other.
+    Works offline. Adaptation sees dense clouds of some classes, without labels; the sparse clouds
+    are of other classes.
 
     \b
     Example:
@@ -42,81 +47,109 @@ def demo(
     from budwood.points import load_clouds
     from budwood.points.adapters.base import FILE
 
-    adapted = folder / "adapter"
-    for file in (adapted / FILE, *_files(folder)):
+    adapted, picture = folder / "adapter", folder / "example.png"
+    for file in (adapted / FILE, picture, *_files(folder)):
         if file.exists():
-            raise InputError(f"{file} exists, perhaps of an earlier demo; choose another --dir")
+            raise InputError(f"{file} exists, perhaps from an earlier demo; choose another --dir")
+    folder.mkdir(exist_ok=True)
     given = load_clouds()
     model = clouds.load("sprout", None, "auto")
-    words = clouds.words_of(model, list(given.labels))
-    adapter = _adapted(given, model, adapted, steps, seed)
+    adapter = _adapt(given, model, adapted, steps, seed)
     tested = given.where(group="unseen", use="test")
-    rows = _name_all(tested, words, model, adapter, points, seed)
-    files = _save_some(tested, rows, points, seed, folder)
-    share = {
+    rows = _classify(tested, model, adapter, points, seed)
+    shown = _save_some(tested, rows, points, seed, folder)
+    correct = {
         key: sum(row[key] == row["truth"] for row in rows) / len(rows)
         for key in ("before", "after")
     }
     if json:
-        print_json({"points": points, "steps": steps, "n_clouds": len(rows), **share, "rows": rows})
+        about = {"points": points, "steps": steps, "n_clouds": len(rows)}
+        print_json({**about, **correct, "rows": rows})
         return
-    print_table([row for row in rows if "cloud" in row], _COLUMNS)
-    names = ",".join(dict.fromkeys((rows[0]["truth"], *tested.labels[:6])))
+    n_classes = len(tested.classes)
     out().print(
-        f"\nAll {len(rows)} clouds of {len(tested.labels)} classes, {points} points each: "
-        f"{share['before']:.1%} named rightly before, {share['after']:.1%} after.\n\nNext:\n"
-        f'  budwood classify {files[0]} --labels "{names}" --adapter {adapted}\n'
+        f"{len(rows)} objects of {n_classes} classes that adaptation never saw, {points} points "
+        f"each: {correct['before']:.1%} get the right label before adaptation, "
+        f"{correct['after']:.1%} after.\n\n{len(shown)} of them, evenly spread:",
+        markup=False,
+        soft_wrap=True,
+    )
+    print_table(shown, COLUMNS)
+    drawn = _draw(tested, shown[0], points, seed, picture)
+    labels = ",".join(dict.fromkeys((shown[0]["truth"], *tested.classes[:6])))
+    out().print(
+        (f"\nThe first of them, dense and sparse, is drawn in {picture}.\n" if drawn else "")
+        + "\nNext:\n"
+        f'  budwood classify {shown[0]["cloud"]} --labels "{labels}" --adapter {adapted}\n'
         "  budwood bench points --methods tokens,adabn,sparse-lora --points 64 --seeds 1",
         markup=False,
         soft_wrap=True,
     )
 
 
-def _adapted(given: CloudSet, model: PointEncoder, folder: Path, steps: int, seed: int) -> Adapter:
-    from budwood.points import AdaptConfig, Cloud, Curriculum, adapt
+def _adapt(given: CloudSet, model: PointEncoder, folder: Path, steps: int, seed: int) -> Adapter:
+    from budwood.points import AdaptConfig, Curriculum, adapt
 
-    dense = [Cloud(xyz.astype("float64")) for xyz in given.where(use="adapt").xyz]
+    dense = list(given.where(use="adapt").xyz)
     config = AdaptConfig(steps=steps, seed=seed, curriculum=Curriculum(COUNTS))
     with progress("adapting") as advance:
-        return adapt(dense, None, model, config, output=folder, on_step=advance)
+        return adapt(dense, None, model, config, output=folder, progress=advance)
 
 
-def _name_all(
-    tested: CloudSet,
-    words: TextEmbeddings,
-    model: PointEncoder,
-    adapter: Adapter,
-    points: int,
-    seed: int,
+def _classify(
+    tested: CloudSet, model: PointEncoder, adapter: Adapter, points: int, seed: int
 ) -> list[dict[str, Any]]:
-    from budwood.points import Cloud, TextEmbeddings, classify
+    from budwood.points import classify
 
-    chosen = [words.labels.index(label) for label in tested.labels]
-    names = TextEmbeddings(tested.labels, words.vectors[chosen])
-    dense = [Cloud(xyz.astype("float64")) for xyz in tested.xyz]
-    settings: dict[str, Any] = {"encoder": model, "points": points, "seed": seed}
-    before = classify(dense, names, **settings)
-    after = classify(dense, names, adapter=adapter, **settings)
+    texts = clouds.embed(model, list(tested.classes))
+    dense = list(tested.xyz)
+    before = classify(dense, texts, encoder=model, points=points, seed=seed)
+    after = classify(dense, texts, encoder=model, points=points, seed=seed, adapter=adapter)
     return [
-        {"truth": one.label, "before": a.best, "after": b.best}
-        for one, a, b in zip(tested.about, before, after)
+        {"truth": truth, "before": frozen.best, "after": adapted.best}
+        for truth, frozen, adapted in zip(tested.labels, before, after)
     ]
 
 
 def _save_some(
     tested: CloudSet, rows: list[dict[str, Any]], points: int, seed: int, folder: Path
-) -> list[Path]:
-    """Some clouds as files, evenly spread over the classes; their rows get the names."""
+) -> list[dict[str, Any]]:
+    """Save some clouds, evenly spread over the classes; their rows get the files' names.
+
+    Returns:
+        These rows: those that adaptation corrects first.
+    """
     import numpy as np
 
     from budwood.points import Cloud, sample
 
-    files = _files(folder)
-    for path, index in zip(files, np.linspace(0, len(rows) - 1, SHOWN).round().astype(int)):
+    shown = []
+    for path, index in zip(
+        _files(folder), np.linspace(0, len(rows) - 1, SHOWN).round().astype(int)
+    ):
         sparse = sample(Cloud(tested.xyz[index].astype("float64")), points, seed=seed)
         write_whole(path, _saver(sparse.xyz))
-        rows[index]["cloud"] = str(path)
-    return files
+        rows[index] |= {"cloud": str(path)}
+        shown.append({**rows[index], "index": int(index)})
+    return sorted(
+        shown, key=lambda row: (row["after"] != row["truth"], row["before"] == row["truth"])
+    )
+
+
+def _draw(tested: CloudSet, row: dict[str, Any], points: int, seed: int, path: Path) -> bool:
+    """Draw one object dense and sparse. Returns False where matplotlib is not installed."""
+    from budwood.points import Cloud, sample
+    from budwood.points.picture import draw
+
+    dense = Cloud(tested.xyz[row["index"]].astype("float64"))
+    sparse = sample(dense, points, seed=seed)
+    titles = (f"{row['truth']}, {len(dense)} points", f"{len(sparse)} points")
+    titles = (titles[0], f"{titles[1]}: {row['before']} → {row['after']}")
+    try:
+        write_whole(path, lambda part: draw([*zip(titles, (dense.xyz, sparse.xyz))], part))
+    except (InputError, MissingPackageError):
+        return False
+    return True
 
 
 def _files(folder: Path) -> list[Path]:

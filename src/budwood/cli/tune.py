@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
@@ -46,8 +47,8 @@ class _RunByDefault(TyperGroup):
 
 
 app = typer.Typer(rich_markup_mode=None, cls=_RunByDefault)
-app.command("eval")(tune_eval)
-app.command("export-lora")(export_lora)
+app.command("eval", short_help="Score an adapter and its base model.")(tune_eval)
+app.command("export-lora", short_help="Write an ordinary LoRA from an adapter.")(export_lora)
 
 
 @app.callback(invoke_without_command=True)
@@ -65,19 +66,18 @@ def tune(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-COLUMNS = {
-    "step": ("step", ""),
-    "loss": ("loss", ".3f"),
-    "lr": ("learning rate", ".2g"),
-    "identity_share": ("weight on identity experts", ".2f"),
-    "distance": ("distance", ".2f"),
-    "seconds": ("seconds", ".0f"),
-}
-"""Key of the history → heading and format."""
+COLUMNS = Columns(
+    Column("step"),
+    Column("loss", ".3f"),
+    Column("lr", ".2g", "learning rate"),
+    Column("identity_share", ".2f", "weight on identity experts"),
+    Column("distance", ".2f"),
+    Column("seconds", ".0f"),
+)
 _SHOWN_ROWS = 10
 
 
-@app.command("run")
+@app.command("run", short_help="Fine-tune; `budwood tune FILE` is short for it.")
 def run(
     train: Annotated[
         list[str],
@@ -120,7 +120,7 @@ def run(
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     log_every: Annotated[int, typer.Option(help="Steps between rows of the history.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and order.")] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.TrainingDtype = "auto",
     json: options.Json = False,
@@ -204,7 +204,7 @@ def _print(result: FinetuneResult, method: str) -> None:
     every = max(1, len(rows) // _SHOWN_ROWS)
     shown = rows[::-every][::-1]
     if shown:
-        print_table(shown, {key: COLUMNS[key] for key in COLUMNS if key in shown[-1]})
+        print_table(shown, COLUMNS.present_in(shown[-1]))
     say(
         f"{method} with {result.n_trained_parameters:,} trained parameters on "
         f"{result.n_examples} examples; the adapter is in {result.output}.\n"

@@ -1,51 +1,80 @@
-"""Naming objects made of a few dozen points.
+"""Classify point clouds, down to a few dozen points, with labels in words.
 
 >>> from budwood.points import classify
 >>> classify("chair.ply", ["chair", "table", "desk lamp"], points=64)[0].best  # doctest: +SKIP
 'chair'
+
+Names are imported on first use, so that reading clouds, for example, does not import PyTorch.
 """
 
 from __future__ import annotations
 
-from budwood.points.adapt import AdaptConfig, adapt
-from budwood.points.adapters import ADAPTERS, Adapter, load_adapter, make_adapter
-from budwood.points.classify import Ranking, classify
-from budwood.points.data import CloudSet, load_clouds
-from budwood.points.distill import Curriculum, Objective
-from budwood.points.encoders import ENCODERS, PointEncoder, load_encoder
-from budwood.points.io import READERS, Cloud, crop, find_files, read
-from budwood.points.methods import METHODS
-from budwood.points.sampling import SAMPLERS, sample
-from budwood.points.text import TextEmbeddings, embed_labels, read_embeddings, save_embeddings
-from budwood.points.towers import TOWERS
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ADAPTERS",
-    "ENCODERS",
-    "METHODS",
-    "READERS",
-    "SAMPLERS",
-    "TOWERS",
-    "AdaptConfig",
-    "Adapter",
-    "Cloud",
-    "CloudSet",
-    "Curriculum",
-    "Objective",
-    "PointEncoder",
-    "Ranking",
-    "TextEmbeddings",
-    "adapt",
-    "classify",
-    "crop",
-    "embed_labels",
-    "find_files",
-    "load_adapter",
-    "load_clouds",
-    "load_encoder",
-    "make_adapter",
-    "read",
-    "read_embeddings",
-    "sample",
-    "save_embeddings",
-]
+from budwood.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from budwood.points.adaptation import AdaptConfig as AdaptConfig
+    from budwood.points.adaptation import adapt as adapt
+    from budwood.points.adapters import ADAPTERS as ADAPTERS
+    from budwood.points.adapters import Adapter as Adapter
+    from budwood.points.adapters import load_adapter as load_adapter
+    from budwood.points.adapters import make_adapter as make_adapter
+    from budwood.points.classification import Ranking as Ranking
+    from budwood.points.classification import classify as classify
+    from budwood.points.data import CloudSet as CloudSet
+    from budwood.points.data import load_clouds as load_clouds
+    from budwood.points.distill import Curriculum as Curriculum
+    from budwood.points.distill import Objective as Objective
+    from budwood.points.encoders import ENCODERS as ENCODERS
+    from budwood.points.encoders import PointEncoder as PointEncoder
+    from budwood.points.encoders import load_encoder as load_encoder
+    from budwood.points.inputs import InputOptions as InputOptions
+    from budwood.points.io import READERS as READERS
+    from budwood.points.io import Cloud as Cloud
+    from budwood.points.io import crop as crop
+    from budwood.points.io import find_files as find_files
+    from budwood.points.io import read as read
+    from budwood.points.methods import METHODS as METHODS
+    from budwood.points.sampling import SAMPLERS as SAMPLERS
+    from budwood.points.sampling import sample as sample
+    from budwood.points.text import TextEmbeddings as TextEmbeddings
+    from budwood.points.text import embed_labels as embed_labels
+    from budwood.points.text import read_embeddings as read_embeddings
+    from budwood.points.text import save_embeddings as save_embeddings
+    from budwood.points.towers import TOWERS as TOWERS
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "ADAPTERS": "adapters",
+        "ENCODERS": "encoders",
+        "METHODS": "methods",
+        "READERS": "io",
+        "SAMPLERS": "sampling",
+        "TOWERS": "towers",
+        "AdaptConfig": "adaptation",
+        "Adapter": "adapters",
+        "Cloud": "io",
+        "CloudSet": "data",
+        "Curriculum": "distill",
+        "InputOptions": "inputs",
+        "Objective": "distill",
+        "PointEncoder": "encoders",
+        "Ranking": "classification",
+        "TextEmbeddings": "text",
+        "adapt": "adaptation",
+        "classify": "classification",
+        "crop": "io",
+        "embed_labels": "text",
+        "find_files": "io",
+        "load_adapter": "adapters",
+        "load_clouds": "data",
+        "load_encoder": "encoders",
+        "make_adapter": "adapters",
+        "read": "io",
+        "read_embeddings": "text",
+        "sample": "sampling",
+        "save_embeddings": "text",
+    },
+)

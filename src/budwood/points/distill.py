@@ -1,7 +1,7 @@
-"""Losses of self-distillation, and which clouds the student sees. Pure functions on tensors.
+"""Losses of self-distillation, and how many points the student sees.
 
 The teacher is the frozen encoder on the dense cloud, the student the adapted one on few points.
-Source: ESP-Zero (arXiv 2404.19639), a reconstruction; what is ours is marked.
+Source: ESP-Zero (arXiv 2404.19639), a reconstruction; parts of ours are marked.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ RULES = ("outside_top_k", "threshold", "all_but_argmax")
 def negatives(
     teacher: Tensor, rule: str = "outside_top_k", *, k: int = 5, threshold: float = 0.01
 ) -> Tensor:
-    """Which texts the teacher finds irrelevant.
+    """Mark the labels that the teacher finds irrelevant.
 
-    The paper leaves the rule open. Ours is the first; at least the best text is never a negative.
+    The paper leaves the rule open; the default is ours. The teacher's best label is never marked.
 
     Args:
-        teacher: logits, shape (batch, n_texts).
+        teacher: logits, shape (batch, n_labels).
         rule: ``"outside_top_k"``, ``"threshold"`` (probability below ``threshold``) or
             ``"all_but_argmax"``.
-        k: for the first rule, 1 or more; at most half of the texts are spared, so that few have
-            negatives too.
+        k: for the first rule, 1 or more; at most half of the labels are spared, so that short
+            lists have negatives too.
         threshold: for the second, in (0, 1).
 
     Returns:
-        Booleans, shape (batch, n_texts).
+        Booleans, shape (batch, n_labels).
 
     Raises:
         InputError: unknown rule or a parameter outside its range.
@@ -55,19 +55,19 @@ def complementary(student: Tensor, negative: Tensor) -> Tensor:
     """Complementary learning: L = −1/|N| · Σ_{c∈N} log(1 − p_c), the mean over the batch.
 
     Computed as log Σ_{j≠c} exp(s_j) − log Σ_j exp(s_j), which stays finite where p_c is 1 in
-    float32. A row without negatives counts 0.
+    float32. A row without negatives counts as 0.
 
     Args:
-        student: logits, shape (batch, n_texts).
+        student: logits, shape (batch, n_labels).
         negative: from :func:`negatives`, same shape.
 
     Returns:
         Shape ().
     """
     if student.shape[-1] == 1:
-        return student.sum() * 0.0  # a lone text has no others
+        return student.sum() * 0.0  # a single label has no others
     log_all = student.logsumexp(-1, keepdim=True)
-    # All but the top text have p ≤ 1/2; for that one, the others are summed instead.
+    # All but the top label have p ≤ 1/2; for the top one, the others are summed instead.
     small = torch.log1p(-(student - log_all).clamp(max=-0.5).exp())
     top = student.argmax(-1, keepdim=True)
     others = student.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True) - log_all
@@ -80,15 +80,15 @@ def complementary(student: Tensor, negative: Tensor) -> Tensor:
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """A positive term: 1 − cosine of the features, the mean over the batch.
 
-    Ours. Args are features, shape (batch, d).
+    Ours. Arguments are features, shape (batch, d).
     """
     return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """A positive term: KL(teacher ‖ student) of the names, the mean over the batch.
+    """A positive term: KL(teacher ‖ student) of the predictions, the mean over the batch.
 
-    Ours, after Hinton et al. 2015. Args are logits, shape (batch, n_texts).
+    Ours, after Hinton et al. 2015. Arguments are logits, shape (batch, n_labels).
     """
     p = (teacher / temperature).log_softmax(-1)
     q = (student / temperature).log_softmax(-1)
@@ -96,7 +96,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 
 def entropy(student: Tensor) -> Tensor:
-    """What Tent minimises: the entropy of the names, the mean over the batch.
+    """Tent's objective: the entropy of the predictions, the mean over the batch.
 
     Source: Tent (arXiv 2006.10726).
     """
@@ -106,14 +106,14 @@ def entropy(student: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A mixture of the terms.
+    """A weighted sum of the terms.
 
     Attributes:
-        complementary: weight of the negatives, the paper's only term.
-        cosine: weight of the features' cosine. Ours.
-        kl: weight of the divergence of names. Ours.
-        entropy: weight of the entropy, Tent's only term.
-        rule: which texts are negatives.
+        complementary: weight of :func:`complementary`, the paper's only term.
+        cosine: weight of :func:`cosine`. Ours.
+        kl: weight of :func:`divergence`. Ours.
+        entropy: weight of :func:`entropy`, Tent's only term.
+        rule: which labels are negatives; see :func:`negatives`.
         k: for ``"outside_top_k"``.
         threshold: for ``"threshold"``.
         temperature: of the divergence.
@@ -137,8 +137,8 @@ class Objective:
         negatives(torch.zeros(1, 2), self.rule, k=self.k, threshold=self.threshold)
 
     @property
-    def compares_names(self) -> bool:
-        """Whether a term is about names, and not about features alone."""
+    def compares_labels(self) -> bool:
+        """Whether a term compares clouds with labels, and not features alone."""
         return bool(self.complementary or self.kl or self.entropy)
 
     def __call__(
@@ -149,7 +149,7 @@ class Objective:
         Args:
             student: features, shape (batch, d).
             teacher: features, same shape; no gradient goes there.
-            texts: embeddings of length 1, shape (n_texts, d); None if no term compares names.
+            texts: embeddings of length 1, shape (n_labels, d); None if no term compares labels.
             logit_scale: factor on cosines.
 
         Returns:
@@ -159,17 +159,17 @@ class Objective:
         total = student.new_zeros(())
         if self.cosine:
             total = total + self.cosine * cosine(student, teacher)
-        if texts is None or not self.compares_names:
+        if texts is None or not self.compares_labels:
             return total
-        own = logit_scale * F.normalize(student, dim=-1) @ texts.T
-        wise = logit_scale * F.normalize(teacher, dim=-1) @ texts.T
+        student_logits = logit_scale * F.normalize(student, dim=-1) @ texts.T
+        teacher_logits = logit_scale * F.normalize(teacher, dim=-1) @ texts.T
         if self.complementary:
-            outside = negatives(wise, self.rule, k=self.k, threshold=self.threshold)
-            total = total + self.complementary * complementary(own, outside)
+            negative = negatives(teacher_logits, self.rule, k=self.k, threshold=self.threshold)
+            total = total + self.complementary * complementary(student_logits, negative)
         if self.kl:
-            total = total + self.kl * divergence(own, wise, self.temperature)
+            total = total + self.kl * divergence(student_logits, teacher_logits, self.temperature)
         if self.entropy:
-            total = total + self.entropy * entropy(own)
+            total = total + self.entropy * entropy(student_logits)
         return total
 
 
@@ -179,8 +179,8 @@ class Curriculum:
 
     Attributes:
         counts: numbers of points.
-        order: ``"mixed"``, each step draws one; or ``"falling"``, a step draws among those reached
-            so far, from the largest down.
+        order: ``"mixed"``: each step draws one of them; ``"falling"``: smaller counts are added
+            one after the other, and each step draws one of those added so far.
     """
 
     counts: tuple[int, ...] = (1024, 256, 128, 64, 32)
@@ -193,7 +193,7 @@ class Curriculum:
             raise InputError(f"order={self.order!r} is unknown; give 'mixed' or 'falling'")
 
     def points(self, step: int, n_steps: int, generator: torch.Generator | None = None) -> int:
-        """Points in this step, 0 ≤ step < n_steps."""
+        """Draw the number of points for a step, 0 ≤ step < n_steps."""
         counts = sorted(self.counts, reverse=True)
         if self.order == "falling":
             counts = counts[: 1 + step * len(counts) // max(1, n_steps)]

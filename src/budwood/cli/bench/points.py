@@ -10,6 +10,7 @@ import typer
 
 from budwood import records
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress, working
 from budwood.cli.results import Results
 
@@ -20,22 +21,21 @@ if TYPE_CHECKING:
 ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
 ALL += ",esp-zero-paper,esp-zero,sparse-full,sparse-lora"
 
-MARKDOWN = {
-    "method": "",
-    "sampler": "",
-    "points": "",
-    "unseen_top1": ".1%",
-    "unseen_std": ".1%",
-    "unseen_top5": ".1%",
-    "seen_top1": ".1%",
-    "seen_std": ".1%",
-    "seen_top5": ".1%",
-    "novel_top1": ".1%",
-    "params": ",",
-    "lr": ".1g",
-    "seconds": ".0f",
-}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("method"),
+    Column("sampler"),
+    Column("points"),
+    Column("unseen_top1", ".1%"),
+    Column("unseen_std", ".1%"),
+    Column("unseen_top5", ".1%"),
+    Column("seen_top1", ".1%"),
+    Column("seen_std", ".1%"),
+    Column("seen_top5", ".1%"),
+    Column("novel_top1", ".1%"),
+    Column("params", ","),
+    Column("lr", ".1g"),
+    Column("seconds", ".0f"),
+)
 
 
 def bench_points(
@@ -43,16 +43,17 @@ def bench_points(
         str, typer.Option(metavar="NAME,…", help="Some of `budwood ls adaptations`.")
     ] = ALL,
     points: Annotated[
-        str, typer.Option(metavar="N,…", help="Numbers of points.")
+        str, typer.Option(metavar="N,…", help="Numbers of points of random samples.")
     ] = "1024,256,128,64,32,16",
     lidar: Annotated[
-        str, typer.Option(metavar="N,…", help="Numbers of points of LiDAR-like samples; '' none.")
+        str,
+        typer.Option(metavar="N,…", help="Numbers of points of LiDAR-like samples; '' for none."),
     ] = "64",
-    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 400,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
     sampler: Annotated[
-        str, typer.Option(help="Of the points of clouds to adapt to: random, lidar, ….")
+        str, typer.Option(help="How points are chosen in adaptation: random, lidar, ….")
     ] = "random",
     tune: Annotated[
         bool, typer.Option("--tune", help="Choose each learning rate on seen classes.")
@@ -67,12 +68,12 @@ def bench_points(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Top-1 and top-5 of every method, by number of points, on the clouds that ship.
+    """Measure top-1 and top-5 of every method, by number of points, on the clouds that ship.
 
-    Seen classes are those that adaptation has clouds of (none of the tested ones); unseen classes
-    were in the encoder's pretraining alone; novel ones in neither. A name is chosen among those of
-    the group. Means and standard deviations are over seeds. --out is written after each method; a
-    run that was cut off goes on when the command is repeated, without --force.
+    Adaptation has (other) clouds of the seen classes. The unseen classes were in the encoder's
+    pretraining alone, the novel ones in neither. Labels are chosen among those of the group. Means
+    and standard deviations are over seeds. --out is written after each method; repeat the command
+    without --force to resume a run that was cut off.
 
     \b
     Example:
@@ -93,8 +94,7 @@ def bench_points(
         tune=tune,
     )
     record = _measure(config, encoder, checkpoint, device, results)
-    columns = {key: (key, spec) for key, spec in MARKDOWN.items()}
-    results.publish(record, columns, notes=[_legend(record.config)], draw=_draw)
+    results.publish(record, COLUMNS, notes=[_legend(record.config)], draw=_draw)
 
 
 def _measure(
@@ -106,8 +106,7 @@ def _measure(
     with working("reading clouds"):
         given = load_clouds()
     model = clouds.load(encoder, checkpoint, device)
-    words = clouds.words_of(model, list(given.labels))
-
+    texts = clouds.embed(model, list(given.classes))
     about = _described(config, model, given)
 
     def record(rows: list[records.Row]) -> records.Record:
@@ -120,7 +119,7 @@ def _measure(
     with progress("methods") as advance:
         rows = run(
             given,
-            words,
+            texts,
             model,
             config,
             advance,
@@ -131,22 +130,19 @@ def _measure(
 
 
 def _described(config: BenchConfig, encoder: PointEncoder, given: Any) -> dict[str, Any]:
-    from budwood.points.adapters import identity
+    from budwood.points.adapters import fingerprint
 
     sizes: dict[str, Any] = {}
     for group in ("seen", "unseen", "novel"):
         part = given.where(group=group, use="test")
-        sizes |= {f"n_{group}_clouds": len(part), f"n_{group}_classes": len(part.labels)}
-    digest = identity(encoder)["digest"]
-    return {
-        "encoder": encoder.name,
-        "encoder_digest": digest,
-        **sizes,
-        **dataclasses.asdict(config),
-    }
+        sizes |= {f"n_{group}_clouds": len(part), f"n_{group}_classes": len(part.classes)}
+    about = {"encoder": encoder.name, "encoder_digest": fingerprint(encoder)["digest"]}
+    return {**about, **sizes, **dataclasses.asdict(config)}
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:
+    from budwood.bench.plots import plot_lines
+
     curves = [
         row
         | {
@@ -156,7 +152,7 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         for row in rows
         if row["sampler"] == "random"
     ]
-    records.plot(
+    plot_lines(
         curves, path, x="points", y="unseen_top1", by="method", low="low", high="high", log=True
     )
 

@@ -1,4 +1,4 @@
-"""Adapters, behind one interface. A new one is a new class and a line here."""
+"""Adapters behind one interface. A new adapter is a class and a line in ``ADAPTERS``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from budwood.errors import InputError
 from budwood.points.adapters.base import (
     Adapter,
     AdapterConfig,
-    check_identity,
-    identity,
+    check_fingerprint,
+    fingerprint,
     read_adapter,
 )
 from budwood.points.encoders.base import PointEncoder
@@ -19,33 +19,33 @@ from budwood.registry import Registry
 ADAPTERS = Registry(
     "adapter",
     {
-        "frozen": "budwood.points.adapters.adabn:Frozen",
-        "adabn": "budwood.points.adapters.adabn:AdaBN",
-        "t3a": "budwood.points.adapters.t3a:T3A",
-        "fca": "budwood.points.adapters.fca:FusedCrossAttention",
-        "fused": "budwood.points.adapters.fca:Fused",
-        "vpt-shallow": "budwood.points.adapters.vpt:ShallowPrompts",
-        "vpt-deep": "budwood.points.adapters.vpt:DeepPrompts",
-        "lora": "budwood.points.adapters.weights:Lora",
-        "tent": "budwood.points.adapters.weights:Tent",
-        "full": "budwood.points.adapters.weights:FullFineTuning",
+        "frozen": "budwood.points.adapters.training_free:Frozen",
+        "adabn": "budwood.points.adapters.training_free:AdaBN",
+        "t3a": "budwood.points.adapters.training_free:T3A",
+        "fca": "budwood.points.adapters.prompts:FusedCrossAttention",
+        "fused": "budwood.points.adapters.prompts:Fused",
+        "vpt-shallow": "budwood.points.adapters.prompts:ShallowPrompts",
+        "vpt-deep": "budwood.points.adapters.prompts:DeepPrompts",
+        "lora": "budwood.points.adapters.parameters:Lora",
+        "tent": "budwood.points.adapters.parameters:Tent",
+        "full": "budwood.points.adapters.parameters:FullFineTuning",
     },
 )
 
-__all__ = ["ADAPTERS", "Adapter", "AdapterConfig", "identity", "load_adapter", "make_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "AdapterConfig", "fingerprint", "load_adapter", "make_adapter"]
 
 
 def make_adapter(name: str, encoder: PointEncoder, **options: Any) -> Adapter:
-    """A fresh adapter for an encoder.
+    """Make a fresh adapter for an encoder.
 
     Args:
-        name: a name in ``ADAPTERS``, but not ``"fused"``, which an adapter's ``fuse()`` makes.
+        name: a name in ``ADAPTERS`` except ``"fused"``, which ``fuse()`` of an adapter makes.
         encoder: what to adapt.
-        options: of its ``Config``.
+        options: of the adapter's ``Config``.
 
     Raises:
         UnknownNameError: no such adapter.
-        InputError: an option that it does not have, or of a wrong value.
+        InputError: an unknown option, or a wrong value.
     """
     kind: type[Adapter] = ADAPTERS.get(name)
     if name == "fused":
@@ -55,19 +55,23 @@ def make_adapter(name: str, encoder: PointEncoder, **options: Any) -> Adapter:
 
 
 def load_adapter(folder: str | os.PathLike[str], encoder: PointEncoder) -> Adapter:
-    """An adapter that :meth:`Adapter.save` wrote, for the encoder that it was made for.
+    """Load what :meth:`Adapter.save` wrote.
+
+    Args:
+        folder: the adapter's folder.
+        encoder: the encoder that the adapter was made for.
 
     Raises:
-        InputError: there is none, it is truncated, or of a newer version.
+        InputError: there is no adapter, or it is truncated or of a newer version.
         UnsupportedModelError: it was made for another encoder.
         UnknownNameError: this version has no such adapter.
     """
     about, state = read_adapter(folder)
-    check_identity(about["encoder"], encoder, str(folder))
+    check_fingerprint(about["encoder"], encoder, str(folder))
     kind: type[Adapter] = ADAPTERS.get(str(about.get("adapter")))
     try:
         adapter = kind.restore(encoder, about["config"], state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())  # torch lists what does not fit on lines of its own
-        raise InputError(f"{folder} holds a damaged {kind.name!r} adapter: {told}") from None
+        reason = " ".join(str(error).split())  # torch spreads what does not fit over lines
+        raise InputError(f"{folder} holds a damaged {kind.name!r} adapter: {reason}") from None
     return adapter.to(next(encoder.parameters()).device).eval()

@@ -1,7 +1,7 @@
-"""What an adapter is: parameters beside a frozen encoder, and how they come into its forward pass.
+"""The base of all adapters: parameters beside a frozen encoder, and their use in its forward pass.
 
-Nothing of the encoder is patched or written: an adapter stands around its blocks, or lends it other
-values for the length of one call.
+The encoder is neither patched nor written to. An adapter runs around its blocks, or replaces some
+of its parameters for the length of one call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import os
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -32,7 +32,7 @@ from budwood.points.grouping import check_points
 FILE = "adapter.safetensors"
 FORMAT = 1
 FULLY_AT = 128
-"""With ``fade``, how many times sparser than in training clouds are where an adapter is whole."""
+"""With ``fade``, strength is full on clouds this many times sparser than the encoder's."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class AdapterConfig:
     """Options that all adapters have.
 
     Attributes:
-        batch_norm: hold BatchNorm statistics of their own, filled by :meth:`Adapter.estimate`.
-        counts: numbers of points, each with statistics of its own; a cloud gets those of the
-            nearest. Empty: one set for all. Ours.
-        fade: come in by degrees as points get fewer, though trained as a whole, from where they are
-            so many times fewer than the encoder was made for: 4 for not at all down to a quarter,
-            0 for whole everywhere; see :meth:`Adapter.share`. Ours, after WiSE-FT (arXiv
-            2109.01903).
+        batch_norm: keep separate BatchNorm statistics, which :meth:`Adapter.estimate` fills.
+        counts: numbers of points with separate BatchNorm statistics; a cloud uses those of the
+            nearest count. Empty: one set for all clouds. Ours.
+        fade: how many times fewer points than in the encoder's training a cloud has where the
+            adapter sets in; its strength then grows as points get fewer, see
+            :meth:`Adapter.strength`. 0: full strength everywhere. Training always uses full
+            strength. Ours, after WiSE-FT (arXiv 2109.01903).
     """
 
     batch_norm: bool = False
@@ -56,7 +56,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts", tuple(self.counts))
         if any(count < 1 for count in self.counts):
-            raise InputError(f"counts={self.counts} must be 1 or more each")
+            raise InputError(f"counts={self.counts} must each be 1 or more")
         is_number = isinstance(self.fade, int | float) and not isinstance(self.fade, bool)
         if not is_number or not (self.fade == 0 or 1 <= self.fade < FULLY_AT):
             raise InputError(f"fade={self.fade} must be 0, or from 1 to below {FULLY_AT}")
@@ -65,13 +65,13 @@ class AdapterConfig:
 class Adapter(nn.Module, ABC):
     """Parameters beside a frozen encoder.
 
-    ``parameters()`` are what is trained; the encoder is not among them, nor in ``state_dict()``.
+    ``parameters()`` and ``state_dict()`` are those of the adapter alone, without the encoder's.
 
     Attributes:
         name: the name in ``ADAPTERS``.
         Config: class of its options.
         encoder: what it adapts.
-        transductive: what a cloud is named depends on the other clouds of the call.
+        transductive: the label of a cloud depends on the other clouds of the call.
 
     Args:
         encoder: kept in evaluation mode and never written to.
@@ -85,73 +85,78 @@ class Adapter(nn.Module, ABC):
 
     def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
         super().__init__()
-        object.__setattr__(self, "encoder", encoder)  # not a child: its state is not ours
+        object.__setattr__(self, "encoder", encoder)  # not registered as a submodule
         self.config = config or self.Config()
         counts = self.config.counts
         self.statistics = BatchStatistics(encoder, counts) if self.config.batch_norm else None
 
-    def around(self, share: float) -> Around | None:
-        """What stands in place of each block during one call; None for the block itself.
+    def around(self, strength: float) -> Around | None:
+        """What runs in place of each block during one call; None for the block itself.
 
         Args:
-            share: how far the adapter comes in, in (0, 1].
+            strength: of the adapter, in (0, 1].
         """
         return None
 
-    def replaced(self, share: float) -> dict[str, Tensor]:
-        """Values that stand in for those of the encoder during one call, by their names there.
+    def replaced(self, strength: float) -> dict[str, Tensor]:
+        """Values that replace parameters of the encoder during one call, by their names there.
 
         Args:
-            share: how far the adapter comes in, in (0, 1].
+            strength: of the adapter, in (0, 1].
         """
         return {}
 
-    def adjusted_names(self, vectors: Tensor, features: Tensor) -> Tensor:
-        """Embeddings of names as clouds are compared with them.
+    def adapted_text(self, vectors: Tensor, features: Tensor) -> Tensor:
+        """Text embeddings as clouds are compared with them.
 
         Args:
-            vectors: of the names, of length 1, shape (n_names, d).
-            features: of all clouds to be named, shape (n_clouds, d).
+            vectors: embeddings of the class prompts, of length 1, shape (n_classes, d).
+            features: of all clouds of the call, shape (n_clouds, d).
 
         Returns:
-            Of length 1, shape (n_names, d).
+            Vectors of length 1, shape (n_classes, d).
         """
         return vectors
 
-    def share(self, n_points: int) -> float:
-        """How far the adapter comes in on clouds of so many points, in [0, 1]; see ``fade``."""
+    def strength(self, n_points: int) -> float:
+        """Strength of the adapter on clouds of ``n_points`` points, in [0, 1]; see ``fade``."""
         if not self.config.fade:
             return 1.0
         begins = self.config.fade
         sparser = math.log(self.encoder.grouping.n_dense / (begins * n_points))
         return min(max(sparser / math.log(FULLY_AT / begins), 0.0), 1.0)
 
-    def forward(self, xyz: Tensor, rgb: Tensor | None = None, share: float | None = None) -> Tensor:
+    def forward(
+        self, xyz: Tensor, rgb: Tensor | None = None, strength: float | None = None
+    ) -> Tensor:
         """Features, as :meth:`PointEncoder.forward`.
 
         Args:
             xyz: shape (batch, n_points, 3).
-            rgb: of the same shape, or None.
-            share: how far the adapter comes in, in [0, 1]; None for what :meth:`share` says.
+            rgb: same shape, or None.
+            strength: of the adapter, in [0, 1]; default what :meth:`strength` returns.
         """
         check_points(xyz)
-        if share is None:
-            share = self.share(xyz.shape[1])
-        if share == 0:
+        if strength is None:
+            strength = self.strength(xyz.shape[1])
+        if strength == 0:
             return self.encoder(xyz, rgb)
-        lent = self.replaced(share)
+        values = self.replaced(strength)
         if self.statistics is not None:
-            lent = {**self.statistics.replaced(self.encoder, xyz.shape[1], share), **lent}
-        if not lent:
-            return self.encoder(xyz, rgb, self.around(share))
-        return functional_call(self.encoder, lent, (xyz, rgb, self.around(share)))
+            values = {
+                **self.statistics.replaced(self.encoder, xyz.shape[1], strength),
+                **values,
+            }
+        if not values:
+            return self.encoder(xyz, rgb, self.around(strength))
+        return functional_call(self.encoder, values, (xyz, rgb, self.around(strength)))
 
     @torch.no_grad()
-    def estimate(self, batches: Any) -> None:
-        """Re-estimate BatchNorm statistics; see :meth:`BatchStatistics.estimate`.
+    def estimate(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Estimate BatchNorm statistics from clouds; see :meth:`BatchStatistics.estimate`.
 
         Raises:
-            InputError: this adapter has none, or there are no batches.
+            InputError: the adapter has none (``batch_norm`` is off), or there are no batches.
         """
         if self.statistics is None:
             raise InputError(f"adapter {self.name!r} has no statistics; set batch_norm=True")
@@ -159,34 +164,32 @@ class Adapter(nn.Module, ABC):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks of the encoder."""
+        """The transformer blocks of the encoder."""
         return cast("list[Block]", list(self.encoder.blocks))
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write to a folder of its own, beside the encoder.
+        """Write the adapter, without the encoder, to a folder.
 
         Args:
-            folder: made if need be.
+            folder: made if it does not exist; the folder that it lies in must exist.
             overwrite: replace an adapter that is there.
 
         Returns:
             The file.
 
         Raises:
-            OutputError: there is one already, or it cannot be written.
+            OutputError: there is an adapter already, or it cannot be written.
         """
-        target = Path(folder) / FILE
-        if target.exists() and not overwrite:
-            raise OutputError(f"{target} exists; choose another folder, or overwrite it on purpose")
+        target = check_folder(folder, overwrite) / FILE
         about = {
             "format": FORMAT,
             "adapter": self.name,
             "config": asdict(self.config),
-            "encoder": identity(self.encoder),
+            "encoder": fingerprint(self.encoder),
         }
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         if not state:
-            state = {"nothing": torch.zeros(0)}
+            state = {"nothing": torch.zeros(0)}  # safetensors files need a tensor
         metadata = {"budwood": json.dumps(about)}
         write_whole(target, lambda part: save_file(state, part, metadata))
         return target
@@ -195,17 +198,17 @@ class Adapter(nn.Module, ABC):
     def restore(
         cls, encoder: PointEncoder, config: Mapping[str, Any], state: Mapping[str, Tensor]
     ) -> Adapter:
-        """An adapter from what :meth:`save` wrote."""
+        """Make an adapter from what :meth:`save` wrote."""
         adapter = cls(encoder, cls.make_config(config))
         adapter.load_state_dict(dict(state))
         return adapter
 
     @classmethod
     def make_config(cls, options: Mapping[str, Any]) -> AdapterConfig:
-        """Options by name.
+        """Make a ``Config`` from options by name.
 
         Raises:
-            InputError: an option that the adapter does not have.
+            InputError: the adapter does not have such an option.
         """
         known = [field.name for field in fields(cls.Config)]
         unknown = [name for name in options if name not in known]
@@ -216,8 +219,28 @@ class Adapter(nn.Module, ABC):
         return cls.Config(**options)
 
 
-def identity(encoder: PointEncoder) -> dict[str, Any]:
-    """What tells encoders apart: name, sizes, and a digest of the weights."""
+def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Check that an adapter can be written to a folder, before slow work.
+
+    Raises:
+        OutputError: there is an adapter already, the folder it lies in does not exist, or it cannot
+            be written to.
+    """
+    folder = Path(folder)
+    if (folder / FILE).exists() and not overwrite:
+        raise OutputError(f"{folder / FILE} exists; choose another folder")
+    existing = folder if folder.exists() else folder.absolute().parent
+    if not existing.exists():
+        raise OutputError(f"{existing} does not exist; make it first, or choose another folder")
+    if not existing.is_dir():
+        raise OutputError(f"{existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {existing}; choose another folder")
+    return folder
+
+
+def fingerprint(encoder: PointEncoder) -> dict[str, Any]:
+    """What identifies an encoder: name, sizes, and a digest of the weights."""
     digest = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(key.encode())
@@ -227,10 +250,10 @@ def identity(encoder: PointEncoder) -> dict[str, Any]:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :meth:`Adapter.save` wrote: its description and its tensors.
+    """Read what :meth:`Adapter.save` wrote: its description and its tensors.
 
     Raises:
-        InputError: there is no adapter, it is truncated, or of a newer version.
+        InputError: there is no adapter, or it is truncated or of a newer version.
     """
     path = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
     if not path.is_file():
@@ -250,17 +273,22 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     return about, state
 
 
-def check_identity(made_for: Mapping[str, Any], encoder: PointEncoder, source: str) -> None:
+def check_fingerprint(expected: Mapping[str, Any], encoder: PointEncoder, source: str) -> None:
     """Refuse an adapter that was made for another encoder.
 
+    Args:
+        expected: :func:`fingerprint` of the encoder that the adapter was made for.
+        encoder: the encoder at hand.
+        source: where the adapter is from, for messages.
+
     Raises:
-        UnsupportedModelError: it was; the message says in what they differ.
+        UnsupportedModelError: they differ; the message says in what.
     """
-    ours = identity(encoder)
+    actual = fingerprint(encoder)
     for key in ("name", "dim", "depth", "digest"):
-        if made_for.get(key) != ours[key]:
+        if expected.get(key) != actual[key]:
             what = "weights" if key == "digest" else key
             raise UnsupportedModelError(
-                f"{source} was made for another encoder: {what} {made_for.get(key)!r}, here "
-                f"{ours[key]!r}"
+                f"{source} was made for another encoder: {what} {expected.get(key)!r}, here "
+                f"{actual[key]!r}"
             )

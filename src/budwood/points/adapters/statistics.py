@@ -1,4 +1,4 @@
-"""BatchNorm statistics beside an encoder."""
+"""BatchNorm statistics that replace an encoder's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 class BatchStatistics(nn.Module):
-    """Mean and variance of each BatchNorm, at first those of the encoder.
+    """Mean and variance of each BatchNorm; they start as those of the encoder.
 
     Source: AdaBN (arXiv 1603.04779). Ours: one set for each of several numbers of points, since
-    what a group looks like changes with density.
+    groups of points look different at each density.
 
     Args:
-        encoder: whose statistics they stand in for.
-        counts: numbers of points with a set each; empty for one set for all.
+        encoder: whose statistics they replace.
+        counts: numbers of points with a set each; empty: one set for all.
     """
 
     def __init__(self, encoder: PointEncoder, counts: Sequence[int] = ()) -> None:
@@ -37,33 +37,35 @@ class BatchStatistics(nn.Module):
             self.register_buffer(f"var_{index}", norm.running_var.detach().repeat(n_sets, 1))
 
     def nearest(self, n_points: int) -> int:
-        """The set for clouds of so many points: that of the nearest count, by their ratio."""
+        """Index of the set for clouds of ``n_points`` points: the nearest count, by ratio."""
         gaps = [abs(math.log(n_points / count)) for count in self.counts]
         return gaps.index(min(gaps)) if gaps else 0
 
-    def replaced(self, encoder: PointEncoder, n_points: int, share: float) -> dict[str, Tensor]:
-        """By the names of the encoder's buffers, for clouds of so many points.
+    def replaced(self, encoder: PointEncoder, n_points: int, strength: float) -> dict[str, Tensor]:
+        """Statistics for clouds of ``n_points`` points, by the names of the encoder's buffers.
 
         Args:
-            encoder: whose statistics they stand in for.
+            encoder: whose statistics they replace.
             n_points: of the clouds.
-            share: how far between the encoder's statistics, at 0, and these, at 1.
+            strength: 0 gives the encoder's statistics, 1 these, values between a mixture.
         """
-        row, lent = self.nearest(n_points), {}
+        row, values = self.nearest(n_points), {}
         for index, name in enumerate(self.names):
-            for kind, kept in (("mean", "running_mean"), ("var", "running_var")):
-                own, key = getattr(self, f"{kind}_{index}")[row], f"{name}.{kept}"
-                lent[key] = own if share == 1 else encoder.get_buffer(key).lerp(own, share)
-        return lent
+            for kind, buffer in (("mean", "running_mean"), ("var", "running_var")):
+                sparse, key = getattr(self, f"{kind}_{index}")[row], f"{name}.{buffer}"
+                if strength != 1:
+                    sparse = encoder.get_buffer(key).lerp(sparse, strength)
+                values[key] = sparse
+        return values
 
     @torch.no_grad()
     def estimate(
         self, encoder: PointEncoder, batches: Iterable[tuple[Tensor, Tensor | None]]
     ) -> None:
-        """Take the statistics of these clouds, over all of those in one set together.
+        """Estimate the statistics from clouds, over all clouds of a set together.
 
-        Later layers see inputs that were normalised by their own batch, as in training. A set
-        without clouds stays as it is.
+        Later layers see inputs that are normalised by their batch, as in training. A set without
+        clouds stays as it is.
 
         Args:
             encoder: left as it was.
@@ -101,7 +103,9 @@ class BatchStatistics(nn.Module):
             for handle in handles:
                 handle.remove()
         if not n_batches:
-            raise InputError("there are no clouds to take statistics of; give at least one batch")
+            raise InputError(
+                "there are no clouds to estimate statistics from; give at least one batch"
+            )
         for (row, name), (count, total, squares) in totals.items():
             index = self.names.index(name)
             mean = total / count

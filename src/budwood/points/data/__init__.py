@@ -1,7 +1,7 @@
-"""The clouds that ship: everyday objects and electronic parts, for adaptation and for evaluation.
+"""The clouds that ship: everyday objects and electronic parts, to adapt to and to evaluate on.
 
-Sampled from the surfaces of models by ``recipes/points``; see NOTICE for who made them. Two files,
-as their licences differ: furniture (CC-BY 3.0 and CC0) and parts (CC-BY-SA 4.0).
+``recipes/points`` samples them from the surfaces of 3D models, whose authors NOTICE names. There
+are two files since licences differ: furniture (CC-BY 3.0 and CC0) and parts (CC-BY-SA 4.0).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ FILES = ("furniture.npz", "parts.npz")
 GROUPS = ("seen", "unseen", "novel")
 USES = ("adapt", "val", "test")
 LEVELS = 1023
-"""Coordinates have 10 bits: steps of 0.2 % of the radius."""
+"""Coordinates are stored in 10 bits: steps of 0.2 % of the radius."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is known of a cloud.
+    """The class of a cloud, and its part in adaptation.
 
     Attributes:
         label: its class.
-        group: of the class: ``"seen"`` in adaptation; ``"unseen"`` there, but in
-            pretraining; or ``"novel"``, in neither.
+        group: of the class: ``"seen"`` in adaptation, ``"unseen"`` in adaptation but seen in
+            pretraining, or ``"novel"``, seen in neither.
         use: ``"adapt"``, ``"val"`` or ``"test"``; only seen classes have the first two.
     """
 
@@ -42,11 +42,11 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class CloudSet:
-    """Clouds with what is known of them.
+    """Clouds with their classes.
 
     Attributes:
         xyz: centred, the largest norm 1, y up, float32, shape (n_clouds, n_points, 3).
-        about: one for each.
+        about: class and part of each cloud.
     """
 
     xyz: NDArray[np.float32]
@@ -57,45 +57,50 @@ class CloudSet:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes, sorted."""
-        return tuple(sorted({one.label for one in self.about}))
+        """The label of each cloud, in order."""
+        return tuple(split.label for split in self.about)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The distinct labels, sorted."""
+        return tuple(sorted(set(self.labels)))
 
     def where(self, *, group: str | None = None, use: str | None = None) -> CloudSet:
-        """Those of a group and of a use; None is any."""
+        """Select the clouds of a group and a use; None is any."""
         kept = [
             i
-            for i, one in enumerate(self.about)
-            if group in (None, one.group) and use in (None, one.use)
+            for i, split in enumerate(self.about)
+            if group in (None, split.group) and use in (None, split.use)
         ]
         return CloudSet(self.xyz[kept], tuple(self.about[i] for i in kept))
 
 
 def load_clouds(paths: Sequence[Path] | None = None) -> CloudSet:
-    """The clouds that ship, or those of other files of their kind.
+    """Load the clouds that ship, or files that :func:`write_clouds` wrote.
 
     Raises:
-        InputError: a file is missing, truncated or of another content.
+        InputError: a file is missing or truncated, or holds something else.
     """
     files = [FOLDER / name for name in FILES] if paths is None else list(paths)
     parts = [_read(path) for path in files]
     xyz = np.concatenate([part.xyz for part in parts])
-    return CloudSet(xyz, tuple(one for part in parts for one in part.about))
+    return CloudSet(xyz, tuple(split for part in parts for split in part.about))
 
 
 def write_clouds(path: Path, xyz: NDArray[np.floating], about: Sequence[Split]) -> None:
-    """Write clouds, coordinates in 10 bits each; an existing file is replaced.
+    """Write clouds with coordinates of 10 bits; an existing file is replaced.
 
     Args:
         path: a .npz file.
         xyz: in [−1, 1], shape (n_clouds, n_points, 3); the order of points is not kept.
-        about: one for each.
+        about: class and part of each cloud.
     """
     np.savez_compressed(
         path,
         points=_pack(xyz),
-        label=np.array([one.label for one in about]),
-        group=np.array([one.group for one in about]),
-        use=np.array([one.use for one in about]),
+        label=np.array([split.label for split in about]),
+        group=np.array([split.group for split in about]),
+        use=np.array([split.use for split in about]),
     )
 
 
@@ -103,7 +108,7 @@ def _read(path: Path) -> CloudSet:
     if not path.is_file():
         raise InputError(f"the clouds {path} are missing; recipes/points makes them")
     try:
-        # Opened here: NumPy leaves what it opens itself unclosed where it is truncated.
+        # NumPy would leave a truncated file open that it opened itself.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             columns = zip(*(file[key].tolist() for key in ("label", "group", "use")))
             about = tuple(Split(*row) for row in columns)
@@ -116,7 +121,7 @@ def _read(path: Path) -> CloudSet:
 
 
 def _pack(xyz: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Codes of 30 bits, sorted, their differences by bytes: what deflate makes little of.
+    """Pack coordinates as sorted codes of 30 bits and their differences, which deflate well.
 
     Returns:
         Shape (4, n_clouds, n_points).

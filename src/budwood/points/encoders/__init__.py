@@ -9,6 +9,7 @@ import torch
 
 from budwood import catalogue
 from budwood.errors import InputError, first_line
+from budwood.hub import hub_or_cache
 from budwood.points.encoders.base import EncoderSpec, Hub, PointEncoder, Preparation
 from budwood.points.encoders.checkpoints import fit, read_checkpoint, state_of
 from budwood.registry import Registry
@@ -32,7 +33,7 @@ def load_encoder(
     *,
     device: str | torch.device = "cpu",
 ) -> PointEncoder:
-    """An encoder with its weights, in evaluation mode, frozen.
+    """Load an encoder with its weights, frozen and in evaluation mode.
 
     Args:
         name: a name in ``ENCODERS``.
@@ -42,7 +43,7 @@ def load_encoder(
 
     Raises:
         UnknownNameError: no such encoder.
-        InputError: the file is missing, truncated or needs code, or the hub is out of reach.
+        InputError: the file is missing or truncated or would run code, or the hub does not answer.
         UnsupportedModelError: a checkpoint of another architecture; the message says which keys
             differ.
     """
@@ -63,8 +64,9 @@ def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:
     """Load a published checkpoint into an encoder, which may be on the meta device.
 
     Raises:
-        InputError: the file is missing, truncated or needs code, or its ``logit_scale`` is NaN.
-        UnsupportedModelError: another architecture.
+        InputError: the file is missing or truncated or would run code, or its ``logit_scale`` is
+            NaN.
+        UnsupportedModelError: a checkpoint of another architecture.
     """
     state, scale = state_of(read_checkpoint(path), str(path))
     encoder.load_state_dict(fit(encoder, state, str(path)), assign=True)
@@ -74,18 +76,19 @@ def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:
 
 
 def download(hub: Hub) -> Path:
-    """A file of the Hugging Face hub, from the cache if it is there.
+    """Get a file from the Hugging Face hub or its cache.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: the hub does not answer or does not have it, and neither does the cache.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(hub.repo, hub.file, repo_type=hub.kind))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"cannot download {hub.file} of {hub.repo}: {first_line(error)}; give a local file as "
-            "checkpoint"
-        ) from None
+    instead = "give a local file as checkpoint"
+    with hub_or_cache(hub.repo, hub.file, kind=hub.kind, what="checkpoint", instead=instead):
+        try:
+            return Path(hf_hub_download(hub.repo, hub.file, repo_type=hub.kind))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"cannot download {hub.file} of {hub.repo}: {first_line(error)}; {instead}"
+            ) from None

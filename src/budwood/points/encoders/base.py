@@ -1,4 +1,4 @@
-"""What a point encoder is."""
+"""The base of all point encoders."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ from budwood.points.sampling import (
     without_duplicates,
 )
 
+PreparedCloud = tuple[Tensor, Tensor | None]
+"""xyz, and rgb or None, of one cloud: float32, shape (n_points, 3)."""
+
 Around = Callable[[int, Block, Tensor], Tensor]
 """Called in place of each block with its number, the block and its input; returns its output."""
 
 Published = Mapping[str, tuple[str | None, ...]]
-"""Names here to published names. Several are stacked along the first axis; None is zeros."""
+"""Names here → published names. Several are stacked along the first axis; None is zeros."""
 
 LOGIT_SCALE = 1 / 0.07
 MOST_SCALE = 100.0
 MOST_SORTED = 1 << 20
-"""Looking for points at the same place sorts them, which takes long on millions."""
+"""Larger clouds are thinned first: looking for duplicate points sorts them, which is slow."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Preparation:
     """How an encoder wants its clouds.
 
     Attributes:
-        n_points: as many as in training; more are thinned out, fewer stay as they are.
-        color: whether colours are read.
-        grey: colour of clouds without any, in [0, 1].
-        swap_yz: y and z change places before encoding, which mirrors; as in training.
+        n_points: points of a cloud in training; larger clouds are thinned, smaller ones kept.
+        color: whether colours are used.
+        grey: colour of clouds without colours, in [0, 1].
+        swap_yz: whether y and z are swapped before encoding (a mirror image), as in training.
     """
 
     n_points: int
@@ -74,19 +77,20 @@ class Preparation:
 class PointEncoder(nn.Module, ABC):
     """A transformer on groups of points whose features are aligned with text embeddings.
 
-    Subclasses build ``blocks``, a list of :class:`Block`, and the three parts around them.
+    Subclasses build ``blocks``, a list of :class:`Block`, and define ``embed``, ``pool`` and
+    ``published``.
 
     Attributes:
         name: the name in ``ENCODERS``, or that of the family.
         text: name of the text tower in ``TOWERS`` whose space the features share.
         embed_dim: width of the features.
         dim: width of the tokens.
-        grouping: how clouds are cut into groups; may be replaced.
+        grouping: how clouds are cut into groups; can be replaced.
         preparation: how clouds are prepared.
         logit_scale: factor on cosines before softmax, from the checkpoint.
-        checkpoint: the file that the weights are from; None for those that ship.
+        checkpoint: the file of the weights; None for those that ship.
         pos_in_every_block: whether position embeddings are added before each block, or once.
-        stem: names of the modules that make tokens and positions of groups.
+        stem: names of the modules that turn groups into tokens and positions.
     """
 
     blocks: nn.ModuleList
@@ -108,15 +112,15 @@ class PointEncoder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, xyz: Tensor, rgb: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens and their positions, [CLS] first, each of shape (batch, 1 + n_groups, dim)."""
+        """Return tokens and their positions, [CLS] first, shape (batch, 1 + n_groups, dim) each."""
 
     @abstractmethod
     def pool(self, x: Tensor) -> Tensor:
-        """From tokens to features, shape (batch, embed_dim)."""
+        """Turn the last block's tokens into features, shape (batch, embed_dim)."""
 
     @abstractmethod
     def published(self) -> Published:
-        """Which published entry each of ``state_dict`` comes from; {} for one of our own."""
+        """Map entries of ``state_dict`` to published names; {} for an encoder of ours."""
 
     def forward(
         self, xyz: Tensor, rgb: Tensor | None = None, around: Around | None = None
@@ -125,10 +129,9 @@ class PointEncoder(nn.Module, ABC):
 
         Args:
             xyz: prepared coordinates, y up, shape (batch, n_points, 3), n_points ≥ 1.
-            rgb: colours in [0, 1], same shape; None, or an encoder without colours, makes them
-                grey or leaves them out.
-            around: in place of each block; see `Around`. Adapters come in here, so that nothing
-                of the encoder is patched.
+            rgb: colours in [0, 1], same shape. None is grey; encoders without colours ignore it.
+            around: runs in place of each block; see `Around`. Adapters use it, so that they need
+                not patch the encoder.
 
         Returns:
             Features, not normalised, shape (batch, embed_dim).
@@ -160,14 +163,13 @@ class PointEncoder(nn.Module, ABC):
         up: str = "y",
         sampler: str = "random",
         seed: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What :meth:`forward` takes, of one cloud: turned, sampled, normalised.
+    ) -> PreparedCloud:
+        """Prepare one cloud for :meth:`forward`: drop duplicates, turn, sample, normalise.
 
-        Points at the same place count once. Deviation: clouds above `MOST_SORTED` points are
-        thinned at random before anything else.
+        Deviation: clouds above `MOST_SORTED` points are thinned at random first.
 
         Args:
-            cloud: what was read.
+            cloud: as read.
             n_points: points to keep, 2 or more; default as many as in training.
             up: ``"y"`` or ``"z"``: the axis of the cloud that points up.
             sampler: a name in ``SAMPLERS``.
@@ -177,8 +179,8 @@ class PointEncoder(nn.Module, ABC):
             xyz and rgb (or None), float32, shape (n, 3), n ≤ n_points.
 
         Raises:
-            InputError: one point, or all at the same place: no shape to encode; coordinates that
-                are no lengths in any unit; or ``n_points`` or ``seed`` too small.
+            InputError: a single point, or all at the same place; an extent that is not a plausible
+                length in any unit; or ``n_points`` or ``seed`` too small.
         """
         wanted = self.preparation.n_points if n_points is None else n_points
         check_draw(wanted, seed, least=2)
@@ -191,8 +193,8 @@ class PointEncoder(nn.Module, ABC):
         turned = Cloud(to_up(cloud.xyz, up, "y"), cloud.rgb, cloud.source)
         cloud = normalize(sample(turned, wanted, sampler, seed))
         xyz = torch.from_numpy(cloud.xyz).float()
-        keep = self.preparation.color and cloud.rgb is not None
-        return xyz, torch.from_numpy(cloud.rgb) if keep else None
+        keep_colors = self.preparation.color and cloud.rgb is not None
+        return xyz, torch.from_numpy(cloud.rgb) if keep_colors else None
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,10 @@ class EncoderSpec:
 
 
 def scale_of(logarithm: float, source: str) -> float:
-    """``logit_scale`` of a checkpoint as the factor it stands for, capped at 100 as CLIP does.
+    """The factor on cosines from a checkpoint's ``logit_scale``, capped at 100 as in CLIP.
 
     Args:
-        logarithm: what the checkpoint holds.
+        logarithm: the checkpoint's value.
         source: its file, for messages.
 
     Raises:
@@ -229,7 +231,7 @@ def scale_of(logarithm: float, source: str) -> float:
 
 
 def check_scale(scale: float, source: str) -> None:
-    """Refuse a ``logit_scale`` that is no finite number.
+    """Refuse a ``logit_scale`` that is not finite.
 
     Raises:
         InputError: NaN or infinite.

@@ -1,4 +1,4 @@
-"""Reading clouds and meshes. A new format is a function and a line in ``READERS``."""
+"""Read clouds and meshes from files. A new format is a function and a line in ``READERS``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from budwood.errors import InputError
-from budwood.points.io.cloud import Cloud, crop, make_cloud
-from budwood.points.io.options import ReadOptions
+from budwood.points.io.cloud import Cloud, ReadOptions, crop, make_cloud
 from budwood.registry import Registry
 
 READERS = Registry(
@@ -49,19 +48,20 @@ def read(
         path: a file of a format in ``READERS``.
         columns: letters of the columns of a table, such as ``"xyz_rgb"``; see
             :func:`budwood.points.io.tables.split_columns`.
-        invalid: ``"error"``, or ``"drop"`` for points with NaN or infinite coordinates.
+        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates.
         n_points: points sampled from a mesh.
         seed: seed of that sampling.
-        box: keep what lies in x0, y0, z0, x1, y1, z1, in the units of the file.
+        box: x0, y0, z0, x1, y1, z1 in the units of the file: keep the points inside.
 
     Raises:
-        InputError: no such file, an unknown format, a library that is not installed, a file that
-            is empty, truncated or damaged, wrong columns, or NaN and infinite coordinates.
+        InputError: no such file, an unknown format, a file that is empty, truncated or damaged,
+            wrong columns, or NaN or infinite coordinates.
+        MissingPackageError: the library for this format is not installed.
     """
     options = ReadOptions(columns, invalid, n_points, seed)
     source = Path(path)
     if source.is_dir():
-        raise InputError(f"{source} is a folder; read its files one by one, see find_files()")
+        raise InputError(f"{source} is a folder; find_files() lists the files in it")
     try:
         size = source.stat().st_size
     except OSError as error:
@@ -81,29 +81,34 @@ def read(
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Path]:
-    """Files to read: those given, and those of a known format in folders given, sorted.
+    """List the files to read: those given, and the sorted files of known formats in folders given.
 
-    Hidden files and folders (their names begin with a dot) inside a folder are left out: editors
-    and macOS leave files such as ``._scan.ply`` that only look like clouds.
+    Hidden files and folders inside a folder are left out: editors and macOS write files such as
+    ``._scan.ply``, which are not clouds.
 
     Raises:
         InputError: a path does not exist, or a folder has no file of a known format.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, given):
-        if not path.is_dir():
-            if not path.exists():
-                raise InputError(f"{path} does not exist")
-            found.append(path)
-            continue
-        known = [p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in READERS]
-        inside = sorted(p for p in known if not _hidden(p.relative_to(path)))
-        if not inside:
-            raise InputError(f"{path} has no file of a known format: {', '.join(READERS.names())}")
-        found += inside
-    return found
+        if path.is_dir():
+            files += _files_in(path)
+        elif path.exists():
+            files.append(path)
+        else:
+            raise InputError(f"{path} does not exist")
+    return files
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files_in(folder: Path) -> list[Path]:
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix.lower() in READERS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise InputError(f"{folder} has no file of a known format: {', '.join(READERS.names())}")
+    return sorted(files)

@@ -1,14 +1,16 @@
-"""A point cloud in memory, and what every reader promises about it."""
+"""A point cloud in memory, and what every reader of files takes and promises."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood.errors import InputError
+from budwood.checks import need_at_least
+from budwood.errors import InputError, first_line
 
 Array = NDArray[np.float64]
 
@@ -18,9 +20,9 @@ class Cloud:
     """Points of one object or scene.
 
     Attributes:
-        xyz: coordinates in the units and axes of the file, float64 (map coordinates lose their
-            last metres in float32), shape (n_points, 3).
-        rgb: colours in [0, 1], float32, shape (n_points, 3); None without.
+        xyz: coordinates in the units and axes of the file, shape (n_points, 3), float64: float32
+            would round map coordinates to metres.
+        rgb: colours in [0, 1], float32, shape (n_points, 3); None without colours.
         source: where it came from, for messages.
     """
 
@@ -44,11 +46,11 @@ def make_cloud(
     source: str = "cloud",
     invalid: str = "error",
 ) -> Cloud:
-    """A checked cloud.
+    """Check arrays and make a cloud of them.
 
     Args:
         xyz: coordinates, shape (n_points, 3), n_points ≥ 1.
-        rgb: colours as 0…1 floats, or as 0…255 (and 0…65535) integers or floats, same shape.
+        rgb: colours, same shape: floats in 0…1, or integers or floats in 0…255 or 0…65535.
         source: where it came from, for messages.
         invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates,
             which some scanners write for beams without a return.
@@ -61,8 +63,8 @@ def make_cloud(
         raise InputError(f"{source}: points have shape {points.shape}, expected (n_points, 3)")
     if len(points) == 0:
         raise InputError(f"{source} has no points")
-    fine = np.asarray(np.isfinite(points).all(axis=1))
-    n_bad = int((~fine).sum())
+    finite = np.asarray(np.isfinite(points).all(axis=1))
+    n_bad = int((~finite).sum())
     if n_bad and invalid != "drop":
         raise InputError(
             f"{source}: {n_bad} of {len(points)} points have NaN or infinite coordinates; "
@@ -70,18 +72,18 @@ def make_cloud(
         )
     if n_bad == len(points):
         raise InputError(f"{source}: all {n_bad} points have NaN or infinite coordinates")
-    colors = None if rgb is None else unit_colors(rgb, fine, source)
-    return Cloud(points[fine] if n_bad else points, colors, source)
+    colors = None if rgb is None else unit_colors(rgb, finite, source)
+    return Cloud(points[finite] if n_bad else points, colors, source)
 
 
 def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np.float32]:
-    """Colours of the points to keep as float32 in [0, 1].
+    """Convert the colours of the points to keep to float32 in [0, 1].
 
-    Integers are divided by the largest value of 8 or of 16 bits; so are floats above 1.
+    Integers, and floats above 1, are divided by the largest value of 8 or of 16 bits.
 
     Args:
         rgb: of all points, shape (n_points, 3).
-        keep: shape (n_points,). Colours of other points may be anything.
+        keep: which points to keep, shape (n_points,); colours of the others are not checked.
         source: for messages.
 
     Raises:
@@ -100,11 +102,50 @@ def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np
     return values.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options of every reader; each uses those that mean something for its format.
+
+    Attributes:
+        columns: letters of the columns of a table, such as ``"xyz_rgb"``; None: guess them.
+        invalid: ``"error"`` or ``"drop"``, for points with NaN or infinite coordinates.
+        n_points: points sampled from a mesh.
+        seed: seed of that sampling, 0 or more.
+    """
+
+    columns: str | None = None
+    invalid: str = "error"
+    n_points: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.invalid not in ("error", "drop"):
+            raise InputError(f"invalid={self.invalid!r} is unknown; give 'error' or 'drop'")
+        if not 1 <= self.n_points <= 100_000_000:
+            raise InputError(f"n_points={self.n_points} is outside 1…100,000,000")
+        need_at_least(0, seed=self.seed)
+        if self.columns is not None and not are_columns(self.columns):
+            raise InputError(
+                f"columns={self.columns!r} must have x, y, z once, r, g, b once or not at all, and "
+                "_ for each column to leave out"
+            )
+
+
+def are_columns(columns: str) -> bool:
+    """Whether letters of columns have x, y, z once, and r, g, b once or not at all."""
+    return sorted(columns.replace("_", "")) in (sorted("xyz"), sorted("xyzrgb"))
+
+
+def damaged(path: Path, error: BaseException) -> InputError:
+    """The error for a file that another library failed to read."""
+    return InputError(f"{path} is truncated or damaged: {first_line(error)}")
+
+
 def crop(cloud: Cloud, box: Sequence[float | str]) -> Cloud:
-    """The points inside a box, faces included.
+    """Return the points inside a box, its faces included.
 
     Args:
-        cloud: what to cut from.
+        cloud: to crop.
         box: x0, y0, z0, x1, y1, z1 in the units of the cloud; infinities leave a side open.
 
     Raises:
@@ -114,13 +155,13 @@ def crop(cloud: Cloud, box: Sequence[float | str]) -> Cloud:
     inside = ((cloud.xyz >= low) & (cloud.xyz <= high)).all(axis=1)
     if not inside.any():
         bounds = [*cloud.xyz.min(axis=0).round(3), *cloud.xyz.max(axis=0).round(3)]
-        around = ", ".join(f"{x:g}" for x in bounds)
-        raise InputError(f"{cloud.source}: no point in the box; the cloud spans {around}")
+        extent = ", ".join(f"{x:g}" for x in bounds)
+        raise InputError(f"{cloud.source}: no point in the box; the cloud spans {extent}")
     return cloud.take(np.flatnonzero(inside))
 
 
 def corners(box: Sequence[float | str]) -> tuple[Array, Array]:
-    """The lowest and the highest corner of a box, as of :func:`crop`, each of shape (3,).
+    """Return the lowest and the highest corner of a box (see :func:`crop`), each of shape (3,).
 
     Raises:
         InputError: the box is malformed.

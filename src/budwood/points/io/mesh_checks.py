@@ -1,4 +1,4 @@
-"""What a mesh file declares, against what it has: trimesh reads parts of a file without a word."""
+"""Compare what mesh files declare with what they hold: trimesh reads part of a file silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from budwood.errors import InputError
 
-# Types of a .ply whose values take more than one byte, those of whole numbers first.
+# Bytes of the .ply types that take more than one; integers first.
 PLY_WHOLE = {
     **dict.fromkeys(("short", "ushort", "int16", "uint16"), 2),
     **dict.fromkeys(("int", "uint", "int32", "uint32"), 4),
@@ -26,7 +26,7 @@ PLY_COLORS = ("red", "green", "blue")
 
 
 def check_stl(path: Path) -> None:
-    """ASCII must end its solid; binary must have the faces that it declares."""
+    """Check that an ASCII file ends its solid, and a binary one has the faces it declares."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(84)
@@ -43,7 +43,7 @@ def check_stl(path: Path) -> None:
 
 
 def check_glb(path: Path) -> None:
-    """The length in the header."""
+    """Check the length in the header."""
     with path.open("rb") as file:
         head = file.read(12)
     if len(head) < 12 or head[:4] != b"glTF":
@@ -54,7 +54,7 @@ def check_glb(path: Path) -> None:
 
 
 def check_obj(path: Path) -> None:
-    """A last line that is cut within a record; what is cut between records cannot be told."""
+    """Refuse a last line that is cut within a record; a cut between records does not show."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - 4096))
@@ -67,7 +67,7 @@ def check_obj(path: Path) -> None:
 
 
 def check_off(path: Path) -> None:
-    """The rows that the counts declare; these may share the line of ``OFF``, as in ModelNet40."""
+    """Check the number of rows. The counts may be on the line of ``OFF``, as in ModelNet40."""
     with path.open("rb") as file:
         rows = [row for line in file if (row := line.split(b"#")[0].strip())]
     _, keyword, rest = rows[0].partition(b"OFF") if rows else (b"", b"", b"")
@@ -101,13 +101,13 @@ class PlyElement:
     is_list: list[bool] = field(default_factory=list)
 
     def wide_colors(self) -> list[str]:
-        """Types of colours that are whole numbers of more than 8 bits, which trimesh cuts."""
+        """Types of colours that are integers of more than 8 bits, which trimesh cuts to 8."""
         types = zip(self.names, self.properties)
         return [kind for name, kind in types if name in PLY_COLORS and kind in PLY_WHOLE]
 
 
 def check_ply(path: Path) -> None:
-    """Properties, and the rows of an ASCII file and the values of its last, or the least size."""
+    """Check the properties, and the rows of an ASCII file or the least size of a binary one."""
     with path.open("rb") as file:
         header = _ply_header(path, file)
         elements = _ply_elements(path, header)
@@ -116,7 +116,7 @@ def check_ply(path: Path) -> None:
             _check_ply_rows(path, file, [element for element in elements if element.n_rows])
             return
         left = path.stat().st_size - file.tell()
-    # Lists may be of any length: trimesh minds those that are cut, but not where all are.
+    # Lists may be of any length. trimesh refuses a file that is cut within one, not before all.
     widths = [sum(PLY_BYTES.get(name, 1) for name in element.properties) for element in elements]
     least = sum(element.n_rows * width for element, width in zip(elements, widths))
     if left < least:
@@ -124,7 +124,7 @@ def check_ply(path: Path) -> None:
 
 
 def has_wide_colors(path: Path) -> bool:
-    """Whether a .ply has colours of points that are whole numbers of more than 8 bits."""
+    """Whether the points of a .ply have colours of more than 8 bits."""
     with path.open("rb") as file:
         elements = _ply_elements(path, _ply_header(path, file))
     return any(element.name == "vertex" and element.wide_colors() for element in elements)
@@ -133,8 +133,8 @@ def has_wide_colors(path: Path) -> bool:
 def _check_ply_properties(path: Path, elements: list[PlyElement]) -> None:
     for element in elements:
         if element.name == "vertex" and not {"x", "y", "z"} <= set(element.names):
-            told = ", ".join(element.names)[:60] or "none"
-            raise InputError(f"{path} has no x, y and z; the properties of its points are {told}")
+            names = ", ".join(element.names)[:60] or "none"
+            raise InputError(f"{path} has no x, y and z; the properties of its points are {names}")
         wide = element.wide_colors()
         if element.name == "face" and wide:
             raise InputError(f"{path} has colours of faces as {wide[0]}; write them as uchar")
@@ -159,7 +159,7 @@ def _check_ply_rows(path: Path, file: BinaryIO, elements: list[PlyElement]) -> N
 
 
 def _ply_header(path: Path, file: BinaryIO) -> list[list[str]]:
-    """Words of the lines up to the end of the header, where the file is left."""
+    """Read the header: the words of each line."""
     header = []
     for line in iter(file.readline, b""):
         header.append(line.decode("latin-1").split())

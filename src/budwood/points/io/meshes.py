@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budwood.errors import InputError
-from budwood.points.io.cloud import Cloud, make_cloud
-from budwood.points.io.libraries import damaged, need
+from budwood.optional import need
+from budwood.points.io.cloud import Cloud, ReadOptions, damaged, make_cloud
 from budwood.points.io.mesh_checks import CHECKS, has_wide_colors
-from budwood.points.io.options import ReadOptions
 
 
 def read_mesh(path: Path, options: ReadOptions) -> Cloud:
-    """Any of the formats above; points as they are, faces sampled by area with the seed."""
+    """Read a cloud's points, or sample a mesh's faces by area."""
     trimesh = need("trimesh", f"reading {path.suffix}")
     check = CHECKS.get(path.suffix.lower())
     if check is not None:
@@ -25,7 +24,7 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     try:
         scene = trimesh.load_scene(path, process=False)
         parts = [_part(geometry) for geometry in scene.dump()]
-    except Exception as error:  # trimesh raises what its parsers happen to
+    except Exception as error:  # trimesh's parsers raise errors of any kind
         raise damaged(path, error) from None
     parts = [part for part in parts if len(part[0])]
     if not parts:
@@ -49,7 +48,7 @@ def sample_surface(
     seed: int = 0,
     colors: NDArray[Any] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Points spread evenly over triangles.
+    """Draw points evenly from the surface of triangles.
 
     Args:
         vertices: shape (n_vertices, 3).
@@ -59,8 +58,8 @@ def sample_surface(
         colors: per vertex, in [0, 1], shape (n_vertices, 3); interpolated.
 
     Returns:
-        Points and their colours (or None), shape (n_points, 3). Triangles without any area count
-        alike if no other has one: a mesh squeezed into a line is sampled along it.
+        Points and their colours (or None), shape (n_points, 3). If no triangle has an area, all
+        count alike: a mesh squeezed into a line is sampled along it.
     """
     rng = np.random.default_rng(seed)
     corners = vertices[faces]  # (n_faces, 3, 3)
@@ -72,11 +71,11 @@ def sample_surface(
     u, v = rng.random((2, n_points))
     over = u + v > 1  # the other half of the parallelogram folds back onto the triangle
     u, v = np.where(over, 1 - u, u), np.where(over, 1 - v, v)
-    shares = np.stack([1 - u - v, u, v], axis=1)[:, :, None]
-    points = (corners[chosen] * shares).sum(axis=1)
+    barycentric = np.stack([1 - u - v, u, v], axis=1)[:, :, None]
+    points = (corners[chosen] * barycentric).sum(axis=1)
     if colors is None:
         return points, None
-    return points, (colors[faces[chosen]] * shares).sum(axis=1).clip(0, 1)
+    return points, (colors[faces[chosen]] * barycentric).sum(axis=1).clip(0, 1)
 
 
 def _part(geometry: Any) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
@@ -107,7 +106,7 @@ def _colors(geometry: Any, n_vertices: int) -> NDArray[Any] | None:
 
 
 def _ply_colors(trimesh: Any, path: Path, cut: NDArray[Any] | None) -> NDArray[Any] | None:
-    """Colours of the points of a .ply as they are written; a scene has them ``cut`` to 8 bits."""
+    """Read the colours of a .ply's points in full; trimesh's scenes have them ``cut`` to 8 bits."""
     with path.open("rb") as file:
         content = trimesh.exchange.ply.load_ply(file)
     # A texture comes first, and gives the points another order.

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budwood.errors import InputError
-from budwood.points.io.cloud import Cloud, make_cloud
-from budwood.points.io.libraries import damaged, need
-from budwood.points.io.options import ReadOptions
+from budwood.optional import need
+from budwood.points.io.cloud import Cloud, ReadOptions, damaged, make_cloud
 
 # Bytes of the headers of LAS 1.4 and of the oldest, and of a record before and behind the points.
 LAS_HEADER, LAS_HEADER_MIN = 375, 227
@@ -23,7 +22,7 @@ LAZ_CHUNK_MAX = 2**24  # points; writers take 50,000
 
 
 def read_las(path: Path, options: ReadOptions) -> Cloud:
-    """LAS and LAZ, with scaled coordinates; colours where the point format has them."""
+    """Read LAS and LAZ: scaled coordinates, and colours where the point format has them."""
     laspy = need("laspy", f"reading {path.suffix}")
     _check_records(path)
     try:
@@ -43,12 +42,12 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
     if len(xyz) != n_declared:
         raise InputError(f"{path} is truncated: {len(xyz)} of {n_declared} points")
     if rgb is not None and not rgb.any():
-        rgb = None  # the format has room for colours, and nothing wrote any
+        rgb = None  # the point format has colours, but the writer filled in none
     return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
 
 
 def read_pcd(path: Path, options: ReadOptions) -> Cloud:
-    """PCD, ascii and binary; an ``rgb`` or ``rgba`` field is unpacked."""
+    """Read PCD, ascii and binary; an ``rgb`` or ``rgba`` field is unpacked."""
     pypcd4 = need("pypcd4", "reading .pcd")
     try:
         data = pypcd4.PointCloud.from_path(path)
@@ -69,7 +68,7 @@ def read_pcd(path: Path, options: ReadOptions) -> Cloud:
 
 
 def unpack_colors(packed: NDArray[Any]) -> NDArray[np.uint8]:
-    """Colours of PCD, 0xRRGGBB or 0xAARRGGBB in the bits of a float or in an integer.
+    """Unpack colours of PCD: 0xRRGGBB or 0xAARRGGBB in the bits of a float, or in an integer.
 
     Args:
         packed: shape (n_points,).
@@ -85,12 +84,12 @@ def unpack_colors(packed: NDArray[Any]) -> NDArray[np.uint8]:
     return np.stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255], axis=1).astype(np.uint8)
 
 
-# What a LAS or LAZ header declares, against the file's size. laspy and lazrs trust it: a damaged
-# count keeps them busy for hours, or ends the process for want of memory. -----------------------
+# Compare what a LAS or LAZ header declares with the size of the file. laspy and lazrs trust the
+# header: a damaged count keeps them busy for hours, or uses up the memory. -----------------------
 
 
 def _check_records(path: Path) -> None:
-    """The number of variable length records, at offsets that the LAS specification gives."""
+    """Check the number of variable length records, at the offsets of the LAS specification."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(LAS_HEADER)
@@ -105,7 +104,7 @@ def _check_records(path: Path) -> None:
 
 
 def _check_points(path: Path, header: Any) -> None:
-    """The number of points, and for LAZ the chunks that they are packed in."""
+    """Check the number of points, and for LAZ the chunks that they are packed in."""
     size = path.stat().st_size
     n_points, start, width = (
         header.point_count,
@@ -113,9 +112,9 @@ def _check_points(path: Path, header: Any) -> None:
         header.point_format.size,
     )
     if not header.are_points_compressed:
-        n_there = max(0, size - start) // width
-        if n_there < n_points:
-            raise InputError(f"{path} is truncated: {n_there} of {n_points} points")
+        n_present = max(0, size - start) // width
+        if n_present < n_points:
+            raise InputError(f"{path} is truncated: {n_present} of {n_points} points")
         return
     chunk = struct.unpack_from("<I", header.vlrs.get("LasZipVlr")[0].record_data, 12)[0]
     with path.open("rb") as file:

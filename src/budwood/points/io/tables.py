@@ -1,4 +1,4 @@
-"""Clouds in arrays and tables: .npy, .npz, .bin, .xyz, .txt, .csv."""
+"""Tables and arrays: .npy, .npz, .bin, .xyz, .txt, .csv."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budwood.errors import InputError, first_line
-from budwood.points.io.cloud import Cloud, make_cloud
-from budwood.points.io.options import ReadOptions, names_once
+from budwood.points.io.cloud import Cloud, ReadOptions, are_columns, make_cloud
 
 KITTI_COLUMNS = 4
-TEXT = "utf-8-sig"  # as UTF-8, and a byte-order mark, which spreadsheets write, is left out
+TEXT = "utf-8-sig"  # UTF-8 with or without a byte-order mark, which spreadsheets write
 AUTOMATIC = {3: "xyz", 4: "xyz_"}
 XYZ_KEYS = ("xyz", "points", "pc", "pointcloud", "coords", "arr_0")
 RGB_KEYS = ("rgb", "colors", "color", "colours")
@@ -27,20 +26,20 @@ HEADERS = {"x": "x", "y": "y", "z": "z", "red": "r", "green": "g", "blue": "b"}
 
 
 def split_columns(table: NDArray[Any], columns: str | None, source: str) -> tuple[Any, Any]:
-    """Coordinates and colours of a table.
+    """Split a table into coordinates and colours.
 
     Args:
         table: shape (n_points, n_columns).
-        columns: one letter a column: x, y, z, r, g, b, and ``_`` for one to leave out. None takes
-            3 as xyz, 4 as xyz and an intensity, 6 as xyzrgb unless a value of the last three is
-            negative: then they are normals, and left out.
+        columns: one letter a column: x, y, z, r, g, b, or ``_`` for a column to leave out. None: 3
+            columns are xyz, 4 are xyz and an intensity, 6 are xyzrgb; if one of the last three
+            has negative values, they are normals and left out.
         source: for messages.
 
     Returns:
         xyz and rgb (or None), shape (n_points, 3).
 
     Raises:
-        InputError: no numbers, another number of columns, or letters that do not fit it.
+        InputError: no numbers, or a number of columns that ``columns`` does not fit.
     """
     if table.dtype.kind not in "fiu":
         raise InputError(f"{source} holds {table.dtype}, expected numbers")
@@ -65,7 +64,7 @@ def split_columns(table: NDArray[Any], columns: str | None, source: str) -> tupl
 
 
 def read_npy(path: Path, options: ReadOptions) -> Cloud:
-    """An array of shape (n_points, n_columns); pickled objects are refused."""
+    """Read an array of shape (n_points, n_columns); pickled objects are refused."""
     with _numpy_errors(path):
         table = np.load(path, allow_pickle=False)
     if not isinstance(table, np.ndarray):
@@ -75,7 +74,7 @@ def read_npy(path: Path, options: ReadOptions) -> Cloud:
 
 
 def read_npz(path: Path, options: ReadOptions) -> Cloud:
-    """Arrays under one of the names in `XYZ_KEYS`, and colours under one in `RGB_KEYS`."""
+    """Read the array under a name in ``XYZ_KEYS``, and colours under one in ``RGB_KEYS``."""
     if not zipfile.is_zipfile(path):  # numpy would leave such a file open
         raise InputError(f"{path} is truncated or no .npz file")
     with _numpy_errors(path), np.load(path, allow_pickle=False) as arrays:
@@ -92,21 +91,21 @@ def read_npz(path: Path, options: ReadOptions) -> Cloud:
 
 
 def read_bin(path: Path, options: ReadOptions) -> Cloud:
-    """KITTI: float32 x, y, z, reflectance, one after the other."""
+    """Read KITTI's format: float32 x, y, z, reflectance, point after point."""
     width = KITTI_COLUMNS if options.columns is None else len(options.columns)
     size = path.stat().st_size
     if size % (4 * width):
         raise InputError(
-            f"{path} has {size} bytes, no multiple of {4 * width} ({width} float32 a point): "
+            f"{path} has {size} bytes, not a multiple of {4 * width} ({width} float32 a point): "
             "truncated, or of other columns"
         )
     return _from_table(np.fromfile(path, dtype="<f4").reshape(-1, width), path, options)
 
 
 def read_text(path: Path, options: ReadOptions) -> Cloud:
-    """Rows of numbers, separated by blanks, commas or semicolons; # starts a comment.
+    """Read rows of numbers, separated by blanks, commas or semicolons; # starts a comment.
 
-    An integer alone above the rows counts them, as in some .xyz files.
+    An integer alone in the first line is the number of rows, as in some .xyz files.
     """
     layout = _layout(path, options.columns)
     try:
@@ -172,7 +171,7 @@ def _layout(path: Path, columns: str | None) -> _Layout:
     columns = "".join(name if name in tuple("xyzrgb") else "_" for name in names)
     if not all(letter in columns for letter in "xyz"):
         raise InputError(f"{path}: its header {first[:60]!r} names no columns x, y and z")
-    if not names_once(columns):
+    if not are_columns(columns):
         raise InputError(
             f"{path}: its header {first[:60]!r} must name x, y, z once and r, g, b once or not at "
             "all; correct it, or name the columns with columns='xyz_rgb'"
@@ -195,12 +194,12 @@ def _from_table(table: NDArray[Any], path: Path, options: ReadOptions) -> Cloud:
 
 @contextlib.contextmanager
 def _numpy_errors(path: Path) -> Iterator[None]:
-    """What NumPy raises for a damaged file, as an InputError."""
+    """Turn what NumPy raises for a damaged file into an InputError."""
     try:
         yield
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # zip, zlib, tokenizer and parser raise what they happen to
+    except Exception as error:  # zip, zlib and NumPy's parsers raise errors of any kind
         text = first_line(error)
         if "allow_pickle" in text:
             text = "it holds pickled objects, which could run code; save plain arrays"

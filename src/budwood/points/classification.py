@@ -1,0 +1,199 @@
+"""Classify clouds with labels in words: the labels of each, ranked, with scores."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from budwood.checks import need_at_least
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.points.adapters import Adapter, load_adapter
+from budwood.points.batches import encode
+from budwood.points.encoders import PointEncoder, load_encoder
+from budwood.points.encoders.base import PreparedCloud
+from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, prepare_each
+from budwood.points.text import TextEmbeddings, embed_labels_for
+from budwood.points.towers import TextTower
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The labels of one cloud, best first.
+
+    Attributes:
+        source: the file, or the name of the cloud.
+        labels: labels, best first.
+        scores: their probabilities among all labels, by the encoder's ``logit_scale``.
+        n_points: points that were encoded.
+    """
+
+    source: str
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    n_points: int
+
+    @property
+    def best(self) -> str:
+        """The first label."""
+        return self.labels[0]
+
+
+@overload
+def classify(
+    clouds: CloudLike | Sequence[CloudLike],
+    labels: Sequence[str] | TextEmbeddings | None = None,
+    **options: Any,
+) -> list[Ranking]: ...
+
+
+@overload
+def classify(
+    clouds: Iterator[CloudLike],
+    labels: Sequence[str] | TextEmbeddings | None = None,
+    **options: Any,
+) -> Iterator[Ranking]: ...
+
+
+def classify(
+    clouds: CloudLike | Iterable[CloudLike],
+    labels: Sequence[str] | TextEmbeddings | None = None,
+    *,
+    encoder: str | PointEncoder | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | os.PathLike[str] | Adapter | None = None,
+    points: int | None = None,
+    sampler: str = "random",
+    up: str = "y",
+    columns: str | None = None,
+    box: Sequence[float] | None = None,
+    invalid: str = "error",
+    seed: int = 0,
+    top: int | None = None,
+    text: str | TextTower | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
+    templates: str | Sequence[str] = "points64",
+    batch_size: int = 32,
+    on_error: OnError | None = None,
+) -> list[Ranking] | Iterator[Ranking]:
+    """Classify clouds: rank the labels of each by cosine with the encoder's features.
+
+    Like the pipelines of transformers, it returns a list for one cloud or a list of them, and an
+    iterator for an iterator, such as a generator or ``iter(paths)``. The iterator reads
+    ``batch_size`` clouds, yields their rankings, and goes on: memory stays bounded for any number
+    of clouds. (A transductive adapter, such as T3A, needs all clouds before it labels the first.)
+
+    Example::
+
+        for ranking in classify(Path("scans").glob("*.ply"), ["chair", "table"], points=64):
+            print(ranking.source, ranking.best, ranking.scores[0])
+
+    Args:
+        clouds: files, folders, :class:`Cloud` objects, or arrays or tensors of shape (n_points, 3)
+            or (n_points, 6): one of them, a sequence, or an iterator.
+        labels: distinct labels, or their embeddings.
+        encoder: a name in ``ENCODERS``, or an encoder; default the adapter's, or ``"sprout"``.
+        checkpoint: a local file for a named encoder.
+        device: where a named encoder runs; default the CPU.
+        adapter: a folder that an adapter was saved to, or an adapter.
+        points: points to keep of each cloud, 2 or more; default all, up to as many as in the
+            encoder's training.
+        sampler: how they are chosen, a name in ``SAMPLERS``.
+        up: ``"y"`` or ``"z"``: the axis of the clouds that points up.
+        columns: letters of the columns of tables and arrays, such as ``"xyz_rgb"``.
+        box: x0, y0, z0, x1, y1, z1 in the units of the file: keep the points inside.
+        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates.
+        seed: of sampling, 0 or more.
+        top: labels to return of each cloud; default all.
+        text: a text tower instead of the encoder's.
+        embeddings: a file with embeddings of the labels, instead of ``labels``.
+        templates: a name in ``TEMPLATES``, or sentences with ``{}``.
+        batch_size: clouds at once.
+        on_error: called with the name of a cloud that cannot be used and the error; the cloud is
+            left out. Default: raise the error.
+
+    Returns:
+        One ranking for each usable cloud, in their order.
+
+    Raises:
+        InputError: unusable labels or options, no clouds in a sequence, or an unusable cloud.
+        MissingPackageError: a package for a file format or for the text tower is not installed.
+        UnknownNameError: an unknown encoder, sampler or text tower.
+        ShapeError: embeddings of another width than the encoder's features.
+        UnsupportedModelError: an adapter or a checkpoint for another encoder.
+    """
+    options = InputOptions(points, sampler, up, columns, box, invalid, seed)
+    need_at_least(1, top=1 if top is None else top, batch_size=batch_size)
+    model = _encoder(encoder, checkpoint, device, adapter)
+    if isinstance(adapter, (str, os.PathLike)):
+        adapter = load_adapter(adapter, model)
+    elif adapter is not None and adapter.encoder is not model:
+        raise UnsupportedModelError(
+            f"the adapter was made around another {adapter.encoder.name} encoder; pass that encoder"
+        )
+    classes = embed_labels_for(model, labels, embeddings=embeddings, text=text, templates=templates)
+    prepared = prepare_each(clouds, model, options, on_error)
+    rankings = _rankings(prepared, classes, model, adapter, top, batch_size)
+    if not is_one_cloud(clouds) and isinstance(clouds, Iterator):
+        return rankings
+    if hasattr(clouds, "__len__") and len(clouds) == 0:
+        raise InputError("there are no clouds; give at least one")
+    return list(rankings)
+
+
+def _encoder(
+    encoder: str | PointEncoder | None,
+    checkpoint: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    adapter: Any,
+) -> PointEncoder:
+    if encoder is None:
+        encoder = adapter.encoder if isinstance(adapter, Adapter) else "sprout"
+    if isinstance(encoder, str):
+        return load_encoder(encoder, checkpoint, device=device or "cpu")
+    if checkpoint is not None or device is not None:
+        raise InputError("checkpoint and device are for an encoder given by its name")
+    return encoder
+
+
+def _rankings(
+    clouds: Iterator[tuple[str, PreparedCloud]],
+    classes: TextEmbeddings,
+    encoder: PointEncoder,
+    adapter: Adapter | None,
+    top: int | None,
+    batch_size: int,
+) -> Iterator[Ranking]:
+    """Rank the labels of prepared clouds, batch by batch."""
+    at_once = None if adapter is not None and adapter.transductive else batch_size
+    while batch := list(itertools.islice(clouds, at_once)):
+        features = encode(encoder, [cloud for _, cloud in batch], adapter, batch_size)
+        vectors = classes.vectors
+        if adapter is not None:
+            vectors = adapter.adapted_text(vectors, features)
+        probabilities = score(features, vectors, encoder.logit_scale)
+        for (source, (xyz, _)), row in zip(batch, probabilities):
+            order = row.argsort(descending=True, stable=True)[:top].tolist()
+            labels = tuple(classes.labels[i] for i in order)
+            yield Ranking(source, labels, tuple(row[order].tolist()), len(xyz))
+
+
+def score(features: Tensor, vectors: Tensor, logit_scale: float) -> Tensor:
+    """Probabilities of labels: the softmax of scaled cosines.
+
+    Args:
+        features: shape (n_clouds, d).
+        vectors: text embeddings of length 1, shape (n_labels, d).
+        logit_scale: factor on the cosines.
+
+    Returns:
+        Shape (n_clouds, n_labels).
+    """
+    return (logit_scale * F.normalize(features, dim=-1) @ vectors.to(features).T).softmax(dim=-1)

@@ -1,0 +1,144 @@
+"""From files, folders, arrays and clouds to what an encoder takes, one at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from budwood.errors import InputError, MissingPackageError
+from budwood.points.encoders.base import PointEncoder, PreparedCloud
+from budwood.points.io import Cloud, ReadOptions, crop, find_files, make_cloud, read
+from budwood.points.io.cloud import corners
+from budwood.points.io.tables import split_columns
+from budwood.points.sampling import SAMPLERS, check_draw, check_up
+
+CloudLike = str | os.PathLike[str] | Cloud | Any
+"""A file, a folder (all of its clouds), a :class:`Cloud`, an array or tensor of shape (n_points, 3)
+or (n_points, 6) with colours or normals, or what :meth:`PointEncoder.prepare` returned."""
+
+OnError = Callable[[str, Exception], object]
+"""Called with the name of a cloud that cannot be used, and the reason."""
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How files, arrays and clouds are read and prepared.
+
+    Attributes:
+        points: points to keep of each cloud, 2 or more; default as many as in the encoder's
+            training.
+        sampler: how they are chosen, a name in ``SAMPLERS``.
+        up: ``"y"`` or ``"z"``: the axis of the clouds that points up.
+        columns: letters of the columns of tables and arrays, such as ``"xyz_rgb"``.
+        box: x0, y0, z0, x1, y1, z1 in the units of the file: keep the points inside.
+        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates.
+        seed: of all sampling, 0 or more.
+
+    Raises:
+        InputError: a value outside its range.
+        UnknownNameError: no such sampler.
+    """
+
+    points: int | None = None
+    sampler: str = "random"
+    up: str = "y"
+    columns: str | None = None
+    box: Sequence[float | str] | None = None
+    invalid: str = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        SAMPLERS.get(self.sampler)
+        check_up(self.up)
+        check_draw(2 if self.points is None else self.points, self.seed, least=2)
+        ReadOptions(columns=self.columns, invalid=self.invalid, seed=self.seed)
+        if self.box is not None:
+            corners(self.box)
+
+    def read(self, item: CloudLike, name: str = "cloud") -> Cloud:
+        """Read one file, array or cloud.
+
+        Args:
+            item: what to read.
+            name: name of an array, for messages.
+        """
+        if isinstance(item, Cloud):
+            cloud = item
+        elif isinstance(item, (str, os.PathLike)):
+            cloud = read(item, columns=self.columns, invalid=self.invalid, seed=self.seed)
+        else:
+            table = np.asarray(item.detach().cpu() if isinstance(item, Tensor) else item)
+            xyz, rgb = split_columns(table, self.columns, name)
+            cloud = make_cloud(xyz, rgb, source=name, invalid=self.invalid)
+        return cloud if self.box is None else crop(cloud, self.box)
+
+    def prepare(self, cloud: Cloud, encoder: PointEncoder) -> PreparedCloud:
+        """Prepare a cloud for an encoder; see :meth:`PointEncoder.prepare`."""
+        return encoder.prepare(cloud, self.points, up=self.up, sampler=self.sampler, seed=self.seed)
+
+
+def prepare_each(
+    clouds: CloudLike | Iterable[CloudLike],
+    encoder: PointEncoder,
+    options: InputOptions,
+    on_error: OnError | None = None,
+) -> Iterator[tuple[str, PreparedCloud]]:
+    """Read and prepare clouds one by one, so that they need not fit into memory together.
+
+    Args:
+        clouds: one or several; see `CloudLike`.
+        encoder: whose input they become.
+        options: how.
+        on_error: called for a cloud that cannot be used, which is then left out; default: raise.
+
+    Yields:
+        The name of each cloud, and its xyz and rgb.
+
+    Raises:
+        InputError: a cloud is unusable, and there is no ``on_error``.
+        MissingPackageError: the library for a format is not installed, as above.
+    """
+    for name, item in _named(clouds):
+        if _is_prepared(item):
+            yield name, item
+            continue
+        try:
+            cloud = options.read(item, name)
+            yield cloud.source, options.prepare(cloud, encoder)
+        except (InputError, MissingPackageError) as error:
+            if on_error is None:
+                raise
+            on_error(name, error)
+
+
+def is_one_cloud(clouds: Any) -> bool:
+    """Whether this is one cloud, file or folder, and not several of them."""
+    return isinstance(clouds, (str, os.PathLike, Cloud)) or getattr(clouds, "ndim", 0) == 2
+
+
+def _is_prepared(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Tensor)
+
+
+def _named(clouds: CloudLike | Iterable[CloudLike]) -> Iterator[tuple[str, CloudLike]]:
+    """Name each cloud; a folder becomes its files."""
+    number = 0
+    for item in [clouds] if is_one_cloud(clouds) else clouds:
+        if isinstance(item, (str, os.PathLike)) and Path(item).is_dir():
+            for file in find_files(item):
+                number += 1
+                yield str(file), file
+            continue
+        number += 1
+        if isinstance(item, Cloud):
+            yield item.source, item
+        elif isinstance(item, (str, os.PathLike)):
+            yield str(item), item
+        else:
+            yield f"cloud {number}", item
