@@ -201,11 +201,13 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
     """The folder of the run; that of the arguments must not be another one."""
     named = getattr(args, "output_dir", None)
     named = None if named == "trainer_output" else named  # the Trainer's default
-    if output is None and not named:
+    if output is None:
+        output = named
+    if not output:
         raise InputError("there is no output; give the folder that the adapter goes to")
-    if output is not None and named and Path(named).absolute() != Path(output).absolute():
+    folder = Path(output).expanduser()
+    if named and Path(named).expanduser().absolute() != folder.absolute():
         raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
-    folder = Path(named if output is None else output).expanduser()
     if not folder.absolute().parent.is_dir():
         raise OutputError(f"{folder.absolute().parent} does not exist; make it, or choose another")
     return folder
