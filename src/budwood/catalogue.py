@@ -17,14 +17,19 @@ PRUNING_METHODS = {
     "adav": _method(
         "adav:AdaV",
         "text and saliency",
-        "Adaptive text–visual redirection.",
+        "Keep tokens by question and by saliency, split anew for each image and question.",
         "AdaV, Findings of ACL 2025 (2025.findings-acl.258); arXiv 2501.09532",
+    ),
+    "adav-official": _method(
+        "adav_official:AdaVOfficial",
+        "text and saliency",
+        "AdaV with the selection of its authors' code, faults included. For LLaVA and LLaVA-NeXT.",
+        "the public code of AdaV, JiayiV/AdaV",
     ),
     "adav-contrast": _method(
         "adav_contrast:AdaVContrast",
         "text and saliency",
-        "AdaV's reserve, split and refill, with another relevance to the text. Ours, not the "
-        "paper's.",
+        'AdaV with a relevance score that ignores words like "the". Ours, not the paper\'s.',
         "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018",
     ),
     "fastervlm": _method(
@@ -41,13 +46,13 @@ PRUNING_METHODS = {
         "AdaV (text-to-image attention alone), 2025.findings-acl.258",
     ),
     "random": _method(
-        "random:Random",
+        "baselines:Random",
         "nothing",
-        "Keep a random subset, drawn without replacement.",
+        "Keep a random subset of the tokens, drawn without replacement.",
         "baseline",
     ),
     "uniform": _method(
-        "uniform:Uniform",
+        "baselines:Uniform",
         "nothing",
         "Keep tokens at even distances along the order in which the LLM sees them.",
         "baseline",
@@ -75,78 +80,42 @@ FAMILIES = {
 """Vision-language models that can be pruned, by ``config.model_type``."""
 
 
-def _tuner(name: str, summary: str, kind: str = "method") -> Entry:
-    return Entry(f"budwood.tune.methods:{name}", summary, facts={"kind": kind})
+def _tuner(summary: str, kind: str = "method") -> Entry:
+    return Entry("budwood.tune.methods:METHODS", summary, facts={"kind": kind})
 
 
-def _ablation(name: str, summary: str) -> Entry:
-    return _tuner(name, summary, "ablation")
+def _ablation(summary: str) -> Entry:
+    return _tuner(summary, "ablation")
 
 
 TUNERS = {
-    "lora": _tuner("Lora", "Low-rank adaptation of the MLP projections of all layers."),
-    "lora-wd": _tuner(
-        "LoraDecay",
-        "LoRA with decoupled weight decay, which many structured methods only tie with.",
-    ),
-    "lora-kl": _tuner(
-        "LoraKl", "LoRA held to the base model on the prompts of its own training data: no replay."
-    ),
-    "lora-own": _tuner(
-        "LoraOwn", "LoRA held to the base model on text that the base model writes by itself."
-    ),
-    "lora-late": _tuner(
-        "LoraLate", "LoRA on the later layers alone, those that SLIM adapts by default."
-    ),
-    "lora-attn": _tuner("LoraAttention", "LoRA on attention as well, at a lower rank."),
-    "dora": _tuner("Dora", "LoRA with the magnitude of each column apart; arXiv 2402.09353."),
-    "moe": _tuner(
-        "Moe", "A top-2 mixture of LoRA experts with none of SLIM's parts, much like MixLoRA."
-    ),
-    "slim": _tuner(
-        "Slim",
-        "Soft LoRA and identity mixture; NAACL 2025 (2025.naacl-long.246), our reconstruction.",
-    ),
-    "slim-no-identity": _ablation(
-        "SLIM_NO_IDENTITY", "SLIM without identity experts, so that nothing is there to yield to."
-    ),
-    "slim-no-router": _ablation(
-        "SLIM_NO_ROUTER", "SLIM whose experts weigh the same but for yielding."
-    ),
-    "slim-no-clustering": _ablation(
-        "SLIM_NO_CLUSTERING",
-        "slim-whitened with a single running mean; the discriminant has no centres at all.",
-    ),
-    "slim-no-yielding": _ablation(
-        "SLIM_NO_YIELDING", "SLIM whose experts do not yield far from the training data."
-    ),
-    "slim-no-merging": _ablation("SLIM_NO_MERGING", "SLIM without random masks on B·A."),
-    "slim-no-l1": _ablation("SLIM_NO_L1", "SLIM without its L1 penalty."),
-    "slim-whitened": _ablation(
-        "SLIM_WHITENED", "SLIM whose distance is that to the training data alone."
-    ),
+    "lora": _tuner("LoRA on the MLP projections of all layers."),
+    "lora-wd": _tuner("LoRA with decoupled weight decay."),
+    "lora-kl": _tuner("LoRA that stays close to the base model on the prompts it trains on."),
+    "lora-own": _tuner("LoRA that stays close to the base model on self-generated text."),
+    "lora-late": _tuner("LoRA on the later layers only, those that SLIM adapts."),
+    "lora-attn": _tuner("LoRA on attention as well, at a lower rank."),
+    "dora": _tuner("LoRA with the magnitude of each column apart (DoRA, arXiv 2402.09353)."),
+    "moe": _tuner("Top-2 mixture of LoRA experts without SLIM's other parts, as MixLoRA."),
+    "slim": _tuner("Soft LoRA and identity mixture (SLIM, NAACL 2025), our reconstruction."),
+    "slim-no-identity": _ablation("SLIM without identity experts, and so without yielding."),
+    "slim-no-router": _ablation("SLIM without a router: all experts weigh the same."),
+    "slim-no-clustering": _ablation("SLIM with the whitened distance to one running mean."),
+    "slim-no-yielding": _ablation("SLIM whose experts do not yield far from the training data."),
+    "slim-no-merging": _ablation("SLIM without random masks on B·A."),
+    "slim-no-l1": _ablation("SLIM without its L1 penalty."),
+    "slim-whitened": _ablation("SLIM with the distance to the training data alone."),
     "slim-paper": _ablation(
-        "SlimPaper",
-        "SLIM in the plain reading of the paper, but for a standardised distance and our β.",
+        "SLIM as the paper reads, in all layers, but for a standardised distance and our β."
     ),
-    "slim-max": _ablation("SLIM_MAX", "SLIM with the paper's distance, the largest over channels."),
-    "slim-rms": _ablation("SLIM_RMS", "SLIM with the root mean square over channels as distance."),
-    "slim-all-tokens": _ablation(
-        "SLIM_ALL_TOKENS", "SLIM whose statistics are those of all tokens, also of prompts."
-    ),
-    "slim-by-module": _ablation(
-        "SLIM_BY_MODULE", "SLIM each of whose modules yields by the distance of its own input."
-    ),
-    "slim-all-layers": _ablation(
-        "SLIM_ALL_LAYERS",
-        "SLIM in all layers, also in the first ones: at the same rank, and so with more "
-        "parameters.",
-    ),
-    "slim-mask": _ablation(
-        "SLIM_MASK", "SLIM that keeps its last mask at inference in place of the expectation."
-    ),
+    "slim-max": _ablation("SLIM with the paper's distance, the largest over channels."),
+    "slim-rms": _ablation("SLIM with the root mean square over channels as distance."),
+    "slim-all-tokens": _ablation("SLIM whose statistics include the tokens of prompts."),
+    "slim-by-module": _ablation("SLIM in which each module yields by its own input's distance."),
+    "slim-all-layers": _ablation("SLIM in all layers at the same rank, so with more parameters."),
+    "slim-mask": _ablation("SLIM that keeps its last mask at inference."),
 }
-"""Of `budwood tune`. ``kind``: an ablation is SLIM without a part, or with another one."""
+"""Of `budwood tune`. ``kind``: an ablation is SLIM with a part left out or changed."""
 
 
 def _encoder(target: str, text: str, weights: str, file: str, licence: str) -> Entry:

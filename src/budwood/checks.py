@@ -1,11 +1,11 @@
-"""Checks of counts and seeds that users give."""
+"""Checks of numbers that users give."""
 
 from __future__ import annotations
 
 from budwood.errors import InputError
 
-MOST_SEED = 2**63 - 1
-"""The largest seed that every random generator in use takes."""
+HIGHEST_SEED = 2**32 - 1
+"""NumPy's limit; that of torch is higher."""
 
 
 def need_at_least(least: int, **values: int) -> None:
@@ -24,10 +24,12 @@ def need_at_least(least: int, **values: int) -> None:
 
 
 def need_seed(seed: int) -> None:
-    """Refuse a seed that random generators do not take.
+    """Refuse a seed that a random number generator does not take.
 
     Raises:
-        InputError: it is outside 0…``MOST_SEED``.
+        InputError: it is outside 0 to 2**32 − 1.
     """
-    if not 0 <= seed <= MOST_SEED:
-        raise InputError(f"seed={seed} is outside 0…{MOST_SEED}; choose another")
+    if not 0 <= seed <= HIGHEST_SEED:
+        raise InputError(
+            f"seed={seed} is out of range; give a whole number from 0 to {HIGHEST_SEED}"
+        )

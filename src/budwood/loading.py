@@ -22,6 +22,7 @@ SPROUT = "sprout"
 SMOLLM2 = "smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What records and adapters call the embedded language model."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -161,12 +162,20 @@ def dtype_of(name: str) -> Any:
     Raises:
         InputError: there is no such dtype.
     """
+    check_dtype(name)
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name != "auto" and name not in known:
-        raise InputError(f"unknown dtype {name!r}; known: auto, {', '.join(known)}")
-    return known.get(name)
+    return None if name == "auto" else getattr(torch, name)
+
+
+def check_dtype(name: str) -> None:
+    """Refuse an unknown dtype, without importing torch.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
 
 
 def is_path(source: str) -> bool:

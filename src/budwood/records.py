@@ -1,4 +1,4 @@
-"""Benchmark records: one JSON file a run, from which tables and plots are made.
+"""Benchmark records: one JSON file per run, from which tables and plots are made.
 
 A record says how its numbers came about (command, seed, commit, versions, hardware), and nothing
 about the machine that could identify it: no host name, no user, no directory.
@@ -23,7 +23,6 @@ from typing import Any
 
 import budwood
 from budwood.errors import InputError, OutputError
-from budwood.figures import new_figure, save_figure
 from budwood.files import write_text
 
 Row = dict[str, Any]
@@ -210,60 +209,6 @@ def spread(
     return list(found.values()), {**{one: columns[one] for one in shared}, **names}
 
 
-def plot(
-    rows: Iterable[Mapping[str, Any]],
-    path: str | os.PathLike[str],
-    *,
-    x: str,
-    y: str,
-    by: str,
-    low: str | None = None,
-    high: str | None = None,
-    baseline: float | None = None,
-    title: str = "",
-    log: bool = False,
-) -> Path:
-    """Draw one curve per group of rows, as a picture.
-
-    Args:
-        rows: dicts, such as ``record.rows``.
-        path: the picture; its suffix gives the format. An existing file is replaced.
-        x: key of the horizontal axis.
-        y: key of the vertical axis.
-        by: key whose values are the curves.
-        low: key of the lower end of each interval around y.
-        high: key of the upper end.
-        baseline: a dashed line at this height, such as the accuracy with all tokens.
-        title: above the picture.
-        log: a logarithmic horizontal axis, with a tick at each value.
-
-    Raises:
-        InputError: matplotlib is not installed, or the rows lack a key.
-        OutputError: the file cannot be written.
-    """
-    rows = list(rows)
-    figure = new_figure(6.4, 4.0)
-    axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
-    for name, group in _grouped(rows, by).items():
-        try:
-            points = sorted(group, key=lambda row: row[x])
-            xs, ys = [row[x] for row in points], [row[y] for row in points]
-            axes.plot(xs, ys, marker="o", label=str(name))
-            if low and high:
-                lows, highs = [row[low] for row in points], [row[high] for row in points]
-                axes.fill_between(xs, lows, highs, alpha=0.15)
-        except KeyError as error:
-            raise InputError(f"cannot plot: a row has no {error}") from error
-    if baseline is not None:
-        axes.axhline(baseline, linestyle="--", color="grey", linewidth=1)
-    if log:
-        ticks = sorted({row[x] for row in rows})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.legend(title=by)
-    return save_figure(figure, Path(path))
-
-
 def git_state(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Commit and cleanliness of the checkout that holds this package, or ``directory``.
 
@@ -332,13 +277,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _grouped(rows: Iterable[Mapping[str, Any]], by: str) -> dict[Any, list[Mapping[str, Any]]]:
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row.get(by), []).append(row)
-    return groups
 
 
 def _cell(value: Any, spec: str) -> str:

@@ -74,13 +74,21 @@ class Registry:
         Raises:
             UnknownNameError: no such name; the message has the nearest ones and all known ones.
         """
-        target = self._targets.get(name) if isinstance(name, str) else None
-        if target is None:
-            raise UnknownNameError(self._unknown(name))
+        self.check(name)
+        target = self._targets[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
             return getattr(importlib.import_module(module), attribute)
         return target
+
+    def check(self, name: object) -> None:
+        """Fail if there is no such name; import nothing.
+
+        Raises:
+            UnknownNameError: the message has the nearest name and all known ones.
+        """
+        if not isinstance(name, str) or name not in self._targets:
+            raise UnknownNameError(self._unknown(name))
 
     def names(self) -> tuple[str, ...]:
         """All names, in the order of registration."""

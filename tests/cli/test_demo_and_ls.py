@@ -8,17 +8,20 @@ from budwood.prune import FAMILIES, METHODS
 
 
 def test_demo(budwood, model_dir, tmp_path):
-    command = ["demo", "--model", model_dir, "--scenes", 2, "--overlay-dir", tmp_path / "demo"]
+    command = ["demo", "--model", model_dir, "--scenes", 2, "--keep", 2]
+    command += ["--overlay-dir", tmp_path / "demo"]
     result = budwood(*command)
     assert result.exit_code == 0, result.output
-    assert "16 → 2" in result.stdout and "budwood bench prune" in result.stdout
+    assert "with all 16 visual tokens" in result.stdout
+    assert "with the 2 that adav-contrast keeps" in result.stdout
+    assert "budwood bench prune" in result.stdout
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {f"scene-{i}{end}.png" for i in (1, 2) for end in ("", "-kept")}
     with Image.open(tmp_path / "demo" / "scene-1.png") as scene:
         assert scene.size == (336, 336)
     rows = json.loads(budwood(*command, "--json").stdout)["rows"]  # replaces its own pictures
     assert {row["scene"] for row in rows} == {1, 2}
-    assert len({row["kind"] for row in rows}) >= 3
+    assert {row["kind"] for row in rows} == {"presence", "colour"}
     assert all(row["n_visual"] == 16 and row["n_kept"] == 2 for row in rows)
 
 
@@ -27,7 +30,12 @@ def test_demo_asks_nothing_about_the_salient_object():
 
     chosen = _choose(3, 7)
     assert all(not q.asks_salient for _, questions in chosen for q in questions)
-    assert all(len(questions) == len({q.kind for q in questions}) for _, questions in chosen)
+    assert all(q.boxes for _, questions in chosen for q in questions)  # what they ask of is there
+
+
+def test_demo_needs_a_place_for_its_folder(budwood, tmp_path):
+    result = budwood("demo", "--overlay-dir", tmp_path / "none" / "demo")
+    assert result.exit_code == 2 and "there is no folder" in result.stderr
 
 
 def test_ls(budwood):

@@ -115,7 +115,7 @@ def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
 
 
 def test_eval_draws_where_tokens_go(slim, budwood, lm_dir, data, tmp_path, monkeypatch):
-    from budwood.tune import plots
+    from budwood.bench import plots
 
     drawn = {}
     whole = plots.plot_identity
@@ -239,12 +239,12 @@ def test_eval(tuned, budwood, lm_dir, data, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", SLIM])
 def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method):
-    from budwood.tune import train
+    from budwood.tune import train, trainer
 
     whole = [*command(lm_dir, data, tmp_path / "a", method=method), "--save-every", 2, "--json"]
     expected = json.loads(budwood(*whole).stdout)["history"]
     again = [*command(lm_dir, data, tmp_path / "b", method=method), "--save-every", 2, "--json"]
-    check = train.check_gradients
+    check = trainer.check_gradients
 
     def killed(model, step):
         if step == 5:
@@ -255,7 +255,7 @@ def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_gradients", killed)
+        patch.setattr(trainer, "check_gradients", killed)
         result = budwood(*again)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "budwood: interrupted"
@@ -279,7 +279,7 @@ def test_a_finished_run(tuned, budwood, lm_dir, data):
     (folder / "record.json").unlink()
     again = command(lm_dir, data, folder)
     result = budwood(*again)
-    assert result.exit_code == 0 and "is over; nothing is trained" in result.stderr
+    assert result.exit_code == 0 and "is complete; nothing was trained" in result.stderr
     assert records.read(folder / "record.json").rows == kept.rows
     refused_with_bars(budwood(*again, "--dtype", "bfloat16"), "dtype")
 
@@ -381,14 +381,14 @@ def plain(rows):
 
 
 def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
-    from budwood.bench.tune import runner
+    from budwood.tune import finetuning
 
     folder, line, found = comparison
     record = next((folder / "runs").glob("lora-lr0.001-seed0")) / "record.json"
     record.unlink()  # as if it had been killed before the evaluation was noted
     trained = []
-    inner = runner.train
-    monkeypatch.setattr(runner, "train", lambda *a, **k: trained.append(1) or inner(*a, **k))
+    inner = finetuning.attach
+    monkeypatch.setattr(finetuning, "attach", lambda *a, **k: trained.append(1) or inner(*a, **k))
     again = json.loads(budwood(*line).stdout)
     assert not trained
     assert plain(again["rows"]) == plain(found["rows"])
@@ -425,16 +425,16 @@ def test_a_comparison_keeps_its_model_and_its_questions(
 def test_the_base_of_an_adapter_on_the_hub(monkeypatch):
     from peft import PeftConfig
 
-    from budwood.cli.language_models import _base_of
     from budwood.errors import InputError
+    from budwood.tune.loading import base_of
 
     found = PeftConfig(base_model_name_or_path="someone/base")
     monkeypatch.setattr(PeftConfig, "from_pretrained", classmethod(lambda cls, name: found))
-    assert _base_of("someone/adapter") == "someone/base"
+    assert base_of("someone/adapter") == "someone/base"
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="cannot load adapter someone/adapter"):
-        _base_of("someone/adapter")
+        base_of("someone/adapter")
 
 
 def test_bench_goes_on_from_records_alone(comparison, budwood):
@@ -461,7 +461,7 @@ def test_ls_tuners(budwood):
     ("lines", "fragment"),
     [
         ([], "is empty"),
-        (["{}"], "line 1: has neither"),
+        (["{}"], "line 1: has the keys (none); give"),
         (['{"question": "a", "answer": "b"}', "{nonsense"], "line 2: is not JSON"),
         (['{"question": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 is no index"),
         (['{"question": "", "answer": "b"}'], "question must be a text"),

@@ -18,7 +18,7 @@ from budwood.errors import (
 )
 from budwood.prune import attach
 from budwood.prune.methods.adav_contrast import AdaVContrast
-from budwood.prune.methods.vocabulary import Common
+from budwood.prune.methods.scores import Common
 from tests.contract import models
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}

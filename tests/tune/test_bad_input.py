@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.tune.base import sampled_weights
-from budwood.tune.files import check_adapter_files
+from budwood.tune.base_model import sampled_weights
+from budwood.tune.saved import check_adapter_files
 from tests import tiny_llm as tiny
 
 

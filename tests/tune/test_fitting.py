@@ -7,11 +7,11 @@ import torch
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.discriminant import discriminant
+from budwood.tune.distance import discriminant
 from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
 from budwood.tune.fitting import Survey
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.own_text import own_text, replies
+from budwood.tune.self_generated import replies, self_generate
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 
@@ -276,9 +276,13 @@ def chat():
 def test_own_text_is_requests_and_replies(chat):
     chat.train()
     state = torch.get_rng_state()
-    found = own_text(chat, TOKENS, 5, batch=2)
+    found = self_generate(chat, TOKENS, 5, batch=2)
     assert chat.training and torch.equal(torch.get_rng_state(), state)
-    assert found == own_text(chat, TOKENS, 5, batch=2) != own_text(chat, TOKENS, 5, batch=2, seed=1)
+    assert (
+        found
+        == self_generate(chat, TOKENS, 5, batch=2)
+        != self_generate(chat, TOKENS, 5, batch=2, seed=1)
+    )
     before = tokens_before_request(TOKENS)
     assert TOKENS.decode(before) == "<|im_start|>user\n"
     for row in found:
@@ -294,7 +298,7 @@ def test_what_a_checkpoint_asks_of_sampling_is_left_out():
     plain, chat = tiny_chat.model(), tiny_chat.model()
     asked = {"repetition_penalty": 5.0, "temperature": 0.1, "min_p": 0.5, "top_k": 3}
     chat.generation_config.update(**asked)
-    assert own_text(chat, TOKENS, 5) == own_text(plain, TOKENS, 5)
+    assert self_generate(chat, TOKENS, 5) == self_generate(plain, TOKENS, 5)
     adapted = attach(parse_tuner("lora"), chat, 2, 0)
     assert replies(adapted, TOKENS, ["a"]) == replies(plain, TOKENS, ["a"])
     assert {key: getattr(chat.generation_config, key) for key in asked} == asked
@@ -303,7 +307,7 @@ def test_what_a_checkpoint_asks_of_sampling_is_left_out():
 def test_own_text_is_the_other_text_when_none_is_given(chat, monkeypatch):
     monkeypatch.setattr("budwood.tune.fitting.N_TEXTS", 6)
     given, own = (tiny.slim(tiny_chat.model(), distance="discriminant") for _ in range(2))
-    fit_discriminant(given, TOKENS, rows_of(), own_text(chat, TOKENS, 6, seed=3), seed=3)
+    fit_discriminant(given, TOKENS, rows_of(), self_generate(chat, TOKENS, 6, seed=3), seed=3)
     fit_discriminant(own, TOKENS, rows_of(), seed=3)
     one, other = tiny.states(given), tiny.states(own)
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -354,7 +358,7 @@ def test_a_model_that_asks_nothing_is_refused(chat, monkeypatch):
         lambda input_ids, **options: torch.cat([input_ids, end.expand(len(input_ids), 1)], 1),
     )
     with pytest.raises(InputError, match="no requests"):
-        own_text(chat, TOKENS, 3)
+        self_generate(chat, TOKENS, 3)
 
 
 def test_a_template_without_a_place_for_requests_is_refused():

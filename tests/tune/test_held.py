@@ -8,10 +8,11 @@ import torch
 from budwood.runs import RunFolder
 from budwood.tune.data import example_of
 from budwood.tune.encoding import encode
-from budwood.tune.evaluate.drift import measure_drift
+from budwood.tune.evaluate.divergence import measure_drift
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.own_text import own_text
-from budwood.tune.train import Settings, train
+from budwood.tune.self_generated import self_generate
+from budwood.tune.settings import Settings
+from budwood.tune.train import train
 from budwood.tune.trainer import AnswerTrainer
 from tests import tiny_chat
 from tests import tiny_llm as tiny
@@ -21,7 +22,7 @@ TOKENS = tiny_chat.tokenizer()
 
 @pytest.fixture(scope="module")
 def own():
-    return own_text(tiny_chat.model(), TOKENS, 12)
+    return self_generate(tiny_chat.model(), TOKENS, 12)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ SLIM = "n_experts=2+n_clusters=2+n_directions=8+skip_first=0.0"
 def trained(folder, rows, held=(), method="lora", kl=0.0, **how):
     adapted = attach(parse_tuner(method), tiny_chat.model(), 2, 0)
     settings = Settings(**{"steps": 12, "batch": 4, "lr": 1e-2, "schedule": "linear", **how})
-    train(adapted, TOKENS, rows, settings, RunFolder(folder, {}), held=held, kl=kl)
+    train(adapted, TOKENS, rows, settings, RunFolder(folder, {}), texts=held, kl=kl)
     return adapted.eval()
 
 
@@ -56,8 +57,8 @@ def test_own_text_holds_the_model_where_it_is_used(tmp_path, rows, own):
 
 
 def test_own_text_goes_on_where_it_was(tmp_path, rows, own, monkeypatch):
-    options = {"held": own, "kl": 1.0}
-    whole = trained(tmp_path / "whole", rows, **options, accumulate=2)
+    options = {"texts": own, "kl": 1.0}
+    whole = trained(tmp_path / "whole", rows, own, kl=1.0, accumulate=2)
     seen = []
     inner = torch.optim.AdamW.step
 
@@ -105,7 +106,7 @@ def test_own_text_under_checkpointing(tmp_path, rows, own):
 
 def test_every_pass_has_texts_of_its_own(tmp_path, rows, own, monkeypatch):
     seen = []
-    inner = AnswerTrainer._held_kl
+    inner = AnswerTrainer._text_kl
 
     def watched(self, model):
         collate = self.data_collator
@@ -115,6 +116,6 @@ def test_every_pass_has_texts_of_its_own(tmp_path, rows, own, monkeypatch):
         finally:
             self.data_collator = collate
 
-    monkeypatch.setattr(AnswerTrainer, "_held_kl", watched)
+    monkeypatch.setattr(AnswerTrainer, "_text_kl", watched)
     trained(tmp_path / "held", rows, own, steps=3, accumulate=2, kl=1.0)
     assert seen == [0, 1, 2, 3, 4, 5]  # one text to four examples

@@ -15,8 +15,9 @@ from budwood.tune import state
 from budwood.tune.data import example_of
 from budwood.tune.encoding import encode
 from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.settings import Settings, default_lr
 from budwood.tune.steps import keeper_of
-from budwood.tune.train import Settings, adapter_of, check_trainable, default_lr, train, weaken
+from budwood.tune.train import check_trainable, run_identity, train, weaken
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -34,11 +35,11 @@ def trained(folder, method="slim-whitened", base=None, **settings):
 
 def test_the_number_of_processes_makes_a_run_what_it_is(monkeypatch):
     def about():
-        return adapter_of("tiny", tiny_chat.model(), "lora", Settings(), 2, "data")
+        return run_identity("tiny", tiny_chat.model(), "lora", Settings(), 2, "data")
 
     alone = about()
     two = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("budwood.tune.train._processes", lambda model: two)
+    monkeypatch.setattr("budwood.tune.train.processes", lambda model: two)
     assert about() == alone | {"processes": 2} != alone
 
 
@@ -47,7 +48,7 @@ def test_nothing_watches_a_run_that_was_broken_off(tmp_path, monkeypatch):
         raise DivergedError("a gradient is NaN")
 
     seen = []
-    monkeypatch.setattr("budwood.tune.train.check_gradients", broken_off)
+    monkeypatch.setattr("budwood.tune.trainer.check_gradients", broken_off)
     monkeypatch.setattr("budwood.tune.train.check_trainable", seen.append)
     with pytest.raises(DivergedError) as kept:  # and with it the frames of the run
         trained(tmp_path, log_every=1)
@@ -106,14 +107,14 @@ def test_a_part_of_what_is_no_product_is_refused(rest):
 
 
 def test_an_infinite_input_names_the_last_checkpoint(tmp_path, monkeypatch):
-    inner, steps = state.Clusters.taken, []
+    inner, steps = state.InputStatistics.take, []
 
     def taken(self):
         found = inner(self)
         steps.append(1)
         return found if len(steps) < 100 else found.fill_(float("inf"))
 
-    monkeypatch.setattr(state.Clusters, "taken", taken)
+    monkeypatch.setattr(state.InputStatistics, "take", taken)
     with pytest.raises(DivergedError, match=r"inputs of layer .*checkpoint-\d+; try a lower"):
         trained(tmp_path, steps=200, save_every=1)
 

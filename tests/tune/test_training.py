@@ -24,8 +24,8 @@ from transformers import (
 import budwood.tune.steps as steps_module
 from budwood.errors import AttachError, DivergedError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
-from budwood.tune.evaluate.routing import by_layer, routing_rows
-from budwood.tune.state import make_clusters
+from budwood.tune.evaluate.suite import by_layer, routing_rows
+from budwood.tune.state import make_statistics
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow
@@ -61,8 +61,7 @@ def inputs_of(model, data, index=0):
 
 def n_counted(model, index=0):
     """Tokens in the moments that a layer has gathered."""
-    clusters = layers(model)[index].slim_clusters["default"]
-    return int(clusters._no_moments().filled(clusters.pending).count.sum())
+    return int(layers(model)[index].slim_clusters["default"].gathered().count.sum())
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -349,12 +348,12 @@ def test_observed_routing_of_what_is_learnt():
     chosen = int((data["labels"][:, 1:] != -100).sum())
     with observe(model) as every:
         model(**data)
-    with observe(model, learnt=True) as seen:
+    with observe(model, supervised=True) as seen:
         model(**data)
     assert {row["n_tokens"] for row in seen.rows()} == {chosen}
     assert seen.rows()[0]["weights"] != every.rows()[0]["weights"]
     del data["labels"]
-    with observe(model, learnt=True) as unlabelled:
+    with observe(model, supervised=True) as unlabelled:
         model(**data)
     assert unlabelled.rows() == every.rows()
 
@@ -365,7 +364,7 @@ def test_labels_pass_a_model_that_the_head_skips():
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 24}
     model, data = tiny.slim(OPTForCausalLM(OPTConfig(**sizes))), tiny.batch()
     data["labels"][:, :-3] = -100
-    with observe(model, learnt=True) as seen:
+    with observe(model, supervised=True) as seen:
         model(**data)
     chosen = int((data["labels"][:, 1:] != -100).sum())
     assert {row["n_tokens"] for row in seen.rows()} == {chosen}
@@ -378,7 +377,7 @@ def test_routing_by_layer_is_that_of_what_has_labels():
         {"input_ids": ids.tolist(), "labels": labels.tolist()}
         for ids, labels in zip(data["input_ids"], data["labels"])
     ]
-    with torch.no_grad(), observe(model, learnt=True) as seen:
+    with torch.no_grad(), observe(model, supervised=True) as seen:
         model(**data)
     got = routing_rows(model, tiny_chat.tokenizer(), {"one": rows, "two": rows}, batch=2)
     expected = by_layer(seen.rows())
@@ -613,11 +612,11 @@ def test_whitened_distances_soon_have_the_scale_of_training_data():
     def tokens(n):
         return torch.randn(n, 96, generator=draw) * spectrum @ turn
 
-    clusters = make_clusters(tiny.config(n_directions=32, margin=0.0), 96, "k")
+    clusters = make_statistics(tiny.config(n_directions=32, margin=0.0), 96, "k")
     for _ in range(10):
         _, moments = clusters.distance(tokens(200), lambda: None, gather=True, training=True)
         clusters.add(moments)
-        clusters.commit(clusters.taken())
+        clusters.commit(clusters.take())
     found, _ = clusters.distance(tokens(2000), lambda: None, gather=False, training=False)
     assert 0.8 < found.std() < 1.2 and abs(found.mean()) < 0.5
 

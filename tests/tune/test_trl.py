@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from budwood.tune import SlimLinear
-from budwood.tune.state import Clusters
+from budwood.tune.state import InputStatistics
 from tests import tiny_llm as tiny
 from tests.tiny_llm import states
 
@@ -50,13 +50,13 @@ def test_sft_trainer(options, given, tmp_path, monkeypatch):
     from trl import SFTConfig, SFTTrainer
 
     counted = []
-    commit = Clusters.commit
+    take = InputStatistics.take
 
-    def counting(self, flat):
-        counted.append((self.key, int(self._no_moments().filled(flat).count.sum())))
-        commit(self, flat)
+    def counting(self):
+        counted.append((self.key, int(self.gathered().count.sum())))
+        return take(self)
 
-    monkeypatch.setattr(Clusters, "commit", counting)
+    monkeypatch.setattr(InputStatistics, "take", counting)
     arguments = SFTConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=2,

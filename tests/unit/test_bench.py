@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from budwood.bench.prune import Config, Outcome, Variant, rows_of, run, variants_of
-from budwood.bench.prune.accuracy import FULL, Asked, normalise
-from budwood.bench.prune.answering import answer_full, answer_pruned, encode
-from budwood.bench.prune.speed import _Largest
-from budwood.bench.prune.times import Run, Times
+from budwood.bench.prune.accuracy import Asked, Times, normalise
+from budwood.bench.prune.answering import answer_full, answer_pruned
+from budwood.bench.prune.plan import FULL, Run
+from budwood.bench.prune_speed import _Largest
 from budwood.bootstrap import PairedBootstrap, interval
 from budwood.errors import InputError, UnknownNameError
-from budwood.prune import attach
+from budwood.prune import attach, encode
 from budwood.prune.chat import answers, prepare, render
 from budwood.prune.latency import FirstToken
 from budwood.sprout.questions import Question, balanced
@@ -49,16 +49,16 @@ def exam():
 
 @pytest.mark.parametrize("keep", [12, 0.75])
 @pytest.mark.parametrize(
-    "variant", [Variant("adav"), Variant("adav", "official", "all"), Variant("random")]
+    "variant", [Variant("adav"), Variant("adav-official", "all"), Variant("random")]
 )
 def test_pictures_encoded_once_give_the_same_answers(vlm, exam, variant, keep):
     model, processor = vlm
     images, texts = exam
     inputs = prepare(processor, [images[i] for i in WHICH], texts)
-    encoded = encode(model, processor, prepare(processor, images, ["-", "-"]), variant.compat)
+    encoded = encode(model, prepare(processor, images, ["-", "-"]), variant.method)
     options = {"keep": keep, "seed": 3}
     found = answer_pruned(
-        model, processor, inputs, encoded.rows(WHICH), variant, max_new_tokens=4, **options
+        model, processor, inputs, encoded.pick(WHICH), variant, max_new_tokens=4, **options
     )
     with attach(model, processor=processor, **variant.options, **options) as session:
         output = model.generate(**inputs, **GREEDY)
@@ -71,7 +71,7 @@ def test_shared_prefix_gives_the_same_answers(vlm, exam):
     model, processor = vlm
     images, texts = exam
     inputs = prepare(processor, [images[i] for i in WHICH], texts)
-    encoded = encode(model, processor, prepare(processor, images, ["-", "-"]))
+    encoded = encode(model, prepare(processor, images, ["-", "-"]))
     found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
     output = model.generate(**inputs, **GREEDY)
     assert found == answers(processor, output, inputs["input_ids"].shape[1])
@@ -91,7 +91,7 @@ def test_no_prefix_is_shared_where_the_picture_comes_last(vlm, exam):
             return_tensors="pt",
         )
     )
-    encoded = encode(model, processor, prepare(processor, images, ["-", "-"]))
+    encoded = encode(model, prepare(processor, images, ["-", "-"]))
     found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
     output = model.generate(**inputs, **GREEDY)
     assert found == answers(processor, output, inputs["input_ids"].shape[1])
@@ -106,7 +106,7 @@ def test_run_scores_what_the_model_says(vlm, monkeypatch):
         tuple(variants_of(["adav", "uniform"])), (1.0, 2), n_scenes=5, batch=12, n_timed=2
     )
     told = []
-    outcome = run(model, processor, config, lambda done, total: told.append((done, total)))
+    outcome = run(model, processor, config, lambda done, total, note="": told.append((done, total)))
     rows = {(row["method"], row["keep"]): row for row in rows_of(outcome, config)}
     for all_kept in (("full", 1.0), ("adav", 1.0), ("uniform", 1.0)):
         assert rows[all_kept]["accuracy"] == rows[all_kept]["retention"] == 1.0
@@ -193,11 +193,11 @@ def test_normalise(text, expected):
 
 
 def test_variants():
-    names = [(v.name, v.question) for v in variants_of(["adav", "random"], "official", ["all"])]
+    names = [(v.method, v.question) for v in variants_of(["adav", "random"], "official", ["all"])]
     assert names == [("adav", "all"), ("adav-official", "all"), ("random", None)]
+    assert variants_of(["adav", "adav-official"]) == variants_of(["adav"], "official")
     assert variants_of(["adav-official"])[0].options == {
-        "method": "adav",
-        "compat": "official",
+        "method": "adav-official",
         "question": "all",
     }
     for wrong in (["adv"], ["adav-unofficial"], ["uniform-official"]):

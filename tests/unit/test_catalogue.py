@@ -38,11 +38,6 @@ def test_pruning_methods():
         assert entry.source == method.source
 
 
-def test_tuners():
-    for name, entry in catalogue.TUNERS.items():
-        assert (entry.facts["kind"] == "ablation") == TUNERS.get(name).is_ablation
-
-
 def test_encoders():
     with torch.device("meta"):
         for name, entry in catalogue.ENCODERS.items():

@@ -41,7 +41,7 @@ def test_anyres_map_is_the_models_own_packing(next_case, size):
     order = packed[0].flatten().long()
     assert layout.n_crops == n_crops
     assert layout.n_placeholders == len(order)
-    assert torch.equal(layout.source, order[order >= 0])
+    assert torch.equal(layout.order, order[order >= 0])
     assert torch.equal(layout.candidates, (order >= 0).nonzero().flatten())
     assert torch.equal(layout.fixed, (order < 0).nonzero().flatten())
     assert crop_layout(size, PINPOINTS, 12, 4).n_placeholders == len(order)
@@ -161,7 +161,7 @@ def test_official_llava_next_feeds_crop_ordered_features():
             lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
         ),
     ]
-    with attach(case.model, keep=13, compat="official", question="all") as session:
+    with attach(case.model, keep=13, method="adav-official", question="all") as session:
         case.model.generate(**batch, max_new_tokens=1)
     for handle in handles:
         handle.remove()

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune.evaluate import harness, known_tasks
-from budwood.tune.evaluate.known_tasks import leaf_tasks
-from budwood.tune.evaluate.suite import find_tasks
+from budwood.tune.evaluate import harness, tasks
+from budwood.tune.evaluate.tasks import find_tasks, leaf_tasks
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -47,7 +46,7 @@ def lm_eval(tmp_path, monkeypatch):
         for i, config in enumerate(configs):  # JSON is YAML
             (folder / f"{i}.yaml").write_text(json.dumps(config))
         manager = TaskManager(include_path=str(folder), include_defaults=False)
-        for module in (harness, known_tasks):
+        for module in (harness, tasks):
             monkeypatch.setattr(module, "task_manager", lambda: manager)
 
     return know

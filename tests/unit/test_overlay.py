@@ -7,9 +7,9 @@ from PIL import Image
 
 from budwood.prune import attach
 from budwood.prune.chat import prepare
+from budwood.prune.methods.base import Split
 from budwood.prune.overlay import PANEL, draw
 from budwood.prune.report import ImageReport
-from budwood.prune.selection import Split
 
 
 def report(boxes, kept, saliency=None, relevance=None, view=lambda _: (0.0, 0.0, 1.0, 1.0)):

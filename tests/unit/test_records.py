@@ -143,18 +143,6 @@ def test_rows_side_by_side():
         records.spread([*rows, rows[0]], {"method": "", "top": ""}, "points")
 
 
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    options = {"x": "keep", "y": "accuracy", "by": "method"}
-    path = records.plot(ROWS, tmp_path / "c.png", **options, low="low", high="high", baseline=0.65)
-    assert path.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(InputError, match="a row has no 'ttft_ms'"):
-        records.plot(ROWS, tmp_path / "d.png", **{**options, "y": "ttft_ms"})
-    for bad in (tmp_path / "none" / "c.png", tmp_path / "c.nonsense"):
-        with pytest.raises(OutputError, match="cannot write"):
-            records.plot(ROWS, bad, **options)
-
-
 def test_git_state(tmp_path):
     assert records.git_state(tmp_path) == {"commit": None, "dirty": None}
 

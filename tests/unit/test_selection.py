@@ -15,11 +15,12 @@ from budwood.errors import BudgetError, InputError, ShapeError, UnknownNameError
 from budwood.prune import METHODS, select
 from budwood.prune.methods.adav import AdaV
 from budwood.prune.methods.adav_contrast import AdaVContrast
-from budwood.prune.methods.random import Random
-from budwood.prune.methods.scores import best_split, log_relevance
+from budwood.prune.methods.adav_official import AdaVOfficial
+from budwood.prune.methods.base import Split
+from budwood.prune.methods.baselines import Random
+from budwood.prune.methods.scores import Common, best_split, log_relevance
 from budwood.prune.methods.t2i import T2I
-from budwood.prune.methods.vocabulary import Common
-from budwood.prune.selection import Split, usable
+from budwood.prune.selection import usable
 from tests.reference import adav_reference as reference
 
 # (n_visual, n_text, d_model, keep): tiny budgets, everything, one text token, heavy overlap
@@ -36,6 +37,8 @@ SHAPES = [
     (31, 3, 5, 31),
     (90, 11, 16, 17),
 ]
+
+EXACT = [name for name in METHODS if METHODS.get(name).exact]
 
 
 def make(n_visual, n_text, d_model, *, seed=0, sharp=2.0):
@@ -233,7 +236,7 @@ def test_order_of_visual_tokens_moves_with_the_choice():
     assert sorted(order[got].tolist()) == want.tolist()
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("keep", [1, 2, 3, 10, 41, 0.1, 0.999, 1.0])
 def test_every_method_keeps_exactly_k_sorted_distinct_repeatable(name, keep):
     inputs = make(41, 4, 6, seed=2)
@@ -262,7 +265,7 @@ def test_scores_are_float32(name, dtype):
         assert got.indices.tolist() == exact.indices.tolist()
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", EXACT)
 def test_ties_go_to_the_lower_index(name):
     same = torch.ones(12, 4), torch.ones(2, 4), torch.full((12,), 0.5)
     got = select(*same, keep=5, method=name).indices.tolist()
@@ -283,7 +286,7 @@ def test_select_builds_no_graph():
     assert not select(visual, text, saliency, keep=4).relevance.requires_grad
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", EXACT)
 def test_question_without_tokens(name):
     visual, _, saliency = make(24, 0, 5, seed=4)
     got = select(visual, visual[:0], saliency, keep=6, method=name)
@@ -332,7 +335,7 @@ def test_random_does_not_touch_the_global_stream():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-# --- compat="official" ---------------------------------------------------------------------------
+# --- adav-official, and compat="official" as an alias --------------------------------------------
 
 
 @pytest.mark.parametrize("n_crops", [1, 2, 5])
@@ -341,8 +344,13 @@ def test_random_does_not_touch_the_global_stream():
 def test_official_agrees_with_reference(n_crops, keep, seed):
     inputs = make(60, 4, 7, seed=seed)
     want = reference.adav_official(*plain(*inputs), keep, n_crops)
-    got = select(*inputs, keep=keep, compat="official", n_crops=n_crops)
+    got = select(*inputs, keep=keep, method="adav-official", n_crops=n_crops)
     assert got.indices.tolist() == want
+    for alias in ({}, {"method": "adav-official"}, {"method": AdaVOfficial(n_crops=9)}):
+        same = select(*inputs, keep=keep, compat="official", n_crops=n_crops, **alias)
+        assert same.indices.tolist() == want
+    mine = select(*inputs, keep=keep, method=AdaVOfficial(n_crops=n_crops))
+    assert mine.indices.tolist() == want
     split = got.split
     assert split.reserved + split.by_text + split.by_saliency == len(want)
 
@@ -371,6 +379,9 @@ def test_official_of_an_instance_keeps_its_parameters():
     inputs = make(40, 4, 6, seed=8)
     got = select(*inputs, keep=10, method=AdaV(reserve=0.5), compat="official")
     assert got.split.reserved == 10
+    assert got.indices.tolist() == (
+        select(*inputs, keep=10, method=AdaVOfficial(reserve=0.5)).indices.tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -413,7 +424,7 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("n_text", [0, 3])
 def test_no_host_sync(name, n_text):
     inputs = make(40, n_text, 5)
@@ -423,7 +434,7 @@ def test_no_host_sync(name, n_text):
     assert len(selection.indices) == 9
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("keep", [1, 9, 40])
 def test_runs_without_any_values(name, keep):
     # A fake tensor has no values: whatever would read one on the host raises.
@@ -474,6 +485,19 @@ def test_refuses_wrong_shapes(change, message):
     inputs = dict(zip(("visual", "text", "saliency"), make(40, 3, 5), strict=True))
     with pytest.raises(ShapeError, match=message):
         select(**{**inputs, **change}, keep=4)
+
+
+@pytest.mark.parametrize("name", ["visual", "text", "saliency"])
+def test_refuses_what_is_no_tensor(name):
+    inputs = dict(zip(("visual", "text", "saliency"), make(40, 3, 5), strict=True))
+    for value, message in (
+        (inputs[name].numpy(), f"{name} is a numpy.ndarray, .* give torch.from_numpy\\({name}\\)"),
+        (inputs[name].tolist(), f"{name} is a list, .* give torch.tensor\\({name}\\)"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            select(**{**inputs, name: value}, keep=4)
+    with pytest.raises(ShapeError, match="visual is a NoneType"):
+        select(None, keep=4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

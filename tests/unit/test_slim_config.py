@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import peft
 import peft.utils.constants as peft_constants
 import pytest
 from torch import nn
@@ -39,7 +40,7 @@ BAD = [
     ({"merging": None}, "merging=None; give"),
     ({"merge_rescale": "yes"}, "merge_rescale='yes'; give"),
     ({"n_experts": "8"}, "n_experts='8'; give an int"),
-    ({"alpha": None}, "alpha=None; give a number"),
+    ({"alpha": "8"}, "alpha='8'; give a number"),
     ({"skip_first": "half"}, "skip_first='half'; give a number"),
     ({"seed": "x"}, "seed='x'; give an int"),
 ]
@@ -60,11 +61,66 @@ def test_unknown_names(changes):
         SlimConfig(**changes)
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults():
     config = SlimConfig()
-    assert (config.n_experts, config.n_identity, config.r, config.top_k) == (8, 2, 16, 2)
+    assert (config.n_experts, config.n_identity, config.top_k) == (8, 2, 2)  # the paper's
+    assert (config.r, config.alpha, config.scale) == (4, 8.0, 2.0)
     assert (config.n_clusters, config.momentum, config.merge_p) == (8, 0.05, 0.5)
     assert config.peft_type == "SLIM" and config.peft_type.value == config.peft_type.name == "SLIM"
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5, 3])
+def test_alpha_is_a_number_once_the_config_is_made(alpha):
+    assert SlimConfig(r=6, alpha=alpha).alpha == (12.0 if alpha is None else alpha)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "distance", "n_directions", "margin"),
+    [
+        (0, "whitened", 8, 1.5),
+        (160, "whitened", 16, 1.5),
+        (1279, "whitened", 127, 1.5),
+        (1280, "discriminant", 128, 1.0),
+        (10**6, "discriminant", 128, 1.0),
+    ],
+)
+def test_the_recommended_config_follows_the_amount_of_data(
+    n_tokens, distance, n_directions, margin
+):
+    config = SlimConfig.recommended(n_tokens)
+    assert (config.r, config.alpha, config.task_type) == (4, 8.0, "CAUSAL_LM")
+    assert (config.distance, config.n_directions) == (distance, n_directions)
+    assert (config.margin_of(training=True), config.margin_of(training=False)) == (1.5, margin)
+
+
+def test_options_take_precedence_over_the_recommended_ones():
+    config = SlimConfig.recommended(50, r=2, distance="discriminant", n_directions=5, seed=3)
+    assert (config.r, config.alpha, config.n_directions, config.seed) == (2, 4.0, 5, 3)
+    assert config.margin_of(training=False) == 1.0
+    config = SlimConfig.recommended(5000, margin=0.5)
+    assert config.distance == "discriminant" and config.margin_of(training=False) == 0.5
+    assert SlimConfig.recommended(5000, distance="max", margin_inference=0).margin_inference == 0
+    for wrong in (-1, 2.5, None, True):
+        with pytest.raises(InputError, match=f"n_supervised_tokens={wrong}; give an int"):
+            SlimConfig.recommended(wrong)
+
+
+def test_a_config_can_be_saved_alone(tmp_path):
+    config = SlimConfig.recommended(5000, target_modules=["down_proj"], l1=0.5)
+    config.save_pretrained(str(tmp_path))
+    for kind in (SlimConfig, peft.PeftConfig):
+        assert kind.from_pretrained(str(tmp_path)) == config
+    of_an_adapter = SlimConfig(base={"model_type": "llama"})
+    of_an_adapter.save_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match="has no adapter_model.safetensors"):
+        SlimConfig.from_pretrained(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        SlimConfig.from_pretrained(str(tmp_path))
+
+
+def test_the_spelling_of_older_adapters_is_read():
+    assert SlimConfig(fit_on="learnt") == SlimConfig(fit_on="supervised") == SlimConfig()
 
 
 def test_every_architecture_that_peft_knows_has_targets():
@@ -119,8 +175,6 @@ def test_siblings_read_the_same_input():
 
 
 def test_a_model_without_config_takes_named_targets():
-    import peft
-
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     found = peft.get_peft_model(model, SlimConfig(r=2, n_clusters=2, target_modules=["0"]))
     assert type(found.base_model.model[0]).__name__ == "SlimLinear"

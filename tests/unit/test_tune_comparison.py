@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from budwood.bench.tune.plan import Plan, read_material, split
-from budwood.bench.tune.rows import method_rows
-from budwood.bench.tune.runner import Trial, best_rates
+from budwood.bench.tune.plan import Plan, Trial, read_material, split
+from budwood.bench.tune.rows import best_rates, method_rows
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune import plots
 from budwood.tune.data import STYLES, example_of
-from budwood.tune.evaluate.routing import by_layer
+from budwood.tune.evaluate.suite import by_layer
 from tests import tiny_chat
 
 
@@ -66,53 +64,6 @@ def test_method_rows():
     assert found["slim"]["loss_rise_gsm8k_ratio"] == pytest.approx(0.1)
     assert found["base"]["loss_rise_gsm8k"] == 0 and found["lora"]["accuracy_boolq"] == 0.5
     assert not any("val_" in key for key in found["slim"])
-
-
-@pytest.mark.parametrize(
-    ("keys", "labels"),
-    [
-        (("kl_chat", "kl_text", "perplexity"), ["KL to the base model on its replies", "perp"]),
-        (("kl_text", "perplexity"), ["KL to the base model on text", "perp"]),
-        (("kl_chat", "perplexity_of_replies"), ["KL to the base model on its replies"]),
-    ],
-)
-def test_pictures_show_what_was_measured(keys, labels, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
-    rows = [
-        {"method": "base", "lr": None, "status": "complete", "validation": 0.3},
-        {"method": "lora", "lr": 1e-3, "status": "complete", "validation": 0.4},
-        {"method": "lora", "lr": 1e-2, "status": "diverged"},
-    ]
-    for row in rows[:2]:
-        row |= dict.fromkeys((*keys, "validation_loss"), 1.5)
-    plots.plot_front(rows, tmp_path / "front.png")
-    plots.plot_curves({"lora": [{"step": 2, "probe": rows[1]}, {"step": 3}]}, tmp_path / "c.png")
-    front, curves = ([axis.get_xlabel() for axis in figure.axes] for figure in drawn)
-    assert len(front) == len(labels) and all(a.startswith(b) for a, b in zip(front, labels))
-    assert len(curves) == 3 and [len(axis.lines) for axis in drawn[1].axes] == [1, 1, 1]
-    assert drawn[1].axes[2].get_ylabel() == front[0]
-
-
-@pytest.mark.parametrize("base", [[], [{"method": "base", "lr": None, "validation": 0.35}]])
-def test_runs_below_the_base_model_lie_outside(base, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
-    runs = [(1e-3, 0.4, 0.5), (3e-3, 0.5, 2.0), (1e-2, 0.3, 900.0)]
-    shared = {"method": "lora", "status": "complete"}
-    rows = [shared | {"lr": lr, "validation": v, "kl_chat": kl} for lr, v, kl in runs]
-    plots.plot_front([*base, *rows], tmp_path / "front.png")
-    axis = drawn[0].axes[0]
-    (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    assert 0.4 < low < 0.5 and bottom < 0.4 and 0.5 < top < 0.55
-    assert 2 < high < 3 if base else high > 900
-    assert len(axis.lines[0].get_xdata()) == 3  # a line leads there
-
-
-def test_a_picture_of_nothing_is_refused(tmp_path):
-    row = {"method": "lora", "lr": 1e-3, "status": "complete", "validation": 0.4}
-    with pytest.raises(InputError, match="measured on no text"):
-        plots.plot_front([row], tmp_path / "front.png")
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -10,7 +10,7 @@ from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune.data import example_of, is_file, read_examples, styled
 from budwood.tune.encoding import IGNORED, Padded, encode, encode_one, prompt_tokens
 from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
-from budwood.tune.sampler import LengthGrouped, grouped_order
+from budwood.tune.trainer import LengthGrouped, grouped_order
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -141,7 +141,7 @@ def test_messages_have_a_role_and_content_alone(key, value):
 def test_tools_beside_messages_are_refused():
     row = chat("user", "assistant")
     assert example_of(row | {"tools": [], "source": "a site"}) == example_of(row)
-    with pytest.raises(InputError, match="the line has tools; only role and content"):
+    with pytest.raises(InputError, match="the row has tools; only role and content"):
         example_of(row | {"tools": [{"type": "function"}]})
 
 

@@ -18,20 +18,24 @@ from transformers import (
 from budwood.errors import InputError
 from budwood.tune.data import example_of, styled
 from budwood.tune.encoding import encode_one, lead_of, render
-from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
-from budwood.tune.evaluate.harness import (
+from budwood.tune.evaluate.divergence import (
+    chat_prompts,
+    make_texts,
+    measure_drift,
+    text_windows,
+)
+from budwood.tune.evaluate.harness import run_tasks
+from budwood.tune.evaluate.scores import Score, compare, report_rows
+from budwood.tune.evaluate.suite import Suite, routing_rows
+from budwood.tune.evaluate.tasks import (
     find_task,
-    run_tasks,
+    find_tasks,
+    shipped_tasks,
     task_names,
     task_of,
 )
-from budwood.tune.evaluate.known_tasks import shipped_tasks
-from budwood.tune.evaluate.report import report_rows
-from budwood.tune.evaluate.routing import routing_rows
-from budwood.tune.evaluate.scores import Score, compare
-from budwood.tune.evaluate.suite import Suite, find_tasks, make_texts
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.own_text import own_text, replies
+from budwood.tune.self_generated import replies, self_generate
 from tests import tiny_chat
 from tests.tiny_chat import TEMPLATE
 
@@ -115,7 +119,7 @@ def test_report_puts_targets_first_and_adds_means():
 def test_shared_prompts_give_what_hflm_gives(adapted, monkeypatch, plain):
     from lm_eval.models.huggingface import HFLM
 
-    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+    from budwood.tune.evaluate.harness import SharedPromptLM
 
     if plain:  # as models without these arguments are
         base = adapted.get_base_model()
@@ -145,7 +149,7 @@ def test_shared_prompts_give_what_hflm_gives(adapted, monkeypatch, plain):
 def test_answers_that_leave_little_room(adapted):
     from lm_eval.models.huggingface import HFLM
 
-    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+    from budwood.tune.evaluate.harness import SharedPromptLM
 
     requests = [
         (("", str(n)), list(range(3, 3 + prompt)), list(range(40, 40 + n)))
@@ -162,7 +166,7 @@ def test_answers_that_leave_little_room(adapted):
 
 def test_answers_of_several_lengths_at_the_last_position():
     """GPT-2 reads where a token is from a table, which ends."""
-    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+    from budwood.tune.evaluate.harness import SharedPromptLM
 
     torch.manual_seed(0)
     sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 260}
@@ -176,7 +180,7 @@ def test_answers_of_several_lengths_at_the_last_position():
 
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_models_that_keep_a_state(kind):
-    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+    from budwood.tune.evaluate.harness import SharedPromptLM
 
     torch.manual_seed(0)
     model = STATEFUL[kind]().eval()
@@ -236,7 +240,7 @@ def test_answers_are_scored_where_training_puts_them(adapted, tmp_path, lead):
 
 def test_todays_date_is_in_no_prompt(adapted):
     """Or else a run could not be gone on with, or a score be repeated, the day after."""
-    from budwood.tune.evaluate.shared_prompt import SharedPromptLM
+    from budwood.tune.evaluate.harness import SharedPromptLM
 
     tokens = tiny_chat.tokenizer()
     tokens.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + TEMPLATE
@@ -509,7 +513,7 @@ def test_counts_that_are_too_low(adapted, data):
         lambda: chat_prompts(-60),
         lambda: replies(adapted, TOKENS, ["a"], batch=0),
         lambda: replies(adapted, TOKENS, ["a"], n_tokens=0),
-        lambda: own_text(adapted, TOKENS, 0),
+        lambda: self_generate(adapted, TOKENS, 0),
         lambda: measure_drift(adapted, TOKENS, rows, "text", batch=0),
         lambda: routing_rows(adapted, TOKENS, {"text": rows}, batch=-1),
         lambda: run_tasks(adapted, TOKENS, [task], batch=0),

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from budwood.bench.tune.plan import fit_rank
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune.fitting import N_TEXTS
-from budwood.tune.methods import attach, fit_rank, n_trainable, parse_tuner
+from budwood.tune.methods import attach, n_trainable, parse_tuner
 from budwood.tune.targets import with_attention
 from tests import tiny_chat
 
@@ -42,7 +43,7 @@ def test_parse_tuner(text, fields):
     ],
 )
 def test_only_methods_that_take_it_have_text_written(text, n):
-    assert parse_tuner(text).n_own == n
+    assert parse_tuner(text).n_texts == n
 
 
 @pytest.mark.parametrize(
@@ -50,11 +51,11 @@ def test_only_methods_that_take_it_have_text_written(text, n):
 )
 def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
     found = parse_tuner("slim").fitted_to(n_learnt)
-    assert found.n_own == n and found.config(1, None, 0).distance == distance
-    assert parse_tuner("slim:texts=8").fitted_to(n_learnt).n_own == 8
+    assert found.n_texts == n and found.config(1, None, 0).distance == distance
+    assert parse_tuner("slim:texts=8").fitted_to(n_learnt).n_texts == 8
     assert parse_tuner("slim:texts=0").fitted_to(n_learnt).config(1, None, 0).distance == "whitened"
     asked = parse_tuner("slim:distance=discriminant").fitted_to(n_learnt)
-    assert asked.n_own == N_TEXTS and asked.config(1, None, 0).distance == "discriminant"
+    assert asked.n_texts == N_TEXTS and asked.config(1, None, 0).distance == "discriminant"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_the_plain_reading_has_nothing_of_ours():
     config = plain.config(1, None, 0)
     assert (config.distance, config.fit_on, config.yield_at) == ("max", "all", "module")
     assert config.margin_of(training=True) == config.margin_of(training=False) == 0
-    assert config.skip_first == 0 and plain.strength == 1 and plain.n_own == 0
+    assert config.skip_first == 0 and plain.strength == 1 and plain.n_texts == 0
     assert parse_tuner("moe").strength == parse_tuner("lora").strength == 1
     assert parse_tuner("slim").strength == parse_tuner("slim-no-l1").strength == 0.7
 
@@ -80,10 +81,10 @@ def test_the_plain_reading_has_nothing_of_ours():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("lora-wd:weight_decay=3", {"weight_decay": 3, "kl": 0, "held": (), "strength": 1}),
-        ("lora-kl", {"weight_decay": 0, "kl": 1, "held": (), "strength": 1}),
-        ("lora-own:kl=2", {"weight_decay": 0, "kl": 2, "held": ["text"], "strength": 1}),
-        ("slim", {"weight_decay": 0, "kl": 0, "held": (), "strength": 0.7}),
+        ("lora-wd:weight_decay=3", {"weight_decay": 3, "kl": 0, "texts": (), "strength": 1}),
+        ("lora-kl", {"weight_decay": 0, "kl": 1, "texts": (), "strength": 1}),
+        ("lora-own:kl=2", {"weight_decay": 0, "kl": 2, "texts": ["text"], "strength": 1}),
+        ("slim", {"weight_decay": 0, "kl": 0, "texts": (), "strength": 0.7}),
     ],
 )
 def test_what_training_gets(text, expected):
@@ -121,12 +122,12 @@ def test_options_are_refused_before_a_model_is_loaded(method, option, reason):
     [
         *((f"slim:texts={wrong}", "of texts, at least 0") for wrong in ("1.5", "-1", "true")),
         *((f"lora-own:texts={wrong}", "of texts, at least 1") for wrong in ("0", "2.5", "true")),
-        ("slim:texts=0+distance=discriminant", "texts=0 and distance='discriminant', which takes"),
-        ("slim-max:texts=8", "texts=8 and distance='max', which takes no text"),
+        ("slim:texts=0+distance=discriminant", "texts=0 and distance='discriminant', which needs"),
+        ("slim-max:texts=8", "texts=8 and distance='max', which takes no self"),
         ("slim:texts=8+distance=whitened", "leave texts out, or take distance=discriminant"),
         ("lora:alpha=0", "alpha=0; give a number above 0"),
-        ("lora:dropout=1", r"dropout=1; give a share in \[0, 1\)"),
-        ("lora-late:skip_first=half", r"skip_first='half'; give a share in \[0, 1\)"),
+        ("lora:dropout=1", r"dropout=1; give a fraction in \[0, 1\)"),
+        ("lora-late:skip_first=half", r"skip_first='half'; give a fraction in \[0, 1\)"),
     ],
 )
 def test_options_of_one_method_are_refused(text, reason):
@@ -137,7 +138,7 @@ def test_options_of_one_method_are_refused(text, reason):
 def test_options_of_peft_replace_what_a_method_gives():
     config = parse_tuner("lora:target_modules=up+use_rslora=true").config(3, tiny_chat.model(), 0)
     assert (config.r, config.target_modules, config.use_rslora) == (3, "up", True)
-    assert parse_tuner("slim-no-yielding:texts=0+distance=discriminant").n_own == 0
+    assert parse_tuner("slim-no-yielding:texts=0+distance=discriminant").n_texts == 0
 
 
 @pytest.mark.parametrize(("alpha", "rank", "expected"), [(0.3, 1, 0.3), (0.5, 4, 2), (2, 8, 16)])

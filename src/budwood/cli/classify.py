@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.output import reserve, reserve_picture
 from budwood.errors import InputError
@@ -18,13 +19,13 @@ from budwood.files import write_whole
 if TYPE_CHECKING:
     from budwood.points import InputOptions, PointEncoder, Ranking
 
-COLUMNS = {
-    "cloud": ("cloud", ""),
-    "points": ("points", ""),
-    "label": ("label", ""),
-    "score": ("score", ".1%"),
-    "then": ("then", ""),
-}
+COLUMNS = Columns(
+    Column("cloud"),
+    Column("points"),
+    Column("label"),
+    Column("score", ".1%"),
+    Column("then"),
+)
 
 
 def classify(

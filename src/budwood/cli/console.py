@@ -1,98 +1,112 @@
-"""What people and machines see: results on stdout, everything else on stderr."""
+"""What commands print: results on standard output, everything else on standard error.
+
+Rich is imported on first use, since `--help` and error messages do without it.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from budwood import records
+from budwood.cli.columns import Column
+from budwood.progress import Progress
 
-Advance = Any
-"""A function (done, total, note), whose note is optional."""
-
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _FILE_WIDTH = 200
 
 
 def out() -> Console:
-    """Standard output: results and nothing else. In a file or pipe no line is broken."""
+    """Standard output, for results only. In a file or pipe, lines are not wrapped."""
+    from rich.console import Console
+
     width = None if sys.stdout.isatty() else _FILE_WIDTH
     return Console(file=sys.stdout, highlight=False, width=width)
 
 
 def notes() -> Console:
-    """Standard error: progress and remarks."""
+    """Standard error, for progress and remarks."""
+    from rich.console import Console
+
     return Console(file=sys.stderr, highlight=False)
 
 
 def say(message: str) -> None:
-    """A remark."""
+    """Print a remark on standard error."""
+    from rich.text import Text
+
     notes().print(Text(message), soft_wrap=True)
 
 
+def print_text(text: str) -> None:
+    """Print text on standard output as it is."""
+    out().print(text, markup=False, soft_wrap=True)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on standard output, and nothing else."""
+    """Print one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def print_table(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]], title: str = ""
+    rows: Sequence[Mapping[str, Any]],
+    columns: Iterable[Column] | Mapping[str, tuple[str, str]],
+    title: str = "",
 ) -> None:
-    """A table on standard output.
+    """Print a table on standard output.
 
     Args:
         rows: such as those of a record.
-        columns: key → heading and format spec, as in :func:`budwood.records.table`.
-        title: above it.
+        columns: what to show; or key → heading and format spec.
+        title: above the table.
     """
+    from rich.table import Table
+    from rich.text import Text
+
+    if isinstance(columns, Mapping):
+        columns = [Column(key, spec, heading) for key, (heading, spec) in columns.items()]
+    columns = list(columns)
     table = Table(
         title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
-    for key, (heading, _) in columns.items():
-        is_text = any(isinstance(row.get(key), str) for row in rows)
+    for column in columns:
+        is_text = any(isinstance(row.get(column.key), str) for row in rows)
+        heading = column.heading or column.key
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
-    specs = {key: spec for key, (_, spec) in columns.items()}
-    for cells in records.cells_of(rows, specs):
+    for cells in records.cells_of(rows, {column.key: column.spec for column in columns}):
         table.add_row(*(Text(cell) for cell in cells))
     out().print(table)
 
 
 @contextmanager
 def working(message: str) -> Iterator[None]:
-    """A spinner on standard error, where that is a terminal."""
+    """Show a spinner on standard error if that is a terminal."""
     with notes().status(message):
         yield
 
 
 @contextmanager
-def progress(message: str) -> Iterator[Advance]:
-    """A progress bar on standard error, where that is a terminal.
+def progress(message: str) -> Iterator[Progress]:
+    """Show a progress bar on standard error if that is a terminal.
 
-    Yields a function (done, total, note).
+    Yields:
+        A function that moves the bar.
     """
+    from rich import progress as bars
+
     console = notes()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     )

@@ -1,7 +1,8 @@
-"""`budwood demo`: the main job on the embedded model, in about a minute."""
+"""`budwood demo`: the embedded model with all of its visual tokens, and with a few of them."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,89 +10,90 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import options
-from budwood.cli.console import out, print_json, print_table, progress, say
-from budwood.cli.output import reserve_picture
+from budwood.cli.columns import Column, Columns
+from budwood.cli.console import print_json, print_table, print_text, progress
+from budwood.cli.output import make_folder, reserve_picture
 from budwood.cli.prune import drawn
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
-    from budwood.cli.models import Loaded
+    from budwood.loading import Loaded
     from budwood.sprout.questions import Question
     from budwood.sprout.scenes import Scene
 
 SEED = 2_025
+N_OF_KIND = {"presence": 1, "colour": 2}
+"""Questions about a scene, of the kinds that the embedded model answers best."""
 
-_COLUMNS = {
-    "scene": ("scene", ""),
-    "asked": ("question", ""),
-    "truth": ("truth", ""),
-    "answer_full": ("all tokens", ""),
-    "answer": ("kept tokens", ""),
-    "tokens": ("tokens", ""),
-    "ttft_full_ms": ("first token ms", ".0f"),
-    "ttft_ms": ("kept", ".0f"),
-}
+COLUMNS = Columns(
+    Column("scene"),
+    Column("asked", heading="question"),
+    Column("truth", heading="right answer"),
+    Column("answer_full", heading="all tokens"),
+    Column("answer", heading="the kept ones"),
+    Column("answer_random", heading="as many at random"),
+)
 
 
 def demo(
-    scenes: Annotated[int, typer.Option(min=1, max=100, help="Scenes to look at.")] = 3,
+    scenes: Annotated[int, typer.Option(min=1, max=100, help="Number of scenes.")] = 3,
     keep: Annotated[
-        str, typer.Option(metavar="N|RATIO", help="Visual tokens to keep: a count, or a ratio.")
-    ] = "0.1",
-    method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
+        str,
+        typer.Option(metavar="N|RATIO", help="Visual tokens to keep: a count or a fraction."),
+    ] = "16",
+    method: options.Method = "adav-contrast",
     overlay_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the pictures go; earlier ones are replaced.")
+        Path, typer.Option(metavar="DIR", help="Folder for the pictures; replaces earlier ones.")
     ] = Path("budwood-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Which scenes.")] = SEED,
+    seed: options.Seed = SEED,
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Ask the embedded model about held-out scenes, with all visual tokens and with a tenth.
+    """Ask about pictures with all visual tokens, with a few, and with as many random ones.
 
-    Works offline. About each scene it asks one question of each kind, none of them about the large,
-    salient object. Each scene and a picture of what was kept for its last question are saved.
+    Works offline, with the embedded model. The scenes are held out from its training, and no
+    question is about the large, salient object. Saves each scene, and a picture of the tokens kept
+    for the last question about it.
 
     \b
     Example:
-      budwood demo --scenes 3 --keep 0.1
+      budwood demo --scenes 3 --keep 16
     """
     from budwood.cli.models import load
-    from budwood.prune.methods import METHODS
 
-    METHODS.get(method)
     attached = {"method": method, "keep": options.keep_of(keep)}
-    chosen = _choose(scenes, seed)
+    make_folder(overlay_dir)
     paths = [
-        (overlay_dir / f"scene-{i}.png", overlay_dir / f"scene-{i}-kept.png")
-        for i in _count(chosen)
+        (overlay_dir / f"scene-{number}.png", overlay_dir / f"scene-{number}-kept.png")
+        for number in range(1, scenes + 1)
     ]
     for path in (path for pair in paths for path in pair):
         reserve_picture(path, force=True)
+    chosen = _choose(scenes, seed)
     loaded = load(model, device, dtype)
     rows = _ask_all(loaded, chosen, paths, attached)
     if json:
         print_json({"model": loaded.name, **attached, "rows": rows})
     else:
-        _print(rows, paths)
-
-
-def _count(chosen: list[Any]) -> range:
-    return range(1, len(chosen) + 1)
+        _print(rows, method)
 
 
 def _choose(n_scenes: int, seed: int) -> list[tuple[Scene, list[Question]]]:
-    """Held-out scenes, and of each kind one question that is not about the salient object."""
-    from budwood.sprout.questions import KINDS, ask
+    """Held-out scenes, and questions about objects in them other than the salient one."""
+    from budwood.sprout.questions import ask
     from budwood.sprout.scenes import make_scene, scene_rng
 
     chosen = []
-    for i in range(seed, seed + n_scenes):
-        draw = scene_rng(i, "test")
-        scene = make_scene(i, "test")
-        others = [[q for q in ask(scene, kind) if not q.asks_salient] for kind in KINDS]
-        chosen.append((scene, [draw.choice(questions) for questions in others if questions]))
+    for scene_seed in range(seed, seed + n_scenes):
+        rng = scene_rng(scene_seed, "test")
+        scene = make_scene(scene_seed, "test")
+        questions = []
+        for kind, n in N_OF_KIND.items():
+            about_there = [q for q in ask(scene, kind) if q.boxes and not q.asks_salient]
+            questions += rng.sample(about_there, min(n, len(about_there)))
+        chosen.append((scene, questions))
     return chosen
 
 
@@ -119,51 +121,55 @@ def _ask(
 ) -> tuple[dict[str, Any], Any]:
     from budwood.prune.compare import compare
 
-    found = compare(
-        loaded.model,
-        loaded.processor,
-        scene.image,
-        question.text,
-        attached,
-        max_new_tokens=8,
-        repeats=1,
-        warm_up=warm_up,
-    )
+    def ask(options: dict[str, Any], warm_up: bool = False) -> Any:
+        return compare(
+            loaded.model,
+            loaded.processor,
+            scene.image,
+            question.text,
+            options,
+            max_new_tokens=8,
+            repeats=1,
+            warm_up=warm_up,
+        )
+
+    pruned, at_random = ask(attached, warm_up), ask({**attached, "method": "random"})
     row = {
         "kind": question.kind,
         "asked": question.text,
         "truth": question.answer,
-        "answer_full": found.answer_full,
-        "answer": found.answer,
-        "n_visual": found.report.n_before,
-        "n_kept": found.report.n_after,
-        "ttft_full_ms": found.first_full.as_dict()["total_ms"],
-        "ttft_ms": found.first.as_dict()["total_ms"],
+        "answer_full": pruned.answer_full,
+        "answer": pruned.answer,
+        "answer_random": at_random.answer,
+        "n_visual": pruned.report.n_before,
+        "n_kept": pruned.report.n_after,
+        "ttft_full_ms": pruned.first_full.as_dict()["total_ms"],
+        "ttft_ms": pruned.first.as_dict()["total_ms"],
     }
-    return row, drawn(scene.image, question.text, found)
+    return row, drawn(scene.image, question.text, pruned)
 
 
 def _saver(picture: Any) -> Callable[[Path], None]:
     return lambda part: picture.save(part)
 
 
-def _print(rows: list[dict[str, Any]], paths: list[tuple[Path, Path]]) -> None:
-    shown = [
-        row
-        | {name: " ".join(row[name].split()) for name in ("answer_full", "answer")}
-        | {"tokens": f"{row['n_visual']} → {row['n_kept']}"}
-        for row in rows
-    ]
-    print_table(shown, _COLUMNS)
-    whole, kept = paths[0]
-    asked = rows[0]["asked"]
-    say("")
-    out().print(
-        f"\nThe scenes are {whole} and so on; what was kept of them is in {kept} and so on.\n\n"
+def _print(rows: list[dict[str, Any]], method: str) -> None:
+    answers = ("answer_full", "answer", "answer_random")
+    print_table(
+        [row | {key: " ".join(row[key].split()) for key in answers} for row in rows], COLUMNS
+    )
+    n_right = {key: sum(row[key] == row["truth"] for row in rows) for key in answers}
+    first, full = (
+        statistics.median(row[key] for row in rows) for key in ("ttft_ms", "ttft_full_ms")
+    )
+    row = rows[-1]
+    print_text(
+        f"\nRight answers: {n_right['answer_full']} of {len(rows)} with all {row['n_visual']} "
+        f"visual tokens, {n_right['answer']} with the {row['n_kept']} that {method} keeps, "
+        f"{n_right['answer_random']} with {row['n_kept']} at random.\n"
+        f"Time to the first token: {full:.0f} ms with all, {first:.0f} ms with {row['n_kept']}.\n"
+        f"Pictures: {rows[0]['image']}, the tokens kept in it {rows[0]['overlay']}, and so on.\n\n"
         "Next:\n"
-        f'  budwood prune {whole} "{asked}" --keep 16 --overlay kept.png\n'
-        "  budwood bench prune --scenes 20 --methods adav,random --keep 0.1\n"
-        "  budwood ls methods",
-        markup=False,
-        soft_wrap=True,
+        f'  budwood prune {row["image"]} "{row["asked"]}" --keep 16 --overlay kept.png\n'
+        "  budwood bench prune --scenes 20 --methods adav-contrast,random --keep 16"
     )

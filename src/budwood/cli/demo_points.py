@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, progress
 from budwood.errors import InputError, MissingPackageError
 from budwood.files import write_whole
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 COUNTS = (128, 64, 32)
-COLUMNS = {
-    "cloud": ("cloud", ""),
-    "truth": ("truth", ""),
-    "before": ("before", ""),
-    "after": ("after", ""),
-}
+COLUMNS = Columns(
+    Column("cloud"),
+    Column("truth"),
+    Column("before"),
+    Column("after"),
+)
 
 
 def demo(

@@ -1,4 +1,4 @@
-"""Files that a command will write: found to be writable before the slow work begins."""
+"""Checks of the files and folders that a command will write, made before its slow work begins."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from pathlib import Path
 
 from budwood.errors import OutputError
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def reserve(path: Path, force: bool = False) -> Path:
-    """Check that a file can be written, and make the directories that it needs.
+    """Check that a file can be written.
 
     Raises:
-        OutputError: it exists and ``force`` is off, or it cannot be written.
+        OutputError: its folder does not exist, it exists and ``force`` is off, or it cannot be
+            written.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file")
     if path.exists() and not force:
         raise OutputError(f"{path} exists; choose another name, or overwrite it with --force")
+    need_parent(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Trying is the only test that sees read-only file systems and full disks as well.
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             probe.write(b"budwood")
@@ -29,11 +32,38 @@ def reserve(path: Path, force: bool = False) -> Path:
 
 
 def reserve_picture(path: Path, force: bool = False) -> Path:
-    """The same for a picture, whose format follows from the suffix.
+    """Check that a picture can be written; its suffix gives the format.
 
     Raises:
-        OutputError: as above, or the suffix is that of no format.
+        OutputError: as in :func:`reserve`, or the suffix is that of no format.
     """
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if path.suffix.lower() not in PICTURES:
         raise OutputError(f"{path} must end in .png, .jpg or .webp, which gives the format")
     return reserve(path, force)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder for the files of a command; one that exists stays as it is.
+
+    Raises:
+        OutputError: it is a file, the folder above it does not exist, or it cannot be made.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; give a folder")
+    need_parent(path)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {path}: {error.strerror or error}") from error
+    return path
+
+
+def need_parent(path: Path) -> Path:
+    """Check that the folder exists in which a file or folder will be made.
+
+    Raises:
+        OutputError: there is no such folder.
+    """
+    if not path.expanduser().absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent}; make it first, or give another")
+    return path

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from budwood import records
+from budwood.cli.columns import Columns
 from budwood.cli.console import print_json, print_table, say
 from budwood.cli.output import reserve, reserve_picture
 from budwood.errors import InputError
@@ -89,7 +90,7 @@ class Results:
     def publish(
         self,
         record: records.Record,
-        columns: Mapping[str, tuple[str, str]],
+        columns: Columns,
         *,
         rows: Sequence[records.Row] | None = None,
         notes: Iterable[str] = (),
@@ -99,7 +100,7 @@ class Results:
 
         Args:
             record: what was measured.
-            columns: of the table, as for ``print_table``.
+            columns: of the table.
             rows: of the table, where they are not the record's.
             notes: lines below the table.
             draw: draws the record's rows to a file.

@@ -9,37 +9,27 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.cli.language_models import LanguageModel
-    from budwood.tune.encoding import Row
+    from budwood.loading import Loaded
+    from budwood.tune.encoding import EncodedExample
     from budwood.tune.evaluate.suite import Suite
 
-MARKDOWN = {
-    "group": "",
-    "task": "",
-    "metric": "",
-    "n": "",
-    "before": ".3f",
-    "after": ".3f",
-    "difference": "+.3f",
-    "low": "+.3f",
-    "high": "+.3f",
-}
-"""Columns of the Markdown table of a record."""
-
-_COLUMNS = {
-    "group": ("group", ""),
-    "task": ("task", ""),
-    "metric": ("metric", ""),
-    "n": ("items", ""),
-    "before": ("before", ".3f"),
-    "after": ("after", ".3f"),
-    "change": ("difference", ""),
-}
+COLUMNS = Columns(
+    Column("group"),
+    Column("task"),
+    Column("metric"),
+    Column("n", heading="items"),
+    Column("before", ".3f"),
+    Column("after", ".3f"),
+    Column("difference", "+.3f"),
+    Column("low", "+.3f", "95 % from"),
+    Column("high", "+.3f", "to"),
+)
 
 
 def tune_eval(
@@ -49,39 +39,40 @@ def tune_eval(
     model: tune_options.Base = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="TASK|FILE,…", help="What it was trained for: tasks or files."),
+        typer.Option(metavar="TASK|FILE,…", help="Tasks or files that it was trained for."),
     ] = None,
     general: Annotated[
         str | None,
-        typer.Option(metavar="TASK|FILE,…", help="What it should not forget: tasks or files."),
+        typer.Option(metavar="TASK|FILE,…", help="Tasks or files that it should not forget."),
     ] = None,
     data: tune_options.Data = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plain text, for perplexity and KL.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Plain text to measure perplexity and KL on."),
     ] = None,
     style: tune_options.Style = "cloze",
     limit: tune_options.Limit = 0,
     windows: tune_options.Windows = 64,
     prompts: tune_options.Prompts = 64,
     batch: tune_options.EvalBatch = 16,
-    seed: Annotated[int, typer.Option(help="Of draws and intervals.")] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.Dtype = "auto",
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw where SLIM sends each text, by layer."),
+        typer.Option(metavar="FILE.png", help="Draw the weight on identity experts by layer."),
     ] = None,
     out: options.Out = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Score an adapter and its base model on target and general tasks, and on text.
+    """Score an adapter and its base model on target tasks, general tasks and text.
 
-    With --data DIR the tasks that ship are the default: openbookqa, boolq and arc_easy are targets;
-    winogrande, social_iqa and gsm8k are general; perplexity is on wikitext2_valid.txt. Other names
-    are tasks of lm-eval. KL is the divergence from the base model, on text and on its own replies
-    to everyday requests. Intervals hold 95 %, by a paired bootstrap over items. --plot shows how
-    much weight goes to identity experts, for answers, replies and text.
+    A file has lines as for `budwood tune`; other names are tasks of lm-eval. With --data DIR alone,
+    the shipped tasks are scored: openbookqa, boolq and arc_easy as targets, winogrande, social_iqa
+    and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is the divergence from
+    the base model, on text and on its own replies to everyday requests. Intervals hold 95 %, by a
+    paired bootstrap over items.
 
     \b
     Example:
@@ -89,9 +80,9 @@ def tune_eval(
       budwood tune eval tuned --data tasks --limit 500
     """
     from budwood.checks import need_at_least
-    from budwood.cli.language_models import load_adapted
+    from budwood.cli.models import load_adapted
     from budwood.tune.data import STYLES
-    from budwood.tune.evaluate.drift import chat_prompts
+    from budwood.tune.evaluate.divergence import chat_prompts
     from budwood.tune.evaluate.suite import Suite
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
@@ -128,18 +119,14 @@ def tune_eval(
             "prompts": prompts,
         },
     )
-    table = [row | {"change": _change(row)} for row in rows]
-    results.publish(record, _COLUMNS, rows=table, draw=lambda _, part: _draw(loaded, routed, part))
-
-
-def _change(row: dict[str, Any]) -> str:
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    results.publish(record, COLUMNS, draw=lambda _, part: _draw(loaded, routed, part))
 
 
 def _tasks(
     target: str | None, general: str | None, data: Path | None, limit: int, seed: int
 ) -> tuple[Any, ...]:
-    from budwood.tune.evaluate.suite import GENERAL, TARGETS, find_tasks
+    from budwood.tune.evaluate.suite import GENERAL, TARGETS
+    from budwood.tune.evaluate.tasks import find_tasks
 
     if data is not None and not data.is_dir():
         raise InputError(f"there is no folder {data}; give one with the files of the tasks")
@@ -150,7 +137,8 @@ def _tasks(
 
 
 def _text(text: Path | None, data: Path | None) -> Path | None:
-    from budwood.tune.evaluate.suite import TEXT, text_name
+    from budwood.tune.evaluate.divergence import text_name
+    from budwood.tune.evaluate.suite import TEXT
 
     if text is not None and not text.is_file():
         raise InputError(f"there is no file {text}")
@@ -162,11 +150,11 @@ def _text(text: Path | None, data: Path | None) -> Path | None:
 
 
 def _texts(
-    loaded: LanguageModel, text: Path | None, windows: int, prompts: int, seed: int
-) -> dict[str, list[Row]]:
-    from budwood.tune.evaluate.suite import make_texts
+    loaded: Loaded, text: Path | None, windows: int, prompts: int, seed: int
+) -> dict[str, list[EncodedExample]]:
+    from budwood.tune.evaluate.divergence import make_texts
 
-    with progress("replies of the base model") as advance:
+    with progress("replies of the base model") as bar:
         return make_texts(
             loaded.model,
             loaded.tokenizer,
@@ -174,24 +162,24 @@ def _texts(
             n_windows=windows,
             n_prompts=prompts,
             seed=seed,
-            advance=advance,
+            progress=bar,
         )
 
 
-def _measure(loaded: LanguageModel, suite: Suite, seed: int) -> list[dict[str, Any]]:
-    from budwood.tune.evaluate.report import report_rows
+def _measure(loaded: Loaded, suite: Suite, seed: int) -> list[dict[str, Any]]:
+    from budwood.tune.evaluate.scores import report_rows
 
-    with progress("before") as advance:
-        before = suite.before(loaded.model, loaded.tokenizer, advance)
-    with progress("after") as advance:
-        after = suite.after(loaded.model, loaded.tokenizer, advance)
-    with progress("texts") as advance:
-        text_before, text_after = suite.drift(loaded.model, loaded.tokenizer, advance)
+    with progress("before") as bar:
+        before = suite.before(loaded.model, loaded.tokenizer, bar)
+    with progress("after") as bar:
+        after = suite.after(loaded.model, loaded.tokenizer, bar)
+    with progress("texts") as bar:
+        text_before, text_after = suite.drift(loaded.model, loaded.tokenizer, bar)
     return report_rows(before + text_before, after + text_after, seed)
 
 
-def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None:
-    from budwood.tune.train import is_slim
+def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
+    from budwood.tune.trainer import is_slim
 
     if plot and not is_slim(loaded.model):
         raise InputError(
@@ -199,8 +187,8 @@ def _check_drawn(loaded: LanguageModel, adapter: str, plot: Path | None) -> None
         )
 
 
-def _draw(loaded: LanguageModel, texts: dict[str, list[Row]], path: Path) -> None:
-    from budwood.tune.evaluate.routing import routing_rows
-    from budwood.tune.plots import plot_identity
+def _draw(loaded: Loaded, texts: dict[str, list[EncodedExample]], path: Path) -> None:
+    from budwood.bench.plots import plot_identity
+    from budwood.tune.evaluate.suite import routing_rows
 
     plot_identity(routing_rows(loaded.model, loaded.tokenizer, texts), path)

@@ -9,54 +9,66 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, say, working
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.cli.language_models import LanguageModel
+    from budwood.loading import Loaded
     from budwood.tune.data import Example
-    from budwood.tune.encoding import Row
+    from budwood.tune.encoding import EncodedExample
 
-_COLUMNS = {"model": ("model", ""), "loss": ("loss a token", ".4f")}
+COLUMNS = Columns(
+    Column("model"),
+    Column("loss", ".4f", "loss a token"),
+)
 _BATCH = 8
 
 
 def export_lora(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a SLIM adapter.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the LoRA goes.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the LoRA.")],
     calibration: Annotated[
         str,
-        typer.Option(metavar="FILE|ID", help="Examples over which routing weights are averaged."),
+        typer.Option(
+            metavar="FILE|ID", help="Examples that the routing weights are averaged over."
+        ),
     ],
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="FILE|ID", help="Examples to measure the loss on; else the same."),
+        typer.Option(
+            metavar="FILE|ID", help="Examples to measure the loss on; by default the same."
+        ),
     ] = None,
     model: tune_options.Base = None,
-    rank: Annotated[int, typer.Option(help="Of the LoRA; 0: that of all experts together.")] = 0,
-    limit: Annotated[int, typer.Option(help="Examples of each file, drawn at random.")] = 256,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the LoRA; 0: that of all experts together.")
+    ] = 0,
+    limit: Annotated[int, typer.Option(help="Examples per file, drawn at random.")] = 256,
     style: tune_options.Style = "cloze",
-    max_length: Annotated[int, typer.Option(help="Longer examples are left out.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    max_length: Annotated[
+        int, typer.Option(help="Longest example in tokens; longer ones are left out.")
+    ] = 512,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools that know no SLIM.
+    """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools without SLIM.
 
-    Routing weights are fixed to their averages, so no token bypasses the adapter: expect it to
-    forget more. What that costs is measured and written beside the LoRA.
+    Routing weights are fixed to their averages, so no token bypasses the LoRA: expect it to forget
+    more. The losses of base, SLIM and LoRA are measured and written beside it.
 
     \b
     Example:
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
     from budwood.checks import need_at_least
-    from budwood.cli.language_models import load_adapted
+    from budwood.cli.models import load_adapted
     from budwood.tune.data import read_examples
-    from budwood.tune.evaluate.harness import draw
+    from budwood.tune.evaluate.tasks import draw
     from budwood.tune.export import empty_folder
-    from budwood.tune.train import is_slim
+    from budwood.tune.trainer import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
@@ -74,12 +86,12 @@ def export_lora(
         print_json(found)
         return
     names = {"loss_base": "base", "loss_slim": "SLIM", "loss_lora": "LoRA, approximate"}
-    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], _COLUMNS)
+    print_table([{"model": text, "loss": found[key]} for key, text in names.items()], COLUMNS)
     say(f"a LoRA of rank {found['rank']} is in {output}; it approximates {adapter}")
 
 
 def _export(
-    loaded: LanguageModel,
+    loaded: Loaded,
     examples: dict[str, list[Example]],
     output: Path,
     rank: int,
@@ -104,7 +116,7 @@ def _export(
     return dataclasses.asdict(report)
 
 
-def _batches(rows: list[Row], loaded: LanguageModel) -> list[dict[str, Any]]:
+def _batches(rows: list[EncodedExample], loaded: Loaded) -> list[dict[str, Any]]:
     from budwood.tune.encoding import Padded
 
     collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)

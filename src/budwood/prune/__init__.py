@@ -1,54 +1,41 @@
-"""Prune the visual tokens of a vision-language model, with no training.
-
-The names below are imported on first use, so that importing the package stays light.
-"""
+"""Prune the visual tokens of a vision-language model, with no training."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from budwood.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from budwood.prune.budget import Budget
-    from budwood.prune.families import FAMILIES
-    from budwood.prune.methods import METHODS, Choice, Method
-    from budwood.prune.selection import Selection, Split, select
-    from budwood.prune.session import PruneSession, attach
+    from budwood.prune.budget import Budget as Budget
+    from budwood.prune.chat import prepare as prepare
+    from budwood.prune.encoded import Encoded as Encoded
+    from budwood.prune.encoded import encode as encode
+    from budwood.prune.families import FAMILIES as FAMILIES
+    from budwood.prune.methods import METHODS as METHODS
+    from budwood.prune.methods import Choice as Choice
+    from budwood.prune.methods import Method as Method
+    from budwood.prune.methods import Selection as Selection
+    from budwood.prune.methods import Split as Split
+    from budwood.prune.selection import select as select
+    from budwood.prune.session import PruneSession as PruneSession
+    from budwood.prune.session import attach as attach
 
-__all__ = [
-    "FAMILIES",
-    "METHODS",
-    "Budget",
-    "Choice",
-    "Method",
-    "PruneSession",
-    "Selection",
-    "Split",
-    "attach",
-    "select",
-]
-
-_HOMES = {
-    "FAMILIES": "families",
-    "METHODS": "methods",
-    "Budget": "budget",
-    "Choice": "methods",
-    "Method": "methods",
-    "PruneSession": "session",
-    "Selection": "selection",
-    "Split": "selection",
-    "attach": "session",
-    "select": "selection",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "FAMILIES": "families",
+        "METHODS": "methods",
+        "Budget": "budget",
+        "Choice": "methods",
+        "Encoded": "encoded",
+        "Method": "methods",
+        "PruneSession": "session",
+        "Selection": "methods",
+        "Split": "methods",
+        "attach": "session",
+        "encode": "encoded",
+        "prepare": "chat",
+        "select": "selection",
+    },
+)

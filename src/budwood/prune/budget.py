@@ -1,4 +1,4 @@
-"""How many visual tokens to keep: a count per image, or a share of them."""
+"""How many visual tokens to keep: a count per image, or a fraction of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Budget:
     """A validated ``keep``.
 
     Attributes:
-        keep: tokens per image if an int, a share of the image's tokens if a float.
+        keep: tokens per image if an int, a fraction of the image's tokens if a float.
     """
 
     keep: int | float
@@ -33,7 +33,7 @@ class Budget:
 
     @classmethod
     def parse(cls, keep: Budget | int | float) -> Budget:
-        """A budget from what a user gives; numpy numbers count as Python ones.
+        """Make a budget from what a user gives; numpy numbers count as Python ones.
 
         Raises:
             BudgetError: ``keep`` is neither a count of at least 1 nor a ratio in (0, 1].
@@ -48,7 +48,7 @@ class Budget:
 
     @property
     def is_ratio(self) -> bool:
-        """Whether ``keep`` is a share and not a count."""
+        """Whether ``keep`` is a fraction and not a count."""
         return isinstance(self.keep, float)
 
     def count(self, n_visual: int, *, clamp: bool = False) -> int:

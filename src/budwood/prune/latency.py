@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from budwood.prune.chat import GREEDY
-from budwood.prune.families import innermost
 from budwood.prune.session import PruneSession
 from budwood.timing import synchronize
+from budwood.unwrap import innermost
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
-"""Encode the images of a call, choose, and cut what was dropped out of the call's inputs."""
+"""Encode the images of a call, choose tokens, and cut the others out of the call's inputs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from budwood.errors import BudgetError
+from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget
+from budwood.prune.encoded import Encoded
 from budwood.prune.families.base import Family, Layout
 from budwood.prune.methods.base import Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
@@ -21,6 +21,7 @@ from budwood.prune.question import Question
 from budwood.prune.report import ImageReport, Timing
 from budwood.prune.selection import Selection, select, usable
 
+_SaliencyOf = Callable[[Sequence[Layout]], Sequence[Tensor | None]]
 _IGNORED_LABEL = -100
 _FILLS = {
     "attention_mask": 0,
@@ -60,9 +61,9 @@ class Pruner:
         method: chooses.
         budget: how many.
         question: finds the text to choose by.
-        compat: None, or ``"official"``.
         seed: for methods that draw.
         exact_timing: wait for the GPU before looking at the clock.
+        encoded: the pictures of every call; None encodes those that a call brings.
     """
 
     model: Any
@@ -70,9 +71,9 @@ class Pruner:
     method: Method
     budget: Budget
     question: Question
-    compat: str | None = None
     seed: int = 0
     exact_timing: bool = False
+    encoded: Encoded | None = None
 
     def cut(self, inputs: dict[str, Any], pad: int) -> Cut:
         """Encode the images once, choose, and shorten everything that has an entry per token.
@@ -86,49 +87,59 @@ class Pruner:
 
         Raises:
             InputError: placeholders and images do not match, or features have NaN (CPU).
-            BudgetError: ``compat="official"`` keeps more than the prompt has placeholders.
+            BudgetError: ``adav-official`` keeps more than the prompt has placeholders.
         """
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
         answers = _answers(inputs.get("labels"), len(ids))
 
         started = self._now()
-        recorder = self.family.recorder(inputs) if self.method.needs_saliency else None
-        with recorder or nullcontext():
-            features = self.family.features(inputs)
-        encoded = self._now()
+        features, saliency_of = self._encode(inputs)
+        encoded_at = self._now()
 
         layouts = self.family.layouts(inputs, features)
+        if self.encoded is not None:
+            _refuse_other_pictures(self.encoded, layouts)
         lengths = [layout.n_placeholders for layout in layouts]
         images = locate_images(ids, self.family.image_token_id, lengths)
         with torch.no_grad():
             asked = self._questions(ids, mask, images, answers)
             visual = list(map(_candidates, features, layouts))
             texts = self._embed(inputs["input_ids"], images, asked)
-            saliency = self.family.saliency(recorder, layouts) if recorder else [None] * len(images)
-            given = [_beside(*one) for one in zip(visual, texts, saliency)]
+            signals = [_beside(*three) for three in zip(visual, texts, saliency_of(layouts))]
             chosen = [
-                self._select(number, layout, *one)
-                for number, (layout, one) in enumerate(zip(layouts, given))
+                self._select(number, layout, *three)
+                for number, (layout, three) in enumerate(zip(layouts, signals))
             ]
-        kept = [_all_kept(layout, one.indices) for layout, one in zip(layouts, chosen)]
+        kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
-        places = [_places(layout, some, device) for layout, some in zip(layouts, kept)]
+        places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
         pruned = prune_rows(mask, images, places, device)
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
-        left = [image[some] for image, some in zip(features, kept)]
-        shorter["mm_encoder_outputs"] = {
-            "image": BaseModelOutputWithPooling(pooler_output=left)  # type: ignore[arg-type]
-        }
-        checks = [usable(*one) for one in given if one[0].device.type != "cpu"]
+        left = [image[indices] for image, indices in zip(features, kept)]
+        shorter["mm_encoder_outputs"] = image_outputs(left)
+        checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(images, layouts, chosen, asked)
         return Cut(
             shorter,
             pruned.origin,
-            [self._describe(number, *one) for number, one in enumerate(described)],
+            [self._describe(number, *image) for number, image in enumerate(described)],
             checks,
-            Timing(1e3 * (encoded - started), 1e3 * (self._now() - encoded)),
+            Timing(1e3 * (encoded_at - started), 1e3 * (self._now() - encoded_at)),
         )
+
+    def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SaliencyOf]:
+        """Features of each image, and a function that gives their saliency, which takes longer."""
+        if self.encoded is not None:
+            features = self.encoded.features
+            saliency = self.encoded.saliency if self.method.needs_saliency else _none(features)
+            return features, lambda _: saliency
+        if not self.method.needs_saliency:
+            return self.family.features(inputs), _none
+        recorder = self.family.recorder(inputs)
+        with recorder:
+            features = self.family.features(inputs)
+        return features, partial(self.family.saliency, recorder)
 
     def _questions(
         self, ids: Tensor, mask: Tensor, images: Sequence[Placed], answers: Sequence[set[int]]
@@ -145,17 +156,17 @@ class Pruner:
     def _embed(
         self, ids: Tensor, images: Sequence[Placed], asked: Sequence[list[int]]
     ) -> Sequence[Tensor | None]:
-        """LLM input embeddings of the questions, in one go."""
+        """LLM input embeddings of the questions, all looked up at once."""
         if not self.method.needs_text:
             return [None] * len(images)
         length = ids.shape[1]
-        flat = [image.row * length + place for image, some in zip(images, asked) for place in some]
+        flat = [image.row * length + i for image, places in zip(images, asked) for i in places]
         where = torch.tensor(flat, dtype=torch.long).to(ids.device, non_blocking=True)
         embed = self.model.get_input_embeddings()
         tokens = ids.flatten()[where]
         if embed.weight.device.type != "meta":  # offloaded weights: accelerate moves the input
             tokens = tokens.to(embed.weight.device, non_blocking=True)
-        return embed(tokens).split([len(some) for some in asked])
+        return embed(tokens).split([len(places) for places in asked])
 
     def _select(
         self,
@@ -167,10 +178,10 @@ class Pruner:
     ) -> Selection:
         """Choose among the candidates of one image."""
         keep = self.budget.count(layout.n_candidates, clamp=True)
-        if layout.crop_ordered and keep > layout.n_placeholders:
+        if layout.whole_crops and keep > layout.n_placeholders:
             raise BudgetError(
                 f"keep={keep} exceeds the {layout.n_placeholders} placeholders that image {number} "
-                "has in the prompt; compat='official' cannot add any, so keep fewer"
+                f"has in the prompt; {self.method.name} cannot add any, so keep fewer"
             )
         return select(
             visual,
@@ -178,7 +189,6 @@ class Pruner:
             saliency,
             keep=keep,
             method=self.method,
-            compat=self.compat,
             n_crops=layout.n_crops,
             # On the CPU, so that every device draws the same.
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number),
@@ -188,7 +198,7 @@ class Pruner:
     def _shorten(
         self, inputs: dict[str, Any], pruned: Pruned, pad: int, positions: Tensor | None
     ) -> dict[str, Any]:
-        """Everything the model is called with but the pictures, cut where it counts tokens."""
+        """Drop the pictures from the inputs, and cut every tensor with an entry per token."""
         shorter = {
             name: value for name, value in inputs.items() if name not in self.family.encoder_inputs
         }
@@ -207,16 +217,16 @@ class Pruner:
         return shorter
 
     def _describe(
-        self, number: int, image: Placed, layout: Layout, one: Selection, asked: list[int]
+        self, number: int, image: Placed, layout: Layout, selection: Selection, asked: list[int]
     ) -> ImageReport:
         return ImageReport(
-            kept=one.indices,
+            kept=selection.indices,
             n_before=layout.n_candidates,
-            n_after=len(one.indices),
+            n_after=len(selection.indices),
             n_fixed=len(layout.fixed),
-            split=one.split,
-            saliency=one.saliency,
-            relevance=one.relevance,
+            split=selection.split,
+            saliency=selection.saliency,
+            relevance=selection.relevance,
             row=image.row,
             image=number,
             grid=layout.grid,
@@ -229,6 +239,33 @@ class Pruner:
         if self.exact_timing and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def image_outputs(features: Sequence[Tensor]) -> dict[str, Any]:
+    """What ``generate`` and ``forward`` take as ``mm_encoder_outputs``: images encoded before.
+
+    Args:
+        features: one tensor per image, shape (n_features, d_model).
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    given: Any = list(features)
+    return {"image": BaseModelOutputWithPooling(pooler_output=given)}
+
+
+def _refuse_other_pictures(encoded: Encoded, layouts: Sequence[Layout]) -> None:
+    """Check that pictures encoded before have the sizes of those of the call."""
+    theirs = [len(scores) for scores in encoded.saliency]
+    ours = [layout.n_candidates for layout in layouts]
+    if theirs != ours:
+        raise InputError(
+            f"encoded has pictures of {theirs} visual tokens, the call has images of {ours}; "
+            "encode the same pictures, or arrange them with encoded.pick(...)"
+        )
+
+
+def _none(images: Sequence[Any]) -> list[None]:
+    return [None] * len(images)
 
 
 def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
@@ -248,7 +285,7 @@ def _candidates(features: Tensor, layout: Layout) -> Tensor:
 def _beside(
     visual: Tensor, text: Tensor | None, saliency: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All on the device of the features, where a model is spread over several."""
+    """Move all to the device of the features: a model may be spread over several."""
     text = None if text is None else text.to(visual.device)
     saliency = None if saliency is None else saliency.to(visual.device)
     return visual, text, saliency
@@ -265,6 +302,6 @@ def _all_kept(layout: Layout, indices: Tensor) -> Tensor:
 
 def _places(layout: Layout, kept: Tensor, device: torch.device) -> Tensor:
     """Placeholders that stay for the kept features, counted from the image's first."""
-    if layout.crop_ordered:  # features may repeat and are not placed: the first ones will do
+    if layout.whole_crops:  # features may repeat and have no places: take the first ones
         return torch.arange(len(kept), device=device)
     return kept.to(device)

@@ -1,4 +1,4 @@
-"""What a session tells about its last call."""
+"""What a session reports about its last call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from budwood.prune.selection import Split
+from budwood.prune.methods.base import Split
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class ImageReport:
         image: number of the image in the whole call.
         grid: rows and columns of the tokens if they form one raster, else None.
         question: positions in the row that counted as the question.
-        boxes: x0, y0, x1, y1 of each token in the picture that the encoder saw, as shares of its
-            size in [0, 1], float32, shape (n_before, 4).
+        boxes: x0, y0, x1, y1 of each token in the picture that the encoder saw, as fractions of
+            its size in [0, 1], float32, shape (n_before, 4).
     """
 
     kept: Tensor
@@ -69,14 +69,14 @@ class ImageReport:
     def boxes_on(self, image_size: tuple[int, int]) -> Tensor:
         """Boxes in the original picture, which the image processor may have cropped or padded.
 
-        Needs ``attach(..., processor=...)`` where that is so (LLaVA); otherwise the whole picture
-        is taken to have been stretched into what the encoder saw.
+        Needs ``attach(..., processor=...)`` where that is so (LLaVA). Without it the encoder is
+        taken to have seen the whole picture, stretched.
 
         Args:
             image_size: height and width of the original picture in pixels.
 
         Returns:
-            x0, y0, x1, y1 as shares of its size in [0, 1], float32, shape (n_before, 4).
+            x0, y0, x1, y1 as fractions of its size in [0, 1], float32, shape (n_before, 4).
         """
         x0, y0, x1, y1 = self.view(image_size)  # type: ignore[operator]
         scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])

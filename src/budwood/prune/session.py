@@ -1,4 +1,4 @@
-"""Attach pruning to a model and take it off again: ``generate`` stays what it was to its users."""
+"""Attach pruning to a model and detach it again. ``generate`` is called as before."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budget
-from budwood.prune.families import family_of, innermost
+from budwood.prune.encoded import Encoded
+from budwood.prune.families import family_of
 from budwood.prune.generation import (
     PromptSwap,
     pad_token,
@@ -23,11 +25,12 @@ from budwood.prune.generation import (
     shorten_limits,
 )
 from budwood.prune.methods.base import Method
-from budwood.prune.methods.vocabulary import Common
+from budwood.prune.methods.scores import Common
 from budwood.prune.pruner import Pruner
 from budwood.prune.question import Question, QuestionRule
 from budwood.prune.report import ImageReport, Timing
 from budwood.prune.selection import resolve_method
+from budwood.unwrap import innermost
 
 _ABSENT = object()
 
@@ -43,6 +46,7 @@ def attach(
     seed: int = 0,
     processor: Any = None,
     timing: bool = False,
+    encoded: Encoded | None = None,
 ) -> PruneSession:
     """Prune the visual tokens of every image that ``model.generate`` is called with.
 
@@ -62,31 +66,39 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image (int), or a share of them (float in (0, 1]). An image that has no
+        keep: tokens per image (int), or a fraction of them (float in (0, 1]). An image that has no
             more keeps all, and the report says so.
-        compat: ``"official"`` reproduces the published selection (LLaVA, LLaVA-NeXT).
+        compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         question: which text counts as the question; ``"all"`` (the published choice), ``"turn"`` or
             a function, see :class:`budwood.prune.question.Question`.
         forward: prune plain calls of the model as well.
-        seed: for methods that draw; an image's draw depends on it and on its number in the call.
-        processor: the model's processor; lets ``question="turn"`` leave out the chat template's
-            words, and boxes allow for the picture being cropped.
+        seed: for methods that draw. An image's draw depends on it and on its number in the call.
+        processor: the model's processor. With it, ``question="turn"`` leaves out the chat
+            template's words, and the report's boxes allow for cropped pictures.
         timing: wait for the GPU so that ``session.timing`` is exact there.
+        encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
+            then does not run.
 
     Returns:
         The session, with ``report`` and ``timing`` of the last call.
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no vision.
-        AttachError: the model is attached to already.
+        AttachError: the model is attached to already, or ``encoded`` is for other methods.
         UnknownNameError: unknown method, ``compat`` or ``question``.
         BudgetError: ``keep`` is neither a count nor a ratio.
+        InputError: ``seed`` is out of range.
     """
+    need_seed(seed)
     model = innermost(model)
     _refuse_attached(model)
-    family = family_of(model, processor, compat)
-    chosen = resolve_method(method)
-    resolve_method(chosen, compat)  # unknown or impossible: better now than at the first picture
+    chosen = resolve_method(method, compat)
+    family = family_of(model, processor, chosen.whole_crops)
+    if encoded is not None and encoded.whole_crops != family.whole_crops:
+        raise AttachError(
+            f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
+            f"encode(model, inputs, method={chosen.name!r})"
+        )
     if chosen.needs_vocabulary:
         chosen = chosen.fitted(Common.of_model(model))
     pruner = Pruner(
@@ -95,9 +107,9 @@ def attach(
         chosen,
         Budget.parse(keep),
         Question.for_model(question, model, family.wrapping_ids, processor),
-        compat,
         seed,
         timing,
+        encoded,
     )
     return PruneSession(pruner, forward)
 

@@ -1,16 +1,16 @@
-"""Fine-tune a language model so that it learns the task and forgets little else: SLIM.
+"""Fine-tune a language model so that it learns a task and keeps what it knew: SLIM.
 
-Importing this package makes the adapter type ``SLIM`` known to PEFT; everything else is PEFT's:
+Importing this package registers the adapter type ``SLIM`` with PEFT. The rest is PEFT as usual:
 ``peft.get_peft_model(model, SlimConfig())``, ``Trainer``, ``save_pretrained``,
 ``PeftModel.from_pretrained``.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from budwood.errors import MissingPackageError
+from budwood.lazy import lazy_exports
 
 try:
     import peft as _peft  # noqa: F401
@@ -20,20 +20,24 @@ except ImportError as error:
     ) from error
 
 from budwood.tune.config import SlimConfig
-from budwood.tune.fitting import fit_discriminant
-from budwood.tune.layer import SlimLayer, SlimLinear
+from budwood.tune.layer import SlimLinear
 from budwood.tune.model import SlimModel, register
 from budwood.tune.observe import LayerRouting, Recorder, observe
-from budwood.tune.steps import commit, tell_labels
+from budwood.tune.steps import SlimCallback, SlimLayer, commit, tell_labels
 
 if TYPE_CHECKING:
-    from budwood.tune.callback import SlimCallback
     from budwood.tune.export import LoraExport, export_lora
+    from budwood.tune.finetuning import FinetuneResult, finetune
+    from budwood.tune.fitting import fit_discriminant
+    from budwood.tune.loading import load_adapted
+    from budwood.tune.settings import Settings
 
 __all__ = [
+    "FinetuneResult",
     "LayerRouting",
     "LoraExport",
     "Recorder",
+    "Settings",
     "SlimCallback",
     "SlimConfig",
     "SlimLayer",
@@ -41,23 +45,24 @@ __all__ = [
     "SlimModel",
     "commit",
     "export_lora",
+    "finetune",
     "fit_discriminant",
+    "load_adapted",
     "observe",
     "tell_labels",
 ]
 
-_HOMES = {"LoraExport": "export", "SlimCallback": "callback", "export_lora": "export"}
+__getattr__, __dir__, _ = lazy_exports(
+    __name__,
+    {
+        "FinetuneResult": "finetuning",
+        "LoraExport": "export",
+        "Settings": "settings",
+        "export_lora": "export",
+        "finetune": "finetuning",
+        "fit_discriminant": "fitting",
+        "load_adapted": "loading",
+    },
+)
 
 register()
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -12,17 +14,26 @@ from typing import Any
 from peft import PeftConfig
 
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune.clustering import DISTANCES
 
 FORMAT = 1
-"""Version of what is saved, raised when an older reader would be misled."""
-INFERENCE = ("expectation", "mask")
-YIELD_AT = ("block", "module")
-FIT_ON = ("learnt", "all")
+"""Version of the saved format. It rises when an older reader would misread an adapter."""
+CHOICES = {
+    "distance": ("max", "rms", "whitened", "discriminant"),
+    "fit_on": ("supervised", "all"),
+    "yield_at": ("block", "module"),
+    "merge_inference": ("expectation", "mask"),
+}
+"""Options with a fixed set of values."""
+TOKENS_PER_DIRECTION = 10
+"""Supervised tokens for each direction of the whitened distance; fewer would overfit it."""
+FEWEST_DIRECTIONS = 8
+"""Directions of the whitened distance for the smallest data sets."""
+MARGIN_INFERENCE = 1.0
+"""Margin at inference that goes with the discriminant."""
 
 
 class SlimType(str):
-    """A stand-in for a member of ``peft.PeftType``, an enum that can't be added to."""
+    """A stand-in for a member of ``peft.PeftType``, an enum that cannot be extended."""
 
     __slots__ = ()
 
@@ -42,92 +53,120 @@ SLIM = SlimType("SLIM")
 
 @dataclass
 class SlimConfig(PeftConfig):
-    """A mixture of LoRA and identity experts on frozen linear layers.
+    """Options of a SLIM adapter: a mixture of LoRA and identity experts on frozen linear layers.
 
-    A reconstruction of SLIM (NAACL 2025) from public summaries; what they leave open is marked
-    **open** with the reading taken. Each of the six parts can be switched off:
-    ``n_identity=0``, ``router=False``, ``clustering=False``, ``yielding=False``,
-    ``merging=False``, ``l1=0``.
+    This is a reconstruction of SLIM (NAACL 2025) from public summaries. **Open** marks what they
+    leave unsaid; the value is our reading. **Ours** marks an addition.
 
-    Attributes:
+    Two ways to a config:
+
+    - ``SlimConfig()`` with ``peft.get_peft_model`` and a ``Trainer`` needs nothing else. It yields
+      by the ``"whitened"`` distance, which knows the training data alone.
+    - :meth:`recommended` is what ``budwood.tune.finetune``, ``budwood tune`` and the benchmark's
+      ``slim`` row train. With enough data it takes the ``"discriminant"`` distance, which has to
+      be fitted before training (:func:`budwood.tune.fit_discriminant`).
+
+    ``finetune`` adds three steps around the config: it lets the base model write the text that the
+    discriminant needs, fits the discriminant, and scales the trained adapter to a strength of 0.7.
+
+    Attributes: Most important options
         r: rank of one LoRA expert.
-        alpha: the experts' output is scaled by alpha / r. Open.
+        alpha: the experts' output is scaled by alpha / r; None for 2 · r. Open.
         n_experts: LoRA experts, ≥ 1.
-        n_identity: identity experts: bypasses that add nothing and take weight from the others.
+        n_identity: identity experts. They add nothing and take routing weight from the others, so
+            that tokens unlike the training data bypass the adapter.
+        distance: how a token's distance from the training data is measured. ``"discriminant"``
+            (ours) is the position between training data and other text; it forgets least and is
+            fitted before training. ``"whitened"`` (ours) respects correlations between channels.
+            ``"max"`` over channels is the paper's, ``"rms"`` over channels is ours. All are
+            standardised by running training statistics.
+        target_modules: names or a regular expression as in PEFT; None for the MLP projections of
+            the later layers (see ``skip_first``).
+
+    Attributes: Remaining parts of the paper
         top_k: experts that a token keeps, 1 ≤ top_k ≤ n_experts + n_identity.
-        router: a linear router; off, all experts weigh the same and yielding alone tells them
-            apart.
-        clustering: several centres a layer; off, a single running mean.
-        n_clusters: centres a layer. Open.
-        momentum: share that a centre moves by in one optimiser step, in (0, 1]. Open.
-        yielding: tokens far from the training data lean towards the identity experts.
-        distance: ``"max"`` over channels (the paper's), ``"rms"`` over channels (ours),
-            ``"whitened"`` (ours): with the correlations between channels, in a random subspace; or
-            ``"discriminant"`` (ours): on the way to other text, for which an adapter is fitted
-            before training (:func:`budwood.tune.fit_discriminant`). All are standardised by running
-            training statistics.
-        n_directions: of that subspace, at most the layer's input channels; ours. Give less than a
-            tenth of the tokens that the training data has to learn, as ``budwood tune`` does.
-        fit_on: what counts as training data: ``"learnt"``, the tokens whose next one is learnt, or
-            ``"all"`` but padding. Open; the former is ours.
-        yield_at: ``"block"``: all modules of an MLP yield by the distance of its input (ours), or
-            ``"module"``: each by that of its own input.
+        router: a linear router. Without it all experts weigh the same and yielding alone decides.
+        clustering: several centres per layer; False for one running mean. **It has no effect** with
+            ``"discriminant"``, which has no centres, and with ``"whitened"`` no measured benefit
+            (benchmarks/LOG.md, 2026-11-23).
+        n_clusters: centres per layer. Open. No effect wherever ``clustering`` has none.
+        momentum: fraction that a centre moves by in one optimiser step, in (0, 1]. Open. It also
+            moves the statistics that standardise every distance.
+        yielding: far from the training data, LoRA experts give way to identity experts.
         beta: strength of yielding, ≥ 0. Open.
-        margin: standard deviations of distance beyond the mean that count as inside, 1.5 for some 9
-            of 10 training tokens; ours.
-        margin_inference: the same at inference, None for ``margin``; ours. Less lets in fewer
-            tokens than the experts were trained on.
         merging: random masks on rows of B and columns of A in training.
-        merge_p: share of B·A that is masked, in [0, 1).
+        merge_p: fraction of B·A that is masked, in [0, 1).
         merge_rescale: divide the masked B·A by 1 − merge_p, as DARE does. Open.
-        merge_inference: ``"expectation"`` scales B·A, ``"mask"`` applies the last mask drawn. Open.
-        l1: coefficient of the L1 penalty, ≥ 0. Open.
-        seed: of masks, of the start of the centres and of the directions of ``"whitened"``; not to
-            be changed in a saved adapter.
-        target_modules: names or a regular expression as in PEFT; None takes the MLP projections.
-        exclude_modules: names or a regular expression as in PEFT.
-        skip_first: share of the layers, from the input on, that are left alone where neither
-            target modules nor layers are named, in [0, 1); ours.
-        layers_to_transform: indices of the layers to adapt, as in PEFT.
-        layers_pattern: name of the list of layers, as in PEFT.
+        merge_inference: ``"expectation"`` scales B·A, ``"mask"`` applies the last mask. Open.
+        l1: coefficient of the L1 penalty on A and B, ≥ 0. Open. **0.05 gives the same results** as
+            the default (benchmarks/LOG.md, 2026-11-23).
+
+    Attributes: Our own additions
+        skip_first: fraction of the layers, from the input on, that get no experts, in [0, 1). It
+            counts where neither ``target_modules`` nor ``layers_to_transform`` is given.
+        n_directions: dimensions of the whitened distance, at most the layer's input channels. Give
+            less than a tenth of the supervised tokens, as :meth:`recommended` does. No effect with
+            other distances.
+        fit_on: tokens that the statistics describe. ``"supervised"``: those whose next token has a
+            label. ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
+        yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
+            ``"module"``: each yields by the distance of its own input.
+        margin: standard deviations of the distance that still count as training data; 1.5 includes
+            about nine of ten training tokens.
+        margin_inference: the margin at inference; None for ``margin``. A lower one lets fewer
+            tokens reach the experts than in training.
+        seed: of the masks, of the first centres and of the directions of ``"whitened"``. Keep it as
+            it is in a saved adapter.
+
+    Attributes: As in PEFT
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers.
         modules_to_save: further modules to train and save whole.
-        slim_version: format of a saved adapter; left alone by users.
-        base: what a saved adapter was made for; left alone by users.
+
+    Attributes: Set by budwood
+        slim_version: format of a saved adapter.
+        base: the base model of a saved adapter.
 
     Raises:
         InputError: a value is outside its range.
-        UnknownNameError: an unknown distance or behaviour at inference.
+        UnknownNameError: an option with fixed values has another one.
     """
 
-    r: int = 16
-    alpha: float = 32.0
+    # Most important
+    r: int = 4
+    alpha: float | None = None
     n_experts: int = 8
     n_identity: int = 2
+    distance: str = "whitened"
+    target_modules: list[str] | set[str] | str | None = None
+    # Remaining parts of the paper
     top_k: int = 2
     router: bool = True
     clustering: bool = True
     n_clusters: int = 8
     momentum: float = 0.05
     yielding: bool = True
-    distance: str = "whitened"
-    n_directions: int = 128
-    fit_on: str = "learnt"
-    yield_at: str = "block"
     beta: float = 4.0
-    margin: float = 1.5
-    margin_inference: float | None = None
     merging: bool = True
     merge_p: float = 0.5
     merge_rescale: bool = False
     merge_inference: str = "expectation"
     l1: float = 0.01
-    seed: int = 0
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    # Our own additions
     skip_first: float = 0.4
+    n_directions: int = 128
+    fit_on: str = "supervised"
+    yield_at: str = "block"
+    margin: float = 1.5
+    margin_inference: float | None = None
+    seed: int = 0
+    # As in PEFT
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    # Set by budwood
     slim_version: int = FORMAT
     base: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -138,21 +177,61 @@ class SlimConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if self.fit_on == "learnt":
+            self.fit_on = "supervised"
         self._check_version()
         self._check_switches()
         self._check_counts()
+        if self.alpha is None:
+            self.alpha = 2.0 * self.r
         self._check_ranges()
-        known = {"distance": DISTANCES, "fit_on": FIT_ON, "yield_at": YIELD_AT}
-        known["merge_inference"] = INFERENCE
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise UnknownNameError(
-                    f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
-                )
+        self._check_choices()
+
+    @classmethod
+    def recommended(cls, n_supervised_tokens: int, *, r: int = 4, **options: Any) -> SlimConfig:
+        """Make the config that ``finetune``, ``budwood tune`` and the benchmark's SLIM row train.
+
+        From 1,280 supervised tokens on the distance is the discriminant, with a margin of 1.0 at
+        inference. Below that it is the whitened one with a direction for every ten tokens: beside
+        few examples, other examples of the same task would look like other text.
+
+        Args:
+            n_supervised_tokens: tokens of one pass over the training data whose label is not −100.
+            r: rank of one LoRA expert.
+            options: other options of :class:`SlimConfig`; they take precedence. ``task_type`` is
+                ``"CAUSAL_LM"`` unless given.
+
+        Raises:
+            InputError: the number of tokens is negative, or an option is outside its range.
+            UnknownNameError: an option with fixed values has another one.
+            TypeError: there is no such option.
+        """
+        if not _is_int(n_supervised_tokens) or n_supervised_tokens < 0:
+            raise InputError(
+                f"n_supervised_tokens={n_supervised_tokens!r}; give an int of at least 0"
+            )
+        wanted = n_supervised_tokens // TOKENS_PER_DIRECTION
+        n_directions = min(cls.n_directions, max(FEWEST_DIRECTIONS, wanted))
+        enough = n_directions == cls.n_directions
+        defaults: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "n_directions": n_directions,
+            "distance": "discriminant" if enough else "whitened",
+        }
+        merged = {**defaults, **options}
+        if merged["distance"] == "discriminant" and "margin" not in merged:
+            merged.setdefault("margin_inference", MARGIN_INFERENCE)
+        return cls(r=r, **merged)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the experts' output, alpha / r."""
+        assert self.alpha is not None  # __post_init__ sets it
+        return self.alpha / self.r
 
     @property
     def n_total(self) -> int:
-        """LoRA and identity experts."""
+        """Number of LoRA and identity experts."""
         return self.n_experts + self.n_identity
 
     @property
@@ -162,7 +241,7 @@ class SlimConfig(PeftConfig):
 
     @property
     def n_centres(self) -> int:
-        """Centres a layer, 1 without clustering."""
+        """Centres per layer, 1 without clustering."""
         return self.n_clusters if self.clustering else 1
 
     @property
@@ -177,32 +256,31 @@ class SlimConfig(PeftConfig):
         return self.margin_inference
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        base = getattr(self, "base_at_hand", None)  # noted by the tuner, of the model it is in
-        shown = self if base is None else dataclasses.replace(self, base=base)
-        if shown is not self:
-            shown.auto_mapping = self.auto_mapping
-        PeftConfig.save_pretrained(shown, save_directory, **kwargs)
+        base = getattr(self, "base_at_hand", None)  # set by SlimModel
+        saved = self if base is None else dataclasses.replace(self, base=base)
+        if saved is not self:
+            saved.auto_mapping = self.auto_mapping
+        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-        """Read the config of a saved adapter, and look whether the adapter beside it is whole.
-
-        A config that was saved by itself is read by ``peft.PeftConfig.from_pretrained``.
+        """Read a config, saved alone or with an adapter, whose files are checked in passing.
 
         Raises:
-            InputError: the files in the directory are malformed or truncated.
+            InputError: a file in the directory is malformed or truncated, or the config belongs to
+                an adapter whose weights are missing.
         """
-        from budwood.tune.files import check_adapter_files
+        from budwood.tune.saved import check_adapter_files
 
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if folder.is_dir():
+        if folder.is_dir() and not _is_config_alone(folder):
             check_adapter_files(folder)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _check_version(self) -> None:
         if self.slim_version > FORMAT:
             raise InputError(
-                f"adapter has format {self.slim_version}, this version of budwood reads up to "
+                f"the adapter has format {self.slim_version}, this version of budwood reads up to "
                 f"{FORMAT}; upgrade budwood"
             )
 
@@ -233,30 +311,47 @@ class SlimConfig(PeftConfig):
             )
 
     def _check_ranges(self) -> None:
-        numbers = ["alpha", "beta", "l1", "margin", "momentum", "merge_p", "skip_first"]
-        if self.margin_inference is not None:
-            numbers.append("margin_inference")
-        for name in numbers:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise InputError(f"{name}={value!r}; give a number")
         for name in ("alpha", "beta", "l1"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name}={value!r}; give a finite number of at least 0")
+            self._check_number(name, lambda v: math.isfinite(v) and v >= 0, "finite number ≥ 0")
         for name in ("margin", "margin_inference"):
-            if name in numbers and not math.isfinite(getattr(self, name)):
-                raise InputError(f"{name}={getattr(self, name)!r}; give a finite number")
-        if not 0 < self.momentum <= 1:
-            raise InputError(f"momentum={self.momentum!r}; give a number in (0, 1]")
+            if name == "margin" or self.margin_inference is not None:
+                self._check_number(name, math.isfinite, "finite number")
+        self._check_number("momentum", lambda v: 0 < v <= 1, "number in (0, 1]")
         for name in ("merge_p", "skip_first"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)!r}; give a share in [0, 1)")
+            self._check_number(name, lambda v: 0 <= v < 1, "fraction in [0, 1)")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise InputError(
                 f"layers_to_transform={self.layers_to_transform!r} has no effect beside "
-                "target_modules as a regular expression; say both in it, or give a list of names"
+                "target_modules as a regular expression; write the layers into the expression, or "
+                "give a list of names"
             )
+
+    def _check_number(self, name: str, allowed: Callable[[Any], bool], what: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise InputError(f"{name}={value!r}; give a number")
+        if not allowed(value):
+            raise InputError(f"{name}={value!r}; give a {what}")
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UnknownNameError(
+                    f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
+                )
+
+
+def _is_config_alone(folder: Path) -> bool:
+    """Whether a directory holds a config that was saved without an adapter."""
+    from budwood.tune.saved import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+
+    if (folder / WEIGHTS_FILE).exists() or (folder / PICKLED_FILE).exists():
+        return False
+    try:
+        saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and saved.get("base") is None
 
 
 def _is_int(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Training and test examples from JSON lines or the hub."""
+"""Training and test examples from JSON lines, the hub, datasets or lists of dicts."""
 
 from __future__ import annotations
 
@@ -12,34 +12,45 @@ from typing import Any
 from budwood.errors import InputError, UnknownNameError, first_line
 
 STYLES = ("cloze", "listed")
-"""How a question with choices is asked: by itself, or with its choices listed below it."""
+"""How a question with choices is asked: alone, or with its choices listed below it."""
+
+FORMATS = (
+    '{"messages": […]}, {"prompt": …, "completion": …}, {"question": …, "choices": […], '
+    '"answer": index}, {"question": …, "answer": text} or {"text": …}'
+)
+"""The forms that a row can have, for error messages."""
 
 _ROLES = ("system", "user", "assistant", "tool")
-_BESIDE_MESSAGES = ("tools", "functions", "documents")
-_FORMS = 'give "messages", or "question", "choices" and "answer"'
+_FOR_TEMPLATES = ("tools", "functions", "documents", "chat_template_kwargs")
+"""Columns that chat templates can use and that are not passed on."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation to learn from, or one question to be tested on.
+    """One conversation or text to train on, or one question to test on.
 
     Attributes:
-        messages: dicts of ``role`` and ``content``; the last is the assistant's, and a user's comes
-            before the first of the assistant's.
-        choices: all answers that there were to choose from; empty where any text will do.
-        answer: index of the right choice, None without choices.
+        messages: dicts of ``role`` and ``content``. The last is the assistant's, and a user's
+            message comes before the first of the assistant's unless ``is_plain``.
+        choices: all answers to choose from; empty for free answers.
+        answer: index of the right choice; None without choices.
+        is_plain: train on the contents as they are, without the chat template.
+        n_context: messages at the start that are never supervised, also where they are the
+            assistant's.
         where: file and line, or dataset and row, for messages; empty if unknown.
     """
 
     messages: tuple[dict[str, str], ...]
     choices: tuple[str, ...] = ()
     answer: int | None = None
+    is_plain: bool = False
+    n_context: int = 0
     where: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
-        """What the user asks first."""
-        return next(m["content"] for m in self.messages if m["role"] == "user")
+        """The first message of the user; empty in plain text."""
+        return next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
     @property
     def is_single(self) -> bool:
@@ -47,17 +58,52 @@ class Example:
         return len(self.messages) == 2
 
 
+def examples_of(data: Any, style: str = "cloze") -> list[Example]:
+    """Examples from whatever :func:`budwood.tune.finetune` takes as data.
+
+    Args:
+        data: a path to JSON lines or a hub id, a list of these, a ``datasets.Dataset``, or a list
+            of dicts or of :class:`Example`. Every row has one of ``FORMATS``.
+        style: one of ``STYLES``; examples that are read already keep theirs.
+
+    Raises:
+        InputError: the data are empty or of another kind, or a row is malformed; the message names
+            the row and its keys.
+    """
+    if style not in STYLES:
+        raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+    if isinstance(data, (str, Path)):
+        return read_examples(str(data), style)
+    if hasattr(data, "column_names") and isinstance(data, Mapping):  # datasets.DatasetDict
+        splits = ", ".join(map(str, data))
+        raise InputError(f"data has the splits {splits}; give one of them, such as data['train']")
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise InputError(
+            f"data is a {type(data).__name__}; give a path, a datasets.Dataset or a list of dicts"
+        )
+    examples: list[Example] = []
+    for i, item in enumerate(data):
+        if isinstance(item, Example):
+            examples.append(item)
+        elif isinstance(item, (str, Path)):
+            examples += read_examples(str(item), style)
+        else:
+            examples.append(_parsed(item, style, f"row {i} of the data"))
+    if not examples:
+        raise InputError(f"the data are empty; give rows such as {FORMATS}")
+    return examples
+
+
 def read_examples(source: str, style: str = "cloze", split: str = "train") -> list[Example]:
     """Read examples from a file of JSON lines, or from a dataset on the hub.
 
-    A line is ``{"messages": [{"role": …, "content": …}, …]}``, or ``{"question": …, "choices":
-    […], "answer": index}``, or ``{"question": …, "answer": text}``. The columns of ARC, OpenBookQA
-    and BoolQ on the hub are understood as well.
+    Each row has one of ``FORMATS``. The columns of ARC, OpenBookQA and BoolQ on the hub are
+    understood as well.
 
     Args:
         source: a path, or a hub id, with its configuration behind a colon if it has several.
         style: one of ``STYLES``.
-        split: of a dataset on the hub.
+        split: split of a dataset on the hub.
 
     Raises:
         InputError: there is no such file, it is empty, or a line is malformed; the message names
@@ -66,31 +112,57 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
     if style not in STYLES:
         raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     rows = _rows_of_file(Path(source)) if is_file(source) else _rows_of_hub(source, split)
-    examples = []
-    for where, row in rows:
-        try:
-            examples.append(dataclasses.replace(example_of(row, style), where=where))
-        except (InputError, TypeError, KeyError) as error:
-            raise InputError(f"{where}: {_reason(error)}") from error
+    examples = [_parsed(row, style, where) for where, row in rows]
     if not examples:
-        raise InputError(f"{source} is empty; {_FORMS} on each line")
+        raise InputError(f"{source} is empty; give lines such as {FORMATS}")
     return examples
 
 
+def _parsed(row: Any, style: str, where: str) -> Example:
+    try:
+        return dataclasses.replace(example_of(row, style), where=where)
+    except (InputError, TypeError, KeyError) as error:
+        raise InputError(f"{where}: {_reason(error)}") from error
+
+
 def example_of(row: Any, style: str = "cloze") -> Example:
-    """An example from one row.
+    """Parse one row.
 
     Raises:
-        InputError: the row has another form; the message says what is wrong with it.
+        InputError: the row has none of ``FORMATS``; the message says what is wrong with it.
     """
     if not isinstance(row, Mapping):
-        raise InputError(f"is not an object; {_FORMS}")
+        raise InputError(f"is not an object; give {FORMATS}")
+    # Datasets fill the columns that a row does not have with None.
+    row = {key: value for key, value in row.items() if value is not None}
     if "messages" in row:
-        _refuse_filled(row, _BESIDE_MESSAGES, "the line")
+        _refuse_filled(row, _FOR_TEMPLATES, "the row")
         return Example(_messages(row["messages"]))
+    if "prompt" in row and "completion" in row:
+        _refuse_filled(row, _FOR_TEMPLATES, "the row")
+        return _completion(row["prompt"], row["completion"])
     question = row.get("question", row.get("question_stem"))
-    if question is None:
-        raise InputError(f"has neither messages nor a question; {_FORMS}")
+    if question is not None:
+        return _question(row, question, style)
+    if "text" in row:
+        _need_text(row["text"], "text")
+        return Example((_said(row["text"]),), is_plain=True)
+    raise InputError(f"has the keys {', '.join(map(str, row)) or '(none)'}; give {FORMATS}")
+
+
+def _completion(prompt: Any, completion: Any) -> Example:
+    """A prompt and its completion, both as text or both as messages."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        _need_text(prompt, "prompt")
+        _need_text(completion, "completion")
+        return Example(_turns(prompt, completion), is_plain=True)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return Example(_messages([*prompt, *completion]), n_context=len(prompt))
+    kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
+    raise InputError(f"prompt and completion are {kinds}; give two texts or two lists of messages")
+
+
+def _question(row: Mapping[str, Any], question: Any, style: str) -> Example:
     _need_text(question, "question")
     choices, answer = _choices(row)
     if not choices:
@@ -100,10 +172,10 @@ def example_of(row: Any, style: str = "cloze") -> Example:
 
 
 def styled(example: Example, style: str) -> Example:
-    """A cloze question in a style; examples without choices have only one.
+    """Put a cloze question into a style; examples without choices stay as they are.
 
     Args:
-        example: as it is read.
+        example: an example in the cloze style.
         style: one of ``STYLES``.
     """
     if style == "cloze" or not example.choices:
@@ -113,43 +185,47 @@ def styled(example: Example, style: str) -> Example:
 
 
 def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
-    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {"role": "user", "content": question}, _said(answer)
 
 
-def _messages(found: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(found, list) or not found:
+def _said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _messages(messages: Any) -> tuple[dict[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list that is not empty")
-    for message in found:
+    for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
             raise InputError(f"a message needs a role, one of {', '.join(_ROLES)}")
         others = [key for key in message if key not in ("role", "content")]
         _refuse_filled(message, others, f"the {message['role']} message")
         _need_text(message.get("content"), f"content of the {message['role']} message")
-    roles = [message["role"] for message in found]
+    roles = [message["role"] for message in messages]
     if "user" not in roles or "assistant" not in roles:
-        raise InputError("messages need a user's turn and an assistant's, which is what is learnt")
+        raise InputError("messages need a user's turn and an assistant's, which is trained on")
     if roles[-1] != "assistant":
         raise InputError(f"the last message is the {roles[-1]}'s; it must be the assistant's")
     if roles.index("assistant") < roles.index("user"):
         raise InputError(
             "the assistant speaks before the user; chat templates want a user's turn first, so "
-            "leave the turns before it out"
+            "leave out the turns before it"
         )
-    return tuple({"role": m["role"], "content": m["content"]} for m in found)
+    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
 def _refuse_filled(row: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
     """Refuse what a chat template might use and would not be given; datasets fill up with None."""
-    filled = [key for key in keys if row.get(key) not in (None, "", [])]
+    filled = [key for key in keys if row.get(key) not in (None, "", [], {})]
     if filled:
         raise InputError(
             f"{what} has {', '.join(filled)}; only role and content are understood, "
-            "so write into the content what is to be learnt, and leave the rest out"
+            "so write into the content what the model should see, and leave the rest out"
         )
 
 
 def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
-    """Choices and the index of the right one; no choices and a text where there are none."""
+    """Choices and the index of the right one; no choices and a text for free answers."""
     choices, answer = row.get("choices"), row.get("answer", row.get("answerKey"))
     if choices is None and isinstance(answer, bool):
         return ["false", "true"], int(answer)

@@ -18,9 +18,10 @@ _MARK, _REPLY = "@@request@@", "@@reply@@"
 DAY = date(2025, 1, 1)
 """What chat templates that write today's date are told."""
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that is not supervised."""
 
-Row = dict[str, list[int]]
+EncodedExample = dict[str, list[int]]
+"""Lists ``input_ids`` and ``labels``."""
 
 
 @dataclass(frozen=True)
@@ -33,52 +34,73 @@ class Encoded:
         n_too_long: examples that were left out since they are longer than allowed.
     """
 
-    rows: list[Row]
+    rows: list[EncodedExample]
     n_too_long: int
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
-    """Examples through the model's chat template, with loss on the assistant's turns only.
+    """Tokenise examples; the loss is on the assistant's turns, or on completions, only.
 
-    Prompt and answer are turned to tokens apart, since that is what generation sees.
+    Prompt and answer are tokenised apart, since that is what generation sees.
 
     Args:
-        examples: what to learn.
-        tokenizer: with a chat template.
+        examples: what to train on.
+        tokenizer: with a chat template, unless all examples are plain text.
         max_length: longer examples are left out.
 
     Raises:
         UnsupportedModelError: there is no chat template, or one that can't be cut into turns.
         InputError: all examples are too long, or the chat template refuses one.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UnsupportedModelError("the tokenizer has no chat template; use an instruct model")
-    rows = [encode_one(example, tokenizer) for example in examples]
-    fitting = [row for row in rows if len(row["input_ids"]) <= max_length]
+    encoded = [encode_one(example, tokenizer) for example in examples]
+    fitting = [row for row in encoded if len(row["input_ids"]) <= max_length]
     if not fitting:
-        shortest = min(len(row["input_ids"]) for row in rows)
+        shortest = min(len(row["input_ids"]) for row in encoded)
         raise InputError(
-            f"all {len(rows)} examples are longer than max_length={max_length} tokens; "
+            f"all {len(encoded)} examples are longer than max_length={max_length} tokens; "
             f"the shortest has {shortest}"
         )
-    return Encoded(fitting, len(rows) - len(fitting))
+    return Encoded(fitting, len(encoded) - len(fitting))
 
 
-def encode_one(example: Example, tokenizer: Any) -> Row:
+def encode_one(example: Example, tokenizer: Any) -> EncodedExample:
     """One example as ``input_ids`` and ``labels``; arguments and errors as in :func:`encode`."""
+    return _plain(example, tokenizer) if example.is_plain else _chat(example, tokenizer)
+
+
+def _plain(example: Example, tokenizer: Any) -> EncodedExample:
+    """A prompt and its completion, or a text, as they are, with the end of the text."""
+    *before, last = (message["content"] for message in example.messages)
+    prompt = tokenizer("".join(before), add_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    if prompt and prompt[-1] == end and end != tokenizer.bos_token_id:
+        prompt = prompt[:-1]  # some tokenizers end every text
+    completion = _tokens(tokenizer, last)
+    if end is not None and completion[-1:] != [end]:
+        completion = [*completion, end]
+    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+
+def _chat(example: Example, tokenizer: Any) -> EncodedExample:
+    """A conversation through the chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template; use an instruct model, or give prompts and "
+            "completions as text"
+        )
     messages = list(example.messages)
     input_ids: list[int] = []
     labels: list[int] = []
     done = ""
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i < example.n_context:
             continue
         prompt = render(tokenizer, messages[:i], True, example.where)
         whole = render(tokenizer, messages[: i + 1], False, example.where)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise UnsupportedModelError(
-                "the chat template changes earlier turns when one is added, so that the "
-                "assistant's can't be told apart; train on single turns"
+                "the chat template changes earlier turns when one is added, so the assistant's "
+                "turns cannot be found; train on single turns"
             )
         asked = _tokens(tokenizer, prompt[len(done) :])
         said, tail = _cut(_tokens(tokenizer, whole[len(prompt) :]), tokenizer.eos_token_id)
@@ -136,8 +158,8 @@ def dated_template(tokenizer: Any) -> str:
     return f"{{% macro strftime_now(form) %}}{{{{ form{filled} }}}}{{% endmacro %}}{template}"
 
 
-def n_learnt(rows: Sequence[Row]) -> int:
-    """Tokens that one pass over some rows learns."""
+def n_supervised(rows: Sequence[EncodedExample]) -> int:
+    """Supervised tokens in one pass over some examples."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
@@ -170,14 +192,18 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     Raises:
         UnsupportedModelError: the template shows no such place.
     """
-    before, found, _ = render(tokenizer, [{"role": "user", "content": _MARK}], True).partition(
-        _MARK
-    )
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template, which self-generated text needs; train with "
+            "slim:texts=0"
+        )
+    turns = [{"role": "user", "content": _MARK}]
+    before, found, _ = render(tokenizer, turns, True).partition(_MARK)
     tokens = _tokens(tokenizer, before)
     if not found or not tokens:
         raise UnsupportedModelError(
-            "the chat template does not show where a user's turn begins; give texts of your own, "
-            "or none (slim:texts=0)"
+            "the chat template does not show where a user's turn begins, which self-generated text "
+            "needs; train with slim:texts=0"
         )
     return tokens
 
@@ -214,7 +240,7 @@ class Padded:
         options = {"trim": takes_logits_to_keep(model), "count": _counts(model)} | options
         return cls(pad_of(tokenizer), **options)
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
         width = -(-width // self.multiple) * self.multiple
         batch: dict[str, Any] = {
@@ -287,7 +313,7 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _n_last(rows: Sequence[Row]) -> int:
+def _n_last(rows: Sequence[EncodedExample]) -> int:
     """From the first label of a row to its end, the most of any row."""
     first = [next(i for i, x in enumerate(row["labels"]) if x != IGNORED) for row in rows]
     return max(len(row["labels"]) - i for row, i in zip(rows, first))

@@ -1,13 +1,14 @@
 """Fitting the discriminant: the base model reads training data, and text that must not change.
 
-Ours. The distance to the training data alone does not know what else there is. A model's own text
-shows it: no other data are needed, since the model also makes up what it is asked.
+Ours. The distance to the training data alone does not know what other text looks like. The model's
+self-generated text shows it, and takes no other data: the model also makes up the requests that it
+answers.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,19 +17,20 @@ from torch import Tensor, nn
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
-from budwood.tune.discriminant import discriminant
-from budwood.tune.encoding import Padded, Row, n_learnt
-from budwood.tune.modes import evaluating
-from budwood.tune.own_text import own_text
-from budwood.tune.state import Discriminant
+from budwood.progress import Progress, silent
+from budwood.tune.distance import discriminant
+from budwood.tune.encoding import EncodedExample, Padded, n_supervised
+from budwood.tune.observe import evaluating
+from budwood.tune.self_generated import self_generate
+from budwood.tune.state import DiscriminantStatistics, InputStatistics
 from budwood.tune.steps import keeper_of, layers_of, tell_labels
 
 N_TEXTS = 128
-"""Of the base model's own, where no others are given."""
+"""Self-generated texts, where no other text is given."""
 N_EXAMPLES = 256
-"""Of the training data are read at least, and more until ``MOST_TOKENS`` count."""
+"""Fewest training examples that are read; more until ``MOST_TOKENS`` count."""
 MOST_TOKENS = 4096
-"""Of either, evenly drawn where there are more: inputs of all layers are kept for a while."""
+"""Tokens of each text whose inputs are kept, evenly drawn if there are more."""
 LEAST_TOKENS = 32
 
 
@@ -36,136 +38,110 @@ LEAST_TOKENS = 32
 def fit_discriminant(
     model: nn.Module,
     tokenizer: Any,
-    rows: Sequence[Row],
-    other: Sequence[Row] | None = None,
+    rows: Sequence[EncodedExample],
+    other: Sequence[EncodedExample] | None = None,
     *,
     batch: int = 16,
     seed: int = 0,
-    advance: Callable[..., None] | None = None,
+    progress: Progress = silent,
 ) -> tuple[int, int]:
-    """Show a fresh SLIM adapter training data and text that must not change, before training.
+    """Fit a fresh SLIM adapter's discriminant to training data and other text, before training.
 
-    For ``distance="discriminant"``, which cannot do without.
+    ``distance="discriminant"`` requires it.
 
     Args:
         model: from ``peft.get_peft_model``; its adapters that are trained are SLIM's and fresh.
         tokenizer: of the model.
-        rows: training data, ``input_ids`` and ``labels``, of which as many are drawn as give
-            ``MOST_TOKENS``, and at least ``N_EXAMPLES``. Tokens count whose next one has a label
-            other than −100; with ``fit_on="all"`` all.
-        other: text that must not change, in the same form. None for ``N_TEXTS`` texts drawn from
-            the model itself, which needs a chat template.
+        rows: training data, ``input_ids`` and ``labels``. Rows are drawn until ``MOST_TOKENS``
+            count, and at least ``N_EXAMPLES``. A token counts if its next token's label is not
+            −100; with ``fit_on="all"`` every token counts.
+        other: text that must not change, in the same form. None for ``N_TEXTS`` self-generated
+            texts, which need a chat template.
         batch: rows at a time.
         seed: of the draws.
-        advance: a function (done, total, note), for a progress bar.
+        progress: called after each batch of text that is generated.
 
     Returns:
-        How many tokens of each have labels.
+        The number of supervised tokens of both.
 
     Raises:
         AttachError: the model has no SLIM layers.
-        InputError: the adapter has no such distance or was trained, there is too little text, it
-            does not reach a layer, or the model's values on it are NaN or infinite.
+        InputError: the adapter has no discriminant or was trained; there is too little text; the
+            text does not reach a layer; or the model's values on it are NaN or infinite.
         UnsupportedModelError: the chat template does not show where a user's turn begins.
     """
-    found = _fresh(model)
+    fresh = _fresh_statistics(model)
     need_at_least(1, batch=batch)
     _check_rows("training data", rows)
     if other is None:
-        other = own_text(model, tokenizer, N_TEXTS, batch=batch, seed=seed, advance=advance)
+        other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
-    rows = _drawn(rows, seed)
-    seen = []
+    rows = _draw(rows, seed)
+    surveys = []
     for text in (rows, other):
         survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
-        _show(model, tokenizer, text, batch, survey)
-        seen.append(survey.kept)
-    _need_inputs(found, seen)
-    fitted = [(one, _fit(one, *(kept[one] for kept in seen))) for one in found]
-    for clusters, (direction, offset, n) in fitted:
-        clusters.set_direction(direction, offset, n)
-    return n_learnt(rows), n_learnt(other)
+        _read(model, tokenizer, text, batch, survey)
+        surveys.append(survey)
+    _check_reached(fresh, surveys)
+    inputs = [tuple(survey.inputs_of(layer) for survey in surveys) for layer in fresh]
+    fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
+    for layer, texts, direction in zip(fresh, inputs, fitted):
+        layer.set_direction(*direction, sum(map(len, texts)))
+    return n_supervised(rows), n_supervised(other)
 
 
 class Survey:
-    """What layers show their inputs to while it is a keeper's: it keeps them.
+    """Keeps the inputs that layers show it.
 
     Args:
-        most: tokens of a layer in one forward pass.
+        most: tokens to keep of a layer in one forward pass.
     """
 
     def __init__(self, most: float) -> None:
         self.most = max(1, round(most))
-        self.kept: dict[Discriminant, list[Tensor]] = {}
+        self._kept: dict[InputStatistics, list[Tensor]] = {}
 
-    def see(self, clusters: Discriminant, x: Tensor) -> None:
-        """Note inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
+    def __contains__(self, statistics: InputStatistics) -> bool:
+        return statistics in self._kept
+
+    def see(self, statistics: InputStatistics, x: Tensor) -> None:
+        """Keep inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
         if not len(x):
             return
         if len(x) > self.most:
             x = x[torch.linspace(0, len(x) - 1, self.most).round().long().to(x.device)]
-        self.kept.setdefault(clusters, []).append(x.clone())
+        self._kept.setdefault(statistics, []).append(x.clone())
+
+    def inputs_of(self, statistics: InputStatistics) -> Tensor:
+        """All kept inputs of a layer, float32, shape (n_tokens, d_in)."""
+        return torch.cat(self._kept[statistics]).float()
 
 
-def _need_inputs(
-    layers: Sequence[Discriminant], seen: Sequence[dict[Discriminant, list[Tensor]]]
-) -> None:
-    missing = next((one for one in layers if any(one not in kept for kept in seen)), None)
-    if missing is not None:
-        raise InputError(
-            f"layer {missing.key!r} reads no token that counts of this text, as where a model is "
-            "given text alone and has parts for other input; leave the layer out of the target "
-            'modules, or take another distance ("whitened")'
-        )
-
-
-def _fit(
-    clusters: Discriminant, own: list[Tensor], other: list[Tensor]
-) -> tuple[Tensor, Tensor, int]:
-    both = [torch.cat(part).float() for part in (own, other)]
-    direction, offset = discriminant(*both)
-    if not bool(torch.isfinite(direction).all() and torch.isfinite(offset)):
-        raise InputError(
-            f"inputs of layer {clusters.key!r} are NaN or infinite on this text; load the model "
-            "in bfloat16 or float32"
-        )
-    return direction, offset, sum(map(len, both))
-
-
-def _fresh(model: nn.Module) -> list[Discriminant]:
+def _fresh_statistics(model: nn.Module) -> list[DiscriminantStatistics]:
+    """List the discriminants of the adapters that are about to be trained."""
     keeper_of(model)  # refuses a model without SLIM layers
-    found = [clusters for layer in layers_of(model) for clusters, _ in layer.discriminants()]
-    if not found:
+    fresh = [
+        statistics for layer in layers_of(model) for statistics in layer.discriminants().values()
+    ]
+    if not fresh:
         raise InputError(
             "no adapter that is being trained has a distance that is fitted; give "
             'SlimConfig(distance="discriminant")'
         )
-    steps = max(one.steps for one in found)
+    steps = max(statistics.steps for statistics in fresh)
     if steps:
         raise InputError(
-            f"the adapter was trained for {steps} steps, and its distances are those of before; "
-            "fit a fresh adapter"
+            f"the adapter was trained for {steps} steps with its present distances; fit a fresh "
+            "adapter"
         )
-    return found
+    return fresh
 
 
-def _drawn(rows: Sequence[Row], seed: int) -> list[Row]:
-    """Rows, drawn until there are enough of them and of their tokens, in their order."""
-    drawn: list[int] = []
-    n_tokens = 0
-    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
-        if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
-            break
-        drawn.append(i)
-        n_tokens += n_learnt([rows[i]])
-    return [rows[i] for i in sorted(drawn)]
-
-
-def _check_rows(what: str, rows: Sequence[Row]) -> None:
-    bad = next((i for i, row in enumerate(rows) if not n_learnt([row])), None)
+def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
+    bad = next((i for i, row in enumerate(rows) if not n_supervised([row])), None)
     if bad is not None:
         raise InputError(f"row {bad} of the {what} has no token that counts; leave it out")
-    n = n_learnt(rows)
+    n = n_supervised(rows)
     if n < LEAST_TOKENS:
         raise InputError(
             f"the {what} has {n} tokens that count and needs {LEAST_TOKENS}: give more, or "
@@ -173,13 +149,25 @@ def _check_rows(what: str, rows: Sequence[Row]) -> None:
         )
 
 
-def _show(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int, survey: Survey
+def _draw(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
+    """Draw rows until there are enough rows and tokens; they stay in their order."""
+    drawn: list[int] = []
+    n_tokens = 0
+    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
+        if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
+            break
+        drawn.append(i)
+        n_tokens += n_supervised([rows[i]])
+    return [rows[i] for i in sorted(drawn)]
+
+
+def _read(
+    model: nn.Module, tokenizer: Any, rows: Sequence[EncodedExample], batch: int, survey: Survey
 ) -> None:
-    """Pass rows through the model, whose layers show their inputs and change nothing."""
+    """Pass rows through the model, whose layers show their inputs to the survey."""
     device = next(model.parameters()).device
     collate = Padded.of(model, tokenizer)
-    with _shown_to(model, survey), evaluating(model):
+    with _surveyed(model, survey), evaluating(model):
         for start in range(0, len(rows), batch):
             inputs = collate(rows[start : start + batch])
             tell_labels(model, inputs.pop("labels"))
@@ -187,10 +175,30 @@ def _show(
 
 
 @contextmanager
-def _shown_to(model: nn.Module, survey: Survey) -> Iterator[None]:
+def _surveyed(model: nn.Module, survey: Survey) -> Iterator[None]:
     keeper = keeper_of(model)
-    keeper.survey = survey
+    keeper.survey = survey.see
     try:
         yield
     finally:
         keeper.survey, keeper.labels = None, None
+
+
+def _check_reached(layers: Sequence[DiscriminantStatistics], surveys: Sequence[Survey]) -> None:
+    for layer in layers:
+        if not all(layer in survey for survey in surveys):
+            raise InputError(
+                f"layer {layer.key!r} reads no token of this text that counts, as a layer for "
+                "other input than text does; leave it out of the target modules, or take another "
+                'distance ("whitened")'
+            )
+
+
+def _fit(layer: DiscriminantStatistics, training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    direction, offset = discriminant(training, other)
+    if not bool(torch.isfinite(direction).all() and torch.isfinite(offset)):
+        raise InputError(
+            f"inputs of layer {layer.key!r} are NaN or infinite on this text; load the model "
+            "in bfloat16 or float32"
+        )
+    return direction, offset

@@ -1,35 +1,38 @@
-"""A frozen linear layer with a mixture of LoRA and identity experts beside it."""
+"""A frozen linear layer with a mixture of LoRA and identity experts beside it.
+
+:mod:`budwood.tune.equations` has the equations; this module applies them to the tokens of a pass.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from budwood.errors import MergeError
-from budwood.tune.clustering import Moments
+from budwood.tune.autograd import Side, add_rows, product, take_rows, untouched
 from budwood.tune.config import SlimConfig
-from budwood.tune.merging import merged_scale
-from budwood.tune.product import Side, product, untouched
-from budwood.tune.regularisation import l1_slopes
-from budwood.tune.router import route, standardise
-from budwood.tune.rows import add_rows, take_rows
-from budwood.tune.state import Clusters, Discriminant, Mask, make_clusters
-from budwood.tune.steps import StepKeeper
+from budwood.tune.equations import (
+    l1_slopes,
+    merged_scale,
+    route,
+    standardise,
+    surely_bypassed,
+    yield_scores,
+)
+from budwood.tune.moments import Moments
+from budwood.tune.state import InputStatistics, Mask, make_statistics
+from budwood.tune.steps import Routing, SlimLayer, StepKeeper
 from budwood.tune.tokens import TokenWatch
-from budwood.tune.yielding import surely_bypassed, yield_scores
-
-if TYPE_CHECKING:
-    from budwood.tune.fitting import Survey
 
 SKIP_FROM = 0.25
-"""Share of bypassed tokens from which only the others go through B."""
+"""Fraction of bypassed tokens from which only the others go through B."""
 REFUSAL = (
     "SLIM chooses experts token by token, which no single weight can stand for: keep the adapter "
     "beside the model, or write an approximate LoRA with budwood.tune.export_lora"
@@ -43,10 +46,9 @@ class _Pass:
     Attributes:
         name: of the adapter.
         config: of the adapter.
-        training: whether it is one of training, which reentrant checkpointing begins without
-            gradients.
-        gather: whether it has gradients, so that statistics are gathered in its backward pass.
-        masked: whether a mask of dynamic merging is in force.
+        training: it is a pass of training; reentrant checkpointing begins these without gradients.
+        gather: it has gradients, so that statistics are gathered in its backward pass.
+        masked: a mask of dynamic merging is in force.
     """
 
     name: str
@@ -57,42 +59,25 @@ class _Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
-    """Statistics that another layer owns.
+class SharedStatistics:
+    """Statistics that another layer holds.
 
     Attributes:
-        clusters: the statistics.
-        follows: the other layer's input is another, at the beginning of the block.
+        statistics: of the other layer.
+        follows: the other layer begins the block that this one ends, and reads another input.
     """
 
-    clusters: Clusters
+    statistics: InputStatistics
     follows: bool
 
 
-class SlimLayer(BaseTunerLayer):
-    """What PEFT knows about a SLIM layer; every dict is keyed by adapter name.
-
-    Attributes:
-        slim_in: A of all experts above the rows of the router, shape
-            (n_experts · r + n_experts + n_identity, d_in); without a router only A.
-        slim_out: B of all experts side by side, shape (d_out, n_experts · r).
-        slim_clusters: statistics of the inputs, of the first layer that reads an input.
-        slim_mask: masks of dynamic merging.
-        shared_clusters: statistics that another layer owns.
-        slim_config: configs.
-    """
-
-    adapter_layer_names = ("slim_in", "slim_out")
-    other_param_names = ("slim_clusters", "slim_mask", "shared_clusters", "slim_config")
-
-
-class SlimLinear(nn.Module, SlimLayer):
+class SlimLinear(SlimLayer):
     """SLIM beside a linear layer, quantised or not.
 
-    Source: SLIM: y = W·x + b + Σ_i ŵ_i·f_i(x), f_i(x) = B_i·A_i·x for LoRA experts and 0 for
-    identity experts. All A and the router are one matrix product, all B another, with the routing
-    weights on the rank axis between them. A token without weight on any LoRA expert gets exactly
-    the base layer's output.
+    Source: SLIM: y = W·x + b + Σ_i ŵ_i·f_i(x), with f_i(x) = B_i·A_i·x for LoRA experts and 0 for
+    identity experts. All A and the router are one matrix product and all B another, with the
+    routing weights on the rank axis between them. A token without weight on any LoRA expert gets
+    exactly the base layer's output.
 
     Args:
         base_layer: the frozen layer.
@@ -109,21 +94,21 @@ class SlimLinear(nn.Module, SlimLayer):
         self.slim_out = nn.ParameterDict()
         self.slim_clusters = nn.ModuleDict()
         self.slim_mask = nn.ModuleDict()
-        self.shared_clusters: dict[str, Shared] = {}
-        self.slim_config: dict[str, SlimConfig] = {}
+        self.shared_statistics: dict[str, SharedStatistics] = {}
+        self.slim_config = {}
         self.slim_key = key
         self.keeper = keeper
         self.watch: TokenWatch | None = None
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def update_layer(self, name: str, config: SlimConfig, shared: Shared | None) -> None:
+    def update_layer(self, name: str, config: SlimConfig, shared: SharedStatistics | None) -> None:
         """Add an adapter.
 
         Args:
             name: of the adapter.
             config: of the adapter.
-            shared: statistics that another layer owns; None to have its own.
+            shared: statistics that another layer holds; None to hold its own.
         """
         d_in, d_out = int(self.in_features or 0), int(self.out_features or 0)
         self.slim_config[name] = config
@@ -136,26 +121,18 @@ class SlimLinear(nn.Module, SlimLayer):
         if config.merging and config.merge_p > 0:
             self.slim_mask[name] = Mask(config, d_in, d_out, self.slim_key)
         if config.yielding and shared is not None:
-            self.shared_clusters[name] = shared
+            self.shared_statistics[name] = shared
         elif config.yielding:
-            self.slim_clusters[name] = make_clusters(config, d_in, self.slim_key)
+            self.slim_clusters[name] = make_statistics(config, d_in, self.slim_key)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def clusters(self, name: str) -> Clusters | None:
-        """Statistics of an adapter, its own or shared; None without yielding."""
+    def statistics(self, name: str) -> InputStatistics | None:
+        """An adapter's statistics of the input, held here or shared; None without yielding."""
         if name in self.slim_clusters:
             return self.slim_clusters[name]  # type: ignore[return-value]
-        shared = self.shared_clusters.get(name)
-        return shared and shared.clusters
-
-    def trained_adapters(self) -> list[str]:
-        """Active adapters that are being trained."""
-        return [
-            name
-            for name in self.active_adapters
-            if name in self.slim_in and self.slim_in[name].requires_grad
-        ]
+        shared = self.shared_statistics.get(name)
+        return shared and shared.statistics
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise MergeError(REFUSAL)
@@ -168,7 +145,7 @@ class SlimLinear(nn.Module, SlimLayer):
         if self.disable_adapters:
             return result
         if self.keeper.survey is not None:
-            self._show(x, self.keeper.survey)
+            self._show(x)
             return result
         for name in self.active_adapters:
             if name in self.slim_in:
@@ -176,14 +153,14 @@ class SlimLinear(nn.Module, SlimLayer):
         return result
 
     def _with_experts(self, result: Tensor, x: Tensor, name: str) -> Tensor:
-        """The layer's output with an adapter, shape (…, d_out), from that without it."""
+        """Add an adapter's experts to the layer's output, shape (…, d_out)."""
         config = self.slim_config[name]
         training = self.training and self.slim_in[name].requires_grad
         masked = name in self.slim_mask and (training or config.merge_inference == "mask")
         now = _Pass(name, config, training, training and torch.is_grad_enabled(), masked)
         distance, moments = self._distance(x, now)
         side_in, side_out = self._sides(now, moments)
-        lean = self._skips(x)
+        lean = skips_bypassed(x)
         rows = self._possible_rows(distance, config) if lean else None
         if rows is not None and not len(rows):
             self._record(now, x, torch.zeros(0, config.n_total, device=x.device), rows, distance)
@@ -202,42 +179,38 @@ class SlimLinear(nn.Module, SlimLayer):
         return self._add(result, h.flatten(1), self.slim_out[name], side_out, rows)
 
     def _distance(self, x: Tensor, now: _Pass) -> tuple[Tensor | None, Moments | None]:
-        clusters = self.clusters(now.name)
-        if clusters is None:
+        """Standardised distance of each token, and moments to gather; see InputStatistics."""
+        statistics = self.statistics(now.name)
+        if statistics is None:
             return None, None
-        shared = self.shared_clusters.get(now.name)
+        shared = self.shared_statistics.get(now.name)
         if shared is not None and shared.follows:
-            return clusters.measured(x.shape[:-1].numel()), None
+            return statistics.last_distance(x.shape[:-1].numel()), None
         counting = functools.partial(self._counting, x, now.config)
-        return clusters.distance(x, counting, gather=now.gather, training=now.training)
+        return statistics.distance(x, counting, gather=now.gather, training=now.training)
 
-    def discriminants(self) -> list[tuple[Discriminant, SlimConfig]]:
-        """This layer's own that are fitted before training, of adapters that are being trained."""
-        found = (
-            (self.slim_clusters[one], self.slim_config[one])
-            for one in self.trained_adapters()
-            if one in self.slim_clusters
-        )
-        return [(one, config) for one, config in found if isinstance(one, Discriminant)]
-
-    def _show(self, x: Tensor, survey: Survey) -> None:
+    def _show(self, x: Tensor) -> None:
+        """Show the inputs to the survey, for discriminants of adapters that are being trained."""
+        assert self.keeper.survey is not None
         flat = x.detach().reshape(-1, x.shape[-1])
-        for clusters, config in self.discriminants():
-            keep = self._counting(x, config)
-            survey.see(clusters, flat if keep is None else flat[keep])
-
-    def _keep(self, x: Tensor) -> Tensor | None:
-        return None if self.watch is None else self.watch.keep(x)
+        for name, statistics in self.discriminants().items():
+            keep = self._counting(x, self.slim_config[name])
+            self.keeper.survey(statistics, flat if keep is None else flat[keep])
 
     def _counting(self, x: Tensor, config: SlimConfig) -> Tensor | None:
-        """Tokens that enter the statistics."""
-        return self._keep(x) if config.fit_on == "all" else self._learnt(x)
+        """Tokens that enter the statistics, bool of shape (n_tokens,); None for all."""
+        return self._tokens(x, supervised=config.fit_on == "supervised")
 
-    def _learnt(self, x: Tensor) -> Tensor | None:
-        return None if self.watch is None else self.watch.learnt(x, self.keeper.labels)
+    def _tokens(self, x: Tensor, *, supervised: bool) -> Tensor | None:
+        """Supervised tokens, or all but padding, bool of shape (n_tokens,); None for all."""
+        if self.watch is None:
+            return None
+        if supervised:
+            return self.watch.supervised(x, self.keeper.labels)
+        return self.watch.not_padding(x)
 
     def _sides(self, now: _Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
-        """How this pass uses ``slim_in`` and ``slim_out``."""
+        """How this pass uses ``slim_in`` and ``slim_out``; None for plainly."""
         if not (now.gather or now.masked):
             return None, None
         slim_in, slim_out = self.slim_in[now.name], self.slim_out[now.name]
@@ -246,7 +219,7 @@ class SlimLinear(nn.Module, SlimLayer):
         if now.gather:
             slopes = l1_slopes(config.l1, config.r, slim_in.shape[1], len(slim_out))
             counted = functools.partial(self._on_backward, now.name, moments)
-            # Backward comes to B first: what is due there is counted when it comes to A.
+            # Backward reaches B first, and counts the pass when it reaches A.
             due = functools.partial(self.keeper.is_first, self.slim_key, now.name)
         return (
             Side(
@@ -266,9 +239,10 @@ class SlimLinear(nn.Module, SlimLayer):
         )
 
     def _on_backward(self, name: str, moments: Moments | None) -> bool:
-        clusters = self.clusters(name)
-        if moments is not None and clusters is not None:
-            clusters.add(moments)
+        """Gather moments and count the pass; return whether the penalty is due."""
+        statistics = self.statistics(name)
+        if moments is not None and statistics is not None:
+            statistics.add(moments)
         return self.keeper.on_backward(self.slim_key, name)
 
     def _route(
@@ -286,20 +260,15 @@ class SlimLinear(nn.Module, SlimLayer):
         return hidden, route(scores, config.kept)
 
     def _scale(self, now: _Pass) -> float:
+        """Factor on the experts' output, dynamic merging included."""
         config = now.config
-        scale = config.alpha / config.r
         if now.name not in self.slim_mask:
-            return scale
-        return scale * merged_scale(config.merge_p, rescale=config.merge_rescale, masked=now.masked)
-
-    def _skips(self, x: Tensor) -> bool:
-        """Whether bypassed tokens are left out; elsewhere that would wait for the device."""
-        return x.device.type == "cpu" or not (
-            torch.is_grad_enabled() or x.shape[:-1].numel() < 1024
-        )
+            return config.scale
+        factor = merged_scale(config.merge_p, rescale=config.merge_rescale, masked=now.masked)
+        return config.scale * factor
 
     def _possible_rows(self, distance: Tensor | None, config: SlimConfig) -> Tensor | None:
-        """Tokens that might not bypass, if they are the lesser part; None for all."""
+        """Indices of the tokens that may not bypass, if they are less than half; None for all."""
         if distance is None:
             return None
         sure = surely_bypassed(
@@ -319,21 +288,21 @@ class SlimLinear(nn.Module, SlimLayer):
     ) -> None:
         recorder = self.keeper.recorder
         if recorder is not None:
-            place = (self.slim_key, now.name)
-            n_tokens = x.shape[:-1].numel()
-            keep = self._learnt(x) if recorder.learnt else self._keep(x)
-            recorder.add(place, now.config, weights, rows, distance, keep, n_tokens)
+            keep = self._tokens(x, supervised=recorder.supervised)
+            place, n_tokens = (self.slim_key, now.name), x.shape[:-1].numel()
+            recorder.add(Routing(*place, now.config, weights, rows, distance, keep, n_tokens))
 
     def _add(
         self, result: Tensor, h: Tensor, b: Tensor, side: Side | None, rows: Tensor | None
     ) -> Tensor:
+        """Add B·h to the output, to all tokens or to some rows."""
         if rows is None and result.dtype == h.dtype == b.dtype:
             flat = result.reshape(-1, result.shape[-1])
             return product(h, b, side, flat).view(result.shape)  # adds without a copy of B·h
         delta = product(h, b, side).to(result.dtype)
         if rows is None:
             return result + delta.view(result.shape)
-        # A quantised layer may hand out its own storage, and a hook keep what it was shown.
+        # A quantised layer may return its own storage, and a hook may keep what it was shown.
         if self.quantization_backend is not None or self.base_layer._forward_hooks:
             result = result.clone()
         return add_rows(result, delta, rows)
@@ -342,10 +311,19 @@ class SlimLinear(nn.Module, SlimLayer):
         return "slim." + super().__repr__()
 
 
+def skips_bypassed(x: Tensor) -> bool:
+    """Whether bypassed tokens of a layer's input are left out of its products.
+
+    On a device other than the CPU, finding them waits for the device. That pays for many tokens
+    without gradients.
+    """
+    return x.device.type == "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() < 1024)
+
+
 def _drop_bypassed(
     h: Tensor, lora: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Leave out tokens with no weight on LoRA experts, where enough of them bypass."""
+    """Leave out tokens with no weight on LoRA experts, if enough of them bypass."""
     active = (lora.detach() > 0).any(-1)
     n_bypassed = len(active) - int(active.sum())
     if n_bypassed == 0 or n_bypassed < SKIP_FROM * len(active):

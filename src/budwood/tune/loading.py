@@ -67,7 +67,7 @@ def need_adapter(folder: str) -> None:
     Raises:
         InputError: there is no adapter, or its files are malformed or truncated.
     """
-    from budwood.tune.files import CONFIG_FILE, check_adapter_files
+    from budwood.tune.saved import CONFIG_FILE, check_adapter_files
 
     if _is_hub_id(folder):
         return

@@ -1,4 +1,4 @@
-"""SLIM as a tuner of PEFT: where layers are put in, and how PEFT knows of it."""
+"""SLIM as a PEFT tuner: it replaces the target modules, and is registered with PEFT."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
-from budwood.tune.base import check_base, describe_base
+from budwood.tune.base_model import check_base, describe_base
 from budwood.tune.config import SLIM, SlimConfig
-from budwood.tune.files import check_state
-from budwood.tune.layer import REFUSAL, Shared, SlimLayer, SlimLinear
-from budwood.tune.steps import StepKeeper, forget, layers_of
+from budwood.tune.layer import REFUSAL, SharedStatistics, SlimLinear
+from budwood.tune.saved import check_state
+from budwood.tune.steps import SlimLayer, StepKeeper, forget, layers_of
 from budwood.tune.targets import (
     LEADERS,
     default_targets,
@@ -30,11 +30,11 @@ from budwood.tune.targets import (
     later_layers,
     siblings,
 )
-from budwood.tune.tokens import TokenWatch, remove_hooks, watches
+from budwood.tune.tokens import unwatch_tokens, watch_tokens
 
 
 class SlimModel(BaseTuner):
-    """Puts SLIM layers into a model; made by ``peft.get_peft_model``, seldom by hand."""
+    """Puts SLIM layers into a model; ``peft.get_peft_model`` makes it."""
 
     prefix = "slim_"
     tuner_layer_cls = SlimLayer
@@ -42,13 +42,14 @@ class SlimModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Add an adapter's layers, and the hooks that tell them of tokens and of steps.
+        """Add an adapter's layers, and the hooks that tell them about tokens.
 
         Raises:
-            InputError: target modules match nothing, or the adapter is of another base model.
-            UnsupportedModelError: no target modules are known, or one is no linear layer.
+            InputError: target modules match nothing, or the adapter was made for another base
+                model.
+            UnsupportedModelError: no target modules are known, or one is not a linear layer.
         """
-        # A copy: what is noted in it is of this model, and the user may have others for it.
+        # A copy, since it is changed for this model, and the user may use it for others.
         config: Any = copy.copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         base = describe_base(self.get_model_config(model), model)
@@ -58,20 +59,20 @@ class SlimModel(BaseTuner):
         except NoMatchingPeftModuleError:
             raise InputError(_no_match(model, config)) from None
         config.base_at_hand = base
-        for layer, watch in watches(model, SlimLinear).items():
+        for layer, watch in watch_tokens(model, SlimLinear).items():
             layer.watch = watch  # type: ignore[assignment]
 
     def unload(self) -> Any:
-        """The base model as it was, without layers and hooks."""
+        """Remove layers and hooks; return the base model as it was."""
         for layer in layers_of(self.model):
             forget(layer.keeper)
-        remove_hooks(self.model, TokenWatch)
+        unwatch_tokens(self.model)
         return super().unload()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None:
             pattern, layers = default_targets(model_config), peft_config.layers_to_transform
-            if layers is None or layers == []:  # PEFT takes both for all
+            if layers is None or layers == []:  # for PEFT, both mean all
                 names = (name for name, _ in self.model.named_modules())
                 pattern = later_layers(pattern, names, peft_config.skip_first)
             else:
@@ -89,14 +90,14 @@ class SlimModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        shared = _shared_clusters(parent, target_name, adapter_name, peft_config)
+        shared = _shared_statistics(parent, target_name, adapter_name, peft_config)
         if isinstance(target, SlimLinear):
             target.update_layer(adapter_name, peft_config, shared)
             return
         if not is_linear(target):
             raise UnsupportedModelError(
                 f"target module {current_key!r} is a {type(target).__name__}; SLIM takes linear "
-                "layers: name others in target_modules"
+                "layers: name other modules in target_modules"
             )
         layer = SlimLinear(target, self._keeper(), current_key)
         layer._active_adapter = adapter_name
@@ -126,11 +127,11 @@ class SlimModel(BaseTuner):
             for key, value in model.state_dict(keep_vars=True).items()
             if key.endswith(marks) or any(state in key for state in states)
         }
-        # Of layers that are one module at two places, a file has the tensors once.
-        there = {id(expected[key]): value for key, value in mapped.items() if key in expected}
-        again = {k: there[id(v)] for k, v in expected.items() if id(v) in there}
-        check_state(again | mapped, expected)
-        return again | mapped
+        # A module that stands in two places is in the file once.
+        saved = {id(expected[key]): value for key, value in mapped.items() if key in expected}
+        repeated = {key: saved[id(v)] for key, v in expected.items() if id(v) in saved}
+        check_state(repeated | mapped, expected)
+        return repeated | mapped
 
     def _keeper(self) -> StepKeeper:
         layers = layers_of(self.model)
@@ -138,9 +139,9 @@ class SlimModel(BaseTuner):
 
 
 def register() -> None:
-    """Make SLIM known to PEFT, so that adapters of type SLIM can be made and loaded.
+    """Register SLIM with PEFT, so that adapters of type SLIM can be made and loaded.
 
-    PEFT's own way of registering refuses names outside its enum. Nothing that is there is changed.
+    It adds to PEFT's tables, since ``peft.register_peft_method`` refuses names outside PEFT's enum.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(SLIM, SlimConfig)  # type: ignore[arg-type]
     PEFT_TYPE_TO_TUNER_MAPPING.setdefault(SLIM, SlimModel)  # type: ignore[arg-type]
@@ -155,23 +156,23 @@ def is_linear(module: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear"
 
 
-def _shared_clusters(
+def _shared_statistics(
     parent: nn.Module, name: str, adapter: str, config: SlimConfig
-) -> Shared | None:
-    """Statistics that a module beside this one owns already, of the input of both or of the MLP."""
+) -> SharedStatistics | None:
+    """Find a module beside this one that holds statistics of the same input, or of the MLP's."""
     if not config.yielding:
         return None
     leaders = LEADERS.get(name, ()) if config.yield_at == "block" else ()
     for other in (*siblings(name), *leaders):
         layer = getattr(parent, other, None)
         if isinstance(layer, SlimLinear) and adapter in layer.slim_clusters:
-            clusters: Any = layer.slim_clusters[adapter]
-            return Shared(clusters, follows=other in leaders)
+            statistics: Any = layer.slim_clusters[adapter]
+            return SharedStatistics(statistics, follows=other in leaders)
     return None
 
 
 def _no_match(model: nn.Module, config: SlimConfig) -> str:
-    """One line on target modules that match nothing."""
+    """Explain in one line that target modules match nothing."""
     known = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)}
     )

@@ -1,4 +1,4 @@
-"""Watching where tokens go: routing weights, identity share and distance by layer."""
+"""Running a model without training it: in evaluation mode, and with its routing recorded."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from budwood.errors import AttachError
-from budwood.tune.config import SlimConfig
-from budwood.tune.steps import keeper_of
+from budwood.tune.steps import Routing, keeper_of
 
 
 @dataclass
 class LayerRouting:
-    """Sums over the tokens, without padding, that one layer saw.
+    """Sums over the tokens that one layer saw.
 
     Attributes:
         layer: name of the layer.
         adapter: name of the adapter.
-        n_experts: LoRA experts; the rest of the weights are those of identity experts.
-        n_tokens: tokens seen; those that gradient checkpointing sees again count again.
+        n_experts: LoRA experts; the other weights are those of identity experts.
+        n_tokens: tokens seen; gradient checkpointing shows a token twice.
         weights: sum of routing weights, float64, shape (n_experts + n_identity,).
         bypassed: tokens with no weight on any LoRA expert.
-        distance: sum of the standardised distances; 0 where none was computed.
+        distance: sum of the standardised distances; 0 where none was measured.
     """
 
     layer: str
@@ -42,7 +42,7 @@ class LayerRouting:
         return self.weights / max(self.n_tokens, 1)
 
     def row(self) -> dict[str, Any]:
-        """Averages as a row of a record."""
+        """Averages over the tokens, as a row of a record."""
         mean, n = self.mean_weights(), max(self.n_tokens, 1)
         return {
             "layer": self.layer,
@@ -51,71 +51,58 @@ class LayerRouting:
             "identity_share": float(mean[self.n_experts :].sum()),
             "bypassed_share": self.bypassed / n,
             "distance": self.distance / n,
-            "weights": [round(float(one), 6) for one in mean],
+            "weights": [round(float(weight), 6) for weight in mean],
         }
 
 
 class Recorder:
-    """Adds up routing by layer and adapter while it is open.
+    """Adds up routing by layer and adapter.
 
     Args:
-        learnt: only of tokens whose next token is learnt.
+        supervised: count supervised tokens only, instead of all but padding.
+
+    Attributes:
+        layers: (layer, adapter) → :class:`LayerRouting`.
     """
 
-    def __init__(self, learnt: bool = False) -> None:
-        self.learnt = learnt
+    def __init__(self, supervised: bool = False) -> None:
+        self.supervised = supervised
         self.layers: dict[tuple[str, str], LayerRouting] = {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a layer and adapter; see :meth:`LayerRouting.row`."""
-        return [one.row() for one in self.layers.values()]
+        """One row per layer and adapter; see :meth:`LayerRouting.row`."""
+        return [layer.row() for layer in self.layers.values()]
 
     def mean(self, key: str) -> float:
-        """Average over layers of one number of :meth:`rows`, NaN without layers."""
+        """Average one number of :meth:`rows` over the layers; NaN without layers."""
         rows = self.rows()
         return sum(row[key] for row in rows) / len(rows) if rows else float("nan")
 
     @torch.no_grad()
-    def add(
-        self,
-        place: tuple[str, str],
-        config: SlimConfig,
-        weights: Tensor,
-        rows: Tensor | None,
-        distance: Tensor | None,
-        keep: Tensor | None,
-        n_tokens: int,
-    ) -> None:
-        """Note one forward pass of a layer.
-
-        Args:
-            place: names of the layer and the adapter.
-            config: of the adapter.
-            weights: routing weights, shape (n_routed, n_experts + n_identity).
-            rows: tokens that were routed, shape (n_routed,); the others surely bypass. None: all.
-            distance: standardised distance of all tokens, shape (n_tokens,), or None.
-            keep: tokens that count, bool of shape (n_tokens,); None for all.
-            n_tokens: tokens of the pass.
-        """
-        everyone = weights
-        if rows is not None:
-            everyone = weights.new_zeros(n_tokens, config.n_total)
-            everyone[:, config.n_experts :] = 1 / max(config.n_identity, 1)
-            everyone[rows] = weights
-        if keep is not None:
-            everyone = everyone[keep]
-            distance = None if distance is None else distance[keep]
-        found = self.layers.setdefault(place, LayerRouting(*place, config.n_experts))
-        found.n_tokens += len(everyone)
-        total = everyone.double().sum(0).cpu()
-        found.weights = total if not len(found.weights) else found.weights + total
-        found.bypassed += int((everyone[:, : config.n_experts] == 0).all(-1).sum())
-        found.distance += 0.0 if distance is None else float(distance.double().sum())
+    def add(self, routing: Routing) -> None:
+        """Add one forward pass of a layer."""
+        weights, distance = routing.weights, routing.distance
+        n_experts, n_identity = routing.config.n_experts, routing.config.n_identity
+        if routing.rows is not None:  # tokens that were not routed go to the identity experts
+            routed = weights
+            weights = routed.new_zeros(routing.n_tokens, routing.config.n_total)
+            weights[:, n_experts:] = 1 / max(n_identity, 1)
+            weights[routing.rows] = routed
+        if routing.keep is not None:
+            weights = weights[routing.keep]
+            distance = None if distance is None else distance[routing.keep]
+        place = (routing.layer, routing.adapter)
+        sums = self.layers.setdefault(place, LayerRouting(*place, n_experts))
+        sums.n_tokens += len(weights)
+        total = weights.double().sum(0).cpu()
+        sums.weights = total if not len(sums.weights) else sums.weights + total
+        sums.bypassed += int((weights[:, :n_experts] == 0).all(-1).sum())
+        sums.distance += 0.0 if distance is None else float(distance.double().sum())
 
 
 @contextmanager
-def observe(model: nn.Module, *, learnt: bool = False) -> Iterator[Recorder]:
-    """Note the routing of every forward pass inside the block.
+def observe(model: nn.Module, *, supervised: bool = False) -> Iterator[Recorder]:
+    """Record the routing of every forward pass inside the block.
 
     >>> with observe(model) as seen:
     ...     model(**batch)
@@ -123,8 +110,8 @@ def observe(model: nn.Module, *, learnt: bool = False) -> Iterator[Recorder]:
 
     Args:
         model: a model with SLIM layers, wrapped or not.
-        learnt: count tokens whose next token is learnt alone, by the labels that the model is
-            given; all but padding where it is given none.
+        supervised: count only tokens whose next token has a label, where the model is given labels;
+            otherwise all tokens but padding count.
 
     Raises:
         AttachError: the model has no SLIM layers, or is being observed already.
@@ -132,8 +119,25 @@ def observe(model: nn.Module, *, learnt: bool = False) -> Iterator[Recorder]:
     keeper = keeper_of(model)
     if keeper.recorder is not None:
         raise AttachError("the model is being observed already; leave that block first")
-    keeper.recorder = Recorder(learnt)
+    recorder = keeper.recorder = Recorder(supervised)
     try:
-        yield keeper.recorder
+        yield recorder
     finally:
         keeper.recorder = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode; afterwards every module is in its mode of before.
+
+    Quantised layers stay in training mode: on a CPU, those of bitsandbytes repack their weights in
+    the first evaluation pass, and have wrong gradients from then on.
+    """
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = resolve_quantization_backend(module) is not None
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,4 +1,4 @@
-"""What a layer remembers besides its weights: cluster statistics and masks.
+"""What a layer remembers besides its weights: statistics of its inputs, and masks.
 
 Both are modules, so that PEFT saves and deletes them with the adapter. They keep their dtype
 whatever the model is cast to, and change only between optimiser steps.
@@ -14,30 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.errors import DivergedError, InputError
-from budwood.tune.clustering import (
+from budwood.errors import InputError
+from budwood.tune.config import SlimConfig
+from budwood.tune.distance import (
+    measure,
+    measure_along,
+    measure_whitened,
+    no_centres,
+    random_directions,
+    whitener,
+)
+from budwood.tune.equations import draw_keep, standardised_distance
+from budwood.tune.moments import (
     Moments,
     channel_scale,
-    measure,
     scatter,
     seed_centres,
     slide,
     slide_distance,
+    slide_whitened,
 )
-from budwood.tune.config import SlimConfig
-from budwood.tune.discriminant import measure_along, no_centres
-from budwood.tune.merging import draw_keep
-from budwood.tune.whitening import measure_whitened, random_directions, slide_whitened, whitener
-from budwood.tune.yielding import standardised_distance
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; always 0 in inference mode, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Kept(nn.Module):
-    """A module whose buffers move between devices but are never cast."""
+    """A module whose buffers move between devices and are never cast."""
 
     n_steps: Tensor
 
@@ -56,12 +56,12 @@ class _Kept(nn.Module):
         return self
 
     def derived(self, name: str, compute: Callable[[], Any], *sources: Tensor) -> Any:
-        """A value computed from buffers, kept until one of them changes or is replaced."""
-        key = tuple((source, version(source)) for source in sources)
-        found = self._memo.get(name)
-        if found is None or not _same(found[0], key):
-            self._memo[name] = found = (key, compute())
-        return found[1]
+        """Compute a value from buffers, and reuse it until one of them changes or is replaced."""
+        key = tuple((source, _version(source)) for source in sources)
+        entry = self._memo.get(name)
+        if entry is None or not _same(entry[0], key):
+            self._memo[name] = entry = (key, compute())
+        return entry[1]
 
     @property
     def steps(self) -> int:
@@ -72,20 +72,16 @@ class _Kept(nn.Module):
         return {**self.__dict__, "_memo": {}}
 
 
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return all(a is b and v == w for (a, v), (b, w) in zip(one, other))
-
-
-class Clusters(_Kept):
+class InputStatistics(_Kept):
     """Where one layer's inputs lie, and the distribution of their distances.
 
-    Step 0 only gathers the moments that the centres start from, and step 1 those of the distance:
-    until then nothing yields.
+    Step 0 gathers the moments that centres start from, step 1 those of the distances. Until then
+    nothing yields.
 
     Args:
         config: of the adapter.
         d_in: input channels.
-        key: name of the layer, for what is random.
+        key: name of the layer; a seed of what is random.
     """
 
     distance_mean: Tensor
@@ -96,108 +92,119 @@ class Clusters(_Kept):
         self.config, self.d_in, self.key = config, d_in, key
         self.register_buffer("distance_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("distance_var", torch.ones((), dtype=torch.float32))
-        self.pending: Tensor | None = None
+        self._gathered: Tensor | None = None
         self._last: tuple[Any, ...] | None = None
 
     def distance(
         self, x: Tensor, keep: Callable[[], Tensor | None], *, gather: bool, training: bool
     ) -> tuple[Tensor | None, Moments | None]:
-        """Standardised distance of each token, computed once for layers that share an input.
+        """Measure the standardised distance of each token, once for layers that share an input.
 
         Args:
             x: the layer's input, shape (…, d_in).
-            keep: gives the tokens that count, bool of shape (n_tokens,), or None for all.
-            gather: also return moments; None if another layer has got those of this input.
-            training: which margin holds.
+            keep: returns the tokens that count, bool of shape (n_tokens,), or None for all.
+            gather: also return moments; None if another layer has taken those of this input.
+            training: use the margin of training.
 
         Returns:
-            Distances, shape (n_tokens,), None in the first two steps; and moments or None.
+            Distances, shape (n_tokens,), or None in the first two steps; and moments or None.
         """
         if not gather and self.steps < 2:
             return None, None
-        place = (version(x), gather, training, self.steps)
+        place = (_version(x), gather, training, self.steps)
         if self._last is not None and self._last[0]() is x and self._last[1] == place:
             return self._last[2], None
         flat = x.detach().reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             raw, moments = self._measure(flat, gather, keep() if gather else None)
-        found = None
+        distance = None
         if self.steps >= 2:
             margin = self.config.margin_of(training)
-            found = standardised_distance(raw, self.distance_mean, self.distance_var, margin)
-        self._last = weakref.ref(x), place, found
-        return found, moments
+            distance = standardised_distance(raw, self.distance_mean, self.distance_var, margin)
+        self._last = weakref.ref(x), place, distance
+        return distance, moments
 
-    def measured(self, n_tokens: int) -> Tensor | None:
-        """The distances that the layer at the beginning of the block was given just now.
+    def last_distance(self, n_tokens: int) -> Tensor | None:
+        """Return the distances that the first layer of the block has just measured.
 
         Args:
             n_tokens: tokens of the layer that asks.
+
+        Returns:
+            Shape (n_tokens,); None where there are none for as many tokens.
         """
         if self._last is None or self._last[1][-1] != self.steps:
             return None
-        found = self._last[2]
-        return found if found is not None and len(found) == n_tokens else None
+        distance = self._last[2]
+        return distance if distance is not None and len(distance) == n_tokens else None
 
     def add(self, moments: Moments) -> None:
         """Note the moments of one backward pass, for the next :meth:`commit`."""
         flat = moments.flat()
-        self.pending = flat if self.pending is None else self.pending + flat
+        self._gathered = flat if self._gathered is None else self._gathered + flat
 
-    def taken(self) -> Tensor:
-        """The noted moments as one vector, zeros if there are none; they are forgotten."""
-        flat, self.pending = self.pending, None
-        return self._no_moments().flat() if flat is None else flat
+    def gathered(self) -> Moments:
+        """Return the moments noted since the last commit."""
+        empty = self._no_moments()
+        return empty if self._gathered is None else empty.filled(self._gathered)
+
+    def take(self) -> Tensor:
+        """Return the noted moments as one vector, and forget them."""
+        flat = self.gathered().flat()
+        self.forget()
+        return flat
+
+    def forget(self) -> None:
+        """Drop the moments noted since the last commit."""
+        self._gathered = None
 
     @torch.no_grad()
     def commit(self, flat: Tensor) -> None:
-        """Move centres and distances by the moments of one optimiser step.
+        """Move the statistics by the moments of one optimiser step.
 
         Args:
-            flat: the sum over ranks of what :meth:`taken` gave, finite.
+            flat: what :meth:`take` returned, summed over ranks; finite.
         """
         moments = self._no_moments().filled(flat.to(self.distance_mean.device))
         if self.steps < 2 and not bool(moments.count.sum() > 0):
-            return  # no token came by: there is nothing to start from
+            return  # without a token there is nothing to start from
         if self.steps == 0:
             seed = zlib.crc32(f"{self.config.seed}/{self.key}/centres".encode())
             self._start(moments, torch.Generator().manual_seed(seed))
         else:
             self._slide(moments)
             momentum = 1.0 if self.steps == 1 else self._momentum()
-            mean, spread = slide_distance(self.distance_mean, self.distance_var, moments, momentum)
+            mean, var = slide_distance(self.distance_mean, self.distance_var, moments, momentum)
             self.distance_mean.copy_(mean)
-            self.distance_var.copy_(spread)
+            self.distance_var.copy_(var)
         self.n_steps.add_(1)
 
     def _momentum(self) -> float:
-        """Share that the distribution of distances moves by, from the third step on."""
+        """Fraction that the distribution of distances moves by, from the third step on."""
         return self.config.momentum
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
     ) -> tuple[Tensor, Moments | None]:
-        """Raw distances of tokens of shape (n_tokens, d_in), and their moments if asked for."""
+        """Measure the raw distances of tokens of shape (n_tokens, d_in), and their moments."""
         raise NotImplementedError
 
     def _no_moments(self) -> Moments:
-        """Moments of no tokens, of the shapes that this step has."""
+        """Make moments of no tokens, in the shapes of this step."""
         raise NotImplementedError
 
     def _start(self, moments: Moments, generator: torch.Generator) -> None:
-        """Take up the moments of the first step."""
-        raise NotImplementedError
+        """Start the statistics from the moments of the first step."""
 
     def _slide(self, moments: Moments) -> None:
-        """Take up those of a later step."""
-        raise NotImplementedError
+        """Move them by the moments of a later step."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last": None}  # type: ignore[dict-item]
 
 
-class ChannelClusters(Clusters):
-    """Centres with a variance of each channel."""
+class ChannelStatistics(InputStatistics):
+    """Centres with a variance per channel, for ``"max"`` and ``"rms"``."""
 
     centre: Tensor
     var: Tensor
@@ -227,10 +234,10 @@ class ChannelClusters(Clusters):
         self.var.copy_(var)
 
 
-class WhitenedClusters(Clusters):
+class WhitenedStatistics(InputStatistics):
     """Centres in a random subspace of the standardised channels, with one covariance.
 
-    The first step gives the channels their means and scales, which then stay.
+    The first step sets the means and scales of the channels, which then stay.
     """
 
     centre: Tensor
@@ -258,11 +265,11 @@ class WhitenedClusters(Clusters):
         )
 
     def _momentum(self) -> float:
-        # While the covariance settles, distances grow: those of the first steps soon mean nothing.
+        # Distances grow while the covariance settles, so that those of the first steps soon expire.
         return max(self.config.momentum, 2 / (self.steps + 1))
 
     def _projection(self) -> tuple[Tensor, Tensor]:
-        """Standardising and projecting as one matrix, and what it makes of the mean."""
+        """Compute P and o of :func:`measure_whitened`: standardise and project in one product."""
 
         def compute() -> tuple[Tensor, Tensor]:
             signs = random_directions(
@@ -293,8 +300,8 @@ class WhitenedClusters(Clusters):
         self.covariance.copy_(covariance)
 
 
-class Discriminant(Clusters):
-    """A direction from the training data to other text, fitted before training, that stays."""
+class DiscriminantStatistics(InputStatistics):
+    """A direction from the training data to other text, fitted before training and then fixed."""
 
     direction: Tensor
     offset: Tensor
@@ -311,18 +318,18 @@ class Discriminant(Clusters):
         """Whether there is a direction; waits for the device only after a change."""
         return self.derived("fitted", lambda: int(self.n_fitted) > 0, self.n_fitted)
 
-    def set_direction(self, direction: Tensor, offset: Tensor, n: int) -> None:
-        """Take up what :func:`budwood.tune.discriminant.discriminant` gave for n tokens."""
+    def set_direction(self, direction: Tensor, offset: Tensor, n_tokens: int) -> None:
+        """Store what :func:`budwood.tune.distance.discriminant` fitted to some tokens."""
         self.direction.copy_(direction)
         self.offset.copy_(offset)
-        self.n_fitted.fill_(n)
+        self.n_fitted.fill_(n_tokens)
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
     ) -> tuple[Tensor, Moments | None]:
         if not self.is_fitted:
             raise InputError(
-                'distance="discriminant" is fitted before training, and this adapter was not: call '
+                'distance="discriminant" has to be fitted before training; call '
                 "budwood.tune.fit_discriminant(model, tokenizer, rows) first"
             )
         return measure_along(x, self.direction, self.offset, gather=gather, keep=keep)
@@ -330,21 +337,15 @@ class Discriminant(Clusters):
     def _no_moments(self) -> Moments:
         return no_centres(self.direction)
 
-    def _start(self, moments: Moments, generator: torch.Generator) -> None:
-        pass
 
-    def _slide(self, moments: Moments) -> None:
-        pass
-
-
-def make_clusters(config: SlimConfig, d_in: int, key: str) -> Clusters:
-    """The statistics that a config's distance needs; arguments as of :class:`Clusters`."""
-    kinds = {"whitened": WhitenedClusters, "discriminant": Discriminant}
-    return kinds.get(config.distance, ChannelClusters)(config, d_in, key)
+def make_statistics(config: SlimConfig, d_in: int, key: str) -> InputStatistics:
+    """Make the statistics that a config's distance needs; arguments as of the class."""
+    kinds = {"whitened": WhitenedStatistics, "discriminant": DiscriminantStatistics}
+    return kinds.get(config.distance, ChannelStatistics)(config, d_in, key)
 
 
 class Mask(_Kept):
-    """The mask of dynamic merging that is in force for one layer.
+    """The mask of dynamic merging that is in force in one layer.
 
     Args:
         config: of the adapter.
@@ -366,7 +367,7 @@ class Mask(_Kept):
     def commit(self) -> None:
         """Draw the mask of the next step."""
         step = self.steps + 1
-        # New tensors: a backward pass that is still to come masks with those of its forward pass.
+        # New tensors: a backward pass that is still to come uses the masks of its forward pass.
         self.columns = self._draw("columns", len(self.columns), step).to(self.columns.device)
         self.rows = self._draw("rows", len(self.rows), step).to(self.rows.device)
         self.n_steps.add_(1)
@@ -377,22 +378,10 @@ class Mask(_Kept):
         return draw_keep(size, config.merge_p, seed=config.seed, key=key, step=step)
 
 
-def check_finite(flat: Tensor, names: list[str], sizes: list[int]) -> None:
-    """Raise if the moments of a step have NaN or infinite values, before they are taken up.
+def _version(tensor: Tensor) -> int:
+    """Count the changes of a tensor in place; 0 in inference mode, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
 
-    Args:
-        flat: moments of several layers, one after the other.
-        names: of the layers.
-        sizes: values of each.
 
-    Raises:
-        DivergedError: naming the first layer with bad values.
-    """
-    if bool(flat.sum().isfinite()) or bool(flat.isfinite().all()):
-        return
-    for name, part in zip(names, flat.split(sizes)):
-        if not bool(part.isfinite().all()):
-            raise DivergedError(
-                f"inputs of layer {name!r} are NaN or infinite; the statistics keep their last "
-                "good values: lower the learning rate, or train in bfloat16 or float32"
-            )
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return all(a is b and v == w for (a, v), (b, w) in zip(one, other))

@@ -1,114 +1,154 @@
-"""Optimiser steps: when statistics are taken up and new masks are drawn."""
+"""What the layers of one model share: optimiser steps, labels, and who watches their routing.
+
+Layers gather statistics in backward. A :class:`StepKeeper` commits them after each optimiser step,
+and then draws the next masks.
+"""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback
 
-from budwood.errors import AttachError
-from budwood.tune.state import Clusters, check_finite
-
-if TYPE_CHECKING:
-    from budwood.tune.fitting import Survey
-    from budwood.tune.layer import SlimLinear
-    from budwood.tune.observe import Recorder
+from budwood.errors import AttachError, DivergedError
+from budwood.tune.config import SlimConfig
+from budwood.tune.state import DiscriminantStatistics, InputStatistics
 
 PATIENCE = 1000
-"""Backward passes without a noticed optimiser step before a warning."""
+"""Backward passes without an optimiser step before a warning."""
+
+
+class SlimLayer(nn.Module, BaseTunerLayer):
+    """What PEFT and the optimiser steps know about a SLIM layer; dicts are keyed by adapter.
+
+    Attributes:
+        slim_in: A of all experts above the rows of the router, shape
+            (n_experts · r + n_experts + n_identity, d_in); without a router A alone.
+        slim_out: B of all experts side by side, shape (d_out, n_experts · r).
+        slim_clusters: :class:`InputStatistics`, in the first layer that reads an input. The name is
+            that of the tensors in saved adapters.
+        slim_mask: :class:`budwood.tune.state.Mask` of dynamic merging.
+        slim_config: configs.
+        slim_key: name of the layer in the model.
+        keeper: shared by the layers of the model.
+    """
+
+    adapter_layer_names = ("slim_in", "slim_out")
+    other_param_names = ("slim_clusters", "slim_mask", "shared_statistics", "slim_config")
+
+    slim_in: nn.ParameterDict
+    slim_out: nn.ParameterDict
+    slim_clusters: nn.ModuleDict
+    slim_mask: nn.ModuleDict
+    slim_config: dict[str, SlimConfig]
+    slim_key: str
+    keeper: StepKeeper
+
+    def trained_adapters(self) -> list[str]:
+        """Names of the active adapters that are being trained."""
+        return [
+            name
+            for name in self.active_adapters
+            if name in self.slim_in and self.slim_in[name].requires_grad
+        ]
+
+    def discriminants(self) -> dict[str, DiscriminantStatistics]:
+        """Discriminants that this layer holds for the adapters that are being trained."""
+        return {
+            name: statistics
+            for name in self.trained_adapters()
+            if name in self.slim_clusters
+            and isinstance(statistics := self.slim_clusters[name], DiscriminantStatistics)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Where one layer sent the tokens of one forward pass.
+
+    Attributes:
+        layer: name of the layer.
+        adapter: name of the adapter.
+        config: of the adapter.
+        weights: routing weights, shape (n_routed, n_experts + n_identity).
+        rows: tokens that were routed, shape (n_routed,); the others surely bypass. None for all.
+        distance: standardised distance of all tokens, shape (n_tokens,), or None.
+        keep: tokens that count, bool, shape (n_tokens,); None for all.
+        n_tokens: tokens of the pass.
+    """
+
+    layer: str
+    adapter: str
+    config: SlimConfig
+    weights: Tensor
+    rows: Tensor | None
+    distance: Tensor | None
+    keep: Tensor | None
+    n_tokens: int
+
+
+class RoutingRecorder(Protocol):
+    """Takes the routing of each forward pass; see :func:`budwood.tune.observe`.
+
+    Attributes:
+        supervised: count supervised tokens only, instead of all but padding.
+    """
+
+    supervised: bool
+
+    def add(self, routing: Routing) -> None:
+        """Take the routing of one pass of one layer."""
 
 
 class StepKeeper:
     """Notices optimiser steps, and commits what was gathered since the last one.
 
-    PyTorch calls a hook after every ``optimizer.step()``; a keeper whose weights that optimiser
-    holds commits there. So plain loops and trainers need do nothing, and what is saved after a step
-    is complete. Over several ranks a commit is one all-reduce, in a place that all ranks reach.
+    PyTorch calls a hook after every ``optimizer.step()``. A keeper commits there if the optimiser
+    holds its weights. So plain loops and trainers need no extra call, and what is saved after a
+    step is complete. Over several ranks a commit is one all-reduce, at a point that all ranks
+    reach.
 
     Args:
         model: the model that holds the layers.
+
+    Attributes:
+        recorder: is told the routing of each pass; None for nobody.
+        survey: is shown inputs of the layers, which then add nothing; None for nobody.
+        labels: labels of the next passes, of models that are not given any.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.recorder: Recorder | None = None
+        self.recorder: RoutingRecorder | None = None
+        self.survey: Callable[[InputStatistics, Tensor], None] | None = None
         self.labels: Tensor | None = None
-        self.survey: Survey | None = None
-        self._seen: dict[tuple[str, str], int] = {}
+        self._n_passes: dict[tuple[str, str], int] = {}
         self._warned = False
         _follow(self)
 
     @property
     def pending(self) -> bool:
-        """Whether a backward pass was noted since the last commit."""
-        return bool(self._seen)
+        """Whether there was a backward pass since the last commit."""
+        return bool(self._n_passes)
 
     def is_first(self, layer: str, adapter: str) -> bool:
         """Whether a layer's next backward pass is its first in this step: the penalty is due."""
-        return not self._seen.get((layer, adapter))
+        return not self._n_passes.get((layer, adapter))
 
     def on_backward(self, layer: str, adapter: str) -> bool:
-        """Note a backward pass of a layer; whether it was the first in this step."""
+        """Count a backward pass of a layer; return whether it was the first in this step."""
         first = self.is_first(layer, adapter)
-        n_passes = self._seen[layer, adapter] = self._seen.get((layer, adapter), 0) + 1
-        if n_passes > PATIENCE:
-            self._warn()
-        return first
-
-    def after_step(self, held: set[int]) -> None:
-        """Commit what an optimiser that holds parameters with these ids has updated."""
-        if self.pending:
-            self.commit(held)
-
-    def commit(self, held: set[int] | None = None) -> bool:
-        """Take up the statistics gathered since the last commit, and draw the next masks.
-
-        Args:
-            held: ids of the parameters of what is committed; None for all.
-
-        Returns:
-            Whether there was anything to take up.
-
-        Raises:
-            DivergedError: a layer's inputs were NaN or infinite; nothing is taken up.
-        """
-        mine = [
-            (layer, name)
-            for layer in self.layers()
-            for name in layer.slim_in
-            if held is None or held & {id(layer.slim_in[name]), id(layer.slim_out[name])}
-        ]
-        # An adapter as a whole: which of its layers saw a token may differ between ranks.
-        trained = {name for layer, name in mine if (layer.slim_key, name) in self._seen}
-        mine = [(layer, name) for layer, name in mine if name in trained]
-        for layer, name in mine:
-            self._seen.pop((layer.slim_key, name), None)
-        reduce_and_commit(
-            [layer.slim_clusters[name] for layer, name in mine if name in layer.slim_clusters]  # type: ignore[misc]
-        )
-        for layer, name in mine:
-            if name in layer.slim_mask:
-                layer.slim_mask[name].commit()  # type: ignore[operator]
-        return bool(mine)
-
-    def forget_gathered(self) -> None:
-        """Drop what was gathered since the last commit."""
-        self._seen.clear()
-        for layer in self.layers():
-            for clusters in layer.slim_clusters.values():
-                clusters.pending = None  # type: ignore[assignment]
-
-    def layers(self) -> list[SlimLinear]:
-        """All SLIM layers of the model, in its order."""
-        return layers_of(self.model)
-
-    def _warn(self) -> None:
-        if not self._warned:
+        n_passes = self._n_passes[layer, adapter] = self._n_passes.get((layer, adapter), 0) + 1
+        if n_passes > PATIENCE and not self._warned:
             self._warned = True
             warnings.warn(
                 f"SLIM: {PATIENCE} backward passes and no optimiser step was noticed: add "
@@ -116,39 +156,79 @@ class StepKeeper:
                 UserWarning,
                 stacklevel=2,
             )
+        return first
+
+    def after_step(self, held: set[int]) -> None:
+        """Commit the adapters with parameters of these ids."""
+        if self.pending:
+            self.commit(held)
+
+    def commit(self, held: set[int] | None = None) -> bool:
+        """Commit the statistics gathered since the last commit, and draw the next masks.
+
+        Args:
+            held: ids of parameters whose adapters are committed; None for all adapters.
+
+        Returns:
+            Whether there was anything to commit.
+
+        Raises:
+            DivergedError: a layer's inputs were NaN or infinite; no statistics are changed.
+        """
+        places = [
+            (layer, name)
+            for layer in self.layers()
+            for name in layer.slim_in
+            if held is None or held & {id(layer.slim_in[name]), id(layer.slim_out[name])}
+        ]
+        # An adapter as a whole: which of its layers saw a token may differ between ranks.
+        trained = {name for layer, name in places if (layer.slim_key, name) in self._n_passes}
+        places = [(layer, name) for layer, name in places if name in trained]
+        for layer, name in places:
+            self._n_passes.pop((layer.slim_key, name), None)
+        statistics: list[Any] = [
+            layer.slim_clusters[name] for layer, name in places if name in layer.slim_clusters
+        ]
+        _reduce_and_commit(statistics)
+        for layer, name in places:
+            if name in layer.slim_mask:
+                layer.slim_mask[name].commit()  # type: ignore[operator]
+        return bool(places)
+
+    def forget_gathered(self) -> None:
+        """Drop what was gathered since the last commit."""
+        self._n_passes.clear()
+        for layer in self.layers():
+            for statistics in layer.slim_clusters.values():
+                statistics.forget()  # type: ignore[operator]
+
+    def layers(self) -> list[SlimLayer]:
+        """All SLIM layers of the model, in its order."""
+        return layers_of(self.model)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _follow(self)
 
 
-def reduce_and_commit(clusters: list[Clusters]) -> None:
-    """Sum the gathered moments over ranks in one all-reduce, and move the statistics by them.
+class SlimCallback(TrainerCallback):
+    """Commits after each optimiser step, for optimisers that PyTorch's hook does not see.
 
-    Raises:
-        DivergedError: moments are NaN or infinite; no statistics are changed.
+    A ``Trainer`` with a ``torch.optim.Optimizer`` does not need it. Engines that hold copies of the
+    weights, such as DeepSpeed, do; a warning says so. It does no harm where it is not needed.
     """
-    if not clusters:
-        return
-    parts = [one.taken() for one in clusters]
-    sizes = [len(part) for part in parts]
-    flat = torch.cat([part.to(parts[0].device) for part in parts])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(flat)
-    check_finite(flat, [one.key for one in clusters], sizes)
-    for one, part in zip(clusters, flat.split(sizes)):
-        one.commit(part)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        commit(kwargs["model"])
 
 
-def layers_of(model: nn.Module) -> list[SlimLinear]:
-    """All SLIM layers in a model, wrapped or not, in its order."""
-    from budwood.tune.layer import SlimLinear
-
-    return [module for module in model.modules() if isinstance(module, SlimLinear)]
+def layers_of(model: nn.Module) -> list[SlimLayer]:
+    """List the SLIM layers of a model, wrapped or not, in its order."""
+    return [module for module in model.modules() if isinstance(module, SlimLayer)]
 
 
 def keeper_of(model: nn.Module) -> StepKeeper:
-    """The keeper of a model, wrapped or not.
+    """Return the keeper that a model's layers share.
 
     Raises:
         AttachError: the model has no SLIM layers.
@@ -160,16 +240,16 @@ def keeper_of(model: nn.Module) -> StepKeeper:
 
 
 def commit(model: nn.Module) -> bool:
-    """Take up the statistics of an optimiser step now, and draw the masks of the next.
+    """Commit the statistics of an optimiser step now, and draw the masks of the next.
 
-    Happens by itself with any ``torch.optim.Optimizer`` that holds the adapter's parameters. Call
-    it after each step, on every rank, with an optimiser of another kind.
+    This happens by itself with any ``torch.optim.Optimizer`` that holds the adapter's parameters.
+    With another kind of optimiser, call it after each step, on every rank.
 
     Args:
         model: a model with SLIM layers, wrapped or not.
 
     Returns:
-        Whether there was anything to take up.
+        Whether there was anything to commit.
 
     Raises:
         AttachError: the model has no SLIM layers.
@@ -179,16 +259,16 @@ def commit(model: nn.Module) -> bool:
 
 
 def tell_labels(model: nn.Module, labels: Tensor | None) -> None:
-    """Say which tokens are learnt, where the model's forward pass is not given the labels.
+    """Tell the layers which tokens are supervised, if the model's forward pass gets no labels.
 
-    With ``fit_on="learnt"`` statistics are those of tokens whose next one is learnt. A model that
-    is called with ``labels`` knows them; a loop that computes the loss by itself calls this before
-    each forward pass, or else all tokens but padding count.
+    With ``fit_on="supervised"`` statistics describe the tokens whose next token has a label. A
+    model that is called with ``labels`` knows them. A loop that computes the loss by itself calls
+    this before each forward pass; otherwise all tokens but padding count.
 
     Args:
         model: a model with SLIM layers, wrapped or not.
-        labels: −100 where nothing is learnt, shape (batch, length), or of the last positions only;
-            in force until others are told. None for no labels.
+        labels: −100 where there is no label, shape (batch, length), or of the last positions only.
+            They hold until the next call. None for no labels.
 
     Raises:
         AttachError: the model has no SLIM layers.
@@ -196,18 +276,45 @@ def tell_labels(model: nn.Module, labels: Tensor | None) -> None:
     keeper_of(model).labels = labels
 
 
+def _reduce_and_commit(statistics: list[InputStatistics]) -> None:
+    """Sum the gathered moments over ranks in one all-reduce, and move the statistics by them."""
+    if not statistics:
+        return
+    parts = [layer.take() for layer in statistics]
+    sizes = [len(part) for part in parts]
+    flat = torch.cat([part.to(parts[0].device) for part in parts])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+    _check_finite(flat, [layer.key for layer in statistics], sizes)
+    for layer, part in zip(statistics, flat.split(sizes)):
+        layer.commit(part)
+
+
+def _check_finite(flat: Tensor, names: list[str], sizes: list[int]) -> None:
+    """Refuse NaN or infinite moments, naming the first layer that has them."""
+    if bool(flat.sum().isfinite()) or bool(flat.isfinite().all()):
+        return
+    for name, part in zip(names, flat.split(sizes)):
+        if not bool(part.isfinite().all()):
+            raise DivergedError(
+                f"inputs of layer {name!r} are NaN or infinite; the statistics keep their last "
+                "good values: lower the learning rate, or train in bfloat16 or float32"
+            )
+
+
 _KEEPERS: weakref.WeakSet[StepKeeper] = weakref.WeakSet()
 _HOOKS: list[Any] = []
 
 
 def _follow(keeper: StepKeeper) -> None:
+    """Commit after the steps of optimisers that hold this keeper's weights."""
     _KEEPERS.add(keeper)
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_post_hook(_after_step))
 
 
 def forget(keeper: StepKeeper) -> None:
-    """Stop following optimisers for a keeper; the last one takes the hook with it."""
+    """Stop following optimisers for a keeper; the last keeper removes the hook."""
     _KEEPERS.discard(keeper)
     if not _KEEPERS:
         while _HOOKS:
@@ -215,6 +322,6 @@ def forget(keeper: StepKeeper) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     for keeper in list(_KEEPERS):
         keeper.after_step(held)

@@ -1,4 +1,4 @@
-"""Which tokens are padding and which are learnt, told to the layers by the model around them."""
+"""Which tokens are padding and which are supervised; the model around the layers tells them."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from budwood.tune.encoding import IGNORED
 
 
 class TokenWatch:
-    """A forward pre-hook that notes attention mask and labels of the model that it is on.
+    """A forward pre-hook that notes the attention mask and labels of the model that it is on.
 
-    Both stay in force until the next forward pass, since gradient checkpointing repeats parts of
-    the pass in backward, after it has ended. With ``use_reentrant=True``, two forward passes before
-    one backward therefore share the later one's.
+    Both hold until the next forward pass, since gradient checkpointing repeats parts of a pass in
+    backward. So with ``use_reentrant=True``, two forward passes before one backward share the
+    mask and labels of the second.
 
     Args:
-        model: the model to be hooked.
-        parent: the watch of the model around it, asked for labels, and for the mask where only a
+        model: the model to hook.
+        parent: the watch of the model around it. It is asked for labels, and for the mask if only a
             4-D one arrives here.
     """
 
     def __init__(self, model: nn.Module, parent: TokenWatch | None = None) -> None:
         parameters = list(inspect.signature(model.forward).parameters)
-        self._places = {
+        self._positions = {
             name: parameters.index(name)
             for name in ("attention_mask", "labels")
             if name in parameters
         }
         self.parent = parent
         self.outermost: nn.Module = model if parent is None else parent.outermost
-        self.answers = is_second_half(model, self.outermost)
-        self.shifts = predicts_next(model) if parent is None else parent.shifts
+        self.is_decoder = _is_decoder_of(self.outermost, model)
+        self.predicts_next = _predicts_next(model) if parent is None else parent.predicts_next
         self.mask: Tensor | None = None
         self.labels: Tensor | None = None
 
@@ -42,34 +43,27 @@ class TokenWatch:
         self.note_inputs(args, kwargs)
 
     def note_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what the model is called with; again, by whoever calls it with other inputs."""
+        """Note what the model is called with; pruning calls this again with fewer tokens."""
         mask = self._argument("attention_mask", args, kwargs)
         if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
             self.mask = mask
         else:
-            self.mask = self._above("mask")
+            self.mask = self._from_parents("mask")
         self.labels = self._argument("labels", args, kwargs)
         if self.labels is None:
-            self.labels = self._above("labels")
-        if self.answers and self.mask is None and self.labels is not None:
-            self.mask = self.labels != IGNORED  # a decoder's token i is there to predict label i
+            self.labels = self._from_parents("labels")
+        if self.is_decoder and self.mask is None and self.labels is not None:
+            self.mask = self.labels != IGNORED  # a decoder's token i predicts label i
 
-    def _above(self, name: str) -> Tensor | None:
-        """What the nearest model around this one was given; some heads skip a model between."""
-        watch = self.parent
-        while watch is not None and getattr(watch, name) is None:
-            watch = watch.parent
-        return None if watch is None else getattr(watch, name)
-
-    def keep(self, x: Tensor) -> Tensor | None:
-        """The tokens of a layer's input that are no padding.
+    def not_padding(self, x: Tensor) -> Tensor | None:
+        """Find the tokens of a layer's input that are not padding.
 
         Args:
             x: shape (…, d_in).
 
         Returns:
-            bool of shape (n_tokens,), None for all: no mask, or none of this size, as in a layer
-            that sees other tokens (routed, pooled) than the model does.
+            bool, shape (n_tokens,). None for all: there is no mask, or none of this size, as in a
+            layer that sees other tokens (routed, pooled) than the model.
         """
         n_tokens = x.shape[:-1].numel()
         if self.mask is None:
@@ -81,31 +75,31 @@ class TokenWatch:
             return None
         return mask.reshape(-1).to(x.device) > 0
 
-    def learnt(self, x: Tensor, labels: Tensor | None = None) -> Tensor | None:
-        """The tokens of a layer's input whose next token is learnt.
+    def supervised(self, x: Tensor, labels: Tensor | None = None) -> Tensor | None:
+        """Find the tokens of a layer's input whose next token has a label.
 
         Args:
             x: shape (batch, length, d_in), or flattened, shape (batch · length, d_in).
-            labels: used where the model was given none; shape (batch, length), or of the last
+            labels: used if the model was given none; shape (batch, length), or of the last
                 positions only.
 
         Returns:
-            bool of shape (n_tokens,); without labels, with some of another size, or in a model
-            whose labels are not of next tokens, what :meth:`keep` gives.
+            bool, shape (n_tokens,). What :meth:`not_padding` returns if there are no labels, if
+            they have another size, or if the model's labels are not next tokens.
         """
-        kept = self.keep(x)
+        kept = self.not_padding(x)
         labels = self.labels if self.labels is not None else labels
-        shape = self._shape(x, labels)
-        if not self.shifts or labels is None or shape is None or not _fit(labels, shape):
+        shape = self._batch_shape(x, labels)
+        if not self.predicts_next or labels is None or shape is None or not _fit(labels, shape):
             return kept
-        found = torch.zeros(shape, dtype=torch.bool, device=x.device)
+        labelled = torch.zeros(shape, dtype=torch.bool, device=x.device)
         n_before = shape[1] - labels.shape[1]
-        found[:, n_before:-1] = labels[:, 1:].to(x.device) != IGNORED
-        found = found.reshape(-1)
-        return found if kept is None else found & kept
+        labelled[:, n_before:-1] = labels[:, 1:].to(x.device) != IGNORED
+        labelled = labelled.reshape(-1)
+        return labelled if kept is None else labelled & kept
 
-    def _shape(self, x: Tensor, labels: Tensor | None) -> tuple[int, int] | None:
-        """Rows and columns of a layer's tokens, which some models flatten; None if unknown."""
+    def _batch_shape(self, x: Tensor, labels: Tensor | None) -> tuple[int, int] | None:
+        """Batch and length of a layer's tokens, which some models flatten; None if unknown."""
         if x.ndim == 3:
             return x.shape[0], x.shape[1]
         for like in (self.mask, labels):
@@ -114,79 +108,79 @@ class TokenWatch:
         return None
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found, place = kwargs.get(name), self._places.get(name)
-        if found is None and place is not None and len(args) > place:
-            return args[place]
-        return found
+        value, position = kwargs.get(name), self._positions.get(name)
+        if value is None and position is not None and len(args) > position:
+            return args[position]
+        return value
+
+    def _from_parents(self, name: str) -> Tensor | None:
+        """What the nearest model around this one was given; some heads skip a model between."""
+        watch = self.parent
+        while watch is not None and getattr(watch, name) is None:
+            watch = watch.parent
+        return None if watch is None else getattr(watch, name)
 
 
-def _fit(labels: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether labels are those of tokens of a shape, or of the last ones of each row."""
-    return labels.ndim == 2 and len(labels) == shape[0] and 0 < labels.shape[1] <= shape[1]
-
-
-def predicts_next(model: nn.Module) -> bool:
-    """Whether the labels of a model are those of next tokens.
-
-    Not those of encoder–decoders, whose labels are other tokens than the encoder's, nor of models
-    that classify tokens or fill masks.
-    """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return True
-    return model.can_generate() and not model.config.is_encoder_decoder
-
-
-def is_second_half(module: nn.Module, outermost: nn.Module) -> bool:
-    """Whether a module is the decoder of an encoder–decoder."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(outermost, PreTrainedModel) or not outermost.config.is_encoder_decoder:
-        return False
-    return outermost.get_decoder() is module
-
-
-def hook_of(module: nn.Module, kind: type) -> Any:
-    """The forward pre-hook of a class that is on a module, None if there is none."""
-    hooks = module._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, kind)), None)
-
-
-def remove_hooks(model: nn.Module, *kinds: type) -> None:
-    """Take the forward pre-hooks of some classes off a model and all its parts."""
-    for module in model.modules():
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, kinds):
-                del module._forward_pre_hooks[number]
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
-
-
-def watches(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, TokenWatch]:
-    """Put a watch on each transformers model that holds layers of a class, and on the outermost.
+def watch_tokens(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, TokenWatch]:
+    """Hook the outermost model, and each transformers model inside, that holds some layers.
 
     Args:
         model: the outermost model.
         kind: class of the layers.
 
     Returns:
-        The innermost watch around each layer.
+        Layer → the innermost watch around it.
     """
-    from transformers import PreTrainedModel
-
-    found: dict[nn.Module, TokenWatch] = {}
+    watches: dict[nn.Module, TokenWatch] = {}
     around: dict[nn.Module, TokenWatch] = {}
     for module in model.modules():  # parents come before their children
-        hosts = module is model or isinstance(module, PreTrainedModel)
-        inside = [one for one in module.modules() if isinstance(one, kind)] if hosts else []
-        if not inside:
+        is_model = module is model or isinstance(module, PreTrainedModel)
+        layers = [part for part in module.modules() if isinstance(part, kind)] if is_model else []
+        if not layers:
             continue
-        watch = hook_of(module, TokenWatch)
+        watch = _watch_on(module)
         if watch is None:
             watch = TokenWatch(module, around.get(module))
             module.register_forward_pre_hook(watch, with_kwargs=True)
         for part in module.modules():
             if part is not module:
                 around[part] = watch
-        found.update(dict.fromkeys(inside, watch))
-    return found
+        watches.update(dict.fromkeys(layers, watch))
+    return watches
+
+
+def unwatch_tokens(model: nn.Module) -> None:
+    """Remove the hooks of :func:`watch_tokens` from a model and all its parts."""
+    for module in model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, TokenWatch):
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def _watch_on(module: nn.Module) -> TokenWatch | None:
+    hooks = module._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, TokenWatch)), None)
+
+
+def _fit(labels: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether labels fit tokens of shape (batch, length), or the last ones of each row."""
+    return labels.ndim == 2 and len(labels) == shape[0] and 0 < labels.shape[1] <= shape[1]
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether the labels of a model are next tokens.
+
+    They are not in encoder–decoders, whose labels are other tokens than the encoder's, nor in
+    models that classify tokens or fill masks.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return True
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def _is_decoder_of(outermost: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is the decoder of an encoder–decoder."""
+    if not isinstance(outermost, PreTrainedModel) or not outermost.config.is_encoder_decoder:
+        return False
+    return outermost.get_decoder() is module

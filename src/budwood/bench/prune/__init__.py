@@ -1,9 +1,9 @@
-"""Benchmarks of pruning: accuracy on held-out scenes, and speed."""
+"""Accuracy and speed of pruning methods on held-out scenes: plan, run, table."""
 
 from __future__ import annotations
 
-from budwood.bench.prune.accuracy import Config, Outcome, run
-from budwood.bench.prune.rows import counts, rows_of
-from budwood.bench.prune.variants import Variant, variants_of
+from budwood.bench.prune.accuracy import Outcome, run
+from budwood.bench.prune.plan import Config, Variant, variants_of
+from budwood.bench.prune.table import counts, rows_of
 
 __all__ = ["Config", "Outcome", "Variant", "counts", "rows_of", "run", "variants_of"]

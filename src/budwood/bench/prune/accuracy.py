@@ -1,92 +1,29 @@
-"""Accuracy and retention of pruning methods on held-out sprout scenes."""
+"""Accuracy and time to first token of pruning methods on held-out sprout scenes."""
 
 from __future__ import annotations
 
+import functools
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from budwood.bench.prune.answering import (
-    Answered,
-    Encoded,
-    answer_full,
-    answer_pruned,
-    encode,
-)
-from budwood.bench.prune.times import Run, Times, measure
-from budwood.bench.prune.variants import Variant
+from budwood.bench.prune.answering import Answered, answer_full, answer_pruned
+from budwood.bench.prune.plan import BLIND, FULL, Config, Run
 from budwood.errors import InputError
-from budwood.prune.budget import Budget
+from budwood.progress import Progress, silent
 from budwood.prune.chat import prepare
+from budwood.prune.encoded import Encoded, encode
+from budwood.prune.latency import FirstToken, generate_timed
+from budwood.prune.methods import METHODS
+from budwood.prune.session import attach
 from budwood.sprout.questions import Question, balanced
 from budwood.sprout.scenes import Scene
-
-FULL = Run("full")
-BLIND = Run("blind")
+from budwood.timing import median_ratio, side_by_side
 
 _GREY = (128, 128, 128)
-
-Progress = Callable[[int, int], None]
-"""Told how many answers there are and how many there will be."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """What to run.
-
-    Attributes:
-        variants: methods to compare; the first of the method ``reference`` is what the others'
-            differences are taken to.
-        keeps: budgets, each a count or a ratio as in ``attach``.
-        seed: of the scenes, the draws of methods and the bootstrap.
-        n_scenes: scenes; each has one question of every kind that it allows.
-        split: ``"test"``, or ``"shifted"`` for looks outside the training range.
-        batch: about how many questions a call answers; whole scenes.
-        max_new_tokens: where an answer is cut.
-        n_timed: questions whose first token is timed.
-        n_resamples: of the bootstrap.
-        reference: a method.
-
-    Raises:
-        InputError: a number is too small, or a variant or budget comes twice.
-        BudgetError: a budget is neither a count nor a ratio.
-    """
-
-    variants: tuple[Variant, ...]
-    keeps: tuple[int | float, ...]
-    seed: int = 0
-    n_scenes: int = 200
-    split: str = "test"
-    batch: int = 24
-    max_new_tokens: int = 4
-    n_timed: int = 10
-    n_resamples: int = 2000
-    reference: str = "adav"
-
-    def __post_init__(self) -> None:
-        for name in ("n_scenes", "batch", "max_new_tokens", "n_timed", "n_resamples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} is below 1; give at least 1")
-        if not self.variants or not self.keeps:
-            raise InputError("nothing to compare: give at least one method and one budget")
-        for keep in self.keeps:
-            Budget.parse(keep)
-        if len(set(self.runs)) < len(self.runs):
-            raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
-
-    @property
-    def runs(self) -> list[Run]:
-        """All that is compared: baselines, then budget by budget."""
-        pruned = [Run("", variant, keep) for keep in self.keeps for variant in self.variants]
-        return [FULL, BLIND, *pruned]
-
-    def reference_run(self, keep: int | float | None) -> Run | None:
-        """What runs of this budget are compared to, if the reference takes part."""
-        found = (run for run in self.runs if run.variant and run.keep == keep)
-        return next((run for run in found if run.method == self.reference), None)
 
 
 @dataclass(frozen=True)
@@ -97,13 +34,26 @@ class Asked:
     question: Question
 
 
+@dataclass(frozen=True)
+class Times:
+    """Medians over the timed questions.
+
+    Attributes:
+        first: each part of the time to first token by itself.
+        speedup: median ratio of the time with all tokens to this one's.
+    """
+
+    first: FirstToken
+    speedup: float
+
+
 @dataclass(eq=False)
 class Outcome:
     """What the model answered.
 
     Attributes:
         asked: the questions.
-        right: for each run, whether each question was answered rightly.
+        right: for each run, whether each question was answered correctly.
         n_visual: visual tokens of each question's picture.
         n_kept: for each run, those that the LLM saw.
         times: for each run, the time to the first token.
@@ -116,21 +66,24 @@ class Outcome:
     times: dict[Run, Times] = field(default_factory=dict)
 
 
-def run(model: Any, processor: Any, config: Config, progress: Progress | None = None) -> Outcome:
+def run(model: Any, processor: Any, config: Config, progress: Progress = silent) -> Outcome:
     """Ask every question with every method and budget, with all tokens, and blind.
 
-    Blind means all tokens of a grey picture. Deterministic, but for the times.
+    Blind means all tokens of a grey picture. Everything but the times is deterministic.
 
     Args:
         model: a transformers model of a known family, with nothing attached.
         processor: its processor.
         config: what to run.
-        progress: told about progress.
+        progress: called after each batch of answers.
+
+    Raises:
+        InputError: the scenes allow no question.
     """
     scenes = balanced(config.seed, config.n_scenes, config.split)
     asked = [Asked(i, q) for i, (_, questions) in enumerate(scenes) for q in questions]
     if not asked:
-        raise InputError(f"no question can be asked about {config.n_scenes} scenes; take more")
+        raise InputError(f"n_scenes={config.n_scenes} scenes allow no question; give more")
     outcome = Outcome(asked, {run: [] for run in config.runs})
     outcome.n_kept = {run: [] for run in config.runs}
     n_done, n_answers = 0, len(asked) * len(config.runs)
@@ -144,22 +97,59 @@ def run(model: Any, processor: Any, config: Config, progress: Progress | None = 
             ]
             outcome.n_kept[run_] += answered.n_kept
             n_done += len(answered.texts)
-            if progress:
-                progress(n_done, n_answers)
+            progress(n_done, n_answers)
         outcome.n_visual += exam.n_visual
-    timed = _spread([(scenes[one.scene][0].image, one.question.text) for one in asked], config)
-    outcome.times = measure(model, processor, config.runs, timed, _blank)
+    pictures = [(scenes[item.scene][0].image, item.question.text) for item in asked]
+    outcome.times = measure(model, processor, config.runs, _spread(pictures, config.n_timed))
     return outcome
 
 
 def normalise(text: str) -> str:
-    """An answer without case, punctuation and superfluous space."""
+    """Remove case, punctuation and superfluous space from an answer."""
     bare = text.casefold().translate(str.maketrans("", "", string.punctuation))
     return " ".join(bare.split())
 
 
+def measure(
+    model: Any,
+    processor: Any,
+    runs: Sequence[Run],
+    questions: Sequence[tuple[Image.Image, str]],
+) -> dict[Run, Times]:
+    """Time the first token of each run on each question, one at a time, encoder included.
+
+    Args:
+        model: the model, with nothing attached.
+        processor: its processor.
+        runs: what to time, ``FULL`` among them.
+        questions: pictures and questions.
+    """
+
+    def time_one(run_: Run, number: int) -> FirstToken:
+        image, text = questions[number]
+        image = _blank(image) if run_ == BLIND else image
+        inputs = prepare(processor, [image], [text], model.device)
+        if run_.variant is None:
+            return generate_timed(model, inputs, max_new_tokens=1).first
+        options: dict[str, Any] = {**run_.variant.options, "keep": run_.keep, "timing": True}
+        with attach(model, processor=processor, **options) as session:
+            return generate_timed(model, inputs, session, max_new_tokens=1).first
+
+    named = {str(i): functools.partial(time_one, run_) for i, run_ in enumerate(runs)}
+    results = side_by_side(named, len(questions))
+    times = {run_: results[str(i)] for i, run_ in enumerate(runs)}
+    full = [first.total_ms for first in times[FULL]]
+    return {
+        run_: Times(
+            FirstToken.median(firsts),
+            median_ratio(full, [first.total_ms for first in firsts]),
+        )
+        for run_, firsts in times.items()
+    }
+
+
 class _Exam:
-    """The questions about some scenes, put to the model in one way after the other."""
+    """The questions about some scenes, asked in one way after the other."""
 
     def __init__(
         self,
@@ -176,9 +166,8 @@ class _Exam:
         self.images = [scene.image for scene, _ in chunk]
         self.which = [i for i, (_, questions) in enumerate(chunk) for _ in questions]
         self.inputs = self._inputs(self.images, self.which)
-        self._encoded: dict[str | None, Encoded] = {}
-        layouts = self._encode(None)
-        self.n_visual = [len(layouts.saliency[i]) for i in self.which]
+        self._encoded: dict[bool, Encoded] = {}
+        self.n_visual = [len(self._encode().saliency[i]) for i in self.which]
 
     def sit(self, run_: Run) -> Answered:
         """Answer all questions in one way."""
@@ -188,13 +177,13 @@ class _Exam:
                 self.model,
                 self.processor,
                 self.inputs,
-                self._encode(run_.variant.compat).rows(self.which),
+                self._encode(run_.variant.method).pick(self.which),
                 run_.variant,
                 keep=run_.keep,
                 seed=self.seed,
                 max_new_tokens=self.config.max_new_tokens,
             )
-        inputs, encoded, which = self.inputs, self._encode(None), self.which
+        inputs, encoded, which = self.inputs, self._encode(), self.which
         if run_ == BLIND:
             inputs, encoded, which = self._blinded()
         texts = answer_full(
@@ -208,19 +197,21 @@ class _Exam:
         return Answered(texts, self.n_visual, self.n_visual)
 
     def _blinded(self) -> tuple[dict[str, Any], Encoded, list[int]]:
-        """The same questions about grey pictures: one for each size, as they are all alike."""
+        """The same questions about grey pictures, one picture for each size."""
         sizes = list(dict.fromkeys(image.size for image in self.images))
         which = [sizes.index(self.images[i].size) for i in self.which]
         first = [self.images[[image.size for image in self.images].index(size)] for size in sizes]
         blanks = [_blank(image) for image in first]
         inputs = self._inputs(blanks, which)
-        return inputs, encode(self.model, self.processor, self._pictures(blanks)), which
+        return inputs, encode(self.model, self._pictures(blanks)), which
 
-    def _encode(self, compat: str | None) -> Encoded:
-        if compat not in self._encoded:
+    def _encode(self, method: str = "adav") -> Encoded:
+        """The scenes' pictures, encoded once for all methods that read them in the same form."""
+        whole_crops = METHODS.get(method).whole_crops
+        if whole_crops not in self._encoded:
             pictures = self._pictures(self.images)
-            self._encoded[compat] = encode(self.model, self.processor, pictures, compat)
-        return self._encoded[compat]
+            self._encoded[whole_crops] = encode(self.model, pictures, method)
+        return self._encoded[whole_crops]
 
     def _pictures(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         return prepare(self.processor, images, ["-"] * len(images), self.model.device)
@@ -252,7 +243,7 @@ def _chunks(
         yield chunk
 
 
-def _spread(items: Sequence[Any], config: Config) -> list[Any]:
-    """``n_timed`` items, evenly spread and of all kinds."""
-    n = min(config.n_timed, len(items))
+def _spread(items: Sequence[Any], n: int) -> list[Any]:
+    """``n`` items, or all if there are fewer, evenly spread and so of all kinds."""
+    n = min(n, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]

@@ -1,42 +1,26 @@
 """Answers to many questions about few pictures, each picture encoded once.
 
-What is measured is ``attach`` and ``generate`` themselves. Only work that comes out the same each
-time is shared: features and saliency of a picture between the questions, methods and budgets, and,
-without pruning, the keys and values of the prompt up to where the questions begin to differ.
+The benchmark measures ``attach`` and ``generate`` themselves. It shares only work that comes out
+the same each time: the encoded pictures, between questions, methods and budgets; and, without
+pruning, the keys and values of the prompt up to where the questions begin to differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from budwood.bench.prune.variants import Variant
+from budwood.bench.prune.plan import Variant
 from budwood.prune.chat import GREEDY, answers
-from budwood.prune.families import family_of, innermost
+from budwood.prune.encoded import Encoded
+from budwood.prune.families import family_of
+from budwood.prune.pruner import image_outputs
 from budwood.prune.session import attach
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """What the encoder says about some pictures.
-
-    Attributes:
-        features: projected, one tensor per picture, shape (n_features, d_model).
-        saliency: likewise, float32, shape (n_candidates,).
-    """
-
-    features: list[Tensor]
-    saliency: list[Tensor]
-
-    def rows(self, which: Sequence[int]) -> Encoded:
-        """Picture ``which[i]`` for row i."""
-        return Encoded([self.features[i] for i in which], [self.saliency[i] for i in which])
+from budwood.unwrap import innermost
 
 
 @dataclass(frozen=True)
@@ -45,8 +29,8 @@ class Answered:
 
     Attributes:
         texts: one per row.
-        n_visual: visual tokens of each row's picture that there were to choose from.
-        n_kept: those that the LLM saw.
+        n_visual: visual tokens of each row's picture before pruning.
+        n_kept: visual tokens that the LLM saw.
     """
 
     texts: list[str]
@@ -54,46 +38,6 @@ class Answered:
     n_kept: list[int]
 
 
-class _Precoded:
-    """A family whose pictures have been encoded before."""
-
-    def __init__(self, family: Any, encoded: Encoded) -> None:
-        self._family = family
-        self._encoded = encoded
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
-
-    def recorder(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        return self._encoded.features
-
-    def saliency(self, recorder: Any, layouts: Any) -> list[Tensor]:
-        return self._encoded.saliency
-
-
-@torch.no_grad()
-def encode(
-    model: Any, processor: Any, inputs: Mapping[str, Any], compat: str | None = None
-) -> Encoded:
-    """Features and saliency of every picture in the inputs.
-
-    Args:
-        model: the model, with nothing attached.
-        processor: its processor.
-        inputs: one row per picture.
-        compat: as in ``attach``; the published code selects from other features.
-    """
-    family = family_of(innermost(model), processor, compat)
-    recorder = family.recorder(inputs)
-    with recorder:
-        features = family.features(inputs)
-    return Encoded(features, family.saliency(recorder, family.layouts(inputs, features)))
-
-
-@torch.no_grad()
 def answer_pruned(
     model: Any,
     processor: Any,
@@ -117,10 +61,8 @@ def answer_pruned(
         seed: for methods that draw.
         max_new_tokens: where an answer is cut.
     """
-    options: dict[str, Any] = {**variant.options, "keep": keep, "seed": seed}
+    options: dict[str, Any] = {**variant.options, "keep": keep, "seed": seed, "encoded": encoded}
     with attach(model, processor=processor, **options) as session:
-        precoded: Any = _Precoded(session.pruner.family, encoded)
-        session.pruner = replace(session.pruner, family=precoded)
         output = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
     report = session.report
     return Answered(
@@ -143,7 +85,8 @@ def answer_full(
     """Answer a batch with all visual tokens.
 
     Where positions simply count tokens, rows about one picture share the keys and values of the
-    beginning of their prompts, which is exact for a causal LLM. Other families run as they are.
+    beginning of their prompts, which is exact for a causal LLM. Other families answer as one
+    plain batch.
 
     Args:
         model: the model, with nothing attached.
@@ -174,7 +117,7 @@ def answer_full(
 
 
 def _can_share(family: Any, inputs: Mapping[str, Any], groups: list[list[Tensor]]) -> bool:
-    """Whether positions count tokens, and pictures come before what differs."""
+    """Whether positions count tokens, and every picture lies in the shared beginning."""
     ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
     if family.positions(inputs, ids, mask) is not None:
         return False
@@ -183,17 +126,16 @@ def _can_share(family: Any, inputs: Mapping[str, Any], groups: list[list[Tensor]
 
 
 def _after_prefix(model: Any, prompts: list[Tensor], features: Tensor, pad: int) -> dict[str, Any]:
-    """Inputs of ``generate`` that begin where the prompts begin to differ.
+    """Prefill what the prompts share, and give the inputs of ``generate`` for the rest.
 
-    The cache holds what they share; shorter rests are padded between it and them.
+    Shorter rests are padded on the left, behind the shared beginning.
     """
     n_shared = _n_common(prompts)
     prefix = prompts[0][:n_shared]
-    image = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
     cache = model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
-        mm_encoder_outputs={"image": image},
+        mm_encoder_outputs=image_outputs([features]),
         use_cache=True,
         logits_to_keep=1,
     ).past_key_values
@@ -209,7 +151,7 @@ def _after_prefix(model: Any, prompts: list[Tensor], features: Tensor, pad: int)
 
 
 def _n_common(prompts: list[Tensor]) -> int:
-    """Length of the beginning that all prompts share, with at least one token left in each."""
+    """Length of the beginning that all prompts share; at least one token of each is left."""
     shortest = min(map(len, prompts)) - 1
     heads = torch.stack([prompt[:shortest] for prompt in prompts])
     differs = (heads != heads[0]).any(0).cpu()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.tune.data import Example, read_examples, styled
-from budwood.tune.evaluate.drift import chat_prompts
+from budwood.tune.evaluate.divergence import chat_prompts
 from budwood.tune.evaluate.suite import TARGETS, TEXT
-from budwood.tune.methods import parse_tuner
-from budwood.tune.train import Settings
+from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
+from budwood.tune.settings import Settings
 
 METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")
 SPLIT_SEED = 20_250_101
@@ -89,6 +90,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One run: a method, a learning rate and a seed."""
+
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        plain = re.sub(r"[^a-z0-9.+-]+", "_", self.method.lower())
+        return f"{plain}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
 class Material:
     """Training and validation examples by task.
 
@@ -142,3 +158,39 @@ def split(
     validation = [one for one in shuffled if place[one.question] < n_validation]
     train = [one for one in shuffled if place[one.question] >= n_validation]
     return validation[:n_validation], train[: n_train or None]
+
+
+def fit_rank(count: Callable[[int], int], n_wanted: int, tolerance: float = 0.05) -> int:
+    """The rank whose number of trainable parameters is nearest to a given one.
+
+    Args:
+        count: rank → parameters, which grow by the same amount with each rank.
+        n_wanted: parameters.
+        tolerance: fraction by which they may differ.
+
+    Raises:
+        InputError: no rank comes as near.
+    """
+    first, second = count(1), count(2)
+    step = second - first
+    rank = max(1, round((n_wanted - first) / step) + 1)
+    n_found = first + (rank - 1) * step
+    if abs(n_found - n_wanted) > tolerance * n_wanted:
+        raise InputError(
+            f"no rank gives {n_wanted:,} trainable parameters within {tolerance:.0%}: rank {rank} "
+            f"has {n_found:,}; choose another rank for the reference"
+        )
+    return rank
+
+
+def count_at(tuner: Tuner, model: Any) -> Callable[[int], int]:
+    """A function from rank to trainable parameters; it attaches, counts and detaches."""
+
+    def count(rank: int) -> int:
+        adapted = attach(tuner, model, rank, seed=0)
+        try:
+            return n_trainable(adapted)
+        finally:
+            adapted.unload()
+
+    return count

@@ -1,12 +1,16 @@
-"""Rows of the table: one a method, over the seeds of its final runs."""
+"""Rows of the table: one per run, and one per method over the seeds of its final runs."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-Row = dict[str, Any]
+from budwood.bench.tune.plan import Trial
+from budwood.errors import InputError
+from budwood.records import Row
+from budwood.tune.evaluate.divergence import CHAT
+from budwood.tune.evaluate.scores import Score, mean_of
+from budwood.tune.evaluate.suite import GENERAL, TARGETS
 
 AVERAGED = (
     "target",
@@ -83,3 +87,59 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
     if part is None or whole is None or abs(whole) < 1e-9:
         return None
     return part / whole
+
+
+def first_finals(rows: Sequence[Row]) -> dict[str, Trial]:
+    """The first final run of each method that came to its end."""
+    found: dict[str, Trial] = {}
+    for row in rows:
+        if row.get("final") and row["method"] != "base" and row.get("status") == "complete":
+            found.setdefault(row["method"], Trial(row["method"], row["lr"], row["seed"]))
+    return found
+
+
+def best_rates(rows: Mapping[Trial, Row]) -> dict[str, float]:
+    """The learning rate of each method that does best on validation data.
+
+    A tie goes to the lower loss, and then to the lower rate.
+
+    Raises:
+        InputError: all runs of all methods diverged.
+    """
+    best: dict[str, tuple[tuple[float, float, float], float]] = {}
+    for trial, row in rows.items():
+        if row.get("status") != "complete":
+            continue
+        key = (-row["validation"], row["validation_loss"], trial.lr)
+        if trial.method not in best or key < best[trial.method][0]:
+            best[trial.method] = (key, trial.lr)
+    if not best:
+        raise InputError("every run diverged; give lower learning rates")
+    return {method: lr for method, (_, lr) in best.items()}
+
+
+def summary(befores: Sequence[Score], afters: Sequence[Score]) -> Row:
+    """Columns of a row: of each task, and means over target, validation and general tasks."""
+    known = {score.key: score for score in befores}
+    row: Row = {}
+    for score in afters:
+        row[f"{score.metric}_{score.task}"] = score.value
+    groups = {
+        "validation": [s for s in afters if s.task.startswith("val_")],
+        "target": [s for s in afters if s.task in TARGETS],
+        "general": [s for s in afters if s.task in GENERAL],
+    }
+    for name, scores in groups.items():
+        for metric, suffix in (("accuracy", ""), ("loss", "_loss")):
+            mine = [score for score in scores if score.metric == metric]
+            if mine:
+                base = [known[score.key] for score in mine]
+                row[f"{name}{suffix}"] = mean_of(name, mine)
+                row[f"{name}{suffix}_before"] = mean_of(name, base)
+    for score in afters:
+        if score.metric == "perplexity":
+            name = "perplexity" if score.task != CHAT else "perplexity_of_replies"
+            row[name], row[f"{name}_before"] = score.value, known[score.key].value
+        if score.metric == "kl":
+            row["kl_chat" if score.task == CHAT else "kl_text"] = score.value
+    return row

@@ -1,4 +1,4 @@
-"""`budwood bench`: measure, and show what was measured."""
+"""`budwood bench`: run benchmarks, and print the tables of their records."""
 
 from __future__ import annotations
 
@@ -24,25 +24,29 @@ app.command("points-speed")(points_speed.bench_points_speed)
 app.command("tune")(tune.bench_tune)
 app.command("tune-speed")(tune_speed.bench_tune_speed)
 
-DEFAULT_COLUMNS = {
-    "bench prune": prune.MARKDOWN,
-    "bench prune-speed": prune_speed.MARKDOWN,
-    "bench points": points.MARKDOWN,
-    "bench points-speed": points_speed.MARKDOWN,
-    "bench tune": tune.MARKDOWN,
-    "bench tune run": tune.MARKDOWN_OF_RUNS,
-    "bench tune-speed": tune_speed.MARKDOWN,
-    "tune eval": tune_eval.MARKDOWN,
+COLUMNS = {
+    "bench prune": prune.COLUMNS,
+    "bench prune-speed": prune_speed.COLUMNS,
+    "bench points": points.COLUMNS,
+    "bench points-speed": points_speed.COLUMNS,
+    "bench tune": tune.COLUMNS,
+    "bench tune run": tune.COLUMNS_OF_RUNS,
+    "bench tune-speed": tune_speed.COLUMNS,
+    "tune eval": tune_eval.COLUMNS,
 }
+"""Columns of each kind of record, by its name."""
 
 
 @app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    """Measure accuracy and speed, and show records of it.
+    """Measure accuracy and speed, and print the tables of earlier measurements.
+
+    Each benchmark prints a table, and with --out also writes a record that `bench show` reads.
 
     \b
     Example:
-      budwood bench prune --scenes 20 --methods adav,random --keep 0.1
+      budwood bench prune --scenes 20 --methods adav,random --keep 0.1 --out record.json
+      budwood bench show record.json
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -53,30 +57,32 @@ def show(
     record: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RECORD...", help="Records that bench wrote, or folders with record.json below."
+            metavar="RECORD...", help="Records, or folders with a record.json somewhere inside."
         ),
     ],
     columns: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY[:FORMAT],…", help="Columns; the format is Python's, such as .1%."
+            metavar="KEY[:FORMAT],…",
+            help="Columns to show; FORMAT is Python's, such as .1%. By default those of the table "
+            "that the benchmark itself prints.",
         ),
     ] = None,
     where: Annotated[
         str,
-        typer.Option(metavar="KEY=VALUE[|VALUE…],…", help="Rows with one of these values alone."),
+        typer.Option(metavar="KEY=VALUE[|VALUE…],…", help="Only rows with one of these values."),
     ] = "",
     across: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="The last column once for each value of this key."),
+        typer.Option(metavar="KEY", help="Repeat the last column for each value of this key."),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --across, also draw that, a curve for each row."),
+        typer.Option(metavar="FILE", help="With --across: draw it too, one curve per row."),
     ] = None,
     force: options.Force = False,
 ) -> None:
-    """Print the table of a record, or of several, as Markdown.
+    """Print the rows of one or more records as a Markdown table.
 
     \b
     Example:
@@ -84,23 +90,25 @@ def show(
       budwood bench show record.json --columns method,unseen_top1:.1% --across points
       budwood bench show comparison/runs --where seed=0
     """
-    found = [records.read(file) for one in record for file in _files(one)]
-    rows = _chosen([row for one in found for row in one.rows], where)
-    if columns is None:
-        shown = DEFAULT_COLUMNS.get(found[0].name) or dict.fromkeys(rows[0] if rows else [], "")
+    read = [records.read(file) for path in record for file in _files_of(path)]
+    rows = _matching([row for each in read for row in each.rows], where)
+    if columns is not None:
+        shown = _parse_columns(columns, rows)
+    elif read[0].name in COLUMNS:
+        shown = COLUMNS[read[0].name].of_record()
     else:
-        shown = _columns(columns, rows)
+        shown = dict.fromkeys(rows[0] if rows else [], "")
     table = rows, shown
     if across is not None:
-        _check_known(across, rows)
+        _check_key(across, rows)
         table = records.spread(rows, shown, across)
     if plot is not None:
         _draw(rows, list(shown), across, plot, force)
     typer.echo(records.table(*table), nl=False)
 
 
-def _files(path: Path) -> list[Path]:
-    """A record, or all that lie in a folder, by their paths."""
+def _files_of(path: Path) -> list[Path]:
+    """The record itself, or all records inside a folder."""
     if not path.is_dir():
         return [path]
     files = sorted(path.rglob("record.json"))
@@ -109,13 +117,13 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:
-    """Rows that have the values that were asked for."""
-    for item in options.listed(where) if where else ():
-        key, equals, value = item.partition("=")
+def _matching(rows: list[records.Row], where: str) -> list[records.Row]:
+    """The rows that meet every condition."""
+    for condition in options.listed(where):
+        key, equals, value = condition.partition("=")
         if not equals:
-            raise InputError(f"--where {item!r} is no condition; write key=value")
-        _check_known(key, rows)
+            raise InputError(f"--where {condition!r} is no condition; write key=value")
+        _check_key(key, rows)
         values = sorted({str(row.get(key)) for row in rows})
         rows = [row for row in rows if str(row.get(key)) in value.split("|")]
         if not rows:
@@ -126,7 +134,7 @@ def _chosen(rows: list[records.Row], where: str) -> list[records.Row]:
 def _draw(
     rows: list[records.Row], columns: list[str], across: str | None, path: Path, force: bool
 ) -> None:
-    """Draw the second of two columns along a key, a curve for each value of the first."""
+    """Draw the second of two columns along a key, one curve per value of the first."""
     if across is None or len(columns) != 2:
         raise InputError(
             "--plot needs --across, and two --columns: of the curves, and their height"
@@ -135,28 +143,28 @@ def _draw(
         raise InputError(f"--plot needs numbers above 0 along {across}")
     reserve_picture(path, force)
     need_matplotlib()
+    from budwood.bench.plots import plot_lines
+
     by, height = columns
-    write_whole(path, lambda part: records.plot(rows, part, x=across, y=height, by=by, log=True))
+    write_whole(path, lambda part: plot_lines(rows, part, x=across, y=height, by=by, log=True))
     say(f"wrote {path}")
 
 
-def _check_known(key: str, rows: list[records.Row]) -> None:
+def _check_key(key: str, rows: list[records.Row]) -> None:
     known = {key for row in rows for key in row}
     if key not in known:
         raise UnknownNameError(f"unknown column {key!r}; known: {', '.join(sorted(known))}")
 
 
-def _columns(text: str, rows: list[records.Row]) -> dict[str, str]:
-    chosen = dict(_column(item) for item in options.listed(text))
-    for key, spec in chosen.items():
-        _check_known(key, rows)
+def _parse_columns(text: str, rows: list[records.Row]) -> dict[str, str]:
+    """Key → format, of ``KEY[:FORMAT],…``."""
+    columns = {}
+    for item in options.listed(text):
+        key, _, spec = item.partition(":")
+        _check_key(key, rows)
         try:
             format(1.0, spec)
         except ValueError as error:
             raise InputError(f"format {spec!r} of column {key!r} is unusable: {error}") from error
-    return chosen
-
-
-def _column(item: str) -> tuple[str, str]:
-    key, _, spec = item.partition(":")
-    return key, spec
+        columns[key] = spec
+    return columns

@@ -10,6 +10,7 @@ import typer
 
 from budwood import records
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress, working
 from budwood.cli.results import Results
 
@@ -20,22 +21,21 @@ if TYPE_CHECKING:
 ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
 ALL += ",esp-zero-paper,esp-zero,sparse-full,sparse-lora"
 
-MARKDOWN = {
-    "method": "",
-    "sampler": "",
-    "points": "",
-    "unseen_top1": ".1%",
-    "unseen_std": ".1%",
-    "unseen_top5": ".1%",
-    "seen_top1": ".1%",
-    "seen_std": ".1%",
-    "seen_top5": ".1%",
-    "novel_top1": ".1%",
-    "params": ",",
-    "lr": ".1g",
-    "seconds": ".0f",
-}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("method"),
+    Column("sampler"),
+    Column("points"),
+    Column("unseen_top1", ".1%"),
+    Column("unseen_std", ".1%"),
+    Column("unseen_top5", ".1%"),
+    Column("seen_top1", ".1%"),
+    Column("seen_std", ".1%"),
+    Column("seen_top5", ".1%"),
+    Column("novel_top1", ".1%"),
+    Column("params", ","),
+    Column("lr", ".1g"),
+    Column("seconds", ".0f"),
+)
 
 
 def bench_points(
@@ -94,8 +94,7 @@ def bench_points(
         tune=tune,
     )
     record = _measure(config, encoder, checkpoint, device, results)
-    columns = {key: (key, spec) for key, spec in MARKDOWN.items()}
-    results.publish(record, columns, notes=[_legend(record.config)], draw=_draw)
+    results.publish(record, COLUMNS, notes=[_legend(record.config)], draw=_draw)
 
 
 def _measure(
@@ -142,6 +141,8 @@ def _described(config: BenchConfig, encoder: PointEncoder, given: Any) -> dict[s
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:
+    from budwood.bench.plots import plot_lines
+
     curves = [
         row
         | {
@@ -151,7 +152,7 @@ def _draw(rows: list[records.Row], path: Path) -> None:
         for row in rows
         if row["sampler"] == "random"
     ]
-    records.plot(
+    plot_lines(
         curves, path, x="points", y="unseen_top1", by="method", low="low", high="high", log=True
     )
 

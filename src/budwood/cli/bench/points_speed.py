@@ -8,12 +8,17 @@ import typer
 
 from budwood import records
 from budwood.cli import clouds, options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import working
 from budwood.cli.results import Results
 
-MARKDOWN = {"what": "", "points": "", "clouds_per_s": ".1f", "over_frozen": ".3f"}
-MARKDOWN |= {"over_loop": ".1f"}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("what"),
+    Column("points"),
+    Column("clouds_per_s", ".1f"),
+    Column("over_frozen", ".3f"),
+    Column("over_loop", ".1f"),
+)
 
 
 def bench_points_speed(
@@ -46,4 +51,4 @@ def bench_points_speed(
             rows += grouping_rows(model.grouping, n_points, batch, repeats)
     config = {"encoder": model.name, "points": counts, "batch": batch, "repeats": repeats}
     record = records.new_record("bench points-speed", rows, seed=0, config=config)
-    results.publish(record, {key: (key, spec) for key, spec in MARKDOWN.items()})
+    results.publish(record, COLUMNS)

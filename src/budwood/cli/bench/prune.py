@@ -10,6 +10,7 @@ import typer
 
 from budwood import records
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
 
@@ -17,61 +18,56 @@ if TYPE_CHECKING:
     from budwood.bench.prune import Config
     from budwood.cli.models import Loaded
 
-MARKDOWN = {
-    "method": "",
-    "question": "",
-    "keep": "",
-    "n_kept": "",
-    "accuracy": ".1%",
-    "accuracy_low": ".1%",
-    "accuracy_high": ".1%",
-    "retention": ".1%",
-    "difference": "+.1%",
-    "difference_low": "+.1%",
-    "difference_high": "+.1%",
-    "accuracy_salient": ".1%",
-    "accuracy_other": ".1%",
-    "ttft_ms": ".0f",
-    "speedup": ".2f",
-    "select_ms": ".1f",
-}
-"""Columns of the Markdown table of a record."""
-
-_SHOWN = {
-    "curve": ("method", ""),
-    "keep": ("keep", ""),
-    "n_kept": ("tokens", ""),
-    "accuracy_interval": ("accuracy", ""),
-    "retention": ("retention", ".1%"),
-    "difference_interval": ("difference", ""),
-    "accuracy_salient": ("salient", ".1%"),
-    "accuracy_other": ("other", ".1%"),
-    "ttft_ms": ("TTFT ms", ".0f"),
-    "speedup": ("speed-up", ".2f"),
-    "select_ms": ("select ms", ".1f"),
-}
+COLUMNS = Columns(
+    Column("method", only="record"),
+    Column("curve", heading="method", only="terminal"),
+    Column("question", only="record"),
+    Column("keep"),
+    Column("n_kept", heading="tokens"),
+    Column("accuracy", ".1%", only="record"),
+    Column("accuracy_low", ".1%", only="record"),
+    Column("accuracy_high", ".1%", only="record"),
+    Column("accuracy_interval", heading="accuracy", only="terminal"),
+    Column("retention", ".1%"),
+    Column("difference", "+.1%", only="record"),
+    Column("difference_low", "+.1%", only="record"),
+    Column("difference_high", "+.1%", only="record"),
+    Column("difference_interval", heading="difference", only="terminal"),
+    Column("accuracy_salient", ".1%", "salient"),
+    Column("accuracy_other", ".1%", "other"),
+    Column("ttft_ms", ".0f", "TTFT ms"),
+    Column("speedup", ".2f", "speed-up"),
+    Column("select_ms", ".1f", "select ms"),
+)
 
 
 def bench_prune(
     methods: Annotated[
         str,
-        typer.Option(
-            metavar="NAME,…", help="Methods to compare; NAME-official is its published form."
-        ),
+        typer.Option(metavar="NAME,…", help="Methods to compare, of `budwood ls methods`."),
     ] = "adav,adav-contrast,fastervlm,t2i,random,uniform",
     keep: Annotated[
         str, typer.Option(metavar="N|RATIO,…", help="Budgets: counts, or ratios in (0, 1].")
     ] = "0.11,0.055",
     scenes: Annotated[int, typer.Option(help="Scenes, each with up to six questions.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of scenes, random draws and intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of scenes, random draws and intervals, 0 to 999.")
+    ] = 0,
     split: Annotated[
-        str, typer.Option(help="test, or shifted: looks that were not trained on.")
+        str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
     question: Annotated[
-        str, typer.Option(metavar="all,turn", help="Which text counts as the question.")
+        str,
+        typer.Option(
+            metavar="all,turn",
+            help="Text to choose by: all after the picture, or the user's words alone.",
+        ),
     ] = "all",
-    compat: options.Compat = None,
-    reference: Annotated[str, typer.Option(help="Differences are taken to this method.")] = "adav",
+    compat: Annotated[
+        str | None,
+        typer.Option(metavar="official", help="Add adav-official to the methods."),
+    ] = None,
+    reference: Annotated[str, typer.Option(help="Differences are to this method.")] = "adav",
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -85,11 +81,12 @@ def bench_prune(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Accuracy per method and budget on held-out scenes, beside all tokens and blind.
+    """Measure the accuracy of each method and budget on held-out scenes.
 
-    Answers count if they equal the right one but for case, space and punctuation. "blind" has all
-    tokens of a grey picture. Intervals hold 95 %, by a bootstrap over scenes, paired in differences
-    and retention. Times are medians of one question at a time, taken in turn.
+    "full" has all visual tokens, "blind" all tokens of a grey picture. An answer counts if it
+    equals the right one up to case, space and punctuation. Intervals are 95 % intervals of a
+    bootstrap over scenes, paired for differences and retention. Times are medians over questions
+    asked one at a time, in turn.
 
     \b
     Example:
@@ -111,7 +108,7 @@ def bench_prune(
     results = Results(out, force, json, plot)
     record = _measure(config, model, device, dtype)
     shown = [_shown(row, record.rows) for row in record.rows]
-    results.publish(record, _SHOWN, rows=shown, notes=[_legend(record.config)], draw=_draw)
+    results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
 
 def _config(*, methods: str, keep: str, compat: str | None, question: str, **rest: Any) -> Config:
@@ -124,10 +121,10 @@ def _config(*, methods: str, keep: str, compat: str | None, question: str, **res
 
 
 def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
-    """Fail before the model is loaded: the seeds of scenes have a range."""
-    from budwood.sprout.scenes import scene_rng
+    """Check split and seed before the model is loaded."""
+    from budwood.sprout.questions import check_set
 
-    scene_rng(seed * 1_000_000 + max(n_scenes - 1, 0), split)
+    check_set(seed, n_scenes, split)
 
 
 def _measure(config: Config, model: str | None, device: str, dtype: str) -> records.Record:
@@ -153,28 +150,27 @@ def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:
+    from budwood.bench.plots import plot_lines
+
     baselines = ("full", "blind")
-    curves = [
-        row | {"curve": _label(row, rows), "visual tokens kept": row["n_kept"]}
-        for row in rows
-        if row["method"] not in baselines
-    ]
+    curves = [row | {"curve": _label(row, rows)} for row in rows if row["method"] not in baselines]
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
-    records.plot(
+    plot_lines(
         curves,
         path,
-        x="visual tokens kept",
+        x="n_kept",
         y="accuracy",
         by="curve",
         low="accuracy_low",
         high="accuracy_high",
         baseline=full,
-        title="dashed: all tokens",
+        baseline_label="all tokens",
+        log=True,
     )
 
 
 def _shown(row: records.Row, rows: list[records.Row]) -> records.Row:
-    """A row with its intervals in one cell each."""
+    """Put each interval of a row into one cell."""
     return row | {
         "curve": _label(row, rows),
         "accuracy_interval": _interval(row, "accuracy", ".1%"),

@@ -9,30 +9,28 @@ import typer
 
 from budwood import records
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import working
 from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.bench.prune.shapes import Shape
-    from budwood.bench.prune.speed import SpeedConfig
+    from budwood.bench.prune_speed import Shape, SpeedConfig
 
-_SHOWN = {
-    "method": ("method", ""),
-    "keep": ("keep", ""),
-    "n_prompt": ("prompt", ""),
-    "ttft_ms": ("first token ms", ".1f"),
-    "encode_ms": ("encoder", ".1f"),
-    "select_ms": ("selector", ".2f"),
-    "prefill_ms": ("prefill", ".1f"),
-    "prefill_over_plain": ("÷ plain", ".3f"),
-    "prefill_over_full": ("÷ full", ".3f"),
-    "select_over_full": ("selector ÷ full prefill", ".2%"),
-    "decode_tokens_per_s": ("decode tokens/s", ".1f"),
-    "decode_over_full": ("÷ full", ".3f"),
-}
-MARKDOWN = {key: spec for key, (_, spec) in _SHOWN.items()}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("method"),
+    Column("keep"),
+    Column("n_prompt", heading="prompt"),
+    Column("ttft_ms", ".1f", "first token ms"),
+    Column("encode_ms", ".1f", "encoder"),
+    Column("select_ms", ".2f", "selector"),
+    Column("prefill_ms", ".1f", "prefill"),
+    Column("prefill_over_plain", ".3f", "÷ plain"),
+    Column("prefill_over_full", ".3f", "÷ full"),
+    Column("select_over_full", ".2%", "selector ÷ full prefill"),
+    Column("decode_tokens_per_s", ".1f", "decode tokens/s"),
+    Column("decode_over_full", ".3f", "÷ full"),
+)
 
 
 def bench_speed(
@@ -42,7 +40,7 @@ def bench_speed(
     method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
     shape: Annotated[
         str | None,
-        typer.Option(metavar="llava-next", help="Random weights of this shape, not a model."),
+        typer.Option(metavar="llava-next", help="Time random weights of this shape."),
     ] = None,
     layers: Annotated[int, typer.Option(help="LLM layers of the shape.")] = 4,
     width: Annotated[int, typer.Option(help="LLM width of the shape.")] = 2048,
@@ -50,7 +48,7 @@ def bench_speed(
     vision_width: Annotated[int, typer.Option(help="Encoder width of the shape.")] = 1024,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of scene, prompt and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of scene, prompt and random weights.")] = 0,
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -58,11 +56,11 @@ def bench_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Time prefill, selector and decoding, with and without pruning, side by side in one run.
+    """Time prefill, selection and decoding, with and without pruning, side by side in one run.
 
-    "plain" is the same LLM with a text as long as the pruned prompt and nothing attached. Ratios
-    are taken within a round; the median of the rounds is reported. Also reports the largest tensor
-    that saliency row and selection allocate, next to encoder heads × N × N.
+    "plain" is the same LLM on a text as long as the pruned prompt. Ratios are taken within a round,
+    and the median over rounds is reported. The last line compares the largest tensor that pruning
+    allocates with a full attention map, encoder heads × N × N.
 
     \b
     Examples:
@@ -75,11 +73,11 @@ def bench_speed(
     built = _shape(shape, layers, width, vision_layers, vision_width)
     results = Results(out, force, json)
     record = _measure(config, built, (model, device, dtype))
-    results.publish(record, _SHOWN, notes=_targets(record))
+    results.publish(record, COLUMNS, notes=_targets(record))
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
-    from budwood.bench.prune.speed import SpeedConfig
+    from budwood.bench.prune_speed import SpeedConfig
     from budwood.prune.methods import METHODS
 
     METHODS.get(method)
@@ -87,7 +85,7 @@ def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) 
 
 
 def _shape(name: str | None, *size: int) -> Shape | None:
-    from budwood.bench.prune.shapes import Shape
+    from budwood.bench.prune_speed import Shape
 
     return None if name is None else Shape(name, *size)
 
@@ -95,7 +93,7 @@ def _shape(name: str | None, *size: int) -> Shape | None:
 def _measure(
     config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
 ) -> records.Record:
-    from budwood.bench.prune.speed import largest_allocation, measure_speed
+    from budwood.bench.prune_speed import largest_allocation, measure_speed
 
     model, processor, inputs, described = _subject(config, shape, source)
     with working("timing"):
@@ -109,11 +107,11 @@ def _measure(
 def _subject(
     config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
 ) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Model, processor (None for a shape), inputs of one row, and what the record says of them."""
+    """Model, processor (None for a shape), inputs of one row, and their entries in the record."""
     from budwood.cli.models import load, place
 
     if shape is not None:
-        from budwood.bench.prune.shapes import random_llava_next
+        from budwood.bench.prune_speed import random_llava_next
 
         device, dtype = place(*source[1:])
         with working(f"building {shape.name} with random weights"):
@@ -133,7 +131,7 @@ def _subject(
 
 
 def _targets(record: records.Record) -> list[str]:
-    from budwood.bench.prune.speed import PREFILL_TARGET, SELECT_TARGET
+    from budwood.bench.prune_speed import PREFILL_TARGET, SELECT_TARGET
 
     config, pruned = record.config, [row for row in record.rows if row["prefill_over_plain"]]
     prefill = max(row["prefill_over_plain"] for row in pruned)

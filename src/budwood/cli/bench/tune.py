@@ -11,64 +11,47 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
 if TYPE_CHECKING:
+    from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.plan import Plan
-    from budwood.bench.tune.runner import Comparison
 
-MARKDOWN = {
-    "method": "",
-    "lr": ".0e",
-    "params": ",",
-    "n_seeds": "",
-    "target": ".1%",
-    "target_std": ".1%",
-    "target_gain": "+.1%",
-    "general": ".1%",
-    "general_loss_rise": "+.3f",
-    "loss_rise_gsm8k": "+.3f",
-    "perplexity": ".2f",
-    "perplexity_rise": "+.2f",
-    "kl_chat": ".4f",
-    "kl_text": ".4f",
-    "kl_chat_ratio": ".2f",
-    "perplexity_rise_ratio": ".2f",
-}
-"""Columns of the Markdown table of a record."""
+COLUMNS_OF_RUNS = Columns(
+    Column("method"),
+    Column("lr", ".0e"),
+    Column("seed"),
+    Column("params", ","),
+    Column("validation", ".1%"),
+    Column("validation_loss", ".2f"),
+    Column("perplexity", ".2f"),
+    Column("kl_chat", ".3f"),
+    Column("kl_text", ".3f"),
+)
+"""Of single runs, which are tested only if they are chosen."""
 
-MARKDOWN_OF_RUNS = {
-    "method": "",
-    "lr": ".0e",
-    "seed": "",
-    "params": ",",
-    "validation": ".1%",
-    "validation_loss": ".2f",
-    "perplexity": ".2f",
-    "kl_chat": ".3f",
-    "kl_text": ".3f",
-}
-"""The same of single runs, which are tested only if they are chosen."""
-
-_COLUMNS = {
-    "method": ("method", ""),
-    "lr": ("lr", ".0e"),
-    "params": ("parameters", ","),
-    "n_seeds": ("seeds", ""),
-    "target": ("target", ".1%"),
-    "target_std": ("±", ".1%"),
-    "target_gain": ("gain", "+.1%"),
-    "general": ("general", ".1%"),
-    "general_loss_rise": ("loss rise", "+.3f"),
-    "loss_rise_gsm8k": ("GSM8K", "+.3f"),
-    "perplexity_rise": ("perplexity rise", "+.2f"),
-    "kl_chat": ("KL chat", ".4f"),
-    "kl_text": ("KL text", ".4f"),
-    "kl_chat_ratio": ("KL / LoRA's", ".2f"),
-}
+COLUMNS = Columns(
+    Column("method"),
+    Column("lr", ".0e"),
+    Column("params", ",", "parameters"),
+    Column("n_seeds", heading="seeds"),
+    Column("target", ".1%"),
+    Column("target_std", ".1%", "±"),
+    Column("target_gain", "+.1%", "gain"),
+    Column("general", ".1%"),
+    Column("general_loss_rise", "+.3f", "loss rise"),
+    Column("loss_rise_gsm8k", "+.3f", "GSM8K"),
+    Column("perplexity", ".2f", only="record"),
+    Column("perplexity_rise", "+.2f", "perplexity rise"),
+    Column("kl_chat", ".4f", "KL chat"),
+    Column("kl_text", ".4f", "KL text"),
+    Column("kl_chat_ratio", ".2f", "KL / LoRA's"),
+    Column("perplexity_rise_ratio", ".2f", only="record"),
+)
 
 
 def bench_tune(
@@ -76,41 +59,46 @@ def bench_tune(
         Path, typer.Option(metavar="DIR", help="Folder with training, test and general data.")
     ],
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the comparison, gone on with if there.")
+        Path,
+        typer.Option(metavar="DIR", help="Folder of the comparison; an interrupted one continues."),
     ],
     methods: Annotated[
         str,
-        typer.Option(metavar="NAME[:KEY=VALUE+…],…", help="Of `budwood ls tuners`, with options."),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE+…],…", help="Names of `budwood ls tuners`, with options."
+        ),
     ] = "lora,lora-wd,dora,lora-kl,moe,slim",
     lrs: Annotated[
         str,
         typer.Option(
             metavar="RATE,…",
-            help="Learning rates that each method is tried with; `tried` for those in --output.",
+            help="Learning rates to try with each method; `tried`: those in --output.",
         ),
     ] = "1e-3,3e-3,1e-2",
     seeds: Annotated[
-        str, typer.Option(metavar="N,…", help="Of the final runs; the first is the sweep's.")
+        str, typer.Option(metavar="N,…", help="Seeds of the final runs; the first is the sweep's.")
     ] = "0,1,2",
     reference: Annotated[
-        str, typer.Option(help="The others get as many trained parameters as this method.")
+        str, typer.Option(help="Method whose number of trained parameters the others get.")
     ] = "slim",
-    rank: Annotated[int, typer.Option(help="Of the reference, of each expert.")] = 4,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 300,
-    batch: Annotated[int, typer.Option(help="Examples a step.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Longer examples are left out.")] = 192,
-    per_task: Annotated[int, typer.Option(help="Training examples of each task, at most.")] = 2000,
-    n_validation: Annotated[int, typer.Option(help="Validation examples of each task.")] = 200,
-    limit: Annotated[int, typer.Option(help="Test questions of each task; 0 for all.")] = 0,
-    general_limit: Annotated[
-        int, typer.Option(help="Questions of each general task; 0 for all.")
-    ] = 400,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the reference, or of each of its experts.")
+    ] = 4,
+    steps: Annotated[int, typer.Option(help="Optimiser steps per run.")] = 300,
+    batch: Annotated[int, typer.Option(help="Examples per step.")] = 16,
+    max_length: Annotated[
+        int, typer.Option(help="Longest example in tokens; longer ones are left out.")
+    ] = 192,
+    per_task: Annotated[int, typer.Option(help="Training examples per task, at most.")] = 2000,
+    n_validation: Annotated[int, typer.Option(help="Validation examples per task.")] = 200,
+    limit: Annotated[int, typer.Option(help="Test questions per task; 0: all.")] = 0,
+    general_limit: Annotated[int, typer.Option(help="Questions per general task; 0: all.")] = 400,
     windows: tune_options.Windows = 48,
     prompts: tune_options.Prompts = 48,
     probe_every: Annotated[
-        int, typer.Option(help="Steps between points of the curve; 0 for no curve.")
+        int, typer.Option(help="Steps between points of the curve; 0: no curve.")
     ] = 75,
-    probe_limit: Annotated[int, typer.Option(help="Questions of each task at a point.")] = 40,
+    probe_limit: Annotated[int, typer.Option(help="Questions per task at each point.")] = 40,
     style: tune_options.Style = "cloze",
     eval_batch: tune_options.EvalBatch = 16,
     model: tune_options.Model = None,
@@ -123,7 +111,7 @@ def bench_tune(
     DIR holds openbookqa, boolq and arc_easy as NAME_train.jsonl and NAME_test.jsonl, the general
     tasks, and wikitext2_valid.txt. Rates are chosen on validation questions taken from the
     training files; tests are run for the chosen ones only. Everything goes to --output: a record a
-    run, the record of the comparison, pictures. A comparison that was cut off goes on when the
+    run, the record of the comparison, pictures. An interrupted comparison continues when the
     command is repeated; more methods, rates and seeds may be added, and rates tried before count.
 
     \b
@@ -154,12 +142,12 @@ def bench_tune(
     if json:
         print_json(dataclasses.asdict(record))
         return
-    print_table(record.rows, _COLUMNS)
+    print_table(record.rows, COLUMNS)
     say(f"in {output}: record.json, {', '.join(pictures)}, runs")
 
 
 def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
-    from budwood.tune.train import Settings
+    from budwood.tune.settings import Settings
 
     if steps < 1:
         raise InputError(f"steps={steps} is below 1")
@@ -193,9 +181,10 @@ def _numbers(text: str, kind: Any, name: str) -> list[Any]:
 def _compare(
     plan: Plan, data: Path, output: Path, model: str | None, device: str, dtype: str
 ) -> tuple[records.Record, list[str]]:
+    from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.rows import method_rows
-    from budwood.bench.tune.runner import Comparison
-    from budwood.cli.language_models import load_language_model, third_party_warnings_off
+    from budwood.cli.models import load_language_model
+    from budwood.loading import third_party_warnings_off
     from budwood.tune.train import check_trainable
 
     loaded = load_language_model(model, device, dtype)
@@ -215,7 +204,7 @@ def _compare(
 
 def _draw(comparison: Comparison, runs: list[dict[str, Any]], output: Path) -> list[str]:
     """Draw what there is; returns the names of the pictures."""
-    from budwood.tune.plots import plot_curves, plot_front, plot_identity
+    from budwood.bench.plots import plot_curves, plot_front, plot_identity
 
     histories, routing = comparison.histories(runs), comparison.routing(runs)
     pictures: dict[str, Callable[[Path], Path]] = {"front.png": lambda part: plot_front(runs, part)}

@@ -10,25 +10,24 @@ import typer
 
 from budwood import records
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
 
 if TYPE_CHECKING:
-    from budwood.bench.tune import SpeedConfig
+    from budwood.bench.tune_speed import SpeedConfig
 
-_SHOWN = {
-    "method": ("method", ""),
-    "width": ("width", ""),
-    "n_tokens": ("tokens", ""),
-    "ms": ("forward and backward ms", ".2f"),
-    "over_lora": ("÷ LoRA", ".3f"),
-    "over_frozen": ("÷ frozen", ".3f"),
-    "peak_mib": ("peak MiB", ".1f"),
-    "memory_over_lora": ("÷ LoRA's", ".3f"),
-    "bypassed_share": ("bypassed", ".0%"),
-}
-MARKDOWN = {key: spec for key, (_, spec) in _SHOWN.items()}
-"""Columns of the Markdown table of a record."""
+COLUMNS = Columns(
+    Column("method"),
+    Column("width"),
+    Column("n_tokens", heading="tokens"),
+    Column("ms", ".2f", "forward and backward ms"),
+    Column("over_lora", ".3f", "÷ LoRA"),
+    Column("over_frozen", ".3f", "÷ frozen"),
+    Column("peak_mib", ".1f", "peak MiB"),
+    Column("memory_over_lora", ".3f", "÷ LoRA's"),
+    Column("bypassed_share", ".0%", "bypassed"),
+)
 
 
 def bench_tune_speed(
@@ -63,7 +62,7 @@ def bench_tune_speed(
       budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
     """
     _quieten_profiler()
-    from budwood.bench.tune import SpeedConfig
+    from budwood.bench.tune_speed import SpeedConfig
     from budwood.cli.models import place
 
     config = SpeedConfig(
@@ -79,7 +78,7 @@ def bench_tune_speed(
     )
     results = Results(out, force, json)
     record = _measure(config)
-    results.publish(record, _SHOWN, notes=_targets(record.rows))
+    results.publish(record, COLUMNS, notes=_targets(record.rows))
 
 
 def _quieten_profiler() -> None:
@@ -89,7 +88,7 @@ def _quieten_profiler() -> None:
 
 
 def _measure(config: SpeedConfig) -> records.Record:
-    from budwood.bench.tune import measure_speed
+    from budwood.bench.tune_speed import measure_speed
 
     n_groups, done = len(config.widths) * len(config.n_tokens), []
     with progress("timing") as advance:
@@ -108,7 +107,7 @@ def _measure(config: SpeedConfig) -> records.Record:
 
 
 def _targets(rows: list[records.Row]) -> list[str]:
-    from budwood.bench.tune import TARGETS
+    from budwood.bench.tune_speed import TARGETS
 
     found = {
         "over_lora_wide": [

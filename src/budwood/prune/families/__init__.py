@@ -12,44 +12,57 @@ from budwood import catalogue
 from budwood.errors import UnknownNameError, UnsupportedModelError
 from budwood.prune.families.base import Family, Layout
 from budwood.registry import Registry
+from budwood.unwrap import inner_model
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
 
-__all__ = ["FAMILIES", "Family", "Layout", "family_of", "innermost"]
+__all__ = ["FAMILIES", "Family", "Layout", "family_class", "family_of"]
 
 
-def innermost(model: Any) -> Any:
-    """The transformers model behind wrappers: PEFT's methods end up in it."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
-
-
-def family_of(model: Any, processor: Any = None, compat: str | None = None) -> Family:
-    """The family of a model, ready to use.
+def family_class(config: Any, name: str) -> type[Family]:
+    """Look up the family of a model by its configuration, before any weights are read.
 
     Args:
-        model: a transformers model, without wrappers; see :func:`innermost`.
+        config: a transformers configuration.
+        name: what messages call the model.
+
+    Raises:
+        UnsupportedModelError: the model has no vision, or no family knows it.
+    """
+    if config.model_type not in FAMILIES and not hasattr(config, "vision_config"):
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type!r}) has no vision, so there are no visual tokens to "
+            f"prune; known families: {', '.join(FAMILIES)}"
+        )
+    try:
+        return FAMILIES.get(config.model_type)
+    except UnknownNameError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from None
+
+
+def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> Family:
+    """Make the family of a model, ready to use.
+
+    Args:
+        model: a transformers model without wrappers; see :func:`budwood.unwrap.innermost`.
         processor: its processor, if at hand.
-        compat: None, or ``"official"``.
+        whole_crops: give features as published LLaVA code has them; see :class:`Family`.
 
     Raises:
         UnsupportedModelError: no family knows it, or it lacks vision, a head, or a known tower.
     """
     kind = type(model).__name__
     config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    known = ", ".join(FAMILIES.names())
-    if model_type is None:
-        raise UnsupportedModelError(f"{kind} is no transformers model; known families: {known}")
-    if model_type not in FAMILIES and not hasattr(config, "vision_config"):
+    if not hasattr(config, "model_type"):
+        inner = inner_model(model)
+        todo = f"pass its .{inner}" if inner else f"known families: {', '.join(FAMILIES)}"
+        raise UnsupportedModelError(f"{kind} is no transformers model; {todo}")
+    family = family_class(config, kind)
+    if whole_crops and not family.has_whole_crops:
         raise UnsupportedModelError(
-            f"{kind} ({model_type!r}) has no vision, so there are no visual tokens to prune; "
-            f"known families: {known}"
+            f"adav-official (compat='official') reproduces code for LLaVA models and cannot run on "
+            f"{config.model_type!r}; choose another method"
         )
-    try:
-        family = FAMILIES.get(model_type)
-    except UnknownNameError as error:
-        raise UnsupportedModelError(f"{kind}: {error}") from None
     if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
         raise UnsupportedModelError(
             f"{kind} does not generate; give the family's ...ForConditionalGeneration model"
@@ -58,4 +71,4 @@ def family_of(model: Any, processor: Any = None, compat: str | None = None) -> F
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
-    return family(model, processor, compat)
+    return family(model, processor, whole_crops)

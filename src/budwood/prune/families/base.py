@@ -1,4 +1,4 @@
-"""What a model family is: where things are in a model, and no mathematics."""
+"""The interface of a model family: where things are in a model. No mathematics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from budwood.errors import UnsupportedModelError
 from budwood.prune.saliency import Recorder
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+"""The view of an encoder that sees the whole picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +24,16 @@ class Layout:
 
     Attributes:
         n_placeholders: tokens that the image takes in the prompt.
-        boxes: x0, y0, x1, y1 of each candidate in the picture that the encoder sees, as shares of
-            its width and height in [0, 1], float32, shape (n_candidates, 4).
+        boxes: x0, y0, x1, y1 of each candidate in the picture that the encoder sees, as fractions
+            of its width and height in [0, 1], float32, shape (n_candidates, 4).
         candidates: features that may be dropped, in the LLM's order, int64, shape
             (n_candidates,); None if all may.
         fixed: features that always stay, int64, shape (n_fixed,).
+        order: place of each candidate in the encoder's order, int64, shape (n_candidates,); None
+            if the LLM has the same order.
         grid: rows and columns of the candidates if they form one raster, else None.
         n_crops: crops of equal size that the encoder saw.
-        crop_ordered: features come crop by crop and not as the LLM has them; any placeholder may
+        whole_crops: features come crop by crop and not as the LLM has them; any placeholder may
             then stand for any feature.
     """
 
@@ -39,30 +41,45 @@ class Layout:
     boxes: Tensor
     candidates: Tensor | None = None
     fixed: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    order: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
-    crop_ordered: bool = False
+    whole_crops: bool = False
 
     @property
     def n_candidates(self) -> int:
         """Tokens that a method chooses from."""
         return len(self.boxes)
 
+    def ordered(self, scores: Tensor) -> Tensor:
+        """Move scores from the encoder's order into the LLM's.
+
+        Args:
+            scores: one per token of the encoder, shape (n_tokens,), on any device.
+
+        Returns:
+            One per candidate, shape (n_candidates,).
+        """
+        if self.order is None:
+            return scores
+        return scores[self.order.to(scores.device, non_blocking=True)]
+
 
 class Family(ABC):
     """Where a model of one ``config.model_type`` keeps what pruning needs.
 
-    Subclasses know names and orders; scores, choices and prompts are none of their business.
+    Subclasses know names and orders. Scores, choices and prompts are not their business.
 
     Attributes:
         model_type: the ``config.model_type`` that it is for.
         encoder_inputs: inputs that encoding consumes; the LLM does not see them.
         video_inputs: inputs that mean there is a video, which is never pruned.
+        has_whole_crops: it can give whole crops, as published LLaVA code does.
 
     Args:
         model: a transformers model for conditional generation.
         processor: its processor, if there is one at hand; only :meth:`view` reads it.
-        compat: None, or ``"official"`` for the features that the published code selects from.
+        whole_crops: give all crops one after the other, without unpadding or newlines.
 
     Raises:
         UnsupportedModelError: a part of the model is of a kind that the family does not know.
@@ -71,11 +88,12 @@ class Family(ABC):
     model_type: ClassVar[str]
     encoder_inputs: ClassVar[tuple[str, ...]]
     video_inputs: ClassVar[tuple[str, ...]] = ()
+    has_whole_crops: ClassVar[bool] = False
 
-    def __init__(self, model: Any, processor: Any = None, compat: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
         self.model = model
         self.processor = processor
-        self.compat = compat
+        self.whole_crops = whole_crops
 
     @property
     def image_token_id(self) -> int:
@@ -91,15 +109,16 @@ class Family(ABC):
 
     @abstractmethod
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
-        """Hooks on the layer whose attention is the saliency, for one run of :meth:`features`."""
+        """Hook the layer whose attention is the saliency, for one run of :meth:`features`."""
 
-    @abstractmethod
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Encode: projected features, one tensor per image, shape (n_features, d_model)."""
+        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
+        return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
-        """Where the tokens of each image are."""
+        """Say where the tokens of each image are."""
 
     @abstractmethod
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
@@ -118,13 +137,13 @@ class Family(ABC):
         return None
 
     def placed(self, positions: Tensor, mask: Tensor) -> None:  # noqa: B027
-        """Told the positions that were kept, for models that derive later ones from them."""
+        """Receive the positions that were kept, for models that derive later ones from them."""
 
     def release(self) -> None:  # noqa: B027
-        """Called on detaching: put back what :meth:`placed` changed."""
+        """Put back what :meth:`placed` changed; called on detaching."""
 
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The part of a picture that the encoder sees, as x0, y0, x1, y1 in shares of its size.
+        """The part of a picture that the encoder sees: x0, y0, x1, y1 as fractions of its size.
 
         Args:
             image_size: height and width of the picture in pixels.
@@ -137,16 +156,3 @@ def raster_boxes(rows: int, columns: int) -> Tensor:
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     corners = (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows)
     return torch.stack(corners, dim=-1).view(-1, 4)
-
-
-def refuse_compat(model_type: str, compat: str | None) -> None:
-    """For families that no published code covers.
-
-    Raises:
-        UnsupportedModelError: ``compat`` was asked for.
-    """
-    if compat is not None:
-        raise UnsupportedModelError(
-            f"compat={compat!r} reproduces code for LLaVA models, there is none for "
-            f"{model_type!r}; leave it out"
-        )

@@ -25,19 +25,17 @@ class Llava(Family):
         "vision_feature_select_strategy",
     )
 
-    def __init__(self, model: Any, processor: Any = None, compat: str | None = None) -> None:
-        super().__init__(model, processor, compat)
+    has_whole_crops: ClassVar[bool] = True
+
+    def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
+        super().__init__(model, processor, whole_crops)
         self.tower = Tower(model)
 
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         return self.tower.recorder(inputs)
 
-    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
-
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
-        # "full" keeps [CLS] among the features: it is no patch, so it is not up for choice.
+        # "full" keeps [CLS] among the features. It is no patch, so it is no candidate.
         with_cls = self.tower.has_cls and not self.tower.drops_first(inputs)
         return [_layout(len(image), self.tower.side, with_cls) for image in features]
 
@@ -67,7 +65,7 @@ def _layout(n_features: int, side: int, with_cls: bool) -> Layout:
 def encoder_view(
     image_processor: Any, image_size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """The part of a picture that a CLIP-like image processor shows to the encoder.
+    """Find the part of a picture that a CLIP-like image processor shows to the encoder.
 
     Args:
         image_processor: with ``do_pad``, ``do_center_crop``, ``size`` and ``crop_size``; None if
@@ -75,7 +73,7 @@ def encoder_view(
         image_size: height and width in pixels.
 
     Returns:
-        x0, y0, x1, y1 in shares of the picture's size; outside [0, 1] where it is padded.
+        x0, y0, x1, y1 as fractions of the picture's size; outside [0, 1] where it is padded.
     """
     height, width = image_size
     shortest_edge = _shortest_edge(image_processor)

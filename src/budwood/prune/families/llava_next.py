@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any, ClassVar
@@ -14,59 +12,32 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from budwood.prune.families.base import Family, Layout, raster_boxes
-from budwood.prune.families.towers import Tower
-from budwood.prune.saliency import OutputRecorder, Recorder
+from budwood.prune.families.base import WHOLE, Layout, raster_boxes
+from budwood.prune.families.llava import Llava
+from budwood.prune.saliency import OutputRecorder
 
 
-@dataclass(frozen=True, eq=False)
-class AnyresLayout(Layout):
-    """A layout that knows where the encoder had each token.
-
-    Attributes:
-        source: place of each candidate in the encoder's crop order, int64, shape (n_candidates,).
-    """
-
-    source: Tensor | None = None
-
-
-class LlavaNext(Family):
+class LlavaNext(Llava):
     """``LlavaNextForConditionalGeneration``.
 
-    Under ``compat="official"`` the features are those of the published code: all crops one after
-    the other, neither unpadded nor with newlines.
+    With ``whole_crops`` the features are those of the published code: all crops one after the
+    other, neither unpadded nor with newlines.
     """
 
     model_type: ClassVar[str] = "llava_next"
-    encoder_inputs: ClassVar[tuple[str, ...]] = (
-        "pixel_values",
-        "image_sizes",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-    )
-
-    def __init__(self, model: Any, processor: Any = None, compat: str | None = None) -> None:
-        super().__init__(model, processor, compat)
-        self.tower = Tower(model)
-
-    def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
-        return self.tower.recorder(inputs)
 
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        official = self.compat == "official"
-        crops = OutputRecorder(self.model.model.multi_modal_projector) if official else None
-        with crops or nullcontext():
-            packed = self.model.get_image_features(**given, return_dict=True).pooler_output
-        if crops is None:
-            return list(packed)
+        if not self.whole_crops:
+            return super().features(inputs)
+        with OutputRecorder(self.model.model.multi_modal_projector) as crops:
+            packed = super().features(inputs)
         per_image = [layout.n_crops for layout in self.layouts(inputs, packed)]
         return [image.flatten(0, 1) for image in crops.output().split(per_image)]
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         config = self.model.config
         pinpoints = tuple(tuple(pinpoint) for pinpoint in config.image_grid_pinpoints)
-        build = crop_layout if self.compat == "official" else anyres_layout
+        build = crop_layout if self.whole_crops else anyres_layout
         crop = config.vision_config.image_size
         return [
             build((height, width), pinpoints, crop, self.tower.side)
@@ -76,21 +47,20 @@ class LlavaNext(Family):
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         per_image = recorder.saliency().split([layout.n_crops for layout in layouts])
         return [
-            crops.flatten()[_source(layout).to(crops.device, non_blocking=True)]
+            layout.ordered(crops.flatten())
             for crops, layout in zip(per_image, layouts, strict=True)
         ]
 
-
-def _source(layout: Layout) -> Tensor:
-    assert isinstance(layout, AnyresLayout) and layout.source is not None
-    return layout.source
+    def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The whole picture: the boxes of a layout already leave its padding out."""
+        return WHOLE
 
 
 @lru_cache(maxsize=256)
 def anyres_layout(
     image_size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], crop: int, side: int
-) -> AnyresLayout:
-    """The model's own layout: the overview, then the unpadded raster with newlines.
+) -> Layout:
+    """Build the model's own layout: the overview, then the unpadded raster with newlines.
 
     Args:
         image_size: height and width of the picture in pixels.
@@ -107,42 +77,41 @@ def anyres_layout(
     raster = raster.reshape(1, rows * side, columns * side)
     raster = unpad_image(raster, image_size)[0]
     newlines = torch.full((len(raster), 1), -1)
-    order = torch.cat((torch.arange(per_crop), torch.cat((raster, newlines), 1).flatten()))
-    is_newline = order < 0
-    source = order[~is_newline]
-    return AnyresLayout(
-        n_placeholders=len(order),
-        boxes=whole.boxes[source],
+    packed = torch.cat((torch.arange(per_crop), torch.cat((raster, newlines), 1).flatten()))
+    is_newline = packed < 0
+    order = packed[~is_newline]
+    return Layout(
+        n_placeholders=len(packed),
+        boxes=whole.boxes[order],
         candidates=(~is_newline).nonzero().flatten(),
         fixed=is_newline.nonzero().flatten(),
         n_crops=whole.n_crops,
-        source=source,
+        order=order,
     )
 
 
 @lru_cache(maxsize=256)
 def crop_layout(
     image_size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], crop: int, side: int
-) -> AnyresLayout:
-    """The published code's layout: all patches of all crops, the overview first."""
+) -> Layout:
+    """Build the published code's layout: all patches of all crops, the overview first."""
     rows, columns = _grid(image_size, pinpoints, crop)
     tiles = raster_boxes(rows * side, columns * side).view(rows, side, columns, side, 4)
     tiles = tiles.transpose(1, 2).reshape(-1, 4)
-    # The picture is fitted into the canvas and centred: from shares of the canvas to its own.
+    # The picture is fitted into the canvas and centred: from fractions of the canvas to its own.
     height, width = image_size
     scale = min(rows * crop / height, columns * crop / width)
-    share_w = min(ceil(width * scale) / (columns * crop), 1.0)
-    share_h = min(ceil(height * scale) / (rows * crop), 1.0)
-    share = torch.tensor([share_w, share_h, share_w, share_h])
-    tiles = ((tiles - (1 - share) / 2) / share).clamp(0, 1)
+    fraction_w = min(ceil(width * scale) / (columns * crop), 1.0)
+    fraction_h = min(ceil(height * scale) / (rows * crop), 1.0)
+    fraction = torch.tensor([fraction_w, fraction_h, fraction_w, fraction_h])
+    tiles = ((tiles - (1 - fraction) / 2) / fraction).clamp(0, 1)
     boxes = torch.cat((raster_boxes(side, side), tiles))
     n_crops = 1 + rows * columns
-    return AnyresLayout(
+    return Layout(
         n_placeholders=_n_packed(image_size, rows, columns, side),
         boxes=boxes,
         n_crops=n_crops,
-        crop_ordered=True,
-        source=torch.arange(len(boxes)),
+        whole_crops=True,
     )
 
 

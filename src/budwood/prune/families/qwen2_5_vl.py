@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -11,35 +10,23 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.prune.families.base import Family, Layout, raster_boxes, refuse_compat
+from budwood.prune.families.base import Family, Layout, raster_boxes
 from budwood.prune.saliency import PackedRecorder, Recorder
-
-
-@dataclass(frozen=True, eq=False)
-class WindowLayout(Layout):
-    """A layout that knows how the encoder shuffled the image.
-
-    Attributes:
-        windowed: where the windowed order has each merged token, int64, shape (n_candidates,).
-    """
-
-    windowed: Tensor | None = None
 
 
 class Qwen25VL(Family):
     """``Qwen2_5_VLForConditionalGeneration``, images only: videos are not pruned.
 
     Saliency is the mean attention received in the last full-attention block, averaged over the
-    patches of a merged token. It is budwood's choice: the tower has no [CLS].
+    patches of a merged token. This is budwood's choice: the tower has no [CLS].
     """
 
     model_type: ClassVar[str] = "qwen2_5_vl"
     encoder_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     video_inputs: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
 
-    def __init__(self, model: Any, processor: Any = None, compat: str | None = None) -> None:
-        super().__init__(model, processor, compat)
-        refuse_compat(self.model_type, compat)
+    def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
+        super().__init__(model, processor, whole_crops)
         self._deltas_before = model.model.rope_deltas
         config = model.config.vision_config
         full = [i for i in config.fullatt_block_indexes if 0 <= i < config.depth]
@@ -52,10 +39,6 @@ class Qwen25VL(Family):
 
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         return PackedRecorder(self.model.model.visual.blocks[self._block].attn)
-
-    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         config = self.model.config.vision_config
@@ -72,7 +55,7 @@ class Qwen25VL(Family):
         unit = self.model.config.vision_config.spatial_merge_size**2
         per_image = recorder.saliency([unit * layout.n_candidates for layout in layouts])
         return [
-            patches.view(-1, unit).mean(1)[_windowed(layout).to(patches.device, non_blocking=True)]
+            layout.ordered(patches.view(-1, unit).mean(1))
             for patches, layout in zip(per_image, layouts, strict=True)
         ]
 
@@ -98,23 +81,18 @@ class Qwen25VL(Family):
         self.model.model.rope_deltas = self._deltas_before
 
 
-def _windowed(layout: Layout) -> Tensor:
-    assert isinstance(layout, WindowLayout) and layout.windowed is not None
-    return layout.windowed
-
-
 @lru_cache(maxsize=256)
-def _layout(rows: int, columns: int, window: int) -> WindowLayout:
-    return WindowLayout(
+def _layout(rows: int, columns: int, window: int) -> Layout:
+    return Layout(
         n_placeholders=rows * columns,
         boxes=raster_boxes(rows, columns),
         grid=(rows, columns),
-        windowed=window_order(rows, columns, window).argsort(),
+        order=window_order(rows, columns, window).argsort(),
     )
 
 
 def window_order(rows: int, columns: int, window: int) -> Tensor:
-    """Merged tokens window by window, row-major within and between windows.
+    """List merged tokens window by window, row-major within and between windows.
 
     Args:
         rows: merged tokens along the height.

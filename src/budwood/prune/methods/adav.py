@@ -1,4 +1,4 @@
-"""AdaV: text and saliency, mixed in a proportion chosen per image and question."""
+"""AdaV: text and saliency, mixed in a proportion that each image and question decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError
-from budwood.prune.methods.base import Choice, Method
+from budwood.prune.methods.base import Method, Selection, Split
 from budwood.prune.methods.scores import best_split, descending, log_relevance, ranks
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -18,26 +18,27 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class AdaV(Method):
-    """Adaptive text–visual redirection.
+    """Keep tokens by question and by saliency, split anew for each image and question.
+
+    The name is short for adaptive text–visual redirection.
 
     With ``K = keep``, ``q = floor(reserve · K)`` and ``R = K − 2q``:
 
     1. the best q tokens by relevance to the text and the best q by saliency are reserved;
     2. each list, without its own reserved tokens, gives its next ``k`` (text) and ``R − k``
        (saliency) tokens, with the k that maximises the geometric mean of the two kept masses;
-    3. a token that both lists gave counts once. For each such token the union is refilled: of the
-       two lists, each scaled to sum to 1, the one whose best token not yet kept scores higher
-       gives it; so the refill is the top of ``max(t / Σt, s / Σs)`` over the tokens not yet kept.
+    3. a token in both lists counts once, and the free places are refilled with the tokens of
+       largest ``max(t / Σt, s / Σs)`` among those not yet kept.
 
-    The split that is reported is that of step 2 (reserved counts both lists); it adds up to K.
+    The reported split is that of step 2. Its ``reserved`` counts both lists, and it adds up to K.
 
     Source: AdaV, Findings of ACL 2025 (2025.findings-acl.258); preprint AdaFV, arXiv 2501.09532.
     Deviations: step 3 (the published code feeds such a token twice), one ranking over all crops,
     ties go to the lower index, K = 1 goes to saliency, and a question without tokens means
-    saliency alone. ``compat="official"`` has the published selection.
+    saliency alone. The method ``adav-official`` is the published selection.
 
     Args:
-        reserve: share of the budget that each list keeps outright, in [0, 0.5].
+        reserve: fraction of the budget that each list keeps outright, in [0, 0.5].
         temperature: factor on the cosine of text and visual tokens (100 is CLIP's logit scale).
 
     Raises:
@@ -65,12 +66,12 @@ class AdaV(Method):
         saliency: Tensor | None,
         keep: int,
         generator: torch.Generator | None = None,
-    ) -> Choice:
+    ) -> Selection:
         assert text is not None and saliency is not None  # select() has checked
         log_t, s = self._log_relevance(visual, text), saliency.float()
         order_s = descending(s)
         if len(text) == 0:  # relevance is flat, and its ranking would be the raster
-            return Choice(order_s[:keep], log_t.exp(), s, (0, 0, keep))
+            return Selection(order_s[:keep], log_t.exp(), s, Split((0, 0, keep)))
 
         order_t = descending(log_t)
         n_each = math.floor(self.reserve * keep)
@@ -85,13 +86,7 @@ class AdaV(Method):
         refill = torch.maximum(log_t - log_t.logsumexp(0), log_s)
         indices = descending(refill.masked_fill(picked, math.inf))[:keep]
         split = torch.stack((torch.full_like(by_text, 2 * n_each), by_text, by_saliency))
-        return Choice(indices, log_t.exp(), s, split)
+        return Selection(indices, log_t.exp(), s, Split(split))
 
     def _log_relevance(self, visual: Tensor, text: Tensor) -> Tensor:
         return log_relevance(visual, text, self.temperature)
-
-    def official(self, n_crops: int) -> Method:
-        # Imported here as it is a variant of this very class.
-        from budwood.prune.methods.adav_official import AdaVOfficial
-
-        return AdaVOfficial(self.reserve, self.temperature, n_crops)

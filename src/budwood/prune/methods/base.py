@@ -1,48 +1,98 @@
-"""What a pruning method is: scores and a choice, as pure functions on tensors."""
+"""The interface of a pruning method: a choice of visual tokens, as a pure tensor function."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from budwood.errors import UnknownNameError
-from budwood.prune.methods.vocabulary import Common
+from budwood.prune.methods.scores import Common
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a method chose.
+class Split:
+    """How a method divides its budget between the question and the saliency.
+
+    The first read of a number waits for the device. Creating and passing on a split does not.
 
     Attributes:
-        indices: chosen visual tokens, int64, shape (keep,), in any order, distinct (a method that
-            reproduces published faults may return fewer, or repeat some; it says so).
-        relevance: text-to-image score per visual token, float32, shape (n_visual,), if computed.
-        saliency: saliency per visual token, float32, shape (n_visual,), if used.
-        split: how the budget was divided: reserved, by text, by saliency. Plain ints where they
-            follow from shapes, otherwise int64, shape (3,), left on the device: no host sync.
+        counts: reserved, by text, by saliency; ints, or an int64 tensor of shape (3,) on any
+            device.
+    """
+
+    counts: Tensor | tuple[int, int, int] = (0, 0, 0)
+
+    @cached_property
+    def _ints(self) -> tuple[int, int, int]:
+        counts = self.counts.tolist() if isinstance(self.counts, Tensor) else self.counts
+        reserved, by_text, by_saliency = counts
+        return reserved, by_text, by_saliency
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that the two lists keep outright, both lists together."""
+        return self._ints[0]
+
+    @property
+    def by_text(self) -> int:
+        """Further tokens chosen by relevance to the text."""
+        return self._ints[1]
+
+    @property
+    def by_saliency(self) -> int:
+        """Further tokens chosen by saliency."""
+        return self._ints[2]
+
+    def __repr__(self) -> str:
+        reserved, by_text, by_saliency = self._ints
+        return f"Split(reserved={reserved}, by_text={by_text}, by_saliency={by_saliency})"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The visual tokens that a method keeps of one image.
+
+    Attributes:
+        indices: kept tokens, int64, shape (n_kept,). A method may return them in any order;
+            :func:`budwood.prune.select` sorts them into the order in which the LLM sees them.
+            Exactly ``keep`` distinct ones, unless the method is not :attr:`Method.exact`.
+        relevance: text-to-image score per token, float32, shape (n_visual,); None if the method
+            does not compute it.
+        saliency: saliency per token, float32, shape (n_visual,); None if the method does not use
+            it.
+        split: reserved, by text and by saliency, before overlaps are refilled; zeros for a method
+            that scores nothing.
     """
 
     indices: Tensor
     relevance: Tensor | None = None
     saliency: Tensor | None = None
-    split: Tensor | tuple[int, int, int] = (0, 0, 0)
+    split: Split = field(default_factory=Split)
+
+
+Choice = Selection
+"""The earlier name of what a method returns; methods outside budwood may use it."""
 
 
 class Method(ABC):
-    """One pruning method: subclass as a frozen dataclass, its fields being its parameters.
+    """A pruning method. Subclass it as a frozen dataclass whose fields are its parameters.
 
-    A subclass sets the class variables and :meth:`choose`, and is entered in
-    ``budwood.prune.methods.METHODS``; the contract tests then pick it up.
+    A subclass sets the class variables and :meth:`choose`. With an entry in
+    ``budwood.prune.methods.METHODS`` it has a name, and the contract tests run on it.
 
     Attributes:
         name: its name in the registry.
         needs_text: ``choose`` reads ``text``.
         needs_saliency: ``choose`` reads ``saliency``.
         needs_vocabulary: ``attach`` calls :meth:`fitted`.
+        whole_crops: it chooses from whole crops in the encoder's order, without unpadding or
+            newlines, as published LLaVA code does; :meth:`for_crops` gets their number.
+        exact: it keeps exactly ``keep`` distinct tokens. False only for a method that reproduces
+            published faults.
         source: the paper, for the documentation.
     """
 
@@ -50,6 +100,8 @@ class Method(ABC):
     needs_text: ClassVar[bool]
     needs_saliency: ClassVar[bool]
     needs_vocabulary: ClassVar[bool] = False
+    whole_crops: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     source: ClassVar[str]
 
     @abstractmethod
@@ -60,7 +112,7 @@ class Method(ABC):
         saliency: Tensor | None,
         keep: int,
         generator: torch.Generator | None = None,
-    ) -> Choice:
+    ) -> Selection:
         """Choose ``keep`` of the visual tokens, without a device-to-host sync.
 
         :func:`budwood.prune.select` has validated the inputs. Scores are float32 whatever the dtype
@@ -73,22 +125,13 @@ class Method(ABC):
             saliency: importance per visual token, shape (n_visual,), non-negative; None only if the
                 method needs no saliency.
             keep: tokens to keep, 1 ≤ keep ≤ n_visual.
-            generator: source of randomness, for the methods that draw.
+            generator: source of randomness, for methods that draw.
         """
 
     def fitted(self, common: Common) -> Method:
-        """The same method, told what the words of the LLM have in common."""
+        """The same method with what the words of the LLM have in common."""
         return self
 
-    def official(self, n_crops: int) -> Method:
-        """The same method as its authors published it, faults included.
-
-        Args:
-            n_crops: crops of the image, whose tokens stand one crop after the other.
-
-        Raises:
-            UnknownNameError: no published behaviour that differs from this one is known.
-        """
-        raise UnknownNameError(
-            f"compat='official' is not known for method {self.name!r}; leave compat out"
-        )
+    def for_crops(self, n_crops: int) -> Method:
+        """The same method for an image of this many crops; only ``whole_crops`` methods differ."""
+        return self

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.prune.methods.base import Choice, Method
+from budwood.prune.methods.base import Method, Selection, Split
 from budwood.prune.methods.scores import descending
 
 
@@ -17,7 +17,7 @@ class FasterVLM(Method):
     """Keep the tokens that the vision encoder's [CLS] attends to most, whatever the question.
 
     Source: FasterVLM, arXiv 2412.01818. Deviation: one ranking over all crops of an image, where
-    the published code gives every crop an equal share.
+    the published code gives every crop an equal part of the budget.
     """
 
     name: ClassVar[str] = "fastervlm"
@@ -32,7 +32,7 @@ class FasterVLM(Method):
         saliency: Tensor | None,
         keep: int,
         generator: torch.Generator | None = None,
-    ) -> Choice:
+    ) -> Selection:
         assert saliency is not None  # select() has checked
         scores = saliency.float()
-        return Choice(descending(scores)[:keep], saliency=scores, split=(0, 0, keep))
+        return Selection(descending(scores)[:keep], saliency=scores, split=Split((0, 0, keep)))

@@ -1,11 +1,66 @@
-"""Scores and rankings that several methods share. Nothing here syncs with the host."""
+"""Scores and rankings that methods share. Nothing here syncs with the host."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from budwood.prune.methods.vocabulary import Common
+_N_WORDS = 1024
+"""Words of a vocabulary that :meth:`Common.of_model` looks at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Common:
+    """What all words of a vocabulary share: their mean and first principal directions.
+
+    Frequent words ("the", "is") lie far out along the first direction. They resemble each other
+    more than anything they name.
+
+    Source: Mu and Viswanath, All-but-the-Top, ICLR 2018.
+
+    Attributes:
+        mean: float32, shape (d_model,).
+        directions: orthonormal, float32, shape (n_directions, d_model).
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, words: Tensor, n_directions: int = 1) -> Common:
+        """Compute it from a sample of word embeddings.
+
+        Args:
+            words: embeddings, shape (n_words, d_model), n_words > n_directions.
+            n_directions: principal directions to take.
+        """
+        mean = words.float().mean(0)
+        centred = words.float() - mean
+        # The eigenvectors of the (n_words, n_words) products are cheap for any d_model.
+        along = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -n_directions:]
+        return cls(mean, torch.linalg.qr(centred.T @ along).Q.T)
+
+    @classmethod
+    @torch.no_grad()
+    def of_model(cls, model: Any) -> Common:
+        """Compute it from words spread evenly over the vocabulary of a transformers model."""
+        embed = model.get_input_embeddings()
+        ids = torch.linspace(0, embed.num_embeddings - 1, min(_N_WORDS, embed.num_embeddings))
+        device = embed.weight.device
+        # Offloaded weights are "meta": accelerate moves the input.
+        return cls.of(embed(ids.long().to("cpu" if device.type == "meta" else device)))
+
+    def without(self, x: Tensor) -> Tensor:
+        """Remove from embeddings (n, d_model) their parts along the directions."""
+        return x - (x @ self.directions.T) @ self.directions
+
+    def to(self, device: torch.device) -> Common:
+        """The same on another device."""
+        return Common(self.mean.to(device), self.directions.to(device))
 
 
 def log_relevance(visual: Tensor, text: Tensor, temperature: float) -> Tensor:
@@ -30,22 +85,22 @@ def log_relevance(visual: Tensor, text: Tensor, temperature: float) -> Tensor:
 def log_contrast(
     visual: Tensor, text: Tensor, temperature: float, common: Common | None = None
 ) -> Tensor:
-    """What a word says about a visual token beyond what the whole question says about it.
+    """Text-to-image attention of each word beyond that of the whole question, as a logarithm.
 
     ``log max_m softmax_n(temperature · (c_mn − Σ_m' c_m'n / (M + 1)))``, where c is the cosine of
-    word and visual token, both without what all of their kind share: visual tokens without their
-    mean, words without the vocabulary's mean, both without its first principal directions. The
-    sum is a mean over the question and one word that resembles nothing, so that a question of a
-    single word still points somewhere.
+    word and visual token after what all of their kind share is removed: the mean of the visual
+    tokens, the mean of the vocabulary, and the vocabulary's first principal directions from both.
+    The sum is a mean over the question and one more word that resembles nothing, so that a question
+    of a single word still points somewhere.
 
-    Source: ours, and not AdaV's. Taking out mean and first directions is the all-but-the-top of
-    Mu and Viswanath, ICLR 2018.
+    Source: ours, not AdaV's. Removing mean and first directions is the all-but-the-top of Mu and
+    Viswanath, ICLR 2018.
 
     Args:
         visual: projected visual tokens, shape (n_visual, d_model).
         text: embeddings of the question, shape (n_text, d_model), n_text ≥ 0.
         temperature: factor on the contrast, unitless.
-        common: what all words share; None takes nothing out of them.
+        common: what all words share; None removes nothing from them.
 
     Returns:
         Log-probabilities, float32, shape (n_visual,).
@@ -68,8 +123,13 @@ def ranks(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
+def evenly_spaced(n: int, keep: int, device: torch.device) -> Tensor:
+    """The middles of ``keep`` equal stretches of 0…n−1: sorted, distinct, int64, shape (keep,)."""
+    return (2 * torch.arange(keep, device=device) + 1) * n // (2 * keep)
+
+
 def best_split(log_text: Tensor, saliency: Tensor) -> Tensor:
-    """Share of a budget that maximises the geometric mean of the two kept masses.
+    """The part of a budget to take by text, so that the geometric mean of both masses is maximal.
 
     ``argmax_{0≤k≤R} S_t(k) · S_s(R−k)``, where S is a prefix sum and R the length of both lists.
     The text list is scaled by its largest entry, which leaves the argmax alone and, as the list
@@ -100,7 +160,7 @@ def _cosines(text: Tensor, visual: Tensor) -> Tensor:
 
 
 def _log_best(logits: Tensor) -> Tensor:
-    """Of (n_text, n_visual), each visual token's best share of a word; flat without words."""
+    """Best log-probability of each visual token over the words (n_text, n_visual); flat without."""
     if len(logits) == 0:
         return logits.new_zeros(logits.shape[1]).log_softmax(0)
     return logits.log_softmax(-1).amax(0)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError
-from budwood.prune.methods.base import Choice, Method
-from budwood.prune.methods.scores import descending, log_relevance
-from budwood.prune.methods.uniform import evenly_spaced
+from budwood.prune.methods.base import Method, Selection, Split
+from budwood.prune.methods.scores import descending, evenly_spaced, log_relevance
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class T2I(Method):
         saliency: Tensor | None,
         keep: int,
         generator: torch.Generator | None = None,
-    ) -> Choice:
+    ) -> Selection:
         assert text is not None  # select() has checked
         log_t = log_relevance(visual, text, self.temperature)
         if len(text) == 0:
-            return Choice(evenly_spaced(len(visual), keep, visual.device), log_t.exp())
-        return Choice(descending(log_t)[:keep], log_t.exp(), split=(0, keep, 0))
+            return Selection(evenly_spaced(len(visual), keep, visual.device), log_t.exp())
+        return Selection(descending(log_t)[:keep], log_t.exp(), split=Split((0, keep, 0)))

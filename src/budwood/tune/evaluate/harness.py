@@ -1,159 +1,39 @@
-"""Tasks through lm-eval: those that ship, files of questions, and any that lm-eval knows."""
+"""Run tasks through lm-eval, reading each prompt once for all of its answers."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import json
-import logging
-import random
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+
 from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
-from budwood.tune.data import Example, is_file, read_examples, styled
-from budwood.tune.encoding import lead_of, render
-from budwood.tune.evaluate.known_tasks import (
-    SHIPPED,
-    leaf_tasks,
-    no_lm_eval,
-    shipped_tasks,
-    task_manager,
+from budwood.progress import Progress, silent
+from budwood.tune.data import Example, styled
+from budwood.tune.encoding import (
+    dated_template,
+    is_stateful,
+    lead_of,
+    positions,
+    render,
+    takes,
+    takes_logits_to_keep,
 )
 from budwood.tune.evaluate.scores import Score
+from budwood.tune.evaluate.tasks import Task, expanded, quiet_harness, task_manager
 
-
-@dataclass(frozen=True)
-class Task:
-    """Something to be tested on.
-
-    Attributes:
-        name: as in the table.
-        group: ``"target"`` or ``"general"``.
-        config: of lm-eval, without data.
-        examples: the data; None for a task of lm-eval's own.
-        chat: asked through the chat template.
-        rendered: some examples have a system prompt or several turns; lm-eval knows single
-            questions alone, so that it gets whole prompts, as text.
-    """
-
-    name: str
-    group: str
-    config: dict[str, Any] | None
-    examples: tuple[Example, ...] | None
-    chat: bool = True
-    rendered: bool = False
-
-    @property
-    def asked(self) -> str:
-        """How: ``"chat"`` through the template by lm-eval, ``"rendered"`` before, or ``"text"``."""
-        return ("rendered" if self.rendered else "chat") if self.chat else "text"
-
-
-def find_task(
-    name: str, data: Path | None, group: str = "general", limit: int = 0, seed: int = 0
-) -> Task:
-    """A task by its name.
-
-    Args:
-        name: one that ships, whose file is in ``data``; a file of JSON lines; or any of lm-eval's.
-        data: folder with the files of shipped tasks.
-        group: ``"target"`` or ``"general"``.
-        limit: draw so many of its questions; 0 for all.
-        seed: of the draw.
-
-    Raises:
-        InputError: its file is missing or malformed.
-    """
-    if is_file(name):
-        examples = draw(read_examples(name), limit, seed)
-        return task_of(Path(name).stem, examples, group)
-    if name in shipped_tasks():
-        config = _read_yaml(SHIPPED / f"{name}.yaml")
-        if data is None:
-            raise InputError(f"task {name!r} needs its file: give --data DIR")
-        file = data / config["dataset_kwargs"]["data_files"]["test"]
-        examples = draw(read_examples(str(file)), limit, seed)
-        _need_single(name, examples)
-        return Task(name, group, config, tuple(examples), config["metadata"].get("chat", True))
-    return Task(name, group, None, None)
-
-
-def task_names(asked: Sequence[str]) -> list[str]:
-    """What tasks are called in tables, no two the same.
-
-    Args:
-        asked: as :func:`find_task` takes them.
-
-    Returns:
-        A file's stem; where several have the same, with the folder before it, and with more where
-        that is not enough. Other tasks are called what they are.
-
-    Raises:
-        InputError: a file or another task is there twice.
-    """
-    paths = [Path(one).expanduser().resolve() if is_file(one) else None for one in asked]
-    for what, n in Counter(path or one for path, one in zip(paths, asked)).items():
-        if n > 1:
-            raise InputError(f"task {what} is given {n} times; give it once, as target or general")
-    names = [path.stem if path else one for path, one in zip(paths, asked)]
-    for longer in (_with_folder, _with_folder_and_ending, str):
-        counts = Counter(names)
-        names = [longer(p) if p and counts[name] > 1 else name for p, name in zip(paths, names)]
-    return names
-
-
-def _need_single(name: str, examples: Sequence[Example]) -> None:
-    other = next((example for example in examples if not example.is_single), None)
-    if other is not None:
-        raise InputError(
-            f"{other.where}: task {name!r} takes single questions, and this has a system prompt or "
-            "several turns; give the file itself as a task"
-        )
-
-
-def _with_folder(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
-
-
-def _with_folder_and_ending(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
-
-
-def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Task:
-    """A task made of examples: multiple choice, or the loss of the right answer.
-
-    The answer is the last turn, after all of the conversation before it.
-
-    Raises:
-        InputError: some examples have choices and others have none.
-    """
-    with_choices = {bool(example.choices) for example in examples}
-    if len(with_choices) != 1:
-        raise InputError(f"{name}: some questions have choices and some have none")
-    kind = "openbookqa" if with_choices == {True} else "gsm8k"
-    config = _read_yaml(SHIPPED / f"{kind}.yaml") | {"doc_to_target": "answer"}  # as it is written
-    rendered = not all(example.is_single for example in examples)
-    return Task(name, group, config, tuple(examples), rendered=rendered)
-
-
-def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """So many examples at random, in their order; all of them for 0.
-
-    Raises:
-        InputError: the limit is below 0.
-    """
-    need_at_least(0, limit=limit)
-    if not limit or limit >= len(examples):
-        return list(examples)
-    chosen = random.Random(seed).sample(range(len(examples)), limit)
-    return [examples[i] for i in sorted(chosen)]
+Request = tuple[tuple[str, str], list[int], list[int]]
+_Base: Any = HFLM
+"""Untyped: what lm-eval puts around the class hides it from type checkers."""
 
 
 def run_tasks(
@@ -164,7 +44,7 @@ def run_tasks(
     style: str = "cloze",
     batch: int = 16,
     limit: int = 0,
-    advance: Callable[..., None] | None = None,
+    progress: Progress = silent,
 ) -> list[Score]:
     """Score a model on tasks.
 
@@ -175,7 +55,7 @@ def run_tasks(
         style: one of ``budwood.tune.data.STYLES``, for multiple choice through the chat template.
         batch: prompts at a time.
         limit: questions of tasks that are lm-eval's own; 0 for all.
-        advance: a function (done, total, note), for a progress bar.
+        progress: called after each batch.
 
     Returns:
         For multiple choice ``accuracy`` and the ``loss`` of the right answer, where there is one;
@@ -191,8 +71,9 @@ def run_tasks(
     if not tasks:
         return []
     tasks = expanded(tasks)
-    with _quiet(), tempfile.TemporaryDirectory(prefix="budwood-tasks-") as folder:
-        lm = _model(model, tokenizer, batch, advance)
+    with quiet_harness(), tempfile.TemporaryDirectory(prefix="budwood-tasks-") as folder:
+        model.eval()
+        lm = SharedPromptLM(model, tokenizer, batch, progress)
         files = {task.name: Path(folder, f"{i}.jsonl") for i, task in enumerate(tasks)}
         found: dict[str, list[Score]] = {}
         for asked in ("chat", "rendered", "text"):
@@ -207,43 +88,9 @@ def run_tasks(
     return [score for task in tasks for score in found[task.name]]
 
 
-def expanded(tasks: Sequence[Task]) -> list[Task]:
-    """Tasks, with those of lm-eval's groups and tags in the place of these.
-
-    Raises:
-        InputError: lm-eval is not installed, or a group changes settings of its tasks; two tasks
-            have the same name.
-        UnknownNameError: lm-eval has no such task.
-    """
-    found = [leaf for task in tasks for leaf in _leaves(task)]
-    for name, n in Counter(task.name for task in found).items():
-        if n > 1:
-            raise InputError(f"{n} tasks are called {name!r}; give each once, by its own name")
-    return found
-
-
-def _leaves(task: Task) -> list[Task]:
-    if task.config is not None:
-        return [task]
-    with _quiet():
-        return [dataclasses.replace(task, name=name) for name in leaf_tasks(task.name)]
-
-
-def _model(model: Any, tokenizer: Any, batch: int, advance: Any) -> Any:
-    try:
-        from budwood.tune.evaluate.shared_prompt import SharedPromptLM
-    except ImportError as error:
-        raise no_lm_eval(error) from error
-    model.eval()
-    return SharedPromptLM(model, tokenizer, batch, advance)
-
-
 def _evaluate(
     lm: Any, tasks: Sequence[Task], files: dict[str, Path], style: str, limit: int, chat: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
-
     own = any(task.config is None for task in tasks)
     manager = task_manager() if own else TaskManager(include_defaults=False)
     specs: list[Any] = [
@@ -362,27 +209,157 @@ def _n_tokens(tokenizer: Any, text: str) -> int:
     return max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+class SharedPromptLM(_Base):
+    """``HFLM`` whose log-likelihoods cost one pass over each prompt, and not one a choice.
 
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    The answers are read from the prompt's key-value cache, and logits are computed for answers
+    alone. Prompts are sorted by length. The numbers are HFLM's but for rounding, and for two things
+    that are as in training here: the line break that ends a chat prompt is part of the prompt,
+    where HFLM scores it as the beginning of each answer, and so is what the chat template writes
+    before an answer, which HFLM leaves out. Models that keep a state are read as HFLM reads them.
+
+    Args:
+        pretrained: a causal language model of transformers or PEFT.
+        tokenizer: of the model.
+        batch_size: prompts at a time.
+        progress: called after each batch.
+        kwargs: HFLM's.
+
+    Attributes:
+        lead: what the chat template writes before an answer.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        tokenizer: Any,
+        batch_size: int = 16,
+        progress: Progress = silent,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            pretrained=pretrained,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            chat_template_args=_template_args(tokenizer),
+            **kwargs,
+        )
+        self.lead = ""
+        self._n_prompts = batch_size
+        self._progress = progress
+        self._last_alone = {"logits_to_keep": 1} if takes_logits_to_keep(pretrained) else {}
+        self._takes_positions = takes(pretrained, "position_ids")
+        self._is_stateful = is_stateful(pretrained)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context += self.lead
+        if not context.endswith("\n"):
+            return super()._encode_pair(context, continuation)
+        answer = self.tokenizer.encode(continuation, add_special_tokens=False)
+        return self.tok_encode(context), answer
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        if self._is_stateful:  # there is no cache that answers could share
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        answers: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, prompt, answer) in enumerate(requests):
+            answers[tuple(prompt[-self._room(answer) :])].append(i)
+        prompts = sorted(answers, key=len, reverse=True)
+        found: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(prompts), self._n_prompts):
+            chosen = prompts[start : start + self._n_prompts]
+            rows = [(k, i) for k, prompt in enumerate(chosen) for i in answers[prompt]]
+            pairs = self._score(chosen, [(k, requests[i][2]) for k, i in rows])
+            for (_, i), pair in zip(rows, pairs):
+                found[i] = pair
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], pair)
+            self._progress(len(found), len(requests))
+        return [found[i] for i in range(len(requests))]
+
+    def _room(self, answer: list[int]) -> int:
+        """Tokens of a prompt that there is room for; an answer's last one is not read."""
+        room = self.max_length - len(answer) + 1
+        if room < 1:
+            raise InputError(
+                f"an answer of {len(answer)} tokens is longer than the {self.max_length} that the "
+                "model reads; leave it out"
+            )
+        return room
+
+    @torch.inference_mode()
+    def _score(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[int, list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of answers.
+
+        Args:
+            prompts: tokens.
+            answers: number of the prompt, and tokens.
+        """
+        tokens, mask = _padded(prompts, left=True)
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        first = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            use_cache=True,
+            **self._placed(positions(mask)),
+            **self._last_alone,
+        )
+        owner = torch.tensor([k for k, _ in answers], device=self.device)
+        wanted, real = _padded([answer for _, answer in answers], left=False)
+        wanted, real = wanted.to(self.device), real.to(self.device)
+        heads = first.logits[:, -1][owner][:, None]
+        if wanted.shape[1] > 1:
+            cache = first.past_key_values
+            cache.batch_select_indices(owner)
+            whole = torch.cat([mask[owner], real[:, 1:]], dim=1)  # read where another follows
+            later = self.model(
+                input_ids=wanted[:, :-1],
+                attention_mask=whole,
+                past_key_values=cache,
+                use_cache=True,
+                **self._placed(positions(whole)[:, mask.shape[1] :]),
+            )
+            heads = torch.cat([heads, later.logits], dim=1)
+        return _sums(heads, wanted, real)
+
+    def _placed(self, positions: Tensor) -> dict[str, Tensor]:
+        """Positions for a model that takes them; others find them by themselves."""
+        return {"position_ids": positions} if self._takes_positions else {}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval and datasets draw bars and log much of what they do."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("evaluation needs datasets: pip install 'budwood[tune]'") from error
-    logger = logging.getLogger("lm_eval")
-    level, shown = logger.level, datasets.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        if shown:
-            datasets.enable_progress_bars()
+def _template_args(tokenizer: Any) -> dict[str, str]:
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    return {"chat_template": dated_template(tokenizer)} if has_one else {}
+
+
+def _sums(logits: Tensor, wanted: Tensor, real: Tensor) -> list[tuple[float, bool]]:
+    """Log-likelihood of each row, and whether greedy decoding would have written it.
+
+    Args:
+        logits: of the token at each place, shape (n, length, vocabulary).
+        wanted: the tokens, shape (n, length).
+        real: 1 where there is one, same shape.
+    """
+    logits = logits.float()
+    picked = logits.gather(-1, wanted[..., None])[..., 0] - logits.logsumexp(-1)
+    greedy = ((logits.argmax(-1) == wanted) | ~real.bool()).all(-1)
+    totals = (picked * real).sum(-1)
+    return [(float(total), bool(same)) for total, same in zip(totals, greedy)]
+
+
+def _padded(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
+    """Rows as one tensor, and where it is no padding, both of shape (n, longest)."""
+    width = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, place] = torch.tensor(list(row))
+        mask[i, place] = 1
+    return tokens, mask

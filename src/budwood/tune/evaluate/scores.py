@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from budwood.bootstrap import Floats, interval
 from budwood.errors import InputError
 
-LEVEL = 0.95
 N_RESAMPLES = 2_000
 METRICS = ("accuracy", "loss", "perplexity", "kl")
 """``accuracy`` is better high, the others low. ``loss`` and ``kl`` are nats a token."""
 
 _CHUNK = 200
 """Resamples drawn at a time, which bounds memory."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -163,10 +160,51 @@ def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:
     return np.array([_shown(score.metric, mean) for score, mean in zip(scores, means)])
 
 
-def interval(values: Floats) -> tuple[float, float]:
-    """The central interval of ``LEVEL``."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def report_rows(
+    befores: Sequence[Score], afters: Sequence[Score], seed: int = 0
+) -> list[dict[str, Any]]:
+    """One row a score, and one for the mean accuracy of each group that has several tasks.
+
+    Args:
+        befores: of the base model.
+        afters: of the tuned one, in any order.
+        seed: of the bootstrap.
+
+    Returns:
+        Rows as :func:`budwood.tune.evaluate.scores.compare` gives them, targets first.
+
+    Raises:
+        InputError: two scores before, or two after, are of the same task and metric.
+    """
+    for scores in (befores, afters):
+        if len({score.key for score in scores}) < len(scores):
+            raise InputError("two scores are of the same task and metric; give each task a name")
+    known = {score.key: score for score in befores}
+    pairs = [(known[score.key], score) for score in afters if score.key in known]
+    rows = []
+    for group in ("target", "general"):
+        mine = [(b, a) for b, a in pairs if a.group == group]
+        rows += [compare(before, after, seed) for before, after in mine]
+        accuracies = [(b, a) for b, a in mine if a.metric == "accuracy"]
+        if len(accuracies) > 1:
+            rows.append(_mean_row(group, accuracies, seed))
+    return rows
+
+
+def _mean_row(group: str, pairs: Sequence[tuple[Score, Score]], seed: int) -> dict[str, Any]:
+    befores, afters = [b for b, _ in pairs], [a for _, a in pairs]
+    gap, low, high = compare_mean(befores, afters, seed)
+    return {
+        "task": "mean",
+        "metric": "accuracy",
+        "group": group,
+        "n": sum(score.n for score in afters),
+        "before": mean_of("mean", befores),
+        "after": mean_of("mean", afters),
+        "difference": gap,
+        "low": low,
+        "high": high,
+    }
 
 
 def _shown(metric: str, mean: Any) -> Any:

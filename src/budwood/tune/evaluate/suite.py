@@ -1,34 +1,34 @@
-"""All that a model is tested on, before and after."""
+"""Everything that a model is tested on, before and after, and where SLIM sends it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from budwood.checks import need_at_least
-from budwood.errors import InputError
+from budwood.progress import Progress, silent
 from budwood.tune.data import styled
-from budwood.tune.encoding import Row, encode_one, longest_for
-from budwood.tune.evaluate.drift import chat_prompts, measure_drift, text_windows
-from budwood.tune.evaluate.harness import Task, expanded, find_task, run_tasks, task_names
+from budwood.tune.encoding import EncodedExample, Padded, encode_one, longest_for
+from budwood.tune.evaluate.divergence import measure_drift
 from budwood.tune.evaluate.scores import Score
-from budwood.tune.own_text import replies
+from budwood.tune.evaluate.tasks import Task, no_lm_eval
+from budwood.tune.observe import observe
+from budwood.tune.steps import tell_labels
+from budwood.tune.targets import layer_number
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 GENERAL = ("winogrande", "social_iqa", "gsm8k")
 TEXT = "wikitext2_valid.txt"
-CHAT = "chat"
-"""What the base model's own replies are called among the texts."""
 ROUTED = 24
 """Rows of each kind of text whose routing is looked at."""
 LONGEST = 1024
 """Tokens of a row whose routing is looked at."""
-
-Advance = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -44,47 +44,53 @@ class Suite:
     """
 
     tasks: tuple[Task, ...] = ()
-    texts: dict[str, list[Row]] = field(default_factory=dict)
+    texts: dict[str, list[EncodedExample]] = field(default_factory=dict)
     style: str = "cloze"
     batch: int = 16
     limit: int = 0
 
-    def before(self, model: Any, tokenizer: Any, advance: Advance | None = None) -> list[Score]:
+    def before(self, model: Any, tokenizer: Any, progress: Progress = silent) -> list[Score]:
         """Scores of the base model on the tasks."""
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
         with off:
-            return self._tasks(model, tokenizer, advance)
+            return self._tasks(model, tokenizer, progress)
 
-    def after(self, model: Any, tokenizer: Any, advance: Advance | None = None) -> list[Score]:
+    def after(self, model: Any, tokenizer: Any, progress: Progress = silent) -> list[Score]:
         """Scores of the tuned model on the tasks."""
-        return self._tasks(model, tokenizer, advance)
+        return self._tasks(model, tokenizer, progress)
 
     def drift(
-        self, model: Any, tokenizer: Any, advance: Advance | None = None
+        self, model: Any, tokenizer: Any, progress: Progress = silent
     ) -> tuple[list[Score], list[Score]]:
         """Scores of base and tuned model on the texts."""
         befores: list[Score] = []
         afters: list[Score] = []
         for name, rows in self.texts.items():
-            before, after = measure_drift(model, tokenizer, rows, name, advance=advance)
+            before, after = measure_drift(model, tokenizer, rows, name, progress=progress)
             befores, afters = befores + before, afters + after
         return befores, afters
 
-    def routed(self, model: Any, tokenizer: Any) -> dict[str, list[Row]]:
+    def routed(self, model: Any, tokenizer: Any) -> dict[str, list[EncodedExample]]:
         """A few rows of each kind of text, for :func:`routing_rows`: all targets together first.
 
         Questions that are longer than ``LONGEST`` or than the model reads are left out.
         """
         targets = [task for task in self.tasks if task.group == "target" and task.examples]
         each, longest = max(1, ROUTED // max(1, len(targets))), longest_for(model, LONGEST)
-        asked: list[Row] = []
+        asked: list[EncodedExample] = []
         for task in targets:
             rows = (encode_one(styled(one, self.style), tokenizer) for one in task.examples or ())
             asked += itertools.islice((r for r in rows if len(r["input_ids"]) <= longest), each)
         found = {"target": asked} if asked else {}
         return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
 
-    def _tasks(self, model: Any, tokenizer: Any, advance: Advance | None) -> list[Score]:
+    def _tasks(self, model: Any, tokenizer: Any, progress: Progress) -> list[Score]:
+        if not self.tasks:
+            return []
+        try:
+            from budwood.tune.evaluate.harness import run_tasks
+        except ImportError as error:
+            raise no_lm_eval(error) from error
         return run_tasks(
             model,
             tokenizer,
@@ -92,74 +98,59 @@ class Suite:
             style=self.style,
             batch=self.batch,
             limit=self.limit,
-            advance=advance,
+            progress=progress,
         )
 
 
-def find_tasks(
-    targets: Sequence[str], general: Sequence[str], data: Path | None, limit: int, seed: int
-) -> tuple[Task, ...]:
-    """Tasks by their names, no two the same; the rest as in :func:`find_task`.
+@torch.inference_mode()
+def routing_rows(
+    model: Any, tokenizer: Any, texts: Mapping[str, Sequence[EncodedExample]], batch: int = 8
+) -> list[dict[str, Any]]:
+    """Identity share and distance by layer, for several kinds of text.
 
-    A group or tag of lm-eval's is all of its tasks.
-
-    Raises:
-        InputError: a task is there twice, or a file is missing or malformed; a group of lm-eval's
-            changes settings of its tasks.
-        UnknownNameError: there is no such task.
-    """
-    asked = [(one, "target") for one in targets] + [(one, "general") for one in general]
-    names = task_names([one for one, _ in asked])
-    found = (find_task(one, data, group, limit, seed) for one, group in asked)
-    return tuple(expanded([replace(task, name=name) for task, name in zip(found, names)]))
-
-
-def make_texts(
-    model: Any,
-    tokenizer: Any,
-    *,
-    text: Path | None,
-    n_windows: int,
-    n_prompts: int,
-    seed: int = 0,
-    advance: Advance | None = None,
-) -> dict[str, list[Row]]:
-    """Windows of a text, and the base model's own replies to everyday requests.
+    Tokens count whose next one has a label: answers, replies and text, but no prompts.
 
     Args:
-        model: its adapter is off while it replies.
-        tokenizer: of the model.
-        text: a file; None for no text.
-        n_windows: of the text.
-        n_prompts: requests; 0 for none.
-        seed: of the replies.
-        advance: a function (done, total, note), for a progress bar.
+        model: a ``PeftModel`` with a SLIM adapter.
+        tokenizer: its padding token is used.
+        texts: name → rows.
+        batch: rows at a time.
+
+    Returns:
+        Dicts of ``text, layer, identity_share, bypassed_share, distance``; a layer's values are
+        the means of its projections.
 
     Raises:
-        InputError: the file can't be read, is too short, or is called as the replies are; a count
-            is below 0.
+        InputError: ``batch`` is below 1.
     """
-    need_at_least(0, n_windows=n_windows, n_prompts=n_prompts)
-    texts = {}
-    if text is not None:
-        texts[text_name(text)] = text_windows(text, tokenizer, n_windows)
-    if n_prompts:
-        off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-        with off:
-            asked = chat_prompts(n_prompts)
-            texts[CHAT] = replies(model, tokenizer, asked, seed=seed, advance=advance)
-    return texts
+    need_at_least(1, batch=batch)
+    model.eval()
+    collate = Padded.of(model, tokenizer, trim=False)
+    found = []
+    for name, rows in texts.items():
+        with observe(model, supervised=True) as seen:
+            try:
+                for start in range(0, len(rows), batch):
+                    inputs = collate(rows[start : start + batch])
+                    tell_labels(model, inputs.pop("labels"))
+                    model(**{key: value.to(model.device) for key, value in inputs.items()})
+            finally:
+                tell_labels(model, None)
+        found += [{"text": name, **row} for row in by_layer(seen.rows())]
+    return found
 
 
-def text_name(text: Path) -> str:
-    """What a file is called among the texts: its stem.
+def by_layer(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the projections of each layer, in the order of layers.
 
-    Raises:
-        InputError: that is the name of the replies.
+    Args:
+        rows: with ``layer``, a module's name that holds the layer's number, and the values.
     """
-    if text.stem == CHAT:
-        raise InputError(
-            f"{text} is called {CHAT!r} in the results, as the base model's replies are; give the "
-            "file another name"
-        )
-    return text.stem
+    groups: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[layer_number(row["layer"]) or 0].append(row)
+    keys = ("identity_share", "bypassed_share", "distance")
+    return [
+        {"layer": number} | {key: sum(row[key] for row in group) / len(group) for key in keys}
+        for number, group in sorted(groups.items())
+    ]

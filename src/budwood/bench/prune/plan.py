@@ -1,0 +1,149 @@
+"""What a comparison of pruning methods runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from budwood.checks import need_at_least
+from budwood.errors import InputError, UnknownNameError
+from budwood.prune.budget import Budget
+from budwood.prune.methods import METHODS
+from budwood.prune.question import QUESTIONS
+from budwood.prune.selection import resolve_method
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of pruning, at any budget.
+
+    Attributes:
+        method: a name in ``METHODS``.
+        question: which text counts as the question; None if the method reads no text.
+    """
+
+    method: str
+    question: str | None = QUESTIONS[0]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Arguments for ``attach``."""
+        return {"method": self.method, "question": self.question or QUESTIONS[0]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a comparison: a baseline, or a variant at a budget.
+
+    Attributes:
+        baseline: its name, ``"full"`` or ``"blind"``; empty for a variant.
+        variant: how tokens are chosen; None for a baseline.
+        keep: the budget, as in ``attach``; None for a baseline.
+    """
+
+    baseline: str
+    variant: Variant | None = None
+    keep: int | float | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the baseline or method."""
+        return self.variant.method if self.variant else self.baseline
+
+
+FULL = Run("full")
+"""All visual tokens."""
+BLIND = Run("blind")
+"""All visual tokens of a grey picture."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run.
+
+    Attributes:
+        variants: methods to compare.
+        keeps: budgets, each a count or a ratio as in ``attach``.
+        seed: of the scenes, the draws of methods and the bootstrap.
+        n_scenes: scenes; each has one question of every kind that it allows.
+        split: ``"test"``, or ``"shifted"`` for looks outside the training range.
+        batch: about how many questions a call answers; whole scenes.
+        max_new_tokens: where an answer is cut.
+        n_timed: questions whose first token is timed.
+        n_resamples: of the bootstrap.
+        reference: a method; differences are to its first variant at the same budget.
+
+    Raises:
+        InputError: a number is too small, or a budget comes twice.
+        BudgetError: a budget is neither a count nor a ratio.
+    """
+
+    variants: tuple[Variant, ...]
+    keeps: tuple[int | float, ...]
+    seed: int = 0
+    n_scenes: int = 200
+    split: str = "test"
+    batch: int = 24
+    max_new_tokens: int = 4
+    n_timed: int = 10
+    n_resamples: int = 2000
+    reference: str = "adav"
+
+    def __post_init__(self) -> None:
+        names = ("n_scenes", "batch", "max_new_tokens", "n_timed", "n_resamples")
+        need_at_least(1, **{name: getattr(self, name) for name in names})
+        if not self.variants or not self.keeps:
+            raise InputError("nothing to compare: give at least one method and one budget")
+        for keep in self.keeps:
+            Budget.parse(keep)
+        if len(set(self.runs)) < len(self.runs):
+            raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
+
+    @property
+    def runs(self) -> list[Run]:
+        """All that is compared: baselines, then budget by budget."""
+        pruned = [Run("", variant, keep) for keep in self.keeps for variant in self.variants]
+        return [FULL, BLIND, *pruned]
+
+    def reference_run(self, keep: int | float | None) -> Run | None:
+        """The run that others of this budget are compared to, if the reference takes part."""
+        runs = (run for run in self.runs if run.variant and run.keep == keep)
+        return next((run for run in runs if run.method == self.reference), None)
+
+
+def variants_of(
+    methods: Sequence[str], compat: str | None = None, questions: Sequence[str] = QUESTIONS[:1]
+) -> list[Variant]:
+    """List every variant of some methods, in order and without repeats.
+
+    Args:
+        methods: names in ``METHODS``.
+        compat: ``"official"`` adds ``NAME-official`` behind every method that has one.
+        questions: choices of question; methods that read no text are run once.
+
+    Raises:
+        UnknownNameError: an unknown name.
+        InputError: no method, or no choice of question.
+    """
+    if not methods or not questions:
+        raise InputError("nothing to compare: give at least one method and one choice of question")
+    for question in questions:
+        if question not in QUESTIONS:
+            known = ", ".join(QUESTIONS)
+            raise UnknownNameError(f"unknown question {question!r}; known: {known}")
+    names = [name for method in methods for name in _forms(method, compat)]
+    variants = [
+        Variant(name, question)
+        for name in names
+        for question in (questions if METHODS.get(name).needs_text else [None])
+    ]
+    return list(dict.fromkeys(variants))
+
+
+def _forms(method: str, compat: str | None) -> list[str]:
+    """A method, and its published form where ``compat`` asks for it and there is one."""
+    METHODS.get(method)
+    has_published = f"{method}-official" in METHODS
+    if compat is None or (compat == "official" and not has_published):
+        return [method]
+    return [method, resolve_method(method, compat).name]

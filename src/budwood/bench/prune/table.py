@@ -1,0 +1,115 @@
+"""The table of a comparison: one row per method and budget."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from budwood.bench.prune.accuracy import Asked, Outcome
+from budwood.bench.prune.plan import FULL, Config, Run
+from budwood.bootstrap import PairedBootstrap, interval, ratio
+from budwood.sprout.questions import KINDS
+
+Row = dict[str, Any]
+
+GROUPS: dict[str, Callable[[Asked], bool]] = {
+    "": lambda asked: True,
+    "salient": lambda asked: asked.question.asks_salient,
+    "other": lambda asked: not asked.question.asks_salient,
+}
+"""All questions, those about the salient object, and the rest."""
+
+
+def rows_of(outcome: Outcome, config: Config) -> list[Row]:
+    """Make the rows of a record: ``full`` and ``blind``, then each method at each budget.
+
+    Every row has ``method, keep, question, n_visual, n_kept``; ``accuracy``, ``retention``
+    (accuracy over that with all tokens) and ``difference`` (to the reference at the same budget, in
+    accuracy), each with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
+    ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; and the times. What
+    is not known, such as the difference of a baseline, is None.
+    """
+    draws = PairedBootstrap(
+        [asked.scene for asked in outcome.asked], config.n_resamples, config.seed
+    )
+    return [_row(run, outcome, config, draws) for run in config.runs]
+
+
+def counts(outcome: Outcome) -> dict[str, int]:
+    """Count questions: all, in each group and of each kind."""
+    numbers = {"n_questions": len(outcome.asked)}
+    for group, belongs in GROUPS.items():
+        if group:
+            numbers[f"n_{group}"] = sum(map(belongs, outcome.asked))
+    for kind in KINDS:
+        numbers[f"n_{kind}"] = sum(asked.question.kind == kind for asked in outcome.asked)
+    return numbers
+
+
+def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> Row:
+    time = outcome.times[run]
+    row: Row = {
+        "method": run.method,
+        "keep": 1.0 if run.keep is None else run.keep,
+        "question": run.variant.question if run.variant else None,
+        "n_visual": _mean(outcome.n_visual),
+        "n_kept": _mean(outcome.n_kept[run]),
+    }
+    for group, belongs in GROUPS.items():
+        row |= _scores(run, outcome, config, draws, group, belongs)
+    for kind in KINDS:
+        counted = [asked.question.kind == kind for asked in outcome.asked]
+        row[f"accuracy_{kind}"] = _accuracy(outcome.right[run], counted)
+    return row | {
+        "ttft_ms": round(time.first.total_ms, 3),
+        "ttft_full_ms": round(outcome.times[FULL].first.total_ms, 3),
+        "speedup": round(time.speedup, 4),
+        "encode_ms": round(time.first.encode_ms, 3),
+        "select_ms": round(time.first.select_ms, 3),
+        "prefill_ms": round(time.first.prefill_ms, 3),
+    }
+
+
+def _scores(
+    run: Run,
+    outcome: Outcome,
+    config: Config,
+    draws: PairedBootstrap,
+    group: str,
+    belongs: Callable[[Asked], bool],
+) -> Row:
+    """Accuracy, retention and difference in one group of questions, with intervals."""
+    counted = [belongs(asked) for asked in outcome.asked]
+    reference = config.reference_run(run.keep) if run.variant else None
+    right, full = outcome.right[run], outcome.right[FULL]
+    resampled = draws.accuracies(right, counted)
+    accuracy, accuracy_full = _accuracy(right, counted), _accuracy(full, counted)
+    retention = accuracy / accuracy_full if accuracy is not None and accuracy_full else None
+    values: dict[str, Any] = {
+        "accuracy": (accuracy, *interval(resampled)),
+        "retention": (retention, *interval(ratio(resampled, draws.accuracies(full, counted)))),
+        "difference": (None, None, None),
+    }
+    if reference is not None and reference != run and accuracy is not None:
+        theirs = outcome.right[reference]
+        gap = accuracy - (_accuracy(theirs, counted) or 0.0)
+        values["difference"] = (gap, *interval(resampled - draws.accuracies(theirs, counted)))
+    suffix = f"_{group}" if group else ""
+    row: Row = {}
+    for name, (value, low, high) in values.items():
+        row |= {
+            f"{name}{suffix}{end}": x for end, x in zip(("", "_low", "_high"), (value, low, high))
+        }
+    return row | {f"accuracy_full{suffix}": accuracy_full}
+
+
+def _accuracy(right: list[bool], counted: list[bool]) -> float | None:
+    """Fraction of correct answers among those that count; None if none counts."""
+    n_counted = sum(counted)
+    return sum(map(all, zip(right, counted))) / n_counted if n_counted else None
+
+
+def _mean(values: list[int]) -> int | float:
+    mean = statistics.fmean(values)
+    return int(mean) if mean.is_integer() else round(mean, 2)

@@ -1,0 +1,370 @@
+"""What pruning saves and what it costs, as ratios of times measured side by side.
+
+The model is a real one, or one of a published shape with random weights, for timing alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from budwood.checks import need_at_least
+from budwood.errors import InputError, UnknownNameError
+from budwood.prune.budget import Budget
+from budwood.prune.families import family_of
+from budwood.prune.families.base import Layout
+from budwood.prune.latency import Timed, generate_timed
+from budwood.prune.question import QUESTIONS, Question
+from budwood.prune.selection import select
+from budwood.prune.session import PruneSession, attach
+from budwood.timing import median_ratio, side_by_side
+from budwood.unwrap import innermost
+
+Row = dict[str, Any]
+
+PREFILL_TARGET = 1.10
+"""Prefill with pruning over that of the same LLM given as long a prompt without it."""
+SELECT_TARGET = 0.03
+"""Selector with saliency row over prefill with all tokens."""
+
+SHAPES = ("llava-next",)
+
+_HEAD, _VISION_HEAD = 128, 64
+_WORDS, _QUESTION = 32_064, 24
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """What to time.
+
+    Attributes:
+        keeps: budgets, each a count or a ratio as in ``attach``.
+        method: what chooses.
+        repeats: timed rounds, after a warm-up.
+        n_new: tokens to decode, of which all but the first are timed.
+        seed: of the prompt and of random weights.
+
+    Raises:
+        InputError: a number is too small, or there is no budget.
+        BudgetError: a budget is neither a count nor a ratio.
+    """
+
+    keeps: tuple[int | float, ...] = (0.11, 0.055)
+    method: str = "adav"
+    repeats: int = 7
+    n_new: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.keeps:
+            raise InputError("nothing to time: give at least one budget")
+        for keep in self.keeps:
+            Budget.parse(keep)
+        if len(set(self.keeps)) < len(self.keeps):
+            raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
+        need_at_least(1, repeats=self.repeats)
+        need_at_least(2, n_new=self.n_new)
+
+
+def measure_speed(
+    model: Any, processor: Any, inputs: Mapping[str, Any], config: SpeedConfig
+) -> list[Row]:
+    """Time one prompt with all visual tokens, pruned, and as a plain prompt of the pruned length.
+
+    In each round everything runs once, in turn. Ratios are taken within a round, and their medians
+    reported: of prefill to that of the plain prompt (``prefill_over_plain``), of the selector with
+    the saliency row to the full prefill (``select_over_full``), and of decoding speed to that with
+    all tokens (``decode_over_full``). Prefill is what the first token takes beyond encoder and
+    selector, ``generate`` itself included on both sides.
+
+    Args:
+        model: a model of a known family, with nothing attached.
+        processor: its processor; None if there is none.
+        inputs: one row with one image.
+        config: what to time.
+
+    Returns:
+        A row ``full``, then per budget a row ``plain`` and a row for the method.
+    """
+    length = inputs["input_ids"].shape[1]
+    plans: dict[str, Callable[[int], Timed]] = {"full": lambda _: _timed(model, inputs, config)}
+    counts: dict[float, tuple[int, int]] = {}
+    for keep in config.keeps:
+        n_visual, n_kept, n_prompt = _lengths(model, processor, inputs, keep, config)
+        counts[keep] = n_visual, n_kept
+        plain = _plain_prompt(innermost(model), n_prompt, config.seed)
+        plans[f"plain {keep}"] = functools.partial(_time_plain, model, plain, config)
+        plans[f"pruned {keep}"] = functools.partial(
+            _time_pruned, model, processor, inputs, keep, config
+        )
+    times = side_by_side(plans, config.repeats)
+    full = times["full"]
+    n_visual = next(iter(counts.values()))[0]
+    rows = [_row("full", 1.0, n_visual, n_visual, length, full, full)]
+    for keep, (n_visual, n_kept) in counts.items():
+        plain, pruned = times[f"plain {keep}"], times[f"pruned {keep}"]
+        n_prompt = plain[0].sequences.shape[1] - config.n_new
+        rows.append(_row("plain", keep, 0, 0, n_prompt, plain, full))
+        row = _row(config.method, keep, n_visual, n_kept, n_prompt, pruned, full)
+        row["prefill_over_plain"] = _ratio(pruned, plain, _prefill_ms)
+        rows.append(row)
+    return rows
+
+
+def largest_allocation(model: Any, processor: Any, inputs: Mapping[str, Any], keep: float) -> Row:
+    """Find the largest tensor that saliency row and selection (AdaV) produce.
+
+    Returns:
+        ``largest_shape`` and ``largest_numel``, and ``limit_numel``: encoder heads × N × N, times
+        the number of crops: the size of the attention maps of one layer.
+    """
+    inner = innermost(model)
+    family = family_of(inner, processor)
+    with torch.no_grad():
+        recorder = family.recorder(inputs)
+        with recorder:
+            features = family.features(inputs)
+        layouts = family.layouts(inputs, features)
+        text = inner.get_input_embeddings()(_question_ids(inner, processor, inputs, family))
+        with _Largest() as seen:
+            saliency = family.saliency(recorder, layouts)
+            for image, layout, scores in zip(features, layouts, saliency):
+                visual = image if layout.candidates is None else image[layout.candidates]
+                select(visual, text, scores, keep=keep)
+    heads, per_crop = _encoder_size(inner.config.vision_config, layouts[0])
+    return {
+        "largest_shape": list(seen.shape),
+        "largest_numel": seen.numel,
+        "limit_numel": layouts[0].n_crops * heads * per_crop**2,
+    }
+
+
+def _encoder_size(vision: Any, layout: Layout) -> tuple[int, int]:
+    """Attention heads, and patches of one crop."""
+    heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
+    side = getattr(vision, "image_size", None)
+    return heads, (side // vision.patch_size) ** 2 if side else layout.n_candidates
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest storage behind any tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape: tuple[int, ...] = ()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for x in result if isinstance(result, list | tuple) else [result]:
+            # A view allocates nothing.
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
+                numel = x.untyped_storage().nbytes() // max(x.element_size(), 1)
+                if numel > self.numel:
+                    self.numel, self.shape = numel, tuple(x.shape)
+        return result
+
+
+def _question_ids(model: Any, processor: Any, inputs: Mapping[str, Any], family: Any) -> Tensor:
+    """Token ids of the question in the first row."""
+    ids = inputs["input_ids"][0]
+    rule = Question.for_model(QUESTIONS[0], model, family.wrapping_ids, processor)
+    places = (ids == family.image_token_id).nonzero().flatten()
+    span = int(places[0]), int(places[-1]) + 1
+    return ids[rule.positions(ids.cpu(), span, len(ids))]
+
+
+def _lengths(
+    model: Any, processor: Any, inputs: Mapping[str, Any], keep: float, config: SpeedConfig
+) -> tuple[int, int, int]:
+    """Visual tokens before and after, and tokens of the pruned prompt."""
+    with attach(model, method=config.method, keep=keep, processor=processor) as session:
+        model.generate(**inputs, do_sample=False, max_new_tokens=1)
+    assert session.origin is not None
+    report = session.report[0]
+    return report.n_before, report.n_after, session.origin.shape[1]
+
+
+def _plain_prompt(model: Any, length: int, seed: int) -> dict[str, Any]:
+    """A random text of this many tokens, without placeholders."""
+    generator = torch.Generator().manual_seed(seed)
+    n_words = min(model.get_input_embeddings().weight.shape[0], model.config.image_token_id)
+    ids = torch.randint(n_words, (1, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _time_plain(model: Any, prompt: Mapping[str, Any], config: SpeedConfig, _: int) -> Timed:
+    return _timed(model, prompt, config)
+
+
+def _time_pruned(
+    model: Any, processor: Any, inputs: Mapping[str, Any], keep: float, config: SpeedConfig, _: int
+) -> Timed:
+    options: dict[str, Any] = {"method": config.method, "keep": keep, "timing": True}
+    with attach(model, processor=processor, **options) as session:
+        return _timed(model, inputs, config, session)
+
+
+def _timed(
+    model: Any, inputs: Mapping[str, Any], config: SpeedConfig, session: PruneSession | None = None
+) -> Timed:
+    # Answers of fixed length, so that all decode equally many tokens.
+    lengths = {"max_new_tokens": config.n_new, "min_new_tokens": config.n_new}
+    return generate_timed(model, inputs, session, **lengths)
+
+
+def _row(
+    name: str,
+    keep: float,
+    n_visual: int,
+    n_kept: int,
+    n_prompt: int,
+    calls: list[Timed],
+    full: list[Timed],
+) -> Row:
+    def median(of: Callable[[Timed], float]) -> float:
+        return round(statistics.median(map(of, calls)), 3)
+
+    return {
+        "method": name,
+        "keep": keep,
+        "n_visual": n_visual,
+        "n_kept": n_kept,
+        "n_prompt": n_prompt,
+        "ttft_ms": median(_total_ms),
+        "encode_ms": median(lambda call: call.first.encode_ms),
+        "select_ms": median(_select_ms),
+        "prefill_ms": median(_prefill_ms),
+        "decode_tokens_per_s": median(_decode_speed),
+        "ttft_over_full": _ratio(calls, full, _total_ms),
+        "prefill_over_full": _ratio(calls, full, _prefill_ms),
+        "select_over_full": round(
+            median_ratio(list(map(_select_ms, calls)), list(map(_prefill_ms, full))), 5
+        ),
+        "decode_over_full": _ratio(calls, full, _decode_speed),
+        "prefill_over_plain": None,
+    }
+
+
+def _total_ms(call: Timed) -> float:
+    return call.first.total_ms
+
+
+def _select_ms(call: Timed) -> float:
+    return call.first.select_ms
+
+
+def _prefill_ms(call: Timed) -> float:
+    return call.first.prefill_ms
+
+
+def _decode_speed(call: Timed) -> float:
+    """Tokens per second."""
+    return 1e3 * len(call.step_ms) / sum(call.step_ms)
+
+
+def _ratio(calls: list[Timed], baseline: list[Timed], of: Callable[[Timed], float]) -> float:
+    """The median of the ratio within each round."""
+    return round(median_ratio(list(map(of, calls)), list(map(of, baseline))), 4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model of a published shape.
+
+    Attributes:
+        name: one of ``SHAPES``.
+        layers: of the LLM; 32 in the published 7B model.
+        width: of the LLM, a multiple of 128; 4,096 there.
+        vision_layers: of the tower, at least 2; 24 there.
+        vision_width: of the tower, a multiple of 64; 1,024 there.
+
+    Raises:
+        UnknownNameError: an unknown name.
+        InputError: a number is out of range.
+    """
+
+    name: str = "llava-next"
+    layers: int = 4
+    width: int = 2048
+    vision_layers: int = 4
+    vision_width: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.name not in SHAPES:
+            raise UnknownNameError(f"unknown shape {self.name!r}; known: {', '.join(SHAPES)}")
+        need_at_least(1, layers=self.layers)
+        need_at_least(2, vision_layers=self.vision_layers)
+        widths = (("width", _HEAD), ("vision_width", _VISION_HEAD))
+        for name, head in widths:
+            if getattr(self, name) < head or getattr(self, name) % head:
+                raise InputError(f"{name}={getattr(self, name)} must be a multiple of {head}")
+
+
+def random_llava_next(
+    shape: Shape, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Any, dict[str, Any]]:
+    """Build LLaVA-NeXT with a CLIP-L/14 tower at 336 px, and a prompt with 2,880 visual tokens.
+
+    A square picture of 672 px is five crops of 576 patches: an overview and 2 × 2 tiles.
+
+    Args:
+        shape: how large.
+        seed: of weights, pixels and text.
+        dtype: of the weights.
+
+    Returns:
+        The model, and inputs of one row.
+    """
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
+
+    torch.manual_seed(seed)
+    image_token = _WORDS - 1
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=shape.vision_width,
+            intermediate_size=4 * shape.vision_width,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_width // _VISION_HEAD,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=_WORDS,
+            hidden_size=shape.width,
+            intermediate_size=round(shape.width * 2.6875),  # 11,008 at 4,096
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.width // _HEAD,
+            num_key_value_heads=shape.width // _HEAD,
+            max_position_embeddings=4096,
+        ),
+        image_token_index=image_token,  # the parameter's name; the attribute is image_token_id
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    )
+    model: Any = LlavaNextForConditionalGeneration(config)
+    model = model.to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    n_image = 24 * 24 + 48 * (48 + 1)  # overview, and tiles with a newline after each row
+    before, after = torch.randint(3, image_token, (2, _QUESTION)).unbind()
+    ids = torch.cat((before, torch.full((n_image,), image_token), after))[None]
+    return model, {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 5, 3, 336, 336),
+        "image_sizes": torch.tensor([[672, 672]]),
+    }

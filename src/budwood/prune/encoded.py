@@ -1,0 +1,72 @@
+"""Pictures that are encoded once, for many questions, methods and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.prune.families import family_of
+from budwood.prune.methods.base import Method
+from budwood.prune.selection import resolve_method
+from budwood.unwrap import innermost
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What a vision encoder says about some pictures; made by :func:`encode`.
+
+    Attributes:
+        features: projected features, one tensor per picture, shape (n_features, d_model).
+        saliency: of the candidates, one float32 tensor per picture, shape (n_candidates,).
+        whole_crops: features are whole crops, as ``adav-official`` reads them.
+    """
+
+    features: list[Tensor]
+    saliency: list[Tensor]
+    whole_crops: bool = False
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def pick(self, pictures: Sequence[int]) -> Encoded:
+        """Arrange pictures for a batch: its image ``i`` is picture ``pictures[i]`` of these."""
+        return Encoded(
+            [self.features[i] for i in pictures],
+            [self.saliency[i] for i in pictures],
+            self.whole_crops,
+        )
+
+
+@torch.no_grad()
+def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav") -> Encoded:
+    """Encode the pictures of a batch once, for many calls under ``attach(..., encoded=...)``.
+
+    Example::
+
+        pictures = encode(model, inputs)
+        for method in ("adav", "fastervlm", "random"):
+            with attach(model, method=method, keep=64, encoded=pictures):
+                out = model.generate(**inputs)
+
+    Args:
+        model: a transformers model of a known family; may be wrapped by PEFT.
+        inputs: what ``generate`` takes, with at least the pictures (``pixel_values``, …).
+        method: the method that will choose. ``adav-official`` reads LLaVA-NeXT's crops in another
+            form than all other methods, which can share their pictures.
+
+    Returns:
+        Features and saliency, on the device of the model.
+
+    Raises:
+        UnsupportedModelError: no family knows the model, or the method does not run on it.
+    """
+    family = family_of(innermost(model), whole_crops=resolve_method(method).whole_crops)
+    recorder = family.recorder(inputs)
+    with recorder:
+        features = family.features(inputs)
+    layouts = family.layouts(inputs, features)
+    return Encoded(features, family.saliency(recorder, layouts), family.whole_crops)

@@ -1,0 +1,338 @@
+"""Fine-tune a language model from data to a saved adapter: what ``budwood tune`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from budwood import records
+from budwood.checks import need_at_least
+from budwood.errors import InputError, OutputError
+from budwood.loading import SMOLLM2, bare_name, load_language_model
+from budwood.progress import Progress, silent
+from budwood.runs import RunFolder, refuse_other_files
+from budwood.tune.data import Example, examples_of
+from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
+from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
+from budwood.tune.self_generated import cached_texts
+from budwood.tune.settings import Settings, default_lr, settings_from
+from budwood.tune.train import check_trainable, fingerprint, processes, run_identity, train
+from budwood.tune.trainer import Probe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import TrainingArguments
+
+TEXTS_FILE, RECORD_FILE = "own.json", "record.json"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What :func:`finetune` made.
+
+    Attributes:
+        model: the ``PeftModel`` with the trained adapter, in evaluation mode. Its base model is
+            the one that was given, with unchanged weights.
+        tokenizer: of the model.
+        model_name: name of the base model in records.
+        output: folder of the adapter, for ``PeftModel.from_pretrained``.
+        history: rows with ``step``, ``loss``, ``lr``, ``grad_norm``, ``seconds``, and for SLIM
+            ``identity_share`` and ``distance``.
+        n_examples: examples that were trained on.
+        n_left_out: examples that were longer than ``max_length``.
+        n_trained_parameters: parameters of the adapter.
+        settings: how it was trained, with the learning rate that was used.
+        was_complete: whether the folder held the finished run already, so nothing was trained.
+    """
+
+    model: Any
+    tokenizer: Any
+    model_name: str
+    output: Path
+    history: list[dict[str, Any]]
+    n_examples: int
+    n_left_out: int
+    n_trained_parameters: int
+    settings: Settings
+    was_complete: bool
+
+
+def finetune(
+    model: Any,
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "slim",
+    rank: int = 4,
+    tokenizer: Any = None,
+    args: Settings | TrainingArguments | None = None,
+    style: str = "cloze",
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+    texts_file: Path | None = None,
+    record: bool = True,
+    probe: Probe | None = None,
+    **settings: Any,
+) -> FinetuneResult:
+    """Fine-tune a causal language model on data, and save the adapter.
+
+    The same call continues an interrupted run from its last checkpoint; after a finished run it
+    loads the adapter. The steps are: fit the method's options to the amount of data, attach the
+    adapter, write the self-generated text that SLIM's discriminant needs, train, set the adapter
+    strength, save.
+
+    Example::
+
+        result = finetune("smollm2", "train.jsonl", "tuned", steps=40, lr=3e-3)
+        result.model.generate(...)
+
+    Args:
+        model: a causal language model of transformers, or a hub id or directory; ``"smollm2"`` is
+            SmolLM2-135M-Instruct.
+        data: a ``datasets.Dataset``, a list of dicts, a path to JSON lines, a hub id, or a list of
+            paths. Rows are ``{"messages": […]}``, ``{"prompt": …, "completion": …}`` (texts or
+            lists of messages), ``{"question": …, "choices": […], "answer": index}``,
+            ``{"question": …, "answer": text}``, ``{"text": …}``, or tokens as ``{"input_ids": …,
+            "labels": …}``. The loss is on the assistant's turns, the completion, the answer, or
+            the whole text.
+        output: folder of the run, new or empty, or that of the same run; its parent must exist.
+            None for the ``output_dir`` of ``args``.
+        method: ``"slim"`` or another of ``budwood ls tuners``, with options as in
+            ``"slim:n_experts=4+beta=2"``.
+        rank: rank of the adapter, or of each expert.
+        tokenizer: of the model; None to load it by the model's ``name_or_path``.
+        args: how to train: :class:`Settings`, or a ``TrainingArguments`` (such as TRL's
+            ``SFTConfig``), whose fields count where they differ from their defaults.
+        style: how questions with choices are asked, ``"cloze"`` or ``"listed"``.
+        device: for a model that is loaded by name: a torch device, or ``"auto"``.
+        dtype: for a model that is loaded by name: a name, or ``"auto"`` for the checkpoint's.
+        progress: called during the slow parts.
+        texts_file: JSON file of self-generated text, which runs on the same model can share; None
+            for one in the folder.
+        record: write ``record.json``, which ``budwood bench show`` prints.
+        probe: measures the model every ``probe_every`` steps, for the history.
+        settings: fields of :class:`Settings` that replace those of ``args``, such as ``lr``,
+            ``steps``, ``epochs``, ``batch`` and ``seed``.
+
+    Returns:
+        The model with its adapter, the history, and what was trained on.
+
+    Raises:
+        InputError: the data, a setting or the model cannot be used.
+        UnknownNameError: there is no such method, schedule or style.
+        UnsupportedModelError: the tokenizer's chat template cannot be used for the data.
+        OutputError: the folder holds something else, its parent is missing, or another process is
+            at this run.
+        DivergedError: the loss, a gradient or a layer's input was NaN or infinite.
+    """
+    chosen, arguments = _settings_of(args, settings)
+    folder = _output_of(output, args)
+    tuner = parse_tuner(method)  # these refuse bad input before a model is loaded
+    need_at_least(1, rank=rank)
+    examples = data if _is_encoded(data) else examples_of(data, style)
+    refuse_other_files(folder)
+    model, tokenizer = _model_of(model, tokenizer, device, dtype, args, progress)
+    check_trainable(model)
+    chosen = dataclasses.replace(chosen, lr=chosen.lr or default_lr(model))
+    rows, n_left_out = _encoded(examples, tokenizer, model, chosen.max_length)
+    tuner = tuner.fitted_to(n_supervised(rows))
+    name = _name_of(model)
+    identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
+    with _detached_on_error(attach(tuner, model, rank, chosen.seed)) as adapted:
+        with processes(model).main_process_first():
+            run = RunFolder(folder, run_identity(*identity))
+        was_complete = run.is_complete
+        if was_complete:
+            adapted = _saved(adapted.unload(), run)
+        n_parameters = n_trainable(adapted)
+        file = texts_file or folder / TEXTS_FILE
+        texts = _texts(run, tuner, adapted, tokenizer, file, progress)
+        if not was_complete and run.last_checkpoint() is None:
+            tuner.prepare(adapted, tokenizer, rows, texts)
+        options = {**tuner.training(texts), "arguments": arguments, "probe": probe}
+        history = train(adapted, tokenizer, rows, chosen, run, **options, progress=progress)
+        result = FinetuneResult(
+            model=adapted.eval(),
+            tokenizer=tokenizer,
+            model_name=name,
+            output=folder,
+            history=history,
+            n_examples=len(rows),
+            n_left_out=n_left_out,
+            n_trained_parameters=n_parameters,
+            settings=chosen,
+            was_complete=was_complete,
+        )
+    if record and processes(model).is_main_process and not (folder / RECORD_FILE).exists():
+        _write_record(result, method, rank)
+    return result
+
+
+def _settings_of(
+    args: Settings | TrainingArguments | None, given: Mapping[str, Any]
+) -> tuple[Settings, dict[str, Any]]:
+    """Settings, and further arguments for the Trainer."""
+    from transformers import TrainingArguments
+
+    known = [one.name for one in dataclasses.fields(Settings)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"unknown setting {name!r}; {hint}known: {', '.join(known)}")
+    if args is None or isinstance(args, Settings):
+        return dataclasses.replace(args or Settings(), **given), {}
+    if not isinstance(args, TrainingArguments):
+        kind = type(args).__name__
+        raise InputError(f"args is a {kind}; give Settings or transformers' TrainingArguments")
+    return settings_from(args, given)
+
+
+def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
+    """The folder of the run; that of the arguments must not be another one."""
+    named = getattr(args, "output_dir", None)
+    named = None if named == "trainer_output" else named  # the Trainer's default
+    if output is None and not named:
+        raise InputError("there is no output; give the folder that the adapter goes to")
+    if output is not None and named and Path(named).absolute() != Path(output).absolute():
+        raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
+    folder = Path(named if output is None else output).expanduser()
+    if not folder.absolute().parent.is_dir():
+        raise OutputError(f"{folder.absolute().parent} does not exist; make it, or choose another")
+    return folder
+
+
+def _is_encoded(data: Any) -> bool:
+    """Whether the data are tokens already."""
+    columns = getattr(data, "column_names", None)
+    if columns is None and isinstance(data, list) and data and isinstance(data[0], Mapping):
+        columns = data[0]
+    return isinstance(columns, (list, Mapping)) and {"input_ids", "labels"} <= set(columns)
+
+
+def _encoded(
+    examples: Any, tokenizer: Any, model: Any, max_length: int
+) -> tuple[list[EncodedExample], int]:
+    """Tokenised examples that fit the model, and how many were left out."""
+    longest = longest_for(model, max_length)
+    if isinstance(examples[0], Example):
+        encoded = encode(examples, tokenizer, longest)
+        rows, n_left_out = encoded.rows, encoded.n_too_long
+    else:
+        every = [_checked(row, i) for i, row in enumerate(examples)]
+        rows = [row for row in every if len(row["input_ids"]) <= longest]
+        n_left_out = len(every) - len(rows)
+        if not rows:
+            raise InputError(f"all {n_left_out} examples are longer than {longest} tokens")
+    if n_left_out:
+        warnings.warn(
+            f"left out {n_left_out} of {n_left_out + len(rows)} examples of more than {longest} "
+            "tokens",
+            stacklevel=3,
+        )
+    return rows, n_left_out
+
+
+def _checked(row: Mapping[str, Any], i: int) -> EncodedExample:
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    if len(ids) != len(labels) or not n_supervised([{"input_ids": ids, "labels": labels}]):
+        raise InputError(
+            f"row {i} of the data has {len(ids)} input_ids and {len(labels)} labels; give as many, "
+            "with a label other than -100 behind the first place"
+        )
+    return {"input_ids": ids, "labels": labels}
+
+
+def _model_of(
+    model: Any, tokenizer: Any, device: str, dtype: str, args: Any, progress: Progress
+) -> tuple[Any, Any]:
+    """The model and its tokenizer, loaded where they are given by name."""
+    if isinstance(model, (str, os.PathLike)) or model is None:
+        name = SMOLLM2 if model is None else os.fspath(model)
+        progress(0, 1, f"loading {name}")
+        on_cpu = device == "auto" and getattr(args, "use_cpu", False)
+        device = "cpu" if on_cpu else _device_of_process(device)
+        loaded = load_language_model(name, device, dtype)
+        return loaded.model, tokenizer or loaded.tokenizer
+    if hasattr(model, "peft_config"):
+        raise InputError(
+            "the model has an adapter already; give its base model, such as model.unload()"
+        )
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        kind = type(model).__name__
+        raise InputError(f"model is a {kind}; give a causal language model of transformers")
+    if getattr(args, "use_cpu", False) and model.device.type != "cpu":
+        raise InputError(f"args.use_cpu is set and the model is on {model.device}; move it first")
+    return model, tokenizer or _tokenizer_of(model)
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer by the name of a model."""
+    from transformers import AutoTokenizer
+
+    name = getattr(model, "name_or_path", "")
+    try:
+        if not name:
+            raise OSError("it was not loaded by a name")
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        called = f" {name!r}" if name else ""
+        raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error
+
+
+def _name_of(model: Any) -> str:
+    """What records call a model: without the directories above it."""
+    return bare_name(getattr(model, "name_or_path", "") or model.config.model_type)
+
+
+def _device_of_process(device: str) -> str:
+    """Each process that a launcher starts has a GPU of its own."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "auto" and rank and torch.cuda.is_available() else device
+
+
+@contextmanager
+def _detached_on_error(adapted: Any) -> Iterator[Any]:
+    """Take the adapter off the user's model where something goes wrong."""
+    try:
+        yield adapted
+    except BaseException:
+        adapted.unload()
+        raise
+
+
+def _saved(model: Any, run: RunFolder) -> Any:
+    """The adapter of a finished run on its base model."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
+
+
+def _texts(
+    run: RunFolder, tuner: Tuner, adapted: Any, tokenizer: Any, file: Path, progress: Progress
+) -> list[EncodedExample]:
+    """The self-generated texts that the run still needs; one process writes them."""
+    needed = tuner.kl_on_texts or run.last_checkpoint() is None
+    with processes(adapted).main_process_first():
+        if run.is_complete or not (tuner.n_texts and needed):
+            return []
+        return cached_texts(file, adapted, tokenizer, tuner.n_texts, progress)
+
+
+def _write_record(result: FinetuneResult, method: str, rank: int) -> None:
+    config = {"model": result.model_name, "method": method, "rank": rank}
+    config |= {"params": result.n_trained_parameters, "n_examples": result.n_examples}
+    config |= dataclasses.asdict(result.settings)
+    record = records.new_record("tune", result.history, seed=result.settings.seed, config=config)
+    records.write(record, result.output / RECORD_FILE)

@@ -1,0 +1,23 @@
+"""The transformers model behind what users pass as a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def innermost(model: Any) -> Any:
+    """Return the transformers model behind PEFT's wrappers; other models as they are."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def inner_model(model: Any) -> str | None:
+    """Name the attribute of a pipeline or a parallel wrapper that holds the transformers model.
+
+    Returns:
+        ``"model"`` or ``"module"``; None for anything else.
+    """
+    for name in ("module", "model"):
+        if hasattr(getattr(getattr(model, name, None), "config", None), "model_type"):
+            return name
+    return None
