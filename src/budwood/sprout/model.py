@@ -213,8 +213,8 @@ def load_vlm(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load the sprout VLM and its processor, ready to answer.
 
-    The first call assembles the model and keeps it under `$BUDWOOD_CACHE` (default `~/.cache/budwood`,
-    290 MB), in an ordinary `save_pretrained` folder. Later calls load that.
+    The first call assembles the model and keeps it in an ordinary `save_pretrained` folder of
+    290 MB under `$BUDWOOD_CACHE` (default `~/.cache/budwood`). Later calls load it from there.
 
     Args:
         dtype: default bfloat16 where the processor computes in it, else float32.
