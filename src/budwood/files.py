@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from budwood.errors import OutputError, first_line
+
+
+def cache_folder() -> Path:
+    """Where budwood keeps what it can make again: ``$BUDWOOD_CACHE``, or ``~/.cache/budwood``."""
+    return Path(os.environ.get("BUDWOOD_CACHE") or Path.home() / ".cache" / "budwood")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

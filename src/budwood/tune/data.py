@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, UnknownNameError, first_line
+from budwood import optional
+from budwood.errors import BudwoodError, InputError, UnknownNameError, first_line
+from budwood.hub import hub_or_cache
 
 STYLES = ("cloze", "listed")
 """How a question with choices is asked: alone, or with its choices listed below it."""
@@ -285,15 +287,13 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows_of_hub(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(
-            f"there is no file {source}, and datasets of the hub need: pip install 'budwood[tune]'"
-        ) from error
     name, _, config = source.partition(":")
     try:
-        rows = load_dataset(name, config or None, split=split)
+        with hub_or_cache(name, kind="dataset", what="dataset"):
+            datasets = optional.need("datasets", f"{source} is no file, and a dataset of the hub")
+            rows = datasets.load_dataset(name, config or None, split=split)
+    except BudwoodError:
+        raise
     except Exception as error:  # whatever the hub's client raises for what is not there
         raise InputError(
             f"{source} is neither a file nor a dataset to be had: {first_line(error)}"

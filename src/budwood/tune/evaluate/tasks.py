@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from budwood import optional
 from budwood.checks import need_at_least
-from budwood.errors import InputError, UnknownNameError
+from budwood.errors import InputError, MissingPackageError, UnknownNameError
 from budwood.tune.data import Example, is_file, read_examples
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
@@ -224,9 +225,9 @@ def task_manager() -> Any:
     return TaskManager()
 
 
-def no_lm_eval(error: ImportError) -> InputError:
-    """What to say where lm-eval can't be imported."""
-    return InputError(f"evaluation needs lm-eval ({error}): pip install 'budwood[tune]'")
+def no_lm_eval(error: ImportError) -> MissingPackageError:
+    """The error for an lm-eval that can't be imported."""
+    return optional.missing_package("lm_eval", "evaluation", error)
 
 
 def leaf_tasks(name: str) -> list[str]:
@@ -282,10 +283,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
     """lm-eval and datasets draw bars and log much of what they do."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("evaluation needs datasets: pip install 'budwood[tune]'") from error
+    datasets = optional.need("datasets", "evaluation")
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
