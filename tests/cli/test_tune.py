@@ -502,8 +502,9 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "no.txt"), "no file")
     for option, value in (("windows", -1), ("batch", 0), ("batch", -1), ("prompts", -60)):
         refused(budwood("tune", "eval", tmp_path, f"--{option}", value), f"{option}={value} is")
-    for option in ("limit", "seed"):
-        refused(budwood("tune", "eval", tmp_path, f"--{option}", -1), f"{option}=-1 is below 0")
+    refused(budwood("tune", "eval", tmp_path, "--limit", -1), "limit=-1 is below 0")
+    for line in (("tune", "eval", tmp_path), ("tune", file, "--output", out)):
+        refused(budwood(*line, "--seed", -1), "seed=-1 is out of range", "0 to 4294967295")
     export = ["tune", "export-lora", tmp_path, "--output", out, "--calibration", file]
     for option, value in (("limit", 0), ("max-length", 0), ("rank", -1)):
         refused(budwood(*export, f"--{option}", value), f"={value} is below")

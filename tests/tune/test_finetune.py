@@ -239,9 +239,15 @@ def test_training_arguments_are_honoured(tmp_path):
     result = finetune(tiny_chat.model(), data, args=args, **options)
     assert result.output == tmp_path / "args"
     assert result.settings == Settings(
-        lr=1e-2, steps=3, batch=2, accumulate=2, schedule="constant_with_warmup", seed=5, log_every=1,
+        lr=1e-2,
+        steps=3,
+        batch=2,
+        accumulate=2,
+        schedule="constant_with_warmup",
+        seed=5,
+        log_every=1,
         max_grad_norm=0.5,
-    )  # fmt: skip
+    )
     assert [row["lr"] for row in result.history][1:] == pytest.approx([1e-2, 1e-2])
     kept = json.loads((result.output / "run.json").read_text())["config"]
     assert kept["arguments"] == {"warmup_steps": 1, "adam_beta2": 0.95, "weight_decay": 0.1}
