@@ -14,6 +14,7 @@ from budwood.cli.console import out, print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.cli.pictures import read_picture
 from budwood.files import write_whole
+from budwood.loading import SPROUT, check_source
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,6 +76,7 @@ def prune(
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
       budwood prune photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
+    check_source(model, SPROUT)
     attached = _checked(keep, method, compat, span, seed)
     if overlay:
         reserve_picture(overlay, force)

@@ -137,7 +137,12 @@ def run(
       budwood tune eval tuned --target test.jsonl
     """
     from budwood.cli.models import be_quiet
-    from budwood.loading import third_party_warnings_off
+    from budwood.loading import check_data_source, check_source, third_party_warnings_off
+
+    for source in train:
+        check_data_source(source)
+    check_source(model, "smollm2")
+
     from budwood.tune import Settings, finetune
 
     settings = Settings(

@@ -17,7 +17,8 @@ from typing import Any
 from budwood import optional
 from budwood.checks import need_at_least
 from budwood.errors import InputError, MissingPackageError, UnknownNameError
-from budwood.tune.data import Example, is_file, read_examples
+from budwood.loading import is_file_name
+from budwood.tune.data import Example, read_examples
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
 _STRUCTURE = frozenset(
@@ -69,7 +70,7 @@ def find_task(
     Raises:
         InputError: its file is missing or malformed.
     """
-    if is_file(name):
+    if is_file_name(name):
         examples = draw(read_examples(name), limit, seed)
         return task_of(Path(name).stem, examples, group)
     if name in shipped_tasks():
@@ -96,7 +97,7 @@ def task_names(asked: Sequence[str]) -> list[str]:
     Raises:
         InputError: a file or another task is there twice.
     """
-    paths = [Path(one).expanduser().resolve() if is_file(one) else None for one in asked]
+    paths = [Path(one).expanduser().resolve() if is_file_name(one) else None for one in asked]
     for what, n in Counter(path or one for path, one in zip(paths, asked)).items():
         if n > 1:
             raise InputError(f"task {what} is given {n} times; give it once, as target or general")
