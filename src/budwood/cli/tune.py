@@ -54,7 +54,7 @@ app.command("export-lora", short_help="Write an ordinary LoRA from an adapter.")
 
 @app.callback(invoke_without_command=True)
 def tune(context: typer.Context) -> None:
-    """Fine-tune a language model so that it forgets little else; see what it learnt.
+    """Fine-tune a language model so that it forgets little, and evaluate it.
 
     `budwood tune FILE …` is short for `budwood tune run FILE …`.
 
