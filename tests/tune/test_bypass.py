@@ -67,7 +67,7 @@ def test_cached_steps_that_bypass_are_the_base_models(away):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bypassed_tokens_among_others(skip, share, dtype, monkeypatch):
-    monkeypatch.setattr(SlimLinear, "_leaves_out", lambda self, x: skip)
+    monkeypatch.setattr(layer_module, "skips_bypassed", lambda x: skip)
     model = tiny.trained(model=tiny.llama(dtype))
     layer = layers(model)[0]
     x = torch.randn(40, tiny.D_MODEL, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -88,7 +88,7 @@ def test_leaving_tokens_out_changes_nothing_for_the_others(monkeypatch):
     x[:30] *= 1e3
     outs, grads = [], []
     for skip in (True, False):
-        monkeypatch.setattr(SlimLinear, "_leaves_out", lambda self, x, skip=skip: skip)
+        monkeypatch.setattr(layer_module, "skips_bypassed", lambda x, skip=skip: skip)
         monkeypatch.setattr(layer_module, "SKIP_FROM", 0.01)
         layer.train()
         model.zero_grad()

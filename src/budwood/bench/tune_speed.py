@@ -243,7 +243,7 @@ def _looped(base: GatedMLP, slim: SlimConfig) -> nn.Module:
             slim.n_experts,
             slim.n_identity,
             slim.top_k,
-            slim.alpha / slim.r,
+            slim.scale,
         )
         dtype = next(base.parameters()).dtype
         setattr(base, name, layer.to(next(base.parameters()).device, dtype))

@@ -47,8 +47,8 @@ class _RunByDefault(TyperGroup):
 
 
 app = typer.Typer(rich_markup_mode=None, cls=_RunByDefault)
-app.command("eval")(tune_eval)
-app.command("export-lora")(export_lora)
+app.command("eval", short_help="Score an adapter and its base model.")(tune_eval)
+app.command("export-lora", short_help="Write an ordinary LoRA from an adapter.")(export_lora)
 
 
 @app.callback(invoke_without_command=True)
@@ -77,7 +77,7 @@ COLUMNS = Columns(
 _SHOWN_ROWS = 10
 
 
-@app.command("run")
+@app.command("run", short_help="Fine-tune; `budwood tune FILE` is short for it.")
 def run(
     train: Annotated[
         list[str],
@@ -120,7 +120,7 @@ def run(
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     log_every: Annotated[int, typer.Option(help="Steps between rows of the history.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and order.")] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.TrainingDtype = "auto",
     json: options.Json = False,

@@ -39,39 +39,40 @@ def tune_eval(
     model: tune_options.Base = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="TASK|FILE,…", help="What it was trained for: tasks or files."),
+        typer.Option(metavar="TASK|FILE,…", help="Tasks or files that it was trained for."),
     ] = None,
     general: Annotated[
         str | None,
-        typer.Option(metavar="TASK|FILE,…", help="What it should not forget: tasks or files."),
+        typer.Option(metavar="TASK|FILE,…", help="Tasks or files that it should not forget."),
     ] = None,
     data: tune_options.Data = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plain text, for perplexity and KL.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Plain text to measure perplexity and KL on."),
     ] = None,
     style: tune_options.Style = "cloze",
     limit: tune_options.Limit = 0,
     windows: tune_options.Windows = 64,
     prompts: tune_options.Prompts = 64,
     batch: tune_options.EvalBatch = 16,
-    seed: Annotated[int, typer.Option(help="Of draws and intervals.")] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.Dtype = "auto",
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw where SLIM sends each text, by layer."),
+        typer.Option(metavar="FILE.png", help="Draw the weight on identity experts by layer."),
     ] = None,
     out: options.Out = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Score an adapter and its base model on target and general tasks, and on text.
+    """Score an adapter and its base model on target tasks, general tasks and text.
 
-    With --data DIR the tasks that ship are the default: openbookqa, boolq and arc_easy are targets;
-    winogrande, social_iqa and gsm8k are general; perplexity is on wikitext2_valid.txt. Other names
-    are tasks of lm-eval. KL is the divergence from the base model, on text and on its own replies
-    to everyday requests. Intervals hold 95 %, by a paired bootstrap over items. --plot shows how
-    much weight goes to identity experts, for answers, replies and text.
+    A file has lines as for `budwood tune`; other names are tasks of lm-eval. With --data DIR alone,
+    the shipped tasks are scored: openbookqa, boolq and arc_easy as targets, winogrande, social_iqa
+    and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is the divergence from
+    the base model, on text and on its own replies to everyday requests. Intervals hold 95 %, by a
+    paired bootstrap over items.
 
     \b
     Example:

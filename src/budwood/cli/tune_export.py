@@ -27,29 +27,37 @@ _BATCH = 8
 
 def export_lora(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a SLIM adapter.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the LoRA goes.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the LoRA.")],
     calibration: Annotated[
         str,
-        typer.Option(metavar="FILE|ID", help="Examples over which routing weights are averaged."),
+        typer.Option(
+            metavar="FILE|ID", help="Examples that the routing weights are averaged over."
+        ),
     ],
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="FILE|ID", help="Examples to measure the loss on; else the same."),
+        typer.Option(
+            metavar="FILE|ID", help="Examples to measure the loss on; by default the same."
+        ),
     ] = None,
     model: tune_options.Base = None,
-    rank: Annotated[int, typer.Option(help="Of the LoRA; 0: that of all experts together.")] = 0,
-    limit: Annotated[int, typer.Option(help="Examples of each file, drawn at random.")] = 256,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the LoRA; 0: that of all experts together.")
+    ] = 0,
+    limit: Annotated[int, typer.Option(help="Examples per file, drawn at random.")] = 256,
     style: tune_options.Style = "cloze",
-    max_length: Annotated[int, typer.Option(help="Longer examples are left out.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    max_length: Annotated[
+        int, typer.Option(help="Longest example in tokens; longer ones are left out.")
+    ] = 512,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools that know no SLIM.
+    """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools without SLIM.
 
-    Routing weights are fixed to their averages, so no token bypasses the adapter: expect it to
-    forget more. What that costs is measured and written beside the LoRA.
+    Routing weights are fixed to their averages, so no token bypasses the LoRA: expect it to forget
+    more. The losses of base, SLIM and LoRA are measured and written beside it.
 
     \b
     Example:

@@ -9,38 +9,40 @@ import typer
 
 Model = Annotated[
     str | None,
-    typer.Option(metavar="ID|DIR", help="Hub id or directory; left out: SmolLM2-135M-Instruct."),
+    typer.Option(
+        metavar="ID|DIR", help="Hub id or directory of the model; by default SmolLM2-135M-Instruct."
+    ),
 ]
 Base = Annotated[
     str | None,
     typer.Option(
-        metavar="ID|DIR", help="Hub id or directory; left out: what the adapter was made for."
+        metavar="ID|DIR",
+        help="Hub id or directory of the base model; by default the one that the adapter names.",
     ),
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
-        help="float32, bfloat16 or float16; auto: the checkpoint's (bfloat16 for the default)."
-    ),
+    typer.Option(help="float32, bfloat16 or float16; auto takes the checkpoint's own."),
 ]
 TrainingDtype = Annotated[
-    str, typer.Option(help="float32 or bfloat16; auto: the checkpoint's (bfloat16 by default).")
+    str, typer.Option(help="float32 or bfloat16; auto takes the checkpoint's own.")
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder with the files of the tasks that ship."),
+    typer.Option(metavar="DIR", help="Folder with the files of the shipped tasks."),
 ]
 Style = Annotated[
-    str, typer.Option(help="cloze: a question by itself; listed: its choices below it.")
+    str,
+    typer.Option(help="How multiple choice is asked. cloze: no choices shown; listed: all shown."),
 ]
 Limit = Annotated[
     int,
     typer.Option(
-        help="Questions of each task, drawn at random (lm-eval's own: the first); 0: all."
+        help="Questions per task, drawn at random (of lm-eval's own tasks the first); 0: all."
     ),
 ]
-Windows = Annotated[int, typer.Option(help="Windows of 256 tokens for perplexity; 0 for all.")]
+Windows = Annotated[int, typer.Option(help="Windows of 256 tokens for perplexity; 0: all.")]
 Prompts = Annotated[
-    int, typer.Option(help="Everyday requests on which divergence is measured, up to 64.")
+    int, typer.Option(help="Everyday requests on which the divergence is measured, at most 64.")
 ]
-EvalBatch = Annotated[int, typer.Option(help="Prompts at a time.")]
+EvalBatch = Annotated[int, typer.Option(help="Prompts in one forward pass.")]

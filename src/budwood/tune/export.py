@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
 from budwood.tune.equations import merged_scale
-from budwood.tune.layer import SlimLinear
 from budwood.tune.observe import evaluating, observe
 from budwood.tune.saved import WEIGHTS_FILE
-from budwood.tune.steps import layers_of
+from budwood.tune.steps import SlimLayer, layers_of
 
 REPORT_FILE = "approximation.json"
 Batch = Mapping[str, Any]
@@ -153,13 +152,13 @@ def reduce_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _fixed(layer: SlimLinear, adapter: str, routing: Any, rank: int) -> tuple[Tensor, Tensor]:
+def _fixed(layer: SlimLayer, adapter: str, routing: Any, rank: int) -> tuple[Tensor, Tensor]:
     """A and B of a layer with the average routing weights in B."""
     config = layer.slim_config[adapter]
     weights = routing.mean_weights()[: config.n_experts].float()
     a = layer.slim_in[adapter][: config.rank].float().cpu()
     b = layer.slim_out[adapter].float().cpu()
-    scale = config.alpha / config.r
+    scale = config.scale
     if adapter in layer.slim_mask:
         mask: Any = layer.slim_mask[adapter]
         masked = config.merge_inference == "mask"
@@ -170,9 +169,7 @@ def _fixed(layer: SlimLinear, adapter: str, routing: Any, rank: int) -> tuple[Te
 
 
 @contextmanager
-def _instead(
-    layers: list[SlimLinear], found: Mapping[str, tuple[Tensor, Tensor]]
-) -> Iterator[None]:
+def _instead(layers: list[SlimLayer], found: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Fixed low-rank products in place of the experts inside."""
     before = [layer._disable_adapters for layer in layers]
     hooks = []

@@ -59,7 +59,7 @@ def fit_discriminant(
             texts, which need a chat template.
         batch: rows at a time.
         seed: of the draws.
-        progress: called while text is generated.
+        progress: called after each batch of text that is generated.
 
     Returns:
         The number of supervised tokens of both.

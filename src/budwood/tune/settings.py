@@ -252,7 +252,9 @@ def settings_from(
 
 def _changed(arguments: TrainingArguments) -> dict[str, Any]:
     """Fields that differ from those of an object of the same class made with defaults alone."""
-    plain = type(arguments)(output_dir=arguments.output_dir, use_cpu=arguments.use_cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its defaults, which the user has been warned of
+        plain = type(arguments)(output_dir=arguments.output_dir, use_cpu=arguments.use_cpu)
     changed = {}
     for field in dataclasses.fields(arguments):
         value, default = getattr(arguments, field.name), getattr(plain, field.name)

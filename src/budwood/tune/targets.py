@@ -1,7 +1,7 @@
-"""Where the MLP projections are, by architecture.
+"""Where the MLP projections of an architecture are.
 
-SLIM adapts the MLP and leaves attention alone, since that forgets less. The table has every
-architecture that PEFT has default targets for, and a few more.
+SLIM adapts the MLP and leaves attention alone, since that forgets less. The table covers every
+architecture for which PEFT has default targets, and a few more.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ MLP_TARGETS = {
     "blip-2": rf"{_VLM}\.(fc1|fc2|wi|wi_0|wi_1|wo)",
     "gemma4": rf"{_VLM}\.{_GATED}",
 }
-"""``model_type`` of a transformers config to a regular expression of full module names."""
+"""``model_type`` of a transformers config → regular expression of full module names."""
 
 
 def default_targets(model_config: Mapping[str, Any]) -> str:
-    """A regular expression of the MLP projections of a model.
+    """Return a regular expression that matches the MLP projections of a model.
 
     Args:
-        model_config: the model's config as a dict; that of a vision-language model gives the
-            projections of its language model.
+        model_config: the model's config as a dict. For a vision-language model the expression
+            matches the projections of its language model.
 
     Raises:
-        UnsupportedModelError: the architecture is unknown; target modules have to be named.
+        UnsupportedModelError: the architecture is unknown; name the target modules.
     """
     kind = model_config.get("model_type")
     text = model_config.get("text_config")
@@ -70,28 +70,28 @@ def default_targets(model_config: Mapping[str, Any]) -> str:
 
 
 _PLAIN = r"(?:(?!\d+\.)[^.]+\.)*"
-"""Parts of a module's name before the first that is a number."""
+"""Parts of a module's name before the first number."""
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the layer that a module is in: the first in its name; None without one."""
+    """Return the first number in a module's name, its layer; None without one."""
     found = re.match(rf"{_PLAIN}(\d+)\.", name)
     return None if found is None else int(found[1])
 
 
 def in_layers(pattern: str, layers: Iterable[int]) -> str:
-    """A regular expression of the modules that another matches, in some layers only."""
+    """Restrict a regular expression of full module names to some layers."""
     numbers = "|".join(str(layer) for layer in sorted(set(layers)))
     return rf"(?={_PLAIN}({numbers})\.){pattern}"
 
 
 def later_layers(pattern: str, names: Iterable[str], skip_first: float) -> str:
-    """A regular expression of the modules that another matches, the first layers left out.
+    """Restrict a regular expression of full module names to all but the first layers.
 
     Args:
         pattern: a regular expression of full module names.
         names: of all modules of a model.
-        skip_first: share of the layers to leave out, in [0, 1); at least one layer stays.
+        skip_first: fraction of the layers to leave out, in [0, 1); at least one layer stays.
     """
     numbers = {layer_number(name) for name in names if re.fullmatch(pattern, name)} - {None}
     n_skipped = int(skip_first * len(numbers) + 1e-9)
@@ -101,26 +101,26 @@ def later_layers(pattern: str, names: Iterable[str], skip_first: float) -> str:
 
 
 def with_attention(pattern: str, linear: Iterable[str]) -> str:
-    """A regular expression of the modules that another matches, and of attention beside them.
+    """Extend a regular expression of MLP projections to the attention layers beside them.
 
     Args:
-        pattern: a regular expression of the full names of MLP projections.
+        pattern: matches full names of MLP projections.
         linear: names of all linear layers of a model.
 
     Raises:
-        UnsupportedModelError: no linear layer beside them is called attention.
+        UnsupportedModelError: no name of a linear layer beside them contains "att".
     """
     parts = [found for name in linear if (found := re.match(rf"({_PLAIN})\d+\.(.+)", name))]
     stacks = {part[1] for part in parts if re.fullmatch(pattern, part[0])}
     beside = [part for part in parts if part[1] in stacks and "att" in part[2].lower()]
     if not beside:
-        raise UnsupportedModelError("no attention is known beside the MLPs of this model")
+        raise UnsupportedModelError("no attention layers were found beside the MLPs of this model")
     stack, names = ("|".join(sorted({re.escape(part[i]) for part in beside})) for i in (1, 2))
     return rf"({pattern}|({stack})\d+\.({names}))"
 
 
 SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
-"""Names of modules of one MLP that read the same input, whose distance is computed once."""
+"""Names of modules of one MLP that read the same input, so that its distance is measured once."""
 LEADERS = {
     "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
     "w2": ("w1", "w3"),
@@ -130,11 +130,11 @@ LEADERS = {
     "c_proj": ("c_fc",),
     "dense_4h_to_h": ("dense_h_to_4h",),
 }
-"""Name of the module that an MLP ends with → those that it may begin with."""
+"""Last module of an MLP → modules that the MLP may begin with."""
 
 
 def siblings(name: str) -> tuple[str, ...]:
-    """Other modules beside ``name`` that read the same input."""
+    """List the other modules of an MLP that read the same input as ``name``."""
     for group in SHARED_INPUT:
         if name in group:
             return tuple(other for other in group if other != name)

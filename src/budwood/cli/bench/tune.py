@@ -59,41 +59,46 @@ def bench_tune(
         Path, typer.Option(metavar="DIR", help="Folder with training, test and general data.")
     ],
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the comparison, gone on with if there.")
+        Path,
+        typer.Option(metavar="DIR", help="Folder of the comparison; an interrupted one continues."),
     ],
     methods: Annotated[
         str,
-        typer.Option(metavar="NAME[:KEY=VALUE+…],…", help="Of `budwood ls tuners`, with options."),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE+…],…", help="Names of `budwood ls tuners`, with options."
+        ),
     ] = "lora,lora-wd,dora,lora-kl,moe,slim",
     lrs: Annotated[
         str,
         typer.Option(
             metavar="RATE,…",
-            help="Learning rates that each method is tried with; `tried` for those in --output.",
+            help="Learning rates to try with each method; `tried`: those in --output.",
         ),
     ] = "1e-3,3e-3,1e-2",
     seeds: Annotated[
-        str, typer.Option(metavar="N,…", help="Of the final runs; the first is the sweep's.")
+        str, typer.Option(metavar="N,…", help="Seeds of the final runs; the first is the sweep's.")
     ] = "0,1,2",
     reference: Annotated[
-        str, typer.Option(help="The others get as many trained parameters as this method.")
+        str, typer.Option(help="Method whose number of trained parameters the others get.")
     ] = "slim",
-    rank: Annotated[int, typer.Option(help="Of the reference, of each expert.")] = 4,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 300,
-    batch: Annotated[int, typer.Option(help="Examples a step.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Longer examples are left out.")] = 192,
-    per_task: Annotated[int, typer.Option(help="Training examples of each task, at most.")] = 2000,
-    n_validation: Annotated[int, typer.Option(help="Validation examples of each task.")] = 200,
-    limit: Annotated[int, typer.Option(help="Test questions of each task; 0 for all.")] = 0,
-    general_limit: Annotated[
-        int, typer.Option(help="Questions of each general task; 0 for all.")
-    ] = 400,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the reference, or of each of its experts.")
+    ] = 4,
+    steps: Annotated[int, typer.Option(help="Optimiser steps per run.")] = 300,
+    batch: Annotated[int, typer.Option(help="Examples per step.")] = 16,
+    max_length: Annotated[
+        int, typer.Option(help="Longest example in tokens; longer ones are left out.")
+    ] = 192,
+    per_task: Annotated[int, typer.Option(help="Training examples per task, at most.")] = 2000,
+    n_validation: Annotated[int, typer.Option(help="Validation examples per task.")] = 200,
+    limit: Annotated[int, typer.Option(help="Test questions per task; 0: all.")] = 0,
+    general_limit: Annotated[int, typer.Option(help="Questions per general task; 0: all.")] = 400,
     windows: tune_options.Windows = 48,
     prompts: tune_options.Prompts = 48,
     probe_every: Annotated[
-        int, typer.Option(help="Steps between points of the curve; 0 for no curve.")
+        int, typer.Option(help="Steps between points of the curve; 0: no curve.")
     ] = 75,
-    probe_limit: Annotated[int, typer.Option(help="Questions of each task at a point.")] = 40,
+    probe_limit: Annotated[int, typer.Option(help="Questions per task at each point.")] = 40,
     style: tune_options.Style = "cloze",
     eval_batch: tune_options.EvalBatch = 16,
     model: tune_options.Model = None,
@@ -106,7 +111,7 @@ def bench_tune(
     DIR holds openbookqa, boolq and arc_easy as NAME_train.jsonl and NAME_test.jsonl, the general
     tasks, and wikitext2_valid.txt. Rates are chosen on validation questions taken from the
     training files; tests are run for the chosen ones only. Everything goes to --output: a record a
-    run, the record of the comparison, pictures. A comparison that was cut off goes on when the
+    run, the record of the comparison, pictures. An interrupted comparison continues when the
     command is repeated; more methods, rates and seeds may be added, and rates tried before count.
 
     \b

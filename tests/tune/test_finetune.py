@@ -1,0 +1,369 @@
+"""`budwood.tune.finetune`: data, arguments, resuming, and the same adapter as the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+from trl import SFTConfig
+from typer.testing import CliRunner
+
+from budwood import records
+from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
+from budwood.tune import Settings, SlimConfig, finetune, trainer
+from budwood.tune.data import example_of
+from budwood.tune.encoding import IGNORED, encode, encode_one, n_supervised
+from budwood.tune.methods import parse_tuner
+from tests import tiny_chat
+
+TOKENS = tiny_chat.tokenizer()
+QUICK = {"rank": 2, "steps": 4, "batch": 4, "lr": 3e-3, "log_every": 1, "max_length": 300}
+SLIM = "slim:n_experts=3+texts=8"
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+MESSAGES = [turn("user", "Is it wet?"), turn("assistant", "yes")]
+FORMATS = {
+    "messages": {"messages": MESSAGES},
+    "prompt and completion": {"prompt": "The sky is", "completion": " blue."},
+    "conversational": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    "choices": {"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1},
+    "answer": {"question": "Is it wet?", "answer": "yes"},
+    "text": {"text": "The sky is blue."},
+}
+
+
+def run(folder, data=None, method="lora", model=None, **options):
+    data = [FORMATS["messages"]] * 8 if data is None else data
+    model = model or tiny_chat.model()
+    return finetune(model, data, folder, method=method, tokenizer=TOKENS, **{**QUICK, **options})
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def supervised(row):
+    tokens = encode_one(example_of(row), TOKENS)
+    pairs = zip(tokens["input_ids"], tokens["labels"])
+    return TOKENS.decode([token for token, label in pairs if label != IGNORED])
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_in_a_list_a_dataset_and_a_file(tmp_path, name):
+    rows = [FORMATS[name]] * 8
+    file = tiny_chat.write_lines(tmp_path / "train.jsonl", rows)
+    sources = {"list": rows, "dataset": Dataset.from_list(rows), "file": file, "files": [str(file)]}
+    results = {key: run(tmp_path / key, data, steps=2) for key, data in sources.items()}
+    assert {result.n_examples for result in results.values()} == {8}
+    expected = weights(results["list"].output)
+    assert all(same(weights(result.output), expected) for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prompt and completion", " blue.<|im_end|>"),
+        ("conversational", "yes<|im_end|>"),
+        ("choices", "yes<|im_end|>"),
+        ("text", "The sky is blue.<|im_end|>"),
+    ],
+)
+def test_what_is_supervised(name, text):
+    assert supervised(FORMATS[name]) == text
+
+
+def test_plain_text_has_no_chat_template():
+    row = encode_one(example_of(FORMATS["prompt and completion"]), TOKENS)
+    assert TOKENS.decode(row["input_ids"]) == "The sky is blue.<|im_end|>"
+
+
+def test_only_the_completion_of_a_conversation_is_supervised():
+    turns = [*MESSAGES, turn("user", "Why?"), turn("assistant", "Rain.")]
+    assert supervised({"messages": turns}) == "yes<|im_end|>Rain.<|im_end|>"
+    assert supervised({"prompt": turns[:3], "completion": turns[3:]}) == "Rain.<|im_end|>"
+
+
+def test_columns_that_a_dataset_fills_up_with_none_are_absent():
+    answer, text = FORMATS["answer"], FORMATS["text"]
+    columns = [*answer, *text]
+    rows = Dataset.from_dict({key: [answer.get(key), text.get(key)] for key in columns})
+    assert [example_of(row) for row in rows] == [
+        example_of(FORMATS[name]) for name in ("answer", "text")
+    ]
+
+
+def test_tokens_are_taken_as_they_are(tmp_path):
+    rows = encode([example_of(FORMATS["messages"])] * 8, TOKENS, 100).rows
+    direct, encoded = run(tmp_path / "a"), run(tmp_path / "b", rows)
+    assert same(weights(direct.output), weights(encoded.output))
+    with pytest.raises(InputError, match="row 1 of the data has 3 input_ids and 2 labels"):
+        run(tmp_path / "c", [rows[0], {"input_ids": [1, 2, 3], "labels": [1, 2]}])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ([], "the data are empty"),
+        ({"question": "a"}, "data is a dict; give a path"),
+        (7, "data is a int; give a path"),
+        ([FORMATS["text"], 7], "row 1 of the data: is not an object"),
+        ([{"prompt": "a", "chosen": "b"}], "row 0 of the data: has the keys prompt, chosen; give"),
+        ([{}], r"row 0 of the data: has the keys \(none\); give"),
+        ([{"prompt": "a", "completion": MESSAGES}], "prompt and completion are str and list; give"),
+        ([{"prompt": "a", "completion": ""}], "completion must be a text that is not empty"),
+        ([{"text": "a", "messages": MESSAGES, "tools": [1]}], "the row has tools"),
+        (DatasetDict(train=Dataset.from_list([FORMATS["text"]])), "has the splits train; give one"),
+    ],
+)
+def test_bad_data(tmp_path, data, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        run(tmp_path / "out", data)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_long_examples_are_left_out_with_a_warning(tmp_path):
+    data = [FORMATS["text"]] * 3 + [{"text": "long " * 40}]
+    with pytest.warns(UserWarning, match="left out 1 of 4 examples of more than 100 tokens"):
+        result = run(tmp_path / "out", data, max_length=100)
+    assert (result.n_examples, result.n_left_out) == (3, 1)
+
+
+def test_without_a_chat_template_only_plain_text(tmp_path):
+    bare = tiny_chat.tokenizer()
+    bare.chat_template = None
+    options = {"rank": 2, "steps": 1, "tokenizer": bare}
+    finetune(tiny_chat.model(), [FORMATS["text"]] * 4, tmp_path / "a", **options)
+    with pytest.raises(UnsupportedModelError, match="has no chat template; use an instruct"):
+        finetune(tiny_chat.model(), [FORMATS["messages"]], tmp_path / "b", **options)
+    with pytest.raises(UnsupportedModelError, match="self-generated text needs"):
+        finetune(tiny_chat.model(), [FORMATS["text"]] * 4, tmp_path / "c", method=SLIM, **options)
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def test_the_result_is_what_is_saved_and_the_base_is_as_it_was(tmp_path):
+    import peft
+
+    model = tiny_chat.model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = run(tmp_path / "out", method=SLIM, model=model)
+    assert not result.model.training and len(result.history) == 4 and not result.was_complete
+    assert result.settings.lr == 3e-3 and result.n_trained_parameters > 0
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        logits = result.model(**ids).logits
+        again = peft.PeftModel.from_pretrained(tiny_chat.model(), str(result.output)).eval()
+        assert torch.equal(again(**ids).logits, logits)
+        repeated = run(tmp_path / "out", method=SLIM)  # complete: loaded, not trained
+        assert repeated.was_complete and repeated.history == result.history
+        assert torch.equal(repeated.model(**ids).logits, logits)
+    after = result.model.unload().state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_a_model_and_its_tokenizer_by_name(tmp_path):
+    folder = tiny_chat.save(tmp_path / "lm")
+    data = [FORMATS["messages"]] * 8
+    by_name = finetune(str(folder), data, tmp_path / "a", method="lora", **QUICK)
+    model = type(tiny_chat.model()).from_pretrained(folder)
+    by_object = finetune(model, data, tmp_path / "b", method="lora", **QUICK)
+    assert by_name.model_name == by_object.model_name == "lm"
+    assert by_object.tokenizer.chat_template == TOKENS.chat_template
+    assert same(weights(by_name.output), weights(by_object.output))
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    data, out = [FORMATS["text"]] * 4, tmp_path / "out"
+    with pytest.raises(InputError, match="has no tokenizer at hand; give tokenizer="):
+        finetune(tiny_chat.model(), data, out)
+    with pytest.raises(InputError, match="model is a list; give a causal language model"):
+        finetune([], data, out)
+    adapted = run(tmp_path / "first", data).model
+    with pytest.raises(InputError, match="has an adapter already; give its base"):
+        finetune(adapted, data, out, tokenizer=TOKENS)
+    with pytest.raises(InputError, match="float16"):
+        run(out, data, model=tiny_chat.model().half())
+    assert not out.exists()
+
+
+def test_an_error_leaves_no_adapter_in_the_model(tmp_path, monkeypatch):
+    model = tiny_chat.model()
+    names = [name for name, _ in model.named_modules()]
+
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "check_gradients", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", model=model)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def test_training_arguments_are_honoured(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "args"),
+        learning_rate=1e-2,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=1,
+        seed=5,
+        logging_steps=1,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        use_cpu=True,
+        max_grad_norm=0.5,
+    )
+    data = [FORMATS["messages"]] * 8
+    options = {"method": "lora", "rank": 2, "tokenizer": TOKENS}
+    result = finetune(tiny_chat.model(), data, args=args, **options)
+    assert result.output == tmp_path / "args"
+    assert result.settings == Settings(
+        lr=1e-2,
+        steps=3,
+        batch=2,
+        accumulate=2,
+        schedule="constant_with_warmup",
+        seed=5,
+        log_every=1,
+        max_grad_norm=0.5,
+    )
+    assert [row["lr"] for row in result.history][1:] == pytest.approx([1e-2, 1e-2])
+    kept = json.loads((result.output / "run.json").read_text())["config"]
+    assert kept["arguments"] == {"warmup_steps": 1, "adam_beta2": 0.95, "weight_decay": 0.1}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_fields_at_their_default_keep_the_recommended_values(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path / "out"), max_steps=2, use_cpu=True, max_length=100)
+    with pytest.warns(UserWarning, match="where SFTConfig has its defaults, budwood's .*batch=16"):
+        result = finetune(
+            tiny_chat.model(), [FORMATS["messages"]] * 8, args=args, tokenizer=TOKENS, seed=7
+        )
+    assert result.settings == Settings(lr=3e-3, steps=2, max_length=100, seed=7)
+
+
+@pytest.mark.filterwarnings("ignore:where TrainingArguments has its defaults")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"neftune_noise_alpha": 5}, "TrainingArguments.neftune_noise_alpha=5.* is not supported"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
+        ({"eval_strategy": "steps"}, "eval_strategy='steps' is not supported"),
+        ({"data_seed": 3}, "data_seed=3 is not supported"),
+        ({"push_to_hub": True}, "push_to_hub=True is not supported"),
+        ({"save_steps": 0.5}, "save_steps=0.5; give a number of steps"),
+        ({"logging_steps": 0.5}, "logging_steps=0.5; give a number of steps"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be a number above 0"),
+        ({"output_dir": "elsewhere"}, "args.output_dir 'elsewhere'; give one"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(tmp_path, changes, reason):
+    given = {"output_dir": str(tmp_path / "out"), "use_cpu": True, **changes}
+    with pytest.raises(InputError, match=reason):
+        run(tmp_path / "out", args=TrainingArguments(**given))
+
+
+def test_bad_settings(tmp_path):
+    out = tmp_path / "out"
+    for options, reason in (
+        ({"stepz": 3}, "unknown setting 'stepz'; did you mean 'steps'"),
+        ({"steps": -1}, "steps=-1 is below 0"),
+        ({"steps": 1.5}, "steps=1.5; give an int"),
+        ({"seed": 2**32}, "seed=4294967296 is out of range"),
+        ({"lr": 0}, "lr=0 must be a number above 0"),
+        ({"rank": 0}, "rank=0 is below 1"),
+        ({"args": {"lr": 1}}, "args is a dict; give Settings or"),
+        ({"method": 3}, "method=3; give a name"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            run(out, **options)
+    for options in ({"style": "list"}, {"method": "slum"}, {"schedule": "cos"}):
+        with pytest.raises(UnknownNameError):
+            run(out, **options)
+    with pytest.raises(InputError, match="there is no output"):
+        run(None)
+    with pytest.raises(OutputError, match="there is no folder|does not exist"):
+        run(tmp_path / "no" / "out")
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(OutputError, match="is not empty and holds no run"):
+        run(tmp_path)
+    assert not out.exists()
+
+
+# --- one pipeline -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["slim", SLIM])
+def test_the_command_makes_the_same_adapter(tmp_path, method):
+    from budwood.cli import app
+
+    folder, data = tiny_chat.save(tmp_path / "lm"), tiny_chat.save_data(tmp_path / "data")
+    file = data / "boolq_train.jsonl"
+    line = ["tune", file, "--output", tmp_path / "a", "--model", folder, "--method", method]
+    line += ["--steps", 3, "--batch", 4]
+    done = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = Dataset.from_list([json.loads(row) for row in file.read_text().splitlines()])
+    result = finetune(str(folder), rows, tmp_path / "b", method=method, steps=3, batch=4)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    kept = [json.loads((tmp_path / name / "run.json").read_text()) for name in "ab"]
+    assert kept[0] == kept[1]
+    one, other = (records.read(tmp_path / name / "record.json") for name in "ab")
+    assert one.config == other.config and len(other.rows) == len(result.history)
+
+
+@pytest.mark.parametrize("n_rows", [4, 200])
+def test_slim_is_the_recommended_config(tmp_path, n_rows):
+    """So is the ``slim`` row of the benchmark, which calls ``finetune`` with the method's name."""
+    data = [{"question": f"Is {i} even?", "answer": "yes, indeed"} for i in range(n_rows)]
+    rows = encode([example_of(row) for row in data], TOKENS, 300).rows
+    expected = SlimConfig.recommended(n_supervised(rows))
+    result = finetune(tiny_chat.model(), data, tmp_path / "out", tokenizer=TOKENS, steps=1)
+    config = result.model.peft_config["default"]
+    for name in SlimConfig.__dataclass_fields__:
+        if name not in ("base", "target_modules", "peft_version", "auto_mapping"):
+            assert getattr(config, name) == getattr(expected, name), name
+    assert parse_tuner("slim").strength == 0.7
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method):
+    whole = run(tmp_path / "whole", method=method, save_every=1)
+    inner = trainer.check_gradients
+
+    def killed(model, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        inner(model, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "check_gradients", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", method=method, save_every=1)
+    assert (tmp_path / "cut" / "checkpoint-2").is_dir()
+    result = run(tmp_path / "cut", method=method, save_every=1)
+    assert not result.was_complete and same(weights(whole.output), weights(result.output))
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in whole.history]
+    with pytest.raises(OutputError, match="holds another run .*lr 0.003 there and 0.01 here"):
+        run(tmp_path / "cut", method=method, save_every=1, lr=0.01)
