@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from budwood.errors import InputError
+from budwood.errors import InputError, OutputError
+from budwood.files import cache_folder, write_whole
 from budwood.sprout.gguf import load_llama
 from budwood.sprout.scenes import SIZE
 
@@ -231,22 +229,20 @@ def load_vlm(
 
 def vlm_directory() -> Path:
     """A `save_pretrained` folder of sprout, made on first use and when its parts have changed."""
-    cache = Path(os.environ.get("BUDWOOD_CACHE", Path.home() / ".cache" / "budwood"))
-    folder = cache / f"sprout-{_fingerprint()}"
+    folder = cache_folder() / f"sprout-{_fingerprint()}"
     if folder.exists():
         return folder
     model, processor = build_vlm()
-    cache.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="sprout-part-", dir=cache))
-    try:
+
+    def save(part: Path) -> None:
         model.save_pretrained(part)
         processor.save_pretrained(part)
-        part.rename(folder)
-    except OSError:
+
+    try:
+        write_whole(folder, save)
+    except OutputError:
         if not folder.exists():  # another process may have been faster
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
