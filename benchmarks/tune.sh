@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All runs behind the comparison of SLIM with other ways of fine-tuning (docs/tune.md, "Compare").
+# All runs behind the comparison of SLIM with other ways of fine-tuning (docs/results/tune.md).
 #
 #   benchmarks/tune.sh DATA OUTPUT [STAGE...]
 #

@@ -8,6 +8,7 @@ page becomes its text.
 
 from __future__ import annotations
 
+import html
 import posixpath
 import re
 from typing import Any
@@ -23,6 +24,7 @@ PAGES = {
 }
 """Files outside docs/, and where they are on the site."""
 
+_TABLE = re.compile(r"<!-- (budwood bench show .+?) -->")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|mailto:|#)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -49,4 +51,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return text
         return f"[{text}]({posixpath.relpath(target, posixpath.dirname(origin) or '.')}{anchor})"
 
-    return _LINK.sub(relink, markdown.replace("```python compile", "```python"))
+    markdown = markdown.replace("```python compile", "```python")
+    return _TABLE.sub(_command, _LINK.sub(relink, markdown))
+
+
+def _command(match: re.Match[str]) -> str:
+    """The command that prints a table, to open above it."""
+    return f"<details><summary>command</summary><code>{html.escape(match[1])}</code></details>"

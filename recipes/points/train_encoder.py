@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from budwood.points.labels import resolve_templates
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
+from budwood.points.labels import resolve_templates
 from budwood.points.text import average_embeddings
 from budwood.points.towers import MiniLM
 

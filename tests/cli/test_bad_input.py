@@ -127,6 +127,16 @@ def test_published_form_that_does_not_exist(budwood, picture, model_dir):
     refused(budwood(*command), "uniform")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_seed_out_of_range(budwood, picture, seed):
+    refused(budwood("prune", picture, "What?", "--seed", seed), f"seed={seed}", "4294967295")
+    refused(budwood("bench", "prune", "--seed", seed), f"seed={seed}", "999")
+
+
+def test_seed_beyond_the_scenes(budwood):
+    refused(budwood("bench", "prune", "--seed", 5000), "seed=5000 is out of range; give 0 to 999")
+
+
 @pytest.mark.parametrize("option", ["--scenes", "--batch", "--timed", "--max-new-tokens"])
 def test_numbers_of_the_benchmark(budwood, option):
     refused(budwood("bench", "prune", option, 0), "below 1")

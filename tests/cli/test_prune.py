@@ -29,7 +29,7 @@ def test_keeping_everything_gives_the_same_answer(budwood, picture, model_dir):
 
 
 def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
-    overlay = tmp_path / "new" / "kept.png"
+    overlay = tmp_path / "kept.png"
     command = ["prune", picture, "What colour ?", "--model", model_dir, "--keep", "0.25"]
     result = budwood(*command, "--overlay", overlay)
     assert result.exit_code == 0
@@ -38,7 +38,7 @@ def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
     assert f"wrote {overlay}" in result.stderr
     with Image.open(overlay) as drawn:
         assert drawn.width > 3 * 420
-    assert [path.name for path in overlay.parent.iterdir()] == ["kept.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.png", picture.name}
 
 
 def test_picture_with_fewer_tokens_than_keep(budwood, picture, model_dir):
@@ -60,6 +60,14 @@ def test_random_follows_the_seed(budwood, picture, model_dir):
         for seed in (1, 1, 2)
     ]
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_the_published_form_is_a_method_and_compat_its_alias(budwood, picture, model_dir):
+    command = ["prune", picture, "What ?", "--model", model_dir, "--keep", 7, "--json"]
+    by_name = json.loads(budwood(*command, "--method", "adav-official").stdout)
+    by_alias = json.loads(budwood(*command, "--compat", "official").stdout)
+    assert by_name["method"] == by_alias["method"] == "adav-official"
+    assert by_name["kept"] == by_alias["kept"] and by_name["n_kept"] == 6
 
 
 def test_question_span_changes_the_choice(budwood, picture, model_dir):

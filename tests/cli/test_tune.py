@@ -193,7 +193,7 @@ def test_tune(tuned, budwood, lm_dir, data):
     other = other_weights(lm_dir, folder.parent / "other" / lm_dir.name)
     refused_with_bars(budwood(*command(other, data, folder)), "holds another run", "weights")
     (folder / "run.json").write_text("[]")
-    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json says of no run")
+    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json does not describe a run")
 
 
 def test_the_rate_where_none_is_given(budwood, lm_dir, data, tmp_path):
@@ -296,7 +296,7 @@ def test_one_process_at_a_time(budwood, lm_dir, data, tmp_path):
     words = [sys.executable, "-c", held, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        refused_with_bars(budwood(*line), "another process is at the run in")
+        refused_with_bars(budwood(*line), "another process works on the run in")
         other.communicate()
     assert budwood(*line).exit_code == 0
 

@@ -19,9 +19,9 @@ def layers(model):
 def send_away(model, factor=1e-6):
     """Let every token look far from the training data."""
     for layer in layers(model):
-        for clusters in layer.slim_clusters.values():
-            clusters.centre.add_(1e3)
-            clusters.distance_var.fill_(factor)
+        for statistics in layer.slim_clusters.values():
+            statistics.centre.add_(1e3)
+            statistics.distance_var.fill_(factor)
     return model
 
 
@@ -67,7 +67,7 @@ def test_cached_steps_that_bypass_are_the_base_models(away):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bypassed_tokens_among_others(skip, share, dtype, monkeypatch):
-    monkeypatch.setattr(SlimLinear, "_leaves_out", lambda self, x: skip)
+    monkeypatch.setattr(layer_module, "skips_bypassed", lambda x: skip)
     model = tiny.trained(model=tiny.llama(dtype))
     layer = layers(model)[0]
     x = torch.randn(40, tiny.D_MODEL, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -88,7 +88,7 @@ def test_leaving_tokens_out_changes_nothing_for_the_others(monkeypatch):
     x[:30] *= 1e3
     outs, grads = [], []
     for skip in (True, False):
-        monkeypatch.setattr(SlimLinear, "_leaves_out", lambda self, x, skip=skip: skip)
+        monkeypatch.setattr(layer_module, "skips_bypassed", lambda x, skip=skip: skip)
         monkeypatch.setattr(layer_module, "SKIP_FROM", 0.01)
         layer.train()
         model.zero_grad()
@@ -126,10 +126,10 @@ def test_training_on_a_batch_that_bypasses_is_counted_and_penalised_once():
         expected = slope * slim_in.sign()
         expected[config.rank :] = 0  # the router
         assert torch.allclose(slim_in.grad, expected)
-    clusters = layers(model)[0].slim_clusters["default"]
-    before = clusters.distance_mean.clone()
+    statistics = layers(model)[0].slim_clusters["default"]
+    before = statistics.distance_mean.clone()
     layers(model)[0].keeper.commit()
-    assert clusters.distance_mean > before  # all of these tokens are far away
+    assert statistics.distance_mean > before  # all of these tokens are far away
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from budwood.errors import InputError
+from budwood.sprout import example
 from budwood.sprout.questions import DIRECTIONS, KINDS, TEMPLATES, ask, balanced
 from budwood.sprout.scenes import SIZE, SPLIT_OFFSETS, Scene, make_scene
 
@@ -120,3 +121,17 @@ def test_shifted_scenes_look_different(scenes: list[Scene]) -> None:
 def test_bad_input(seed: int, split: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         make_scene(seed, split)
+
+
+@pytest.mark.parametrize("seed", [-1, 1000])
+def test_seeds_of_a_set_have_a_range(seed: int) -> None:
+    with pytest.raises(InputError, match=f"seed={seed} is out of range; give 0 to 999"):
+        balanced(seed, 1)
+
+
+def test_the_example_asks_about_a_small_object() -> None:
+    image, question = example()
+    assert image.size == (SIZE, SIZE) and image.tobytes() == example()[0].tobytes()
+    scene = next(s for s in [make_scene(5048)] if s.image.tobytes() == image.tobytes())
+    asked = next(q for q in ask(scene) if q.text == question)
+    assert not asked.asks_salient and asked.answer == "yellow"

@@ -110,6 +110,10 @@ def test_a_config_can_be_saved_alone(tmp_path):
     config.save_pretrained(str(tmp_path))
     for kind in (SlimConfig, peft.PeftConfig):
         assert kind.from_pretrained(str(tmp_path)) == config
+    of_an_adapter = SlimConfig(base={"model_type": "llama"})
+    of_an_adapter.save_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match="has no adapter_model.safetensors"):
+        SlimConfig.from_pretrained(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         SlimConfig.from_pretrained(str(tmp_path))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from budwood.errors import InputError
 from budwood.sprout import balanced, load_vlm, make_scene, vlm_directory
+from budwood.sprout.gguf import load_llama
 from budwood.sprout.model import (
     LORA_ALPHA,
     LORA_RANK,
@@ -38,6 +42,47 @@ def test_lora_is_merged_at_its_scale() -> None:
     wanted = before["layer.weight"] + LORA_ALPHA / LORA_RANK * up @ down
     torch.testing.assert_close(llm.get_parameter("layer.weight"), wanted)
     torch.testing.assert_close(llm.get_parameter("other.weight"), before["other.weight"])
+
+
+def test_a_gguf_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5e4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{i}>" for i in range(40)])
+    writer.add_token_types([1] * 40)
+    writer.add_eos_token_id(3)
+    sizes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    sizes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    sizes |= {"attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {f"blk.{i}.{name}.weight": size for i in range(2) for name, size in sizes.items()}
+    shapes |= {"token_embd.weight": (40, 32), "output_norm.weight": (32,)}
+    numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        weight = numbers.normal(size=shape).astype(np.float32)
+        kind = GGMLQuantizationType.F32 if len(shape) == 1 else GGMLQuantizationType.Q4_1
+        writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    wanted = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32
+    )
+    model = load_llama(tmp_path / "tiny.gguf", torch.float32)
+    assert model.state_dict().keys() == wanted.state_dict().keys()
+    for name, weight in wanted.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, wanted(ids).logits)
+    for key in ("eos_token_id", "max_position_embeddings", "rope_parameters", "rms_norm_eps"):
+        assert getattr(model.config, key) == getattr(wanted.config, key)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`budwood prune`: one picture, one question, all visual tokens and a few."""
+"""`budwood prune`: one question about a picture, answered with all visual tokens and with a few."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from budwood.checks import need_seed
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.cli.pictures import read_picture
 from budwood.files import write_whole
+from budwood.loading import SPROUT, check_source
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from budwood.prune.compare import Comparison
 
-_COLUMNS = {
-    "": ("", ""),
-    "answer": ("answer", ""),
-    "n_visual": ("visual tokens", ""),
-    "total_ms": ("first token ms", ".1f"),
-    "encode_ms": ("encoder", ".1f"),
-    "select_ms": ("selector", ".1f"),
-    "prefill_ms": ("prefill", ".1f"),
-}
+COLUMNS = Columns(
+    Column(""),
+    Column("n_visual", heading="visual tokens"),
+    Column("answer"),
+    Column("total_ms", ".0f", "first token ms"),
+    Column("encode_ms", ".0f", "encoder"),
+    Column("select_ms", ".0f", "selection"),
+    Column("prefill_ms", ".0f", "LLM"),
+)
 
 
 def prune(
@@ -38,16 +41,25 @@ def prune(
     ] = "64",
     method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
     overlay: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw what was kept.")
+        Path | None, typer.Option(metavar="FILE", help="Save a picture of what was kept.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 32,
     span: Annotated[
         str,
-        typer.Option("--question", metavar="all|turn", help="Which text counts as the question."),
+        typer.Option(
+            "--question",
+            metavar="all|turn",
+            help="Text to choose by: all after the picture, or the user's words alone.",
+        ),
     ] = "all",
-    compat: options.Compat = None,
-    seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 3,
+    compat: Annotated[
+        str | None,
+        typer.Option(metavar="official", help="Another way to write --method adav-official."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw at random.")] = 0,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed runs; the times shown are medians.")
+    ] = 1,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     force: options.Force = False,
@@ -55,53 +67,56 @@ def prune(
 ) -> None:
     """Answer a question about a picture with all visual tokens and with the kept ones.
 
-    The time to the first token is the median of a few runs, taken in turn after a warm-up. Pictures
-    of more than 50 million pixels, or more than 100 times as long as wide, are refused.
+    Prints both answers and the time to the first token, after one warm-up. For times to rely on,
+    give --repeats 5. Pictures of more than 50 million pixels, or more than 100 times as long as
+    wide, are refused.
 
     \b
     Examples:
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
       budwood prune photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
-    chosen = _checked(keep, method, compat, span) | {"seed": seed}
+    check_source(model, SPROUT)
+    attached = _checked(keep, method, compat, span, seed)
     if overlay:
         reserve_picture(overlay, force)
     picture = read_picture(image)
-    found, name = _compare(
-        picture, question, (model, device, dtype), max_new_tokens, repeats, chosen
+    comparison, name = _compare(
+        picture, question, (model, device, dtype), max_new_tokens, repeats, attached
     )
-    if found.report.kept_all:
-        say(f"the picture has {found.report.n_before} visual tokens, so all were kept")
+    if comparison.report.kept_all:
+        say(f"the picture has {comparison.report.n_before} visual tokens, so all were kept")
     if overlay:
-        write_whole(overlay, lambda part: drawn(picture, question, found).save(part))
+        write_whole(overlay, lambda part: drawn(picture, question, comparison).save(part))
         say(f"wrote {overlay}")
     if json:
         described = {"model": name, "image": str(image), "question": question}
-        print_json(described | _as_dict(found, chosen, overlay))
+        print_json(described | _as_dict(comparison, attached, overlay))
     else:
-        _print(found)
+        _print(comparison)
 
 
-def drawn(picture: Image.Image, question: str, found: Comparison) -> Image.Image:
-    """The overlay of a comparison."""
+def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.Image:
+    """Draw what was kept, with the question and both answers above."""
     from budwood.prune.overlay import draw
 
     caption = [
         question,
-        f"all tokens: {found.answer_full} · kept tokens: {found.answer}",
-        _split_line(found),
+        f"all tokens: {comparison.answer_full} · kept tokens: {comparison.answer}",
+        _split_line(comparison),
     ]
-    return draw(picture, found.report, caption)
+    return draw(picture, comparison.report, caption)
 
 
-def _checked(keep: str, method: str, compat: str | None, span: str) -> dict[str, Any]:
-    """Options of ``attach``; what is wrong with them shows before the model is loaded."""
+def _checked(keep: str, method: str, compat: str | None, span: str, seed: int) -> dict[str, Any]:
+    """Options of ``attach``, checked before the model is loaded."""
     from budwood.prune.question import Question
     from budwood.prune.selection import resolve_method
 
-    resolve_method(method, compat)
+    name = resolve_method(method, compat).name
     Question(span)
-    return {"method": method, "compat": compat, "question": span, "keep": options.keep_of(keep)}
+    need_seed(seed)
+    return {"method": name, "question": span, "keep": options.keep_of(keep), "seed": seed}
 
 
 def _compare(
@@ -110,7 +125,7 @@ def _compare(
     source: tuple[str | None, str, str],
     max_new_tokens: int,
     repeats: int,
-    chosen: dict[str, Any],
+    attached: dict[str, Any],
 ) -> tuple[Comparison, str]:
     from budwood.cli.models import load
     from budwood.prune.chat import check_question
@@ -119,25 +134,27 @@ def _compare(
     check_question(question)
     loaded = load(*source)
     with working("answering"):
-        found = compare(
+        comparison = compare(
             loaded.model,
             loaded.processor,
             picture,
             question,
-            chosen,
+            attached,
             max_new_tokens=max_new_tokens,
             repeats=repeats,
         )
-    return found, loaded.name
+    return comparison, loaded.name
 
 
-def _as_dict(found: Comparison, chosen: dict[str, Any], overlay: Path | None) -> dict[str, Any]:
-    report, split = found.report, found.report.split
+def _as_dict(
+    comparison: Comparison, attached: dict[str, Any], overlay: Path | None
+) -> dict[str, Any]:
+    report, split = comparison.report, comparison.report.split
     return {
-        "answer": found.answer,
-        "answer_full": found.answer_full,
-        **{name: value for name, value in chosen.items() if name != "question"},
-        "question_span": chosen["question"],
+        "answer": comparison.answer,
+        "answer_full": comparison.answer_full,
+        **{name: value for name, value in attached.items() if name != "question"},
+        "question_span": attached["question"],
         "n_visual": report.n_before,
         "n_kept": report.n_after,
         "n_fixed": report.n_fixed,
@@ -147,22 +164,23 @@ def _as_dict(found: Comparison, chosen: dict[str, Any], overlay: Path | None) ->
             "by_saliency": split.by_saliency,
         },
         "kept": report.kept.tolist(),
-        "ttft": found.first.as_dict(),
-        "ttft_full": found.first_full.as_dict(),
+        "ttft": comparison.first.as_dict(),
+        "ttft_full": comparison.first_full.as_dict(),
         "overlay": str(overlay) if overlay else None,
     }
 
 
-def _print(found: Comparison) -> None:
-    report = found.report
-    full = {"": "all tokens", "answer": found.answer_full, "n_visual": report.n_before}
-    kept = {"": "kept tokens", "answer": found.answer, "n_visual": report.n_after}
-    print_table([full | found.first_full.as_dict(), kept | found.first.as_dict()], _COLUMNS)
-    out().print(_split_line(found), markup=False)
+def _print(comparison: Comparison) -> None:
+    report = comparison.report
+    full = {"": "all tokens", "answer": comparison.answer_full, "n_visual": report.n_before}
+    kept = {"": "kept tokens", "answer": comparison.answer, "n_visual": report.n_after}
+    rows = [full | comparison.first_full.as_dict(), kept | comparison.first.as_dict()]
+    print_table(rows, COLUMNS)
+    out().print(_split_line(comparison), markup=False)
 
 
-def _split_line(found: Comparison) -> str:
-    report, split = found.report, found.report.split
+def _split_line(comparison: Comparison) -> str:
+    report, split = comparison.report, comparison.report.split
     fixed = f", and {report.n_fixed} that always stay" if report.n_fixed else ""
     line = f"kept {report.n_after} of {report.n_before} visual tokens{fixed}"
     if not split.reserved + split.by_text + split.by_saliency:

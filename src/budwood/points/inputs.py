@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -106,7 +106,7 @@ def prepare_each(
     """
     for name, item in _named(clouds):
         if _is_prepared(item):
-            yield name, item
+            yield name, cast(PreparedCloud, item)
             continue
         try:
             cloud = options.read(item, name)
@@ -128,8 +128,9 @@ def _is_prepared(item: Any) -> bool:
 
 def _named(clouds: CloudLike | Iterable[CloudLike]) -> Iterator[tuple[str, CloudLike]]:
     """Name each cloud; a folder becomes its files."""
+    items = [clouds] if is_one_cloud(clouds) else cast(Iterable[CloudLike], clouds)
     number = 0
-    for item in [clouds] if is_one_cloud(clouds) else clouds:
+    for item in items:
         if isinstance(item, (str, os.PathLike)) and Path(item).is_dir():
             for file in find_files(item):
                 number += 1

@@ -8,6 +8,7 @@ from budwood.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from budwood.prune.budget import Budget as Budget
+    from budwood.prune.chat import prepare as prepare
     from budwood.prune.encoded import Encoded as Encoded
     from budwood.prune.encoded import encode as encode
     from budwood.prune.families import FAMILIES as FAMILIES
@@ -34,6 +35,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Split": "methods",
         "attach": "session",
         "encode": "encoded",
+        "prepare": "chat",
         "select": "selection",
     },
 )

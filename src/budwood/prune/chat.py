@@ -15,7 +15,7 @@ GREEDY = {"do_sample": False, "num_beams": 1}
 
 
 def check_question(question: str) -> str:
-    """The question without white space around it.
+    """Strip white space from a question.
 
     Raises:
         InputError: nothing is left.
@@ -27,7 +27,7 @@ def check_question(question: str) -> str:
 
 
 def render(processor: Any, question: str) -> str:
-    """The prompt of one user turn, a picture and a question, in the processor's chat template.
+    """Write the prompt of one user turn, a picture and a question, with the chat template.
 
     Raises:
         UnsupportedModelError: the processor has no chat template.
@@ -49,16 +49,23 @@ def prepare(
     questions: Sequence[str],
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Inputs of ``model.generate``: one row per question about the image of the same number.
+    """Make the inputs of ``model.generate``: one row per question about one picture each.
+
+    Example::
+
+        out = model.generate(**prepare(processor, [image], ["What is on the table?"]))
 
     Args:
-        processor: the model's.
+        processor: the model's, with a chat template.
         images: RGB pictures, one per question.
         questions: what is asked.
         device: where the tensors go.
 
     Returns:
         Tensors by name, padded on the left: ``input_ids`` of shape (n_questions, n_tokens), ….
+
+    Raises:
+        UnsupportedModelError: the processor has no chat template.
     """
     prompts = [render(processor, question) for question in questions]
     tokenizer = processor.tokenizer
@@ -78,6 +85,6 @@ def prepare(
 
 
 def answers(processor: Any, sequences: Tensor, n_prompt: int) -> list[str]:
-    """The text that was generated after prompts of ``n_prompt`` tokens, one string a row."""
+    """Decode what was generated after prompts of ``n_prompt`` tokens, one string a row."""
     new = processor.tokenizer.batch_decode(sequences[:, n_prompt:], skip_special_tokens=True)
     return [text.strip() for text in new]

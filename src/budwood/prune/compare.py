@@ -1,4 +1,4 @@
-"""One question answered with all visual tokens and with some of them, and the time of both."""
+"""One question answered with all visual tokens and with a few, and the time of both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from budwood.prune.chat import answers, check_question, prepare
-from budwood.prune.latency import FirstToken, Timed, generate_timed
+from budwood.prune.latency import FirstToken, generate_timed
 from budwood.prune.report import ImageReport
 from budwood.prune.session import attach
 from budwood.timing import side_by_side
@@ -24,7 +24,7 @@ class Comparison:
         answer: with those that were kept.
         report: what was kept.
         first_full: time to the first token with all; medians.
-        first: the same with those that were kept.
+        first: time to the first token with those that were kept; medians.
     """
 
     answer_full: str
@@ -54,36 +54,34 @@ def compare(
         question: what is asked.
         options: of ``attach``.
         max_new_tokens: where an answer is cut.
-        repeats: timed runs of each; the answer comes from the last.
-        warm_up: one more before them that is not timed.
+        repeats: timed runs of each; the answers come from the last.
+        warm_up: run each once more before them, without timing it.
 
     Raises:
         InputError: the question is empty.
     """
     inputs = prepare(processor, [image], [check_question(question)], model.device)
-    found: dict[str, Any] = {}
+    n_prompt = inputs["input_ids"].shape[1]
+    texts: dict[str, str] = {}
+    reports: list[ImageReport] = []
 
     def full(_: int) -> FirstToken:
-        found["full"] = generate_timed(model, inputs, max_new_tokens=max_new_tokens)
-        return found["full"].first
+        timed = generate_timed(model, inputs, max_new_tokens=max_new_tokens)
+        texts["full"] = answers(processor, timed.sequences, n_prompt)[0]
+        return timed.first
 
     def pruned(_: int) -> FirstToken:
         with attach(model, processor=processor, timing=True, **options) as session:
-            found["pruned"] = generate_timed(model, inputs, session, max_new_tokens=max_new_tokens)
-        found["report"] = session.report[0]
-        return found["pruned"].first
+            timed = generate_timed(model, inputs, session, max_new_tokens=max_new_tokens)
+        texts["pruned"] = answers(processor, timed.sequences, n_prompt)[0]
+        reports[:] = session.report
+        return timed.first
 
     times = side_by_side({"full": full, "pruned": pruned}, repeats, warm_up)
-    n_prompt = inputs["input_ids"].shape[1]
-    text = {name: _text(processor, found[name], n_prompt) for name in ("full", "pruned")}
     return Comparison(
-        text["full"],
-        text["pruned"],
-        found["report"],
+        texts["full"],
+        texts["pruned"],
+        reports[0],
         FirstToken.median(times["full"]),
         FirstToken.median(times["pruned"]),
     )
-
-
-def _text(processor: Any, timed: Timed, n_prompt: int) -> str:
-    return answers(processor, timed.sequences, n_prompt)[0]

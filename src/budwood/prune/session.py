@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budget
 from budwood.prune.encoded import Encoded
@@ -86,7 +87,9 @@ def attach(
         AttachError: the model is attached to already, or ``encoded`` is for other methods.
         UnknownNameError: unknown method, ``compat`` or ``question``.
         BudgetError: ``keep`` is neither a count nor a ratio.
+        InputError: ``seed`` is out of range.
     """
+    need_seed(seed)
     model = innermost(model)
     _refuse_attached(model)
     chosen = resolve_method(method, compat)

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from budwood.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from budwood.sprout.model import load_vlm, vlm_directory
-    from budwood.sprout.questions import KINDS, Question, ask, balanced
-    from budwood.sprout.scenes import Scene, make_scene
+    from budwood.sprout.model import load_vlm as load_vlm
+    from budwood.sprout.model import vlm_directory as vlm_directory
+    from budwood.sprout.questions import KINDS as KINDS
+    from budwood.sprout.questions import Question as Question
+    from budwood.sprout.questions import ask as ask
+    from budwood.sprout.questions import balanced as balanced
+    from budwood.sprout.questions import example as example
+    from budwood.sprout.scenes import Scene as Scene
+    from budwood.sprout.scenes import make_scene as make_scene
 
-_HOMES = {
-    "load_vlm": "model",
-    "vlm_directory": "model",
-    "KINDS": "questions",
-    "Question": "questions",
-    "ask": "questions",
-    "balanced": "questions",
-    "Scene": "scenes",
-    "make_scene": "scenes",
-}
-__all__ = [
-    "KINDS",
-    "Question",
-    "Scene",
-    "ask",
-    "balanced",
-    "load_vlm",
-    "make_scene",
-    "vlm_directory",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: drawing scenes needs no transformers."""
-    if name in _HOMES:
-        import importlib
-
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "KINDS": "questions",
+        "Question": "questions",
+        "Scene": "scenes",
+        "ask": "questions",
+        "balanced": "questions",
+        "example": "questions",
+        "load_vlm": "model",
+        "make_scene": "scenes",
+        "vlm_directory": "model",
+    },
+)

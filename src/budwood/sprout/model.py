@@ -1,17 +1,14 @@
-"""The sprout VLM: shipped weights put together with the SmolLM2-135M that is installed beside.
+"""The sprout VLM: shipped weights assembled with an installed SmolLM2-135M.
 
-It is a plain `LlavaForConditionalGeneration`: a small CLIP vision tower and a two-layer projector
-(trained by the recipes of this project) in front of SmolLM2-135M-Instruct, into which the shipped
-LoRA is merged.
+It is a plain `LlavaForConditionalGeneration`: a small CLIP vision tower and a two-layer projector,
+trained by the recipes of this project, in front of SmolLM2-135M-Instruct with the shipped LoRA
+merged in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from budwood.errors import InputError
+from budwood.errors import InputError, OutputError
+from budwood.files import cache_folder, write_whole
+from budwood.sprout.gguf import load_llama
 from budwood.sprout.scenes import SIZE
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -70,13 +67,13 @@ def tower_config() -> CLIPVisionConfig:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """A 336×336 picture as the tower takes it, float32, shape (3, 336, 336)."""
+    """Normalise a 336×336 picture for the tower: float32, shape (3, 336, 336)."""
     pixels = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy((pixels - IMAGE_MEAN) / IMAGE_STD).permute(2, 0, 1).float()
 
 
 def llm_source() -> tuple[str, dict[str, str]]:
-    """Where SmolLM2-135M-Instruct is: the installed package's GGUF file, else its hub id.
+    """Find SmolLM2-135M-Instruct: the installed package's GGUF file, else its hub id.
 
     Returns:
         The first argument of `from_pretrained`, and its keyword arguments.
@@ -89,25 +86,40 @@ def llm_source() -> tuple[str, dict[str, str]]:
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """SmolLM2's tokenizer with `<image>` added."""
-    source, kwargs = llm_source()
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **kwargs)
+    """Load SmolLM2's tokenizer with `<image>` added."""
+    tokenizer = load_llm_tokenizer(padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
 
-def load_llm(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """SmolLM2-135M-Instruct as plain transformers loads it."""
+def load_llm_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
+    """Load SmolLM2's own tokenizer.
+
+    Args:
+        options: of `from_pretrained`.
+    """
     source, kwargs = llm_source()
-    llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    if getattr(llm, "hf_quantizer", None) is not None:
-        # The weights are dequantised; marked as quantised, they could be neither saved nor tuned.
-        llm.hf_quantizer.remove_quantization_config(llm)
-    return llm.to(dtype)
+    if kwargs:  # AutoTokenizer gives the same, but takes 12 s to find the class
+        return PreTrainedTokenizerFast.from_pretrained(source, **kwargs, **options)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, **options)
+
+
+def load_llm(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Load SmolLM2-135M-Instruct as a plain, dequantised `LlamaForCausalLM`."""
+    source, kwargs = llm_source()
+    if kwargs:
+        llm = load_llama(Path(source, kwargs["gguf_file"]), dtype)
+        llm.name_or_path = source
+        return llm
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(dtype)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Pictures are stretched to 336×336, so that nothing is cropped away."""
+    """Make sprout's processor, which stretches pictures to 336×336 and crops nothing."""
     image_processor = CLIPImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -128,7 +140,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 def assemble(
     tower: CLIPVisionModel, llm: Any, tokenizer: PreTrainedTokenizerBase
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA around tower and LLM, with a fresh projector; the LLM gets a row for `<image>`."""
+    """Make a LLaVA of tower and LLM, with a fresh projector and an LLM row for `<image>`."""
     llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         llm.get_input_embeddings().weight[-1].zero_()
@@ -156,7 +168,9 @@ def assemble(
 
 @torch.no_grad()
 def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
-    """Add `(alpha / r) · B A` to each linear layer that is named (LoRA, arXiv 2106.09685, eq. 3).
+    """Add `(alpha / r) · B A` to each linear layer that `lora` names.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
 
     Args:
         llm: the `LlamaModel`, changed in place.
@@ -172,7 +186,7 @@ def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
 
 
 def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Assemble sprout from a folder with `PARTS`, in bfloat16; takes ten seconds.
+    """Assemble sprout from a folder with `PARTS`, in bfloat16.
 
     Raises:
         InputError: a part is missing.
@@ -195,11 +209,10 @@ def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, L
 def load_vlm(
     dtype: torch.dtype | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The sprout VLM and its processor, ready to answer.
+    """Load the sprout VLM and its processor, ready to answer.
 
-    The assembled model is kept under `$BUDWOOD_CACHE` (default `~/.cache/budwood`, 290 MB),
-    because reading the quantized LLM takes ten seconds; the folder is an ordinary
-    `save_pretrained` folder.
+    The first call assembles the model and keeps it in an ordinary `save_pretrained` folder of
+    290 MB under `$BUDWOOD_CACHE` (default `~/.cache/budwood`). Later calls load it from there.
 
     Args:
         dtype: default bfloat16 where the processor computes in it, else float32.
@@ -216,28 +229,27 @@ def load_vlm(
 
 def vlm_directory() -> Path:
     """A `save_pretrained` folder of sprout, made on first use and when its parts have changed."""
-    cache = Path(os.environ.get("BUDWOOD_CACHE", Path.home() / ".cache" / "budwood"))
-    folder = cache / f"sprout-{_fingerprint()}"
+    folder = cache_folder() / f"sprout-{_fingerprint()}"
     if folder.exists():
         return folder
     model, processor = build_vlm()
-    cache.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="sprout-part-", dir=cache))
-    try:
+
+    def save(part: Path) -> None:
         model.save_pretrained(part)
         processor.save_pretrained(part)
-        part.rename(folder)
-    except OSError:
+
+    try:
+        write_whole(folder, save)
+    except OutputError:
         if not folder.exists():  # another process may have been faster
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
 def _fingerprint() -> str:
-    """A digest of what sprout is made from: weights, this file, the LLM's name and size."""
+    """A digest of what sprout is made from: weights, code, the LLM's name and size."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(Path(__file__).with_name("gguf.py").read_bytes())
     for part in PARTS:
         if (WEIGHTS / part).exists():
             digest.update((WEIGHTS / part).read_bytes())

@@ -5,8 +5,20 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from PIL import Image
+
+from budwood.errors import InputError
 from budwood.sprout.atlas import categories
-from budwood.sprout.scenes import MAX_COPIES, Box, Scene, SceneObject, make_scene, scene_rng
+from budwood.sprout.scenes import (
+    MAX_COPIES,
+    SEEDS_PER_SPLIT,
+    Box,
+    Scene,
+    SceneObject,
+    check_split,
+    make_scene,
+    scene_rng,
+)
 
 KINDS = ("presence", "colour", "digit", "spatial", "count", "largest")
 TEMPLATES = {
@@ -23,6 +35,10 @@ TEMPLATES = {
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
+SCENES_PER_SEED = 1_000_000
+"""Scenes that a seed of :func:`balanced` has to itself."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One question about one scene."""
@@ -37,7 +53,7 @@ class Question:
 
 
 def ask(scene: Scene, kind: str | None = None) -> list[Question]:
-    """Every question that the scene allows, in a fixed order; those of one kind if it is given.
+    """Ask every question that the scene allows, in a fixed order; of one kind if it is given.
 
     Presence is asked of every category that is there, and of as many that are not.
     """
@@ -45,37 +61,63 @@ def ask(scene: Scene, kind: str | None = None) -> list[Question]:
     return [q for q in questions if kind is None or q.kind == kind]
 
 
-def balanced(seed: int, n_scenes: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
-    """The held-out set of a seed: `n_scenes` scenes, one question of each kind that a scene allows.
+def example() -> tuple[Image.Image, str]:
+    """A held-out scene and a question about one of its small objects.
 
-    Scene `i` has the seed `seed · 1,000,000 + i`; which question of a kind is asked follows from
-    it alone.
+    Example::
+
+        image, question = example()
+
+    Returns:
+        A picture, RGB, 336×336 px, and the question. The right answer is "yellow".
     """
+    return make_scene(5048, "test").image, TEMPLATES["colour"].format("trumpet")
+
+
+def balanced(seed: int, n_scenes: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
+    """Draw the held-out set of a seed: for each scene one question of every kind that it allows.
+
+    Scene `i` has the seed `seed · SCENES_PER_SEED + i`, which also decides the questions.
+
+    Raises:
+        InputError: unknown split, seed out of range, or too many scenes.
+    """
+    check_set(seed, n_scenes, split)
     chosen = []
     for i in range(n_scenes):
-        scene = make_scene(seed * 1_000_000 + i, split)
+        scene = make_scene(seed * SCENES_PER_SEED + i, split)
         rng = scene_rng(scene.seed, split)
         by_kind = [_pick(scene, kind, rng) for kind in KINDS]
         chosen.append((scene, [q for q in by_kind if q is not None]))
     return chosen
 
 
+def check_set(seed: int, n_scenes: int, split: str) -> None:
+    """Check that a held-out set can be drawn, without drawing it.
+
+    Raises:
+        InputError: unknown split, seed out of range, or too many scenes.
+    """
+    check_split(split)
+    highest = SEEDS_PER_SPLIT // SCENES_PER_SEED - 1
+    if not 0 <= seed <= highest:
+        raise InputError(f"seed={seed} is out of range; give 0 to {highest}")
+    if n_scenes > SCENES_PER_SEED:
+        raise InputError(f"n_scenes={n_scenes} is above {SCENES_PER_SEED}; give fewer")
+
+
 def _pick(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """One question of a kind; answers first, so that a frequent answer is not asked more often."""
-    found = ask(scene, kind)
-    if not found:
+    """One question of a kind, such that no answer is more frequent than another."""
+    questions = ask(scene, kind)
+    if not questions:
         return None
-    if kind == "count":
-        return _pick_count(scene, found, rng)
+    if kind == "count":  # of the category that is drawn one to four times, uniformly
+        text = TEMPLATES["count"].format(scene.objects[1].category)
+        return next(q for q in questions if q.text == text)
     if kind == "presence":
         answer = rng.choice(("yes", "no"))
-        found = [q for q in found if q.answer == answer]
-    return rng.choice(found)
-
-
-def _pick_count(scene: Scene, found: list[Question], rng: random.Random) -> Question:
-    """Count the category drawn one to four times, uniformly: no count is more frequent."""
-    return next(q for q in found if q.text == TEMPLATES["count"].format(scene.objects[1].category))
+        questions = [q for q in questions if q.answer == answer]
+    return rng.choice(questions)
 
 
 def _unique(scene: Scene) -> list[SceneObject]:
@@ -145,9 +187,9 @@ def _spatial(scene: Scene) -> list[Question]:
     questions = []
     for anchor in unique:
         for name, direction in DIRECTIONS.items():
-            found = [o for o in scene.objects if o is not anchor and lies(anchor, o, direction)]
-            if len(found) == 1 and found[0] in unique:
-                other = found[0]
+            there = [o for o in scene.objects if o is not anchor and lies(anchor, o, direction)]
+            if len(there) == 1 and there[0] in unique:
+                other = there[0]
                 text = TEMPLATES[name].format(anchor.category)
                 salient = anchor.salient or other.salient
                 questions.append(

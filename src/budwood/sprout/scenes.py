@@ -1,9 +1,9 @@
-"""Sprout scenes: a seed becomes a picture of named objects, with questions and answers about it.
+"""Sprout scenes: a seed becomes a picture of named objects.
 
 A scene is 336×336 px: one large, salient object and four to eight smaller ones on a busy
 background. An object can have a coloured frame around it and a digit on a badge beside it. One
-category may occur up to four times, so that counting means something. Nothing is read from disk
-but the atlas, and nothing depends on global random state.
+category may occur up to four times, so that there is something to count. Only the atlas is read
+from disk, and global random state has no influence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FRAME_WIDTH = 6
 BADGE = 36
 MAX_COPIES = 4
 
-# Seeds of the splits never meet: a split's seed is its offset plus the user's seed.
+# A split's seed is its offset plus the user's seed, so the splits share no seed.
 SPLIT_OFFSETS = {
     "train": 0,
     "validation": 1_000_000_000,
@@ -48,7 +48,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """How far a sprite's look may depart from the atlas."""
+    """How far a sprite's look may differ from the atlas."""
 
     rotation: tuple[float, float]  # degrees, either direction
     hue: tuple[float, float]  # turns of the colour wheel, either direction
@@ -81,7 +81,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it; `questions` are asked by `budwood.sprout.questions.ask`."""
+    """A picture and what is in it; `budwood.sprout.questions.ask` asks about it."""
 
     seed: int
     split: str
@@ -97,12 +97,25 @@ class Scene:
 
 
 def scene_rng(seed: int, split: str) -> random.Random:
-    """The random stream of one scene; streams of different splits never coincide."""
-    if split not in SPLIT_OFFSETS:
-        raise InputError(f"unknown split {split!r}: use one of {', '.join(SPLIT_OFFSETS)}")
+    """The random stream of one scene; streams of different splits never coincide.
+
+    Raises:
+        InputError: unknown split, or seed out of range.
+    """
+    check_split(split)
     if not 0 <= seed < SEEDS_PER_SPLIT:
-        raise InputError(f"seed {seed} is out of range: use 0 to {SEEDS_PER_SPLIT - 1}")
+        raise InputError(f"seed {seed} is out of range; give 0 to {SEEDS_PER_SPLIT - 1}")
     return random.Random(SPLIT_OFFSETS[split] + seed)
+
+
+def check_split(split: str) -> None:
+    """Refuse an unknown split.
+
+    Raises:
+        InputError: it is none of ``SPLIT_OFFSETS``.
+    """
+    if split not in SPLIT_OFFSETS:
+        raise InputError(f"unknown split {split!r}; give one of {', '.join(SPLIT_OFFSETS)}")
 
 
 def make_scene(seed: int, split: str = "test") -> Scene:
@@ -126,7 +139,7 @@ def make_scene(seed: int, split: str = "test") -> Scene:
 
 def _arrange(rng: random.Random, look: Look) -> list[SceneObject]:
     """Place 5 to 9 objects without overlap, the salient first; start again when too crowded."""
-    copies = rng.randint(1, MAX_COPIES)  # outside the loop: crowded scenes must not become rarer
+    copies = rng.randint(1, MAX_COPIES)  # outside the loop, so that crowded scenes stay as likely
     while True:
         names = rng.sample(categories(), 9)
         others = rng.randint(max(1, 4 - copies), min(6, 8 - copies))

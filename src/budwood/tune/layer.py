@@ -160,7 +160,7 @@ class SlimLinear(SlimLayer):
         now = _Pass(name, config, training, training and torch.is_grad_enabled(), masked)
         distance, moments = self._distance(x, now)
         side_in, side_out = self._sides(now, moments)
-        lean = self._leaves_out(x)
+        lean = skips_bypassed(x)
         rows = self._possible_rows(distance, config) if lean else None
         if rows is not None and not len(rows):
             self._record(now, x, torch.zeros(0, config.n_total, device=x.device), rows, distance)
@@ -267,12 +267,6 @@ class SlimLinear(SlimLayer):
         factor = merged_scale(config.merge_p, rescale=config.merge_rescale, masked=now.masked)
         return config.scale * factor
 
-    def _leaves_out(self, x: Tensor) -> bool:
-        """Whether to leave out bypassed tokens. On other devices that would wait for the device."""
-        return x.device.type == "cpu" or not (
-            torch.is_grad_enabled() or x.shape[:-1].numel() < 1024
-        )
-
     def _possible_rows(self, distance: Tensor | None, config: SlimConfig) -> Tensor | None:
         """Indices of the tokens that may not bypass, if they are less than half; None for all."""
         if distance is None:
@@ -315,6 +309,15 @@ class SlimLinear(SlimLayer):
 
     def __repr__(self) -> str:
         return "slim." + super().__repr__()
+
+
+def skips_bypassed(x: Tensor) -> bool:
+    """Whether bypassed tokens of a layer's input are left out of its products.
+
+    On a device other than the CPU, finding them waits for the device. That pays for many tokens
+    without gradients.
+    """
+    return x.device.type == "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() < 1024)
 
 
 def _drop_bypassed(

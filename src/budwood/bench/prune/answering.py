@@ -85,7 +85,8 @@ def answer_full(
     """Answer a batch with all visual tokens.
 
     Where positions simply count tokens, rows about one picture share the keys and values of the
-    beginning of their prompts, which is exact for a causal LLM. Other families answer as one plain batch.
+    beginning of their prompts, which is exact for a causal LLM. Other families answer as one
+    plain batch.
 
     Args:
         model: the model, with nothing attached.

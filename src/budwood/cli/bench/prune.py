@@ -44,23 +44,30 @@ COLUMNS = Columns(
 def bench_prune(
     methods: Annotated[
         str,
-        typer.Option(
-            metavar="NAME,…", help="Methods to compare; NAME-official is its published form."
-        ),
+        typer.Option(metavar="NAME,…", help="Methods to compare, of `budwood ls methods`."),
     ] = "adav,adav-contrast,fastervlm,t2i,random,uniform",
     keep: Annotated[
         str, typer.Option(metavar="N|RATIO,…", help="Budgets: counts, or ratios in (0, 1].")
     ] = "0.11,0.055",
     scenes: Annotated[int, typer.Option(help="Scenes, each with up to six questions.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of scenes, random draws and intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of scenes, random draws and intervals, 0 to 999.")
+    ] = 0,
     split: Annotated[
-        str, typer.Option(help="test, or shifted: looks that were not trained on.")
+        str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
     question: Annotated[
-        str, typer.Option(metavar="all,turn", help="Which text counts as the question.")
+        str,
+        typer.Option(
+            metavar="all,turn",
+            help="Text to choose by: all after the picture, or the user's words alone.",
+        ),
     ] = "all",
-    compat: options.Compat = None,
-    reference: Annotated[str, typer.Option(help="Differences are taken to this method.")] = "adav",
+    compat: Annotated[
+        str | None,
+        typer.Option(metavar="official", help="Add adav-official to the methods."),
+    ] = None,
+    reference: Annotated[str, typer.Option(help="Differences are to this method.")] = "adav",
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -74,11 +81,12 @@ def bench_prune(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Accuracy per method and budget on held-out scenes, beside all tokens and blind.
+    """Measure the accuracy of each method and budget on held-out scenes.
 
-    Answers count if they equal the right one but for case, space and punctuation. "blind" has all
-    tokens of a grey picture. Intervals hold 95 %, by a bootstrap over scenes, paired in differences
-    and retention. Times are medians of one question at a time, taken in turn.
+    "full" has all visual tokens, "blind" all tokens of a grey picture. An answer counts if it
+    equals the right one up to case, space and punctuation. Intervals are 95 % intervals of a
+    bootstrap over scenes, paired for differences and retention. Times are medians over questions
+    asked one at a time, in turn.
 
     \b
     Example:
@@ -113,10 +121,10 @@ def _config(*, methods: str, keep: str, compat: str | None, question: str, **res
 
 
 def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
-    """Fail before the model is loaded: the seeds of scenes have a range."""
-    from budwood.sprout.scenes import scene_rng
+    """Check split and seed before the model is loaded."""
+    from budwood.sprout.questions import check_set
 
-    scene_rng(seed * 1_000_000 + max(n_scenes - 1, 0), split)
+    check_set(seed, n_scenes, split)
 
 
 def _measure(config: Config, model: str | None, device: str, dtype: str) -> records.Record:
@@ -162,7 +170,7 @@ def _draw(rows: list[records.Row], path: Path) -> None:
 
 
 def _shown(row: records.Row, rows: list[records.Row]) -> records.Row:
-    """A row with its intervals in one cell each."""
+    """Put each interval of a row into one cell."""
     return row | {
         "curve": _label(row, rows),
         "accuracy_interval": _interval(row, "accuracy", ".1%"),

@@ -40,7 +40,7 @@ def bench_speed(
     method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
     shape: Annotated[
         str | None,
-        typer.Option(metavar="llava-next", help="Random weights of this shape, not a model."),
+        typer.Option(metavar="llava-next", help="Time random weights of this shape."),
     ] = None,
     layers: Annotated[int, typer.Option(help="LLM layers of the shape.")] = 4,
     width: Annotated[int, typer.Option(help="LLM width of the shape.")] = 2048,
@@ -48,7 +48,7 @@ def bench_speed(
     vision_width: Annotated[int, typer.Option(help="Encoder width of the shape.")] = 1024,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of scene, prompt and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of scene, prompt and random weights.")] = 0,
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -56,11 +56,11 @@ def bench_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Time prefill, selector and decoding, with and without pruning, side by side in one run.
+    """Time prefill, selection and decoding, with and without pruning, side by side in one run.
 
-    "plain" is the same LLM with a text as long as the pruned prompt and nothing attached. Ratios
-    are taken within a round; the median of the rounds is reported. Also reports the largest tensor
-    that saliency row and selection allocate, next to encoder heads × N × N.
+    "plain" is the same LLM on a text as long as the pruned prompt. Ratios are taken within a round,
+    and the median over rounds is reported. The last line compares the largest tensor that pruning
+    allocates with a full attention map, encoder heads × N × N.
 
     \b
     Examples:
@@ -107,7 +107,7 @@ def _measure(
 def _subject(
     config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
 ) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Model, processor (None for a shape), inputs of one row, and what the record says of them."""
+    """Model, processor (None for a shape), inputs of one row, and their entries in the record."""
     from budwood.cli.models import load, place
 
     if shape is not None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from budwood.checks import need_seed
 from budwood.prune.methods.base import Method, Selection
 from budwood.prune.methods.scores import evenly_spaced
 
@@ -21,6 +22,9 @@ class Random(Method):
 
     Args:
         seed: seed of the draw where no generator is given.
+
+    Raises:
+        InputError: ``seed`` is out of range.
     """
 
     seed: int = 0
@@ -29,6 +33,9 @@ class Random(Method):
     needs_text: ClassVar[bool] = False
     needs_saliency: ClassVar[bool] = False
     source: ClassVar[str] = "baseline"
+
+    def __post_init__(self) -> None:
+        need_seed(self.seed)
 
     def choose(
         self,
