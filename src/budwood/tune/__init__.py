@@ -1,6 +1,6 @@
 """Fine-tune a language model so that it learns a task and keeps what it knew: SLIM.
 
-:func:`finetune` goes from data to a saved adapter. Importing this package also registers the adapter
+:func:`finetune` goes from data to a saved adapter. Importing this package registers the adapter
 type ``SLIM`` with PEFT, for a Trainer of your own: ``peft.get_peft_model(model, SlimConfig())``,
 ``Trainer``, ``save_pretrained``, ``PeftModel.from_pretrained``.
 """
