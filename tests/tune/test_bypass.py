@@ -19,9 +19,9 @@ def layers(model):
 def send_away(model, factor=1e-6):
     """Let every token look far from the training data."""
     for layer in layers(model):
-        for clusters in layer.slim_clusters.values():
-            clusters.centre.add_(1e3)
-            clusters.distance_var.fill_(factor)
+        for statistics in layer.slim_clusters.values():
+            statistics.centre.add_(1e3)
+            statistics.distance_var.fill_(factor)
     return model
 
 
@@ -126,10 +126,10 @@ def test_training_on_a_batch_that_bypasses_is_counted_and_penalised_once():
         expected = slope * slim_in.sign()
         expected[config.rank :] = 0  # the router
         assert torch.allclose(slim_in.grad, expected)
-    clusters = layers(model)[0].slim_clusters["default"]
-    before = clusters.distance_mean.clone()
+    statistics = layers(model)[0].slim_clusters["default"]
+    before = statistics.distance_mean.clone()
     layers(model)[0].keeper.commit()
-    assert clusters.distance_mean > before  # all of these tokens are far away
+    assert statistics.distance_mean > before  # all of these tokens are far away
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -68,16 +68,16 @@ def after(steps):
 # --- fitting --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit_on", ["learnt", "all"])
+@pytest.mark.parametrize("fit_on", ["supervised", "all"])
 def test_the_direction_is_that_of_the_tokens_that_count(fit_on):
     rows, other = rows_of(), rows_of(4, seed=1)
     model = fitted(rows, other, fit_on=fit_on)
-    for layer, clusters in owned(model):
+    for layer, statistics in owned(model):
         own, rest = (read(model, text, layer, fit_on == "all") for text in (rows, other))
         direction, offset = discriminant(own, rest)
-        assert int(clusters.n_fitted) == len(own) + len(rest)
-        assert torch.allclose(clusters.direction, direction, rtol=1e-3, atol=1e-4)
-        assert torch.allclose(clusters.offset, offset, rtol=1e-3, atol=1e-3)
+        assert int(statistics.n_fitted) == len(own) + len(rest)
+        assert torch.allclose(statistics.direction, direction, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(statistics.offset, offset, rtol=1e-3, atol=1e-3)
 
 
 def test_fitting_changes_nothing_else():
@@ -105,9 +105,9 @@ def test_much_text_is_thinned_out(monkeypatch):
     monkeypatch.setattr("budwood.tune.fitting.MOST_TOKENS", 30)
     rows, other = rows_of(40), rows_of(25, seed=1)
     one, again = (fitted(rows, other, batch=5) for _ in range(2))
-    for (_, clusters), (_, same) in zip(owned(one), owned(again)):
-        assert 30 <= int(clusters.n_fitted) <= 60  # 10 from 3 passes, 5 from 6
-        assert torch.equal(clusters.direction, same.direction)
+    for (_, statistics), (_, same) in zip(owned(one), owned(again)):
+        assert 30 <= int(statistics.n_fitted) <= 60  # 10 from 3 passes, 5 from 6
+        assert torch.equal(statistics.direction, same.direction)
     lengths = sorted(9 + i for i in range(40))
     n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
     assert sum(lengths[:10]) < n < sum(lengths[-10:])  # ten rows, neither first nor last
@@ -140,7 +140,7 @@ def test_layers_that_see_their_tokens_in_one_row():
     base = OPTForCausalLM(OPTConfig(**sizes, do_layer_norm_before=True)).eval()
     model = fresh(base)
     fit_discriminant(model, TOKENS, rows_of(), rows_of(4, seed=1), batch=4)
-    assert {int(clusters.n_fitted) for _, clusters in owned(model)} == {69 + 42}
+    assert {int(statistics.n_fitted) for _, statistics in owned(model)} == {69 + 42}
 
 
 def test_other_text_bypasses_and_training_data_do_not():
@@ -168,11 +168,11 @@ def test_a_direction_is_saved_with_the_adapter_and_stays(tmp_path):
     import peft
 
     model = fitted()
-    before = [clusters.direction.clone() for _, clusters in owned(model)]
+    before = [statistics.direction.clone() for _, statistics in owned(model)]
     tiny.train(model, 4)
-    for old, (_, clusters) in zip(before, owned(model)):
-        assert torch.equal(old, clusters.direction)
-        assert clusters.steps == 4 and float(clusters.distance_var) > 0
+    for old, (_, statistics) in zip(before, owned(model)):
+        assert torch.equal(old, statistics.direction)
+        assert statistics.steps == 4 and float(statistics.distance_var) > 0
     model.eval().save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path).eval()
     one, other = tiny.states(model), tiny.states(loaded)
@@ -220,16 +220,16 @@ def test_a_layer_that_the_text_does_not_reach_is_named(monkeypatch, n_seen):
     _, unreached = owned(model)[1]
     see, passes = Survey.see, []
 
-    def without_one(self, clusters, x):
-        if clusters is unreached:
+    def without_one(self, statistics, x):
+        if statistics is unreached:
             passes.append(self)
             x = x if len(passes) <= n_seen else x[:0]  # as an expert that no token is routed to
-        see(self, clusters, x)
+        see(self, statistics, x)
 
     monkeypatch.setattr(Survey, "see", without_one)
     with pytest.raises(InputError, match=f"layer '{unreached.key}' reads no token"):
         fit_discriminant(model, TOKENS, rows_of(), rows_of(seed=1))
-    assert not any(clusters.is_fitted for _, clusters in owned(model))
+    assert not any(statistics.is_fitted for _, statistics in owned(model))
 
 
 def test_a_layer_beside_the_path_of_text_is_named():
@@ -262,10 +262,10 @@ def test_text_that_gives_no_numbers_is_refused():
     rows[5]["input_ids"][4] = 7
     with pytest.raises(InputError, match=r"layers\.0\..*NaN"):
         fit_discriminant(model, TOKENS, rows, rows_of(seed=1))
-    assert not any(clusters.is_fitted for _, clusters in owned(model))
+    assert not any(statistics.is_fitted for _, statistics in owned(model))
 
 
-# --- the model's own text -------------------------------------------------------------------------
+# --- self-generated text -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -128,21 +128,21 @@ def test_a_frozen_adapter_beside_a_trained_one_is_as_in_inference():
 
 
 @pytest.mark.parametrize("distance", ["whitened", "rms", "max"])
-@pytest.mark.parametrize("n_learnt", [1, 2])
-def test_a_token_or_two_a_step_are_enough(distance, n_learnt):
+@pytest.mark.parametrize("n_supervised", [1, 2])
+def test_a_token_or_two_a_step_are_enough(distance, n_supervised):
     model = tiny.slim(distance=distance).train()
     optim = tiny.optimiser(model)
     try:
         for seed in range(25):
             data = tiny.batch(1, seed=seed, padding=None)
-            data["labels"][:, :-n_learnt] = -100
+            data["labels"][:, :-n_supervised] = -100
             optim.zero_grad()
             model(**data).loss.backward()
             optim.step()
     except DivergedError:
         pytest.fail("a few tokens are no divergence")
     assert counted(model) == ({25}, {25})
-    for clusters in [one for layer in layers(model) for one in layer.slim_clusters.values()]:
-        assert all(bool(value.isfinite().all()) for value in clusters.buffers())
-        assert clusters.distance_mean.abs() < 100
+    for statistics in [one for layer in layers(model) for one in layer.slim_clusters.values()]:
+        assert all(bool(value.isfinite().all()) for value in statistics.buffers())
+        assert statistics.distance_mean.abs() < 100
     assert tiny.logits(model.eval()).isfinite().all()

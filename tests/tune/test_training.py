@@ -46,7 +46,7 @@ def near(one, other, atol=1e-5):
     )
 
 
-def statistics(found):
+def saved_statistics(found):
     return {key: value for key, value in found.items() if "slim_clusters" in key}
 
 
@@ -72,10 +72,10 @@ def test_the_first_two_steps_start_the_statistics():
     data = tiny.batch()
     x = inputs_of(model.eval(), data)
     tiny.train(model, 1, lr=0.0)
-    clusters = layers(model)[0].slim_clusters["default"]
-    assert int(clusters.n_steps) == 1
-    assert torch.allclose(clusters.var[0], x.var(0, correction=0), rtol=1e-2, atol=1e-6)
-    centre, var = clusters.centre.clone(), clusters.var.clone()
+    statistics = layers(model)[0].slim_clusters["default"]
+    assert int(statistics.n_steps) == 1
+    assert torch.allclose(statistics.var[0], x.var(0, correction=0), rtol=1e-2, atol=1e-6)
+    centre, var = statistics.centre.clone(), statistics.var.clone()
     model(**data).loss.backward()
     commit(model)
     raw = [
@@ -83,11 +83,11 @@ def test_the_first_two_steps_start_the_statistics():
         for row in x.tolist()
         for k in [slow.nearest(row, centre.tolist())]
     ]
-    assert int(clusters.n_steps) == 2
-    assert clusters.distance_mean.item() == pytest.approx(sum(raw) / len(raw), rel=1e-3)
+    assert int(statistics.n_steps) == 2
+    assert statistics.distance_mean.item() == pytest.approx(sum(raw) / len(raw), rel=1e-3)
     expected = slow.slide(x.tolist(), centre.tolist(), var.tolist(), 0.05)
-    assert torch.allclose(clusters.centre, torch.tensor(expected[0]), atol=1e-5)
-    assert torch.allclose(clusters.var, torch.tensor(expected[1]), rtol=1e-3, atol=1e-7)
+    assert torch.allclose(statistics.centre, torch.tensor(expected[0]), atol=1e-5)
+    assert torch.allclose(statistics.var, torch.tensor(expected[1]), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -108,9 +108,9 @@ def test_padding_is_not_in_the_statistics(padding):
         for _ in range(3):
             model(**data).loss.backward()
             commit(model)
-        clusters = layers(model)[0].slim_clusters["default"]
-        found.append(statistics(states(model)))
-        assert clusters.n_steps == 3
+        statistics = layers(model)[0].slim_clusters["default"]
+        found.append(saved_statistics(states(model)))
+        assert statistics.n_steps == 3
     assert near(*found)
 
 
@@ -179,7 +179,7 @@ def test_checkpointing_counts_once_and_changes_nothing(reentrant):
 def test_nan_stops_and_leaves_the_statistics():
     model = tiny.trained()
     logits(model)
-    before = statistics(states(model))
+    before = saved_statistics(states(model))
     with torch.no_grad():
         model.base_model.model.model.embed_tokens.weight[5, 0] = float("nan")
     data = tiny.batch()
@@ -189,7 +189,7 @@ def test_nan_stops_and_leaves_the_statistics():
     with pytest.raises(DivergedError, match="NaN or infinite") as error:
         optim.step()
     assert "\n" not in str(error.value)
-    assert same(before, statistics(states(model)))
+    assert same(before, saved_statistics(states(model)))
 
 
 def test_commit_needs_a_slim_model():
@@ -229,7 +229,7 @@ def test_yielding_off_keeps_no_statistics_and_still_draws_masks():
     model = tiny.trained(yielding=False)
     logits(model)
     layer = layers(model)[0]
-    assert not statistics(states(model))
+    assert not saved_statistics(states(model))
     assert int(layer.slim_mask["default"].n_steps) == 4
 
 
@@ -342,7 +342,7 @@ def test_the_penalty_is_in_the_gradient_once_a_step():
 # --- observing ----------------------------------------------------------------------------------
 
 
-def test_observed_routing_of_what_is_learnt():
+def test_observed_routing_of_supervised_tokens():
     model, data = tiny.trained(), tiny.batch()
     data["labels"][:, :-3] = -100
     chosen = int((data["labels"][:, 1:] != -100).sum())
@@ -491,25 +491,25 @@ def test_nothing_warns():
 
 
 def labelled(n_ignored: int = 4, **kinds) -> dict:
-    """A batch of which the first tokens of each row are not learnt."""
+    """A batch of which the first tokens of each row have no labels."""
     data = tiny.batch(**kinds)
     data["labels"][:, :n_ignored] = -100
     return data
 
 
-def test_statistics_are_those_of_tokens_whose_next_one_is_learnt():
+def test_statistics_are_those_of_tokens_whose_next_token_has_a_label():
     model = tiny.slim(distance="rms").train()
     data = labelled()
     x = []
     hook = layers(model)[0].register_forward_pre_hook(lambda m, args: x.append(args[0]))
     model(**data).loss.backward()
     hook.remove()
-    learnt = torch.zeros_like(data["labels"], dtype=torch.bool)
-    learnt[:, :-1] = data["labels"][:, 1:] != -100
-    assert n_counted(model) == learnt.sum() < data["attention_mask"].sum()
+    supervised = torch.zeros_like(data["labels"], dtype=torch.bool)
+    supervised[:, :-1] = data["labels"][:, 1:] != -100
+    assert n_counted(model) == supervised.sum() < data["attention_mask"].sum()
     commit(model)
     found = layers(model)[0].slim_clusters["default"].var[0]
-    assert torch.allclose(found, x[0][learnt].var(0, correction=0), rtol=1e-2, atol=1e-6)
+    assert torch.allclose(found, x[0][supervised].var(0, correction=0), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_kept", [5, 9])
@@ -593,14 +593,14 @@ def test_labels_that_do_not_fit_leave_all_tokens_but_padding(labels):
     assert n_counted(model) == data["attention_mask"].sum()
 
 
-def test_a_batch_in_which_nothing_is_learnt_moves_no_statistics():
+def test_a_batch_without_labels_moves_no_statistics():
     model = tiny.slim().train()
     tiny.train(model, 3)
-    before = statistics(states(model))
+    before = saved_statistics(states(model))
     data = labelled(99)
     (model(**data).logits.sum() * 0).backward()
     assert commit(model)
-    after = {k: v for k, v in statistics(states(model)).items() if not k.endswith("n_steps")}
+    after = {k: v for k, v in saved_statistics(states(model)).items() if not k.endswith("n_steps")}
     assert same(after, {k: before[k] for k in after})
 
 
@@ -612,12 +612,12 @@ def test_whitened_distances_soon_have_the_scale_of_training_data():
     def tokens(n):
         return torch.randn(n, 96, generator=draw) * spectrum @ turn
 
-    clusters = make_statistics(tiny.config(n_directions=32, margin=0.0), 96, "k")
+    statistics = make_statistics(tiny.config(n_directions=32, margin=0.0), 96, "k")
     for _ in range(10):
-        _, moments = clusters.distance(tokens(200), lambda: None, gather=True, training=True)
-        clusters.add(moments)
-        clusters.commit(clusters.take())
-    found, _ = clusters.distance(tokens(2000), lambda: None, gather=False, training=False)
+        _, moments = statistics.distance(tokens(200), lambda: None, gather=True, training=True)
+        statistics.add(moments)
+        statistics.commit(statistics.take())
+    found, _ = statistics.distance(tokens(2000), lambda: None, gather=False, training=False)
     assert 0.8 < found.std() < 1.2 and abs(found.mean()) < 0.5
 
 

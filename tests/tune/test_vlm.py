@@ -34,8 +34,10 @@ def test_tuning_a_pruned_model(family):
             loss = model(**data).loss
             loss.backward()
             if step == 0:  # what is no answer is in no statistics, whether pruned or not
-                clusters = layers[0].slim_clusters["default"]
-                assert clusters.gathered().count.sum() == (data["labels"][:, 1:] != -100).sum() > 0
+                statistics = layers[0].slim_clusters["default"]
+                assert (
+                    statistics.gathered().count.sum() == (data["labels"][:, 1:] != -100).sum() > 0
+                )
             optim.step()
             losses.append(loss.item())
     assert losses[-1] < losses[0]

@@ -317,7 +317,7 @@ def _row(
         within = over_lora <= TARGETS[kind] and memory <= TARGETS["memory_over_lora"]
     elif name == "bypass":
         within = over_frozen <= TARGETS["bypass_over_frozen"]
-    model, share = cases[name].model, cases[name].bypassed
+    model, bypassed = cases[name].model, cases[name].bypassed
     return {
         "method": name,
         "width": width,
@@ -330,7 +330,7 @@ def _row(
         "peak_mib": round(peaks[name], 2),
         "memory_over_lora": memory,
         "n_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "bypassed_share": None if share is None else round(share, 4),
+        "bypassed_share": None if bypassed is None else round(bypassed, 4),
         "repeats": config.repeats,
         "within_target": within,
     }

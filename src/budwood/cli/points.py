@@ -9,6 +9,7 @@ import typer
 
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress, say
+from budwood.cli.output import need_parent
 from budwood.errors import InputError
 
 app = typer.Typer(rich_markup_mode=None)
@@ -80,6 +81,7 @@ def adapt(
     given = clouds.labels_of(labels, labels_file, embeddings) if needs_labels else None
     reading = clouds.reading_of(columns, box, drop_invalid, up)
     InputOptions(**reading)
+    need_parent(output)
     check_output(output, config)
     files = clouds.files_of(paths, labels_file)
     model = clouds.load(encoder, checkpoint, device)

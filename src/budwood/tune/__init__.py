@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from budwood.errors import MissingPackageError
+from budwood import optional
 from budwood.lazy import lazy_exports
 
 try:
     import peft as _peft  # noqa: F401
 except ImportError as error:
-    raise MissingPackageError(
-        f"budwood.tune needs PEFT ({error}): pip install 'budwood[tune]'"
-    ) from error
+    raise optional.missing_package("peft", "budwood.tune", error) from error
 
 from budwood.tune.config import SlimConfig
 from budwood.tune.layer import SlimLinear

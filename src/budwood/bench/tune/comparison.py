@@ -16,9 +16,9 @@ from budwood import records
 from budwood.bench.tune.plan import Material, Plan, Trial, count_at, fit_rank, read_material
 from budwood.bench.tune.rows import best_rates, first_finals, summary
 from budwood.errors import DivergedError, InputError
-from budwood.files import write_text
+from budwood.files import read_json, write_text
 from budwood.progress import ProgressBar
-from budwood.runs import RunFolder, read_json
+from budwood.runs import RunFolder
 from budwood.tune.base_model import fingerprint_of
 from budwood.tune.data import read_text
 from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised

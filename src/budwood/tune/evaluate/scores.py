@@ -126,7 +126,7 @@ def compare(
 
 def compare_mean(
     befores: Sequence[Score], afters: Sequence[Score], seed: int = 0, n_resamples: int = N_RESAMPLES
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """The difference of the mean over several tasks, with its interval: tasks are drawn apart."""
     gaps = np.zeros(n_resamples)
     for i, (before, after) in enumerate(zip(befores, afters)):

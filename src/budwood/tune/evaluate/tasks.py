@@ -14,9 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from budwood import optional
 from budwood.checks import need_at_least
-from budwood.errors import InputError, UnknownNameError
-from budwood.tune.data import Example, is_file, read_examples
+from budwood.errors import InputError, MissingPackageError, UnknownNameError
+from budwood.loading import is_file_name
+from budwood.tune.data import Example, read_examples
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
 _STRUCTURE = frozenset(
@@ -68,7 +70,7 @@ def find_task(
     Raises:
         InputError: its file is missing or malformed.
     """
-    if is_file(name):
+    if is_file_name(name):
         examples = draw(read_examples(name), limit, seed)
         return task_of(Path(name).stem, examples, group)
     if name in shipped_tasks():
@@ -95,7 +97,7 @@ def task_names(asked: Sequence[str]) -> list[str]:
     Raises:
         InputError: a file or another task is there twice.
     """
-    paths = [Path(one).expanduser().resolve() if is_file(one) else None for one in asked]
+    paths = [Path(one).expanduser().resolve() if is_file_name(one) else None for one in asked]
     for what, n in Counter(path or one for path, one in zip(paths, asked)).items():
         if n > 1:
             raise InputError(f"task {what} is given {n} times; give it once, as target or general")
@@ -224,9 +226,9 @@ def task_manager() -> Any:
     return TaskManager()
 
 
-def no_lm_eval(error: ImportError) -> InputError:
-    """What to say where lm-eval can't be imported."""
-    return InputError(f"evaluation needs lm-eval ({error}): pip install 'budwood[tune]'")
+def no_lm_eval(error: ImportError) -> MissingPackageError:
+    """The error for an lm-eval that can't be imported."""
+    return optional.missing_package("lm_eval", "evaluation", error)
 
 
 def leaf_tasks(name: str) -> list[str]:
@@ -282,10 +284,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
     """lm-eval and datasets draw bars and log much of what they do."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("evaluation needs datasets: pip install 'budwood[tune]'") from error
+    datasets = optional.need("datasets", "evaluation")
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
