@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from budwood import records
 from budwood.checks import need_at_least
 from budwood.errors import InputError, OutputError
-from budwood.loading import SMOLLM2, SMOLLM2_ID, bare_name, load_language_model
+from budwood.loading import (
+    SMOLLM2,
+    SMOLLM2_ID,
+    bare_name,
+    load_language_model,
+    third_party_warnings_off,
+)
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
@@ -321,7 +327,8 @@ def _saved(model: Any, run: RunFolder) -> Any:
     """The adapter of a finished run on its base model."""
     import peft
 
-    return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
+    with third_party_warnings_off():
+        return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
 
 
 def _texts(
