@@ -113,7 +113,7 @@ class Pruner:
         kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
         places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
-        pruned = prune_rows(mask, images, places, device)
+        pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         left = [image[indices] for image, indices in zip(features, kept)]
@@ -205,6 +205,8 @@ class Pruner:
         for name, fill in {"input_ids": pad, **_FILLS}.items():
             if shorter.get(name) is not None:
                 shorter[name] = pruned.take(shorter[name], fill)
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            shorter["logits_to_keep"] = pruned.moved(_position_list(inputs["logits_to_keep"]))
         if positions is not None:
             device = pruned.index.device
             positions = pruned.take(positions.to(device, non_blocking=True), 0)
@@ -273,6 +275,21 @@ def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
     if labels is None:
         return [set()] * n_rows
     return [set(row.nonzero().flatten().tolist()) for row in labels.cpu() != _IGNORED_LABEL]
+
+
+def _counts_from_end(inputs: dict[str, Any]) -> bool:
+    """Whether the call asks for logits by their distance from the end of the prompt."""
+    wanted = inputs.get("logits_to_keep")
+    return isinstance(wanted, Tensor) or bool(wanted)
+
+
+def _position_list(wanted: Tensor) -> Tensor:
+    if wanted.ndim != 1 or wanted.is_floating_point() or wanted.dtype == torch.bool:
+        raise InputError(
+            f"logits_to_keep is a tensor of shape {tuple(wanted.shape)} and {wanted.dtype}; give "
+            "an int, or positions as a 1-D integer tensor"
+        )
+    return wanted.long()
 
 
 def _candidates(features: Tensor, layout: Layout) -> Tensor:

@@ -7,8 +7,9 @@ stays whatever it is (SDPA, FlashAttention, eager), and nothing of size heads ×
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -99,10 +100,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
     return (heads * cos.float()[:, None] + turned * sin.float()[:, None]).view(x.shape)
 
 
+_RECORDING: ContextVar[tuple[Recorder, ...]] = ContextVar("budwood_recording", default=())
+"""The recorders of the current call. Each thread has its own, so that calls do not mix."""
+
+
 class Recorder(ExitStack):
     """Hooks that live for one run of the encoder: ``with recorder: encode()``, then the saliency.
 
-    A subclass registers its hooks in :meth:`watch`; they are gone on exit, whatever happened.
+    A subclass registers its hooks in :meth:`watch`; they are gone on exit, whatever happened. The
+    hooks record only in the context (thread) that entered the recorder, so that several threads may
+    call one model at the same time.
     """
 
     def __init__(self) -> None:
@@ -117,6 +124,7 @@ class Recorder(ExitStack):
         super().__enter__()
         with ExitStack() as undo:  # a failure half-way must not leave the first hooks behind
             undo.push(self)
+            self.callback(_RECORDING.reset, _RECORDING.set((*_RECORDING.get(), self)))
             self.watch()
             undo.pop_all()
         return self
@@ -124,17 +132,19 @@ class Recorder(ExitStack):
     def on_output(self, module: nn.Module, name: str, first_token_only: bool = False) -> None:
         """Remember what ``module`` returns, without its gradient."""
 
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def record(_args: Any, output: Tensor) -> None:
             self._seen[name] = output[:, 0].detach() if first_token_only else output.detach()
 
+        hook = _Hook(self, record)
         self.callback(module.register_forward_hook(hook).remove)
 
     def on_call(self, module: nn.Module, argument: str) -> None:
         """Remember the keyword argument that ``module`` is called with."""
 
-        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        def record(_args: Any, kwargs: dict[str, Any]) -> None:
             self._seen[argument] = kwargs.get(argument)
 
+        hook = _Hook(self, record)
         self.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def seen(self, name: str) -> Any:
@@ -150,6 +160,30 @@ class Recorder(ExitStack):
                 "vision tower is neither compiled nor replaced"
             )
         return value
+
+
+class _Hook:
+    """A hook that records for one recorder and in its context alone.
+
+    Args:
+        recorder: must be active in the context that runs the module.
+        record: called with the module's arguments, and its output or keyword arguments.
+    """
+
+    def __init__(self, recorder: Recorder, record: Callable[[Any, Any], None]) -> None:
+        self.recorder, self.record = recorder, record
+
+    def __call__(self, _module: nn.Module, args: Any, last: Any) -> None:
+        if any(active is self.recorder for active in _RECORDING.get()):
+            self.record(args, last)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, made while another thread runs it, does not record."""
+        return getattr, (_Hook, "nothing")
+
+    @staticmethod
+    def nothing(_module: nn.Module, _args: Any, _last: Any) -> None:
+        """Record nothing."""
 
 
 class ClsRecorder(Recorder):
