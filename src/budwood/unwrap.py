@@ -6,9 +6,13 @@ from typing import Any
 
 
 def innermost(model: Any) -> Any:
-    """Return the transformers model behind PEFT's wrappers; other models as they are."""
+    """Return the transformers model behind PEFT's and ``torch.compile``'s wrappers."""
+    compiled = getattr(model, "_orig_mod", None)
+    if compiled is not None:
+        return innermost(compiled)
     unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
+    inner = unwrap() if callable(unwrap) else model
+    return inner if inner is model else innermost(inner)
 
 
 def inner_model(model: Any) -> str | None:
