@@ -25,3 +25,15 @@ def inner_model(model: Any) -> str | None:
         if hasattr(getattr(getattr(model, name, None), "config", None), "model_type"):
             return name
     return None
+
+
+def compiled_around(root: Any, module: Any) -> str | None:
+    """Name a compiled module below ``root`` that contains ``module``; None if there is none.
+
+    Hooks inside a compiled module do not run.
+    """
+    for name, outer in root.named_modules():
+        compiled = hasattr(outer, "_orig_mod") or getattr(outer, "_compiled_call_impl", None)
+        if name and compiled and any(inner is module for inner in outer.modules()):
+            return name
+    return None

@@ -11,10 +11,11 @@ from threading import Thread
 import pytest
 import torch
 
-from budwood.errors import AttachError, InputError
+from budwood.errors import AttachError, BudgetError, InputError
 from budwood.prune import attach
+from budwood.prune.methods.scores import Common
 from tests.contract import oracle
-from tests.contract.models import BUILDERS, IMAGE, PAD, words
+from tests.contract.models import BUILDERS, IMAGE, PAD, VIDEO, words
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -325,3 +326,93 @@ def test_a_copy_made_during_a_call_records_nothing(case, prompts):
         case.model.generate(**prompts[0], **GREEDY)
     plain = case.model.generate(**prompts[0], **GREEDY)
     assert torch.equal(twins[0].generate(**prompts[0], **GREEDY), plain)
+
+
+# Compiled models, videos, budgets, vocabularies
+
+
+def test_a_compiled_model_is_unwrapped(case, prompts):
+    with attach(case.model, keep=5):
+        expected = case.model.generate(**prompts[0], **GREEDY)
+    compiled = torch.compile(case.model, backend="eager")
+    with attach(compiled, keep=5) as session:
+        assert session.model is case.model
+        assert torch.equal(compiled.generate(**prompts[0], **GREEDY), expected)
+        assert session.report[0].n_after == 5
+
+
+@pytest.fixture
+def compiled_tower(case):
+    """The model with a compiled vision tower, and the place of that tower."""
+    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
+    tower = getattr(case.model.model, name)
+    setattr(case.model.model, name, torch.compile(tower, backend="eager"))
+    yield case.model
+    setattr(case.model.model, name, tower)
+
+
+def test_a_compiled_tower_is_refused_where_its_attention_is_read(compiled_tower):
+    with pytest.raises(AttachError, match="is compiled, which hides the attention"):
+        attach(compiled_tower, keep=5)
+    assert "generate" not in vars(compiled_tower)
+    with attach(compiled_tower, keep=5, method="random"):
+        pass
+
+
+def test_a_layer_compiled_in_place_is_refused(case):
+    tower = getattr(case.model.model, "visual", None) or case.model.model.vision_tower
+    tower.compile(backend="eager")
+    try:
+        with pytest.raises(AttachError, match="is compiled"):
+            attach(case.model, keep=5)
+    finally:
+        tower._compiled_call_impl = None
+
+
+def test_a_video_is_kept_whole_and_says_so(cases):
+    model = cases["qwen2_5_vl"].model
+    image = cases["qwen2_5_vl"].batch([0, words(4, 1)])
+    ids = torch.where(image["input_ids"] == IMAGE, VIDEO, image["input_ids"])
+    video = {
+        "input_ids": ids,
+        "attention_mask": image["attention_mask"],
+        "pixel_values_videos": image["pixel_values"],
+        "video_grid_thw": image["image_grid_thw"],
+        "mm_token_type_ids": 2 * (ids == VIDEO).int(),
+    }
+    plain = model.generate(**video, **GREEDY)
+    with attach(model, keep=3) as session:
+        with pytest.warns(UserWarning, match="videos are not pruned"):
+            output = model.generate(**video, **GREEDY)
+        assert torch.equal(output, plain)
+        assert session.call_of(output).whole_video
+        model.generate(**video, **GREEDY)  # warns once: warnings are errors here
+        model.generate(**image, **GREEDY)
+        assert session.report[0].n_after == 3
+
+
+def test_one_budget_an_image(case, batch):
+    with attach(case.model, keep=[3, 0.5, 2]) as session:
+        case.model.generate(**batch, **GREEDY)
+        assert [image.n_after for image in session.report][::2] == [3, 2]
+        assert session.report[1].n_after == round(session.report[1].n_before / 2 + 1e-9)
+        with pytest.raises(BudgetError, match="3 budgets and the call has 1 images"):
+            case.model.generate(**case.batch([0, words(3, 1)]), **GREEDY)
+    with pytest.raises(BudgetError, match="empty"):
+        attach(case.model, keep=[])
+
+
+def test_a_vocabulary_is_looked_at_once_a_model(case, monkeypatch):
+    fitted = []
+    compute = Common.of
+    monkeypatch.setattr(Common, "of", lambda sample: fitted.append(1) or compute(sample))
+    embed = case.model.get_input_embeddings()
+    with torch.no_grad():
+        embed.weight.mul_(1.0)  # counts as a change, whatever other tests did
+    for _ in range(2):
+        attach(case.model, keep=3, method="adav-contrast").detach()
+    assert len(fitted) == 1
+    with torch.no_grad():
+        embed.weight.mul_(1.0)
+    attach(case.model, keep=3, method="adav-contrast").detach()
+    assert len(fitted) == 2

@@ -104,8 +104,9 @@ class Pruned:
         if not bool(fine.all()):
             first = int(positions[~fine.to(positions.device)][0])
             raise InputError(
-                f"logits_to_keep asks for position {first}, which pruning drops or moves to a "
-                "different column in each row; give a number of last positions (int), or one row at a time"
+                f"logits_to_keep asks for position {first}, which pruning drops, or moves to a "
+                "different column in each row; give a number of last positions (int), or one row at "
+                "a time"
             )
         return columns[0]
 

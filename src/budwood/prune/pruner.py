@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import BudgetError, InputError
-from budwood.prune.budget import Budget
+from budwood.prune.budget import Budget, Budgets
 from budwood.prune.encoded import Encoded
 from budwood.prune.families.base import Family, Layout
 from budwood.prune.methods.base import Method
@@ -59,7 +59,7 @@ class Pruner:
         model: the model.
         family: where things are in it.
         method: chooses.
-        budget: how many.
+        budgets: how many tokens to keep of each image.
         question: finds the text to choose by.
         seed: for methods that draw.
         exact_timing: wait for the GPU before looking at the clock.
@@ -69,7 +69,7 @@ class Pruner:
     model: Any
     family: Family
     method: Method
-    budget: Budget
+    budgets: Budgets
     question: Question
     seed: int = 0
     exact_timing: bool = False
@@ -106,9 +106,10 @@ class Pruner:
             visual = list(map(_candidates, features, layouts))
             texts = self._embed(inputs["input_ids"], images, asked)
             signals = [_beside(*three) for three in zip(visual, texts, saliency_of(layouts))]
+            budgets = self.budgets.of_images(len(images))
             chosen = [
-                self._select(number, layout, *three)
-                for number, (layout, three) in enumerate(zip(layouts, signals))
+                self._select(number, layout, budget, *three)
+                for number, (layout, budget, three) in enumerate(zip(layouts, budgets, signals))
             ]
         kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
@@ -172,12 +173,13 @@ class Pruner:
         self,
         number: int,
         layout: Layout,
+        budget: Budget,
         visual: Tensor,
         text: Tensor | None,
         saliency: Tensor | None,
     ) -> Selection:
         """Choose among the candidates of one image."""
-        keep = self.budget.count(layout.n_candidates, clamp=True)
+        keep = budget.count(layout.n_candidates, clamp=True)
         if layout.whole_crops and keep > layout.n_placeholders:
             raise BudgetError(
                 f"keep={keep} exceeds the {layout.n_placeholders} placeholders that image {number} "

@@ -92,12 +92,14 @@ class Call:
         timing: zeros if the call had no images.
         origin: position in the given prompt of each token that the LLM saw, -1 for padding, int64,
             shape (batch, n_kept); None if the call had no images.
+        whole_video: whether the call had a video, all of whose tokens were kept.
 
     Args:
         report: one entry per image, in the order of the batch.
         usable: on a GPU, whether each image's features were finite, one bool tensor each.
         timing: of the call.
         origin: of the call.
+        whole_video: whether there was a video.
     """
 
     def __init__(
@@ -106,9 +108,11 @@ class Call:
         usable: Sequence[Tensor] = (),
         timing: Timing | None = None,
         origin: Tensor | None = None,
+        whole_video: bool = False,
     ) -> None:
         self.timing = timing or Timing()
         self.origin = origin
+        self.whole_video = whole_video
         self._report, self._usable = list(report), list(usable)
 
     @property

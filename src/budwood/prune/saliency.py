@@ -110,10 +110,14 @@ class Recorder(ExitStack):
     A subclass registers its hooks in :meth:`watch`; they are gone on exit, whatever happened. The
     hooks record only in the context (thread) that entered the recorder, so that several threads may
     call one model at the same time.
+
+    Args:
+        module: what :meth:`watch` registers hooks on, or in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.module: Any = module
         self._seen: dict[str, Any] = {}
 
     def watch(self) -> None:
@@ -190,20 +194,16 @@ class ClsRecorder(Recorder):
     """[CLS] attention over the patches in a CLIP-like layer.
 
     Args:
-        attention: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention: Any = attention
-
     def watch(self) -> None:
-        self.on_output(self.attention.q_proj, "query", first_token_only=True)
-        self.on_output(self.attention.k_proj, "keys")
+        self.on_output(self.module.q_proj, "query", first_token_only=True)
+        self.on_output(self.module.k_proj, "keys")
 
     def saliency(self) -> Tensor:
         """Attention over the patches, float32, shape (n_crops, n_patches)."""
-        attention = self.attention
+        attention = self.module
         query, keys = self.seen("query"), self.seen("keys")
         return cls_attention(query, keys, attention.num_heads, attention.scale)[:, 1:]
 
@@ -214,10 +214,6 @@ class OutputRecorder(Recorder):
     Args:
         module: any module that returns one tensor.
     """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
 
     def watch(self) -> None:
         self.on_output(self.module, "output")
@@ -231,20 +227,16 @@ class ReceivedRecorder(Recorder):
     """Mean attention received in a SigLIP-like layer, which has no [CLS].
 
     Args:
-        attention: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention: Any = attention
-
     def watch(self) -> None:
-        self.on_output(self.attention.q_proj, "queries")
-        self.on_output(self.attention.k_proj, "keys")
+        self.on_output(self.module.q_proj, "queries")
+        self.on_output(self.module.k_proj, "keys")
 
     def saliency(self) -> Tensor:
         """Mean attention received, float32, shape (n_crops, n_patches)."""
-        attention = self.attention
+        attention = self.module
         queries, keys = self.seen("queries"), self.seen("keys")
         asked = queries[:, strided(queries.shape[1], queries.device)]
         return received_attention(asked, keys, attention.num_heads, attention.scale)
@@ -254,17 +246,13 @@ class PackedRecorder(Recorder):
     """Mean attention received in a layer that packs images of any size into one sequence.
 
     Args:
-        attention: a self-attention with a fused ``qkv``, rotary ``position_embeddings``,
+        module: a self-attention with a fused ``qkv``, rotary ``position_embeddings``,
             ``num_heads`` and ``scaling``, as in Qwen2.5-VL's full-attention blocks.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention: Any = attention
-
     def watch(self) -> None:
-        self.on_output(self.attention.qkv, "qkv")
-        self.on_call(self.attention, "position_embeddings")
+        self.on_output(self.module.qkv, "qkv")
+        self.on_call(self.module, "position_embeddings")
 
     def saliency(self, lengths: Sequence[int]) -> list[Tensor]:
         """Mean attention received, one tensor per image, float32, shape (n_patches,).
@@ -272,7 +260,7 @@ class PackedRecorder(Recorder):
         Args:
             lengths: patches per image, in the order of the sequence.
         """
-        n_heads, scale = self.attention.num_heads, self.attention.scaling
+        n_heads, scale = self.module.num_heads, self.module.scaling
         queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
         cos, sin = self.seen("position_embeddings")
         scores, start = [], 0

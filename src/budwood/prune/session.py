@@ -6,7 +6,8 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
-from budwood.prune.budget import Budget
+from budwood.prune.budget import Budgets
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import family_of
 from budwood.prune.generation import (
@@ -35,7 +36,7 @@ from budwood.prune.question import Question, QuestionRule
 from budwood.prune.report import Call, ImageReport, Timing
 from budwood.prune.selection import resolve_method
 from budwood.prune.turns import CachedPrompt, cached_prompt, refuse_new_images
-from budwood.unwrap import innermost
+from budwood.unwrap import compiled_around, innermost
 
 _ABSENT = object()
 
@@ -44,7 +45,7 @@ def attach(
     model: Any,
     *,
     method: str | Method = "adav",
-    keep: int | float = 64,
+    keep: int | float | Sequence[int | float] = 64,
     compat: str | None = None,
     question: QuestionRule = "all",
     forward: bool = False,
@@ -71,7 +72,9 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image (int), or a fraction of them (float in (0, 1]). An image that has no
+        keep: tokens per image (int), or a fraction of them (float in (0, 1]), or a list with one
+            of these for each image of a call. Only candidates count: tokens that always stay, such
+            as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image that has no
             more keeps all, and the report says so.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         question: which text counts as the question; ``"all"`` (the published choice), ``"turn"`` or
@@ -104,13 +107,15 @@ def attach(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
             f"encode(model, inputs, method={chosen.name!r})"
         )
+    if chosen.needs_saliency and encoded is None:
+        _refuse_compiled(family, chosen.name)
     if chosen.needs_vocabulary:
         chosen = chosen.fitted(Common.of_model(model))
     pruner = Pruner(
         model,
         family,
         chosen,
-        Budget.parse(keep),
+        Budgets.parse(keep),
         Question.for_model(question, model, family.wrapping_ids, processor),
         seed,
         timing,
@@ -139,6 +144,7 @@ class PruneSession:
         self.pruner = pruner
         self._saved: dict[str, Any] = {}
         self._calls = Calls()
+        self._warned_of_video = False
         self._override("generate", self._generate)
         if forward:
             self._override("forward", self._forward)
@@ -219,7 +225,9 @@ class PruneSession:
         self._calls.begin()
         ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
         if ids is None or (cached is None and not _has_images(kwargs)):
-            return original(**kwargs)
+            self._say_videos(kwargs)
+            self._calls.note(kwargs.get("streamer"))
+            return self._calls.note(original(**kwargs))
         refuse_impossible(kwargs, self.model)
         kwargs.pop("inputs", None)
         kwargs["input_ids"] = ids
@@ -269,6 +277,15 @@ class PruneSession:
         output = original(**cut)
         CachedPrompt.of(ids, cut).note(getattr(output, "past_key_values", None))
         return self._calls.note(output)
+
+    def _say_videos(self, kwargs: dict[str, Any]) -> None:
+        """Warn once that a video goes to the LLM whole, and note it for the report."""
+        names = self.pruner.family.video_inputs
+        if any(kwargs.get(name) is not None for name in names):
+            self._calls.last = Call(whole_video=True)
+            if not self._warned_of_video:
+                warnings.warn("videos are not pruned: all their tokens are kept", stacklevel=4)
+            self._warned_of_video = True
 
     def _cut(self, inputs: dict[str, Any], pad: int) -> dict[str, Any]:
         cut = self.pruner.cut(inputs, pad)
@@ -365,5 +382,14 @@ def _refuse_attached(model: Any) -> None:
     if held is not None:
         raise AttachError(
             f"{type(model).__name__} is attached to already (method {held.pruner.method.name!r}, "
-            f"keep={held.pruner.budget.keep}); detach that session first"
+            f"keep={held.pruner.budgets.keep}); detach that session first"
+        )
+
+
+def _refuse_compiled(family: Any, method: str) -> None:
+    name = compiled_around(family.model.base_model, family.recorder({}).module)
+    if name is not None:
+        raise AttachError(
+            f"{name} is compiled, which hides the attention that method {method!r} reads; compile "
+            "the language model alone, or choose a method without saliency (budwood ls methods)"
         )
