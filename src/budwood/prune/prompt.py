@@ -105,8 +105,8 @@ class Pruned:
             first = int(positions[~fine.to(positions.device)][0])
             raise InputError(
                 f"logits_to_keep asks for position {first}, which pruning drops, or moves to a "
-                "different column in each row; give a number of last positions (int), or one row at "
-                "a time"
+                "different column in each row; give a number of last positions (int), or one row "
+                "at a time"
             )
         return columns[0]
 

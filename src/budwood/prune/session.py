@@ -47,7 +47,7 @@ def attach(
     method: str | Method = "adav",
     keep: int | float | Sequence[int | float] = 64,
     compat: str | None = None,
-    question: QuestionRule = "all",
+    question: QuestionRule = "current",
     forward: bool = False,
     seed: int = 0,
     processor: Any = None,
@@ -77,12 +77,13 @@ def attach(
             as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image that has no
             more keeps all, and the report says so.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
-        question: which text counts as the question; ``"all"`` (the published choice), ``"turn"`` or
-            a function, see :class:`budwood.prune.question.Question`.
+        question: which text counts as the question: ``"current"``, the user's last turn;
+            ``"turn"``, the turn of the image; ``"all"``, everything after the image, as published;
+            or a function. See :class:`budwood.prune.question.Question`.
         forward: prune plain calls of the model as well.
         seed: for methods that draw. An image's draw depends on it and on its number in the call.
-        processor: the model's processor. With it, ``question="turn"`` leaves out the chat
-            template's words, and the report's boxes allow for cropped pictures.
+        processor: the model's processor. Give it for chats: with it the question is told from the
+            chat template's words, and the report's boxes allow for cropped pictures.
         timing: wait for the GPU so that ``session.timing`` is exact there.
         encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
             then does not run.
