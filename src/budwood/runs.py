@@ -1,4 +1,4 @@
-"""The folder of a run: what it is a run of, how far it is, and its history."""
+"""The folder of a run: its settings, its status, its checkpoints and its history."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from budwood.errors import InputError, OutputError
-from budwood.files import write_text
+from budwood.files import read_json, write_text
 
 _STATE, _HISTORY, _LOCK = "run.json", "history.jsonl", ".lock"
 
 
 class RunFolder:
-    """A folder that holds one run and no other.
+    """A folder that holds one run.
 
-    A new or empty folder becomes that of the run. One that holds the same run is gone on with.
+    A new or empty folder becomes that of the run. A folder that holds the same run continues it.
 
     Args:
         path: the folder.
-        config: what makes the run what it is, as JSON values.
+        config: the settings that identify the run, as JSON values.
 
     Raises:
         OutputError: the folder holds another run or other files, or can't be written.
@@ -45,7 +45,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other processes from this run for a while.
+        """Lock the run against other processes.
 
         Raises:
             OutputError: another process has it.
@@ -54,14 +54,14 @@ class RunFolder:
             lock = FileLock(self.path / _LOCK, timeout=0).acquire()
         except Timeout as error:
             raise OutputError(
-                f"another process is at the run in {self.path}; wait for it or stop it, or choose "
-                "another folder"
+                f"another process works on the run in {self.path}; wait for it or stop it, or "
+                "choose another folder"
             ) from error
         with lock:
             yield
 
     def complete(self) -> None:
-        """Note that the run is over."""
+        """Mark the run as complete."""
         self._write("complete")
         self.is_complete = True
 
@@ -78,13 +78,13 @@ class RunFolder:
         return sorted(paths, key=lambda path: int(path.name.split("-")[-1]))
 
     def drop_checkpoints(self, only_broken: bool = False) -> None:
-        """Remove checkpoints; the trainer would stumble over broken ones."""
+        """Remove checkpoints, or only those that are incomplete."""
         for path in self.checkpoints():
             if not (only_broken and _is_whole(path)):
                 shutil.rmtree(path)
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows noted so far, each with a ``step``."""
+        """The rows noted so far; each has a ``step``."""
         file = self.path / _HISTORY
         if not file.exists():
             return []
@@ -102,7 +102,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget what was noted after a step, which will be run again."""
+        """Drop the rows after a step, which will be run again."""
         kept = [row for row in self.history() if row.get("step", 0) <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.path / _HISTORY, text)
@@ -113,7 +113,7 @@ class RunFolder:
             return None
         found = read_json(file)
         if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-            raise InputError(f"{file} says of no run of budwood what it is; choose another folder")
+            raise InputError(f"{file} does not describe a run of budwood; choose another folder")
         return found
 
     def _write(self, status: str) -> None:
@@ -122,30 +122,16 @@ class RunFolder:
 
 
 def refuse_other_files(path: Path) -> None:
-    """Refuse a place where no run can begin or go on, as far as that takes no look at the run.
+    """Refuse a path that is a file, or a folder whose files are not those of a run.
 
     Raises:
         OutputError: it is a file, or a folder with files that are no run's.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; give a folder")
-    names = {one.name for one in path.iterdir()} if path.is_dir() else set()
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     if _STATE not in names and any(not name.startswith(".") for name in names):
         raise OutputError(f"{path} is not empty and holds no run of budwood; choose another folder")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        InputError: it can't be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
 
 
 def _refuse_another(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -157,12 +143,12 @@ def _refuse_another(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, An
     if different:
         raise OutputError(
             f"{path} holds another run ({'; '.join(different[:3])}); choose another folder, or "
-            "repeat its settings to go on with it"
+            "repeat its settings to continue it"
         )
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the file that is written last is there and complete."""
+    """Whether the file that the trainer writes last is there and complete."""
     try:
         return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from budwood import records
+from budwood.cli.columns import Column, Columns
 from budwood.cli.results import Results
 from budwood.sprout.questions import KINDS
 
@@ -176,5 +177,5 @@ def test_results_are_printed_before_they_are_drawn(tmp_path, capsys):
     results = Results(None, False, False, plot=tmp_path / "plot.png")
     record = records.new_record("bench", [{"score": 0.75}], seed=0, config={})
     with pytest.raises(RuntimeError, match="no picture"):
-        results.publish(record, {"score": ("score", ".2f")}, draw=fail)
+        results.publish(record, Columns(Column("score", ".2f")), draw=fail)
     assert "0.75" in capsys.readouterr().out and not any(tmp_path.iterdir())

@@ -247,7 +247,7 @@ def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):
     assert kept() == ("partial", ["frozen", "tokens", "adabn"])
     cut_at.clear()
     result = budwood(*command, "--methods", "t3a")
-    assert "goes on with" in result.stderr
+    assert "continues" in result.stderr
     assert kept() == ("complete", ["frozen", "tokens", "adabn", "t3a"]) and measured == kept()[1]
     whole = records.read(out)
     assert whole.rows[:2] == first.rows and whole.config["methods"] == measured

@@ -193,7 +193,7 @@ def test_tune(tuned, budwood, lm_dir, data):
     other = other_weights(lm_dir, folder.parent / "other" / lm_dir.name)
     refused_with_bars(budwood(*command(other, data, folder)), "holds another run", "weights")
     (folder / "run.json").write_text("[]")
-    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json says of no run")
+    refused_with_bars(budwood(*command(lm_dir, data, folder)), "run.json does not describe a run")
 
 
 def test_the_rate_where_none_is_given(budwood, lm_dir, data, tmp_path):
@@ -296,7 +296,7 @@ def test_one_process_at_a_time(budwood, lm_dir, data, tmp_path):
     words = [sys.executable, "-c", held, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        refused_with_bars(budwood(*line), "another process is at the run in")
+        refused_with_bars(budwood(*line), "another process works on the run in")
         other.communicate()
     assert budwood(*line).exit_code == 0
 
@@ -502,8 +502,9 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "no.txt"), "no file")
     for option, value in (("windows", -1), ("batch", 0), ("batch", -1), ("prompts", -60)):
         refused(budwood("tune", "eval", tmp_path, f"--{option}", value), f"{option}={value} is")
-    for option in ("limit", "seed"):
-        refused(budwood("tune", "eval", tmp_path, f"--{option}", -1), f"{option}=-1 is below 0")
+    refused(budwood("tune", "eval", tmp_path, "--limit", -1), "limit=-1 is below 0")
+    for line in (("tune", "eval", tmp_path), ("tune", file, "--output", out)):
+        refused(budwood(*line, "--seed", -1), "seed=-1 is out of range", "0 to 4294967295")
     export = ["tune", "export-lora", tmp_path, "--output", out, "--calibration", file]
     for option, value in (("limit", 0), ("max-length", 0), ("rank", -1)):
         refused(budwood(*export, f"--{option}", value), f"={value} is below")

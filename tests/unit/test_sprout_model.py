@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from budwood.errors import InputError
-from budwood.prune import prepare
-from budwood.sprout import balanced, example, load_vlm, make_scene, vlm_directory
+from budwood.sprout import balanced, load_vlm, make_scene, vlm_directory
 from budwood.sprout.gguf import load_llama
 from budwood.sprout.model import (
     LORA_ALPHA,
@@ -84,19 +83,6 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     assert torch.equal(model(ids).logits, wanted(ids).logits)
     for key in ("eos_token_id", "max_position_embeddings", "rope_parameters", "rms_norm_eps"):
         assert getattr(model.config, key) == getattr(wanted.config, key)
-
-
-def test_the_first_load_is_as_every_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path))
-    image, question = example()
-    logits, ids = [], []
-    for _ in range(2):  # the second reads what the first has saved
-        model, processor = load_vlm()
-        inputs = prepare(processor, [image], [question])
-        ids.append(inputs["input_ids"])
-        with torch.no_grad():
-            logits.append(model(**inputs).logits)
-    assert torch.equal(*ids) and torch.equal(*logits)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

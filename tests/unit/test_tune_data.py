@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
-from budwood.tune.data import example_of, is_file, read_examples, styled
+from budwood.loading import is_file_name
+from budwood.tune.data import example_of, read_examples, styled
 from budwood.tune.encoding import IGNORED, Padded, encode, encode_one, prompt_tokens
 from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.trainer import LengthGrouped, grouped_order
@@ -96,8 +97,8 @@ def test_what_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "questions").touch()
     (tmp_path / "boolq").mkdir()
-    assert all(map(is_file, ("a.txt", "b/c.jsonl", "c.json", "./d", "~/e", "questions")))
-    assert not any(map(is_file, ("boolq", "hellaswag", "allenai/ai2_arc")))
+    assert all(map(is_file_name, ("a.txt", "b/c.jsonl", "c.json", "./d", "~/e", "questions")))
+    assert not any(map(is_file_name, ("boolq", "hellaswag", "allenai/ai2_arc")))
 
 
 def test_too_long_examples_are_left_out():

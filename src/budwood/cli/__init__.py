@@ -1,4 +1,4 @@
-"""The command line, one file a command."""
+"""The command line, one file per command."""
 
 from __future__ import annotations
 
@@ -19,31 +19,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("prune")(prune)
+app.command("demo", short_help="See pruning at work, offline, in half a minute.")(demo.demo)
+app.command("prune", short_help="Ask about a picture with all visual tokens and with few.")(prune)
+app.add_typer(
+    tune.app, name="tune", short_help="Fine-tune a language model so that it forgets little."
+)
 app.command("classify")(classify)
-app.command("demo")(demo.demo)
-app.add_typer(tune.app, name="tune")
-app.add_typer(bench.app, name="bench")
-app.add_typer(ls.app, name="ls")
 app.add_typer(points.app, name="points")
+app.add_typer(ls.app, name="ls")
+app.add_typer(bench.app, name="bench", short_help="Run benchmarks and print their tables.")
 
 
 @app.callback(invoke_without_command=True)
-def root(context: typer.Context, version: bool = typer.Option(False, "--version")) -> None:
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
     """New abilities for frozen pretrained transformers.
 
-    prune: a vision-language model answers from a tenth of its visual tokens, with no training.
-    tune: a language model is fine-tuned and forgets little.
-    classify, points: objects made of a few dozen points are named with words from a list.
+    \b
+    prune     a vision-language model answers from a tenth of its visual tokens
+    tune      a language model learns a task and forgets little of what it knew
+    classify  objects of a few dozen points get labels from your own list
 
-    Bad input ends with one line on standard error and exit code 2.
+    Everything runs offline on embedded models; --model takes your own. Bad input ends with one
+    line on standard error and exit code 2.
 
     \b
     Examples:
       budwood demo
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
-      budwood classify chair.ply --labels chair,table,"desk lamp" --points 64
       budwood tune train.jsonl --output tuned
+      budwood classify chair.ply --labels chair,table,"desk lamp" --points 64
     """
     if version:
         typer.echo(f"budwood {budwood.__version__}")
@@ -51,10 +58,10 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
         typer.echo(context.get_help())
 
 
-# It says at its import, which PEFT sees to, what it lacks for 4-bit weights.
+# PEFT imports bitsandbytes, which logs what it lacks for 4-bit weights.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:
-    """The entry point of the command line."""
+    """Run the command line."""
     app(prog_name="budwood")

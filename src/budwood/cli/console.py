@@ -55,21 +55,19 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(
     rows: Sequence[Mapping[str, Any]],
-    columns: Iterable[Column] | Mapping[str, tuple[str, str]],
+    columns: Iterable[Column],
     title: str = "",
 ) -> None:
     """Print a table on standard output.
 
     Args:
         rows: such as those of a record.
-        columns: what to show; or key → heading and format spec.
+        columns: what to show.
         title: above the table.
     """
     from rich.table import Table
     from rich.text import Text
 
-    if isinstance(columns, Mapping):
-        columns = [Column(key, spec, heading) for key, (heading, spec) in columns.items()]
     columns = list(columns)
     table = Table(
         title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)

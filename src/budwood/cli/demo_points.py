@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,25 +67,34 @@ def demo(
         about = {"points": points, "steps": steps, "n_clouds": len(rows)}
         print_json({**about, **correct, "rows": rows})
         return
-    n_classes = len(tested.classes)
-    out().print(
-        f"{len(rows)} objects of {n_classes} classes that adaptation never saw, {points} points "
-        f"each: {correct['before']:.1%} get the right label before adaptation, "
-        f"{correct['after']:.1%} after.\n\n{len(shown)} of them, evenly spread:",
-        markup=False,
-        soft_wrap=True,
-    )
-    print_table(shown, COLUMNS)
+    _print(rows, shown, correct, points)
     drawn = _draw(tested, shown[0], points, seed, picture)
     labels = ",".join(dict.fromkeys((shown[0]["truth"], *tested.classes[:6])))
     out().print(
-        (f"\nThe first of them, dense and sparse, is drawn in {picture}.\n" if drawn else "")
-        + "\nNext:\n"
+        (f"\nThe first of them is drawn in {picture}.\n" if drawn else "") + "\nNext:\n"
         f'  budwood classify {shown[0]["cloud"]} --labels "{labels}" --adapter {adapted}\n'
         "  budwood bench points --methods tokens,adabn,sparse-lora --points 64 --seeds 1",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _print(
+    rows: list[dict[str, Any]],
+    shown: list[dict[str, Any]],
+    correct: dict[str, float],
+    points: int,
+) -> None:
+    n_classes = len({row["truth"] for row in rows})
+    out().print(
+        f"{len(rows)} objects of {n_classes} classes that adaptation never saw, {points} points "
+        f"each: {correct['before']:.1%} get the right label before adaptation, "
+        f"{correct['after']:.1%} after.\n\n{sum(map(_gained, rows))} labels become right and "
+        f"{sum(map(_lost, rows))} become wrong, such as:",
+        markup=False,
+        soft_wrap=True,
+    )
+    print_table(shown, COLUMNS)
 
 
 def _adapt(given: CloudSet, model: PointEncoder, folder: Path, steps: int, seed: int) -> Adapter:
@@ -114,26 +124,40 @@ def _classify(
 def _save_some(
     tested: CloudSet, rows: list[dict[str, Any]], points: int, seed: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Save some clouds, evenly spread over the classes; their rows get the files' names.
+    """Save some of the clouds that change their label; their rows get the files' names.
 
     Returns:
-        These rows: those that adaptation corrects first.
+        These rows, with the index of the cloud: right labels first, as many as their fraction.
     """
     import numpy as np
 
     from budwood.points import Cloud, sample
 
+    gained = [i for i, row in enumerate(rows) if _gained(row)]
+    lost = [i for i, row in enumerate(rows) if _lost(row)]
+    n_lost = round(SHOWN * len(lost) / max(1, len(gained) + len(lost)))
+    chosen = [*_spread(gained, SHOWN - n_lost), *_spread(lost, n_lost)]
     shown = []
-    for path, index in zip(
-        _files(folder), np.linspace(0, len(rows) - 1, SHOWN).round().astype(int)
-    ):
+    for path, index in zip(_files(folder), chosen or _spread(range(len(rows)), SHOWN)):
         sparse = sample(Cloud(tested.xyz[index].astype("float64")), points, seed=seed)
-        write_whole(path, _saver(sparse.xyz))
-        rows[index] |= {"cloud": str(path)}
-        shown.append({**rows[index], "index": int(index)})
-    return sorted(
-        shown, key=lambda row: (row["after"] != row["truth"], row["before"] == row["truth"])
-    )
+        write_whole(path, lambda part, xyz=sparse.xyz: np.save(part, xyz))
+        rows[index]["cloud"] = str(path)
+        shown.append({**rows[index], "index": index})
+    return shown
+
+
+def _gained(row: dict[str, Any]) -> bool:
+    return row["before"] != row["truth"] == row["after"]
+
+
+def _lost(row: dict[str, Any]) -> bool:
+    return row["before"] == row["truth"] != row["after"]
+
+
+def _spread(indices: Sequence[int], n: int) -> list[int]:
+    """At most ``n`` of the indices, evenly spread."""
+    n = min(n, len(indices))
+    return [indices[(2 * i + 1) * len(indices) // (2 * n)] for i in range(n)]
 
 
 def _draw(tested: CloudSet, row: dict[str, Any], points: int, seed: int, path: Path) -> bool:
@@ -154,9 +178,3 @@ def _draw(tested: CloudSet, row: dict[str, Any], points: int, seed: int, path: P
 
 def _files(folder: Path) -> list[Path]:
     return [folder / f"cloud-{number}.npy" for number in range(1, SHOWN + 1)]
-
-
-def _saver(xyz: Any) -> Any:
-    import numpy as np
-
-    return lambda part: np.save(part, xyz)

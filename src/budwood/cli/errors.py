@@ -1,4 +1,4 @@
-"""The one place where errors become a line and an exit code."""
+"""Errors become one line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
 
-# The base of typer's usage errors. It has no public name: it is click's, which typer brings along
-# in newer versions and takes from the package in older ones.
+# The base of typer's usage errors. It has no public name: newer versions of typer contain click,
+# older ones import it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class Commands(TyperGroup):
-    """Ends with one line and exit code 2 on bad input, and lets every other exception through."""
+    """A group of commands that ends with one line and exit code 2 on bad input."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:

@@ -9,6 +9,7 @@ import typer
 
 from budwood import catalogue
 from budwood.cli import options
+from budwood.cli.columns import Column
 from budwood.cli.console import print_json, print_table
 from budwood.registry import Entry
 
@@ -101,4 +102,4 @@ def _show(title: str, entries: Mapping[str, Entry], columns: tuple[str, ...], js
     if json:
         print_json({title: rows})
     else:
-        print_table(rows, {key: (key, "") for key in rows[0]})
+        print_table(rows, [Column(key) for key in rows[0]])

@@ -9,25 +9,27 @@ import typer
 
 from budwood.checks import need_seed
 from budwood.cli import options
+from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.cli.pictures import read_picture
 from budwood.files import write_whole
+from budwood.loading import SPROUT, check_source
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from budwood.prune.compare import Comparison
 
-_COLUMNS = {
-    "": ("", ""),
-    "n_visual": ("visual tokens", ""),
-    "answer": ("answer", ""),
-    "total_ms": ("first token ms", ".0f"),
-    "encode_ms": ("encoder", ".0f"),
-    "select_ms": ("selection", ".0f"),
-    "prefill_ms": ("LLM", ".0f"),
-}
+COLUMNS = Columns(
+    Column(""),
+    Column("n_visual", heading="visual tokens"),
+    Column("answer"),
+    Column("total_ms", ".0f", "first token ms"),
+    Column("encode_ms", ".0f", "encoder"),
+    Column("select_ms", ".0f", "selection"),
+    Column("prefill_ms", ".0f", "LLM"),
+)
 
 
 def prune(
@@ -46,10 +48,10 @@ def prune(
         str,
         typer.Option(
             "--question",
-            metavar="all|turn",
-            help="Text to choose by: all after the picture, or the user's words alone.",
+            metavar="current|all|turn",
+            help="Text to choose by: your words, or all text after the picture, as published.",
         ),
-    ] = "all",
+    ] = "current",
     compat: Annotated[
         str | None,
         typer.Option(metavar="official", help="Another way to write --method adav-official."),
@@ -74,6 +76,7 @@ def prune(
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
       budwood prune photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
+    check_source(model, SPROUT)
     attached = _checked(keep, method, compat, span, seed)
     if overlay:
         reserve_picture(overlay, force)
@@ -172,7 +175,7 @@ def _print(comparison: Comparison) -> None:
     full = {"": "all tokens", "answer": comparison.answer_full, "n_visual": report.n_before}
     kept = {"": "kept tokens", "answer": comparison.answer, "n_visual": report.n_after}
     rows = [full | comparison.first_full.as_dict(), kept | comparison.first.as_dict()]
-    print_table(rows, _COLUMNS)
+    print_table(rows, COLUMNS)
     out().print(_split_line(comparison), markup=False)
 
 

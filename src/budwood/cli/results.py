@@ -1,4 +1,4 @@
-"""Where the results of a benchmark go: a record, a plot, and a table or JSON."""
+"""What a benchmark writes and prints: a record, a plot, and a table or JSON."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from budwood.files import write_whole
 
 @dataclass(frozen=True)
 class Results:
-    """Made before the slow work begins, so that it is not done in vain.
+    """The outputs of a benchmark, checked before its slow work begins.
 
     Args:
         out: file of the record.
         force: overwrite files that exist.
         json: print the record and nothing else.
         plot: file of the plot.
-        resumes: a record of a run that was cut off is gone on with.
+        resumes: continue an interrupted run from its partial record.
 
     Raises:
         OutputError: a file exists and ``force`` is off, or cannot be written.
-        InputError: a plot is wanted and matplotlib is missing.
+        MissingPackageError: a plot is wanted and matplotlib is missing.
     """
 
     out: Path | None
@@ -49,15 +49,15 @@ class Results:
             need_matplotlib()
 
     def begun(self, record: records.Record, free: str) -> list[records.Row]:
-        """Rows of a run that was cut off, from its record; none if there is none.
+        """The rows that an interrupted run has measured; none if there is no such run.
 
         Args:
-            record: of this run, without rows. Its config, commit and versions must be those of the
-                run that was cut off.
+            record: of this run, without rows. Config, commit and versions must equal those of the
+                interrupted run.
             free: key of the config that may differ.
 
         Raises:
-            InputError: the record is of another run.
+            InputError: the partial record is that of another run.
         """
         partial = None if self.force else self._partial()
         if partial is None:
@@ -70,11 +70,11 @@ class Results:
                 f"{self.out} holds part of another run ({what}); choose another name, or overwrite "
                 "it with --force"
             )
-        say(f"goes on with {self.out}")
+        say(f"continues {self.out}")
         return partial.rows
 
     def keep(self, record: records.Record) -> None:
-        """Write what was measured so far."""
+        """Write the rows measured so far, as a partial record."""
         if self.out:
             records.write(replace(record, status="partial"), self.out, overwrite=True)
 
@@ -82,10 +82,10 @@ class Results:
         if not (self.resumes and self.out and self.out.is_file()):
             return None
         try:
-            found = records.read(self.out)
+            record = records.read(self.out)
         except InputError:
             return None
-        return found if found.status == "partial" else None
+        return record if record.status == "partial" else None
 
     def publish(
         self,
@@ -96,12 +96,12 @@ class Results:
         notes: Iterable[str] = (),
         draw: Callable[[list[records.Row], Path], object] | None = None,
     ) -> None:
-        """Write and print what was measured.
+        """Write the record, print it, and draw it.
 
         Args:
-            record: what was measured.
+            record: the measurement.
             columns: of the table.
-            rows: of the table, where they are not the record's.
+            rows: of the table; by default those of the record.
             notes: lines below the table.
             draw: draws the record's rows to a file.
         """

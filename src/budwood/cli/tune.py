@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
+from budwood.cli.output import need_parent
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
 from budwood.errors import InputError
@@ -53,7 +54,7 @@ app.command("export-lora", short_help="Write an ordinary LoRA from an adapter.")
 
 @app.callback(invoke_without_command=True)
 def tune(context: typer.Context) -> None:
-    """Fine-tune a language model so that it forgets little else; see what it learnt.
+    """Fine-tune a language model so that it forgets little, and evaluate it.
 
     `budwood tune FILE …` is short for `budwood tune run FILE …`.
 
@@ -137,7 +138,13 @@ def run(
       budwood tune eval tuned --target test.jsonl
     """
     from budwood.cli.models import be_quiet
-    from budwood.loading import third_party_warnings_off
+    from budwood.loading import check_data_source, check_source, third_party_warnings_off
+
+    for source in train:
+        check_data_source(source)
+    check_source(model, "smollm2")
+    need_parent(output)
+
     from budwood.tune import Settings, finetune
 
     settings = Settings(

@@ -11,6 +11,7 @@ import typer
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, say, working
+from budwood.cli.output import need_parent
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def export_lora(
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
+    need_parent(output)
     empty_folder(output)  # refuses other places, before a model is loaded
     examples = {
         name: draw(read_examples(source, style), limit, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -61,7 +61,7 @@ def classify(
 ) -> Iterator[Ranking]: ...
 
 
-def classify(
+def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options stands for all)
     clouds: CloudLike | Iterable[CloudLike],
     labels: Sequence[str] | TextEmbeddings | None = None,
     *,
@@ -143,7 +143,7 @@ def classify(
     rankings = _rankings(prepared, classes, model, adapter, top, batch_size)
     if not is_one_cloud(clouds) and isinstance(clouds, Iterator):
         return rankings
-    if hasattr(clouds, "__len__") and len(clouds) == 0:
+    if isinstance(clouds, Sized) and len(clouds) == 0:
         raise InputError("there are no clouds; give at least one")
     return list(rankings)
 

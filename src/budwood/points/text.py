@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from budwood.errors import InputError, OutputError, ShapeError, first_line
-from budwood.files import write_whole
+from budwood.files import cache_folder, write_whole
 from budwood.points.labels import check_labels, resolve_templates
 from budwood.points.towers import TOWERS, TextTower
 
@@ -201,8 +201,7 @@ def _cache_key(tower: str, templates: Sequence[str], labels: Sequence[str]) -> s
 
 
 def _cache_file(key: str) -> Path:
-    root = Path(os.environ.get("BUDWOOD_CACHE", Path.home() / ".cache" / "budwood"))
-    return root / "text" / f"{key}.safetensors"
+    return cache_folder() / "text" / f"{key}.safetensors"
 
 
 def _read_cache(key: str, n_labels: int) -> Tensor | None:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from budwood.errors import InputError
+from budwood.errors import InputError, OutputError
+from budwood.files import cache_folder, write_whole
 from budwood.sprout.gguf import load_llama
 from budwood.sprout.scenes import SIZE
 
@@ -117,7 +115,8 @@ def load_llm(dtype: torch.dtype = torch.bfloat16) -> Any:
         return llm
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(dtype)
+    llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return llm.to(dtype)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
@@ -213,8 +212,8 @@ def load_vlm(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load the sprout VLM and its processor, ready to answer.
 
-    The first call assembles it and keeps it under `$BUDWOOD_CACHE` (default `~/.cache/budwood`,
-    290 MB), in an ordinary `save_pretrained` folder. Later calls load that.
+    The first call assembles the model and keeps it in an ordinary `save_pretrained` folder of
+    290 MB under `$BUDWOOD_CACHE` (default `~/.cache/budwood`). Later calls load it from there.
 
     Args:
         dtype: default bfloat16 where the processor computes in it, else float32.
@@ -224,42 +223,28 @@ def load_vlm(
     """
     if dtype is None:
         dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    folder = _folder()
-    if not folder.exists():
-        model, processor = _assemble_in(folder)
-        return model.to(dtype), processor
+    folder = vlm_directory()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     return model.eval(), LlavaProcessor.from_pretrained(folder)
 
 
 def vlm_directory() -> Path:
     """A `save_pretrained` folder of sprout, made on first use and when its parts have changed."""
-    folder = _folder()
-    if not folder.exists():
-        _assemble_in(folder)
-    return folder
-
-
-def _folder() -> Path:
-    cache = Path(os.environ.get("BUDWOOD_CACHE", Path.home() / ".cache" / "budwood"))
-    return cache / f"sprout-{_fingerprint()}"
-
-
-def _assemble_in(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Assemble sprout and save it, whole or not at all."""
+    folder = cache_folder() / f"sprout-{_fingerprint()}"
+    if folder.exists():
+        return folder
     model, processor = build_vlm()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="sprout-part-", dir=folder.parent))
-    try:
+
+    def save(part: Path) -> None:
         model.save_pretrained(part)
         processor.save_pretrained(part)
-        part.rename(folder)
-    except OSError:
+
+    try:
+        write_whole(folder, save)
+    except OutputError:
         if not folder.exists():  # another process may have been faster
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return model, processor
+    return folder
 
 
 def _fingerprint() -> str:

@@ -1,23 +1,21 @@
 """Fine-tune a language model so that it learns a task and keeps what it knew: SLIM.
 
-Importing this package registers the adapter type ``SLIM`` with PEFT. The rest is PEFT as usual:
-``peft.get_peft_model(model, SlimConfig())``, ``Trainer``, ``save_pretrained``,
-``PeftModel.from_pretrained``.
+:func:`finetune` goes from data to a saved adapter. Importing this package registers the adapter
+type ``SLIM`` with PEFT, for a Trainer of your own: ``peft.get_peft_model(model, SlimConfig())``,
+``Trainer``, ``save_pretrained``, ``PeftModel.from_pretrained``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from budwood.errors import MissingPackageError
+from budwood import optional
 from budwood.lazy import lazy_exports
 
 try:
     import peft as _peft  # noqa: F401
 except ImportError as error:
-    raise MissingPackageError(
-        f"budwood.tune needs PEFT ({error}): pip install 'budwood[tune]'"
-    ) from error
+    raise optional.missing_package("peft", "budwood.tune", error) from error
 
 from budwood.tune.config import SlimConfig
 from budwood.tune.layer import SlimLinear

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, UnknownNameError, first_line
+from budwood import optional
+from budwood.errors import BudwoodError, InputError, UnknownNameError, first_line
+from budwood.hub import hub_or_cache
+from budwood.loading import is_file_name
 
 STYLES = ("cloze", "listed")
 """How a question with choices is asked: alone, or with its choices listed below it."""
@@ -111,7 +114,7 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
     """
     if style not in STYLES:
         raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
-    rows = _rows_of_file(Path(source)) if is_file(source) else _rows_of_hub(source, split)
+    rows = _rows_of_file(Path(source)) if is_file_name(source) else _rows_of_hub(source, split)
     examples = [_parsed(row, style, where) for where, row in rows]
     if not examples:
         raise InputError(f"{source} is empty; give lines such as {FORMATS}")
@@ -254,13 +257,6 @@ def _need_text(value: Any, what: str) -> None:
         ) from None
 
 
-def is_file(source: str) -> bool:
-    """Whether a source is a file, there or missing, and not the name of a dataset or task."""
-    path = Path(source)
-    looks = path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~"))
-    return path.is_file() or looks
-
-
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
@@ -285,15 +281,13 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows_of_hub(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(
-            f"there is no file {source}, and datasets of the hub need: pip install 'budwood[tune]'"
-        ) from error
     name, _, config = source.partition(":")
     try:
-        rows = load_dataset(name, config or None, split=split)
+        with hub_or_cache(name, kind="dataset", what="dataset", instead="give a file"):
+            datasets = optional.need("datasets", f"{source} is no file, and a dataset of the hub")
+            rows = datasets.load_dataset(name, config or None, split=split)
+    except BudwoodError:
+        raise
     except Exception as error:  # whatever the hub's client raises for what is not there
         raise InputError(
             f"{source} is neither a file nor a dataset to be had: {first_line(error)}"

@@ -16,7 +16,7 @@ from budwood.tune.data import Example
 
 _MARK, _REPLY = "@@request@@", "@@reply@@"
 DAY = date(2025, 1, 1)
-"""What chat templates that write today's date are told."""
+"""The date that chat templates get as today's."""
 IGNORED = -100
 """Label of a token that is not supervised."""
 
@@ -114,17 +114,16 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
 def render(
     tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool, where: str = ""
 ) -> str:
-    """A conversation as the text that the chat template makes of it.
+    """Render a conversation through the chat template.
 
     Args:
         tokenizer: with a chat template.
         messages: dicts of ``role`` and ``content``.
-        prompt: go on to where the assistant begins.
-        where: file and line of the conversation, for the message of an error.
+        prompt: continue to where the assistant begins.
+        where: file and line of the conversation, for error messages.
 
     Raises:
-        InputError: the chat template refuses the conversation, as those without a place for a
-            system prompt do.
+        InputError: the chat template refuses the conversation, such as one with a system prompt.
     """
     try:
         return tokenizer.apply_chat_template(
@@ -143,9 +142,9 @@ def render(
 
 
 def dated_template(tokenizer: Any) -> str:
-    """The chat template, to which today is always ``DAY``.
+    """The chat template, in which today is always ``DAY``.
 
-    Otherwise a run could not be gone on with, or a score be repeated, the day after.
+    Otherwise no run could be resumed, and no score be repeated, on the next day.
 
     Raises:
         ValueError: there is none.
@@ -170,9 +169,9 @@ def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
 
 
 def lead_of(tokenizer: Any) -> str:
-    """What a chat template writes between where the assistant begins and what it says.
+    """The text that a chat template writes between the assistant's start and its reply.
 
-    An empty block of thoughts (Qwen3), or a space (Mistral): training learns it with the answer.
+    An empty block of thoughts (Qwen3), or a space (Mistral); it is supervised with the answer.
 
     Args:
         tokenizer: with a chat template, or without one.
@@ -187,7 +186,7 @@ def lead_of(tokenizer: Any) -> str:
 
 
 def tokens_before_request(tokenizer: Any) -> list[int]:
-    """What a chat template puts before what the user says.
+    """The tokens that a chat template puts before a user's message.
 
     Raises:
         UnsupportedModelError: the template shows no such place.
@@ -210,18 +209,18 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class Padded:
-    """Puts rows together so that they end together.
+    """Collates examples into a batch, padded on the left.
 
-    Answers are then at the end of every row, and logits of the rest need not be computed: with a
-    large vocabulary they cost as much as many layers. Models with a state that runs through the
-    row, some of which read padding, have it behind the row instead.
+    All answers then end at the last position, and the logits before them need not be computed,
+    which with a large vocabulary saves as much as many layers cost. Models with a running state,
+    some of which read padding, get it on the right instead.
 
     Args:
         pad_id: the padding token.
         multiple: lengths are padded to a multiple of this.
-        trim: give ``logits_to_keep``, and labels for those positions alone.
-        n_before: positions to keep before the first label as well.
-        count: give ``position_ids``, from each row's own beginning.
+        trim: add ``logits_to_keep``, and give labels for those positions only.
+        n_before: further positions to keep before the first label.
+        count: add ``position_ids``, counted from the beginning of each row.
         behind: pad on the right; excludes ``trim``.
     """
 
@@ -234,7 +233,7 @@ class Padded:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, **options: Any) -> Padded:
-        """As a model takes it; further options as of the class."""
+        """The collator for a model; further options as of the class."""
         if is_stateful(model):
             return cls(pad_of(tokenizer), **options | {"trim": False, "behind": True})
         options = {"trim": takes_logits_to_keep(model), "count": _counts(model)} | options
@@ -262,17 +261,17 @@ class Padded:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The padding token, or the end of a turn where a tokenizer has none."""
-    found = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if found is None else found
+    """The padding token, or the end of a turn if the tokenizer has none."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def longest_for(model: Any, max_length: int) -> int:
-    """Tokens that an example may have: ``max_length``, and no more than the model has positions.
+    """The longest example: ``max_length``, but not more than the model has positions.
 
     Args:
         model: a transformers model, or a PEFT model around one.
-        max_length: tokens that are asked for.
+        max_length: the requested length, in tokens.
     """
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(max_length, n_positions or max_length)
@@ -284,25 +283,25 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def _counts(model: Any) -> bool:
-    """Whether padding on the left moves what a model reads: rotary positions are relative."""
+    """Whether padding on the left shifts positions for a model; rotary positions are relative."""
     text = model.config.get_text_config()
     return takes(model, "position_ids") and not getattr(text, "rope_parameters", None)
 
 
 def takes_logits_to_keep(model: Any) -> bool:
-    """Whether a model can be told to compute the last logits only."""
+    """Whether a model can compute the last logits only."""
     return takes(model, "logits_to_keep")
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether a model, or that inside an adapter, has an argument of that name."""
+    """Whether a model, or the one inside an adapter, has an argument of that name."""
     import inspect
 
     return name in inspect.signature(inner_model(model).forward).parameters
 
 
 def is_stateful(model: Any) -> bool:
-    """Whether a model, or that inside an adapter, has layers that keep a state and no cache."""
+    """Whether a model, or the one inside an adapter, has layers with a state and no cache."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     others = set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"}
     return bool(others) or bool(getattr(inner_model(model), "_is_stateful", False))
@@ -314,7 +313,7 @@ def inner_model(model: Any) -> Any:
 
 
 def _n_last(rows: Sequence[EncodedExample]) -> int:
-    """From the first label of a row to its end, the most of any row."""
+    """Tokens from the first label of a row to its end; the most of any row."""
     first = [next(i for i, x in enumerate(row["labels"]) if x != IGNORED) for row in rows]
     return max(len(row["labels"]) - i for row, i in zip(rows, first))
 
@@ -324,6 +323,6 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _cut(tokens: list[int], end: int | None) -> tuple[list[int], list[int]]:
-    """What the assistant says, with the end of its turn, and what the template puts behind it."""
+    """Cut a turn of the assistant behind its end token; the template may add more."""
     n_said = tokens.index(end) + 1 if end in tokens else len(tokens)
     return tokens[:n_said], tokens[n_said:]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
+from budwood.tune.encoding import IGNORED
 from budwood.tune.equations import merged_scale
 from budwood.tune.observe import evaluating, observe
 from budwood.tune.saved import WEIGHTS_FILE
@@ -206,7 +207,7 @@ def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
         labels = batch.get("labels")
         if labels is None:
             raise InputError("a batch has no labels; give input_ids, attention_mask and labels")
-        n = int((labels[:, 1:] != -100).sum())
+        n = int((labels[:, 1:] != IGNORED).sum())
         if n:
             total += float(model(**batch).loss) * n
             n_tokens += n

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from budwood import records
 from budwood.checks import need_at_least
 from budwood.errors import InputError, OutputError
-from budwood.loading import SMOLLM2, bare_name, load_language_model
+from budwood.loading import (
+    SMOLLM2,
+    SMOLLM2_ID,
+    bare_name,
+    load_language_model,
+    third_party_warnings_off,
+)
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
@@ -201,13 +207,15 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
     """The folder of the run; that of the arguments must not be another one."""
     named = getattr(args, "output_dir", None)
     named = None if named == "trainer_output" else named  # the Trainer's default
-    if output is None and not named:
+    if output is None:
+        output = named
+    if not output:
         raise InputError("there is no output; give the folder that the adapter goes to")
-    if output is not None and named and Path(named).absolute() != Path(output).absolute():
+    folder = Path(output).expanduser()
+    if named and Path(named).expanduser().absolute() != folder.absolute():
         raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
-    folder = Path(named if output is None else output).expanduser()
     if not folder.absolute().parent.is_dir():
-        raise OutputError(f"{folder.absolute().parent} does not exist; make it, or choose another")
+        raise OutputError(f"there is no folder {folder.parent}; make it first, or give another")
     return folder
 
 
@@ -279,12 +287,15 @@ def _tokenizer_of(model: Any) -> Any:
     """The tokenizer by the name of a model."""
     from transformers import AutoTokenizer
 
+    from budwood.sprout.model import llm_source
+
     name = getattr(model, "name_or_path", "")
     try:
         if not name:
             raise OSError("it was not loaded by a name")
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        source, options = llm_source() if name == SMOLLM2_ID else (name, {})
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
         called = f" {name!r}" if name else ""
         raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error
 
@@ -316,7 +327,8 @@ def _saved(model: Any, run: RunFolder) -> Any:
     """The adapter of a finished run on its base model."""
     import peft
 
-    return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
+    with third_party_warnings_off():
+        return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
 
 
 def _texts(

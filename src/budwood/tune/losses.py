@@ -6,23 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budwood.tune.encoding import IGNORED
+
 
 def answer_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None = None) -> Tensor:
     """Cross-entropy of the next token.
 
     Args:
         logits: shape (batch, length, vocabulary).
-        labels: of the token at each place, −100 where nothing is learnt; shape (batch, length).
-        n_items: what the sum is divided by; None for the number of labels.
+        labels: label of each token, ``IGNORED`` where it is not supervised; shape (batch, length).
+        n_items: divisor of the sum; None for the number of supervised tokens.
 
     Returns:
-        A scalar in nats a token, float32.
+        A scalar in nats per token, float32.
     """
     logits, labels = logits[:, :-1].float(), labels[:, 1:]
     total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="sum"
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
-    return total / (n_items if n_items is not None else (labels != -100).sum().clamp_min(1))
+    return total / (n_items if n_items is not None else (labels != IGNORED).sum().clamp_min(1))
 
 
 def token_kl(base: Tensor, tuned: Tensor) -> Tensor:
@@ -40,37 +45,37 @@ def token_kl(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def answer_kl(base: Tensor, tuned: Tensor, labels: Tensor) -> Tensor:
-    """Mean divergence where labelled tokens are predicted.
+    """Mean divergence where supervised tokens are predicted.
 
     Args:
         base: logits of the base model, shape (batch, length, vocabulary).
         tuned: same shape.
-        labels: −100 where nothing counts, shape (batch, length); at least one token counts.
+        labels: ``IGNORED`` where a token does not count, shape (batch, length); one counts.
 
     Returns:
-        A scalar in nats a token.
+        A scalar in nats per token.
     """
-    at = labels[:, 1:] != -100
-    return token_kl(base[:, :-1][at], tuned[:, :-1][at]).mean()
+    counts = labels[:, 1:] != IGNORED
+    return token_kl(base[:, :-1][counts], tuned[:, :-1][counts]).mean()
 
 
 def prompt_kl(base: Tensor, tuned: Tensor, labels: Tensor, attention: Tensor) -> Tensor:
-    """Mean divergence at the prompt's own tokens: where there is no padding and nothing is learnt.
+    """Mean divergence at the prompt's tokens: those that are neither padding nor supervised.
 
     Args:
         base: logits of the base model at the last positions, shape (batch, length, vocabulary).
         tuned: same shape.
         labels: of those positions, shape (batch, length).
-        attention: 1 for tokens and 0 for padding, shape (batch, at least length).
+        attention: 1 for tokens and 0 for padding, shape (batch, length or more).
 
     Returns:
-        A scalar in nats a token; 0 if there are no such tokens.
+        A scalar in nats per token; 0 if there are no such tokens.
     """
     inside = attention[:, -labels.shape[1] :].bool()
-    # Position i predicts token i + 1: those that predict the answer are left to the other loss.
+    # Position i predicts token i + 1. Positions that predict the answer belong to the other loss.
     free = torch.ones_like(inside)
-    free[:, :-1] = labels[:, 1:] == -100
-    chosen = inside & free & (labels == -100)
+    free[:, :-1] = labels[:, 1:] == IGNORED
+    chosen = inside & free & (labels == IGNORED)
     if not bool(chosen.any()):
         return tuned.sum() * 0.0
     return token_kl(base[chosen], tuned[chosen]).mean()

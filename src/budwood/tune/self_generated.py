@@ -12,9 +12,8 @@ import torch
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
-from budwood.files import write_text
+from budwood.files import read_json, write_text
 from budwood.progress import Progress, silent
-from budwood.runs import read_json
 from budwood.tune.encoding import (
     IGNORED,
     EncodedExample,

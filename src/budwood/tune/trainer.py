@@ -238,8 +238,8 @@ class RunWatch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         if state.global_step == state.max_steps:
-            # The adapter itself is saved next. From a checkpoint after the last step, a run that is
-            # cut off before that would take one step more.
+            # The adapter itself is saved next. A run that is interrupted before that would resume
+            # from a checkpoint after the last step with one step too many.
             control.should_save = False
         self.progress(state.global_step, state.max_steps, self.note)
         every = self.settings.probe_every

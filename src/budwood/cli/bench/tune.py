@@ -13,6 +13,7 @@ from budwood import records
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
+from budwood.cli.output import need_parent
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
 from budwood.files import write_whole
@@ -137,6 +138,7 @@ def bench_tune(
     )
     if not data.is_dir():
         raise InputError(f"there is no folder {data}; give one with the data")
+    need_parent(output)
     need_matplotlib()
     record, pictures = _compare(plan, data, output, model, device, dtype)
     if json:

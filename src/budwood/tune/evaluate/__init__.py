@@ -1,1 +1,1 @@
-"""What was learnt and what was forgotten: tasks, perplexity and divergence, with intervals."""
+"""Evaluation of an adapter: tasks, perplexity and divergence from the base, with intervals."""

@@ -126,14 +126,15 @@ def compare(
 
 def compare_mean(
     befores: Sequence[Score], afters: Sequence[Score], seed: int = 0, n_resamples: int = N_RESAMPLES
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """The difference of the mean over several tasks, with its interval: tasks are drawn apart."""
     gaps = np.zeros(n_resamples)
     for i, (before, after) in enumerate(zip(befores, afters)):
         drawn = resampled([before, after], seed + i, n_resamples)
         gaps += (drawn[1] - drawn[0]) / len(befores)
     gap = mean_of("mean", afters) - mean_of("mean", befores)
-    return gap, *interval(gaps)
+    low, high = interval(gaps)
+    return gap, low, high
 
 
 def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:
