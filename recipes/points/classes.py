@@ -1,12 +1,12 @@
-"""Which models make up which class: curated by hand from the names in the two packages.
+"""The class of each model, curated by hand from the names in the two packages.
 
-A class is kept if enough models of it load. Its group says where its shapes are used:
+A class is kept if enough of its models load. Its group says where its shapes are used:
 
 - ``seen``: pretraining, adaptation, validation, test.
 - ``unseen``: pretraining and test, but never adaptation. A published encoder is in this position
   when it is adapted: it was pretrained on far more classes than it is adapted to.
-- ``novel``: test alone, neither pretraining nor adaptation has any shape of them.
-- ``other``: pretraining alone. What is in no class goes there under its own name: more words.
+- ``novel``: test alone.
+- ``other``: pretraining alone. Models without a class are here under their name, for more labels.
 """
 
 from __future__ import annotations

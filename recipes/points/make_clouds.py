@@ -1,4 +1,4 @@
-"""Clouds from the two packages of models: those that train sprout points, and those that ship.
+"""Make clouds from two packages of 3D models: some train sprout points, others ship.
 
     apt-get download sweethome3d-furniture=1.8-1 kicad-packages3d=6.0.10-1
     dpkg-deb -x sweethome3d-furniture_*.deb furniture
@@ -6,9 +6,10 @@
         tar -x -C parts --wildcards '*.wrl' '*copyright'
     python recipes/points/make_clouds.py --furniture furniture --parts parts --out runs/points
 
-Each class is cut by shapes, in an order drawn once. Seen classes: test, adaptation, validation,
-pretraining; unseen: test, pretraining; novel: test alone. What pretraining has does not ship, and
-what ships was not in pretraining; but electronic parts of one class are much alike.
+The shapes of each class are split in a fixed random order. Seen classes have shapes for test,
+adaptation, validation and pretraining, unseen ones for test and pretraining, novel ones for test
+alone. Shapes for pretraining do not ship, and shapes that ship are not in pretraining; but the
+electronic parts of a class are much alike.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ N_SHIPPED = 1024
 
 
 def cut(group: str, n: int) -> list[str]:
-    """What each of the n shapes of a class is for, in their drawn order."""
+    """The use of each of the n shapes of a class, in their random order."""
     if group == OTHER:
         return ["pretrain"] * n
     if group == NOVEL:
@@ -47,8 +48,7 @@ def cut(group: str, n: int) -> list[str]:
 
 def cloud_of(shape: Shape) -> np.ndarray | None:
     """Points on the surface, centred, the largest norm 1; float32, shape (N_DENSE, 3)."""
-    fine = np.isfinite(shape.vertices).all() and len(shape.faces) > 0
-    if not fine:
+    if not np.isfinite(shape.vertices).all() or len(shape.faces) == 0:
         return None
     xyz, _ = sample_surface(shape.vertices, shape.faces, N_DENSE, seed=_number(shape.id))
     xyz = xyz - xyz.mean(axis=0)
@@ -67,14 +67,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    found: dict[str, list[tuple[Shape, np.ndarray]]] = defaultdict(list)
+    by_class: dict[str, list[tuple[Shape, np.ndarray]]] = defaultdict(list)
     for make, folder in ((furniture, args.furniture), (parts, args.parts)):
         for shape in make(folder):
             cloud = cloud_of(shape)
             if cloud is not None:
-                found[shape.label].append((shape, cloud))
+                by_class[shape.label].append((shape, cloud))
     rows, clouds = [], []
-    for members in found.values():
+    for members in by_class.values():
         members.sort(key=lambda pair: _number(pair[0].id))
         for (shape, cloud), use in zip(members, cut(members[0][0].group, len(members))):
             rows.append((shape, use))
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _save_training(folder: Path, rows: list[tuple[Shape, str]], clouds: np.ndarray) -> None:
-    """Clouds for pretraining, and the others as well, to watch it."""
+    """Save all clouds: those for pretraining, and the others to watch it."""
     np.savez(
         folder / "clouds.npz",
         xyz=np.round(clouds * 32767).astype(np.int16),

@@ -1,4 +1,4 @@
-"""Models out of the two packages, as triangles: furniture (OBJ in .sh3f archives), parts (VRML)."""
+"""Read the models of the two packages as triangles: furniture (OBJ in .sh3f), parts (VRML)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PER_CLASS = 40
 
 @dataclass(frozen=True)
 class Shape:
-    """A model.
+    """A 3D model.
 
     Attributes:
-        id: where it is in its package.
+        id: its place in the package.
         label: its class.
         group: seen, unseen, novel or other.
         package: furniture or parts.
-        creator: whom to name.
+        creator: its author, for NOTICE.
         vertices: y is up, shape (n_vertices, 3).
         faces: shape (n_faces, 3).
     """

@@ -1,17 +1,16 @@
-"""Train sprout points: a point transformer whose features point to the MiniLM embedding of a name.
+"""Train sprout points: a point transformer aligned with the MiniLM embeddings of class labels.
 
-Each step draws shapes, thins each out to one random number of points for the batch, turns, scales
-and jitters them, and asks which of all names is meant (cross-entropy of scaled cosines, as in
-CLIP's shape-to-text half). Points fall to an eighth at least, as with the point dropout of
-PointNet++ that published encoders were trained with: what is fewer is new to it.
+Each step draws shapes, samples them to one random number of points for the batch, turns, scales and
+jitters them, and classifies them among all labels (cross-entropy of scaled cosines, the
+shape-to-text half of CLIP's loss). The number of points falls to an eighth at most, as with the
+point dropout of PointNet++ in the training of published encoders: sparser clouds are new to it.
 
-A batch has one number of points, so its normalisation fits that number, and the statistics kept for
-inference fit none. They are therefore taken again at the end over all numbers, held, and trained
-with for some more steps.
+The batches of a step have one number of points, so the running BatchNorm statistics fit none. At
+the end they are estimated over all numbers and fixed, and training goes on for some steps.
 
     python recipes/points/train_encoder.py --clouds runs/points/clouds.npz --out runs/points/encoder
 
-It can be killed and started again: it goes on from the last checkpoint in its folder.
+Started again, it resumes from the last checkpoint in its folder.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from budwood.points.towers import MiniLM
 
 FEWEST, MOST = 128, 1024
 WATCHED = (1024, 128, 64)
-SETTLING = 200  # batches that the final statistics are taken from
+SETTLING = 200  # batches from which the final statistics are estimated
 
 
 class Shapes:
-    """The clouds of make_clouds.py and the embeddings of their names.
+    """The clouds of make_clouds.py and the embeddings of their labels.
 
     Attributes:
         xyz: for pretraining, int16, shape (n, 4096, 3).
-        target: number of the name of each.
-        texts: embeddings of all names less their mean, of length 1, shape (n_names, 384).
+        target: index of the label of each.
+        texts: embeddings of all labels minus their mean, of length 1, shape (n_labels, 384).
         center: that mean.
     """
 
@@ -52,15 +51,15 @@ class Shapes:
         with np.load(file) as content:
             xyz, label, use = content["xyz"], content["label"], content["use"]
         train = use == "pretrain"
-        self.names = sorted(set(label[train].tolist()))
-        number = {name: i for i, name in enumerate(self.names)}
+        self.labels = sorted(set(label[train].tolist()))
+        index = {name: i for i, name in enumerate(self.labels)}
         self.xyz = xyz[train]
-        self.target = np.array([number[name] for name in label[train].tolist()])
+        self.target = np.array([index[name] for name in label[train].tolist()])
         count = np.bincount(self.target)
         weight = 1 / np.sqrt(count[self.target])
         self.chance = weight / weight.sum()
         self.watched = xyz[use == "val"]
-        self.watched_target = torch.tensor([number[n] for n in label[use == "val"].tolist()])
+        self.watched_target = torch.tensor([index[name] for name in label[use == "val"].tolist()])
         averages = self._embeddings(folder / "texts.pt")
         self.center = averages.mean(0)
         self.texts = F.normalize(averages - self.center, dim=-1)
@@ -69,7 +68,7 @@ class Shapes:
         if cached.exists():
             return torch.load(cached, weights_only=True)
         lines = resolve_templates("points64")[::4]
-        averages = average_embeddings(self.names, MiniLM(), lines)
+        averages = average_embeddings(self.labels, MiniLM(), lines)
         torch.save(averages, cached)
         return averages
 
@@ -81,7 +80,7 @@ class Shapes:
 
 
 def augmented(points: np.ndarray, n_points: int, rng: np.random.Generator) -> np.ndarray:
-    """Thinned out, turned about y by any angle and tilted by a little, scaled by axis, jittered."""
+    """Sample, scale by axis, turn about y by any angle, tilt a little, and jitter."""
     xyz = points[rng.choice(len(points), n_points, replace=False)].astype(np.float64)
     xyz *= rng.uniform(0.75, 1.33, 3) * rng.choice([-1, 1], 3, p=[0.5, 0.5]) ** [1, 0, 0]
     xyz = xyz @ turn(1, rng.uniform(0, 2 * math.pi))
@@ -105,7 +104,7 @@ def normalized(xyz: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def accuracy(encoder: Sprout, shapes: Shapes, n_points: int) -> float:
-    """On the shapes of validation, among all names, each thinned out in one fixed way."""
+    """Accuracy among all labels on the validation shapes, sampled in a fixed way."""
     rng = np.random.default_rng(0)
     thin = [
         normalized(cloud[rng.choice(len(cloud), n_points, replace=False)].astype(np.float64))

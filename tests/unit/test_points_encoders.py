@@ -204,7 +204,7 @@ def test_another_architecture_tells_which_keys(tmp_path):
     with pytest.raises(UnsupportedModelError) as caught:
         load_weights(encoder, path)
     message = str(caught.value)
-    assert "is no ulip checkpoint" in message and "\n" not in message
+    assert "is not a checkpoint of ulip" in message and "\n" not in message
     assert "missing: pc_projection" in message and "unexpected: ppat.cls_token" in message
     state = random_state(layout(encoder))
     state["pc_projection"] = torch.zeros(48, 12)
@@ -263,7 +263,7 @@ def test_files_with_damaged_bytes(tmp_path):
             load_weights(encoder, path)
         assert "\n" not in str(caught.value) and path.name in str(caught.value)
     save(tmp_path, {0: torch.zeros(3), "module": {1: torch.zeros(2)}})
-    with pytest.raises(UnsupportedModelError, match=r"is no ulip checkpoint: .* missing"):
+    with pytest.raises(UnsupportedModelError, match=r"is not a checkpoint of ulip: .* missing"):
         load_weights(encoder, path)
 
 
@@ -359,7 +359,7 @@ def test_sprout_saves_and_loads(tmp_path):
     with pytest.raises(InputError, match="truncated"):
         load_sprout(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(UnsupportedModelError, match="no sprout encoder"):
+    with pytest.raises(UnsupportedModelError, match="not a sprout encoder"):
         load_sprout(path)
     with pytest.raises(InputError, match="check the path"):
         load_sprout(tmp_path / "nope")

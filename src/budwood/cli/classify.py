@@ -76,7 +76,6 @@ def classify(
       budwood classify scans/ --labels-file labels.txt --adapter adapted/ --csv found.csv
     """
     from budwood.points import InputOptions
-    from budwood.points import classify as classify_clouds
 
     given = clouds.labels_of(labels, labels_file, embeddings)
     how = {"points": points, "sampler": sampler, "seed": seed}
@@ -84,6 +83,9 @@ def classify(
     inputs = InputOptions(**how)
     files = clouds.files_of(paths, labels_file, table)
     _reserve(files, table, plot, force)
+
+    from budwood.points import classify as classify_clouds  # imports torch, which takes seconds
+
     model = clouds.load(encoder, checkpoint, device)
     texts = clouds.embed(model, given, embeddings)
     skipped = clouds.Skipped()

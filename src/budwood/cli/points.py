@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from budwood import catalogue
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress, say
 from budwood.cli.output import need_parent
 from budwood.errors import InputError
+from budwood.registry import Registry
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("demo")(demo_points.demo)
@@ -71,7 +73,16 @@ def adapt(
       budwood points adapt scans/ --output adapted
       budwood points adapt scans/ --output adapted --method esp-zero --labels-file labels.txt
     """
-    from budwood.points import AdaptConfig, Curriculum, InputOptions
+    from budwood.points import InputOptions
+
+    Registry("method", catalogue.ADAPTATIONS).check(method)
+    reading = clouds.reading_of(columns, box, drop_invalid, up)
+    InputOptions(sampler=sampler, **reading)
+    need_parent(output)
+    files = clouds.files_of(paths, labels_file)
+
+    # These import torch, which takes seconds.
+    from budwood.points import AdaptConfig, Curriculum
     from budwood.points import adapt as adapt_encoder
     from budwood.points.adaptation import check_output
 
@@ -79,11 +90,7 @@ def adapt(
     config = AdaptConfig(method, steps, batch, lr, seed, curriculum=curriculum, sampler=sampler)
     needs_labels = config.resolved.compares_labels
     given = clouds.labels_of(labels, labels_file, embeddings) if needs_labels else None
-    reading = clouds.reading_of(columns, box, drop_invalid, up)
-    InputOptions(**reading)
-    need_parent(output)
     check_output(output, config)
-    files = clouds.files_of(paths, labels_file)
     model = clouds.load(encoder, checkpoint, device)
     texts = clouds.embed(model, given, embeddings) if needs_labels else None
     skipped = clouds.Skipped()

@@ -6,17 +6,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from budwood.errors import InputError, MissingPackageError
-from budwood.points.encoders.base import PointEncoder, PreparedCloud
 from budwood.points.io import Cloud, ReadOptions, crop, find_files, make_cloud, read
 from budwood.points.io.cloud import corners
 from budwood.points.io.tables import split_columns
 from budwood.points.sampling import SAMPLERS, check_draw, check_up
+
+if TYPE_CHECKING:
+    from budwood.points.encoders.base import PointEncoder, PreparedCloud
 
 CloudLike = str | os.PathLike[str] | Cloud | Any
 """A file, a folder (all of its clouds), a :class:`Cloud`, an array or tensor of shape (n_points, 3)
@@ -73,7 +74,7 @@ class InputOptions:
         elif isinstance(item, (str, os.PathLike)):
             cloud = read(item, columns=self.columns, invalid=self.invalid, seed=self.seed)
         else:
-            table = np.asarray(item.detach().cpu() if isinstance(item, Tensor) else item)
+            table = np.asarray(item.detach().cpu() if _is_tensor(item) else item)
             xyz, rgb = split_columns(table, self.columns, name)
             cloud = make_cloud(xyz, rgb, source=name, invalid=self.invalid)
         return cloud if self.box is None else crop(cloud, self.box)
@@ -106,7 +107,7 @@ def prepare_each(
     """
     for name, item in _named(clouds):
         if _is_prepared(item):
-            yield name, cast(PreparedCloud, item)
+            yield name, cast("PreparedCloud", item)
             continue
         try:
             cloud = options.read(item, name)
@@ -123,7 +124,11 @@ def is_one_cloud(clouds: Any) -> bool:
 
 
 def _is_prepared(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Tensor)
+    return isinstance(item, tuple) and len(item) == 2 and _is_tensor(item[0])
+
+
+def _is_tensor(item: Any) -> bool:
+    return hasattr(item, "detach")  # without importing torch, which takes seconds
 
 
 def _named(clouds: CloudLike | Iterable[CloudLike]) -> Iterator[tuple[str, CloudLike]]:

@@ -82,7 +82,7 @@ class PointEncoder(nn.Module, ABC):
 
     Attributes:
         name: the name in ``ENCODERS``, or that of the family.
-        text: name of the text tower in ``TOWERS`` whose space the features share.
+        text: name of the text tower in ``TOWERS`` whose space the features are in.
         embed_dim: width of the features.
         dim: width of the tokens.
         grouping: how clouds are cut into groups; can be replaced.

@@ -1,4 +1,4 @@
-"""The parts that all encoders are made of: attention, MLP, block, and the network of one group.
+"""The parts of all encoders: attention, MLP, transformer block, and the network of a group.
 
 One implementation serves every published layout; the encoder files map its names to theirs.
 """
@@ -16,14 +16,13 @@ from budwood.errors import InputError
 
 @dataclass(frozen=True)
 class Context:
-    """Keys and values that the tokens of one block attend to besides each other.
+    """Extra keys and values that the tokens of one block attend to.
 
     Attributes:
         keys: shape (1 or batch, n_heads, n_context, d_head).
         values: same shape.
-        gate: how far each head lets them in, shape (n_heads,): their exponentials in the softmax
-            are weighted by it. At 0 and below, the block is as without them, at 1 they are tokens
-            like the others. None is 1.
+        gate: weight of their exponentials in the softmax of each head, shape (n_heads,). At 0 and
+            below, the block is the same as without them; at 1, or None, they count like tokens.
     """
 
     keys: Tensor
@@ -62,22 +61,22 @@ class Attention(nn.Module):
 
         Args:
             x: shape (batch, n, dim).
-            context: what to attend to besides.
+            context: extra keys and values to attend to.
         """
         q, k, v = self.split(x)
-        n_own = k.shape[2]
+        n_tokens = k.shape[2]
         if context is not None:
             k = torch.cat([k, context.keys.expand(len(k), -1, -1, -1)], dim=2)
             v = torch.cat([v, context.values.expand(len(v), -1, -1, -1)], dim=2)
         if context is None or context.gate is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            out = _gated(q, k, v, n_own, context.gate)
+            out = _gated(q, k, v, n_tokens, context.gate)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Two linear layers: GELU between them, or SwiGLU with the gate in the first half.
+    """Two linear layers with GELU, or SwiGLU whose gate is the first half, between them.
 
     Args:
         dim: width of the tokens.
@@ -122,7 +121,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def context(self, tokens: Tensor, gate: Tensor | None = None) -> Context:
-        """What tokens contribute to the attention of this block, if nothing else of them is used.
+        """Keys and values of extra tokens, for attention in this block.
 
         Args:
             tokens: shape (n, dim).
@@ -140,7 +139,7 @@ class GroupNet(nn.Module):
     Args:
         channels: of a point: 3 offsets, or these and 3 colours.
         out: width of the token.
-        width: of the first layer; the others are 2, 4 and 4 times as wide.
+        width: of the first layer; the next ones are 2, 4 and 4 times as wide.
     """
 
     def __init__(self, channels: int, out: int, width: int = 128):
@@ -167,34 +166,34 @@ class GroupNet(nn.Module):
 
 
 def position_net(dim: int, width: int = 128) -> nn.Sequential:
-    """From the coordinates of a centre to its position embedding."""
+    """The network that turns the coordinates of a centre into its position embedding."""
     return nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, dim))
 
 
-def _gated(q: Tensor, k: Tensor, v: Tensor, n_own: int, gate: Tensor) -> Tensor:
-    """Attention in which the exponentials of the context are weighted by the gate.
+def _gated(q: Tensor, k: Tensor, v: Tensor, n_tokens: int, gate: Tensor) -> Tensor:
+    """Attention in which the gate weights the exponentials of the context.
 
     Args:
-        q: shape (batch, n_heads, n_own, d_head).
-        k: the tokens' own keys, then those of the context, shape (batch, n_heads, n, d_head).
+        q: shape (batch, n_heads, n_tokens, d_head).
+        k: keys of the tokens, then of the context, shape (batch, n_heads, n, d_head).
         v: their values, same shape.
-        n_own: how many are the tokens' own.
+        n_tokens: number of tokens.
         gate: shape (n_heads,).
 
     Returns:
-        Shape (batch, n_heads, n_own, d_head).
+        Shape (batch, n_heads, n_tokens, d_head).
     """
     if not torch.is_grad_enabled():
-        bias = gate.clamp(min=0).log().view(-1, 1, 1)  # −∞ where it is shut
-        bias = F.pad(bias.expand(-1, 1, k.shape[2] - n_own), (n_own, 0))
+        bias = gate.clamp(min=0).log().view(-1, 1, 1)  # −∞ where it is closed
+        bias = F.pad(bias.expand(-1, 1, k.shape[2] - n_tokens), (n_tokens, 0))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-    # The same with a gradient for a gate that is shut, which the logarithm does not have. Below 0
-    # it stays shut, and the gradient goes straight through, so that it can open again.
+    # The same with a gradient at a closed gate, where the logarithm has none. A gate below 0 stays
+    # closed, but its gradient passes, so that it can open again.
     gate = (gate + (gate.clamp(min=0) - gate).detach()).view(-1, 1, 1)
     logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    own, context = logits[..., :n_own], logits[..., n_own:]
-    odds = context.logsumexp(-1, keepdim=True) - own.logsumexp(-1, keepdim=True)
+    tokens, context = logits[..., :n_tokens], logits[..., n_tokens:]
+    odds = context.logsumexp(-1, keepdim=True) - tokens.logsumexp(-1, keepdim=True)
     weighted = gate * odds.sigmoid()
     mass = weighted / (weighted + (-odds).sigmoid())
-    weights = torch.cat([own.softmax(-1) * (1 - mass), context.softmax(-1) * mass], dim=-1)
+    weights = torch.cat([tokens.softmax(-1) * (1 - mass), context.softmax(-1) * mass], dim=-1)
     return weights @ v

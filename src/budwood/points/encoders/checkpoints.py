@@ -1,4 +1,4 @@
-"""Published checkpoints: reading without executing, and fitting them to an encoder."""
+"""Read published checkpoints without running code in them, and fit them to an encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from budwood.points.encoders.base import PointEncoder, scale_of
 
 _SCALAR = np.float64(0).__reduce__()[0]
 
-# Plain containers that the published files hold beside tensors: options of the run, and scores.
+# Plain containers that the published files hold besides tensors: options of the run, and scores.
 HARMLESS: list[Any] = [
     argparse.Namespace,
     collections.defaultdict,
@@ -33,8 +33,8 @@ HARMLESS: list[Any] = [
     (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
 PREFIXES = ("module.", "pc_encoder.", "_orig_mod.")
-# Parts of the published models that encoding clouds does not need: towers for text and images,
-# timm's patch embedding and head.
+# Parts of the published models that encoding clouds does not need: text and image towers, timm's
+# patch embedding and head.
 UNUSED = re.compile(
     r"^(open_clip_model|visual|transformer\.resblocks|token_embedding|positional_embedding|ln_final"
     r"|image_projection|text_projection|logit_scale|cls_head_finetune)(\.|$)"
@@ -44,12 +44,13 @@ UNUSED = re.compile(
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU.
+    """Read a checkpoint, with its tensors on the CPU, without running any code in it.
 
-    Nothing in it is executed: .safetensors, or a torch file of tensors and plain containers.
+    Args:
+        path: a .safetensors file, or a torch file of tensors and plain containers.
 
     Raises:
-        InputError: no such file, truncated, or it would need code of its own.
+        InputError: there is no such file, it is truncated, or reading it could run code.
     """
     file = Path(path)
     if not file.is_file():
@@ -63,7 +64,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it needs {wanted[1]}, and loading that could run code" if wanted else "damaged"
         raise InputError(f"{file} is refused: {reason}") from None
-    except Exception as error:  # torch's unpickler raises what damaged bytes happen to
+    except Exception as error:  # torch's unpickler raises errors of any kind
         raise InputError(f"{file} is truncated or no checkpoint: {first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{file} holds a {type(content).__name__}, expected a state dict")
@@ -71,10 +72,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def state_of(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], float | None]:
-    """The tensors of a checkpoint by bare name, and its ``logit_scale`` as a factor.
+    """Find the tensors of a checkpoint by bare name, and its ``logit_scale`` as a factor.
 
-    Looks under ``state_dict``, ``module`` and ``model``, and strips the prefixes of wrappers. What
-    has no name but a number, as in the state of an optimiser, is left out.
+    Looks under ``state_dict``, ``module`` and ``model``, and strips the prefixes of wrappers.
 
     Args:
         content: from :func:`read_checkpoint`.
@@ -99,7 +99,7 @@ def state_of(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor]
 
 
 def fit(encoder: PointEncoder, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Published tensors under the names of an encoder, float32.
+    """Rename published tensors to those of an encoder, and convert them to float32.
 
     Args:
         encoder: whose layout is wanted.
@@ -111,13 +111,13 @@ def fit(encoder: PointEncoder, state: Mapping[str, Tensor], source: str) -> dict
     """
     wanted = layout(encoder)
     used = {key: value for key, value in state.items() if key in wanted or not UNUSED.search(key)}
-    check_layout(wanted, used, f"{source} is no {encoder.name} checkpoint")
+    check_layout(wanted, used, f"{source} is not a checkpoint of {encoder.name}")
     fitted = {}
-    own = encoder.state_dict()
+    ours = encoder.state_dict()
     for key, parts in encoder.published().items():
-        size = own[key].shape[0] // len(parts) if own[key].ndim else 0
-        found = [torch.zeros(size) if part is None else state[part] for part in parts]
-        value = found[0] if len(found) == 1 else torch.cat([part.float() for part in found])
+        size = ours[key].shape[0] // len(parts) if ours[key].ndim else 0
+        pieces = [torch.zeros(size) if part is None else state[part] for part in parts]
+        value = pieces[0] if len(pieces) == 1 else torch.cat([piece.float() for piece in pieces])
         fitted[key] = value.float() if value.is_floating_point() else value
     return fitted
 
@@ -128,9 +128,9 @@ def check_layout(
     """Compare names and shapes of tensors.
 
     Args:
-        wanted: shapes by name.
-        state: what there is; nothing else may be in it.
-        problem: how the message begins.
+        wanted: expected shapes by name.
+        state: the tensors; other names are an error too.
+        problem: beginning of the message.
 
     Raises:
         UnsupportedModelError: they differ; the message says which keys.
@@ -144,16 +144,16 @@ def check_layout(
     ]
     if missing or extra or shapes:
         parts = [("missing", missing), ("unexpected", extra), ("of another shape", shapes)]
-        told = "; ".join(f"{len(k)} {what}: {_some(k)}" for what, k in parts if k)
-        raise UnsupportedModelError(f"{problem}: {told}")
+        details = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
+        raise UnsupportedModelError(f"{problem}: {details}")
 
 
 def layout(encoder: PointEncoder) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a published checkpoint must hold."""
-    own = encoder.state_dict()
+    """Names and shapes of the tensors that a published checkpoint must have."""
+    ours = encoder.state_dict()
     shapes: dict[str, tuple[int, ...]] = {}
     for key, parts in encoder.published().items():
-        shape = tuple(own[key].shape)
+        shape = tuple(ours[key].shape)
         for part in parts:
             if part is not None:
                 shapes[part] = (shape[0] // len(parts), *shape[1:]) if len(parts) > 1 else shape

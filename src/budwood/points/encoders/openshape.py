@@ -1,9 +1,9 @@
 """PointBERT as in OpenShape: the point patch transformer (PPAT).
 
 Source: OpenShape (arXiv 2305.10764); layout of the checkpoints of github.com/Colin97/OpenShape_code
-(Apache-2.0). Balls of points become tokens; there is no position embedding, a token holds its
-centre; [CLS] is projected. Deviation: the published code draws the first centre at random, here it
-is the first point; sparse clouds get nearest neighbours instead of balls, which would be empty.
+(Apache-2.0). Balls of points become tokens, which contain their centre instead of a position
+embedding; [CLS] is projected. Deviation: the published code draws the first centre at random, this
+one takes the first point; sparse clouds use nearest neighbours, as balls would be empty.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class OpenShape(PointEncoder):
 
     Args:
         name: name of the encoder.
-        text: text tower whose space it shares.
+        text: text tower whose space the features are in.
         dim: width of the tokens.
         depth: number of blocks.
         n_heads: heads of each.
         d_head: width of a head.
         mlp_dim: width inside the MLPs.
-        group_dims: widths of the layers that make a group's feature.
-        embed_dim: width of the features; None for those of [CLS], without a projection.
-        swap_yz: whether y and z change places, as in training.
+        group_dims: widths of the layers on a group.
+        embed_dim: width of the features; None: [CLS] without a projection.
+        swap_yz: whether y and z are swapped, as in training.
         grouping: how clouds are cut.
         n_points: points of a cloud in training.
     """

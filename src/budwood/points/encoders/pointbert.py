@@ -20,12 +20,12 @@ class PointBert(PointEncoder):
 
     Args:
         name: name of the encoder.
-        text: text tower whose space it shares.
+        text: text tower whose space the features are in.
         color: whether tokens see colours.
         dim: width of the tokens.
         depth: number of blocks.
         n_heads: heads of each.
-        group_dim: width of a group before it becomes a token.
+        group_dim: width of a group's feature, from which its token is made.
         embed_dim: width of the features.
         grouping: how clouds are cut.
         n_points: points of a cloud in training.

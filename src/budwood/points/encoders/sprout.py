@@ -1,7 +1,7 @@
 """Sprout points: a small PointBERT-like encoder aligned with MiniLM sentence embeddings.
 
-Ours. Smaller than the published ones, without colour, and made for sparse clouds: the size and the
-number of groups follow the number of points. ``recipes/`` trains it.
+Ours. It is smaller than the published ones, has no colour, and the size and number of its groups
+follow the number of points. ``recipes/points`` trains it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SproutConfig:
         n_groups: groups of a dense cloud.
         k: points in each.
         k_min: smallest k for sparse clouds.
-        scale_token: whether tokens are told how wide their group is, which varies with density.
+        scale_token: whether positions include the width of the group, which varies with density.
     """
 
     dim: int = 128
@@ -66,9 +66,9 @@ class SproutConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            whole = isinstance(value, int)
-            if not whole or value < (0 if field.name == "scale_token" else 1):
-                raise InputError(f"{field.name}={value!r} must be 1 or more, and whole")
+            least = 0 if field.name == "scale_token" else 1
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{field.name}={value!r} must be an integer of 1 or more")
         if self.dim % self.n_heads:
             raise InputError(f"dim={self.dim} does not divide into n_heads={self.n_heads}")
 
@@ -77,8 +77,8 @@ class Sprout(PointEncoder):
     """See the head of this file.
 
     Attributes:
-        text_center: mean text embedding of training, which is subtracted from those of labels;
-            shape (embed_dim,).
+        text_center: mean text embedding in training, subtracted from those of labels, shape
+            (embed_dim,).
     """
 
     stem = ("group_net", "scale_net", "pos_embed")
@@ -107,7 +107,7 @@ class Sprout(PointEncoder):
         centers, members = self.grouping(xyz)
         middle = gather(xyz, centers)
         offsets = gather(xyz, members) - middle[:, :, None]
-        # Groups are brought to one size: their shape then looks alike, dense or sparse.
+        # Scale groups to one size, so that dense and sparse ones look alike.
         width = offsets.norm(dim=-1).amax(dim=-1)[..., None, None]
         if self.scale_net is not None:
             offsets = offsets / width.clamp(min=1e-6)
@@ -135,10 +135,10 @@ def save_sprout(
     Args:
         encoder: what to write.
         path: a .safetensors file; replaced if it exists.
-        dtype: of the floating-point tensors in the file; default as they are.
+        dtype: of the floating-point tensors in the file; default: unchanged.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     state = {
         key: value.detach().to(dtype if value.is_floating_point() else None).contiguous()
@@ -156,12 +156,12 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
     """Read what :func:`save_sprout` wrote, as float32.
 
     Raises:
-        InputError: no such file, or it is truncated.
-        UnsupportedModelError: it holds something else; the message says which keys differ.
+        InputError: there is no such file, or it is truncated.
+        UnsupportedModelError: the file holds something else; the message says which keys differ.
     """
     if not Path(path).exists():
         hint = "run its recipe" if Path(path) == WEIGHTS else "check the path"
-        raise InputError(f"sprout's point encoder is not at {path}: {hint}")
+        raise InputError(f"{path}, the weights of sprout's point encoder, does not exist: {hint}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -169,12 +169,12 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is truncated or no safetensors file: {error}") from None
     if "sprout" not in metadata:
-        raise UnsupportedModelError(f"{path} is no sprout encoder: its sizes are not in it")
+        raise UnsupportedModelError(f"{path} is not a sprout encoder: its metadata has no sizes")
     config, scale = _read_sizes(metadata, str(path))
     encoder = Sprout(config)
     encoder.logit_scale = scale
     wanted = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-    check_layout(wanted, state, f"{path} is no sprout checkpoint of the sizes in its metadata")
+    check_layout(wanted, state, f"{path} does not fit the sizes in its metadata")
     encoder.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
@@ -195,7 +195,7 @@ def _read_sizes(metadata: dict[str, str], source: str) -> tuple[SproutConfig, fl
     unknown = [key for key in sizes if key not in known]
     if unknown:
         raise UnsupportedModelError(
-            f"{source} is no sprout checkpoint: unknown sizes {', '.join(unknown)[:60]}; known: "
+            f"{source} is not a sprout checkpoint: unknown sizes {', '.join(unknown)[:60]}; known: "
             + ", ".join(known)
         )
     try:

@@ -60,8 +60,8 @@ class Uni3D(PointEncoder):
     Args:
         eva: the transformer.
         name: name of the encoder.
-        text: text tower whose space it shares.
-        group_dim: width of a group before it becomes a token.
+        text: text tower whose space the features are in.
+        group_dim: width of a group's feature, from which its token is made.
         embed_dim: width of the features.
         grouping: how clouds are cut.
         n_points: points of a cloud in training.
