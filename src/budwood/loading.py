@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from budwood import catalogue, optional
+from budwood import optional
 from budwood.errors import (
     BudwoodError,
     InputError,
-    UnsupportedModelError,
     first_line,
 )
 from budwood.hub import check_repo, hub_or_cache, is_available
@@ -277,13 +276,10 @@ def _sprout(dtype: Any) -> tuple[Any, Any]:
 def _smollm2(dtype: Any) -> tuple[Any, Any]:
     with _embedded_parts("SmolLM2, the embedded language model,"), third_party_warnings_off():
         import torch
-        from transformers import AutoTokenizer
 
-        from budwood.sprout.model import llm_source, load_llm
+        from budwood.sprout.model import load_llm, load_llm_tokenizer
 
-        source, options = llm_source()
-        model: Any = load_llm(dtype or torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, tokenizer = load_llm(dtype or torch.bfloat16), load_llm_tokenizer()
     # Adapters note this name as that of their base model; a local folder would be of no use there.
     model.name_or_path = SMOLLM2_ID
     return model, tokenizer
@@ -307,25 +303,11 @@ def _embedded_parts(what: str) -> Iterator[None]:
 def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    _check_family(AutoConfig.from_pretrained(folder), source)
+    from budwood.prune.families import family_class
+
+    family_class(AutoConfig.from_pretrained(folder), f"model {source}")  # before weights are read
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
     return model, AutoProcessor.from_pretrained(folder)
-
-
-def _check_family(config: Any, source: str) -> None:
-    """Refuse a model before its weights are read."""
-    if config.model_type in catalogue.FAMILIES:
-        return
-    known = ", ".join(catalogue.FAMILIES)
-    if not hasattr(config, "vision_config"):
-        raise UnsupportedModelError(
-            f"model {source} ({config.model_type}) has no vision, so there are no visual tokens to "
-            f"prune; known families: {known}"
-        )
-    raise UnsupportedModelError(
-        f"model {source} is of the family {config.model_type!r}, which is not supported; "
-        f"known families: {known}"
-    )
 
 
 def _language_model(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:

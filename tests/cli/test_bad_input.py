@@ -130,6 +130,7 @@ def test_published_form_that_does_not_exist(budwood, picture, model_dir):
 @pytest.mark.parametrize("seed", [-1, 2**70])
 def test_seed_out_of_range(budwood, picture, seed):
     refused(budwood("prune", picture, "What?", "--seed", seed), f"seed={seed}", "4294967295")
+    refused(budwood("demo", "--seed", seed), f"seed={seed}", "4294967295")
     refused(budwood("bench", "prune", "--seed", seed), f"seed={seed}", "999")
 
 
@@ -181,6 +182,24 @@ def test_existing_record_is_kept(budwood, tmp_path):
 @pytest.mark.parametrize("target", ["picture.png/kept.png", "."])
 def test_unwritable_file(budwood, picture, tmp_path, target):
     refused(budwood("prune", picture, "What?", "--overlay", tmp_path / target))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "PICTURE", "What?", "--overlay", "none/kept.png"],
+        ["bench", "prune", "--out", "none/record.json"],
+        ["bench", "points", "--plot", "none/plot.png"],
+        ["tune", "train.jsonl", "--output", "none/tuned"],
+        ["points", "adapt", "scans", "--output", "none/adapted"],
+        ["demo", "--overlay-dir", "none/demo"],
+    ],
+)
+def test_output_into_a_missing_folder(budwood, picture, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    command = [picture if word == "PICTURE" else word for word in command]
+    refused(budwood(*command), "there is no folder none; make it first, or give another")
+    assert not (tmp_path / "none").exists()
 
 
 def test_overlay_of_unknown_format(budwood, picture, tmp_path):

@@ -536,3 +536,33 @@ def test_a_text_is_not_called_as_the_replies_are(adapted, tmp_path):
     file.write_text("words " * 200)
     with pytest.raises(InputError, match="chat.txt is called 'chat' .* another name"):
         make_texts(adapted, TOKENS, text=file, n_windows=1, n_prompts=1)
+
+
+def test_completions_are_scored_without_the_chat_template(tmp_path):
+    rows = [{"prompt": "The sky is", "completion": " blue."}, {"prompt": "A", "completion": "b c"}]
+    file = tiny_chat.write_lines(tmp_path / "plain.jsonl", rows)
+    model = tiny_chat.model().eval()
+    scores = run_tasks(model, TOKENS, [find_task(str(file), None)])
+    expected = []
+    for row in rows:
+        prompt, answer = (TOKENS(row[key])["input_ids"] for key in ("prompt", "completion"))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        log_probs = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])
+        expected.append(-float(log_probs.sum()))
+    assert [score.metric for score in scores] == ["loss"]
+    assert scores[0].values == pytest.approx(expected, abs=1e-3)
+
+
+def test_text_alone_and_mixed_examples_are_no_task(tmp_path):
+    chat, plain = {"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"}
+    for rows, reason in (
+        (
+            [{"text": "words"}],
+            "line 1: a text alone has no answer to score",
+        ),
+        ([chat, plain], "some examples are plain text and some are chats"),
+    ):
+        file = tiny_chat.write_lines(tmp_path / "mixed.jsonl", rows)
+        with pytest.raises(InputError, match=reason):
+            find_task(str(file), None)

@@ -90,8 +90,7 @@ def resolve_method(method: str | Method, compat: str | None = None) -> Method:
         raise UnknownNameError(
             f"compat='official' is not known for method {chosen.name!r}; leave compat out"
         )
-    parameters = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
-    return METHODS.get(name)(**parameters)
+    return METHODS.get(name)(**vars(chosen))  # the fields of a dataclass
 
 
 def usable(visual: Tensor, text: Tensor | None = None, saliency: Tensor | None = None) -> Tensor:

@@ -115,7 +115,8 @@ def load_llm(dtype: torch.dtype = torch.bfloat16) -> Any:
         return llm
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(dtype)
+    llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return llm.to(dtype)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

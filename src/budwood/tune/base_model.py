@@ -1,4 +1,4 @@
-"""What tells base models apart: kind, sizes, and a few of their weights."""
+"""How a base model is recognised: by its kind, its sizes and a few of its weights."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size")
 SIZES = (*WIDTHS, "num_hidden_layers", "n_layer", "vocab_size")
 N_SAMPLED = 32
 FEWEST = 8
-"""Weights in common, below which nothing is concluded from them."""
+"""Fewest weights in common that are compared."""
 LIKENESS = 0.9
-"""Cosine of two samples of weights: 1 but for rounding in one model, near 0 in two of one kind."""
+"""Least cosine of two samples of weights: about 1 for one model, near 0 for two of one kind."""
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
 def describe_base(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Kind, sizes and some weights of a model.
+    """Describe a model by its kind, sizes and some weights.
 
     Args:
         config: of transformers, as a dict.
-        model: whose weights; adapters in it are left out.
+        model: adapters in it are left out.
     """
     text = config.get("text_config") or config
-    found: dict[str, Any] = {"model_type": config.get("model_type")}
-    found |= {key: text[key] for key in SIZES if isinstance(text.get(key), int)}
-    return {**found, "weights": sampled_weights(model)}
+    description: dict[str, Any] = {"model_type": config.get("model_type")}
+    description |= {key: text[key] for key in SIZES if isinstance(text.get(key), int)}
+    return {**description, "weights": sampled_weights(model)}
 
 
 def sampled_weights(model: nn.Module) -> dict[str, float]:
-    """Name → one value, of a few matrices of the layers; none of those that cannot be read.
+    """One value from each of a few matrices of the layers, by name; unreadable ones are left out.
 
     Args:
         model: adapters in it are left out.
     """
     matrices = sorted(_matrices(model))
     step = max(1, len(matrices) // N_SAMPLED)
-    found = {}
+    sampled = {}
     for name, weight in matrices[::step][:N_SAMPLED]:
         place = zlib.crc32(name.encode()) % weight.numel()
         row, column = divmod(place, weight.shape[1])
-        found[name] = float(f"{weight.detach()[row, column].item():.4g}")
-    return found
+        sampled[name] = float(f"{weight.detach()[row, column].item():.4g}")
+    return sampled
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """A digest of sampled weights, by which a run knows its base model again."""
+    """A digest of sampled weights, by which a run recognises its base model."""
     return hashlib.sha256(json.dumps(sampled_weights(model)).encode()).hexdigest()[:16]
 
 
 def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
     """Compare the base model that an adapter was made for with the one at hand.
 
-    Vocabularies may differ, since tokens are often added; weights by what rounding and further
-    training change.
+    The vocabulary may differ, since tokens are often added. Weights may differ by rounding and
+    further training.
 
     Raises:
         InputError: kind, sizes or weights differ.
@@ -83,9 +83,9 @@ def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> N
         )
 
 
-def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    shared = [name for name in one if name in other]
-    a, b = (torch.tensor([values[name] for name in shared]) for values in (one, other))
+def _alike(weights: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    shared = [name for name in weights if name in other]
+    a, b = (torch.tensor([values[name] for name in shared]) for values in (weights, other))
     lengths = a.norm() * b.norm()
     if len(shared) < FEWEST or not lengths > 0:
         return True
@@ -93,7 +93,7 @@ def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Linear layers of numbered blocks: no heads, which may be new, and no adapters."""
+    """Linear layers of numbered blocks, without heads, which may be new, and without adapters."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or "lora_" in name:
             continue
@@ -102,6 +102,6 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    """Whether single values can be read: not of quantised, sharded or meta tensors."""
+    """Whether single values can be read; not from quantised, sharded or meta tensors."""
     plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
     return plain and weight.is_floating_point() and weight.numel() > 0

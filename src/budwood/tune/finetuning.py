@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from budwood import records
 from budwood.checks import need_at_least
 from budwood.errors import InputError, OutputError
-from budwood.loading import SMOLLM2, SMOLLM2_ID, bare_name, load_language_model
+from budwood.loading import (
+    SMOLLM2,
+    SMOLLM2_ID,
+    bare_name,
+    load_language_model,
+    third_party_warnings_off,
+)
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
@@ -209,7 +215,7 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
     if named and Path(named).expanduser().absolute() != folder.absolute():
         raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
     if not folder.absolute().parent.is_dir():
-        raise OutputError(f"{folder.absolute().parent} does not exist; make it, or choose another")
+        raise OutputError(f"there is no folder {folder.parent}; make it first, or give another")
     return folder
 
 
@@ -321,7 +327,8 @@ def _saved(model: Any, run: RunFolder) -> Any:
     """The adapter of a finished run on its base model."""
     import peft
 
-    return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
+    with third_party_warnings_off():
+        return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
 
 
 def _texts(

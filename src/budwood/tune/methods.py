@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from budwood import catalogue
 from budwood.errors import BudwoodError, InputError, first_line
+from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import EncodedExample
@@ -387,7 +388,8 @@ def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:
 
     torch.manual_seed(seed)
     try:
-        return peft.get_peft_model(model, tuner.config(rank, model, seed))
+        with third_party_warnings_off():
+            return peft.get_peft_model(model, tuner.config(rank, model, seed))
     except BudwoodError:
         raise
     except (TypeError, ValueError) as error:  # PEFT on an option that it does not take

@@ -1,4 +1,4 @@
-"""Whether the files of a saved adapter are whole and fit a model."""
+"""Checks of a saved adapter: its files are whole, and they fit the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from budwood.errors import InputError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
-"""Older adapters of other kinds, which PEFT reads by itself."""
+"""File of older adapters of other kinds, which PEFT reads by itself."""
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Look at the files of a saved adapter, as far as that takes no model.
+    """Check the files of a saved adapter, without a model.
 
     Args:
         folder: the directory.
@@ -29,11 +29,11 @@ def check_adapter_files(folder: Path) -> None:
     config = folder / CONFIG_FILE
     if config.is_file():
         try:
-            found = json.loads(config.read_text(encoding="utf-8"))
+            options = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{config} is not JSON: {error}; save the adapter again") from None
-        if not isinstance(found, dict):
-            raise InputError(f"{config} holds no options of an adapter; save the adapter again")
+        if not isinstance(options, dict):
+            raise InputError(f"{config} is not the config of an adapter; save the adapter again")
     weights = folder / WEIGHTS_FILE
     if weights.is_file():
         check_safetensors(weights)
@@ -60,23 +60,23 @@ def check_safetensors(path: Path) -> None:
         ) from None
 
 
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Compare the tensors of an adapter with what a model has places for.
+def check_state(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of a saved adapter with those of the model.
 
     Args:
-        found: key to tensor in the file.
+        saved: key to tensor in the file.
         expected: key to tensor in the model.
 
     Raises:
         InputError: keys are missing, shapes differ, or values are NaN or infinite.
     """
-    missing = [key for key in expected if key not in found]
+    missing = [key for key in expected if key not in saved]
     if missing:
         raise InputError(
             f"the adapter lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]!r}; "
             "it was made for another model or its file is incomplete"
         )
-    for key, tensor in found.items():
+    for key, tensor in saved.items():
         if key in expected and tensor.shape != expected[key].shape:
             raise InputError(
                 f"the adapter's {key!r} has shape {tuple(tensor.shape)}, this model needs "

@@ -89,7 +89,7 @@ class Comparison:
         return fingerprint([*asked, read_text(self.data / TEXT)])
 
     def run(self) -> list[dict[str, Any]]:
-        """Everything that is not done yet; returns the rows of all runs, the base model's first."""
+        """Do what is left to do, and return the rows of all runs, the base model's first."""
         for method in self.plan.methods:
             self.rank(method)  # refuses what cannot be compared, before hours of work
         befores = self.base_scores()
@@ -99,25 +99,25 @@ class Comparison:
             for method in self.plan.methods
             for lr in self.plan.lrs
         ]
-        found = self.run_all(sweep)
-        found |= {trial: row for trial, row in self.earlier().items() if trial not in found}
-        self.need_tried(found)
+        done = self.run_all(sweep)
+        done |= {trial: row for trial, row in self.earlier().items() if trial not in done}
+        self.need_tried(done)
         place = self.plan.methods.index
-        found = {trial: found[trial] for trial in sorted(found, key=lambda one: place(one.method))}
+        done = {trial: done[trial] for trial in sorted(done, key=lambda trial: place(trial.method))}
         finals = [
             Trial(method, lr, seed)
-            for method, lr in best_rates(found).items()
+            for method, lr in best_rates(done).items()
             for seed in self.plan.seeds
         ]
-        found |= self.run_all([trial for trial in finals if trial not in found])
+        done |= self.run_all([trial for trial in finals if trial not in done])
         for trial in finals:
-            if found[trial].get("status") == "complete":
-                found[trial] |= self.test(trial, befores)
-        for trial, row in found.items():
+            if done[trial].get("status") == "complete":
+                done[trial] |= self.test(trial, befores)
+        for trial, row in done.items():
             rows.append({**row, "final": trial in finals})
         return rows
 
-    # The steps, each of which reads its file where there is one.
+    # Each step reads its file if there is one.
 
     def texts(self) -> dict[str, list[EncodedExample]]:
         """Windows of text, and the base model's replies."""
@@ -138,7 +138,7 @@ class Comparison:
         return self._texts or {}
 
     def base_scores(self) -> list[Score]:
-        """Of the base model, on everything."""
+        """Scores of the base model on everything."""
         file = self.output / "base.json"
         if not file.exists():
             with self.bar("base model") as progress:
@@ -149,20 +149,20 @@ class Comparison:
         return [Score.from_dict(item) for item in read_json(file)]
 
     def base_row(self, befores: Sequence[Score]) -> dict[str, Any]:
-        """The base model as a row of its own."""
+        """The row of the base model."""
         row = {"method": "base", "lr": None, "seed": None, "params": 0, "rank": 0}
         return row | {"status": "complete", "final": True} | summary(befores, befores)
 
     def run_all(self, trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
-        """Train and evaluate each trial; one that fails is noted and the others go on."""
-        found = {}
+        """Train and evaluate each trial; a failure is noted and the next one runs."""
+        rows = {}
         for i, trial in enumerate(trials, 1):
             self.say(f"{i}/{len(trials)} {trial.name}")
-            found[trial] = self.trial(trial)
-        return found
+            rows[trial] = self.trial(trial)
+        return rows
 
     def earlier(self) -> dict[Trial, dict[str, Any]]:
-        """Runs of the sweep that are in the folder, at whatever rate they were made."""
+        """Runs of the sweep that are in the folder already, at any rate."""
         files = sorted((self.output / "runs").glob("*/record.json"))
         rows = [records.read(file).rows[0] for file in files]
         trials = {Trial(row["method"], row["lr"], row["seed"]): dict(row) for row in rows}
@@ -173,13 +173,14 @@ class Comparison:
             if trial.method in methods and trial.seed == seed
         }
 
-    def need_tried(self, found: Collection[Trial]) -> None:
-        """Without rates, every method needs a run that is in the folder.
+    def need_tried(self, trials: Collection[Trial]) -> None:
+        """Check that every method has a run, where no rates are given.
 
         Raises:
-            InputError: one has none.
+            InputError: a method has none.
         """
-        untried = [name for name in self.plan.methods if all(one.method != name for one in found)]
+        tried = {trial.method for trial in trials}
+        untried = [name for name in self.plan.methods if name not in tried]
         if untried:
             raise InputError(
                 f"{self.output} has no run of {', '.join(untried)} with seed {self.plan.seeds[0]}; "
@@ -217,7 +218,7 @@ class Comparison:
         return row
 
     def test(self, trial: Trial, befores: Sequence[Score]) -> dict[str, Any]:
-        """A chosen run on the target tests and the general tasks."""
+        """Scores of a chosen run on the target tests and the general tasks."""
         file = self.path(trial) / "tests.json"
         if not file.exists():
             adapted = self.trained(trial).model  # again, where only the record was kept
@@ -250,7 +251,7 @@ class Comparison:
             )
 
     def rank(self, method: str) -> int:
-        """The rank that gives a method as many trained parameters as the reference has."""
+        """The rank at which a method has as many trained parameters as the reference."""
         if method not in self._ranks:
             if method == self.plan.reference or is_ablation(method):
                 self._ranks[method] = self.plan.rank
@@ -287,7 +288,7 @@ class Comparison:
         self.keep(trial, "routing.json", routing_rows(adapted, self.tokenizer, texts))
 
     def described(self, trial: Trial) -> dict[str, Any]:
-        """What a run is, as the beginning of its row."""
+        """The columns of a row that describe the run."""
         return {
             "method": trial.method,
             "lr": trial.lr,

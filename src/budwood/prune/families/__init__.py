@@ -52,7 +52,7 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         UnsupportedModelError: no family knows it, or it lacks vision, a head, or a known tower.
     """
     kind = type(model).__name__
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         inner = inner_model(model)
         todo = f"pass its .{inner}" if inner else f"known families: {', '.join(FAMILIES)}"

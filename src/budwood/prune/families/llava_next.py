@@ -29,7 +29,8 @@ class LlavaNext(Llava):
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         if not self.whole_crops:
             return super().features(inputs)
-        with OutputRecorder(self.model.model.multi_modal_projector) as crops:
+        crops = OutputRecorder(self.model.model.multi_modal_projector)
+        with crops:
             packed = super().features(inputs)
         per_image = [layout.n_crops for layout in self.layouts(inputs, packed)]
         return [image.flatten(0, 1) for image in crops.output().split(per_image)]

@@ -40,8 +40,8 @@ def text_windows(
     Args:
         path: UTF-8 text.
         tokenizer: of the model.
-        n_windows: how many; 0 for the whole text.
-        length: tokens in each.
+        n_windows: number of windows; 0 for the whole text.
+        length: tokens per window.
 
     Raises:
         InputError: the file can't be read, or is shorter than one window; a count is too low.
@@ -58,10 +58,10 @@ def text_windows(
 
 
 def chat_prompts(limit: int = 0) -> list[str]:
-    """The prompts that ship, the first ``limit`` of them; 0 for all.
+    """The first ``limit`` shipped prompts; 0 for all.
 
     Raises:
-        InputError: the limit is below 0, or above the number that ships.
+        InputError: the limit is below 0, or above their number.
     """
     need_at_least(0, limit=limit)
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
@@ -108,7 +108,7 @@ def make_texts(
 
 
 def text_name(text: Path) -> str:
-    """What a file is called among the texts: its stem.
+    """Name of a file among the texts: its stem.
 
     Raises:
         InputError: that is the name of the replies.

@@ -210,7 +210,7 @@ def _n_tokens(tokenizer: Any, text: str) -> int:
 
 
 class SharedPromptLM(_Base):
-    """``HFLM`` whose log-likelihoods cost one pass over each prompt, and not one a choice.
+    """An ``HFLM`` that reads each prompt once, and not once per choice.
 
     The answers are read from the prompt's key-value cache, and logits are computed for answers
     alone. Prompts are sorted by length. The numbers are HFLM's but for rounding, and for two things

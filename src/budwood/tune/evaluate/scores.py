@@ -133,7 +133,8 @@ def compare_mean(
         drawn = resampled([before, after], seed + i, n_resamples)
         gaps += (drawn[1] - drawn[0]) / len(befores)
     gap = mean_of("mean", afters) - mean_of("mean", befores)
-    return gap, *interval(gaps)
+    low, high = interval(gaps)
+    return gap, low, high
 
 
 def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:

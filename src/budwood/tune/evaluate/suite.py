@@ -50,19 +50,19 @@ class Suite:
     limit: int = 0
 
     def before(self, model: Any, tokenizer: Any, progress: Progress = silent) -> list[Score]:
-        """Scores of the base model on the tasks."""
+        """Score the base model on the tasks."""
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
         with off:
             return self._tasks(model, tokenizer, progress)
 
     def after(self, model: Any, tokenizer: Any, progress: Progress = silent) -> list[Score]:
-        """Scores of the tuned model on the tasks."""
+        """Score the tuned model on the tasks."""
         return self._tasks(model, tokenizer, progress)
 
     def drift(
         self, model: Any, tokenizer: Any, progress: Progress = silent
     ) -> tuple[list[Score], list[Score]]:
-        """Scores of base and tuned model on the texts."""
+        """Score base and tuned model on the texts."""
         befores: list[Score] = []
         afters: list[Score] = []
         for name, rows in self.texts.items():

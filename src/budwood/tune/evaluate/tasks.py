@@ -30,16 +30,16 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Task:
-    """Something to be tested on.
+    """A task to evaluate on.
 
     Attributes:
-        name: as in the table.
+        name: its name in tables.
         group: ``"target"`` or ``"general"``.
-        config: of lm-eval, without data.
+        config: lm-eval's config, without data; None for a task of lm-eval's own.
         examples: the data; None for a task of lm-eval's own.
-        chat: asked through the chat template.
-        rendered: some examples have a system prompt or several turns; lm-eval knows single
-            questions alone, so that it gets whole prompts, as text.
+        chat: whether it is asked through the chat template.
+        rendered: some examples have a system prompt or several turns. lm-eval knows single
+            questions only, so it gets whole prompts as text.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Task:
 def find_task(
     name: str, data: Path | None, group: str = "general", limit: int = 0, seed: int = 0
 ) -> Task:
-    """A task by its name.
+    """Find a task by its name.
 
     Args:
-        name: one that ships, whose file is in ``data``; a file of JSON lines; or any of lm-eval's.
+        name: a shipped task, whose file is in ``data``; a file of JSON lines; or one of lm-eval's.
         data: folder with the files of shipped tasks.
         group: ``"target"`` or ``"general"``.
-        limit: draw so many of its questions; 0 for all.
-        seed: of the draw.
+        limit: number of questions to draw; 0 for all.
+        seed: seed of the draw.
 
     Raises:
         InputError: its file is missing or malformed.
@@ -85,17 +85,17 @@ def find_task(
 
 
 def task_names(asked: Sequence[str]) -> list[str]:
-    """What tasks are called in tables, no two the same.
+    """Names of tasks in tables, no two the same.
 
     Args:
-        asked: as :func:`find_task` takes them.
+        asked: names as :func:`find_task` takes them.
 
     Returns:
-        A file's stem; where several have the same, with the folder before it, and with more where
-        that is not enough. Other tasks are called what they are.
+        The stem of a file, with the folder before it where stems are the same, and longer if
+        needed. Other tasks keep their names.
 
     Raises:
-        InputError: a file or another task is there twice.
+        InputError: a file or task is given twice.
     """
     paths = [Path(one).expanduser().resolve() if is_file_name(one) else None for one in asked]
     for what, n in Counter(path or one for path, one in zip(paths, asked)).items():
@@ -153,7 +153,7 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
 
 
 def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """So many examples at random, in their order; all of them for 0.
+    """Draw examples at random and keep their order; 0 takes all.
 
     Raises:
         InputError: the limit is below 0.
@@ -168,12 +168,12 @@ def draw(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
 def find_tasks(
     targets: Sequence[str], general: Sequence[str], data: Path | None, limit: int, seed: int
 ) -> tuple[Task, ...]:
-    """Tasks by their names, no two the same; the rest as in :func:`find_task`.
+    """Find tasks by their names, as :func:`find_task`.
 
-    A group or tag of lm-eval's is all of its tasks.
+    A group or tag of lm-eval stands for all of its tasks.
 
     Raises:
-        InputError: a task is there twice, or a file is missing or malformed; a group of lm-eval's
+        InputError: a task is given twice, a file is missing or malformed, or a group of lm-eval
             changes settings of its tasks.
         UnknownNameError: there is no such task.
     """
@@ -186,7 +186,7 @@ def find_tasks(
 
 
 def expanded(tasks: Sequence[Task]) -> list[Task]:
-    """Tasks, with those of lm-eval's groups and tags in the place of these.
+    """Replace the groups and tags of lm-eval by their tasks.
 
     Raises:
         InputError: lm-eval is not installed, or a group changes settings of its tasks; two tasks
@@ -208,13 +208,13 @@ def _leaves(task: Task) -> list[Task]:
 
 
 def shipped_tasks() -> tuple[str, ...]:
-    """Names of the tasks that ship."""
+    """Names of the shipped tasks."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
 @cache
 def task_manager() -> Any:
-    """lm-eval's, with all that it knows; to look for that takes seconds, and is done once.
+    """lm-eval's task manager with all of its tasks; made once, since it takes seconds.
 
     Raises:
         InputError: lm-eval is not installed.
@@ -227,12 +227,12 @@ def task_manager() -> Any:
 
 
 def no_lm_eval(error: ImportError) -> MissingPackageError:
-    """The error for an lm-eval that can't be imported."""
+    """The error where lm-eval cannot be imported."""
     return optional.missing_package("lm_eval", "evaluation", error)
 
 
 def leaf_tasks(name: str) -> list[str]:
-    """The tasks that a name of lm-eval's stands for.
+    """The tasks behind a name of lm-eval.
 
     Args:
         name: a task, which stands for itself, a group or a tag.
@@ -283,7 +283,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """lm-eval and datasets draw bars and log much of what they do."""
+    """Silence the bars and logs of lm-eval and datasets."""
     datasets = optional.need("datasets", "evaluation")
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
