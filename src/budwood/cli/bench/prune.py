@@ -196,6 +196,6 @@ def _legend(config: dict[str, Any]) -> str:
     return (
         f"{config['n_questions']} questions about {config['n_scenes']} scenes, seed "
         f"{config['seed']}, split {config['split']}; {fraction:.0%} of them about the salient "
-        f"object; differences are to {config['reference']} at the same budget; model {config['model']}, "
-        f"{config['dtype']}"
+        f"object; differences are to {config['reference']} at the same budget; "
+        f"model {config['model']}, {config['dtype']}"
     )
