@@ -12,7 +12,7 @@ def test_json(budwood, picture, model_dir):
     assert (found["n_visual"], found["n_kept"], len(found["kept"])) == (16, 5, 5)
     assert sum(found["split"].values()) == 5
     assert found["answer"] and found["answer_full"]
-    assert found["question"] == "What colour ?" and found["question_span"] == "all"
+    assert found["question"] == "What colour ?" and found["question_span"] == "current"
     for times in (found["ttft"], found["ttft_full"]):
         parts = times["encode_ms"] + times["select_ms"] + times["prefill_ms"]
         assert np.isclose(parts, times["total_ms"], atol=0.01)

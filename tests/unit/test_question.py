@@ -168,3 +168,82 @@ def test_no_question_at_all_is_legal():
     image = session.report[0]
     assert image.question == ()
     assert torch.equal(image.kept, image.saliency.topk(3).indices.sort().values)
+
+
+# The current turn of a chat
+
+
+class Turns(Chat):
+    """A template for any number of turns, without special tokens around the user's."""
+
+    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
+        said = []
+        for message in chat:
+            text = message["content"][-1]["text"]
+            picture = "<image>\n" if message["content"][0]["type"] == "image" else ""
+            is_user = message["role"] == "user"
+            said.append(f"USER: {picture}{text} " if is_user else f"ASSISTANT: {text} </s> ")
+        return "".join(["<s>", *said, "ASSISTANT:"])
+
+
+def test_the_current_turn_with_a_template():
+    processor = Turns()
+    scaffold = Scaffold.of(processor, IMAGE)
+    ids = processor.tokenizer.ids
+    assert scaffold.later == (END, ids["USER:"])
+
+    def asked(prompt, **options):
+        row = processor.tokenizer(prompt, add_special_tokens=False).input_ids
+        start = row.index(IMAGE)
+        found = ask(row, (start, start + 1), "current", scaffold=scaffold, **options)
+        names = {number: word for word, number in ids.items()}
+        return " ".join(names[i] for i in found)
+
+    first = "<s>USER: <image>\nwhat is it ASSISTANT:"
+    assert asked(first) == "what is it"
+    assert asked(f"{first} a cat </s> USER: where ASSISTANT:") == "where"
+    third = f"{first} a cat </s> USER: where ASSISTANT: there </s> USER: how many ASSISTANT:"
+    assert asked(third) == "how many"
+
+
+def test_the_current_turn_before_a_supervised_answer():
+    processor = Turns()
+    scaffold = Scaffold.of(processor, IMAGE)
+    prompt = "<s>USER: <image>\nwhat is it ASSISTANT: a cat </s> USER: where ASSISTANT: over there"
+    row = processor.tokenizer(prompt, add_special_tokens=False).input_ids
+    start = row.index(IMAGE)
+    where = processor.tokenizer.ids["where"]
+    n = len(row)
+    for answers in ({n - 1, n - 2}, {n - 1, n - 2, *range(start + 6, start + 8)}):
+        found = ask(row, (start, start + 1), "current", answers=answers, scaffold=scaffold)
+        assert found == [where]
+
+
+def test_the_current_turn_without_a_template():
+    chat = [BOS, 20, IMAGE, 30, 31, 32, 33, END]  # <bos>user<image>…<end><bos>assistant…
+    assert ask([*chat, BOS, 50], (2, 3), "current") == [30, 31, 32, 33]
+    later = [*chat, BOS, 50, 60, 61, 62, 63, END, BOS, 20, 40, 41, 42, END, BOS, 50]
+    assert ask(later, (2, 3), "current") == [20, 40, 41, 42]
+    assert ask(later, (2, 3), "turn") == [30, 31, 32, 33]
+    assert ask([BOS, IMAGE, 30], (1, 2), "current") == [30]
+    assert ask([BOS, 20, 21, IMAGE], (3, 4), "current") == [20, 21]
+
+
+def test_a_fully_supervised_row_has_a_current_turn():
+    row = [BOS, 20, IMAGE, 30, 31]
+    assert ask(row, (2, 3), "current", answers=set(range(5))) == [30, 31]
+
+
+def test_the_current_turn_is_the_default():
+    case = models.llava()
+    processor = Turns()
+    first = processor.tokenizer(
+        "USER: <image>\nwhat is it ASSISTANT: a cat </s> USER: where ASSISTANT:",
+        add_special_tokens=False,
+    ).input_ids
+    start = first.index(IMAGE)
+    batch = case.batch([first[:start], 0, first[start + 1 :]])
+    with attach(case.model, keep=3, processor=processor) as session:
+        case.model.generate(**batch, max_new_tokens=1)
+    found = batch["input_ids"][0, list(session.report[0].question)].tolist()
+    assert found == [processor.tokenizer.ids["where"]]

@@ -8,6 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from budwood.bench.tune.plan import fit_rank
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
+from budwood.tune import SlimConfig
 from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, n_trainable, parse_tuner
 from budwood.tune.targets import with_attention
@@ -66,6 +67,13 @@ def test_the_margin_at_inference_goes_with_the_distance(text, margin):
     config = parse_tuner(text).config(1, None, 0)
     assert config.margin_of(training=False) == margin
     assert config.margin_of(training=True) == (0 if margin == 0 else 1.5)
+
+
+@pytest.mark.parametrize("n_tokens", [40, 1279, 1280, 10**6])
+def test_slim_is_the_recommended_config(n_tokens):
+    """The method that the command, ``finetune`` and the benchmark's ``slim`` row train."""
+    config = parse_tuner("slim").fitted_to(n_tokens).config(4, None, 0)
+    assert config == SlimConfig.recommended(n_tokens, r=4, seed=0)
 
 
 def test_the_plain_reading_has_nothing_of_ours():

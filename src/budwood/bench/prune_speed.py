@@ -21,7 +21,7 @@ from budwood.prune.budget import Budget
 from budwood.prune.families import family_of
 from budwood.prune.families.base import Layout
 from budwood.prune.latency import Timed, generate_timed
-from budwood.prune.question import QUESTIONS, Question
+from budwood.prune.question import PUBLISHED, Question
 from budwood.prune.selection import select
 from budwood.prune.session import PruneSession, attach
 from budwood.timing import median_ratio, side_by_side
@@ -176,7 +176,7 @@ class _Largest(TorchDispatchMode):
 def _question_ids(model: Any, processor: Any, inputs: Mapping[str, Any], family: Any) -> Tensor:
     """Token ids of the question in the first row."""
     ids = inputs["input_ids"][0]
-    rule = Question.for_model(QUESTIONS[0], model, family.wrapping_ids, processor)
+    rule = Question.for_model(PUBLISHED, model, family.wrapping_ids, processor)
     places = (ids == family.image_token_id).nonzero().flatten()
     span = int(places[0]), int(places[-1]) + 1
     return ids[rule.positions(ids.cpu(), span, len(ids))]

@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from budwood.errors import InputError
+from budwood.progress import Progress, silent
+from budwood.records import Row
 from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
 from budwood.tune.equations import route, standardise
 from budwood.tune.observe import observe
 from budwood.tune.steps import keeper_of
-
-Row = dict[str, Any]
 
 METHODS = ("frozen", "lora", "slim", "loop", "bypass")
 """``bypass`` is SLIM on a batch whose tokens all bypass."""
@@ -132,9 +132,7 @@ class LoopedExperts(nn.Module):
         return result.view(*x.shape[:-1], -1)
 
 
-def measure_speed(
-    config: SpeedConfig, on_progress: Callable[[str], None] | None = None
-) -> list[Row]:
+def measure_speed(config: SpeedConfig, progress: Progress = silent) -> list[Row]:
     """Time forward and backward of each method at each width and number of tokens.
 
     In a round every method runs once, in turn; which goes first changes from round to round. Ratios
@@ -145,7 +143,7 @@ def measure_speed(
 
     Args:
         config: what to time.
-        on_progress: called with a line before each group of measurements.
+        progress: called before each group of measurements, and at the end.
 
     Returns:
         One row per width, number of tokens and method: ``ms`` (median), ``over_lora``,
@@ -153,12 +151,12 @@ def measure_speed(
         trainable, ``bypassed_share``, and ``within_target`` (None where there is none).
     """
     rows: list[Row] = []
-    for width in config.widths:
-        for n_tokens in config.n_tokens:
-            if on_progress is not None:
-                on_progress(f"width {width}, {n_tokens} tokens")
-            rows += _measure_one(config, width, n_tokens)
-            gc.collect()
+    groups = [(width, n_tokens) for width in config.widths for n_tokens in config.n_tokens]
+    for i, (width, n_tokens) in enumerate(groups):
+        progress(i, len(groups), f"width {width}, {n_tokens} tokens")
+        rows += _measure_one(config, width, n_tokens)
+        gc.collect()
+    progress(len(groups), len(groups))
     return rows
 
 

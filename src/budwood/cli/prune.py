@@ -48,10 +48,10 @@ def prune(
         str,
         typer.Option(
             "--question",
-            metavar="all|turn",
-            help="Text to choose by: all after the picture, or the user's words alone.",
+            metavar="current|all|turn",
+            help="Text to choose by: your words, or all text after the picture, as published.",
         ),
-    ] = "all",
+    ] = "current",
     compat: Annotated[
         str | None,
         typer.Option(metavar="official", help="Another way to write --method adav-official."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 from budwood.errors import BudgetError
 
@@ -73,6 +74,47 @@ class Budget:
                 "or a ratio in (0, 1]"
             )
         return min(self.keep, n_visual)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The ``keep`` of an attached model: one budget for every image, or a list with one an image.
+
+    Attributes:
+        keep: as it was given.
+        each: one budget for all images, or one for each image of a call.
+    """
+
+    keep: Any
+    each: tuple[Budget, ...]
+
+    @classmethod
+    def parse(cls, keep: Any) -> Budgets:
+        """Read what a user gives.
+
+        Raises:
+            BudgetError: a budget is neither a count nor a ratio, or the list is empty.
+        """
+        if isinstance(keep, list | tuple):
+            if not keep:
+                raise BudgetError(f"keep={keep!r} is empty; {_ALLOWED}, or a list of these")
+            return cls(keep, tuple(map(Budget.parse, keep)))
+        return cls(keep, (Budget.parse(keep),))
+
+    def of_images(self, n_images: int) -> list[Budget]:
+        """The budget of each image of a call.
+
+        Raises:
+            BudgetError: the list has another length.
+        """
+        if not isinstance(self.keep, list | tuple):
+            return list(self.each) * n_images
+        if len(self.each) != n_images:
+            raise BudgetError(
+                f"keep has {len(self.each)} budgets and the call has {n_images} images; give one "
+                "budget an image, or a single one for all"
+            )
+        return list(self.each)
 
 
 def _is_count(keep: float) -> bool:

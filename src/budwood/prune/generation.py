@@ -38,6 +38,14 @@ class PromptSwap:
         prompts = self.original.to(sequences.device).repeat_interleave(each, dim=0)
         return torch.cat((prompts, sequences[:, self.n_pruned :]), dim=1)
 
+    def restored(self, output: Any) -> Any:
+        """What ``generate`` returned, sequences or a dict that holds them, with whole prompts."""
+        if isinstance(output, Tensor):
+            return self.restore(output)
+        if isinstance(getattr(output, "sequences", None), Tensor):
+            output.sequences = self.restore(output.sequences)
+        return output
+
     def restore_row(self, row: int, sequence: Tensor) -> Tensor:
         """The same for one sequence, shape (n_pruned + n_new,), of the prompt ``row``."""
         prompt = self.original[row].to(sequence.device)
@@ -177,6 +185,15 @@ def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None
         )
     if any(inputs.get(name) is not None for name in video_inputs):
         raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
+    refuse_explicit(inputs)
+
+
+def refuse_explicit(inputs: dict[str, Any]) -> None:
+    """Inputs that pruning works out by itself.
+
+    Raises:
+        InputError: explicit positions, or an attention mask that is not 2-D.
+    """
     if inputs.get("position_ids") is not None:
         raise InputError("position_ids are worked out from the pruned prompt; leave them out")
     mask = inputs.get("attention_mask")

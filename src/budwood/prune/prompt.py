@@ -64,10 +64,12 @@ class Pruned:
     Attributes:
         index: position in the original prompt of each token, int64, shape (batch, n_kept).
         valid: whether there is a token; the rest is padding. Bool, same shape.
+        n_tokens: length of the original prompt.
     """
 
     index: Tensor
     valid: Tensor
+    n_tokens: int
 
     def take(self, tensor: Tensor, fill: int) -> Tensor:
         """Cut a tensor that has one entry per token.
@@ -82,6 +84,32 @@ class Pruned:
         index = self.index.expand(*tensor.shape[:-1], -1)
         return tensor.gather(-1, index).where(self.valid, fill)
 
+    def moved(self, positions: Tensor) -> Tensor:
+        """Where tokens of the original prompt are now.
+
+        Args:
+            positions: in the original prompt, negative ones from its end, int64, shape (n,).
+
+        Returns:
+            Their columns, the same in every row of the batch, int64, shape (n,).
+
+        Raises:
+            InputError: a token was dropped, or is in another column in each row.
+        """
+        n_tokens = self.n_tokens
+        wanted = torch.where(positions < 0, positions + n_tokens, positions).to(self.index.device)
+        matches = self.index[:, None] == wanted[:, None]  # (batch, n, n_kept)
+        columns = matches.byte().argmax(-1)
+        fine = matches.any(-1).all(0) & (columns == columns[:1]).all(0)
+        if not bool(fine.all()):
+            first = int(positions[~fine.to(positions.device)][0])
+            raise InputError(
+                f"logits_to_keep asks for position {first}, which pruning drops, or moves to a "
+                "different column in each row; give a number of last positions (int), or one row "
+                "at a time"
+            )
+        return columns[0]
+
     @property
     def origin(self) -> Tensor:
         """Position in the original prompt, -1 for padding, int64, shape (batch, n_kept)."""
@@ -89,12 +117,18 @@ class Pruned:
 
 
 def prune_rows(
-    mask: Tensor, images: Sequence[Placed], kept: Sequence[Tensor], device: torch.device
+    mask: Tensor,
+    images: Sequence[Placed],
+    kept: Sequence[Tensor],
+    device: torch.device,
+    keep_end: bool = False,
 ) -> Pruned:
     """Drop placeholders and pad anew, on the side that was padded and no more than needed.
 
-    Padding on the right is kept only where there is some; without any the new one is on the left.
-    Waits for no device: what is kept may stay there, only how much must be known here.
+    Without any padding the new one goes to the left. Rows that are padded on both sides, as TRL's
+    GRPO makes them (prompt padded on the left, completion on the right), keep their padding on the
+    right: the last columns hold the same tokens as before. Waits for no device: what is kept may
+    stay there, only how much must be known here.
 
     Args:
         mask: attention mask of the prompts, on the CPU, shape (batch, n_tokens).
@@ -102,13 +136,17 @@ def prune_rows(
         kept: for each image the placeholders that stay, counted from its first one, int64, shape
             (n_kept,), distinct, on ``device``.
         device: where the result goes.
+        keep_end: keep the padding on the right in any case.
     """
     n_tokens = mask.shape[1]
     seen = mask.bool()
     seen[~seen.any(1)] = True  # a row that is masked throughout has no padding to speak of
-    on_right = not bool(seen[:, -1].all())
+    from_first = seen.long().cumsum(1).bool()
+    to_last = seen.flip(1).long().cumsum(1).flip(1).bool()
+    keep_end = keep_end or not (from_first.all() or to_last.all())
+    on_right = not (keep_end or to_last.all())
     # From the first to the last token that is attended: a gap inside is the user's and stays.
-    stays = seen.long().cumsum(1).bool() & seen.flip(1).long().cumsum(1).flip(1).bool()
+    stays = from_first.clone() if keep_end else from_first & to_last
     counts = stays.sum(1)
     for image, some in zip(images, kept, strict=True):
         counts[image.row] += len(some) - int(stays[image.row, image.start : image.stop].sum())
@@ -124,5 +162,6 @@ def prune_rows(
         valid = column < counts[:, None]
     else:
         index = torch.argsort(stays.byte(), dim=1, stable=True)[:, n_tokens - length :]
-        valid = column >= length - counts[:, None]
-    return Pruned(index, valid.to(device, non_blocking=True))
+        padding = (~to_last).sum(1, keepdim=True) if keep_end else 0
+        valid = (column >= length - counts[:, None]) & (column < length - padding)
+    return Pruned(index, valid.to(device, non_blocking=True), n_tokens)

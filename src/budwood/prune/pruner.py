@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import BudgetError, InputError
-from budwood.prune.budget import Budget
+from budwood.prune.budget import Budget, Budgets
 from budwood.prune.encoded import Encoded
 from budwood.prune.families.base import Family, Layout
 from budwood.prune.methods.base import Method
@@ -59,7 +59,7 @@ class Pruner:
         model: the model.
         family: where things are in it.
         method: chooses.
-        budget: how many.
+        budgets: how many tokens to keep of each image.
         question: finds the text to choose by.
         seed: for methods that draw.
         exact_timing: wait for the GPU before looking at the clock.
@@ -69,7 +69,7 @@ class Pruner:
     model: Any
     family: Family
     method: Method
-    budget: Budget
+    budgets: Budgets
     question: Question
     seed: int = 0
     exact_timing: bool = False
@@ -106,14 +106,15 @@ class Pruner:
             visual = list(map(_candidates, features, layouts))
             texts = self._embed(inputs["input_ids"], images, asked)
             signals = [_beside(*three) for three in zip(visual, texts, saliency_of(layouts))]
+            budgets = self.budgets.of_images(len(images))
             chosen = [
-                self._select(number, layout, *three)
-                for number, (layout, three) in enumerate(zip(layouts, signals))
+                self._select(number, layout, budget, *three)
+                for number, (layout, budget, three) in enumerate(zip(layouts, budgets, signals))
             ]
         kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
         places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
-        pruned = prune_rows(mask, images, places, device)
+        pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         left = [image[indices] for image, indices in zip(features, kept)]
@@ -172,12 +173,13 @@ class Pruner:
         self,
         number: int,
         layout: Layout,
+        budget: Budget,
         visual: Tensor,
         text: Tensor | None,
         saliency: Tensor | None,
     ) -> Selection:
         """Choose among the candidates of one image."""
-        keep = self.budget.count(layout.n_candidates, clamp=True)
+        keep = budget.count(layout.n_candidates, clamp=True)
         if layout.whole_crops and keep > layout.n_placeholders:
             raise BudgetError(
                 f"keep={keep} exceeds the {layout.n_placeholders} placeholders that image {number} "
@@ -205,6 +207,8 @@ class Pruner:
         for name, fill in {"input_ids": pad, **_FILLS}.items():
             if shorter.get(name) is not None:
                 shorter[name] = pruned.take(shorter[name], fill)
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            shorter["logits_to_keep"] = pruned.moved(_position_list(inputs["logits_to_keep"]))
         if positions is not None:
             device = pruned.index.device
             positions = pruned.take(positions.to(device, non_blocking=True), 0)
@@ -273,6 +277,21 @@ def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
     if labels is None:
         return [set()] * n_rows
     return [set(row.nonzero().flatten().tolist()) for row in labels.cpu() != _IGNORED_LABEL]
+
+
+def _counts_from_end(inputs: dict[str, Any]) -> bool:
+    """Whether the call asks for logits by their distance from the end of the prompt."""
+    wanted = inputs.get("logits_to_keep")
+    return isinstance(wanted, Tensor) or bool(wanted)
+
+
+def _position_list(wanted: Tensor) -> Tensor:
+    if wanted.ndim != 1 or wanted.is_floating_point() or wanted.dtype == torch.bool:
+        raise InputError(
+            f"logits_to_keep is a tensor of shape {tuple(wanted.shape)} and {wanted.dtype}; give "
+            "an int, or positions as a 1-D integer tensor"
+        )
+    return wanted.long()
 
 
 def _candidates(features: Tensor, layout: Layout) -> Tensor:

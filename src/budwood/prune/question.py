@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 
 from budwood.errors import InputError, UnknownNameError
 
-QUESTIONS = ("all", "turn")
+QUESTIONS = ("current", "all", "turn")
+PUBLISHED = "all"
+"""The choice of AdaV's public code."""
+
+_TEMPLATE_WORDS = 3
 
 QuestionRule: TypeAlias = str | Callable[[Tensor, int, int], Any]
-"""``"all"``, ``"turn"``, or a function ``(ids, start, stop) -> positions``.
+"""``"current"``, ``"turn"``, ``"all"``, or a function ``(ids, start, stop) -> positions``.
 
 The function gets one row of the prompt (int64, on the CPU) and where an image's placeholders are in
 it; it returns the positions in that row that are the question, as a list, a tensor or a slice.
@@ -28,10 +33,12 @@ class Scaffold:
     Attributes:
         prefix: between the image and the text.
         suffix: from the end of the text to where the answer begins.
+        later: between an answer and the text of the next user turn.
     """
 
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, processor: Any, image_token_id: int) -> Scaffold:
@@ -45,19 +52,46 @@ class Scaffold:
             getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         ):
             return cls()
-        after = [
-            _rendered(processor, tokenizer, text, image_token_id) for text in ("Is it", "which 7")
-        ]
-        if None in after:
+        is_it, which = (_rendered(processor, tokenizer, (text,), image_token_id) for text in _TEXTS)
+        if is_it is None or which is None:
             return cls()
-        one, other = (ids for ids in after if ids is not None)
-        return cls(tuple(_same(one, other)), tuple(_same(one[::-1], other[::-1])[::-1]))
+        prefix, suffix = _same(is_it, which), _same(is_it[::-1], which[::-1])[::-1]
+        return cls(tuple(prefix), tuple(suffix), _later(processor, tokenizer, image_token_id))
 
 
-def _rendered(processor: Any, tokenizer: Any, text: str, image_token_id: int) -> list[int] | None:
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    chat = [{"role": "user", "content": content}]
-    prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+_TEXTS = ("Is it", "which 7")
+"""Two texts whose first and last tokens differ with any tokenizer."""
+
+
+def _later(processor: Any, tokenizer: Any, image_token_id: int) -> tuple[int, ...]:
+    """Tokens between an answer and the next user turn's text; none if that cannot be rendered."""
+    before_text = []
+    for answer in _TEXTS:
+        chats = [("A", answer, text) for text in _TEXTS]
+        one, other = (_rendered(processor, tokenizer, chat, image_token_id) for chat in chats)
+        if one is None or other is None:
+            return ()
+        before_text.append(_same(one, other))
+    one, other = before_text
+    return tuple(_same(one[::-1], other[::-1])[::-1])
+
+
+def _rendered(
+    processor: Any, tokenizer: Any, turns: Sequence[str], image_token_id: int
+) -> list[int] | None:
+    """Token ids after the image of a chat: user, assistant, user, …; None if it has no image."""
+    chat: list[dict[str, Any]] = []
+    for number, text in enumerate(turns):
+        content = [{"type": "text", "text": text}]
+        if number == 0:
+            content.insert(0, {"type": "image"})
+        chat.append({"role": "assistant" if number % 2 else "user", "content": content})
+    try:
+        prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse a chat of several turns in any way that jinja has
+        if len(turns) == 1:
+            raise
+        return None
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     if image_token_id not in ids:
         return None
@@ -76,18 +110,24 @@ def _same(one: Sequence[int], other: Sequence[int]) -> list[int]:
 class Question:
     """Finds the question about an image in a row of token ids.
 
-    - ``"all"``: every token after the image, chat scaffolding included: the published choice.
-    - ``"turn"``: the text after the image up to the end of the user's turn, which is the first
-      special token (or the template's suffix, if a processor is given); the template's prefix
-      between image and text is left out too.
+    - ``"current"``: the user's last turn, whichever turn the image is in. The default.
+    - ``"turn"``: the text after the image up to the end of its own turn: in a chat of several turns
+      the first question about it.
+    - ``"all"``: every token after the image, chat template and earlier answers included: the
+      published choice.
 
-    Both leave out other images. If several images come before one text they share it; text between
+    ``"current"`` and ``"turn"`` leave out the template's own words if a processor is given. Without
+    one, turns end at special tokens. A last piece of at most three tokens then counts as the
+    template's, such as ``"assistant"`` and a line break.
+
+    All leave out other images. If several images come before one text they share it; text between
     two images belongs to the first, along with what follows the second. An image with no text after
     it gets the text before it in its turn. In training, supervised tokens are answers and no part
-    of the question, unless all the text is supervised.
+    of the question, unless all the text is supervised. The current turn is then the one before the
+    last answer.
 
     Args:
-        rule: ``"all"``, ``"turn"`` or a function; see :data:`QuestionRule`.
+        rule: a name in ``QUESTIONS``, or a function; see :data:`QuestionRule`.
         ends: special tokens, each of which ends a turn.
         wrapping: tokens around and inside images, which neither are text nor end a turn.
         scaffold: the chat template's tokens.
@@ -123,7 +163,7 @@ class Question:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value = getattr(config, name, None)
                 ends.update(value if isinstance(value, list) else [] if value is None else [value])
-        if processor is None or rule != "turn":
+        if processor is None or rule == "all":
             return cls(rule, ends, wrapping)
         tokenizer = getattr(processor, "tokenizer", processor)
         ends.update(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
@@ -150,23 +190,58 @@ class Question:
             return _checked(self.rule(ids, *image), len(ids))
         row = ids.tolist()
         after = self._after(row, image[1], stop)
+        if self.rule == "current" and answers:
+            after = self._after(row, image[1], _before_last_answer(stop, answers)) or after
         text = [i for i in after if i not in answers] or after
         return text or self._before(row, image[0])
 
     def _after(self, row: list[int], start: int, stop: int) -> list[int]:
         if self.rule == "all":
-            return [i for i in range(start, stop) if row[i] not in self.wrapping]
+            return self._text(row, start, stop)
+        if self.rule == "current":
+            return self._text(row, *self._current(row, start, stop))
         end = next((i for i in range(start, stop) if row[i] in self.ends), stop)
         end = _find(row, self.scaffold.suffix, start, end)
-        text = [i for i in range(start, end) if row[i] not in self.wrapping]
+        return self._without_prefix(row, self._text(row, start, end))
+
+    def _current(self, row: list[int], start: int, stop: int) -> tuple[int, int]:
+        """Where the text of the last user turn begins and ends, from an image on."""
+        suffix, later = self.scaffold.suffix, self.scaffold.later
+        if not suffix or tuple(row[max(stop - len(suffix), start) : stop]) != suffix:
+            return self._last_piece(row, start, stop)
+        stop -= len(suffix)
+        begins = [i for i in range(start, stop) if tuple(row[i : i + len(later)]) == later]
+        if later and begins:
+            return begins[-1] + len(later), stop
+        text = self._without_prefix(row, self._text(row, start, stop))
+        return (text[0] if text else stop), stop
+
+    def _last_piece(self, row: list[int], start: int, stop: int) -> tuple[int, int]:
+        """The last piece between special tokens that is longer than a template's own words."""
+        cuts = [start, *(i + 1 for i in range(start, stop) if row[i] in self.ends), stop + 1]
+        pieces = [(left, right - 1) for left, right in pairwise(cuts)]
+        longer = [p for p in pieces if len(self._text(row, *p)) > _TEMPLATE_WORDS]
+        return (longer or [p for p in pieces if self._text(row, *p)] or [(start, stop)])[-1]
+
+    def _text(self, row: list[int], start: int, stop: int) -> list[int]:
+        return [i for i in range(start, stop) if row[i] not in self.wrapping]
+
+    def _without_prefix(self, row: list[int], text: list[int]) -> list[int]:
         prefix = [token for token in self.scaffold.prefix if token not in self.wrapping]
-        if [row[i] for i in text[: len(prefix)]] == prefix:
-            text = text[len(prefix) :]
-        return text
+        starts = [row[i] for i in text[: len(prefix)]] == prefix
+        return text[len(prefix) :] if starts else text
 
     def _before(self, row: list[int], image_start: int) -> list[int]:
         start = next((i for i in range(image_start, 0, -1) if row[i - 1] in self.ends), 0)
         return [i for i in range(start, image_start) if row[i] not in self.wrapping]
+
+
+def _before_last_answer(stop: int, answers: Collection[int]) -> int:
+    """Where the last run of supervised tokens begins; ``stop`` if nothing is supervised."""
+    begin = max(answers, default=stop)
+    while begin - 1 in answers:
+        begin -= 1
+    return min(begin, stop)
 
 
 def _find(row: list[int], pattern: tuple[int, ...], start: int, end: int) -> int:

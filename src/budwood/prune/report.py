@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from budwood.errors import InputError
 from budwood.prune.methods.base import Split
 
 
@@ -81,3 +83,49 @@ class ImageReport:
         x0, y0, x1, y1 = self.view(image_size)  # type: ignore[operator]
         scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
         return (self.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
+
+
+class Call:
+    """What one call of the model did.
+
+    Attributes:
+        timing: zeros if the call had no images.
+        origin: position in the given prompt of each token that the LLM saw, -1 for padding, int64,
+            shape (batch, n_kept); None if the call had no images.
+        whole_video: whether the call had a video, all of whose tokens were kept.
+
+    Args:
+        report: one entry per image, in the order of the batch.
+        usable: on a GPU, whether each image's features were finite, one bool tensor each.
+        timing: of the call.
+        origin: of the call.
+        whole_video: whether there was a video.
+    """
+
+    def __init__(
+        self,
+        report: Sequence[ImageReport] = (),
+        usable: Sequence[Tensor] = (),
+        timing: Timing | None = None,
+        origin: Tensor | None = None,
+        whole_video: bool = False,
+    ) -> None:
+        self.timing = timing or Timing()
+        self.origin = origin
+        self.whole_video = whole_video
+        self._report, self._usable = list(report), list(usable)
+
+    @property
+    def report(self) -> list[ImageReport]:
+        """What was kept, one entry per image in the order of the batch.
+
+        Raises:
+            InputError: on a GPU, where it is not waited for in the call: features had NaN.
+        """
+        for number, fine in enumerate(self._usable):
+            if not fine:
+                raise InputError(
+                    f"features or saliency of image {number} are not finite; check the image, the "
+                    "dtype (float16 overflows) and the weights"
+                )
+        return self._report

@@ -7,8 +7,9 @@ stays whatever it is (SDPA, FlashAttention, eager), and nothing of size heads ×
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -99,14 +100,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
     return (heads * cos.float()[:, None] + turned * sin.float()[:, None]).view(x.shape)
 
 
+_RECORDING: ContextVar[tuple[Recorder, ...]] = ContextVar("budwood_recording", default=())
+"""The recorders of the current call. Each thread has its own, so that calls do not mix."""
+
+
 class Recorder(ExitStack):
     """Hooks that live for one run of the encoder: ``with recorder: encode()``, then the saliency.
 
-    A subclass registers its hooks in :meth:`watch`; they are gone on exit, whatever happened.
+    A subclass registers its hooks in :meth:`watch`; they are gone on exit, whatever happened. The
+    hooks record only in the context (thread) that entered the recorder, so that several threads may
+    call one model at the same time.
+
+    Args:
+        module: what :meth:`watch` registers hooks on, or in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.module: Any = module
         self._seen: dict[str, Any] = {}
 
     def watch(self) -> None:
@@ -117,6 +128,7 @@ class Recorder(ExitStack):
         super().__enter__()
         with ExitStack() as undo:  # a failure half-way must not leave the first hooks behind
             undo.push(self)
+            self.callback(_RECORDING.reset, _RECORDING.set((*_RECORDING.get(), self)))
             self.watch()
             undo.pop_all()
         return self
@@ -124,17 +136,19 @@ class Recorder(ExitStack):
     def on_output(self, module: nn.Module, name: str, first_token_only: bool = False) -> None:
         """Remember what ``module`` returns, without its gradient."""
 
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def record(_args: Any, output: Tensor) -> None:
             self._seen[name] = output[:, 0].detach() if first_token_only else output.detach()
 
+        hook = _Hook(self, record)
         self.callback(module.register_forward_hook(hook).remove)
 
     def on_call(self, module: nn.Module, argument: str) -> None:
         """Remember the keyword argument that ``module`` is called with."""
 
-        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        def record(_args: Any, kwargs: dict[str, Any]) -> None:
             self._seen[argument] = kwargs.get(argument)
 
+        hook = _Hook(self, record)
         self.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def seen(self, name: str) -> Any:
@@ -152,24 +166,44 @@ class Recorder(ExitStack):
         return value
 
 
+class _Hook:
+    """A hook that records for one recorder and in its context alone.
+
+    Args:
+        recorder: must be active in the context that runs the module.
+        record: called with the module's arguments, and its output or keyword arguments.
+    """
+
+    def __init__(self, recorder: Recorder, record: Callable[[Any, Any], None]) -> None:
+        self.recorder, self.record = recorder, record
+
+    def __call__(self, _module: nn.Module, args: Any, last: Any) -> None:
+        if any(active is self.recorder for active in _RECORDING.get()):
+            self.record(args, last)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, made while another thread runs it, does not record."""
+        return getattr, (_Hook, "nothing")
+
+    @staticmethod
+    def nothing(_module: nn.Module, _args: Any, _last: Any) -> None:
+        """Record nothing."""
+
+
 class ClsRecorder(Recorder):
     """[CLS] attention over the patches in a CLIP-like layer.
 
     Args:
-        attention: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention: Any = attention
-
     def watch(self) -> None:
-        self.on_output(self.attention.q_proj, "query", first_token_only=True)
-        self.on_output(self.attention.k_proj, "keys")
+        self.on_output(self.module.q_proj, "query", first_token_only=True)
+        self.on_output(self.module.k_proj, "keys")
 
     def saliency(self) -> Tensor:
         """Attention over the patches, float32, shape (n_crops, n_patches)."""
-        attention = self.attention
+        attention = self.module
         query, keys = self.seen("query"), self.seen("keys")
         return cls_attention(query, keys, attention.num_heads, attention.scale)[:, 1:]
 
@@ -180,10 +214,6 @@ class OutputRecorder(Recorder):
     Args:
         module: any module that returns one tensor.
     """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
 
     def watch(self) -> None:
         self.on_output(self.module, "output")
@@ -197,20 +227,16 @@ class ReceivedRecorder(Recorder):
     """Mean attention received in a SigLIP-like layer, which has no [CLS].
 
     Args:
-        attention: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention: Any = attention
-
     def watch(self) -> None:
-        self.on_output(self.attention.q_proj, "queries")
-        self.on_output(self.attention.k_proj, "keys")
+        self.on_output(self.module.q_proj, "queries")
+        self.on_output(self.module.k_proj, "keys")
 
     def saliency(self) -> Tensor:
         """Mean attention received, float32, shape (n_crops, n_patches)."""
-        attention = self.attention
+        attention = self.module
         queries, keys = self.seen("queries"), self.seen("keys")
         asked = queries[:, strided(queries.shape[1], queries.device)]
         return received_attention(asked, keys, attention.num_heads, attention.scale)
@@ -220,17 +246,13 @@ class PackedRecorder(Recorder):
     """Mean attention received in a layer that packs images of any size into one sequence.
 
     Args:
-        attention: a self-attention with a fused ``qkv``, rotary ``position_embeddings``,
+        module: a self-attention with a fused ``qkv``, rotary ``position_embeddings``,
             ``num_heads`` and ``scaling``, as in Qwen2.5-VL's full-attention blocks.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention: Any = attention
-
     def watch(self) -> None:
-        self.on_output(self.attention.qkv, "qkv")
-        self.on_call(self.attention, "position_embeddings")
+        self.on_output(self.module.qkv, "qkv")
+        self.on_call(self.module, "position_embeddings")
 
     def saliency(self, lengths: Sequence[int]) -> list[Tensor]:
         """Mean attention received, one tensor per image, float32, shape (n_patches,).
@@ -238,7 +260,7 @@ class PackedRecorder(Recorder):
         Args:
             lengths: patches per image, in the order of the sequence.
         """
-        n_heads, scale = self.attention.num_heads, self.attention.scaling
+        n_heads, scale = self.module.num_heads, self.module.scaling
         queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
         cos, sin = self.seen("position_embeddings")
         scores, start = [], 0

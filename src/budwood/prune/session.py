@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
-from budwood.prune.budget import Budget
+from budwood.prune.budget import Budgets
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import family_of
 from budwood.prune.generation import (
     PromptSwap,
     pad_token,
     prompt_mask,
+    refuse_explicit,
     refuse_impossible,
     refuse_inputs,
     shorten_limits,
@@ -28,9 +33,10 @@ from budwood.prune.methods.base import Method
 from budwood.prune.methods.scores import Common
 from budwood.prune.pruner import Pruner
 from budwood.prune.question import Question, QuestionRule
-from budwood.prune.report import ImageReport, Timing
+from budwood.prune.report import Call, ImageReport, Timing
 from budwood.prune.selection import resolve_method
-from budwood.unwrap import innermost
+from budwood.prune.turns import CachedPrompt, cached_prompt, refuse_new_images
+from budwood.unwrap import compiled_around, innermost
 
 _ABSENT = object()
 
@@ -39,9 +45,9 @@ def attach(
     model: Any,
     *,
     method: str | Method = "adav",
-    keep: int | float = 64,
+    keep: int | float | Sequence[int | float] = 64,
     compat: str | None = None,
-    question: QuestionRule = "all",
+    question: QuestionRule = "current",
     forward: bool = False,
     seed: int = 0,
     processor: Any = None,
@@ -66,15 +72,18 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image (int), or a fraction of them (float in (0, 1]). An image that has no
+        keep: tokens per image (int), or a fraction of them (float in (0, 1]), or a list with one
+            of these for each image of a call. Only candidates count: tokens that always stay, such
+            as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image that has no
             more keeps all, and the report says so.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
-        question: which text counts as the question; ``"all"`` (the published choice), ``"turn"`` or
-            a function, see :class:`budwood.prune.question.Question`.
+        question: which text counts as the question: ``"current"``, the user's last turn;
+            ``"turn"``, the turn of the image; ``"all"``, everything after the image, as published;
+            or a function. See :class:`budwood.prune.question.Question`.
         forward: prune plain calls of the model as well.
         seed: for methods that draw. An image's draw depends on it and on its number in the call.
-        processor: the model's processor. With it, ``question="turn"`` leaves out the chat
-            template's words, and the report's boxes allow for cropped pictures.
+        processor: the model's processor. Give it for chats: with it the question is told from the
+            chat template's words, and the report's boxes allow for cropped pictures.
         timing: wait for the GPU so that ``session.timing`` is exact there.
         encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
             then does not run.
@@ -99,13 +108,15 @@ def attach(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
             f"encode(model, inputs, method={chosen.name!r})"
         )
+    if chosen.needs_saliency and encoded is None:
+        _refuse_compiled(family, chosen.name)
     if chosen.needs_vocabulary:
         chosen = chosen.fitted(Common.of_model(model))
     pruner = Pruner(
         model,
         family,
         chosen,
-        Budget.parse(keep),
+        Budgets.parse(keep),
         Question.for_model(question, model, family.wrapping_ids, processor),
         seed,
         timing,
@@ -117,12 +128,12 @@ def attach(
 class PruneSession:
     """Pruning attached to one model; made by :func:`attach`.
 
+    Several threads may call the model at the same time. ``report``, ``timing`` and ``origin`` are
+    those of the last call of the thread that asks; :meth:`call_of` has those of any other call.
+
     Attributes:
         model: the model whose methods are overridden: the innermost one, without wrappers.
         pruner: what is done to its calls.
-        timing: of the last call; zeros if it had no images.
-        origin: of the last call, position in the given prompt of each token that the LLM saw, -1
-            for padding, int64, shape (batch, n_kept); None if it had no images.
 
     Args:
         pruner: what is done to the calls.
@@ -133,7 +144,8 @@ class PruneSession:
         self.model = pruner.model
         self.pruner = pruner
         self._saved: dict[str, Any] = {}
-        self._forget()
+        self._calls = Calls()
+        self._warned_of_video = False
         self._override("generate", self._generate)
         if forward:
             self._override("forward", self._forward)
@@ -167,75 +179,95 @@ class PruneSession:
 
     def _override(self, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(self.model, name)
-        names = [
-            parameter.name
-            for parameter in inspect.signature(original).parameters.values()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-
-        # transformers reads the signature of both methods, so it has to stay visible.
-        @functools.wraps(original)
-        def overridden(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, {**dict(zip(names, args, strict=False)), **kwargs})
-
-        overridden.budwood_session = self  # type: ignore[attr-defined]
         self._saved[name] = self.model.__dict__.get(name, _ABSENT)
-        setattr(self.model, name, overridden)
+        setattr(self.model, name, Override(self, name, original, replacement))
 
-    # What the last call did
+    # What calls did
+
+    def call_of(self, output: Any) -> Call:
+        """The call that returned ``output``, or that wrote to it if it is a streamer.
+
+        For servers: a request that runs in another thread is found by what it returned. Kept as
+        long as the output itself.
+
+        Args:
+            output: what ``generate`` or the model returned, or the ``streamer`` it was given.
+
+        Raises:
+            InputError: no call of this session returned it.
+        """
+        return self._calls.of(output)
 
     @property
     def report(self) -> list[ImageReport]:
-        """What was kept in the last call, one entry per image in the order of the batch.
+        """What was kept in this thread's last call, one entry per image.
 
         Raises:
             InputError: on a GPU, where it is not waited for in the call: features had NaN.
         """
-        for number, fine in enumerate(self._usable):
-            if not fine:
-                raise InputError(
-                    f"features or saliency of image {number} are not finite; check the image, the "
-                    "dtype (float16 overflows) and the weights"
-                )
-        return self._report
+        return self._calls.last.report
 
-    def _forget(self) -> None:
-        self._report: list[ImageReport] = []
-        self._usable: list[Tensor] = []
-        self.timing = Timing()
-        self.origin: Tensor | None = None
+    @property
+    def timing(self) -> Timing:
+        """Of this thread's last call; zeros if it had no images."""
+        return self._calls.last.timing
+
+    @property
+    def origin(self) -> Tensor | None:
+        """Of this thread's last call, position in the given prompt of each token that the LLM saw.
+
+        -1 for padding, int64, shape (batch, n_kept); None if the call had no images.
+        """
+        return self._calls.last.origin
 
     # The two overridden methods
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        self._forget()
-        ids = _prompts_with_images(kwargs)
-        if ids is None:
-            return original(**kwargs)
+        self._calls.begin()
+        ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
+        if ids is None or (cached is None and not _has_images(kwargs)):
+            self._say_videos(kwargs)
+            self._calls.note(kwargs.get("streamer"))
+            return self._calls.note(original(**kwargs))
         refuse_impossible(kwargs, self.model)
-        refuse_inputs(kwargs, self.pruner.family.video_inputs)
-        mask = kwargs.get("attention_mask")
         kwargs.pop("inputs", None)
         kwargs["input_ids"] = ids
-        kwargs["attention_mask"] = prompt_mask(ids, kwargs, self.model) if mask is None else mask
-        with torch.no_grad():
-            cut = self._cut(kwargs, pad_token(kwargs, self.model))
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = prompt_mask(ids, kwargs, self.model)
+        cut = self._cut_prompt(kwargs) if cached is None else self._continued(kwargs, cached)
+        prompt = CachedPrompt.of(ids, cut)
+        prompt.note(kwargs.get("past_key_values"))
         n_pruned = cut["input_ids"].shape[1]
         swap = PromptSwap(ids, n_pruned)
         shorten_limits(cut, self.model, ids.shape[1] - n_pruned)
+        self._calls.note(kwargs.get("streamer"))
         swap.wrap(cut)
-        output = original(**cut)
-        if isinstance(output, Tensor):
-            return swap.restore(output)
-        if isinstance(getattr(output, "sequences", None), Tensor):
-            output.sequences = swap.restore(output.sequences)
-        return output
+        output = swap.restored(original(**cut))
+        prompt.note(getattr(output, "past_key_values", None))
+        return self._calls.note(output)
+
+    def _cut_prompt(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        refuse_inputs(kwargs, self.pruner.family.video_inputs)
+        with torch.no_grad():
+            return self._cut(kwargs, pad_token(kwargs, self.model))
+
+    def _continued(self, kwargs: dict[str, Any], cached: CachedPrompt) -> dict[str, Any]:
+        """A later turn: what the cache holds stays as it was pruned, the rest is fed whole."""
+        family = self.pruner.family
+        refuse_explicit(kwargs)
+        refuse_new_images(kwargs["input_ids"], cached, family.image_token_id)
+        n_cached = kwargs["past_key_values"].get_seq_length()
+        dropped = {*family.encoder_inputs, "mm_token_type_ids", "token_type_ids"}
+        cut = {name: value for name, value in kwargs.items() if name not in dropped}
+        return cut | cached.extended(kwargs["input_ids"], kwargs["attention_mask"], n_cached)
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        ids = _prompts_with_images(kwargs)
-        if ids is None:  # among others every step inside generate()
+        ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
+        if ids is None or not _has_images(kwargs):  # among others every step inside generate()
+            if cached is not None and kwargs.get("attention_mask") is not None:
+                kwargs["attention_mask"] = cached.mask(kwargs["attention_mask"], kwargs)
             return original(**kwargs)
-        self._forget()
+        self._calls.begin()
         refuse_inputs(kwargs, self.pruner.family.video_inputs)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
@@ -243,23 +275,107 @@ class PruneSession:
         for hook in self.model._forward_pre_hooks.values():  # they saw the whole prompt
             if hasattr(hook, "note_inputs"):
                 hook.note_inputs((), cut)
-        return original(**cut)
+        output = original(**cut)
+        CachedPrompt.of(ids, cut).note(getattr(output, "past_key_values", None))
+        return self._calls.note(output)
+
+    def _say_videos(self, kwargs: dict[str, Any]) -> None:
+        """Warn once that a video goes to the LLM whole, and note it for the report."""
+        names = self.pruner.family.video_inputs
+        if any(kwargs.get(name) is not None for name in names):
+            self._calls.last = Call(whole_video=True)
+            if not self._warned_of_video:
+                warnings.warn("videos are not pruned: all their tokens are kept", stacklevel=4)
+            self._warned_of_video = True
 
     def _cut(self, inputs: dict[str, Any], pad: int) -> dict[str, Any]:
         cut = self.pruner.cut(inputs, pad)
-        self._report, self._usable = cut.report, cut.usable
-        self.timing, self.origin = cut.timing, cut.origin
+        self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin)
         return cut.inputs
 
 
-def _prompts_with_images(kwargs: dict[str, Any]) -> Tensor | None:
-    """Token ids if there are images to prune; None for all that passes through as it came."""
+class Override:
+    """A method of one model in place of its own, with the same signature.
+
+    A copy or pickle of the model gets the class's own method: it is not attached.
+
+    Attributes:
+        budwood_session: the session that it belongs to.
+    """
+
+    def __init__(
+        self,
+        session: PruneSession,
+        name: str,
+        original: Callable[..., Any],
+        replacement: Callable[..., Any],
+    ) -> None:
+        # transformers reads the signature of both methods, so it has to stay visible.
+        functools.update_wrapper(self, original)
+        self.budwood_session = session
+        self._name, self._original, self._replacement = name, original, replacement
+        self._names = [
+            parameter.name
+            for parameter in inspect.signature(original).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(self._names, args, strict=False))
+        return self._replacement(self._original, {**named, **kwargs})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.budwood_session.model, self._name)
+
+
+class Calls:
+    """The calls of a session: the last one of each thread, and those whose output still lives."""
+
+    def __init__(self) -> None:
+        self._threads = threading.local()
+        self._by_output = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    @property
+    def last(self) -> Call:
+        """The last call of this thread."""
+        return getattr(self._threads, "call", None) or Call()
+
+    @last.setter
+    def last(self, call: Call) -> None:
+        self._threads.call = call
+
+    def begin(self) -> None:
+        """Start a call in this thread, of which nothing is known yet."""
+        self._threads.call = Call()
+
+    def note(self, output: Any) -> Any:
+        """Remember that this thread's last call belongs to ``output``, and return that."""
+        with self._lock, contextlib.suppress(TypeError):  # None and others have no weak references
+            self._by_output[output] = self.last
+        return output
+
+    def of(self, output: Any) -> Call:
+        """The call behind an output; see :meth:`PruneSession.call_of`."""
+        with self._lock, contextlib.suppress(TypeError):
+            if output in self._by_output:
+                return self._by_output[output]
+        raise InputError(
+            f"no call of this session returned this {type(output).__name__}; give the very object "
+            "that generate() returned, or the streamer that it was given"
+        )
+
+
+def _prompts(kwargs: dict[str, Any]) -> Tensor | None:
+    """Token ids of prompts; None for calls that pass through as they came."""
     ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs")
-    pixels = kwargs.get("pixel_values")
     encoded = kwargs.get("inputs_embeds") is not None or bool(kwargs.get("mm_encoder_outputs"))
-    if encoded or not isinstance(ids, Tensor) or ids.ndim != 2:
-        return None
-    return ids if pixels is not None and len(pixels) > 0 else None
+    return None if encoded or not isinstance(ids, Tensor) or ids.ndim != 2 else ids
+
+
+def _has_images(kwargs: dict[str, Any]) -> bool:
+    pixels = kwargs.get("pixel_values")
+    return pixels is not None and len(pixels) > 0
 
 
 def _refuse_attached(model: Any) -> None:
@@ -267,5 +383,14 @@ def _refuse_attached(model: Any) -> None:
     if held is not None:
         raise AttachError(
             f"{type(model).__name__} is attached to already (method {held.pruner.method.name!r}, "
-            f"keep={held.pruner.budget.keep}); detach that session first"
+            f"keep={held.pruner.budgets.keep}); detach that session first"
+        )
+
+
+def _refuse_compiled(family: Any, method: str) -> None:
+    name = compiled_around(family.model.base_model, family.recorder({}).module)
+    if name is not None:
+        raise AttachError(
+            f"{name} is compiled, which hides the attention that method {method!r} reads; compile "
+            "the language model alone, or choose a method without saliency (budwood ls methods)"
         )

@@ -1,8 +1,8 @@
 """Fine-tune a language model so that it learns a task and keeps what it knew: SLIM.
 
-Importing this package registers the adapter type ``SLIM`` with PEFT. The rest is PEFT as usual:
-``peft.get_peft_model(model, SlimConfig())``, ``Trainer``, ``save_pretrained``,
-``PeftModel.from_pretrained``.
+:func:`finetune` goes from data to a saved adapter. Importing this package registers the adapter
+type ``SLIM`` with PEFT, for a Trainer of your own: ``peft.get_peft_model(model, SlimConfig())``,
+``Trainer``, ``save_pretrained``, ``PeftModel.from_pretrained``.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
     if named and Path(named).expanduser().absolute() != folder.absolute():
         raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
     if not folder.absolute().parent.is_dir():
-        raise OutputError(f"{folder.absolute().parent} does not exist; make it, or choose another")
+        raise OutputError(f"there is no folder {folder.parent}; make it first, or give another")
     return folder
 
 

@@ -9,7 +9,7 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError, UnknownNameError
 from budwood.prune.budget import Budget
 from budwood.prune.methods import METHODS
-from budwood.prune.question import QUESTIONS
+from budwood.prune.question import PUBLISHED, QUESTIONS
 from budwood.prune.selection import resolve_method
 
 
@@ -23,12 +23,12 @@ class Variant:
     """
 
     method: str
-    question: str | None = QUESTIONS[0]
+    question: str | None = PUBLISHED
 
     @property
     def options(self) -> dict[str, str]:
         """Arguments for ``attach``."""
-        return {"method": self.method, "question": self.question or QUESTIONS[0]}
+        return {"method": self.method, "question": self.question or PUBLISHED}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Config:
 
 
 def variants_of(
-    methods: Sequence[str], compat: str | None = None, questions: Sequence[str] = QUESTIONS[:1]
+    methods: Sequence[str], compat: str | None = None, questions: Sequence[str] = (PUBLISHED,)
 ) -> list[Variant]:
     """List every variant of some methods, in order and without repeats.
 

@@ -90,15 +90,8 @@ def _quieten_profiler() -> None:
 def _measure(config: SpeedConfig) -> records.Record:
     from budwood.bench.tune_speed import measure_speed
 
-    n_groups, done = len(config.widths) * len(config.n_tokens), []
-    with progress("timing") as advance:
-
-        def note(line: str) -> None:
-            advance(len(done), n_groups, line)
-            done.append(line)
-
-        rows = measure_speed(config, note)
-        advance(n_groups, n_groups)
+    with progress("timing") as bar:
+        rows = measure_speed(config, bar)
     described: dict[str, Any] = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(config).items()

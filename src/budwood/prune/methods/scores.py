@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 _N_WORDS = 1024
 """Words of a vocabulary that :meth:`Common.of_model` looks at."""
+
+
+_COMMON: WeakKeyDictionary[Any, tuple[Any, Common]] = WeakKeyDictionary()
+"""Embedding module → the state of its weight, and what was computed from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +52,22 @@ class Common:
     @classmethod
     @torch.no_grad()
     def of_model(cls, model: Any) -> Common:
-        """Compute it from words spread evenly over the vocabulary of a transformers model."""
+        """Compute it from words spread evenly over the vocabulary of a transformers model.
+
+        It is computed once for a model, and again only after its embeddings have changed.
+        """
         embed = model.get_input_embeddings()
+        state = (embed.weight.data_ptr(), tuple(embed.weight.shape), _version(embed.weight))
+        before = _COMMON.get(embed)
+        if before is not None and before[0] == state:
+            return before[1]
+        common = cls._of_embeddings(embed)
+        _COMMON[embed] = state, common
+        return common
+
+    @classmethod
+    @torch.no_grad()
+    def _of_embeddings(cls, embed: Any) -> Common:
         ids = torch.linspace(0, embed.num_embeddings - 1, min(_N_WORDS, embed.num_embeddings))
         device = embed.weight.device
         # Offloaded weights are "meta": accelerate moves the input.
@@ -173,3 +192,8 @@ def _norm(x: Tensor) -> Tensor:
 
 def _prefix_sums(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.cumsum(0), (1, 0))
+
+
+def _version(weight: Tensor) -> int:
+    """Count the changes in place; tensors of inference mode do not count them."""
+    return -1 if weight.is_inference() else weight._version
