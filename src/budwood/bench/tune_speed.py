@@ -31,7 +31,7 @@ TARGETS = {
     "memory_over_lora": 1.10,
     "bypass_over_frozen": 1.10,
 }
-"""Largest ratios aimed at; wide is 2,048 channels or more."""
+"""Target ratios, at most; wide is 2,048 channels or more."""
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 HIDDEN = {576: 1536, 2048: 5632, 4096: 11008}
 """MLP width by model width, of SmolLM2-135M, a 1B and a 7B Llama; elsewhere 8/3 of it."""
@@ -162,7 +162,7 @@ def measure_speed(config: SpeedConfig, progress: Progress = silent) -> list[Row]
 
 @dataclass
 class _Case:
-    """A method ready to run: one pass, and what goes before it outside the clock."""
+    """A method ready to run: one pass, and what goes before it outside the timing."""
 
     model: nn.Module
     run: Callable[[], None]
@@ -264,7 +264,7 @@ def _clock(case: _Case, device: str) -> Callable[[int], float]:
 
 
 def _peak_mib(case: _Case, device: str) -> float:
-    """The most memory that weights and one pass take together, in MiB."""
+    """Peak memory of weights and one pass, in MiB."""
     case.before()
     gc.collect()
     tensors = [*case.model.parameters(), *case.model.buffers()]

@@ -1,4 +1,4 @@
-"""An ordinary PEFT LoRA that stands in for a SLIM adapter, approximately."""
+"""Export of a SLIM adapter to an ordinary PEFT LoRA that approximates it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What an export cost.
+    """The result of an export, with its losses.
 
     Attributes:
         path: directory of the LoRA adapter.
@@ -201,7 +201,7 @@ class _Low:
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Mean loss a token with a label, and the number of these tokens."""
+    """Mean loss per supervised token, and the number of these tokens."""
     total, n_tokens = 0.0, 0
     for batch in batches:
         labels = batch.get("labels")
@@ -217,7 +217,7 @@ def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
 
 
 def empty_folder(output: str | os.PathLike[str]) -> Path:
-    """A place where a folder can be written, absent or empty.
+    """Check that a folder is absent or empty.
 
     Raises:
         OutputError: something is there already, or one of the folders above it is a file.

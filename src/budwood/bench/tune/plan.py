@@ -1,4 +1,4 @@
-"""What is compared, and on what."""
+"""The plan of a comparison: methods, learning rates, seeds and data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from budwood.tune.settings import Settings
 
 METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")
 SPLIT_SEED = 20_250_101
-"""Of the split into training and validation, the same for every comparison."""
+"""Seed of the split into training and validation, the same for every comparison."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Plan:
     """A comparison.
 
     Attributes:
-        methods: texts that :func:`parse_tuner` takes.
-        lrs: learning rates that each method is tried with; none for those it was tried with before.
-        seeds: of the final runs; the first is that of the sweep.
-        settings: of training; its learning rate and seed are replaced.
-        reference: method whose trainable parameters the others are given.
-        rank: of the reference.
-        per_task: training examples of each task, at most; 0 for all.
-        n_validation: validation examples of each task, taken from its training data.
-        limit: test questions of each task; 0 for all.
-        general_limit: questions of each general task; 0 for all.
-        windows: of text, for perplexity.
-        prompts: everyday requests, for divergence.
-        probe_limit: validation questions of each task when the curve over steps is measured.
+        methods: names with options, as :func:`parse_tuner` takes them.
+        lrs: learning rates to try with each method; none for those in the folder.
+        seeds: seeds of the final runs; the first is the sweep's.
+        settings: how to train; learning rate and seed are replaced.
+        reference: method whose number of trained parameters the others get.
+        rank: rank of the reference.
+        per_task: training examples per task, at most; 0 for all.
+        n_validation: validation examples per task, taken from its training data.
+        limit: test questions per task; 0 for all.
+        general_limit: questions per general task; 0 for all.
+        windows: windows of text, for perplexity.
+        prompts: everyday requests, for the divergence.
+        probe_limit: validation questions per task at each point of the curve over steps.
         style: how multiple choice is asked.
-        batch: prompts at a time in evaluation.
+        batch: prompts in one forward pass of evaluation.
     """
 
     methods: tuple[str, ...] = METHODS
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def comparable(self) -> dict[str, Any]:
-        """What has to be the same for runs to be compared: all but methods, rates and seeds."""
+        """What must be equal for runs to be compared: all but methods, rates and seeds."""
         plain = dataclasses.asdict(self)
         for name in ("methods", "lrs", "seeds"):
             del plain[name]
@@ -118,7 +118,7 @@ class Material:
 
     @property
     def all_train(self) -> list[Example]:
-        """Of all tasks."""
+        """Training examples of all tasks."""
         return [example for examples in self.train.values() for example in examples]
 
 
@@ -143,7 +143,7 @@ def read_material(plan: Plan, data: Path) -> Material:
 def split(
     examples: Sequence[Example], n_validation: int, n_train: int, name: str
 ) -> tuple[list[Example], list[Example]]:
-    """Validation and training examples, the same for the same data.
+    """Split examples into validation and training, the same way for the same data.
 
     A question that occurs twice goes to one side only.
     """

@@ -35,7 +35,7 @@ FORGETTING = {
 
 
 def method_rows(rows: Sequence[Row], baseline: str = "lora") -> list[Row]:
-    """One row a method: means and standard deviations over seeds, and forgetting beside LoRA's.
+    """One row per method: means and standard deviations over seeds, and forgetting over LoRA's.
 
     Args:
         rows: of all runs, of which those marked ``final`` count.
@@ -79,7 +79,7 @@ def _mean_row(method: str, group: Sequence[Row]) -> Row:
 
 
 def _of_tasks(metric: str, row: Row) -> list[str]:
-    """Columns of a score of single tasks, but not of validation."""
+    """Columns with a score of a single task, without those of validation."""
     return sorted(key for key in row if key.startswith(f"{metric}_") and "_val_" not in key)
 
 
@@ -90,7 +90,7 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 
 
 def first_finals(rows: Sequence[Row]) -> dict[str, Trial]:
-    """The first final run of each method that came to its end."""
+    """The first complete final run of each method."""
     found: dict[str, Trial] = {}
     for row in rows:
         if row.get("final") and row["method"] != "base" and row.get("status") == "complete":

@@ -27,7 +27,7 @@ from budwood.tune.self_generated import replies
 CHAT = "chat"
 """Name of the base model's own replies among the texts."""
 PROMPTS = Path(__file__).parents[1] / "tasks" / "prompts.jsonl"
-"""Everyday requests that ship."""
+"""Shipped everyday requests."""
 
 WINDOW = 256
 
@@ -35,7 +35,7 @@ WINDOW = 256
 def text_windows(
     path: Path, tokenizer: Any, n_windows: int, length: int = WINDOW
 ) -> list[EncodedExample]:
-    """Windows of a text, spread evenly over it; all tokens but the first count.
+    """Cut a text into windows, spread evenly over it; all tokens but the first are supervised.
 
     Args:
         path: UTF-8 text.
@@ -132,7 +132,7 @@ def measure_drift(
     group: str = "general",
     progress: Progress = silent,
 ) -> tuple[list[Score], list[Score]]:
-    """Perplexity before and after, and divergence from the base model, token by token.
+    """Measure perplexity before and after, and the divergence from the base model.
 
     Args:
         model: a ``PeftModel``, or a plain model, for which after equals before.

@@ -186,7 +186,7 @@ def _right_answer(sample: dict[str, Any]) -> tuple[float, str] | None:
 
 
 def _gold(task: Any, doc: dict[str, Any]) -> int | None:
-    """Which of a question's requests has the right answer, as lm-eval itself finds it.
+    """Index of the request with the right answer, as lm-eval itself determines it.
 
     None where answers are generated, where none or several are right, and where a task has a
     function of its own that scores them.
@@ -282,7 +282,7 @@ class SharedPromptLM(_Base):
         return [found[i] for i in range(len(requests))]
 
     def _room(self, answer: list[int]) -> int:
-        """Tokens of a prompt that there is room for; an answer's last one is not read."""
+        """Longest prompt beside an answer, in tokens; the answer's last token is not read."""
         room = self.max_length - len(answer) + 1
         if room < 1:
             raise InputError(
@@ -329,7 +329,7 @@ class SharedPromptLM(_Base):
         return _sums(heads, wanted, real)
 
     def _placed(self, positions: Tensor) -> dict[str, Tensor]:
-        """Positions for a model that takes them; others find them by themselves."""
+        """Position ids for a model that takes them; other models count by themselves."""
         return {"position_ids": positions} if self._takes_positions else {}
 
 
@@ -339,7 +339,7 @@ def _template_args(tokenizer: Any) -> dict[str, str]:
 
 
 def _sums(logits: Tensor, wanted: Tensor, real: Tensor) -> list[tuple[float, bool]]:
-    """Log-likelihood of each row, and whether greedy decoding would have written it.
+    """Log-likelihood of each row, and whether greedy decoding gives the same.
 
     Args:
         logits: of the token at each place, shape (n, length, vocabulary).
@@ -354,7 +354,7 @@ def _sums(logits: Tensor, wanted: Tensor, real: Tensor) -> list[tuple[float, boo
 
 
 def _padded(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
-    """Rows as one tensor, and where it is no padding, both of shape (n, longest)."""
+    """Rows as one tensor and its mask, both of shape (n, longest)."""
     width = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

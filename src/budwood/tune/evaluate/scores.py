@@ -14,7 +14,7 @@ from budwood.errors import InputError
 
 N_RESAMPLES = 2_000
 METRICS = ("accuracy", "loss", "perplexity", "kl")
-"""``accuracy`` is better high, the others low. ``loss`` and ``kl`` are nats a token."""
+"""``accuracy`` is better high, the others low. ``loss`` and ``kl`` are in nats per token."""
 
 _CHUNK = 200
 """Resamples drawn at a time, which bounds memory."""
@@ -22,7 +22,7 @@ _CHUNK = 200
 
 @dataclass(frozen=True)
 class Score:
-    """What a model scored on each item of a task.
+    """The scores of a model on the items of a task.
 
     Attributes:
         task: name of the task.
@@ -59,7 +59,7 @@ class Score:
 
     @property
     def n(self) -> int:
-        """Items."""
+        """Number of items."""
         return len(self.values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Score:
 
 
 def mean_of(task: str, scores: Sequence[Score]) -> float:
-    """The plain mean of several scores, each counting the same.
+    """The unweighted mean of several scores.
 
     Raises:
         InputError: there are none.
@@ -93,7 +93,7 @@ def mean_of(task: str, scores: Sequence[Score]) -> float:
 def compare(
     before: Score, after: Score, seed: int = 0, n_resamples: int = N_RESAMPLES
 ) -> dict[str, Any]:
-    """Before, after and difference, with a 95 % interval by a bootstrap over items, paired.
+    """Before, after and difference, with a 95 % interval by a paired bootstrap over items.
 
     Args:
         before: of the base model.
@@ -127,7 +127,7 @@ def compare(
 def compare_mean(
     befores: Sequence[Score], afters: Sequence[Score], seed: int = 0, n_resamples: int = N_RESAMPLES
 ) -> tuple[float, float | None, float | None]:
-    """The difference of the mean over several tasks, with its interval: tasks are drawn apart."""
+    """The difference of the mean over several tasks, with its interval; each task is resampled by itself."""
     gaps = np.zeros(n_resamples)
     for i, (before, after) in enumerate(zip(befores, afters)):
         drawn = resampled([before, after], seed + i, n_resamples)
@@ -164,7 +164,7 @@ def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:
 def report_rows(
     befores: Sequence[Score], afters: Sequence[Score], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """One row a score, and one for the mean accuracy of each group that has several tasks.
+    """One row per score, and one for the mean accuracy of each group with several tasks.
 
     Args:
         befores: of the base model.

@@ -1,4 +1,4 @@
-"""Everything that a model is tested on, before and after, and where SLIM sends it."""
+"""Everything that a model is tested on, and the weight that SLIM gives to identity experts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TARGETS = ("openbookqa", "boolq", "arc_easy")
 GENERAL = ("winogrande", "social_iqa", "gsm8k")
 TEXT = "wikitext2_valid.txt"
 ROUTED = 24
-"""Rows of each kind of text whose routing is looked at."""
+"""Rows of each kind of text whose routing is measured."""
 LONGEST = 1024
-"""Tokens of a row whose routing is looked at."""
+"""Longest row whose routing is measured, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Suite:
 def routing_rows(
     model: Any, tokenizer: Any, texts: Mapping[str, Sequence[EncodedExample]], batch: int = 8
 ) -> list[dict[str, Any]]:
-    """Identity share and distance by layer, for several kinds of text.
+    """Measure the weight on identity experts and the distance by layer, for several texts.
 
     Tokens count whose next one has a label: answers, replies and text, but no prompts.
 
