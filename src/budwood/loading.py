@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood import optional
-from budwood.errors import (
-    BudwoodError,
-    InputError,
-    first_line,
-)
+from budwood.errors import BudwoodError, InputError, first_line
 from budwood.hub import check_repo, hub_or_cache, is_available
 
 SPROUT = "sprout"
@@ -356,6 +352,6 @@ def _check_finite(loaded: Loaded) -> None:
 
 def _is_adapter(source: str) -> InputError:
     return InputError(
-        f"{source} is an adapter; give its base model (training starts a new adapter, and does not "
-        "go on with one)"
+        f"{source} is an adapter; give its base model (training starts a new adapter and does not "
+        "continue one)"
     )

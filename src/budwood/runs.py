@@ -34,14 +34,14 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.config = json.loads(json.dumps(config))
-        found = self._read()
-        if found is None:
+        state = self._read()
+        if state is None:
             refuse_other_files(self.path)
             self._write("running")
             self.is_complete = False
             return
-        _refuse_another(self.path, found["config"], self.config)
-        self.is_complete = found.get("status") == "complete"
+        _refuse_another(self.path, state["config"], self.config)
+        self.is_complete = state.get("status") == "complete"
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -67,8 +67,8 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
-        found = [path for path in self.checkpoints() if _is_whole(path)]
-        return found[-1] if found else None
+        whole = [path for path in self.checkpoints() if _is_whole(path)]
+        return whole[-1] if whole else None
 
     def checkpoints(self) -> list[Path]:
         """All checkpoints, oldest first."""
@@ -111,10 +111,10 @@ class RunFolder:
         file = self.path / _STATE
         if not file.exists():
             return None
-        found = read_json(file)
-        if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        state = read_json(file)
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise InputError(f"{file} does not describe a run of budwood; choose another folder")
-        return found
+        return state
 
     def _write(self, status: str) -> None:
         state = {"format": 1, "status": status, "config": self.config}

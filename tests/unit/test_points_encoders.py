@@ -363,7 +363,7 @@ def test_sprout_saves_and_loads(tmp_path):
         load_sprout(path)
     with pytest.raises(InputError, match="check the path"):
         load_sprout(tmp_path / "nope")
-    with pytest.raises(InputError, match="must be 1 or more"):
+    with pytest.raises(InputError, match="must be an integer of 1 or more"):
         SproutConfig(depth=0)
     with pytest.raises(InputError, match="does not divide"):
         SproutConfig(dim=10)

@@ -49,8 +49,6 @@ def load_adapter(base: Loaded, adapter: str) -> Loaded:
     """
     from peft import PeftModel
 
-    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
-
     try:
         with _access(adapter), third_party_warnings_off():
             model = PeftModel.from_pretrained(base.model, adapter)
@@ -83,8 +81,6 @@ def base_of(adapter: str) -> str | None:
         InputError: the config is damaged, or names a directory that is not there.
     """
     from peft import PeftConfig
-
-    import budwood.tune  # noqa: F401  makes adapters of type SLIM known to PEFT
 
     try:
         name = PeftConfig.from_pretrained(adapter).base_model_name_or_path

@@ -230,10 +230,10 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Pat
     if (folder / FILE).exists() and not overwrite:
         raise OutputError(f"{folder / FILE} exists; choose another folder")
     existing = folder if folder.exists() else folder.absolute().parent
-    if not existing.exists():
-        raise OutputError(f"{existing} does not exist; make it first, or choose another folder")
-    if not existing.is_dir():
+    if existing.is_file():
         raise OutputError(f"{existing} is a file; give a folder")
+    if not existing.exists():
+        raise OutputError(f"there is no folder {existing}; make it first, or give another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to {existing}; choose another folder")
     return folder
