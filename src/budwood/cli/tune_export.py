@@ -11,8 +11,8 @@ import typer
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, say, working
-from budwood.cli.output import need_parent
 from budwood.errors import InputError
+from budwood.files import need_parent
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
