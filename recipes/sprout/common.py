@@ -1,4 +1,4 @@
-"""What the stages of the sprout recipe share: optimisers, schedule, checkpoints, the log."""
+"""Optimisers, schedules, checkpoints and the log of the sprout recipe's stages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class MasterWeights:
             live.data.copy_(master)
 
     def resume(self) -> None:
-        """Take over what a checkpoint has put into the live parameters."""
+        """Copy the live parameters, which a checkpoint has set, to the float32 ones."""
         for live, master in zip(self.live, self.masters, strict=True):
             master.copy_(live.detach())
 

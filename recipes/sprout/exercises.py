@@ -1,4 +1,4 @@
-"""What stages 2 and 3 of sprout ask about a scene: single patches, tables, notes, questions."""
+"""Exercises of stages 2 and 3 of sprout: single patches, tables, notes and questions."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ WHOLE = 4_800  # pictures of the last stage, after which every picture is seen w
 
 @dataclass
 class Turn:
-    """What is given and what is asked. A token is a word's id, or `~patch` if visual."""
+    """Given tokens and asked tokens. A token is a word's id, or `~patch` if visual."""
 
-    kind: str  # one of LOGGED; what is not in KINDS helps to learn, and is asked nowhere else
+    kind: str  # one of LOGGED; kinds that are not in KINDS occur in training only
     given: list[int]
     asked: list[int]
 
@@ -72,7 +72,7 @@ Segment = list[Turn]  # in one context, which sees the picture and nothing else
 
 @dataclass
 class Item:
-    """What all segments of one picture see, and the segments, which do not see each other."""
+    """The prefix that all segments of a picture see, and segments that do not see each other."""
 
     pixels: Tensor  # (3, 336, 336)
     shared: list[int]
@@ -80,7 +80,7 @@ class Item:
 
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """All that the scene allows, presence and counts thinned out: no kind or answer dominates."""
+    """Questions that the scene allows, with presence and counts thinned out for balance."""
     questions = [q for q in ask(scene) if q.kind not in ("presence", "count")]
     presence = ask(scene, "presence")
     for answer in ("yes", "no"):
@@ -105,29 +105,29 @@ def in_short(question: Question) -> str:
 def listings(
     scene: Scene, shown: list[SceneObject], rng: random.Random
 ) -> list[tuple[str, str, str]]:
-    """Kind, question, answer for training alone: objects in order, by frame or digit, described."""
+    """Further training questions (kind, question, answer): orders, look-ups, captions."""
     words, axis = rng.choice((("from left to right", 0), ("from top to bottom", 1)))
     ordered = sorted(shown, key=lambda o: o.centre[axis])
     order = ("order", f"Name all objects {words}.", ", ".join(o.category for o in ordered))
-    found = []
+    extra = []
     for text, values in (
         ("Which object has the {} frame?", [o.colour for o in scene.objects]),
         ("Which object is beside the digit {}?", [o.digit for o in scene.objects]),
     ):
         known = [i for i, v in enumerate(values) if v is not None and values.count(v) == 1]
         known = [i for i in known if scene.objects[i] in shown]
-        found += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
+        extra += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
     single = [o for o in shown if len(scene.copies(o.category)) == 1]
     about = [("about", f"Describe the {o.category}.", details(o, o.centre)) for o in single]
     return [
         order,
-        *rng.sample(found, min(2, len(found))),
+        *rng.sample(extra, min(2, len(extra))),
         *rng.sample(about, min(2, len(about))),
     ]
 
 
 def details(thing: SceneObject | None, point: tuple[float, float]) -> str:
-    """Frame, digit and the place of a point, in words."""
+    """Describe frame, digit and place of an object in words."""
     column, row = (int(edge * SIDE / SIZE) + 1 for edge in point)
     known = [thing.colour, thing.digit] if thing else []
     return ", ".join(str(v) for v in [*known, f"row {row}, column {column}"] if v is not None)
@@ -150,25 +150,25 @@ def what_covers(scene: Scene, patch: int) -> SceneObject | None:
 
 
 def caption(scene: Scene, patch: int) -> str:
-    """What a single visual token shows, in words."""
+    """Describe in words what a single visual token shows."""
     thing = what_covers(scene, patch)
     name = thing.category if thing else "background"
     return as_answer(f"{name}, {details(thing, middle(patch))}")
 
 
 def as_answer(text: str) -> str:
-    """With a leading space, an answer is the same token as the word in a question."""
+    """Add a leading space, so that an answer is the same token as the word in a question."""
     return text if text.isdigit() else f" {text}"
 
 
 def patches_of(scene: Scene, rng: random.Random) -> dict[SceneObject, int]:
     """A random patch of each object."""
-    found: dict[SceneObject, list[int]] = {}
+    patches: dict[SceneObject, list[int]] = {}
     for patch in range(PATCHES):
         thing = what_covers(scene, patch)
         if thing is not None:
-            found.setdefault(thing, []).append(patch)
-    return {thing: rng.choice(patches) for thing, patches in found.items()}
+            patches.setdefault(thing, []).append(patch)
+    return {thing: rng.choice(covering) for thing, covering in patches.items()}
 
 
 class Exercises(Dataset):
@@ -202,7 +202,7 @@ class Exercises(Dataset):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _segment(self, kind: str, given: str, asked: str, *seen: int) -> Segment:
-        """`<image>` in what is given stands for the next of the patches seen."""
+        """Tokenise a turn; each `<image>` stands for the next of the patches seen."""
         return [Turn(kind, self._given(given, iter(seen)), self._tokens(asked + END))]
 
     def _given(self, text: str, patches: Iterator[int]) -> list[int]:
@@ -222,7 +222,7 @@ class Exercises(Dataset):
         return Item(image_tensor(scene.image), self._tokens(PREFIX), segments)
 
     def _readings(self, scene: Scene, rng: random.Random, numbers: dict[str, int]) -> list[Segment]:
-        """So many names, frames, digits and numbers of copies, read from single patches."""
+        """Names, frames, digits and numbers of copies, read from single patches."""
         covers = [(p, o) for p in range(PATCHES) if (o := what_covers(scene, p))]
         segments = []
         for kind, text, value in (
@@ -237,7 +237,7 @@ class Exercises(Dataset):
         return segments
 
     def _relations(self, scene: Scene, rng: random.Random, number: int) -> Segment:
-        """Where what one patch shows is, seen from another: "<patch> from<patch> left"."""
+        """Direction of one patch's object from another's: "<patch> from<patch> left"."""
         patches = patches_of(scene, rng)
         pairs = [
             (a, b, name.removesuffix(" of"))
@@ -292,7 +292,7 @@ class Exercises(Dataset):
         return Item(image_tensor(scene.image), shared, segments)
 
     def _notes(self, questions: list[Question]) -> list[Segment]:
-        """Questions in short, eight in a row."""
+        """Questions in two or three words, eight in a row."""
         turns = [
             Turn(
                 f"{q.kind} in short",
@@ -304,7 +304,7 @@ class Exercises(Dataset):
         return [turns[n : n + 8] for n in range(0, len(turns), 8)]
 
     def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
-        """The visual tokens shown: of one or two objects at first, then of all, then everything.
+        """Choose the visible patches: one or two objects at first, then all objects, then all.
 
         Their number is the same for the pictures of a batch.
         """

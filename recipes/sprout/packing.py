@@ -1,4 +1,4 @@
-"""Many short contexts about one picture in one prefill: the layout and its attention."""
+"""Pack many short contexts about one picture into one prefill: layout and attention."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def packed_attention(
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention in `collate`'s layout: the shared part is causal, bins see it and their own.
+    """Attend in `collate`'s layout: the shared part is causal, bins see it and their own.
 
     Half the price of one masked attention over everything. Registered with transformers.
 

@@ -38,7 +38,7 @@ from budwood.sprout.model import (
 
 
 def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """The patches of the selected layer, flattened over the batch, shape (B · 256, 256)."""
+    """Encode: patches of the selected layer, flattened over the batch, shape (B · 256, 256)."""
     with torch.no_grad():
         return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
 
@@ -46,7 +46,7 @@ def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
 def loss_and_hits(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss over what is asked; kind and success of each token, shape (n, 2)."""
+    """Mean next-token loss over asked tokens; kind and success of each, shape (n, 2)."""
     inner = model.model
     features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
     projected = inner.multi_modal_projector(features[batch["patches"]])
@@ -67,7 +67,7 @@ def loss_and_hits(
 
 
 def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
-    """The assembled VLM in bfloat16, with everything frozen but projector and LoRA."""
+    """Assemble the VLM in bfloat16, with everything frozen but projector and LoRA."""
     tower = CLIPVisionModel(tower_config())
     tower.load_state_dict(load_file(tower_file))
     model = assemble(tower, load_llm(), tokenizer).requires_grad_(False)
@@ -82,7 +82,7 @@ def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForCondi
 
 @torch.no_grad()
 def start_as_words(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> None:
-    """Let visual tokens start as mixtures of random words, so that the LLM takes them for words."""
+    """Start visual tokens as mixtures of random words, so that they look like words to the LLM."""
     inner = model.model
     features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
     words = inner.get_input_embeddings().weight
@@ -96,11 +96,11 @@ def start_as_words(model: LlavaForConditionalGeneration, batch: dict[str, Tensor
     second.bias.copy_(words.mean(0) - projector(features).mean(0))
 
 
-def shares(hits: Tensor) -> dict[str, float]:
-    """How many first tokens were right, by kind of question; all tokens together."""
+def accuracies(hits: Tensor) -> dict[str, float]:
+    """Fraction of correct first tokens by kind of question, and of all tokens."""
     named = {name: hits[hits[:, 0] == k, 1] for k, name in enumerate(LOGGED)} | {"all": hits[:, 1]}
     return {
-        name: round(found.float().mean().item(), 3) for name, found in named.items() if len(found)
+        name: round(right.float().mean().item(), 3) for name, right in named.items() if len(right)
     }
 
 
@@ -111,7 +111,7 @@ def train(
     out: Path,
     args: argparse.Namespace,
 ) -> None:
-    """Run or go on with one stage."""
+    """Run one stage, from its last checkpoint if there is one."""
     projector = model.model.multi_modal_projector
     lora = [p for n, p in model.named_parameters() if "lora_" in n]
     groups = [
@@ -139,7 +139,7 @@ def train(
         masters.step()
         run.step += 1
         if run.step % 10 == 0:
-            run.log(loss=round(sum(recent) / len(recent), 3), **shares(torch.cat(seen)))
+            run.log(loss=round(sum(recent) / len(recent), 3), **accuracies(torch.cat(seen)))
             recent, seen = [], []
         if run.step % 100 == 0:
             run.save()
@@ -147,7 +147,7 @@ def train(
 
 
 def export(model: LlavaForConditionalGeneration, out: Path) -> None:
-    """Write what ships, in bfloat16."""
+    """Write the weights that ship, in bfloat16."""
     state = {k: v.bfloat16() for k, v in model.model.multi_modal_projector.state_dict().items()}
     save_file(state, out / "projector.safetensors")
     lora = {

@@ -61,11 +61,11 @@ def patch_targets(scene: Scene, side: int) -> Tensor:
 
 
 def area_shares(scene: Scene) -> Tensor:
-    """Share of each category in the area of all objects, shape (N_CATEGORIES,)."""
-    shares = torch.zeros(N_CATEGORIES)
+    """Fraction of the objects' area that each category has, shape (N_CATEGORIES,)."""
+    areas = torch.zeros(N_CATEGORIES)
     for thing in scene.objects:
-        shares[categories().index(thing.category)] += (thing.box[2] - thing.box[0]) ** 2
-    return shares / shares.sum()
+        areas[categories().index(thing.category)] += (thing.box[2] - thing.box[0]) ** 2
+    return areas / areas.sum()
 
 
 class Scenes(Dataset):
@@ -109,8 +109,8 @@ def build(config: CLIPVisionConfig) -> tuple[CLIPVisionModel, nn.ModuleDict]:
 def losses(
     tower: CLIPVisionModel, heads: nn.ModuleDict, batch: list[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weighted parts of the loss, and the accuracies that the log shows."""
-    pixels, targets, shares = batch
+    """Compute the weighted parts of the loss, and the accuracies for the log."""
+    pixels, targets, areas = batch
     out = tower(pixels, output_hidden_states=True)
     patches = heads["norm"](out.hidden_states[-2][:, 1:])
     predicted = {name: heads[name](patches).float() for name in HEADS}
@@ -138,8 +138,8 @@ def losses(
         predicted["place"][covered], targets[..., 4:][covered], beta=0.1
     )
     named = heads["cls"](out.pooler_output).float()
-    parts["cls"] = F.cross_entropy(named, shares)
-    hits["largest"] = (named.argmax(-1) == shares.argmax(-1)).float().mean()
+    parts["cls"] = F.cross_entropy(named, areas)
+    hits["largest"] = (named.argmax(-1) == areas.argmax(-1)).float().mean()
     return {name: WEIGHTS[name] * value for name, value in parts.items()}, hits
 
 

@@ -137,7 +137,8 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
     assert [one["cloud"] for one in found["skipped"]] == [str(scans / "2.npy")]
     assert again.stderr.startswith(f"left out: {scans / '2.npy'}")
     (tmp_path / "file").write_text("")
-    refused(budwood(*command[:3], "--output", tmp_path / "file" / "x"), "there is no folder")
+    refused(budwood(*command[:3], "--output", tmp_path / "file" / "x"), "is a file; give a folder")
+    refused(budwood(*command[:3], "--output", tmp_path / "no" / "x"), "there is no folder")
     named = budwood("classify", scans / "0.npy", "--labels-file", tmp_path / "names.txt", "--json")
     assert set(json.loads(named.stdout)["rows"][0]["names"]) == {"ball", "stick"}
     for file in scans.iterdir():
@@ -306,6 +307,7 @@ def test_ls(budwood):
         (["--labels", NAMES, "--device", "cudda"], "device 'cudda' cannot be used"),
         (["--labels", NAMES, "--adapter", "no"], "there is no adapter at no"),
         (["--labels", NAMES, "--points", 1], "--points"),
+        (["--labels", NAMES, "--seed", -1], "seed=-1"),
         (["--labels", NAMES, "--plot", "out.gif"], "must end in .png"),
     ],
 )

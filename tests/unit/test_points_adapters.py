@@ -359,7 +359,7 @@ def test_files(tmp_path):
         with pytest.raises(InputError, match="holds a damaged 'lora' adapter: [^\n]*$"):
             load_adapter(tmp_path, model)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(OutputError, match="is a file; give a folder"):
         make_adapter("lora", model).save(tmp_path / "file" / "inside")
 
 

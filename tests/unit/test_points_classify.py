@@ -501,6 +501,7 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"sampler": "lidr"}, UnknownNameError, "did you mean 'lidar'"),
         ({"encoder": "sprot"}, UnknownNameError, "did you mean 'sprout'"),
         ({"adapter": "nowhere"}, InputError, "no adapter at nowhere"),
+        ({"encoder": "sprout", "device": "cudda"}, InputError, "device 'cudda' cannot be used"),
     ],
 )
 def test_refusals(change, error, message):

@@ -52,7 +52,7 @@ def classify(
     columns: clouds.Columns = None,
     box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: options.Seed = 0,
     top: Annotated[int, typer.Option(min=1, help="Labels to show for each cloud.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Clouds at once.")] = 32,
     plot: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli.console import working
-from budwood.cli.models import be_quiet, device_of
+from budwood.cli.models import be_quiet
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -117,9 +117,8 @@ def load(encoder: str, checkpoint: Path | None, device: str) -> PointEncoder:
     """Load an encoder onto a device."""
     from budwood.points import load_encoder
 
-    where = device_of(device)
     with working("loading the encoder"):
-        return load_encoder(encoder, checkpoint, device=where)
+        return load_encoder(encoder, checkpoint, device=device)
 
 
 def embed(

@@ -33,7 +33,7 @@ def demo(
     folder: Annotated[
         Path, typer.Option("--dir", metavar="DIR", help="New folder for clouds and the adapter.")
     ] = Path("budwood-points-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all randomness.")] = 0,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Adapt the embedded point encoder, and classify sparse clouds before and after.

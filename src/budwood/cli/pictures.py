@@ -1,4 +1,4 @@
-"""Pictures from files: refused in one line if they cannot be used, and before memory is gone."""
+"""Read pictures from files; one that cannot be used is refused before it fills the memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ MIN_SIDE = 4
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB, turned as its camera says; of an animation the first frame.
+    """Read a picture in RGB, turned as its camera says; of an animation the first frame.
 
-    The size is looked up in the file's header before anything is decoded. A picture that is
-    narrower than ``MIN_SIDE`` pixels is enlarged, as image processors would take its pixels for
-    channels.
+    The size in the file's header is checked before anything is decoded. A picture narrower than
+    ``MIN_SIDE`` pixels is enlarged, because image processors take its sides for channels.
 
     Raises:
         InputError: there is no such file, it is empty, truncated or no picture; or it has more than

@@ -57,7 +57,7 @@ def adapt(
     columns: clouds.Columns = None,
     box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all randomness.")] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:

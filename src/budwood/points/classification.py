@@ -101,7 +101,7 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
         labels: distinct labels, or their embeddings.
         encoder: a name in ``ENCODERS``, or an encoder; default the adapter's, or ``"sprout"``.
         checkpoint: a local file for a named encoder.
-        device: where a named encoder runs; default the CPU.
+        device: where a named encoder runs, such as ``"cuda"``, or ``"auto"``; default the CPU.
         adapter: a folder that an adapter was saved to, or an adapter.
         points: points to keep of each cloud, 2 or more; default all, up to as many as in the
             encoder's training.

@@ -1,4 +1,4 @@
-"""Arguments of ``generate`` that speak of the prompt, translated to the shorter one and back."""
+"""Translate arguments of ``generate`` that depend on the prompt to the pruned one and back."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class PromptSwap:
         return output
 
     def restore_row(self, row: int, sequence: Tensor) -> Tensor:
-        """The same for one sequence, shape (n_pruned + n_new,), of the prompt ``row``."""
+        """Restore one sequence, shape (n_pruned + n_new,), of the prompt ``row``."""
         prompt = self.original[row].to(sequence.device)
         return torch.cat((prompt, sequence[self.n_pruned :]))
 
     def wrap(self, kwargs: dict[str, Any]) -> None:
         """Let a user's own criteria, processors and streamer see the original prompt."""
         if kwargs.get("stopping_criteria") is not None:
-            wrapped = [_Criteria(one, self) for one in kwargs["stopping_criteria"]]
+            wrapped = [_Criteria(criterion, self) for criterion in kwargs["stopping_criteria"]]
             kwargs["stopping_criteria"] = StoppingCriteriaList(wrapped)
         if kwargs.get("logits_processor") is not None:
-            wrapped = [_Processor(one, self) for one in kwargs["logits_processor"]]
+            wrapped = [_Processor(processor, self) for processor in kwargs["logits_processor"]]
             kwargs["logits_processor"] = LogitsProcessorList(wrapped)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _Streamer(kwargs["streamer"], self)
@@ -85,7 +85,7 @@ class _Processor(LogitsProcessor):
 
 
 class _Streamer:
-    """Hands on everything but the first batch of ids, which is the pruned prompt."""
+    """Passes tokens on, with the original prompt in place of the pruned one."""
 
     def __init__(self, inner: Any, swap: PromptSwap) -> None:
         self.inner, self.swap, self.at_prompt = inner, swap, True
@@ -99,7 +99,7 @@ class _Streamer:
 
 
 def effective(name: str, kwargs: dict[str, Any], model: Any) -> Any:
-    """A generation option with the priority that ``generate`` gives it; None if it is not set."""
+    """Look up a generation option as ``generate`` does; None if it is not set."""
     for source in (kwargs.get("generation_config"), model.generation_config):
         if (
             kwargs.get(name) is None
@@ -131,7 +131,7 @@ def shorten_limits(kwargs: dict[str, Any], model: Any, n_removed: int) -> None:
 
 
 def prompt_mask(ids: Tensor, kwargs: dict[str, Any], model: Any) -> Tensor:
-    """The attention mask that ``generate`` infers where none is given: padding, if that is safe."""
+    """Infer the attention mask as ``generate`` does: from padding, if that is safe."""
     pad, eos = effective("pad_token_id", kwargs, model), effective("eos_token_id", kwargs, model)
     ends = eos if isinstance(eos, list | tuple) else [eos]
     if pad is None or pad in ends:
@@ -140,7 +140,7 @@ def prompt_mask(ids: Tensor, kwargs: dict[str, Any], model: Any) -> Tensor:
 
 
 def pad_token(kwargs: dict[str, Any], model: Any) -> int:
-    """What new padding on the left consists of; masked, so any token but a placeholder will do."""
+    """The token of new padding: masked, so any token but a placeholder will do."""
     pad = effective("pad_token_id", kwargs, model)
     if pad is None:
         pad = effective("eos_token_id", kwargs, model)
@@ -149,7 +149,7 @@ def pad_token(kwargs: dict[str, Any], model: Any) -> int:
 
 
 def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
-    """Options of ``generate`` that cannot work with a pruned prompt.
+    """Refuse options of ``generate`` that cannot work with a pruned prompt.
 
     Raises:
         AttachError: one of them is given; the message says what to do instead.
@@ -171,7 +171,7 @@ def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
 
 
 def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None:
-    """Inputs that cannot be cut in step with the prompt.
+    """Refuse inputs that cannot be cut in step with the prompt.
 
     Raises:
         AttachError: a filled cache from an earlier call, or a video beside images.

@@ -46,7 +46,7 @@ class FirstToken:
         return cls(*map(statistics.median, parts))
 
     def as_dict(self) -> dict[str, float]:
-        """All four, rounded to a microsecond."""
+        """All four times, rounded to a microsecond."""
         names = ("total_ms", "encode_ms", "select_ms", "prefill_ms")
         return {name: round(getattr(self, name), 3) for name in names}
 
@@ -67,7 +67,7 @@ class Timed:
 
 
 class _Clock:
-    """A streamer that notes when each token came; the first call is the prompt."""
+    """A streamer that notes the time of each token; the first call is the prompt."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -83,7 +83,7 @@ class _Clock:
 def generate_timed(
     model: Any, inputs: Mapping[str, Any], session: PruneSession | None = None, **options: Any
 ) -> Timed:
-    """Greedy ``generate`` of one row, timed.
+    """Time a greedy ``generate`` of one row.
 
     On a GPU the encoder is waited for, so that the parts are right; attach with ``timing=True``.
 
@@ -109,7 +109,7 @@ def generate_timed(
 
 @contextmanager
 def _encoder_clock(model: Any) -> Iterator[list[float]]:
-    """Milliseconds of every run of the image encoder inside."""
+    """Measure every run of the image encoder inside, in milliseconds."""
     base = model.base_model  # generate() and the model's own method both end up here
     before = base.__dict__.get("get_image_features")
     original, spent = base.get_image_features, []

@@ -1,4 +1,4 @@
-"""Pictures of what was kept: the kept patches, and the two maps that they were chosen by."""
+"""Pictures of what was kept: the kept patches, and the scores that they were chosen by."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Box = tuple[int, int, int, int]
 
 
 def draw(image: Image.Image, report: ImageReport, caption: Sequence[str] = ()) -> Image.Image:
-    """Panels side by side: kept patches bright and the rest dimmed, then the maps that there are.
+    """Draw panels side by side: kept patches bright and the rest dimmed, then the score maps.
 
     Patches are where the model saw them in this picture, whatever its processor cropped or padded.
     Parts that it never saw are hatched. Where tokens overlap, as an overview and its crops do, a

@@ -1,4 +1,4 @@
-"""How much the vision encoder looks at each patch: one attention row of one layer, beside SDPA.
+"""How much the vision encoder attends to each patch: one attention row of one layer.
 
 The first half is pure mathematics on tensors. The second half reads a layer's own queries and keys
 through hooks while the encoder runs, so that no projection is computed twice, attention itself
@@ -24,7 +24,7 @@ _QUERIES_AT_ONCE = 16
 
 
 def cls_attention(query: Tensor, keys: Tensor, n_heads: int, scale: float) -> Tensor:
-    """Attention that the [CLS] query pays to every key, mean over heads.
+    """Compute the attention of the [CLS] query to every key, mean over heads.
 
     Source: AdaV, step 1 (FasterVLM has the same signal). Computed in float32.
 
@@ -46,7 +46,7 @@ def cls_attention(query: Tensor, keys: Tensor, n_heads: int, scale: float) -> Te
 
 
 def received_attention(queries: Tensor, keys: Tensor, n_heads: int, scale: float) -> Tensor:
-    """Attention that each key receives, mean over heads and over the queries that are asked.
+    """Compute the attention that each key receives, mean over heads and sampled queries.
 
     For towers without [CLS]; :func:`strided` says which queries to ask. Source: none, this is
     budwood's choice and not the paper's.
@@ -71,10 +71,10 @@ def received_attention(queries: Tensor, keys: Tensor, n_heads: int, scale: float
 
 
 def strided(n_tokens: int, device: torch.device, n_queries: int = N_QUERIES) -> Tensor:
-    """Evenly spread queries, so that the cost grows with N and not with N².
+    """Sample queries evenly, so that the cost grows with N and not with N².
 
     Returns:
-        Indices, int64, shape (min(n_tokens, n_queries),), each in the middle of its share.
+        Indices, int64, shape (min(n_tokens, n_queries),), each in the middle of its stretch.
     """
     if n_tokens <= n_queries:
         return torch.arange(n_tokens, device=device)
@@ -83,7 +83,7 @@ def strided(n_tokens: int, device: torch.device, n_queries: int = N_QUERIES) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
-    """Rotary position embedding of the rotate-half kind, in float32.
+    """Apply rotary position embedding of the rotate-half kind, in float32.
 
     Args:
         x: projected queries or keys, shape (n_tokens, n_heads · d_head).

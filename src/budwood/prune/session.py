@@ -64,7 +64,7 @@ def attach(
     With ``forward=True`` a call ``model(**inputs)`` is pruned too, ``labels`` in step, so that loss
     and log-likelihood are right. Its ``logits`` then have shape (batch, n_kept, vocabulary), one
     row per token that stayed: ``session.origin`` says which those are, and in a batch padded on the
-    left the last ones are the prompt's last ones, as ever. Without it such a call is untouched.
+    left the last ones are the prompt's last ones. Without it such a call is untouched.
 
     Reading the prompts costs one small device-to-host copy per call; choosing costs none.
 

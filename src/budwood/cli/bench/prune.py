@@ -192,10 +192,10 @@ def _interval(row: records.Row, key: str, spec: str) -> str | None:
 
 
 def _legend(config: dict[str, Any]) -> str:
-    share = config["n_salient"] / config["n_questions"]
+    fraction = config["n_salient"] / config["n_questions"]
     return (
         f"{config['n_questions']} questions about {config['n_scenes']} scenes, seed "
-        f"{config['seed']}, split {config['split']}; {share:.0%} of them about the salient object; "
-        f"differences are to {config['reference']} at the same budget; model {config['model']}, "
-        f"{config['dtype']}"
+        f"{config['seed']}, split {config['split']}; {fraction:.0%} of them about the salient "
+        f"object; differences are to {config['reference']} at the same budget; "
+        f"model {config['model']}, {config['dtype']}"
     )

@@ -229,10 +229,10 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Pat
     folder = Path(folder)
     if (folder / FILE).exists() and not overwrite:
         raise OutputError(f"{folder / FILE} exists; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; give a folder")
     existing = folder if folder.exists() else folder.absolute().parent
-    if not existing.is_dir():
+    if existing.is_file():
+        raise OutputError(f"{existing} is a file; give a folder")
+    if not existing.exists():
         raise OutputError(f"there is no folder {existing}; make it first, or give another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to {existing}; choose another folder")

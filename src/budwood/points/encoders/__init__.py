@@ -10,6 +10,7 @@ import torch
 from budwood import catalogue
 from budwood.errors import InputError, first_line
 from budwood.hub import hub_or_cache
+from budwood.loading import device_of
 from budwood.points.encoders.base import EncoderSpec, Hub, PointEncoder, Preparation
 from budwood.points.encoders.checkpoints import fit, read_checkpoint, state_of
 from budwood.registry import Registry
@@ -39,15 +40,17 @@ def load_encoder(
         name: a name in ``ENCODERS``.
         checkpoint: a local file with the published layout; by default the one that ships, or the
             published one from the Hugging Face hub.
-        device: where to put it.
+        device: where to put it; ``"auto"`` is the first GPU, else the CPU.
 
     Raises:
         UnknownNameError: no such encoder.
-        InputError: the file is missing or truncated or would run code, or the hub does not answer.
+        InputError: no such device; a file that is missing or truncated or would run code; or the
+            hub does not answer.
         UnsupportedModelError: a checkpoint of another architecture; the message says which keys
             differ.
     """
     spec: EncoderSpec = ENCODERS.get(name)
+    where = device_of(device) if isinstance(device, str) else device
     if spec.hub is None:
         from budwood.points.encoders.sprout import WEIGHTS, load_sprout
 
@@ -57,7 +60,7 @@ def load_encoder(
         with torch.device("meta"):
             encoder = spec.make()
         load_weights(encoder, path)
-    return encoder.to(device).eval().requires_grad_(False)
+    return encoder.to(where).eval().requires_grad_(False)
 
 
 def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:

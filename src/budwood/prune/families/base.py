@@ -109,7 +109,7 @@ class Family(ABC):
 
     @abstractmethod
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
-        """Hook the layer whose attention is the saliency, for one run of :meth:`features`."""
+        """Make hooks for the layer whose attention is the saliency; they last one encoder run."""
 
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Encode: projected features, one tensor per image, shape (n_features, d_model)."""

@@ -127,7 +127,7 @@ def compare(
 def compare_mean(
     befores: Sequence[Score], afters: Sequence[Score], seed: int = 0, n_resamples: int = N_RESAMPLES
 ) -> tuple[float, float | None, float | None]:
-    """The difference of the mean over several tasks, with its interval; each task is resampled by itself."""
+    """The difference of the mean over several tasks; the interval resamples each task by itself."""
     gaps = np.zeros(n_resamples)
     for i, (before, after) in enumerate(zip(befores, afters)):
         drawn = resampled([before, after], seed + i, n_resamples)
