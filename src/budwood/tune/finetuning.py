@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from budwood import records
 from budwood.checks import need_at_least
-from budwood.errors import InputError, OutputError
+from budwood.errors import InputError
+from budwood.files import need_parent
 from budwood.loading import (
     SMOLLM2,
     SMOLLM2_ID,
@@ -214,8 +215,7 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
     folder = Path(output).expanduser()
     if named and Path(named).expanduser().absolute() != folder.absolute():
         raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
-    if not folder.absolute().parent.is_dir():
-        raise OutputError(f"there is no folder {folder.parent}; make it first, or give another")
+    need_parent(folder)
     return folder
 
 
