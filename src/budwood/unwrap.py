@@ -15,7 +15,7 @@ def innermost(model: Any) -> Any:
     return inner if inner is model else innermost(inner)
 
 
-def inner_model(model: Any) -> str | None:
+def wrapper_attribute(model: Any) -> str | None:
     """Name the attribute of a pipeline or a parallel wrapper that holds the transformers model.
 
     Returns:

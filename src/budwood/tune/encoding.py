@@ -13,6 +13,7 @@ from torch import Tensor
 
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data import Example
+from budwood.unwrap import innermost
 
 _MARK, _REPLY = "@@request@@", "@@reply@@"
 DAY = date(2025, 1, 1)
@@ -297,19 +298,14 @@ def takes(model: Any, name: str) -> bool:
     """Whether a model, or the one inside an adapter, has an argument of that name."""
     import inspect
 
-    return name in inspect.signature(inner_model(model).forward).parameters
+    return name in inspect.signature(innermost(model).forward).parameters
 
 
 def is_stateful(model: Any) -> bool:
     """Whether a model, or the one inside an adapter, has layers with a state and no cache."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     others = set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"}
-    return bool(others) or bool(getattr(inner_model(model), "_is_stateful", False))
-
-
-def inner_model(model: Any) -> Any:
-    """A model, or that inside an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(others) or bool(getattr(innermost(model), "_is_stateful", False))
 
 
 def _n_last(rows: Sequence[EncodedExample]) -> int:

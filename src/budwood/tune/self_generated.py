@@ -18,12 +18,12 @@ from budwood.tune.encoding import (
     IGNORED,
     EncodedExample,
     Padded,
-    inner_model,
     pad_of,
     prompt_tokens,
     tokens_before_request,
 )
 from budwood.tune.observe import evaluating
+from budwood.unwrap import innermost
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Longest request and reply, in tokens."""
@@ -162,7 +162,7 @@ def _own_distribution(model: Any) -> Iterator[None]:
     """Sample without the checkpoint's own settings, such as a temperature or a penalty."""
     from transformers import GenerationConfig
 
-    base = inner_model(model)
+    base = innermost(model)
     asked = base.generation_config
     ends = {"bos_token_id": asked.bos_token_id, "eos_token_id": asked.eos_token_id}
     base.generation_config = GenerationConfig(

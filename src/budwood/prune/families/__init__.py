@@ -12,7 +12,7 @@ from budwood import catalogue
 from budwood.errors import UnknownNameError, UnsupportedModelError
 from budwood.prune.families.base import Family, Layout
 from budwood.registry import Registry
-from budwood.unwrap import inner_model
+from budwood.unwrap import wrapper_attribute
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
 
@@ -54,7 +54,7 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
     kind = type(model).__name__
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
-        inner = inner_model(model)
+        inner = wrapper_attribute(model)
         todo = f"pass its .{inner}" if inner else f"known families: {', '.join(FAMILIES)}"
         raise UnsupportedModelError(f"{kind} is no transformers model; {todo}")
     family = family_class(config, kind)
