@@ -49,6 +49,16 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def need_parent(path: Path) -> None:
+    """Check that the folder exists in which a file or folder will be made.
+
+    Raises:
+        OutputError: there is no such folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent}; make it first, or give another")
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 

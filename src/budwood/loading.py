@@ -155,6 +155,16 @@ def check_source(source: str | None, *embedded: str) -> None:
         check_repo(source, "config.json")
 
 
+def check_adapter_source(adapter: str) -> None:
+    """Fail, before anything heavy is imported, if an adapter of the hub cannot be had.
+
+    Raises:
+        InputError: the hub does not answer, and its cache does not have the adapter.
+    """
+    if "/" in adapter and not is_path(adapter):
+        check_repo(adapter, _ADAPTER_FILE, what="adapter", instead="give a folder")
+
+
 def check_data_source(source: str) -> None:
     """Fail, before anything heavy is imported, if a dataset of the hub cannot be had.
 

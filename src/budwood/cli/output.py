@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from budwood.errors import OutputError
+from budwood.files import need_parent
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -55,18 +56,4 @@ def make_folder(path: Path) -> Path:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {path}: {error.strerror or error}") from error
-    return path
-
-
-def need_parent(path: Path) -> Path:
-    """Check that the folder exists in which a file or folder will be made.
-
-    Raises:
-        OutputError: there is no such folder, or it is a file.
-    """
-    parent = path.absolute().parent
-    if parent.exists() and not parent.is_dir():
-        raise OutputError(f"{path.parent} is a file; give a folder")
-    if not parent.exists():
-        raise OutputError(f"there is no folder {path.parent}; make it first, or give another")
     return path

@@ -10,8 +10,8 @@ import typer
 from budwood import catalogue
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress, say
-from budwood.cli.output import need_parent
 from budwood.errors import InputError
+from budwood.files import need_parent
 from budwood.registry import Registry
 
 app = typer.Typer(rich_markup_mode=None)

@@ -16,10 +16,10 @@ from typer.core import TyperGroup
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import need_parent
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
 from budwood.errors import InputError
+from budwood.files import need_parent
 
 if TYPE_CHECKING:
     from budwood.tune.finetuning import FinetuneResult

@@ -13,6 +13,7 @@ from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
 from budwood.errors import InputError
+from budwood.loading import SMOLLM2, check_adapter_source, check_source
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
@@ -79,6 +80,9 @@ def tune_eval(
       budwood tune eval tuned --target test.jsonl --text general.txt --out record.json
       budwood tune eval tuned --data tasks --limit 500
     """
+    check_adapter_source(adapter)
+    check_source(model, SMOLLM2)
+
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
     from budwood.tune.data import STYLES

@@ -11,8 +11,9 @@ import typer
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, say, working
-from budwood.cli.output import need_parent
 from budwood.errors import InputError
+from budwood.files import need_parent
+from budwood.loading import SMOLLM2, check_adapter_source, check_source
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
@@ -64,6 +65,9 @@ def export_lora(
     Example:
       budwood tune export-lora tuned --output lora --calibration train.jsonl
     """
+    check_adapter_source(adapter)
+    check_source(model, SMOLLM2)
+
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
     from budwood.tune.data import read_examples

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from budwood import records
 from budwood.checks import need_at_least
-from budwood.errors import InputError, OutputError
+from budwood.errors import InputError
+from budwood.files import need_parent
 from budwood.loading import (
     SMOLLM2,
     SMOLLM2_ID,
@@ -214,8 +215,7 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
     folder = Path(output).expanduser()
     if named and Path(named).expanduser().absolute() != folder.absolute():
         raise InputError(f"output is {os.fspath(output)!r} and args.output_dir {named!r}; give one")
-    if not folder.absolute().parent.is_dir():
-        raise OutputError(f"there is no folder {folder.parent}; make it first, or give another")
+    need_parent(folder)
     return folder
 
 
@@ -287,14 +287,15 @@ def _tokenizer_of(model: Any) -> Any:
     """The tokenizer by the name of a model."""
     from transformers import AutoTokenizer
 
-    from budwood.sprout.model import llm_source
+    from budwood.sprout.model import load_llm_tokenizer
 
     name = getattr(model, "name_or_path", "")
     try:
         if not name:
             raise OSError("it was not loaded by a name")
-        source, options = llm_source() if name == SMOLLM2_ID else (name, {})
-        return AutoTokenizer.from_pretrained(source, **options)
+        if name == SMOLLM2_ID:
+            return load_llm_tokenizer()
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         called = f" {name!r}" if name else ""
         raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error

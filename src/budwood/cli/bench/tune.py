@@ -13,10 +13,9 @@ from budwood import records
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
-from budwood.cli.output import need_parent
 from budwood.errors import InputError
 from budwood.figures import need_matplotlib
-from budwood.files import write_whole
+from budwood.files import need_parent, write_whole
 
 if TYPE_CHECKING:
     from budwood.bench.tune.comparison import Comparison
