@@ -381,14 +381,14 @@ def plain(rows):
 
 
 def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
-    from budwood.tune import finetuning
+    from transformers import Trainer
 
     folder, line, found = comparison
     record = next((folder / "runs").glob("lora-lr0.001-seed0")) / "record.json"
     record.unlink()  # as if it had been killed before the evaluation was noted
     trained = []
-    inner = finetuning.attach
-    monkeypatch.setattr(finetuning, "attach", lambda *a, **k: trained.append(1) or inner(*a, **k))
+    inner = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda *a, **k: trained.append(1) or inner(*a, **k))
     again = json.loads(budwood(*line).stdout)
     assert not trained
     assert plain(again["rows"]) == plain(found["rows"])
