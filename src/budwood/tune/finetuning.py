@@ -287,14 +287,15 @@ def _tokenizer_of(model: Any) -> Any:
     """The tokenizer by the name of a model."""
     from transformers import AutoTokenizer
 
-    from budwood.sprout.model import llm_source
+    from budwood.sprout.model import load_llm_tokenizer
 
     name = getattr(model, "name_or_path", "")
     try:
         if not name:
             raise OSError("it was not loaded by a name")
-        source, options = llm_source() if name == SMOLLM2_ID else (name, {})
-        return AutoTokenizer.from_pretrained(source, **options)
+        if name == SMOLLM2_ID:
+            return load_llm_tokenizer()
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         called = f" {name!r}" if name else ""
         raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error
