@@ -511,7 +511,7 @@ def test_bad_input(budwood, tmp_path, data):
     full = ["tune", "export-lora", tmp_path, "--calibration", file, "--output"]
     refused(budwood(*full, data), "not an empty directory")
     refused(budwood(*full, file), "not an empty directory")
-    refused(budwood(*full, file / "below"), "boolq_train.jsonl is a file; choose another place")
+    refused(budwood(*full, file / "below"), "there is no folder", "boolq_train.jsonl")
     refused(budwood("tune", "eval", tmp_path, "--prompts", 100), "there are 64 prompts, not 100")
     both = ["--out", tmp_path / "a.png", "--plot", tmp_path / "a.png"]
     refused(budwood("tune", "eval", tmp_path, *both), "give two names")
