@@ -47,7 +47,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = "osD^vPX*"
 # References that are no method: nothing adapted, or chance.
 _PLAIN = {"random": "#444444", "uniform": "#888888", "frozen": "#444444", "tokens": "#888888"}
-_FONT = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+_FONT: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 _GAP = 0.062  # least distance between the labels of two curves, in heights of the axes
 
 
