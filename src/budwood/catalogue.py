@@ -61,6 +61,10 @@ PRUNING_METHODS = {
 """Of `budwood prune`. ``reads`` says which signals a method takes."""
 
 
+QUESTIONS = ("current", "all", "turn")
+"""Which text a pruning method may choose by; see :class:`budwood.prune.question.Question`."""
+
+
 def _family(module: str, name: str, summary: str) -> Entry:
     module = f"budwood.prune.families.{module}"
     return Entry(f"{module}:{name}", summary, module)

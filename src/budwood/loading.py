@@ -159,10 +159,15 @@ def check_adapter_source(adapter: str) -> None:
     """Fail, before anything heavy is imported, if an adapter of the hub cannot be had.
 
     Raises:
-        InputError: the hub does not answer, and its cache does not have the adapter.
+        InputError: there is none in the folder, or the hub does not answer and its cache does not
+            have the adapter.
     """
     if "/" in adapter and not is_path(adapter):
         check_repo(adapter, _ADAPTER_FILE, what="adapter", instead="give a folder")
+    elif not Path(adapter, _ADAPTER_FILE).exists():
+        raise InputError(
+            f"there is no adapter in {adapter}; give a folder that `budwood tune` made"
+        )
 
 
 def check_data_source(source: str) -> None:
@@ -172,9 +177,13 @@ def check_data_source(source: str) -> None:
         source: a file, or ``NAME`` or ``NAME:CONFIG`` of a dataset of the hub.
 
     Raises:
-        InputError: the hub does not answer, and its cache does not have the dataset.
+        InputError: there is no such file, or the hub does not answer and its cache does not have
+            the dataset.
     """
-    if not is_file_name(source):
+    if is_file_name(source):
+        if not Path(source).is_file():
+            raise InputError(f"cannot read {source}: there is no such file")
+    else:
         check_repo(source.partition(":")[0], kind="dataset", what="dataset", instead="give a file")
 
 

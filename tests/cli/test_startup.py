@@ -14,8 +14,8 @@ import sys
 from budwood.cli import main
 try:
     main()
-except SystemExit:
-    pass
+except SystemExit as end:
+    assert end.code in (None, 0, 2), end.code
 """
 
 RUN_EVERY_HELP = """
@@ -48,6 +48,23 @@ COMMANDS = [
     "prune picture.png question --kep 3",
     "prune picture.png question --dtype int8",
     "demo --seed -1",
+    "demo --keep none",
+    "prune missing.png question",
+    "prune missing.png question --keep 0",
+    "prune missing.png question --method adv",
+    "prune missing.png question --question trun",
+    "prune missing.png question --compat oficial",
+    "prune missing.png question --overlay missing/kept.png",
+    "tune missing.jsonl --output tuned",
+    "tune missing.jsonl --output tuned --method slam",
+    "tune eval missing --target test.jsonl",
+    "tune export-lora missing --output lora",
+    "bench prune --methods adav,randm",
+    "bench prune --keep 0.1,none",
+    "bench prune-speed --method adv",
+    "bench points --methods token",
+    "bench tune --data nlp --output runs --methods lra",
+    "bench show missing.json",
 ]
 
 
@@ -64,6 +81,14 @@ def imported_by(program: str, *arguments: str) -> set[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command):
     assert not HEAVY & imported_by(RUN, *command.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["classify missing.ply --labels chair,table", "points adapt missing --output adapted"],
+)
+def test_clouds_need_numpy_alone(command):
+    assert HEAVY & imported_by(RUN, *command.split()) == {"numpy"}
 
 
 def test_help_of_every_command():

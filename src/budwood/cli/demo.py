@@ -37,10 +37,7 @@ COLUMNS = Columns(
 
 def demo(
     scenes: Annotated[int, typer.Option(min=1, max=100, help="Number of scenes.")] = 3,
-    keep: Annotated[
-        str,
-        typer.Option(metavar="N|RATIO", help="Visual tokens to keep: a count or a fraction."),
-    ] = "16",
+    keep: options.Keep = "16",
     method: options.Method = "adav-contrast",
     overlay_dir: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for the pictures; replaces earlier ones.")

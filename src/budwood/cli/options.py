@@ -8,10 +8,54 @@ from typing import Annotated
 import typer
 
 from budwood import catalogue, checks
-from budwood.errors import BudgetError, InputError
+from budwood.errors import BudgetError, InputError, UnknownNameError
 from budwood.loading import check_dtype
 from budwood.prune.budget import Budget
 from budwood.registry import Registry
+
+
+def _known_methods(names: str) -> str:
+    for name in listed(names):
+        _known_method(name)
+    return names
+
+
+def _known_tuners(names: str) -> str:
+    for name in listed(names):
+        Registry("tuning method", catalogue.TUNERS).check(name.partition(":")[0].strip())
+    return names
+
+
+def _known_adaptations(names: str) -> str:
+    for name in listed(names):
+        Registry("method", catalogue.ADAPTATIONS).check(name)
+    return names
+
+
+def _known_questions(names: str) -> str:
+    for name in listed(names):
+        if name not in catalogue.QUESTIONS:
+            raise UnknownNameError(
+                f"unknown question {name!r}; give {' or '.join(catalogue.QUESTIONS)}"
+            )
+    return names
+
+
+def _known_compat(name: str | None) -> str | None:
+    if name not in (None, "official"):
+        raise UnknownNameError(f"unknown compat {name!r}; give official, or leave it out")
+    return name
+
+
+def _budget(text: str) -> str:
+    keep_of(text)
+    return text
+
+
+def _budgets(text: str) -> str:
+    for item in listed(text):
+        keep_of(item)
+    return text
 
 
 def _known_dtype(name: str) -> str:
@@ -38,6 +82,65 @@ Model = Annotated[
 Method = Annotated[
     str, typer.Option(callback=_known_method, help="Pruning method; see `budwood ls methods`.")
 ]
+Methods = Annotated[
+    str,
+    typer.Option(
+        callback=_known_methods, metavar="NAME,…", help="Pruning methods; see `budwood ls methods`."
+    ),
+]
+Tuner = Annotated[
+    str,
+    typer.Option(
+        callback=_known_tuners,
+        metavar="NAME[:KEY=VALUE+…]",
+        help="slim, or another of `budwood ls tuners`.",
+    ),
+]
+Tuners = Annotated[
+    str,
+    typer.Option(
+        callback=_known_tuners,
+        metavar="NAME[:KEY=VALUE+…],…",
+        help="Methods to compare; see `budwood ls tuners`.",
+    ),
+]
+Adaptations = Annotated[
+    str,
+    typer.Option(
+        callback=_known_adaptations, metavar="NAME,…", help="Some of `budwood ls adaptations`."
+    ),
+]
+Keep = Annotated[
+    str,
+    typer.Option(
+        callback=_budget, metavar="N|RATIO", help="Visual tokens to keep: a count or a fraction."
+    ),
+]
+Keeps = Annotated[
+    str,
+    typer.Option(
+        callback=_budgets,
+        metavar="N|RATIO,…",
+        help="Budgets: counts of visual tokens, or fractions in (0, 1].",
+    ),
+]
+Question = Annotated[
+    str,
+    typer.Option(
+        "--question",
+        callback=_known_questions,
+        metavar="current|all|turn",
+        help="Text to choose by: your words, or all text after the picture, as published.",
+    ),
+]
+Questions = Annotated[
+    str,
+    typer.Option(
+        callback=_known_questions,
+        metavar="NAME,…",
+        help="Text to choose by: all text after the picture, as published; current or turn.",
+    ),
+]
 Device = Annotated[
     str, typer.Option(help="Such as cpu or cuda:0; auto takes the first GPU, else the CPU.")
 ]
@@ -58,7 +161,11 @@ Out = Annotated[
 ]
 Compat = Annotated[
     str | None,
-    typer.Option(metavar="official", help="Do as the published code does, faults included."),
+    typer.Option(
+        callback=_known_compat,
+        metavar="official",
+        help="Another way to write the method adav-official.",
+    ),
 ]
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from budwood.checks import need_seed
 from budwood.cli import options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, say, working
@@ -36,27 +35,15 @@ def prune(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG, WebP, ….")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     model: options.Model = None,
-    keep: Annotated[
-        str, typer.Option(metavar="N|RATIO", help="Visual tokens to keep: a count, or a ratio.")
-    ] = "64",
-    method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
+    keep: options.Keep = "64",
+    method: options.Method = "adav",
     overlay: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save a picture of what was kept.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 32,
-    span: Annotated[
-        str,
-        typer.Option(
-            "--question",
-            metavar="current|all|turn",
-            help="Text to choose by: your words, or all text after the picture, as published.",
-        ),
-    ] = "current",
-    compat: Annotated[
-        str | None,
-        typer.Option(metavar="official", help="Another way to write --method adav-official."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of methods that draw at random.")] = 0,
+    span: options.Question = "current",
+    compat: options.Compat = None,
+    seed: options.Seed = 0,
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed runs; the times shown are medians.")
     ] = 1,
@@ -77,10 +64,10 @@ def prune(
       budwood prune photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
     check_source(model, SPROUT)
-    attached = _checked(keep, method, compat, span, seed)
     if overlay:
         reserve_picture(overlay, force)
     picture = read_picture(image)
+    attached = _attach_options(keep, method, compat, span, seed)
     comparison, name = _compare(
         picture, question, (model, device, dtype), max_new_tokens, repeats, attached
     )
@@ -108,14 +95,12 @@ def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.
     return draw(picture, comparison.report, caption)
 
 
-def _checked(keep: str, method: str, compat: str | None, span: str, seed: int) -> dict[str, Any]:
-    """Options of ``attach``, checked before the model is loaded."""
-    from budwood.prune.question import Question
+def _attach_options(
+    keep: str, method: str, compat: str | None, span: str, seed: int
+) -> dict[str, Any]:
     from budwood.prune.selection import resolve_method
 
     name = resolve_method(method, compat).name
-    Question(span)
-    need_seed(seed)
     return {"method": name, "question": span, "keep": options.keep_of(keep), "seed": seed}
 
 

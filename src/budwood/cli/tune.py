@@ -88,10 +88,7 @@ def run(
         Path, typer.Option(metavar="DIR", help="New folder for the adapter, one run per folder.")
     ],
     model: tune_options.Model = None,
-    method: Annotated[
-        str,
-        typer.Option(metavar="NAME[:KEY=VALUE+…]", help="slim, or another of `budwood ls tuners`."),
-    ] = "slim",
+    method: options.Tuner = "slim",
     rank: Annotated[int, typer.Option(help="Rank of the adapter, or of each expert.")] = 4,
     lr: Annotated[
         float | None,

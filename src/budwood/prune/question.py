@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from budwood.catalogue import QUESTIONS
 from budwood.errors import InputError, UnknownNameError
 
-QUESTIONS = ("current", "all", "turn")
 PUBLISHED = "all"
 """The choice of AdaV's public code."""
 
@@ -127,7 +127,7 @@ class Question:
     last answer.
 
     Args:
-        rule: a name in ``QUESTIONS``, or a function; see :data:`QuestionRule`.
+        rule: a name in ``budwood.catalogue.QUESTIONS``, or a function; see :data:`QuestionRule`.
         ends: special tokens, each of which ends a turn.
         wrapping: tokens around and inside images, which neither are text nor end a turn.
         scaffold: the chat template's tokens.

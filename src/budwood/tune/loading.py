@@ -10,6 +10,7 @@ from budwood.hub import hub_or_cache
 from budwood.loading import (
     SMOLLM2_ID,
     Loaded,
+    check_adapter_source,
     is_path,
     load_language_model,
     third_party_warnings_off,
@@ -65,12 +66,11 @@ def need_adapter(folder: str) -> None:
     Raises:
         InputError: there is no adapter, or its files are malformed or truncated.
     """
-    from budwood.tune.saved import CONFIG_FILE, check_adapter_files
+    from budwood.tune.saved import check_adapter_files
 
     if _is_hub_id(folder):
         return
-    if not (Path(folder) / CONFIG_FILE).exists():
-        raise InputError(f"there is no adapter in {folder}; give a folder that `budwood tune` made")
+    check_adapter_source(folder)
     check_adapter_files(Path(folder))
 
 

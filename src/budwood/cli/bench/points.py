@@ -39,9 +39,7 @@ COLUMNS = Columns(
 
 
 def bench_points(
-    methods: Annotated[
-        str, typer.Option(metavar="NAME,…", help="Some of `budwood ls adaptations`.")
-    ] = ALL,
+    methods: options.Adaptations = ALL,
     points: Annotated[
         str, typer.Option(metavar="N,…", help="Numbers of points of random samples.")
     ] = "1024,256,128,64,32,16",

@@ -42,13 +42,8 @@ COLUMNS = Columns(
 
 
 def bench_prune(
-    methods: Annotated[
-        str,
-        typer.Option(metavar="NAME,…", help="Methods to compare, of `budwood ls methods`."),
-    ] = "adav,adav-contrast,fastervlm,t2i,random,uniform",
-    keep: Annotated[
-        str, typer.Option(metavar="N|RATIO,…", help="Budgets: counts, or ratios in (0, 1].")
-    ] = "0.11,0.055",
+    methods: options.Methods = "adav,adav-contrast,fastervlm,t2i,random,uniform",
+    keep: options.Keeps = "0.11,0.055",
     scenes: Annotated[int, typer.Option(help="Scenes, each with up to six questions.")] = 200,
     seed: Annotated[
         int, typer.Option(help="Seed of scenes, random draws and intervals, 0 to 999.")
@@ -56,17 +51,8 @@ def bench_prune(
     split: Annotated[
         str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
-    question: Annotated[
-        str,
-        typer.Option(
-            metavar="all,turn",
-            help="Text to choose by: all after the picture, or the user's words alone.",
-        ),
-    ] = "all",
-    compat: Annotated[
-        str | None,
-        typer.Option(metavar="official", help="Add adav-official to the methods."),
-    ] = None,
+    question: options.Questions = "all",
+    compat: options.Compat = None,
     reference: Annotated[str, typer.Option(help="Differences are to this method.")] = "adav",
     model: options.Model = None,
     device: options.Device = "auto",

@@ -34,10 +34,8 @@ COLUMNS = Columns(
 
 
 def bench_speed(
-    keep: Annotated[
-        str, typer.Option(metavar="N|RATIO,…", help="Budgets: counts, or ratios in (0, 1].")
-    ] = "0.11,0.055",
-    method: Annotated[str, typer.Option(help="One of `budwood ls methods`.")] = "adav",
+    keep: options.Keeps = "0.11,0.055",
+    method: options.Method = "adav",
     shape: Annotated[
         str | None,
         typer.Option(metavar="llava-next", help="Time random weights of this shape."),
@@ -48,7 +46,7 @@ def bench_speed(
     vision_width: Annotated[int, typer.Option(help="Encoder width of the shape.")] = 1024,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of scene, prompt and random weights.")] = 0,
+    seed: options.Seed = 0,
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -78,9 +76,7 @@ def bench_speed(
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
     from budwood.bench.prune_speed import SpeedConfig
-    from budwood.prune.methods import METHODS
 
-    METHODS.get(method)
     return SpeedConfig(tuple(map(options.keep_of, keeps)), method, repeats, n_new, seed)
 
 

@@ -62,12 +62,7 @@ def bench_tune(
         Path,
         typer.Option(metavar="DIR", help="Folder of the comparison; an interrupted one continues."),
     ],
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:KEY=VALUE+…],…", help="Names of `budwood ls tuners`, with options."
-        ),
-    ] = "lora,lora-wd,dora,lora-kl,moe,slim",
+    methods: options.Tuners = "lora,lora-wd,dora,lora-kl,moe,slim",
     lrs: Annotated[
         str,
         typer.Option(
