@@ -30,11 +30,11 @@ class ShapeError(BudwoodError, ValueError):
 
 
 class BudgetError(BudwoodError, ValueError):
-    """``keep`` is neither a count ≥ 1 nor a ratio in (0, 1], or exceeds the tokens there are."""
+    """``keep`` is neither a count ≥ 1 nor a fraction in (0, 1], or exceeds the tokens there are."""
 
 
 class InputError(BudwoodError, ValueError):
-    """Unusable data or parameters: a file that is no image, an empty question, NaN features."""
+    """Unusable data or parameters: a file that is not an image, an empty question, NaN features."""
 
 
 class OutputError(BudwoodError, OSError):

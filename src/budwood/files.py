@@ -53,9 +53,12 @@ def need_parent(path: Path) -> None:
     """Check that the folder exists in which a file or folder will be made.
 
     Raises:
-        OutputError: there is no such folder.
+        OutputError: there is no such folder, or it is a file.
     """
-    if not path.absolute().parent.is_dir():
+    parent = path.absolute().parent
+    if parent.exists() and not parent.is_dir():
+        raise OutputError(f"{path.parent} is a file; give a folder")
+    if not parent.is_dir():
         raise OutputError(f"there is no folder {path.parent}; make it first, or give another")
 
 

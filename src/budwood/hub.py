@@ -106,7 +106,7 @@ def is_cached(repo: str, file: str | None, kind: str = "model") -> bool:
     """Whether the hub's cache has a file; with None, whether it has anything of ``repo``.
 
     Raises:
-        InputError: ``repo`` is no id of the hub.
+        InputError: ``repo`` is not an id of the hub.
     """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

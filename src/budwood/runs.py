@@ -125,7 +125,7 @@ def refuse_other_files(path: Path) -> None:
     """Refuse a path that is a file, or a folder whose files are not those of a run.
 
     Raises:
-        OutputError: it is a file, or a folder with files that are no run's.
+        OutputError: it is a file, or a folder with files of no run.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; give a folder")

@@ -353,8 +353,8 @@ def test_existing_files_stay(budwood, scans, tmp_path):
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
-        (["--counts", "64,x"], "no list of whole numbers"),
-        (["--counts", ""], "no list of whole numbers"),
+        (["--counts", "64,x"], "give whole numbers with commas"),
+        (["--counts", ""], "give whole numbers with commas"),
         (["--counts", "12,1"], "must be 2 or more each"),
         (["--counts", "120,150"], "does nothing at 120, 150 points"),
         (["--method", "esp"], "unknown method"),

@@ -100,8 +100,9 @@ def test_both_targets_of_speed_are_to_be_met(low, monkeypatch):
 def test_speed_rows(distance):
     said = []
     config = SpeedConfig(widths=(24,), n_tokens=(8, 40), r=2, repeats=2, distance=distance)
-    rows = measure_speed(config, said.append)
-    assert [row["method"] for row in rows] == [*METHODS, *METHODS] and len(said) == 2
+    rows = measure_speed(config, lambda done, total, note="": said.append((done, total)))
+    assert [row["method"] for row in rows] == [*METHODS, *METHODS]
+    assert said == [(0, 2), (1, 2), (2, 2)]
     by_name = {row["method"]: row for row in rows[5:]}
     assert by_name["lora"]["over_lora"] == 1 and by_name["frozen"]["n_params"] == 0
     assert by_name["bypass"]["bypassed_share"] == 1

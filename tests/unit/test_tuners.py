@@ -103,7 +103,7 @@ def test_parse_tuner_refuses():
     with pytest.raises(UnknownNameError, match="did you mean 'dora'"):
         parse_tuner("dara")
     for wrong in ("lora:alpha", "lora:=3"):
-        with pytest.raises(InputError, match="is no option; write key=value"):
+        with pytest.raises(InputError, match="is not an option; write key=value"):
             parse_tuner(wrong)
 
 
@@ -114,8 +114,8 @@ def test_parse_tuner_refuses():
         *((f"strength={wrong}", "above 0 and up to 1") for wrong in ("0", "1.1", "nan", "half")),
         *((f"kl={wrong}", "give a number of at least 0") for wrong in ("-1", "x", "inf", "true")),
         ("weight_decay=none", "weight_decay=None; give a number of at least 0"),
-        ("r=4", "r=4 is no option of a method; give --rank"),
-        ("seed=1", "seed=1 is no option of a method; give --seed"),
+        ("r=4", "r=4 is not an option of a method; give --rank"),
+        ("seed=1", "seed=1 is not an option of a method; give --seed"),
         ("alpha=x", "alpha='x'; give a number"),
         ("foo=1", "unexpected keyword argument 'foo'"),
     ],

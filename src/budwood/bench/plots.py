@@ -45,7 +45,7 @@ WORDS = KL | {
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6A3D9A", "#8C564B")
 _MARKERS = "osD^vPX*"
-# References that are no method: nothing adapted, or chance.
+# References that are not methods: nothing adapted, or chance.
 _PLAIN = {"random": "#444444", "uniform": "#888888", "frozen": "#444444", "tokens": "#888888"}
 _FONT: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 _GAP = 0.062  # least distance between the labels of two curves, in heights of the axes
@@ -215,7 +215,7 @@ def _figure(n_axes: int, width: float, height: float, shared: bool = False) -> t
 
 
 def _style(name: Any, place: int) -> tuple[str, str]:
-    """Colour and marker of a curve; grey for references that are no method."""
+    """Colour and marker of a curve; grey for references that are not methods."""
     colour = _PLAIN.get(str(name), _COLOURS[place % len(_COLOURS)])
     return colour, _MARKERS[place % len(_MARKERS)]
 

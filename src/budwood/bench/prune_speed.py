@@ -45,7 +45,7 @@ class SpeedConfig:
     """What to time.
 
     Attributes:
-        keeps: budgets, each a count or a ratio as in ``attach``.
+        keeps: budgets, each a count or a fraction as in ``attach``.
         method: what chooses.
         repeats: timed rounds, after a warm-up.
         n_new: tokens to decode, of which all but the first are timed.
@@ -53,7 +53,7 @@ class SpeedConfig:
 
     Raises:
         InputError: a number is too small, or there is no budget.
-        BudgetError: a budget is neither a count nor a ratio.
+        BudgetError: a budget is neither a count nor a fraction.
     """
 
     keeps: tuple[int | float, ...] = (0.11, 0.055)

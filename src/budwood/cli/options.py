@@ -113,14 +113,14 @@ Adaptations = Annotated[
 Keep = Annotated[
     str,
     typer.Option(
-        callback=_budget, metavar="N|RATIO", help="Visual tokens to keep: a count or a fraction."
+        callback=_budget, metavar="N|FRACTION", help="Visual tokens to keep: a count or a fraction."
     ),
 ]
 Keeps = Annotated[
     str,
     typer.Option(
         callback=_budgets,
-        metavar="N|RATIO,…",
+        metavar="N|FRACTION,…",
         help="Budgets: counts of visual tokens, or fractions in (0, 1].",
     ),
 ]
@@ -130,7 +130,8 @@ Question = Annotated[
         "--question",
         callback=_known_questions,
         metavar="current|all|turn",
-        help="Text to choose by: your words, or all text after the picture, as published.",
+        help="Text that tokens are chosen by. current: the user's last turn; turn: the picture's "
+        "own turn; all: everything after the picture, as published.",
     ),
 ]
 Questions = Annotated[
@@ -138,7 +139,7 @@ Questions = Annotated[
     typer.Option(
         callback=_known_questions,
         metavar="NAME,…",
-        help="Text to choose by: all text after the picture, as published; current or turn.",
+        help="One or more of current, turn and all; see `budwood prune --help`.",
     ),
 ]
 Device = Annotated[
@@ -164,7 +165,7 @@ Compat = Annotated[
     typer.Option(
         callback=_known_compat,
         metavar="official",
-        help="Another way to write the method adav-official.",
+        help="official: the same as method adav-official.",
     ),
 ]
 
@@ -179,7 +180,7 @@ def keep_of(text: str) -> int | float:
         value = int(text) if text.strip().lstrip("+-").isdecimal() else float(text)
     except ValueError:
         raise BudgetError(
-            f"keep={text!r} is not a number; give a count ≥ 1 such as 64, or a ratio in (0, 1] "
+            f"keep={text!r} is not a number; give a count ≥ 1 such as 64, or a fraction in (0, 1] "
             "such as 0.1"
         ) from None
     return Budget.parse(value).keep
@@ -198,9 +199,9 @@ def counts_of(text: str, name: str) -> tuple[int, ...]:
         name: of the option, for the message.
 
     Raises:
-        InputError: it is empty, or an item is no whole number.
+        InputError: it is empty, or an item is not a whole number.
     """
     items = listed(text)
     if not items or not all(item.isdecimal() for item in items):
-        raise InputError(f"{name}={text!r} is no list of whole numbers such as 64,32")
+        raise InputError(f"{name}={text!r}: give whole numbers with commas, such as 64,32")
     return tuple(map(int, items))

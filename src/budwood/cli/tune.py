@@ -59,7 +59,7 @@ def tune(context: typer.Context) -> None:
     `budwood tune FILE …` is short for `budwood tune run FILE …`.
 
     \b
-    Example:
+    Examples:
       budwood tune train.jsonl --output tuned
       budwood tune eval tuned --target test.jsonl
     """
@@ -98,7 +98,7 @@ def run(
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[
-        int, typer.Option(help="Optimiser steps; replaces --epochs. 0: as epochs say.")
+        int, typer.Option(help="Optimiser steps, instead of --epochs; 0 for --epochs.")
     ] = 0,
     batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
@@ -130,7 +130,7 @@ def run(
     {"text": ...}. Repeat the command to continue an interrupted run from its last checkpoint.
 
     \b
-    Example:
+    Examples:
       budwood tune train.jsonl --output tuned
       budwood tune eval tuned --target test.jsonl
     """

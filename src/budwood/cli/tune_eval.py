@@ -76,7 +76,7 @@ def tune_eval(
     paired bootstrap over items.
 
     \b
-    Example:
+    Examples:
       budwood tune eval tuned --target test.jsonl --text general.txt --out record.json
       budwood tune eval tuned --data tasks --limit 500
     """
@@ -187,7 +187,7 @@ def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
 
     if plot and not is_slim(loaded.model):
         raise InputError(
-            f"--plot draws where SLIM sends text, and {adapter} is no SLIM adapter; leave it out"
+            f"--plot draws where SLIM sends text, and {adapter} is not a SLIM adapter; leave it out"
         )
 
 

@@ -86,7 +86,9 @@ def export_lora(
     }
     loaded = load_adapted(adapter, model, device, dtype)
     if not is_slim(loaded.model):
-        raise InputError(f"{adapter} is no SLIM adapter; PEFT can merge or convert others itself")
+        raise InputError(
+            f"{adapter} is not a SLIM adapter; PEFT can merge or convert others itself"
+        )
     found = _export(loaded, examples, output, rank, max_length)
     if json:
         print_json(found)

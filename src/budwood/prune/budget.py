@@ -9,7 +9,7 @@ from typing import Any
 
 from budwood.errors import BudgetError
 
-_ALLOWED = "keep must be a count ≥ 1 (int) or a ratio in (0, 1] (float)"
+_ALLOWED = "keep must be a count ≥ 1 (int) or a fraction in (0, 1] (float)"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Budget:
         """Make a budget from what a user gives; numpy numbers count as Python ones.
 
         Raises:
-            BudgetError: ``keep`` is neither a count of at least 1 nor a ratio in (0, 1].
+            BudgetError: ``keep`` is neither a count of at least 1 nor a fraction in (0, 1].
         """
         if isinstance(keep, Budget):
             return keep
@@ -55,7 +55,7 @@ class Budget:
     def count(self, n_visual: int, *, clamp: bool = False) -> int:
         """Tokens to keep out of ``n_visual``.
 
-        A ratio is rounded to the nearest count, halves up, and is at least 1.
+        A fraction is rounded to the nearest count, halves up, and is at least 1.
 
         Args:
             n_visual: candidate tokens of the image, at least 1.
@@ -71,7 +71,7 @@ class Budget:
         if self.keep > n_visual and not clamp:
             raise BudgetError(
                 f"keep={self.keep} exceeds the {n_visual} visual tokens; give at most {n_visual}, "
-                "or a ratio in (0, 1]"
+                "or a fraction in (0, 1]"
             )
         return min(self.keep, n_visual)
 
@@ -93,7 +93,7 @@ class Budgets:
         """Read what a user gives.
 
         Raises:
-            BudgetError: a budget is neither a count nor a ratio, or the list is empty.
+            BudgetError: a budget is neither a count nor a fraction, or the list is empty.
         """
         if isinstance(keep, list | tuple):
             if not keep:

@@ -37,7 +37,7 @@ def select(
             None for a method that needs no text.
         saliency: importance per visual token, such as [CLS] attention, non-negative,
             shape (n_visual,), in the order of ``visual``; may be None for a method that needs none.
-        keep: tokens to keep, an int in [1, n_visual], or a ratio of them, a float in (0, 1].
+        keep: tokens to keep, an int in [1, n_visual], or a fraction of them, a float in (0, 1].
         method: a name in ``METHODS``, or an instance with parameters of its own.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         n_crops: crops of equal size in ``visual``, one after the other in the encoder's order, for
@@ -52,7 +52,7 @@ def select(
     Raises:
         ShapeError: not a tensor, wrong shape, dtype or device, or a tensor that the method needs is
             missing.
-        BudgetError: ``keep`` is not a count or a ratio, or is above n_visual.
+        BudgetError: ``keep`` is not a count or a fraction, or is above n_visual.
         UnknownNameError: unknown method or ``compat``.
         InputError: NaN, infinite or negative values (``validate`` only).
     """

@@ -74,16 +74,16 @@ def attach(
         method: a name in ``METHODS``, or an instance.
         keep: tokens per image (int), or a fraction of them (float in (0, 1]), or a list with one
             of these for each image of a call. Only candidates count: tokens that always stay, such
-            as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image that has no
-            more keeps all, and the report says so.
+            as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image with
+            fewer candidates keeps them all; the report says so.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         question: which text counts as the question: ``"current"``, the user's last turn;
             ``"turn"``, the turn of the image; ``"all"``, everything after the image, as published;
             or a function. See :class:`budwood.prune.question.Question`.
         forward: prune plain calls of the model as well.
         seed: for methods that draw. An image's draw depends on it and on its number in the call.
-        processor: the model's processor. Give it for chats: with it the question is told from the
-            chat template's words, and the report's boxes allow for cropped pictures.
+        processor: the model's processor. Give it for chats: with it the template's own words
+            are left out of the question, and the report's boxes allow for cropped pictures.
         timing: wait for the GPU so that ``session.timing`` is exact there.
         encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
             then does not run.
@@ -95,7 +95,7 @@ def attach(
         UnsupportedModelError: no family knows the model, or it has no vision.
         AttachError: the model is attached to already, or ``encoded`` is for other methods.
         UnknownNameError: unknown method, ``compat`` or ``question``.
-        BudgetError: ``keep`` is neither a count nor a ratio.
+        BudgetError: ``keep`` is neither a count nor a fraction.
         InputError: ``seed`` is out of range.
     """
     need_seed(seed)
@@ -137,7 +137,7 @@ class PruneSession:
 
     Args:
         pruner: what is done to the calls.
-        forward: whether to plain calls of the model as well.
+        forward: also prune plain calls of the model.
     """
 
     def __init__(self, pruner: Pruner, forward: bool = False) -> None:

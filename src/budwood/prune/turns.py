@@ -81,8 +81,8 @@ class CachedPrompt:
         extended = {"input_ids": torch.cat((self.inputs["input_ids"].to(ids.device), new), dim=1)}
         if extended["input_ids"].shape[1] <= n_cached:
             raise AttachError(
-                f"input_ids have nothing that past_key_values has not seen ({n_cached} tokens); "
-                "add the next turn, or start from an empty cache"
+                f"past_key_values already holds all of input_ids ({n_cached} tokens); add the next "
+                "turn, or start from an empty cache"
             )
         before = self.inputs["attention_mask"].to(ids.device)
         after = torch.ones_like(new) if mask is None else mask[:, n_tokens:]

@@ -50,7 +50,7 @@ def load_llama(path: Path, dtype: torch.dtype) -> Any:
         dtype: of the weights.
 
     Raises:
-        InputError: the file is no GGUF file, or holds another kind of model.
+        InputError: the file is not a GGUF file, or holds another kind of model.
     """
     from gguf import GGUFReader
     from transformers import LlamaForCausalLM

@@ -242,7 +242,7 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
     for choice in choices:
         _need_text(choice, "a choice")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(f"answer {answer!r} is no index of {len(choices)} choices, from 0")
+        raise InputError(f"answer {answer!r} must be an index from 0 to {len(choices) - 1}")
     return choices, answer
 
 
@@ -261,7 +261,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        InputError: the file can't be read, or is no UTF-8 text.
+        InputError: the file can't be read, or is not UTF-8 text.
     """
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
@@ -284,7 +284,7 @@ def _rows_of_hub(source: str, split: str) -> Iterable[tuple[str, Any]]:
     name, _, config = source.partition(":")
     try:
         with hub_or_cache(name, kind="dataset", what="dataset", instead="give a file"):
-            datasets = optional.need("datasets", f"{source} is no file, and a dataset of the hub")
+            datasets = optional.need("datasets", f"{source}, a dataset of the hub,")
             rows = datasets.load_dataset(name, config or None, split=split)
     except BudwoodError:
         raise

@@ -254,8 +254,8 @@ def _checked(row: Mapping[str, Any], i: int) -> EncodedExample:
     ids, labels = list(row["input_ids"]), list(row["labels"])
     if len(ids) != len(labels) or not n_supervised([{"input_ids": ids, "labels": labels}]):
         raise InputError(
-            f"row {i} of the data has {len(ids)} input_ids and {len(labels)} labels; give as many, "
-            "with a label other than -100 behind the first place"
+            f"row {i} of the data has {len(ids)} input_ids and {len(labels)} labels; give "
+            "equal numbers, and at least one label other than -100 after the first"
         )
     return {"input_ids": ids, "labels": labels}
 

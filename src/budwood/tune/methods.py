@@ -49,7 +49,7 @@ class Tuner:
         for name, place in (("r", "rank"), ("seed", "seed")):
             if name in self.extra:
                 raise InputError(
-                    f"{name}={self.extra[name]!r} is no option of a method; give --{place}"
+                    f"{name}={self.extra[name]!r} is not an option of a method; give --{place}"
                 )
         for name in ("weight_decay", "kl"):
             value = getattr(self, name)
@@ -343,7 +343,7 @@ def parse_tuner(text: str) -> Tuner:
     for item in filter(None, rest.split("+")):
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
-            raise InputError(f"{text!r}: {item!r} is no option; write key=value")
+            raise InputError(f"{text!r}: {item!r} is not an option; write key=value")
         given[key] = _value(value)
     names = {one.name for one in dataclasses.fields(chosen.kind)}
     names -= {"extra", "n_supervised_tokens"}

@@ -63,7 +63,7 @@ class Config:
 
     Attributes:
         variants: methods to compare.
-        keeps: budgets, each a count or a ratio as in ``attach``.
+        keeps: budgets, each a count or a fraction as in ``attach``.
         seed: of the scenes, the draws of methods and the bootstrap.
         n_scenes: scenes; each has one question of every kind that it allows.
         split: ``"test"``, or ``"shifted"`` for looks outside the training range.
@@ -75,7 +75,7 @@ class Config:
 
     Raises:
         InputError: a number is too small, or a budget comes twice.
-        BudgetError: a budget is neither a count nor a ratio.
+        BudgetError: a budget is neither a count nor a fraction.
     """
 
     variants: tuple[Variant, ...]

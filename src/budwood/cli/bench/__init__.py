@@ -44,7 +44,7 @@ def bench(context: typer.Context) -> None:
     Each benchmark prints a table, and with --out also writes a record that `bench show` reads.
 
     \b
-    Example:
+    Examples:
       budwood bench prune --scenes 20 --methods adav,random --keep 0.1 --out record.json
       budwood bench show record.json
     """
@@ -85,7 +85,7 @@ def show(
     """Print the rows of one or more records as a Markdown table.
 
     \b
-    Example:
+    Examples:
       budwood bench show record.json --columns method,keep,accuracy:.1%
       budwood bench show record.json --columns method,unseen_top1:.1% --across points
       budwood bench show comparison/runs --where seed=0
@@ -122,7 +122,7 @@ def _matching(rows: list[records.Row], where: str) -> list[records.Row]:
     for condition in options.listed(where):
         key, equals, value = condition.partition("=")
         if not equals:
-            raise InputError(f"--where {condition!r} is no condition; write key=value")
+            raise InputError(f"--where {condition!r}: write key=value")
         _check_key(key, rows)
         values = sorted({str(row.get(key)) for row in rows})
         rows = [row for row in rows if str(row.get(key)) in value.split("|")]

@@ -168,7 +168,9 @@ def _numbers(text: str, kind: Any, name: str) -> list[Any]:
     try:
         numbers = [kind(item) for item in options.listed(text)]
     except ValueError as error:
-        raise InputError(f"{name}={text!r} holds something that is no number: {error}") from error
+        raise InputError(
+            f"{name}={text!r} contains something other than numbers: {error}"
+        ) from error
     if not numbers:
         raise InputError(f"{name} is empty; give numbers with commas")
     return numbers

@@ -36,7 +36,7 @@ def check_stl(path: Path) -> None:
                 raise InputError(f"{path} is truncated: its solid does not end")
             return
     if len(head) < 84:
-        raise InputError(f"{path} is truncated: {size} bytes are no STL")
+        raise InputError(f"{path} is truncated: {size} bytes are too few for STL")
     n_faces = struct.unpack("<I", head[80:])[0]
     if size < 84 + 50 * n_faces:
         raise InputError(f"{path} is truncated: {(size - 84) // 50} of {n_faces} faces")
@@ -47,7 +47,7 @@ def check_glb(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(12)
     if len(head) < 12 or head[:4] != b"glTF":
-        raise InputError(f"{path} is no GLB file")
+        raise InputError(f"{path} is not a GLB file")
     declared = struct.unpack("<I", head[8:])[0]
     if path.stat().st_size < declared:
         raise InputError(f"{path} is truncated: {path.stat().st_size} of {declared} bytes")
@@ -72,7 +72,7 @@ def check_off(path: Path) -> None:
         rows = [row for line in file if (row := line.split(b"#")[0].strip())]
     _, keyword, rest = rows[0].partition(b"OFF") if rows else (b"", b"", b"")
     if not keyword:
-        raise InputError(f"{path} is no OFF file: it does not begin with OFF")
+        raise InputError(f"{path} is not an OFF file: it does not begin with OFF")
     body = ([rest] if rest else []) + rows[1:]
     counts = body[0].split() if body else []
     if len(counts) < 2 or not all(count.isdigit() for count in counts):

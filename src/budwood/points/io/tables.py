@@ -119,7 +119,7 @@ def read_text(path: Path, options: ReadOptions) -> Cloud:
                 encoding=TEXT,
             )
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no table of numbers: {first_line(error)}") from None
+        raise InputError(f"{path} is not a table of numbers: {first_line(error)}") from None
     if table.size == 0:
         raise InputError(f"{path} has no points")
     if layout.n_points is not None and len(table) != layout.n_points:

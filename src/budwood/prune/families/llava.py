@@ -35,7 +35,7 @@ class Llava(Family):
         return self.tower.recorder(inputs)
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
-        # "full" keeps [CLS] among the features. It is no patch, so it is no candidate.
+        # "full" keeps [CLS] among the features. It is not a patch, so not a candidate.
         with_cls = self.tower.has_cls and not self.tower.drops_first(inputs)
         return [_layout(len(image), self.tower.side, with_cls) for image in features]
 
