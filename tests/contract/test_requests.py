@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from budwood.errors import AttachError, BudgetError, InputError
-from budwood.prune import attach
+from budwood.prune import attach, encode
 from budwood.prune.methods.scores import Common
 from tests.contract import oracle
 from tests.contract.models import BUILDERS, IMAGE, PAD, VIDEO, words
@@ -416,3 +416,15 @@ def test_a_vocabulary_is_looked_at_once_a_model(case, monkeypatch):
         embed.weight.mul_(1.0)
     attach(case.model, keep=3, method="adav-contrast").detach()
     assert len(fitted) == 2
+
+
+def test_pictures_encoded_before_are_those_of_the_call(case):
+    one, other = case.batch([0, words(4, 1)]), case.batch([3, words(4, 1)])  # of one size
+    assert one["input_ids"].shape == other["input_ids"].shape
+    pictures = encode(case.model, one)
+    with attach(case.model, keep=3):
+        expected = case.model.generate(**one, **GREEDY)
+    with attach(case.model, keep=3, encoded=pictures):
+        assert torch.equal(case.model.generate(**one, **GREEDY), expected)
+        with pytest.raises(InputError, match="are not the 1 encoded ones"):
+            case.model.generate(**other, **GREEDY)

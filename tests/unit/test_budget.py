@@ -40,4 +40,3 @@ def test_no_tokens():
 def test_parse_returns_a_budget_as_it_is():
     budget = Budget(0.1)
     assert Budget.parse(budget) is budget
-    assert budget.is_ratio and not Budget(3).is_ratio

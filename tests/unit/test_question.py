@@ -247,3 +247,15 @@ def test_the_current_turn_is_the_default():
         case.model.generate(**batch, max_new_tokens=1)
     found = batch["input_ids"][0, list(session.report[0].question)].tolist()
     assert found == [processor.tokenizer.ids["where"]]
+
+
+def test_a_template_that_cannot_be_rendered_is_as_none():
+    class Broken(Chat):
+        def apply_chat_template(self, chat, tokenize, add_generation_prompt):
+            raise ValueError("content must be text")
+
+    assert Scaffold.of(Broken(), IMAGE) == Scaffold()
+    case = models.llava()
+    with attach(case.model, keep=3, processor=Broken(), question=lambda *_: [0]) as session:
+        case.model.generate(**case.batch([0, words(3, 1)]), max_new_tokens=1)
+    assert session.report[0].question == (0,)

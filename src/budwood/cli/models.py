@@ -11,8 +11,6 @@ from budwood import loading
 from budwood.cli.console import working
 from budwood.loading import Loaded, device_of
 
-__all__ = ["be_quiet", "device_of", "load", "load_adapted", "load_language_model", "place"]
-
 
 def load(source: str | None, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Load a vision-language model; see :func:`budwood.loading.load_vlm_model`."""

@@ -20,9 +20,14 @@ def _known_methods(names: str) -> str:
     return names
 
 
+def _known_tuner(name: str) -> str:
+    Registry("tuning method", catalogue.TUNERS).check(name.partition(":")[0].strip())
+    return name
+
+
 def _known_tuners(names: str) -> str:
     for name in listed(names):
-        Registry("tuning method", catalogue.TUNERS).check(name.partition(":")[0].strip())
+        _known_tuner(name)
     return names
 
 
@@ -58,7 +63,8 @@ def _budgets(text: str) -> str:
     return text
 
 
-def _known_dtype(name: str) -> str:
+def known_dtype(name: str) -> str:
+    """Refuse an unknown dtype while options are read."""
     check_dtype(name)
     return name
 
@@ -91,7 +97,7 @@ Methods = Annotated[
 Tuner = Annotated[
     str,
     typer.Option(
-        callback=_known_tuners,
+        callback=_known_tuner,
         metavar="NAME[:KEY=VALUE+…]",
         help="slim, or another of `budwood ls tuners`.",
     ),
@@ -148,7 +154,7 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        callback=_known_dtype,
+        callback=known_dtype,
         help="float32, bfloat16 or float16; auto takes the checkpoint's own.",
     ),
 ]

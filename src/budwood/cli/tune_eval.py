@@ -58,7 +58,7 @@ def tune_eval(
     batch: tune_options.EvalBatch = 16,
     seed: options.Seed = 0,
     device: options.Device = "auto",
-    dtype: tune_options.Dtype = "auto",
+    dtype: options.Dtype = "auto",
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw the weight on identity experts by layer."),

@@ -53,7 +53,7 @@ def export_lora(
     ] = 512,
     seed: options.Seed = 0,
     device: options.Device = "auto",
-    dtype: tune_options.Dtype = "auto",
+    dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
     """Write an ordinary PEFT LoRA that approximates a SLIM adapter, for tools without SLIM.

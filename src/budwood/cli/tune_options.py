@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from budwood.cli.options import known_dtype
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -20,12 +22,12 @@ Base = Annotated[
         help="Hub id or directory of the base model; by default the one that the adapter names.",
     ),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(help="float32, bfloat16 or float16; auto takes the checkpoint's own."),
-]
 TrainingDtype = Annotated[
-    str, typer.Option(help="float32 or bfloat16; auto takes the checkpoint's own.")
+    str,
+    typer.Option(
+        callback=known_dtype,
+        help="float32 or bfloat16; auto takes the checkpoint's own.",
+    ),
 ]
 Data = Annotated[
     Path | None,

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from budwood.prune.encoded import encode as encode
     from budwood.prune.families import FAMILIES as FAMILIES
     from budwood.prune.methods import METHODS as METHODS
-    from budwood.prune.methods import Choice as Choice
     from budwood.prune.methods import Method as Method
     from budwood.prune.methods import Selection as Selection
     from budwood.prune.methods import Split as Split
@@ -27,7 +26,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "FAMILIES": "families",
         "METHODS": "methods",
         "Budget": "budget",
-        "Choice": "methods",
         "Encoded": "encoded",
         "Method": "methods",
         "PruneSession": "session",

@@ -47,11 +47,6 @@ class Budget:
             return cls(float(keep))
         return cls(keep)
 
-    @property
-    def is_ratio(self) -> bool:
-        """Whether ``keep`` is a fraction and not a count."""
-        return isinstance(self.keep, float)
-
     def count(self, n_visual: int, *, clamp: bool = False) -> int:
         """Tokens to keep out of ``n_visual``.
 

@@ -22,11 +22,13 @@ class Encoded:
     Attributes:
         features: projected features, one tensor per picture, shape (n_features, d_model).
         saliency: of the candidates, one float32 tensor per picture, shape (n_candidates,).
+        samples: a few pixels of each picture, by which it is known again.
         whole_crops: features are whole crops, as ``adav-official`` reads them.
     """
 
     features: list[Tensor]
     saliency: list[Tensor]
+    samples: list[Tensor]
     whole_crops: bool = False
 
     def __len__(self) -> int:
@@ -37,6 +39,7 @@ class Encoded:
         return Encoded(
             [self.features[i] for i in pictures],
             [self.saliency[i] for i in pictures],
+            [self.samples[i] for i in pictures],
             self.whole_crops,
         )
 
@@ -69,4 +72,11 @@ def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav")
     with recorder:
         features = family.features(inputs)
     layouts = family.layouts(inputs, features)
-    return Encoded(features, family.saliency(recorder, layouts), family.whole_crops)
+    samples = list(map(sample, family.pictures(inputs)))
+    return Encoded(features, family.saliency(recorder, layouts), samples, family.whole_crops)
+
+
+def sample(picture: Tensor) -> Tensor:
+    """Pixels spread over a picture, float32, on the CPU, shape (at most 128,)."""
+    pixels = picture.detach().flatten()
+    return pixels[:: max(1, len(pixels) // 127)][:128].float().cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget, Budgets
-from budwood.prune.encoded import Encoded
+from budwood.prune.encoded import Encoded, sample
 from budwood.prune.families.base import Family, Layout
 from budwood.prune.methods.base import Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
@@ -97,8 +97,6 @@ class Pruner:
         encoded_at = self._now()
 
         layouts = self.family.layouts(inputs, features)
-        if self.encoded is not None:
-            _refuse_other_pictures(self.encoded, layouts)
         lengths = [layout.n_placeholders for layout in layouts]
         images = locate_images(ids, self.family.image_token_id, lengths)
         with torch.no_grad():
@@ -132,6 +130,7 @@ class Pruner:
     def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SaliencyOf]:
         """Features of each image, and a function that gives their saliency, which takes longer."""
         if self.encoded is not None:
+            _refuse_other_pictures(self.encoded, self.family.pictures(inputs))
             features = self.encoded.features
             saliency = self.encoded.saliency if self.method.needs_saliency else _none(features)
             return features, lambda _: saliency
@@ -257,14 +256,13 @@ def image_outputs(features: Sequence[Tensor]) -> dict[str, Any]:
     return {"image": BaseModelOutputWithPooling(pooler_output=given)}
 
 
-def _refuse_other_pictures(encoded: Encoded, layouts: Sequence[Layout]) -> None:
-    """Check that pictures encoded before have the sizes of those of the call."""
-    theirs = [len(scores) for scores in encoded.saliency]
-    ours = [layout.n_candidates for layout in layouts]
-    if theirs != ours:
+def _refuse_other_pictures(encoded: Encoded, pictures: Sequence[Tensor]) -> None:
+    """Check that the call has the pictures that were encoded before, in their order."""
+    samples = list(map(sample, pictures))
+    if len(samples) != len(encoded) or not all(map(torch.equal, samples, encoded.samples)):
         raise InputError(
-            f"encoded has pictures of {theirs} visual tokens, the call has images of {ours}; "
-            "encode the same pictures, or arrange them with encoded.pick(...)"
+            f"the call's {len(samples)} pictures are not the {len(encoded)} encoded ones, in this "
+            "order; encode them with encode(), or arrange them with encoded.pick(...)"
         )
 
 

@@ -88,11 +88,9 @@ def _rendered(
         chat.append({"role": "assistant" if number % 2 else "user", "content": content})
     try:
         prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may refuse a chat of several turns in any way that jinja has
-        if len(turns) == 1:
-            raise
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    except Exception:  # templates refuse what they do not know in any way that jinja has
         return None
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
     if image_token_id not in ids:
         return None
     return ids[len(ids) - ids[::-1].index(image_token_id) :]
@@ -163,7 +161,7 @@ class Question:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value = getattr(config, name, None)
                 ends.update(value if isinstance(value, list) else [] if value is None else [value])
-        if processor is None or rule == "all":
+        if processor is None or rule == "all" or callable(rule):
             return cls(rule, ends, wrapping)
         tokenizer = getattr(processor, "tokenizer", processor)
         ends.update(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})

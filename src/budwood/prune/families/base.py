@@ -116,6 +116,10 @@ class Family(ABC):
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
         return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
 
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The pixels by which each image is known again, one tensor per image."""
+        return list(inputs["pixel_values"])
+
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Say where the tokens of each image are."""

@@ -35,6 +35,9 @@ class LlavaNext(Llava):
         per_image = [layout.n_crops for layout in self.layouts(inputs, packed)]
         return [image.flatten(0, 1) for image in crops.output().split(per_image)]
 
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        return [crops[0] for crops in inputs["pixel_values"]]  # the overview; padding may differ
+
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         config = self.model.config
         pinpoints = tuple(tuple(pinpoint) for pinpoint in config.image_grid_pinpoints)

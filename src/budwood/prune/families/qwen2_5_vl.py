@@ -40,6 +40,10 @@ class Qwen25VL(Family):
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         return PackedRecorder(self.model.model.visual.blocks[self._block].attn)
 
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        lengths = inputs["image_grid_thw"].prod(-1).tolist()
+        return list(inputs["pixel_values"].split(lengths))
+
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         config = self.model.config.vision_config
         window = config.window_size // config.spatial_merge_size // config.patch_size

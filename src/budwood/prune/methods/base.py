@@ -74,10 +74,6 @@ class Selection:
     split: Split = field(default_factory=Split)
 
 
-Choice = Selection
-"""The earlier name of what a method returns; methods outside budwood may use it."""
-
-
 class Method(ABC):
     """A pruning method. Subclass it as a frozen dataclass whose fields are its parameters.
 
