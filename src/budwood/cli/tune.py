@@ -137,10 +137,10 @@ def run(
     from budwood.cli.models import be_quiet
     from budwood.loading import check_data_source, check_source, third_party_warnings_off
 
+    need_parent(output)
     for source in train:
         check_data_source(source)
     check_source(model, "smollm2")
-    need_parent(output)
 
     from budwood.tune import Settings, finetune
 
