@@ -156,6 +156,15 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path):
         adapt(clouds, texts, model, config, output=tmp_path)
 
 
+def test_a_prepared_cloud_is_one_cloud():
+    model = models.make("openshape")
+    xyz, _ = prepared(model)[0]
+    cloud = (xyz, torch.rand_like(xyz))
+    config = AdaptConfig("adabn", curriculum=COUNTS, options={"counts": (6,)})
+    one, listed = (adapt(clouds, None, model, config).state_dict() for clouds in (cloud, [cloud]))
+    assert all(torch.equal(one[key], listed[key]) for key in listed)
+
+
 def test_nothing_is_overwritten(tmp_path):
     model = sprout()
     texts, config = sets.texts(model.embed_dim), AdaptConfig("adabn", curriculum=COUNTS)

@@ -427,6 +427,45 @@ def test_every_kind_of_input_and_option(tmp_path):
     assert upright.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
+def test_a_prepared_cloud_is_one_cloud():
+    encoder = models.make("openshape")
+    options = {"encoder": encoder, "text": models.Words(11)}
+    rng = np.random.default_rng(0)
+    xyz, rgb = rng.normal(size=(40, 3)), rng.random((40, 3))
+    for cloud in (make_cloud(xyz, rgb), make_cloud(xyz)):
+        prepared = encoder.prepare(cloud)
+        assert (prepared[1] is None) == (cloud.rgb is None)
+        (expected,) = classify_clouds(cloud, LABELS, **options)
+        (found,) = classify_clouds(prepared, LABELS, **options)
+        assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+        assert len(classify_clouds([prepared, prepared], LABELS, **options)) == 2
+    pair = (torch.tensor(xyz), torch.tensor(xyz + 1))  # coordinates, which are not colours
+    assert len(classify_clouds(pair, LABELS, **options)) == 2
+
+
+def test_no_cloud_stops_the_others(tmp_path):
+    options = {"encoder": models.make("ulip"), "text": models.Words()}
+    fine = np.random.default_rng(0).normal(size=(40, 3))
+    (tmp_path / "empty").mkdir()
+    ragged = [[1.0, 2.0, 3.0], [4.0, 5.0]]
+    unusable = [tmp_path / "empty", ragged, None, "a\0b.ply", tmp_path / "gone.npy", "gone/"]
+    unusable += [(torch.ones(5, 2), None), torch.ones(5, 3).to_sparse(), torch.zeros(5, 3) * 1j]
+    failed = []
+    found = classify_clouds(
+        [*unusable, fine, torch.tensor(fine, dtype=torch.bfloat16)],
+        LABELS,
+        on_error=lambda name, error: failed.append(error),
+        **options,
+    )
+    assert len(found) == 2
+    assert found[0].scores == pytest.approx(found[1].scores, abs=0.05)
+    assert len(failed) == len(unusable)
+    assert all(isinstance(error, InputError) and "\n" not in str(error) for error in failed)
+    for cloud in unusable:
+        with pytest.raises(InputError):
+            classify_clouds([cloud], LABELS, **options)
+
+
 def test_an_adapter_brings_its_encoder():
     encoder, tower = models.make("sprout"), models.Words(12)
     adapter = make_adapter("vpt-deep", encoder)
