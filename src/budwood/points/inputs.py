@@ -106,7 +106,8 @@ def prepare_each(
         InputError: a cloud is unusable, and there is no ``on_error``.
         MissingPackageError: the library for a format is not installed, as above.
     """
-    for name, item in _named(clouds, on_error or _raise):
+    refuse = _raise if on_error is None else on_error
+    for name, item in _named(clouds, refuse):
         try:
             if _is_prepared(item):
                 source, prepared = name, cast("PreparedCloud", item)
@@ -114,7 +115,7 @@ def prepare_each(
                 cloud = options.read(item, name)
                 source, prepared = cloud.source, options.prepare(cloud, encoder)
         except (InputError, MissingPackageError) as error:
-            (on_error or _raise)(name, error)
+            refuse(name, error)
             continue
         yield source, prepared
 
