@@ -443,6 +443,15 @@ def test_a_prepared_cloud_is_one_cloud():
     assert len(classify_clouds(pair, LABELS, **options)) == 2
 
 
+def test_embeddings_go_into_a_folder_that_exists(tmp_path):
+    made = embed_labels(LABELS, models.Words())
+    with pytest.raises(OutputError, match="there is no folder .*no; make it first"):
+        save_embeddings(made, tmp_path / "no" / "words.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file; give a folder"):
+        save_embeddings(made, tmp_path / "file" / "words.safetensors")
+
+
 def test_no_cloud_stops_the_others(tmp_path):
     options = {"encoder": models.make("ulip"), "text": models.Words()}
     fine = np.random.default_rng(0).normal(size=(40, 3))
@@ -474,6 +483,12 @@ def test_an_adapter_brings_its_encoder():
     assert alone == both
     with pytest.raises(InputError, match="for an encoder given by its name"):
         classify_clouds(shapes(), LABELS, encoder=encoder, device="cpu", text=tower)
+
+
+def test_a_missing_adapter_is_refused_before_the_encoder_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delattr("budwood.points.encoders.load_encoder")
+    with pytest.raises(InputError, match="there is no adapter at"):
+        classify_clouds(shapes(1), LABELS, adapter=tmp_path / "missing")
 
 
 def test_files_arrays_adapters_and_embeddings(tmp_path):
