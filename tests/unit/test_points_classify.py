@@ -443,6 +443,30 @@ def test_a_prepared_cloud_is_one_cloud():
     assert len(classify_clouds(pair, LABELS, **options)) == 2
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"points": 20},
+        {"sampler": "lidar"},
+        {"up": "z"},
+        {"columns": "xyz"},
+        {"box": np.arange(6)},
+        {"invalid": "drop"},
+    ],
+)
+def test_options_that_a_prepared_cloud_cannot_follow(option):
+    encoder, tower = models.make("ulip"), models.Words()
+    cloud = shapes(1)[0]
+    prepared, failed = encoder.prepare(cloud), []
+    with pytest.raises(InputError, match=f"cloud 1 is prepared .* leave {next(iter(option))} out"):
+        classify_clouds(prepared, LABELS, encoder=encoder, text=tower, **option)
+    given = {"encoder": encoder, "text": tower, "points": 20, "seed": 1}
+    found = classify_clouds(
+        [prepared, cloud], LABELS, on_error=lambda name, error: failed.append(name), **given
+    )
+    assert [ranking.source for ranking in found] == ["shape 0"] and failed == ["cloud 1"]
+
+
 def test_embeddings_go_into_a_folder_that_exists(tmp_path):
     made = embed_labels(LABELS, models.Words())
     with pytest.raises(OutputError, match="there is no folder .*no; make it first"):

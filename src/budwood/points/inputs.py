@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 CloudLike = str | os.PathLike[str] | Cloud | Any
 """A file, a folder (all of its clouds), a :class:`Cloud`, an array or tensor of shape (n_points, 3)
-or (n_points, 6) with colours or normals, or what :meth:`PointEncoder.prepare` returned. Give
-several tensors as a list: a tuple of two can be a prepared cloud."""
+or (n_points, 6) with colours or normals, or what :meth:`PointEncoder.prepare` returned, without
+options that it cannot follow. Give several tensors as a list: a tuple of two can be a prepared
+cloud."""
 
 OnError = Callable[[str, Exception], object]
 """Called with the name of a cloud that cannot be used, and the reason."""
@@ -80,6 +81,24 @@ class InputOptions:
             cloud = make_cloud(xyz, rgb, source=name, invalid=self.invalid)
         return cloud if self.box is None else crop(cloud, self.box)
 
+    def check_unused(self, name: str) -> None:
+        """Refuse options that a prepared cloud cannot follow; the seed is that of other clouds.
+
+        Args:
+            name: of the prepared cloud, for the message.
+
+        Raises:
+            InputError: an option has another value than its default.
+        """
+        for option in fields(self):
+            value, default = getattr(self, option.name), option.default
+            changed = value is not None if default is None else value != default
+            if changed and option.name != "seed":
+                raise InputError(
+                    f"{name} is prepared already, and {option.name}={value!r} has no effect on it; "
+                    f"leave {option.name} out, or give the cloud as it was read"
+                )
+
     def prepare(self, cloud: Cloud, encoder: PointEncoder) -> PreparedCloud:
         """Prepare a cloud for an encoder; see :meth:`PointEncoder.prepare`."""
         return encoder.prepare(cloud, self.points, up=self.up, sampler=self.sampler, seed=self.seed)
@@ -110,6 +129,7 @@ def prepare_each(
     for name, item in _named(clouds, refuse):
         try:
             if _is_prepared(item):
+                options.check_unused(name)
                 source, prepared = name, cast("PreparedCloud", item)
             else:
                 cloud = options.read(item, name)
