@@ -414,11 +414,18 @@ def test_statistics_by_density():
         ({"lr": 0.0}, InputError),
         ({"lr": float("nan")}, InputError),
         ({"seed": -1}, InputError),
+        ({"steps": 1.5}, InputError),
+        ({"steps": True}, InputError),
+        ({"batch_size": "32"}, InputError),
+        ({"lr": "1e-3"}, InputError),
+        ({"seed": 0.5}, InputError),
+        ({"seed": "0"}, InputError),
     ],
 )
 def test_bad_settings(options, error):
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         AdaptConfig(**options)
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_input():

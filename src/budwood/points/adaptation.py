@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budwood.checks import need_at_least, need_seed
+from budwood.checks import need_at_least, need_positive, need_seed
 from budwood.errors import DivergedError, InputError
 from budwood.points.adapters import Adapter, make_adapter
 from budwood.points.adapters.base import check_folder
@@ -75,8 +75,8 @@ class AdaptConfig:
         SAMPLERS.get(self.sampler)
         need_at_least(1, steps=self.steps, batch_size=self.batch_size)
         need_seed(self.seed)
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"lr={self.lr} must be above 0")
+        if self.lr is not None:
+            need_positive(lr=self.lr)
 
     @property
     def resolved(self) -> Method:
