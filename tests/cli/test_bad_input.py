@@ -192,6 +192,7 @@ def test_unwritable_file(budwood, picture, tmp_path, target):
         ["bench", "points", "--plot", "none/plot.png"],
         ["tune", "train.jsonl", "--output", "none/tuned"],
         ["points", "adapt", "scans", "--output", "none/adapted"],
+        ["points", "demo", "--dir", "none/demo"],
         ["demo", "--overlay-dir", "none/demo"],
     ],
 )
@@ -200,6 +201,13 @@ def test_output_into_a_missing_folder(budwood, picture, tmp_path, monkeypatch, c
     command = [picture if word == "PICTURE" else word for word in command]
     refused(budwood(*command), "there is no folder none; make it first, or give another")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", [["demo", "--overlay-dir"], ["points", "demo", "--dir"]])
+def test_file_in_place_of_a_folder(budwood, tmp_path, command):
+    (tmp_path / "file").write_text("mine")
+    refused(budwood(*command, tmp_path / "file"), "file is a file; give a folder")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_overlay_of_unknown_format(budwood, picture, tmp_path):

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from budwood import records
 from budwood.bench import points as bench
-from budwood.points import ENCODERS, METHODS
+from budwood.points import ENCODERS, METHODS, classification
+from budwood.points.adapters.base import read_description
 from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
 from tests.points import models, sets
@@ -27,7 +29,9 @@ def tiny_sprout(tmp_path, monkeypatch):
     config = SproutConfig(
         dim=16, depth=2, n_heads=2, embed_dim=12, n_points=480, n_groups=8, k=6, group_width=8
     )
-    save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
     monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", tmp_path / "tiny.safetensors")
     monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
     monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
@@ -114,7 +118,7 @@ def test_a_cloud_that_cannot_be_read_stops_no_other(budwood, scans, tmp_path):
 
 def test_adapt_then_classify(budwood, scans, tmp_path):
     output = tmp_path / "adapted"
-    command = ["points", "adapt", scans, "--labels", NAMES, "--output", output]
+    command = ["points", "adapt", scans, "--output", output]
     command += ["--steps", 3, "--counts", "12,6", "--lr", 0.1, "--batch", 4]
     result = budwood(*command)
     assert result.exit_code == 0, result.output
@@ -146,6 +150,30 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
     refused(budwood(*command[:3], "--output", tmp_path / "c"), "0.npy", "no NumPy file")
 
 
+def test_a_missing_adapter_is_refused_before_anything_is_loaded(budwood, scans, monkeypatch):
+    monkeypatch.delattr("budwood.cli.clouds.load")
+    command = ["classify", scans, "--labels", NAMES, "--adapter", scans / "no"]
+    refused(budwood(*command), "there is no adapter at")
+
+
+def test_adapting_another_checkpoint(budwood, scans, tmp_path):
+    config = SproutConfig(dim=16, depth=3, n_heads=2, embed_dim=12, n_points=480, group_width=8)
+    save_sprout(Sprout(config), tmp_path / "other.safetensors")
+    command = ["points", "adapt", scans, "--method", "adabn", "--output", tmp_path / "a"]
+    refused(budwood(*command, "--device", "cudda"), "device 'cudda' cannot be used")
+    result = budwood(*command, "--checkpoint", tmp_path / "other.safetensors")
+    assert result.exit_code == 0, result.output
+    assert read_description(tmp_path / "a")["encoder"]["depth"] == 3
+
+
+def test_labels_that_a_method_does_not_compare(budwood, scans, tmp_path):
+    command = ["points", "adapt", scans, "--labels", NAMES, "--steps", 1, "--counts", "12"]
+    unused = budwood(*command, "--output", tmp_path / "a")
+    assert unused.exit_code == 0
+    assert unused.stderr == "method 'sparse-lora' compares no labels; those given are not used\n"
+    assert budwood(*command, "--output", tmp_path / "b", "--method", "esp-zero").stderr == ""
+
+
 def test_only_what_is_in_a_box(budwood, tmp_path):
     chair = sets.clouds(2).xyz[0].astype(float)
     np.save(tmp_path / "chair.npy", chair)
@@ -170,15 +198,30 @@ def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
     refused(result, "made for another encoder", "depth 2, here 3")
 
 
-def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path):
+def test_t3a_looks_at_a_whole_folder(budwood, scans, tmp_path, monkeypatch):
     made = budwood("points", "adapt", scans, "--output", tmp_path / "a", "--method", "t3a")
     assert made.exit_code == 0, made.output
     command = ["classify", scans, "--labels", NAMES, "--points", "20", "--json"]
-    scores = {}
+    scores, passes, at_once = {}, {}, {}
+    forward, encode = Sprout.forward, classification.encode
+
+    def spied_forward(self, xyz, *arguments):
+        passes[adapted, batch].append(len(xyz))
+        return forward(self, xyz, *arguments)
+
+    def spied_encode(encoder, clouds, *arguments):
+        at_once[adapted, batch].append(len(clouds))
+        return encode(encoder, clouds, *arguments)
+
+    monkeypatch.setattr(Sprout, "forward", spied_forward)
+    monkeypatch.setattr(classification, "encode", spied_encode)
     for adapted, adapter in ((False, []), (True, ["--adapter", tmp_path / "a"])):
         for batch in (32, 3):
+            passes[adapted, batch], at_once[adapted, batch] = [], []
             rows = json.loads(budwood(*command, *adapter, "--batch", batch).stdout)["rows"]
             scores[adapted, batch] = [row["scores"] for row in rows]
+        assert passes[adapted, 32] == [7] and passes[adapted, 3] == [3, 3, 1]
+    assert at_once[True, 3] == at_once[True, 32] == [7] and at_once[False, 3] == [3, 3, 1]
     assert len(scores[True, 3]) == len(list(scans.iterdir()))
     for adapted in (True, False):
         np.testing.assert_allclose(scores[adapted, 3], scores[adapted, 32], atol=1e-5)
@@ -363,7 +406,7 @@ def test_existing_files_stay(budwood, scans, tmp_path):
     ],
 )
 def test_bad_adaptation(budwood, scans, tmp_path, options, fragment):
-    command = ["points", "adapt", scans, "--labels", NAMES, "--output", tmp_path / "a"]
+    command = ["points", "adapt", scans, "--output", tmp_path / "a"]
     refused(budwood(*command, *options), fragment)
     assert not (tmp_path / "a").exists()
 

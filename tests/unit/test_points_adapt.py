@@ -22,6 +22,7 @@ from budwood.points import (
 )
 from budwood.points.adaptation import SAVE_EVERY
 from budwood.points.batches import encode, stacked, thinned
+from budwood.points.encoders.sprout import save_sprout
 from budwood.points.io import Cloud
 from budwood.points.methods import Method
 from budwood.points.unfinished import FILE as STATE
@@ -154,6 +155,37 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path):
     (tmp_path / STATE).write_bytes(kept[: len(kept) // 2])
     with pytest.raises(InputError, match="is damaged"):
         adapt(clouds, texts, model, config, output=tmp_path)
+
+
+def test_a_prepared_cloud_is_one_cloud():
+    model = models.make("openshape")
+    xyz, _ = prepared(model)[0]
+    cloud = (xyz, torch.rand_like(xyz))
+    config = AdaptConfig("adabn", curriculum=COUNTS, options={"counts": (6,)})
+    one, listed = (adapt(clouds, None, model, config).state_dict() for clouds in (cloud, [cloud]))
+    assert all(torch.equal(one[key], listed[key]) for key in listed)
+
+
+def test_refusals_come_before_the_encoder_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delattr("budwood.points.encoders.load_encoder")
+    with pytest.raises(OutputError, match="there is no folder"):
+        adapt([], None, output=tmp_path / "no" / "adapter")
+    with pytest.raises(InputError, match="compares labels, and there are 1"):
+        adapt([], ["ball"], config=AdaptConfig("esp-zero"))
+
+
+def test_an_encoder_by_its_name_has_a_checkpoint_and_a_device(tmp_path):
+    model = models.make("sprout")
+    save_sprout(model, tmp_path / "small.safetensors")
+    config = AdaptConfig("adabn", curriculum=COUNTS)
+    options = {"checkpoint": tmp_path / "small.safetensors", "device": "cpu"}
+    by_name = adapt(prepared(model), None, "sprout", config, **options)
+    assert by_name.encoder.dim == model.dim
+    with pytest.raises(InputError, match="device 'cudda' cannot be used"):
+        adapt(prepared(model), None, "sprout", config, device="cudda")
+    for name, value in options.items():
+        with pytest.raises(InputError, match="are for an encoder given by its name"):
+            adapt(prepared(model), None, model, config, **{name: value})
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -382,11 +414,18 @@ def test_statistics_by_density():
         ({"lr": 0.0}, InputError),
         ({"lr": float("nan")}, InputError),
         ({"seed": -1}, InputError),
+        ({"steps": 1.5}, InputError),
+        ({"steps": True}, InputError),
+        ({"batch_size": "32"}, InputError),
+        ({"lr": "1e-3"}, InputError),
+        ({"seed": 0.5}, InputError),
+        ({"seed": "0"}, InputError),
     ],
 )
 def test_bad_settings(options, error):
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         AdaptConfig(**options)
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_input():

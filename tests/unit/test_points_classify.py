@@ -427,6 +427,78 @@ def test_every_kind_of_input_and_option(tmp_path):
     assert upright.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
+def test_a_prepared_cloud_is_one_cloud():
+    encoder = models.make("openshape")
+    options = {"encoder": encoder, "text": models.Words(11)}
+    rng = np.random.default_rng(0)
+    xyz, rgb = rng.normal(size=(40, 3)), rng.random((40, 3))
+    for cloud in (make_cloud(xyz, rgb), make_cloud(xyz)):
+        prepared = encoder.prepare(cloud)
+        assert (prepared[1] is None) == (cloud.rgb is None)
+        (expected,) = classify_clouds(cloud, LABELS, **options)
+        (found,) = classify_clouds(prepared, LABELS, **options)
+        assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+        assert len(classify_clouds([prepared, prepared], LABELS, **options)) == 2
+    pair = (torch.tensor(xyz), torch.tensor(xyz + 1))  # coordinates, which are not colours
+    assert len(classify_clouds(pair, LABELS, **options)) == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"points": 20},
+        {"sampler": "lidar"},
+        {"up": "z"},
+        {"columns": "xyz"},
+        {"box": np.arange(6)},
+        {"invalid": "drop"},
+    ],
+)
+def test_options_that_a_prepared_cloud_cannot_follow(option):
+    encoder, tower = models.make("ulip"), models.Words()
+    cloud = shapes(1)[0]
+    prepared, failed = encoder.prepare(cloud), []
+    with pytest.raises(InputError, match=f"cloud 1 is prepared .* leave {next(iter(option))} out"):
+        classify_clouds(prepared, LABELS, encoder=encoder, text=tower, **option)
+    given = {"encoder": encoder, "text": tower, "points": 20, "seed": 1}
+    found = classify_clouds(
+        [prepared, cloud], LABELS, on_error=lambda name, error: failed.append(name), **given
+    )
+    assert [ranking.source for ranking in found] == ["shape 0"] and failed == ["cloud 1"]
+
+
+def test_embeddings_go_into_a_folder_that_exists(tmp_path):
+    made = embed_labels(LABELS, models.Words())
+    with pytest.raises(OutputError, match="there is no folder .*no; make it first"):
+        save_embeddings(made, tmp_path / "no" / "words.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file; give a folder"):
+        save_embeddings(made, tmp_path / "file" / "words.safetensors")
+
+
+def test_no_cloud_stops_the_others(tmp_path):
+    options = {"encoder": models.make("ulip"), "text": models.Words()}
+    fine = np.random.default_rng(0).normal(size=(40, 3))
+    (tmp_path / "empty").mkdir()
+    ragged = [[1.0, 2.0, 3.0], [4.0, 5.0]]
+    unusable = [tmp_path / "empty", ragged, None, "a\0b.ply", tmp_path / "gone.npy", "gone/"]
+    unusable += [(torch.ones(5, 2), None), torch.ones(5, 3).to_sparse(), torch.zeros(5, 3) * 1j]
+    failed = []
+    found = classify_clouds(
+        [*unusable, fine, torch.tensor(fine, dtype=torch.bfloat16)],
+        LABELS,
+        on_error=lambda name, error: failed.append(error),
+        **options,
+    )
+    assert len(found) == 2
+    assert found[0].scores == pytest.approx(found[1].scores, abs=0.05)
+    assert len(failed) == len(unusable)
+    assert all(isinstance(error, InputError) and "\n" not in str(error) for error in failed)
+    for cloud in unusable:
+        with pytest.raises(InputError):
+            classify_clouds([cloud], LABELS, **options)
+
+
 def test_an_adapter_brings_its_encoder():
     encoder, tower = models.make("sprout"), models.Words(12)
     adapter = make_adapter("vpt-deep", encoder)
@@ -435,6 +507,12 @@ def test_an_adapter_brings_its_encoder():
     assert alone == both
     with pytest.raises(InputError, match="for an encoder given by its name"):
         classify_clouds(shapes(), LABELS, encoder=encoder, device="cpu", text=tower)
+
+
+def test_a_missing_adapter_is_refused_before_the_encoder_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delattr("budwood.points.encoders.load_encoder")
+    with pytest.raises(InputError, match="there is no adapter at"):
+        classify_clouds(shapes(1), LABELS, adapter=tmp_path / "missing")
 
 
 def test_files_arrays_adapters_and_embeddings(tmp_path):

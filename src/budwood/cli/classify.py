@@ -84,8 +84,12 @@ def classify(
     files = clouds.files_of(paths, labels_file, table)
     _reserve(files, table, plot, force)
 
-    from budwood.points import classify as classify_clouds  # imports torch, which takes seconds
+    # These import torch, which takes seconds.
+    from budwood.points import classify as classify_clouds
+    from budwood.points.adapters.base import read_description
 
+    if adapter is not None:
+        read_description(adapter)  # before the encoder and the text model are loaded
     model = clouds.load(encoder, checkpoint, device)
     texts = clouds.embed(model, given, embeddings)
     skipped = clouds.Skipped()

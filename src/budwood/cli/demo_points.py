@@ -11,6 +11,7 @@ import typer
 from budwood.cli import clouds, options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, progress
+from budwood.cli.output import make_folder
 from budwood.errors import InputError, MissingPackageError
 from budwood.files import write_whole
 
@@ -52,7 +53,7 @@ def demo(
     for file in (adapted / FILE, picture, *_files(folder)):
         if file.exists():
             raise InputError(f"{file} exists, perhaps from an earlier demo; choose another --dir")
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     given = load_clouds()
     model = clouds.load("sprout", None, "auto")
     adapter = _adapt(given, model, adapted, steps, seed)

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from budwood import catalogue
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.console import out, print_json, progress, say
+from budwood.cli.models import be_quiet
 from budwood.errors import InputError
 from budwood.files import need_parent
-from budwood.registry import Registry
 
 app = typer.Typer(rich_markup_mode=None)
 app.command("demo")(demo_points.demo)
@@ -45,7 +44,10 @@ def adapt(
     embeddings: clouds.Embeddings = None,
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
-    method: Annotated[str, typer.Option(help="One of `budwood ls adaptations`.")] = "sparse-lora",
+    method: Annotated[
+        str,
+        typer.Option(callback=options._known_adaptations, help="One of `budwood ls adaptations`."),
+    ] = "sparse-lora",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None,
@@ -75,32 +77,37 @@ def adapt(
     """
     from budwood.points import InputOptions
 
-    Registry("method", catalogue.ADAPTATIONS).check(method)
     reading = clouds.reading_of(columns, box, drop_invalid, up)
     InputOptions(sampler=sampler, **reading)
     need_parent(output)
     files = clouds.files_of(paths, labels_file)
 
     # These import torch, which takes seconds.
-    from budwood.points import AdaptConfig, Curriculum
+    from budwood.points import AdaptConfig, Curriculum, read_embeddings
     from budwood.points import adapt as adapt_encoder
     from budwood.points.adaptation import check_output
 
     curriculum = Curriculum(options.counts_of(counts, "counts"))
     config = AdaptConfig(method, steps, batch, lr, seed, curriculum=curriculum, sampler=sampler)
-    needs_labels = config.resolved.compares_labels
-    given = clouds.labels_of(labels, labels_file, embeddings) if needs_labels else None
     check_output(output, config)
-    model = clouds.load(encoder, checkpoint, device)
-    texts = clouds.embed(model, given, embeddings) if needs_labels else None
+    texts = None
+    if config.resolved.compares_labels:
+        texts = clouds.labels_of(labels, labels_file, embeddings)
+        if embeddings is not None:
+            texts = read_embeddings(embeddings)
+    elif (labels, labels_file, embeddings) != (None, None, None):
+        say(f"method {method!r} compares no labels; those given are not used")
     skipped = clouds.Skipped()
+    be_quiet()
     try:
         with progress("steps") as advance:
             adapter = adapt_encoder(
                 files,
                 texts,
-                model,
+                encoder,
                 config,
+                checkpoint=checkpoint,
+                device=device,
                 output=output,
                 on_error=skipped,
                 progress=advance,
@@ -113,13 +120,13 @@ def adapt(
     for row in skipped.rows:
         say(f"left out: {row['reason']}")
     n_clouds = len(files) - len(skipped)
+    name = adapter.encoder.name
     n_params = sum(p.numel() for p in adapter.parameters())
     if json:
-        about = {"encoder": model.name, "method": method, "clouds": n_clouds, "params": n_params}
+        about = {"encoder": name, "method": method, "clouds": n_clouds, "params": n_params}
         print_json(about | {"steps": steps, "output": str(output), "skipped": skipped.rows})
     else:
         out().print(
-            f"adapted {model.name} by {method} to {n_clouds} clouds: {n_params:,} parameters in "
-            f"{output}",
+            f"adapted {name} by {method} to {n_clouds} clouds: {n_params:,} parameters in {output}",
             markup=False,
         )

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budwood.checks import need_at_least, need_seed
+from budwood.checks import need_at_least, need_positive, need_seed
 from budwood.errors import DivergedError, InputError
 from budwood.points.adapters import Adapter, make_adapter
 from budwood.points.adapters.base import check_folder
 from budwood.points.batches import SparseSampler, encode
 from budwood.points.distill import Curriculum, Objective
-from budwood.points.encoders import PointEncoder, load_encoder
+from budwood.points.encoders import PointEncoder, as_encoder
 from budwood.points.encoders.base import PreparedCloud
 from budwood.points.inputs import CloudLike, InputOptions, OnError, prepare_each
 from budwood.points.methods import METHODS, Method
@@ -75,8 +75,8 @@ class AdaptConfig:
         SAMPLERS.get(self.sampler)
         need_at_least(1, steps=self.steps, batch_size=self.batch_size)
         need_seed(self.seed)
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"lr={self.lr} must be above 0")
+        if self.lr is not None:
+            need_positive(lr=self.lr)
 
     @property
     def resolved(self) -> Method:
@@ -99,6 +99,8 @@ def adapt(
     encoder: str | PointEncoder = "sprout",
     config: AdaptConfig | None = None,
     *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
     output: str | os.PathLike[str] | None = None,
     up: str = "y",
     columns: str | None = None,
@@ -126,6 +128,8 @@ def adapt(
             :attr:`Method.compares_labels`. Which of them a cloud has stays unknown.
         encoder: a name in ``ENCODERS``, or an encoder.
         config: how to adapt; default ``AdaptConfig()``.
+        checkpoint: a local file for a named encoder.
+        device: where a named encoder runs, such as ``"cuda"``, or ``"auto"``; default the CPU.
         output: a folder for the adapter. An unfinished run with the same settings there is resumed.
         up: ``"y"`` or ``"z"``: the axis of the clouds that points up.
         columns: letters of the columns of tables and arrays, such as ``"xyz_rgb"``.
@@ -148,11 +152,12 @@ def adapt(
     """
     config = config or AdaptConfig()
     inputs = InputOptions(up=up, columns=columns, box=box, invalid=invalid, seed=config.seed)
-    if isinstance(encoder, str):
-        encoder = load_encoder(encoder)
-    texts = _texts(labels, encoder, config)
     if output is not None:
         check_output(output, config)
+    if config.resolved.compares_labels:
+        _check_labels(labels, config)
+    encoder = as_encoder(encoder, checkpoint, device)
+    texts = embed_labels_for(encoder, labels) if config.resolved.compares_labels else None
     prepared = _prepared(clouds, encoder, inputs, on_error)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -177,18 +182,12 @@ def check_output(folder: str | os.PathLike[str], config: AdaptConfig) -> None:
     check_folder(folder)
 
 
-def _texts(
-    labels: Sequence[str] | TextEmbeddings | None, encoder: PointEncoder, config: AdaptConfig
-) -> TextEmbeddings | None:
-    """Embeddings of the labels for a method that compares them, else None."""
-    if not config.resolved.compares_labels:
-        return None
+def _check_labels(labels: Sequence[str] | TextEmbeddings | None, config: AdaptConfig) -> None:
     n_labels = 0 if labels is None else len(labels)
     if n_labels < 2:
         raise InputError(
             f"method {config.method!r} compares labels, and there are {n_labels}; give two or more"
         )
-    return embed_labels_for(encoder, labels)
 
 
 def _prepared(

@@ -15,8 +15,9 @@ from torch import Tensor
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.points.adapters import Adapter, load_adapter
+from budwood.points.adapters.base import read_description
 from budwood.points.batches import encode
-from budwood.points.encoders import PointEncoder, load_encoder
+from budwood.points.encoders import PointEncoder, as_encoder
 from budwood.points.encoders.base import PreparedCloud
 from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, prepare_each
 from budwood.points.text import TextEmbeddings, embed_labels_for
@@ -131,7 +132,11 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     """
     options = InputOptions(points, sampler, up, columns, box, invalid, seed)
     need_at_least(1, top=1 if top is None else top, batch_size=batch_size)
-    model = _encoder(encoder, checkpoint, device, adapter)
+    if isinstance(adapter, (str, os.PathLike)):
+        read_description(adapter)  # before the encoder is loaded
+    elif encoder is None and adapter is not None:
+        encoder = adapter.encoder
+    model = as_encoder(encoder or "sprout", checkpoint, device)
     if isinstance(adapter, (str, os.PathLike)):
         adapter = load_adapter(adapter, model)
     elif adapter is not None and adapter.encoder is not model:
@@ -146,21 +151,6 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     if isinstance(clouds, Sized) and len(clouds) == 0:
         raise InputError("there are no clouds; give at least one")
     return list(rankings)
-
-
-def _encoder(
-    encoder: str | PointEncoder | None,
-    checkpoint: str | os.PathLike[str] | None,
-    device: str | torch.device | None,
-    adapter: Any,
-) -> PointEncoder:
-    if encoder is None:
-        encoder = adapter.encoder if isinstance(adapter, Adapter) else "sprout"
-    if isinstance(encoder, str):
-        return load_encoder(encoder, checkpoint, device=device or "cpu")
-    if checkpoint is not None or device is not None:
-        raise InputError("checkpoint and device are for an encoder given by its name")
-    return encoder
 
 
 def _rankings(

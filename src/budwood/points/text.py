@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from budwood.errors import InputError, OutputError, ShapeError, first_line
-from budwood.files import cache_folder, write_whole
+from budwood.files import cache_folder, need_parent, write_whole
 from budwood.points.labels import check_labels, resolve_templates
 from budwood.points.towers import TOWERS, TextTower
 
@@ -154,8 +154,7 @@ def save_embeddings(embeddings: TextEmbeddings, path: str | os.PathLike[str]) ->
     path = Path(path)
     if path.exists():
         raise OutputError(f"{path} exists; choose another name")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    need_parent(path)
     labels = json.dumps(list(embeddings.labels), ensure_ascii=False)
     tensors = {"embeddings": embeddings.vectors.contiguous()}
     write_whole(path, lambda part: save_file(tensors, part, {"labels": labels}))

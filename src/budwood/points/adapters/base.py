@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from budwood.errors import InputError, OutputError, UnsupportedModelError, first_line
-from budwood.files import write_whole
+from budwood.files import need_parent, write_whole
 from budwood.points.adapters.statistics import BatchStatistics
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block
@@ -229,11 +229,10 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Pat
     folder = Path(folder)
     if (folder / FILE).exists() and not overwrite:
         raise OutputError(f"{folder / FILE} exists; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; give a folder")
+    need_parent(folder)
     existing = folder if folder.exists() else folder.absolute().parent
-    if existing.is_file():
-        raise OutputError(f"{existing} is a file; give a folder")
-    if not existing.exists():
-        raise OutputError(f"there is no folder {existing}; make it first, or give another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to {existing}; choose another folder")
     return folder
@@ -255,13 +254,28 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     Raises:
         InputError: there is no adapter, or it is truncated or of a newer version.
     """
-    path = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
+    path, about = _file(folder), read_description(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is truncated or no adapter: {first_line(error)}") from None
+    state.pop("nothing", None)
+    return about, state
+
+
+def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what an adapter is and what it was made for, without its tensors.
+
+    Raises:
+        InputError: there is no adapter, or it is truncated or of a newer version.
+    """
+    path = _file(folder)
     if not path.is_file():
         raise InputError(f"there is no adapter at {folder}: {FILE} is missing")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["budwood"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path} is truncated or no adapter: {first_line(error)}") from None
     if isinstance(about, dict) and about.get("format") != FORMAT:
@@ -269,8 +283,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     parts = [about[key] for key in ("encoder", "config") if key in about]
     if len(parts) < 2 or not all(isinstance(part, dict) for part in parts):
         raise InputError(f"{path} is truncated or no adapter: its description is damaged")
-    state.pop("nothing", None)
-    return about, state
+    return about
+
+
+def _file(folder: str | os.PathLike[str]) -> Path:
+    return Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
 
 
 def check_fingerprint(expected: Mapping[str, Any], encoder: PointEncoder, source: str) -> None:

@@ -19,7 +19,6 @@ from budwood.errors import InputError
 FOLDER = Path(__file__).parent
 FILES = ("furniture.npz", "parts.npz")
 GROUPS = ("seen", "unseen", "novel")
-USES = ("adapt", "val", "test")
 LEVELS = 1023
 """Coordinates are stored in 10 bits: steps of 0.2 % of the radius."""
 

@@ -23,6 +23,7 @@ __all__ = [
     "Hub",
     "PointEncoder",
     "Preparation",
+    "as_encoder",
     "load_encoder",
     "load_weights",
 ]
@@ -61,6 +62,29 @@ def load_encoder(
             encoder = spec.make()
         load_weights(encoder, path)
     return encoder.to(where).eval().requires_grad_(False)
+
+
+def as_encoder(
+    encoder: str | PointEncoder,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> PointEncoder:
+    """Load an encoder given by its name; an encoder stays as it is.
+
+    Args:
+        encoder: a name in ``ENCODERS``, or an encoder.
+        checkpoint: a local file for a named encoder.
+        device: where a named encoder runs; default the CPU.
+
+    Raises:
+        InputError: a checkpoint or device for an encoder that is not given by its name, or as
+            :func:`load_encoder`.
+    """
+    if isinstance(encoder, str):
+        return load_encoder(encoder, checkpoint, device=device or "cpu")
+    if checkpoint is not None or device is not None:
+        raise InputError("checkpoint and device are for an encoder given by its name")
+    return encoder
 
 
 def load_weights(encoder: PointEncoder, path: str | os.PathLike[str]) -> None:

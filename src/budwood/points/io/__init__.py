@@ -64,8 +64,9 @@ def read(
         raise InputError(f"{source} is a folder; find_files() lists the files in it")
     try:
         size = source.stat().st_size
-    except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {source}: {reason}") from None
     if size == 0:
         raise InputError(f"{source} is empty")
     if source.suffix.lower() not in READERS:
