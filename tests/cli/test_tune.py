@@ -463,7 +463,7 @@ def test_ls_tuners(budwood):
         ([], "is empty"),
         (["{}"], "line 1: has the keys (none); give"),
         (['{"question": "a", "answer": "b"}', "{nonsense"], "line 2: is not JSON"),
-        (['{"question": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 is no index"),
+        (['{"question": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 must be an index"),
         (['{"question": "", "answer": "b"}'], "question must be a text"),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "line 1: messages need"),
         (['{"messages": [{"role": "bot", "content": "a"}]}'], "needs a role"),

@@ -72,7 +72,7 @@ def test_columns_of_the_hub(row, answer):
 
 @pytest.mark.parametrize("answer", [True, "b", -1, 2, None])
 def test_answer_must_be_an_index(answer):
-    with pytest.raises(InputError, match="no index"):
+    with pytest.raises(InputError, match="must be an index from 0 to 1"):
         example_of({"question": "q", "choices": ["a", "b"], "answer": answer})
 
 
