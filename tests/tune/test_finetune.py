@@ -173,6 +173,7 @@ def test_the_result_is_what_is_saved_and_the_base_is_as_it_was(tmp_path):
         repeated = run(tmp_path / "out", method=SLIM)  # complete: loaded, not trained
         assert repeated.was_complete and repeated.history == result.history
         assert torch.equal(repeated.model(**ids).logits, logits)
+    assert model.config.use_cache is True
     after = result.model.unload().state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
@@ -202,17 +203,44 @@ def test_models_that_cannot_be_used(tmp_path):
     assert not out.exists()
 
 
-def test_an_error_leaves_no_adapter_in_the_model(tmp_path, monkeypatch):
+def state_of(model):
+    """Modules and their modes, which weights are trained, and whether there is a cache."""
+    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+    weights = {name: (id(w), w.requires_grad) for name, w in model.named_parameters()}
+    return modules, weights, model.config.use_cache, hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_an_error_leaves_the_model_as_it_was(tmp_path, monkeypatch, method):
     model = tiny_chat.model()
-    names = [name for name, _ in model.named_modules()]
+    model.model.norm.train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = state_of(model)
 
     def stops(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "check_gradients", stops)
     with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", model=model, method=method)
+    assert state_of(model) == before
+
+
+def test_an_adapter_that_is_attached_in_part_is_taken_off(tmp_path, monkeypatch):
+    from peft.tuners.lora import LoraModel
+
+    model, inner, made = tiny_chat.model(), LoraModel._create_and_replace, []
+    before = state_of(model)
+
+    def fails(self, *args, **kwargs):
+        if made:
+            raise ValueError("this layer cannot be adapted")
+        made.append(inner(self, *args, **kwargs))
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", fails)
+    with pytest.raises(InputError, match="cannot make the adapter: this layer cannot be adapted"):
         run(tmp_path / "out", model=model)
-    assert [name for name, _ in model.named_modules()] == names
+    assert made and state_of(model) == before
 
 
 # --- settings -----------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def finetune(
     tuner = tuner.fitted_to(n_supervised(rows))
     name = _name_of(model)
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
-    with _detached_on_error(attach(tuner, model, rank, chosen.seed)) as adapted:
+    with _attached(tuner, model, rank, chosen.seed) as adapted:
         with processes(model).main_process_first():
             run = RunFolder(folder, run_identity(*identity))
         was_complete = run.is_complete
@@ -315,13 +315,34 @@ def _device_of_process(device: str) -> str:
 
 
 @contextmanager
-def _detached_on_error(adapted: Any) -> Iterator[Any]:
-    """Take the adapter off the user's model where something goes wrong."""
+def _attached(tuner: Tuner, model: Any, rank: int, seed: int) -> Iterator[Any]:
+    """The model with a fresh adapter; an error leaves the user's model as it was before.
+
+    ``use_cache``, which the Trainer switches off, is restored in any case.
+    """
+    children = [(parent, dict(parent.named_children())) for parent in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    use_cache = getattr(model.config, "use_cache", None)
+    adapted = None
     try:
+        adapted = attach(tuner, model, rank, seed)
         yield adapted
     except BaseException:
-        adapted.unload()
+        if adapted is not None:
+            adapted.unload()
+        for parent, named in children:  # what was attached in part cannot be unloaded
+            for name, child in named.items():
+                setattr(parent, name, child)
+        vars(model).pop("peft_config", None)
+        for module, mode in modes:
+            module.training = mode
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
         raise
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
 
 
 def _saved(model: Any, run: RunFolder) -> Any:
