@@ -7,16 +7,18 @@ import json
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
 
 from budwood import records
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
-from budwood.tune import Settings, SlimConfig, finetune, trainer
+from budwood.loading import load_language_model
+from budwood.tune import Settings, SlimConfig, finetune, load_adapted, trainer
 from budwood.tune.data import example_of
 from budwood.tune.encoding import IGNORED, encode, encode_one, n_supervised
+from budwood.tune.loading import load_adapter
 from budwood.tune.methods import parse_tuner
 from tests import tiny_chat
 
@@ -115,10 +117,41 @@ def test_tokens_are_taken_as_they_are(tmp_path):
         run(tmp_path / "c", [rows[0], {"input_ids": [1, 2, 3], "labels": [1, 2]}])
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "iterable"])
+def test_tokens_in_any_format(tmp_path, kind):
+    rows = encode([example_of(FORMATS["messages"])] * 8, TOKENS, 100).rows
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if kind == "iterable" else data.with_format(kind)
+    expected = run(tmp_path / "a", rows, steps=1)
+    assert same(weights(run(tmp_path / "b", data, steps=1).output), weights(expected.output))
+
+
+ROW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (Dataset.from_dict({"input_ids": [], "labels": []}), "the data are empty; give rows"),
+        ([ROW, {"input_ids": [1, 2]}], "row 1 of the data: labels is a NoneType; give a list"),
+        ([{"input_ids": [1, 2], "labels": [0.5, 1]}], "row 0 of the data: labels has 0.5; give"),
+        ([{"input_ids": torch.ones(1, 2), "labels": [1, 2]}], r"input_ids has \[1.0, 1.0\]; give"),
+        ([ROW, 7], "row 1 of the data is a int; give dicts"),
+        ([{"input_ids": [1, 2], "labels": [1, IGNORED]}], "at least one label other than -100"),
+        (Dataset.from_list([ROW]).with_format("pandas"), "row 0 of the data is a DataFrame"),
+    ],
+)
+def test_bad_tokens_are_refused_before_a_model_is_loaded(tmp_path, data, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        finetune(tmp_path / "there is no such model", data, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         ([], "the data are empty"),
+        ([{"prompt": MESSAGES, "completion": []}], "row 0 of the data: completion has no assist"),
         ({"question": "a"}, "data is a dict; give a path"),
         (7, "data is a int; give a path"),
         ([FORMATS["text"], 7], "row 1 of the data: is not an object"),
@@ -187,6 +220,38 @@ def test_a_model_and_its_tokenizer_by_name(tmp_path):
     assert by_name.model_name == by_object.model_name == "lm"
     assert by_object.tokenizer.chat_template == TOKENS.chat_template
     assert same(weights(by_name.output), weights(by_object.output))
+
+
+def test_paths_are_taken_as_text_and_as_paths(tmp_path):
+    folder = tiny_chat.save(tmp_path / "lm")
+    texts = tmp_path / "texts.json"
+    model = type(tiny_chat.model()).from_pretrained(folder)
+    result = run(tmp_path / "out", method=SLIM, model=model, texts_file=str(texts))
+    assert texts.exists() and not (tmp_path / "out" / "own.json").exists()
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        loaded = [load_adapted(path) for path in (result.output, str(result.output))]
+        loaded.append(load_adapted(result.output, folder))
+        logits = [one.model.to("cpu")(**ids).logits for one in loaded]
+        assert all(torch.equal(one, result.model(**ids).logits) for one in logits)
+    base = load_language_model(str(folder))
+    assert load_adapter(base, result.output).name == "lm"
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_a_finished_run_whose_adapter_is_cut_off(tmp_path, method):
+    file = run(tmp_path / "out", method=method).output / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    model = tiny_chat.model()
+    before = state_of(model)
+    with pytest.raises(InputError, match="adapter_model.safetensors is truncated") as error:
+        run(tmp_path / "out", method=method, model=model)
+    assert "\n" not in str(error.value) and state_of(model) == before
+    save_file({"other": torch.ones(1)}, file)
+    if method == SLIM:  # PEFT warns of tensors that a LoRA file lacks
+        with pytest.raises(InputError, match="cannot load adapter|lacks") as error:
+            run(tmp_path / "out", method=method, model=model)
+        assert state_of(model) == before
 
 
 def test_models_that_cannot_be_used(tmp_path):

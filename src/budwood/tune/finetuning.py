@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,15 @@ from budwood.files import need_parent
 from budwood.loading import (
     SMOLLM2,
     SMOLLM2_ID,
+    Loaded,
     bare_name,
     load_language_model,
-    third_party_warnings_off,
 )
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
-from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
+from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised, token_rows
+from budwood.tune.loading import load_adapter, need_adapter
 from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
 from budwood.tune.self_generated import cached_texts
 from budwood.tune.settings import Settings, default_lr, settings_from
@@ -85,7 +86,7 @@ def finetune(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
-    texts_file: Path | None = None,
+    texts_file: str | os.PathLike[str] | None = None,
     record: bool = True,
     probe: Probe | None = None,
     **settings: Any,
@@ -145,7 +146,7 @@ def finetune(
     folder = _output_of(output, args)
     tuner = parse_tuner(method)  # these refuse bad input before a model is loaded
     need_at_least(1, rank=rank)
-    examples = data if _is_encoded(data) else examples_of(data, style)
+    examples = token_rows(data) if _is_encoded(data) else examples_of(data, style)
     refuse_other_files(folder)
     model, tokenizer = _model_of(model, tokenizer, device, dtype, args, progress)
     check_trainable(model)
@@ -161,7 +162,7 @@ def finetune(
         if was_complete:
             adapted = _saved(adapted.unload(), run)
         n_parameters = n_trainable(adapted)
-        file = texts_file or folder / TEXTS_FILE
+        file = Path(texts_file).expanduser() if texts_file else folder / TEXTS_FILE
         texts = _texts(run, tuner, adapted, tokenizer, file, progress)
         if not was_complete and run.last_checkpoint() is None:
             tuner.prepare(adapted, tokenizer, rows, texts)
@@ -228,7 +229,7 @@ def _is_encoded(data: Any) -> bool:
 
 
 def _encoded(
-    examples: Any, tokenizer: Any, model: Any, max_length: int
+    examples: Sequence[Any], tokenizer: Any, model: Any, max_length: int
 ) -> tuple[list[EncodedExample], int]:
     """Tokenised examples that fit the model, and how many were left out."""
     longest = longest_for(model, max_length)
@@ -236,9 +237,8 @@ def _encoded(
         encoded = encode(examples, tokenizer, longest)
         rows, n_left_out = encoded.rows, encoded.n_too_long
     else:
-        every = [_checked(row, i) for i, row in enumerate(examples)]
-        rows = [row for row in every if len(row["input_ids"]) <= longest]
-        n_left_out = len(every) - len(rows)
+        rows = [row for row in examples if len(row["input_ids"]) <= longest]
+        n_left_out = len(examples) - len(rows)
         if not rows:
             raise InputError(f"all {n_left_out} examples are longer than {longest} tokens")
     if n_left_out:
@@ -248,16 +248,6 @@ def _encoded(
             stacklevel=3,
         )
     return rows, n_left_out
-
-
-def _checked(row: Mapping[str, Any], i: int) -> EncodedExample:
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    if len(ids) != len(labels) or not n_supervised([{"input_ids": ids, "labels": labels}]):
-        raise InputError(
-            f"row {i} of the data has {len(ids)} input_ids and {len(labels)} labels; give "
-            "equal numbers, and at least one label other than -100 after the first"
-        )
-    return {"input_ids": ids, "labels": labels}
 
 
 def _model_of(
@@ -347,10 +337,8 @@ def _attached(tuner: Tuner, model: Any, rank: int, seed: int) -> Iterator[Any]:
 
 def _saved(model: Any, run: RunFolder) -> Any:
     """The adapter of a finished run on its base model."""
-    import peft
-
-    with third_party_warnings_off():
-        return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
+    need_adapter(run.path)
+    return load_adapter(Loaded(_name_of(model), model, None), run.path, trainable=True).model
 
 
 def _texts(
