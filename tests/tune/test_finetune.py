@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from typer.testing import CliRunner
 
 from budwood import records
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
+from budwood.files import read_json
 from budwood.loading import load_language_model
 from budwood.tune import Settings, SlimConfig, finetune, load_adapted, trainer
 from budwood.tune.data import example_of
 from budwood.tune.encoding import IGNORED, encode, encode_one, n_supervised
 from budwood.tune.loading import load_adapter
-from budwood.tune.methods import parse_tuner
+from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.self_generated import cached_texts
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -236,6 +239,41 @@ def test_paths_are_taken_as_text_and_as_paths(tmp_path):
         assert all(torch.equal(one, result.model(**ids).logits) for one in logits)
     base = load_language_model(str(folder))
     assert load_adapter(base, result.output).name == "lm"
+
+
+def test_texts_of_another_model_tokenizer_or_number_are_refused(tmp_path):
+    file, model = tmp_path / "own.json", tiny_chat.model()
+    texts = cached_texts(file, model, TOKENS, 8)
+    saved = json.loads(file.read_text())
+    assert saved["texts"] == texts and saved["n"] == 8
+    # The adapter around the model changes nothing.
+    adapted = attach(parse_tuner(SLIM), tiny_chat.model(), 2, 0)
+    assert cached_texts(file, adapted, TOKENS, 8) == texts
+    other = tiny_chat.model(hidden_size=32)
+    longer = tiny_chat.tokenizer()
+    longer.add_tokens(["a new word"])
+    for arguments, reason in (
+        ((other, TOKENS, 8), "holds texts with model="),
+        ((model, longer, 8), "holds texts with tokenizer="),
+        ((model, TOKENS, 4), "holds texts with n=8, and n=4 is needed; give another file"),
+    ):
+        with pytest.raises(InputError, match=reason) as error:
+            cached_texts(file, *arguments)
+        assert "\n" not in str(error.value)
+    file.write_text(json.dumps(texts))  # as they were saved at first
+    assert cached_texts(file, model, TOKENS, 8) == texts
+    for n in (4, 64):
+        with pytest.raises(InputError, match=f"n=8, and n={n} is needed"):
+            cached_texts(file, model, TOKENS, n)
+    for content, reason in (("7", "no self-generated"), (json.dumps([{}] * 8), "row 0 of the te")):
+        file.write_text(content)
+        with pytest.raises(InputError, match=reason):
+            cached_texts(file, model, TOKENS, 8)
+
+
+def test_the_texts_of_the_published_comparison_are_read():
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "tune" / "own-128.json"
+    assert len(cached_texts(file, tiny_chat.model(), TOKENS, 128)) == len(read_json(file))
 
 
 @pytest.mark.parametrize("method", ["lora", SLIM])
