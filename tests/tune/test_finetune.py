@@ -9,15 +9,15 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
 
-from budwood import records
+from budwood import hub, records
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
 from budwood.files import read_json
 from budwood.loading import load_language_model
-from budwood.tune import Settings, SlimConfig, finetune, load_adapted, trainer
+from budwood.tune import Settings, SlimConfig, finetune, load_adapted, train, trainer
 from budwood.tune.data import example_of
 from budwood.tune.encoding import IGNORED, encode, encode_one, n_supervised
 from budwood.tune.loading import load_adapter
@@ -276,6 +276,17 @@ def test_the_texts_of_the_published_comparison_are_read():
     assert len(cached_texts(file, tiny_chat.model(), TOKENS, 128)) == len(read_json(file))
 
 
+def test_the_tokenizer_of_a_model_of_the_hub_is_not_waited_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "why_offline", lambda: "the hub does not answer")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked.append)
+    model = tiny_chat.model()
+    model.name_or_path = "someone/model-that-is-not-in-the-cache"
+    with pytest.raises(InputError, match="'someone/model-.* has no tokenizer at hand; give tok"):
+        finetune(model, [FORMATS["text"]] * 4, tmp_path / "out")
+    assert not asked
+
+
 @pytest.mark.parametrize("method", ["lora", SLIM])
 def test_a_finished_run_whose_adapter_is_cut_off(tmp_path, method):
     file = run(tmp_path / "out", method=method).output / "adapter_model.safetensors"
@@ -296,6 +307,9 @@ def test_models_that_cannot_be_used(tmp_path):
     data, out = [FORMATS["text"]] * 4, tmp_path / "out"
     with pytest.raises(InputError, match="has no tokenizer at hand; give tokenizer="):
         finetune(tiny_chat.model(), data, out)
+    for options in ({"device": "cpu"}, {"dtype": "float32"}):
+        with pytest.raises(InputError, match="is for a model by name, and a model object is used"):
+            run(out, data, **options)
     with pytest.raises(InputError, match="model is a list; give a causal language model"):
         finetune([], data, out)
     adapted = run(tmp_path / "first", data).model
@@ -498,3 +512,35 @@ def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method):
     assert [row["loss"] for row in result.history] == [row["loss"] for row in whole.history]
     with pytest.raises(OutputError, match="holds another run .*lr 0.003 there and 0.01 here"):
         run(tmp_path / "cut", method=method, save_every=1, lr=0.01)
+
+
+def test_a_run_goes_on_with_other_logging_and_checkpoints(tmp_path, monkeypatch):
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "weaken", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", save_every=3)
+    noted = json.loads((tmp_path / "out" / "run.json").read_text())
+    noted["config"]["arguments"] = {"report_to": ["none"], "log_level": "error"}  # of older runs
+    (tmp_path / "out" / "run.json").write_text(json.dumps(noted))
+    result = run(tmp_path / "out", log_every=2, save_every=1)
+    assert not result.was_complete
+    assert same(weights(result.output), weights(run(tmp_path / "whole").output))
+    with pytest.raises(OutputError, match="batch 4 there and 2 here"):
+        run(tmp_path / "out", batch=2)
+
+
+@pytest.mark.filterwarnings("ignore:where TrainingArguments has its defaults")
+def test_no_checkpoint_is_written_after_the_last_step(tmp_path, monkeypatch):
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    args = TrainingArguments(
+        str(tmp_path / "out"), save_strategy="epoch", num_train_epochs=2, use_cpu=True
+    )
+    monkeypatch.setattr(train, "weaken", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", args=args, steps=0)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -7,7 +7,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,13 @@ from budwood import records
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.files import need_parent
+from budwood.hub import hub_or_cache
 from budwood.loading import (
     SMOLLM2,
     SMOLLM2_ID,
     Loaded,
     bare_name,
+    is_path,
     load_language_model,
 )
 from budwood.progress import Progress, silent
@@ -31,7 +33,14 @@ from budwood.tune.loading import load_adapter, need_adapter
 from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
 from budwood.tune.self_generated import cached_texts
 from budwood.tune.settings import Settings, default_lr, settings_from
-from budwood.tune.train import check_trainable, fingerprint, processes, run_identity, train
+from budwood.tune.train import (
+    WITHOUT_EFFECT,
+    check_trainable,
+    fingerprint,
+    processes,
+    run_identity,
+    train,
+)
 from budwood.tune.trainer import Probe
 
 if TYPE_CHECKING:
@@ -157,7 +166,7 @@ def finetune(
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
     with _attached(tuner, model, rank, chosen.seed) as adapted:
         with processes(model).main_process_first():
-            run = RunFolder(folder, run_identity(*identity))
+            run = RunFolder(folder, run_identity(*identity), WITHOUT_EFFECT)
         was_complete = run.is_complete
         if was_complete:
             adapted = _saved(adapted.unload(), run)
@@ -261,6 +270,12 @@ def _model_of(
         device = "cpu" if on_cpu else _device_of_process(device)
         loaded = load_language_model(name, device, dtype)
         return loaded.model, tokenizer or loaded.tokenizer
+    for name, value in (("device", device), ("dtype", dtype)):
+        if value != "auto":
+            raise InputError(
+                f"{name}={value!r} is for a model by name, and a model object is used where and as "
+                f"it is; leave {name} out, or move the model first"
+            )
     if hasattr(model, "peft_config"):
         raise InputError(
             "the model has an adapter already; give its base model, such as model.unload()"
@@ -285,8 +300,10 @@ def _tokenizer_of(model: Any) -> Any:
             raise OSError("it was not loaded by a name")
         if name == SMOLLM2_ID:
             return load_llm_tokenizer()
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+        hub = hub_or_cache(name, "tokenizer_config.json", what="tokenizer")
+        with nullcontext() if is_path(name) else hub:
+            return AutoTokenizer.from_pretrained(name)
+    except (InputError, OSError, ValueError, ImportError) as error:
         called = f" {name!r}" if name else ""
         raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error
 
