@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from budwood.errors import InputError
 
 HIGHEST_SEED = 2**32 - 1
@@ -21,6 +23,42 @@ def need_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise InputError(f"{name}={value} is below {least}; give at least {least}")
+
+
+def need_int(least: int | None, **values: object) -> None:
+    """Refuse what is not an int, or is too low.
+
+    Args:
+        least: the lowest that is allowed; None for any.
+        values: name → value.
+
+    Raises:
+        InputError: a value is of another type, such as a bool, or lower; the message has its name.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            allowed = "" if least is None else f" of at least {least}"
+            raise InputError(f"{name}={value!r}; give an int{allowed}")
+        if least is not None:
+            need_at_least(least, **{name: value})
+
+
+def need_number(allowed: Callable[[float], bool], what: str, **values: object) -> None:
+    """Refuse what is not a number, or is outside its range.
+
+    Args:
+        allowed: whether a number is in the range.
+        what: the range in words, such as ``"number above 0"``.
+        values: name → value.
+
+    Raises:
+        InputError: a value is of another type, such as a bool, or outside; the message has its
+            name.
+    """
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and allowed(value)):
+            raise InputError(f"{name}={value!r}; give a {what}")
 
 
 def need_seed(seed: int) -> None:

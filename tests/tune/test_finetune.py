@@ -419,7 +419,7 @@ def test_fields_at_their_default_keep_the_recommended_values(tmp_path):
         ({"push_to_hub": True}, "push_to_hub=True is not supported"),
         ({"save_steps": 0.5}, "save_steps=0.5; give a number of steps"),
         ({"logging_steps": 0.5}, "logging_steps=0.5; give a number of steps"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be a number above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0; give a number above 0"),
         ({"output_dir": "elsewhere"}, "args.output_dir 'elsewhere'; give one"),
     ],
 )
@@ -436,13 +436,21 @@ def test_bad_settings(tmp_path):
         ({"steps": -1}, "steps=-1 is below 0"),
         ({"steps": 1.5}, "steps=1.5; give an int"),
         ({"seed": 2**32}, "seed=4294967296 is out of range"),
-        ({"lr": 0}, "lr=0 must be a number above 0"),
+        ({"lr": 0}, "lr=0; give a number above 0"),
+        ({"lr": "3e-3"}, "lr='3e-3'; give a number above 0"),
+        ({"warmup": "some"}, r"warmup='some'; give a fraction in \[0, 1\)"),
+        ({"epochs": True}, "epochs=True; give a number above 0"),
+        ({"max_grad_norm": None}, "max_grad_norm=None; give a number above 0"),
+        ({"seed": 0.5}, "seed=0.5; give an int"),
+        ({"checkpointing": "yes"}, "checkpointing='yes'; give True or False"),
         ({"rank": 0}, "rank=0 is below 1"),
+        ({"rank": 2.5}, "rank=2.5; give an int of at least 1"),
+        ({"rank": "4"}, "rank='4'; give an int of at least 1"),
         ({"args": {"lr": 1}}, "args is a dict; give Settings or"),
         ({"method": 3}, "method=3; give a name"),
     ):
         with pytest.raises(InputError, match=reason):
-            run(out, **options)
+            run(out, **{"model": "no such model", **options})
     for options in ({"style": "list"}, {"method": "slum"}, {"schedule": "cos"}):
         with pytest.raises(UnknownNameError):
             run(out, **options)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood import records
-from budwood.checks import need_at_least
+from budwood.checks import need_int
 from budwood.errors import InputError
 from budwood.files import need_parent
 from budwood.hub import hub_or_cache
@@ -154,7 +154,7 @@ def finetune(
     chosen, arguments = _settings_of(args, settings)
     folder = _output_of(output, args)
     tuner = parse_tuner(method)  # these refuse bad input before a model is loaded
-    need_at_least(1, rank=rank)
+    need_int(1, rank=rank)
     examples = token_rows(data) if _is_encoded(data) else examples_of(data, style)
     refuse_other_files(folder)
     model, tokenizer = _model_of(model, tokenizer, device, dtype, args, progress)

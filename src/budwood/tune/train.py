@@ -16,6 +16,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PrinterCallback
 
+from budwood.checks import need_number
 from budwood.errors import DivergedError, InputError, OutputError
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder
@@ -195,8 +196,7 @@ def weaken(model: Any, strength: float) -> None:
     Raises:
         InputError: the strength is out of range, or no LoRA or SLIM adapter is active.
     """
-    if not 0 < strength <= 1:
-        raise InputError(f"strength={strength!r}; give a number above 0 and up to 1")
+    need_number(lambda value: 0 < value <= 1, "number above 0 and up to 1", strength=strength)
     if strength == 1:
         return
     ends = tuple(
