@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from budwood.errors import InputError
 
@@ -43,7 +44,7 @@ def need_int(least: int | None, **values: object) -> None:
             need_at_least(least, **{name: value})
 
 
-def need_number(allowed: Callable[[float], bool], what: str, **values: object) -> None:
+def need_number(allowed: Callable[[float], bool], what: str, **values: Any) -> None:
     """Refuse what is not a number, or is outside its range.
 
     Args:

@@ -290,7 +290,7 @@ METHODS = Registry(
     "tuning method",
     {
         "lora": Method(Lora),
-        # This decay kept the target score and halved the divergence (benchmarks/LOG.md, 2026-11-22).
+        # It kept the target score and halved the divergence (benchmarks/LOG.md, 2026-11-22).
         "lora-wd": Method(Lora, {"weight_decay": 30.0}),
         "lora-kl": Method(Lora, {"kl": 1.0}),
         "lora-own": Method(LoraTexts),
