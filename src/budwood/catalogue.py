@@ -10,7 +10,7 @@ from budwood.registry import Entry
 
 
 def _method(target: str, reads: str, summary: str, source: str) -> Entry:
-    return Entry(f"budwood.prune.methods.{target}", summary, source, {"reads": reads})
+    return Entry(summary, source, {"reads": reads}, f"budwood.prune.methods.{target}")
 
 
 PRUNING_METHODS = {
@@ -67,7 +67,7 @@ QUESTIONS = ("current", "all", "turn")
 
 def _family(module: str, name: str, summary: str) -> Entry:
     module = f"budwood.prune.families.{module}"
-    return Entry(f"{module}:{name}", summary, module)
+    return Entry(summary, module, target=f"{module}:{name}")
 
 
 FAMILIES = {
@@ -85,7 +85,7 @@ FAMILIES = {
 
 
 def _tuner(summary: str, kind: str = "method") -> Entry:
-    return Entry("budwood.tune.methods:METHODS", summary, facts={"kind": kind})
+    return Entry(summary, facts={"kind": kind})
 
 
 def _ablation(summary: str) -> Entry:
@@ -124,7 +124,7 @@ TUNERS = {
 
 def _encoder(target: str, text: str, weights: str, file: str, licence: str) -> Entry:
     facts = {"text": text, "weights": weights, "file": file, "licence": licence}
-    return Entry(f"budwood.points.encoders.{target}", "", weights, facts)
+    return Entry("", weights, facts, f"budwood.points.encoders.{target}")
 
 
 def _uni3d(size: str, name: str) -> Entry:
@@ -184,7 +184,7 @@ ENCODERS = {
 
 
 def _adaptation(name: str, summary: str, source: str) -> Entry:
-    return Entry(f"budwood.points.methods:{name}", summary, source)
+    return Entry(summary, source, target=f"budwood.points.methods:{name}")
 
 
 _ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
@@ -233,7 +233,7 @@ ADAPTATIONS = {
 
 
 def _model(family: str, summary: str, source: str = "the hub") -> Entry:
-    return Entry("", summary, source, {"family": family})
+    return Entry(summary, source, {"family": family})
 
 
 MODELS = {

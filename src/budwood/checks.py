@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,14 +14,14 @@ HIGHEST_SEED = 2**32 - 1
 
 
 def need_at_least(least: int, **values: int) -> None:
-    """Refuse counts that are too low or no whole numbers.
+    """Refuse counts that are too low, or not whole numbers.
 
     Args:
         least: the lowest that is allowed.
         values: name → value.
 
     Raises:
-        InputError: a value is lower or no whole number; the message has its name.
+        InputError: a value is lower, or not a whole number; the message has its name.
     """
     for name, value in values.items():
         if not _is_whole(value):
@@ -29,11 +30,47 @@ def need_at_least(least: int, **values: int) -> None:
             raise InputError(f"{name}={value} is below {least}; give at least {least}")
 
 
+def need_int(least: int | None, **values: object) -> None:
+    """Refuse what is not an int, or is too low.
+
+    Args:
+        least: the lowest that is allowed; None for any.
+        values: name → value.
+
+    Raises:
+        InputError: a value is of another type, such as a bool, or lower; the message has its name.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            allowed = "" if least is None else f" of at least {least}"
+            raise InputError(f"{name}={value!r}; give an int{allowed}")
+        if least is not None:
+            need_at_least(least, **{name: value})
+
+
+def need_number(allowed: Callable[[float], bool], what: str, **values: Any) -> None:
+    """Refuse what is not a number, or is outside its range.
+
+    Args:
+        allowed: whether a number is in the range.
+        what: the range in words, such as ``"number above 0"``.
+        values: name → value.
+
+    Raises:
+        InputError: a value is of another type, such as a bool, or outside; the message has its
+            name.
+    """
+    for name, value in values.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (is_number and allowed(value)):
+            raise InputError(f"{name}={value!r}; give a {what}")
+
+
 def need_seed(seed: int) -> None:
     """Refuse a seed that a random number generator does not take.
 
     Raises:
-        InputError: it is outside 0 to 2**32 − 1, or no whole number.
+        InputError: it is outside 0 to 2**32 − 1, or not a whole number.
     """
     if not _is_whole(seed) or not 0 <= seed <= HIGHEST_SEED:
         raise InputError(
@@ -41,18 +78,9 @@ def need_seed(seed: int) -> None:
         )
 
 
-def need_positive(**values: float) -> None:
-    """Refuse values that are no finite numbers above 0.
-
-    Args:
-        values: name → value.
-
-    Raises:
-        InputError: a value is 0 or lower, infinite or no number; the message has its name.
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-            raise InputError(f"{name}={value!r} must be a number above 0")
+def need_positive(**values: Any) -> None:
+    """Refuse values that are not finite numbers above 0; errors as in :func:`need_number`."""
+    need_number(lambda value: 0 < value < math.inf, "number above 0", **values)
 
 
 def _is_whole(value: Any) -> bool:

@@ -19,16 +19,16 @@ class Entry:
     """A name's line in a table of :mod:`budwood.catalogue`.
 
     Attributes:
-        target: where it is defined, ``"module:attribute"``.
         summary: what it does, in one line.
         source: the paper or code that it comes from.
         facts: column → text: what else a list shows.
+        target: where it is defined, ``"module:attribute"``; None where the name alone is known.
     """
 
-    target: str
     summary: str
     source: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    target: str | None = None
 
 
 class Registry:
@@ -40,23 +40,22 @@ class Registry:
 
     Args:
         kind: what the names stand for, in the singular; used in error messages.
-        targets: name to ``"module:attribute"``, to an entry that has it, or to the class itself.
+        targets: name to ``"module:attribute"``, to an entry that has it, or to the class or other
+            object itself. A name whose entry has no target can be checked and not got.
     """
 
-    def __init__(
-        self, kind: str, targets: Mapping[str, Entry] | Mapping[str, str | type] | None = None
-    ) -> None:
+    def __init__(self, kind: str, targets: Mapping[str, Any] | None = None) -> None:
         self.kind = kind
-        self._targets: dict[str, str | type] = {}
+        self._targets: dict[str, Any] = {}
         for name, target in (targets or {}).items():
             self.register(name, target.target if isinstance(target, Entry) else target)
 
-    def register(self, name: str, target: str | type) -> None:
+    def register(self, name: str, target: Any) -> None:
         """Add a name.
 
         Args:
             name: the new name.
-            target: ``"module:attribute"``, or the class itself.
+            target: ``"module:attribute"``, or the class or other object itself.
 
         Raises:
             ValueError: the name is taken by another target, or ``target`` has another form.
@@ -73,9 +72,12 @@ class Registry:
 
         Raises:
             UnknownNameError: no such name; the message has the nearest ones and all known ones.
+            LookupError: there is no target, only the name.
         """
         self.check(name)
         target = self._targets[name]
+        if target is None:
+            raise LookupError(f"{self.kind} {name!r} has no target in its table")
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
             return getattr(importlib.import_module(module), attribute)

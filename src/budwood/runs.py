@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,18 @@ class RunFolder:
     Args:
         path: the folder.
         config: the settings that identify the run, as JSON values.
+        notes: keys in ``config``, at any depth, in which the same run may differ.
 
     Raises:
         OutputError: the folder holds another run or other files, or can't be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        notes: Collection[str] = (),
+    ) -> None:
         self.path = Path(path)
         self.config = json.loads(json.dumps(config))
         state = self._read()
@@ -40,12 +46,15 @@ class RunFolder:
             self._write("running")
             self.is_complete = False
             return
-        _refuse_another(self.path, state["config"], self.config)
+        theirs, ours = (_without(notes, config) for config in (state["config"], self.config))
+        _refuse_another(self.path, theirs, ours)
         self.is_complete = state.get("status") == "complete"
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Lock the run against other processes.
+
+        ``is_complete`` is read again, since another process may have finished the run meanwhile.
 
         Raises:
             OutputError: another process has it.
@@ -58,6 +67,8 @@ class RunFolder:
                 "choose another folder"
             ) from error
         with lock:
+            state = self._read()
+            self.is_complete = state is not None and state.get("status") == "complete"
             yield
 
     def complete(self) -> None:
@@ -132,6 +143,16 @@ def refuse_other_files(path: Path) -> None:
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     if _STATE not in names and any(not name.startswith(".") for name in names):
         raise OutputError(f"{path} is not empty and holds no run of budwood; choose another folder")
+
+
+def _without(notes: Collection[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without some keys, at any depth, and without what is empty then."""
+    kept = {}
+    for key, value in config.items():
+        inner = _without(notes, value) if isinstance(value, Mapping) else value
+        if key not in notes and inner != {}:
+            kept[key] = inner
+    return kept
 
 
 def _refuse_another(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

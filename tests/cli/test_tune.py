@@ -86,7 +86,7 @@ def test_slim_tells_where_tokens_go(slim):
     saved = load_file(folder / "adapter_model.safetensors")
     fitted = [n for key, n in saved.items() if key.endswith("n_fitted")]
     assert fitted and min(fitted) > 100
-    assert len(json.loads((folder / "own.json").read_text())) == 8
+    assert len(json.loads((folder / "own.json").read_text())["texts"]) == 8
 
 
 def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
@@ -103,7 +103,7 @@ def test_slim_is_evaluated_and_exported(slim, budwood, lm_dir, data, tmp_path):
     assert json.loads((lora / "approximation.json").read_text())["approximate"]
     losses = []
     line = ["tune", "eval", lora, "--target", test, "--plot", tmp_path / "lora.png", *options]
-    refused_with_bars(budwood(*line), "no SLIM adapter")
+    refused_with_bars(budwood(*line), "is not a SLIM adapter")
     for adapter in (folder, lora):
         line = ["tune", "eval", adapter, "--target", test, *SMALL, "--limit", 0, "--json"]
         rows = json.loads(budwood(*line).stdout)["rows"]
@@ -463,7 +463,7 @@ def test_ls_tuners(budwood):
         ([], "is empty"),
         (["{}"], "line 1: has the keys (none); give"),
         (['{"question": "a", "answer": "b"}', "{nonsense"], "line 2: is not JSON"),
-        (['{"question": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 is no index"),
+        (['{"question": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 must be an index"),
         (['{"question": "", "answer": "b"}'], "question must be a text"),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "line 1: messages need"),
         (['{"messages": [{"role": "bot", "content": "a"}]}'], "needs a role"),
@@ -480,6 +480,9 @@ def test_malformed_training_file(budwood, tmp_path, lines, fragment):
 
 def test_bad_input(budwood, tmp_path, data):
     file, out = data / "boolq_train.jsonl", tmp_path / "out"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     refused(budwood("tune", tmp_path / "no.jsonl", "--output", out), "cannot read", "no.jsonl")
     refused(budwood("tune", file, "--output", out, "--method", "lor"), "did you mean 'lora'")
     refused(budwood("tune", file, "--output", out, "--lr", "0"), "lr=0.0")
@@ -497,29 +500,29 @@ def test_bad_input(budwood, tmp_path, data):
     refused(budwood("tune", file, "--output", out, "--warmup", 1), "warmup=1.0")
     refused(budwood("tune", file, "--output", file), "is a file")
     refused(budwood("tune", file), "--output")
-    refused(budwood("tune", "eval", tmp_path, "--prompts", 0), "nothing to evaluate")
-    refused(budwood("tune", "eval", tmp_path, "--general", "gsm8k"), "needs its file")
-    refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "no.txt"), "no file")
+    refused(budwood("tune", "eval", adapter, "--prompts", 0), "nothing to evaluate")
+    refused(budwood("tune", "eval", adapter, "--general", "gsm8k"), "needs its file")
+    refused(budwood("tune", "eval", adapter, "--text", tmp_path / "no.txt"), "no file")
     for option, value in (("windows", -1), ("batch", 0), ("batch", -1), ("prompts", -60)):
-        refused(budwood("tune", "eval", tmp_path, f"--{option}", value), f"{option}={value} is")
-    refused(budwood("tune", "eval", tmp_path, "--limit", -1), "limit=-1 is below 0")
-    for line in (("tune", "eval", tmp_path), ("tune", file, "--output", out)):
+        refused(budwood("tune", "eval", adapter, f"--{option}", value), f"{option}={value} is")
+    refused(budwood("tune", "eval", adapter, "--limit", -1), "limit=-1 is below 0")
+    for line in (("tune", "eval", adapter), ("tune", file, "--output", out)):
         refused(budwood(*line, "--seed", -1), "seed=-1 is out of range", "0 to 4294967295")
-    export = ["tune", "export-lora", tmp_path, "--output", out, "--calibration", file]
+    export = ["tune", "export-lora", adapter, "--output", out, "--calibration", file]
     for option, value in (("limit", 0), ("max-length", 0), ("rank", -1)):
         refused(budwood(*export, f"--{option}", value), f"={value} is below")
-    full = ["tune", "export-lora", tmp_path, "--calibration", file, "--output"]
+    full = ["tune", "export-lora", adapter, "--calibration", file, "--output"]
     refused(budwood(*full, data), "not an empty directory")
     refused(budwood(*full, file), "not an empty directory")
-    refused(budwood(*full, file / "below"), "there is no folder", "boolq_train.jsonl")
-    refused(budwood("tune", "eval", tmp_path, "--prompts", 100), "there are 64 prompts, not 100")
+    refused(budwood(*full, file / "below"), "boolq_train.jsonl is a file; give a folder")
+    refused(budwood("tune", "eval", adapter, "--prompts", 100), "there are 64 prompts, not 100")
     both = ["--out", tmp_path / "a.png", "--plot", tmp_path / "a.png"]
-    refused(budwood("tune", "eval", tmp_path, *both), "give two names")
+    refused(budwood("tune", "eval", adapter, *both), "give two names")
     for name in ("test.txt", "test.jsonl"):
-        refused(budwood("tune", "eval", tmp_path, "--target", name), f"cannot read {name}")
-    refused(budwood("tune", "eval", tmp_path, "--target", "hellaswagg"), "unknown task", "boolq")
+        refused(budwood("tune", "eval", adapter, "--target", name), f"cannot read {name}")
+    refused(budwood("tune", "eval", adapter, "--target", "hellaswagg"), "unknown task", "boolq")
     (tmp_path / "chat.txt").write_text("words " * 200)
-    refused(budwood("tune", "eval", tmp_path, "--text", tmp_path / "chat.txt"), "another name")
+    refused(budwood("tune", "eval", adapter, "--text", tmp_path / "chat.txt"), "another name")
 
 
 def test_models_that_cannot_be_trained(slim, budwood, lm_dir, data, tmp_path):
@@ -539,7 +542,9 @@ def test_models_that_cannot_be_trained(slim, budwood, lm_dir, data, tmp_path):
     lacking = changed("lacking", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
     refused_with_bars(tune(lacking), "lacks 1 weights, such as model.layers.0.mlp.up_proj.weight")
     broken = changed("broken", lambda weights: weights["model.norm.weight"].fill_(float("nan")))
-    refused_with_bars(tune(broken), "the logits of the base model are NaN", "float32 (--dtype)")
+    refused_with_bars(
+        tune(broken), "the logits of the base model are NaN", "another dtype (--dtype)"
+    )
     cut = changed("cut", lambda weights: None) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     refused_with_bars(tune(cut.parent), "cannot load model", "not fully covered")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors.torch import load_file
-from transformers import TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
 
-from budwood import records
+from budwood import hub, records
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
-from budwood.tune import Settings, SlimConfig, finetune, trainer
+from budwood.files import read_json
+from budwood.loading import load_language_model
+from budwood.tune import Settings, SlimConfig, finetune, load_adapted, train, trainer
 from budwood.tune.data import example_of
 from budwood.tune.encoding import IGNORED, encode, encode_one, n_supervised
-from budwood.tune.methods import parse_tuner
+from budwood.tune.loading import load_adapter
+from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.self_generated import cached_texts
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -115,10 +120,41 @@ def test_tokens_are_taken_as_they_are(tmp_path):
         run(tmp_path / "c", [rows[0], {"input_ids": [1, 2, 3], "labels": [1, 2]}])
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "iterable"])
+def test_tokens_in_any_format(tmp_path, kind):
+    rows = encode([example_of(FORMATS["messages"])] * 8, TOKENS, 100).rows
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if kind == "iterable" else data.with_format(kind)
+    expected = run(tmp_path / "a", rows, steps=1)
+    assert same(weights(run(tmp_path / "b", data, steps=1).output), weights(expected.output))
+
+
+ROW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (Dataset.from_dict({"input_ids": [], "labels": []}), "the data are empty; give rows"),
+        ([ROW, {"input_ids": [1, 2]}], "row 1 of the data: labels is a NoneType; give a list"),
+        ([{"input_ids": [1, 2], "labels": [0.5, 1]}], "row 0 of the data: labels has 0.5; give"),
+        ([{"input_ids": torch.ones(1, 2), "labels": [1, 2]}], r"input_ids has \[1.0, 1.0\]; give"),
+        ([ROW, 7], "row 1 of the data is a int; give dicts"),
+        ([{"input_ids": [1, 2], "labels": [1, IGNORED]}], "at least one label other than -100"),
+        (Dataset.from_list([ROW]).with_format("pandas"), "row 0 of the data is a DataFrame"),
+    ],
+)
+def test_bad_tokens_are_refused_before_a_model_is_loaded(tmp_path, data, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        finetune(tmp_path / "there is no such model", data, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         ([], "the data are empty"),
+        ([{"prompt": MESSAGES, "completion": []}], "row 0 of the data: completion has no assist"),
         ({"question": "a"}, "data is a dict; give a path"),
         (7, "data is a int; give a path"),
         ([FORMATS["text"], 7], "row 1 of the data: is not an object"),
@@ -173,6 +209,7 @@ def test_the_result_is_what_is_saved_and_the_base_is_as_it_was(tmp_path):
         repeated = run(tmp_path / "out", method=SLIM)  # complete: loaded, not trained
         assert repeated.was_complete and repeated.history == result.history
         assert torch.equal(repeated.model(**ids).logits, logits)
+    assert model.config.use_cache is True
     after = result.model.unload().state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
@@ -188,10 +225,91 @@ def test_a_model_and_its_tokenizer_by_name(tmp_path):
     assert same(weights(by_name.output), weights(by_object.output))
 
 
+def test_paths_are_taken_as_text_and_as_paths(tmp_path):
+    folder = tiny_chat.save(tmp_path / "lm")
+    texts = tmp_path / "texts.json"
+    model = type(tiny_chat.model()).from_pretrained(folder)
+    result = run(tmp_path / "out", method=SLIM, model=model, texts_file=str(texts))
+    assert texts.exists() and not (tmp_path / "out" / "own.json").exists()
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        loaded = [load_adapted(path) for path in (result.output, str(result.output))]
+        loaded.append(load_adapted(result.output, folder))
+        logits = [one.model.to("cpu")(**ids).logits for one in loaded]
+        assert all(torch.equal(one, result.model(**ids).logits) for one in logits)
+    base = load_language_model(str(folder))
+    assert load_adapter(base, result.output).name == "lm"
+
+
+def test_texts_of_another_model_tokenizer_or_number_are_refused(tmp_path):
+    file, model = tmp_path / "own.json", tiny_chat.model()
+    texts = cached_texts(file, model, TOKENS, 8)
+    saved = json.loads(file.read_text())
+    assert saved["texts"] == texts and saved["n"] == 8
+    # The adapter around the model changes nothing.
+    adapted = attach(parse_tuner(SLIM), tiny_chat.model(), 2, 0)
+    assert cached_texts(file, adapted, TOKENS, 8) == texts
+    other = tiny_chat.model(hidden_size=32)
+    longer = tiny_chat.tokenizer()
+    longer.add_tokens(["a new word"])
+    for arguments, reason in (
+        ((other, TOKENS, 8), "holds texts with model="),
+        ((model, longer, 8), "holds texts with tokenizer="),
+        ((model, TOKENS, 4), "holds texts with n=8, and n=4 is needed; give another file"),
+    ):
+        with pytest.raises(InputError, match=reason) as error:
+            cached_texts(file, *arguments)
+        assert "\n" not in str(error.value)
+    file.write_text(json.dumps(texts))  # as they were saved at first
+    assert cached_texts(file, model, TOKENS, 8) == texts
+    for n in (4, 64):
+        with pytest.raises(InputError, match=f"n=8, and n={n} is needed"):
+            cached_texts(file, model, TOKENS, n)
+    for content, reason in (("7", "no self-generated"), (json.dumps([{}] * 8), "row 0 of the te")):
+        file.write_text(content)
+        with pytest.raises(InputError, match=reason):
+            cached_texts(file, model, TOKENS, 8)
+
+
+def test_the_texts_of_the_published_comparison_are_read():
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "tune" / "own-128.json"
+    assert len(cached_texts(file, tiny_chat.model(), TOKENS, 128)) == len(read_json(file))
+
+
+def test_the_tokenizer_of_a_model_of_the_hub_is_not_waited_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "why_offline", lambda: "the hub does not answer")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked.append)
+    model = tiny_chat.model()
+    model.name_or_path = "someone/model-that-is-not-in-the-cache"
+    with pytest.raises(InputError, match="'someone/model-.* has no tokenizer at hand; give tok"):
+        finetune(model, [FORMATS["text"]] * 4, tmp_path / "out")
+    assert not asked
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_a_finished_run_whose_adapter_is_cut_off(tmp_path, method):
+    file = run(tmp_path / "out", method=method).output / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    model = tiny_chat.model()
+    before = state_of(model)
+    with pytest.raises(InputError, match="adapter_model.safetensors is truncated") as error:
+        run(tmp_path / "out", method=method, model=model)
+    assert "\n" not in str(error.value) and state_of(model) == before
+    save_file({"other": torch.ones(1)}, file)
+    if method == SLIM:  # PEFT warns of tensors that a LoRA file lacks
+        with pytest.raises(InputError, match="cannot load adapter|lacks") as error:
+            run(tmp_path / "out", method=method, model=model)
+        assert state_of(model) == before
+
+
 def test_models_that_cannot_be_used(tmp_path):
     data, out = [FORMATS["text"]] * 4, tmp_path / "out"
     with pytest.raises(InputError, match="has no tokenizer at hand; give tokenizer="):
         finetune(tiny_chat.model(), data, out)
+    for options in ({"device": "cpu"}, {"dtype": "float32"}):
+        with pytest.raises(InputError, match="is for a model by name, and a model object is used"):
+            run(out, data, **options)
     with pytest.raises(InputError, match="model is a list; give a causal language model"):
         finetune([], data, out)
     adapted = run(tmp_path / "first", data).model
@@ -202,17 +320,44 @@ def test_models_that_cannot_be_used(tmp_path):
     assert not out.exists()
 
 
-def test_an_error_leaves_no_adapter_in_the_model(tmp_path, monkeypatch):
+def state_of(model):
+    """Modules and their modes, which weights are trained, and whether there is a cache."""
+    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+    weights = {name: (id(w), w.requires_grad) for name, w in model.named_parameters()}
+    return modules, weights, model.config.use_cache, hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_an_error_leaves_the_model_as_it_was(tmp_path, monkeypatch, method):
     model = tiny_chat.model()
-    names = [name for name, _ in model.named_modules()]
+    model.model.norm.train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = state_of(model)
 
     def stops(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "check_gradients", stops)
     with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", model=model, method=method)
+    assert state_of(model) == before
+
+
+def test_an_adapter_that_is_attached_in_part_is_taken_off(tmp_path, monkeypatch):
+    from peft.tuners.lora import LoraModel
+
+    model, inner, made = tiny_chat.model(), LoraModel._create_and_replace, []
+    before = state_of(model)
+
+    def fails(self, *args, **kwargs):
+        if made:
+            raise ValueError("this layer cannot be adapted")
+        made.append(inner(self, *args, **kwargs))
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", fails)
+    with pytest.raises(InputError, match="cannot make the adapter: this layer cannot be adapted"):
         run(tmp_path / "out", model=model)
-    assert [name for name, _ in model.named_modules()] == names
+    assert made and state_of(model) == before
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -274,7 +419,7 @@ def test_fields_at_their_default_keep_the_recommended_values(tmp_path):
         ({"push_to_hub": True}, "push_to_hub=True is not supported"),
         ({"save_steps": 0.5}, "save_steps=0.5; give a number of steps"),
         ({"logging_steps": 0.5}, "logging_steps=0.5; give a number of steps"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be a number above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0; give a number above 0"),
         ({"output_dir": "elsewhere"}, "args.output_dir 'elsewhere'; give one"),
     ],
 )
@@ -291,13 +436,21 @@ def test_bad_settings(tmp_path):
         ({"steps": -1}, "steps=-1 is below 0"),
         ({"steps": 1.5}, "steps=1.5; give an int"),
         ({"seed": 2**32}, "seed=4294967296 is out of range"),
-        ({"lr": 0}, "lr=0 must be a number above 0"),
+        ({"lr": 0}, "lr=0; give a number above 0"),
+        ({"lr": "3e-3"}, "lr='3e-3'; give a number above 0"),
+        ({"warmup": "some"}, r"warmup='some'; give a fraction in \[0, 1\)"),
+        ({"epochs": True}, "epochs=True; give a number above 0"),
+        ({"max_grad_norm": None}, "max_grad_norm=None; give a number above 0"),
+        ({"seed": 0.5}, "seed=0.5; give an int"),
+        ({"checkpointing": "yes"}, "checkpointing='yes'; give True or False"),
         ({"rank": 0}, "rank=0 is below 1"),
+        ({"rank": 2.5}, "rank=2.5; give an int of at least 1"),
+        ({"rank": "4"}, "rank='4'; give an int of at least 1"),
         ({"args": {"lr": 1}}, "args is a dict; give Settings or"),
         ({"method": 3}, "method=3; give a name"),
     ):
         with pytest.raises(InputError, match=reason):
-            run(out, **options)
+            run(out, **{"model": "no such model", **options})
     for options in ({"style": "list"}, {"method": "slum"}, {"schedule": "cos"}):
         with pytest.raises(UnknownNameError):
             run(out, **options)
@@ -367,3 +520,35 @@ def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method):
     assert [row["loss"] for row in result.history] == [row["loss"] for row in whole.history]
     with pytest.raises(OutputError, match="holds another run .*lr 0.003 there and 0.01 here"):
         run(tmp_path / "cut", method=method, save_every=1, lr=0.01)
+
+
+def test_a_run_goes_on_with_other_logging_and_checkpoints(tmp_path, monkeypatch):
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "weaken", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", save_every=3)
+    noted = json.loads((tmp_path / "out" / "run.json").read_text())
+    noted["config"]["arguments"] = {"report_to": ["none"], "log_level": "error"}  # of older runs
+    (tmp_path / "out" / "run.json").write_text(json.dumps(noted))
+    result = run(tmp_path / "out", log_every=2, save_every=1)
+    assert not result.was_complete
+    assert same(weights(result.output), weights(run(tmp_path / "whole").output))
+    with pytest.raises(OutputError, match="batch 4 there and 2 here"):
+        run(tmp_path / "out", batch=2)
+
+
+@pytest.mark.filterwarnings("ignore:where TrainingArguments has its defaults")
+def test_no_checkpoint_is_written_after_the_last_step(tmp_path, monkeypatch):
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    args = TrainingArguments(
+        str(tmp_path / "out"), save_strategy="epoch", num_train_epochs=2, use_cpu=True
+    )
+    monkeypatch.setattr(train, "weaken", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", args=args, steps=0)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]

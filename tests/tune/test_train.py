@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from budwood.errors import DivergedError, InputError
+from budwood.errors import DivergedError, InputError, OutputError
 from budwood.runs import RunFolder
 from budwood.tune import state
 from budwood.tune.data import example_of
@@ -31,6 +31,16 @@ def trained(folder, method="slim-whitened", base=None, **settings):
     chosen = Settings(**{"steps": 6, "batch": 4, "lr": 1e-2, **settings})
     train(model, TOKENS, ROWS, chosen, RunFolder(folder, {}), **tuner.training(()))
     return model.eval()
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_over(tmp_path):
+    model, ours = attach(parse_tuner("lora"), tiny_chat.model(), 2, 0), RunFolder(tmp_path, {})
+    trained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert not ours.is_complete  # as it was when it was opened
+    with pytest.raises(OutputError, match="another process has just finished the run in"):
+        train(model, TOKENS, ROWS, Settings(steps=1, batch=4), ours)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_the_number_of_processes_makes_a_run_what_it_is(monkeypatch):

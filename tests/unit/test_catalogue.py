@@ -8,7 +8,7 @@ from budwood import catalogue
 from budwood.points import ENCODERS
 from budwood.points import METHODS as ADAPTATIONS
 from budwood.prune import FAMILIES, METHODS
-from budwood.tune.methods import TUNERS
+from budwood.tune.methods import METHODS as TUNERS
 
 REGISTRIES = {
     "PRUNING_METHODS": METHODS,

@@ -10,7 +10,7 @@ import pytest
 
 from budwood.errors import UnknownNameError
 from budwood.prune import METHODS, Method
-from budwood.registry import Registry
+from budwood.registry import Entry, Registry
 
 
 def test_get_imports_on_first_use():
@@ -43,6 +43,15 @@ def test_register():
         registry.register("mine", str)
     with pytest.raises(ValueError, match="must be 'module:attribute'"):
         registry.register("other", "budwood.prune")
+
+
+def test_a_name_without_a_target_can_only_be_checked():
+    registry = Registry("model", {"sprout": Entry("a small one"), "other": Entry("another")})
+    registry.check("sprout")
+    with pytest.raises(UnknownNameError, match="did you mean 'sprout'"):
+        registry.check("sproot")
+    with pytest.raises(LookupError, match="model 'sprout' has no target"):
+        registry.get("sprout")
 
 
 @pytest.mark.parametrize("name", METHODS.names())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -72,7 +73,7 @@ def test_columns_of_the_hub(row, answer):
 
 @pytest.mark.parametrize("answer", [True, "b", -1, 2, None])
 def test_answer_must_be_an_index(answer):
-    with pytest.raises(InputError, match="no index"):
+    with pytest.raises(InputError, match="must be an index from 0 to 1"):
         example_of({"question": "q", "choices": ["a", "b"], "answer": answer})
 
 
@@ -107,6 +108,20 @@ def test_too_long_examples_are_left_out():
     assert len(found.rows) == 1 and found.n_too_long == 1
     with pytest.raises(InputError, match="all 2 examples are longer"):
         encode(examples, TOKENS, 10)
+
+
+def test_rows_without_a_supervised_token_are_refused():
+    mute = tiny_chat.tokenizer()
+    mute.chat_template = TOKENS.chat_template.replace(
+        "message['content'] + '<|im_end|>\n'",
+        "(message['content'] if message.role == 'user' else '')",
+    )
+    examples = [example_of(QUESTION), example_of(QUESTION)]
+    with pytest.raises(InputError, match="^row 0 of the data: no token is supervised"):
+        encode(examples, mute, 100)
+    known = dataclasses.replace(examples[0], where="a.jsonl, line 3")
+    with pytest.raises(InputError, match="^a.jsonl, line 3: no token is supervised"):
+        encode([known], mute, 100)
 
 
 def test_chat_template_is_needed():

@@ -128,8 +128,8 @@ def test_options_are_refused_before_a_model_is_loaded(method, option, reason):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        *((f"slim:texts={wrong}", "of texts, at least 0") for wrong in ("1.5", "-1", "true")),
-        *((f"lora-own:texts={wrong}", "of texts, at least 1") for wrong in ("0", "2.5", "true")),
+        *((f"slim:texts={wrong}", "at least 0") for wrong in ("1.5", "-1", "true")),
+        *((f"lora-own:texts={wrong}", "at least 1") for wrong in ("0", "2.5", "true")),
         ("slim:texts=0+distance=discriminant", "texts=0 and distance='discriminant', which needs"),
         ("slim-max:texts=8", "texts=8 and distance='max', which takes no self"),
         ("slim:texts=8+distance=whitened", "leave texts out, or take distance=discriminant"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from budwood.checks import need_int, need_number
 from budwood.errors import InputError, UnknownNameError
 
 FORMAT = 1
@@ -206,10 +205,7 @@ class SlimConfig(PeftConfig):
             UnknownNameError: an option with fixed values has another one.
             TypeError: there is no such option.
         """
-        if not _is_int(n_supervised_tokens) or n_supervised_tokens < 0:
-            raise InputError(
-                f"n_supervised_tokens={n_supervised_tokens!r}; give an int of at least 0"
-            )
+        need_int(0, n_supervised_tokens=n_supervised_tokens)
         wanted = n_supervised_tokens // TOKENS_PER_DIRECTION
         n_directions = min(cls.n_directions, max(FEWEST_DIRECTIONS, wanted))
         enough = n_directions == cls.n_directions
@@ -291,19 +287,16 @@ class SlimConfig(PeftConfig):
                 raise InputError(f"{name}={value!r}; give True or False")
 
     def _check_counts(self) -> None:
-        if _is_int(self.n_experts) and self.n_experts < 1:
+        need_int(None, n_experts=self.n_experts)
+        if self.n_experts < 1:
             raise InputError(
                 f"n_experts={self.n_experts} with n_identity={self.n_identity}: identity experts "
                 "alone add nothing; give at least 1 LoRA expert"
             )
-        least = {"r": 1, "n_experts": 1, "n_identity": 0, "top_k": 1, "n_clusters": 1}
-        least |= {"n_directions": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not _is_int(value) or value < low:
-                raise InputError(f"{name}={value!r}; give an int of at least {low}")
-        if not _is_int(self.seed):
-            raise InputError(f"seed={self.seed!r}; give an int")
+        for name in ("r", "top_k", "n_clusters", "n_directions"):
+            need_int(1, **{name: getattr(self, name)})
+        need_int(0, n_identity=self.n_identity)
+        need_int(None, seed=self.seed)
         if self.top_k > self.n_total:
             raise InputError(
                 f"top_k={self.top_k} is above the number of experts, {self.n_experts} LoRA + "
@@ -312,26 +305,20 @@ class SlimConfig(PeftConfig):
 
     def _check_ranges(self) -> None:
         for name in ("alpha", "beta", "l1"):
-            self._check_number(name, lambda v: math.isfinite(v) and v >= 0, "finite number ≥ 0")
-        for name in ("margin", "margin_inference"):
-            if name == "margin" or self.margin_inference is not None:
-                self._check_number(name, math.isfinite, "finite number")
-        self._check_number("momentum", lambda v: 0 < v <= 1, "number in (0, 1]")
-        for name in ("merge_p", "skip_first"):
-            self._check_number(name, lambda v: 0 <= v < 1, "fraction in [0, 1)")
+            value = {name: getattr(self, name)}
+            need_number(lambda v: 0 <= v < math.inf, "number of at least 0", **value)
+        need_number(math.isfinite, "finite number", margin=self.margin)
+        if self.margin_inference is not None:
+            need_number(math.isfinite, "finite number", margin_inference=self.margin_inference)
+        need_number(lambda v: 0 < v <= 1, "number above 0 and up to 1", momentum=self.momentum)
+        fractions = {"merge_p": self.merge_p, "skip_first": self.skip_first}
+        need_number(lambda v: 0 <= v < 1, "fraction in [0, 1)", **fractions)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise InputError(
                 f"layers_to_transform={self.layers_to_transform!r} has no effect beside "
                 "target_modules as a regular expression; write the layers into the expression, or "
                 "give a list of names"
             )
-
-    def _check_number(self, name: str, allowed: Callable[[Any], bool], what: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise InputError(f"{name}={value!r}; give a number")
-        if not allowed(value):
-            raise InputError(f"{name}={value!r}; give a {what}")
 
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
@@ -352,7 +339,3 @@ def _is_config_alone(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(saved, dict) and saved.get("base") is None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

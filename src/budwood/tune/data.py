@@ -160,7 +160,10 @@ def _completion(prompt: Any, completion: Any) -> Example:
         _need_text(completion, "completion")
         return Example(_turns(prompt, completion), is_plain=True)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Example(_messages([*prompt, *completion]), n_context=len(prompt))
+        messages = _messages([*prompt, *completion])
+        if all(message["role"] != "assistant" for message in messages[len(prompt) :]):
+            raise InputError("completion has no assistant's turn, which is trained on")
+        return Example(messages, n_context=len(prompt))
     kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
     raise InputError(f"prompt and completion are {kinds}; give two texts or two lists of messages")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -51,9 +51,14 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
 
     Raises:
         UnsupportedModelError: there is no chat template, or one that can't be cut into turns.
-        InputError: all examples are too long, or the chat template refuses one.
+        InputError: all examples are too long, the chat template refuses one, or one has no
+            supervised token.
     """
     encoded = [encode_one(example, tokenizer) for example in examples]
+    for i, row in enumerate(encoded):
+        if not n_supervised([row]):
+            where = examples[i].where or f"row {i} of the data"
+            raise InputError(f"{where}: no token is supervised; give an answer with some text")
     fitting = [row for row in encoded if len(row["input_ids"]) <= max_length]
     if not fitting:
         shortest = min(len(row["input_ids"]) for row in encoded)
@@ -62,6 +67,48 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
             f"the shortest has {shortest}"
         )
     return Encoded(fitting, len(encoded) - len(fitting))
+
+
+def token_rows(data: Iterable[Any], what: str = "the data") -> list[EncodedExample]:
+    """Rows of tokens as plain lists of int, whatever arrays they come in.
+
+    Args:
+        data: mappings with ``input_ids`` and ``labels``: lists, or arrays of one dimension, such as
+            those of a ``datasets.Dataset`` in the format of torch or NumPy.
+        what: what the rows are of, for messages.
+
+    Raises:
+        InputError: there are no rows, or one has no tokens, other numbers of them and of labels, or
+            no supervised token.
+    """
+    rows = []
+    for i, row in enumerate(data):
+        where = f"row {i} of {what}"
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where} is a {type(row).__name__}; give dicts of lists of int")
+        ids, labels = (_ints(row.get(key), f"{where}: {key}") for key in ("input_ids", "labels"))
+        encoded = {"input_ids": ids, "labels": labels}
+        if len(ids) != len(labels) or not n_supervised([encoded]):
+            raise InputError(
+                f"{where} has {len(ids)} input_ids and {len(labels)} labels; give equal numbers, "
+                f"and at least one label other than {IGNORED} after the first"
+            )
+        rows.append(encoded)
+    if not rows:
+        raise InputError(f"{what} are empty; give rows with input_ids and labels")
+    return rows
+
+
+def _ints(values: Any, what: str) -> list[int]:
+    """A list of int, from a list, tensor or array."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise InputError(f"{what} is a {type(values).__name__}; give a list of int")
+    plain = [value.item() if hasattr(value, "item") else value for value in values]
+    for value in plain:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{what} has {value!r}; give a list of int")
+    return plain
 
 
 def encode_one(example: Example, tokenizer: Any) -> EncodedExample:

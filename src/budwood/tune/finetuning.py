@@ -6,31 +6,41 @@ import dataclasses
 import difflib
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood import records
-from budwood.checks import need_at_least
+from budwood.checks import need_int
 from budwood.errors import InputError
 from budwood.files import need_parent
+from budwood.hub import hub_or_cache
 from budwood.loading import (
     SMOLLM2,
     SMOLLM2_ID,
+    Loaded,
     bare_name,
+    is_path,
     load_language_model,
-    third_party_warnings_off,
 )
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
-from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
+from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised, token_rows
+from budwood.tune.loading import load_adapter, need_adapter
 from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
 from budwood.tune.self_generated import cached_texts
 from budwood.tune.settings import Settings, default_lr, settings_from
-from budwood.tune.train import check_trainable, fingerprint, processes, run_identity, train
+from budwood.tune.train import (
+    WITHOUT_EFFECT,
+    check_trainable,
+    fingerprint,
+    processes,
+    run_identity,
+    train,
+)
 from budwood.tune.trainer import Probe
 
 if TYPE_CHECKING:
@@ -85,7 +95,7 @@ def finetune(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
-    texts_file: Path | None = None,
+    texts_file: str | os.PathLike[str] | None = None,
     record: bool = True,
     probe: Probe | None = None,
     **settings: Any,
@@ -144,8 +154,8 @@ def finetune(
     chosen, arguments = _settings_of(args, settings)
     folder = _output_of(output, args)
     tuner = parse_tuner(method)  # these refuse bad input before a model is loaded
-    need_at_least(1, rank=rank)
-    examples = data if _is_encoded(data) else examples_of(data, style)
+    need_int(1, rank=rank)
+    examples = token_rows(data) if _is_encoded(data) else examples_of(data, style)
     refuse_other_files(folder)
     model, tokenizer = _model_of(model, tokenizer, device, dtype, args, progress)
     check_trainable(model)
@@ -154,14 +164,14 @@ def finetune(
     tuner = tuner.fitted_to(n_supervised(rows))
     name = _name_of(model)
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
-    with _detached_on_error(attach(tuner, model, rank, chosen.seed)) as adapted:
+    with _attached(tuner, model, rank, chosen.seed) as adapted:
         with processes(model).main_process_first():
-            run = RunFolder(folder, run_identity(*identity))
+            run = RunFolder(folder, run_identity(*identity), WITHOUT_EFFECT)
         was_complete = run.is_complete
         if was_complete:
             adapted = _saved(adapted.unload(), run)
         n_parameters = n_trainable(adapted)
-        file = texts_file or folder / TEXTS_FILE
+        file = Path(texts_file).expanduser() if texts_file else folder / TEXTS_FILE
         texts = _texts(run, tuner, adapted, tokenizer, file, progress)
         if not was_complete and run.last_checkpoint() is None:
             tuner.prepare(adapted, tokenizer, rows, texts)
@@ -228,7 +238,7 @@ def _is_encoded(data: Any) -> bool:
 
 
 def _encoded(
-    examples: Any, tokenizer: Any, model: Any, max_length: int
+    examples: Sequence[Any], tokenizer: Any, model: Any, max_length: int
 ) -> tuple[list[EncodedExample], int]:
     """Tokenised examples that fit the model, and how many were left out."""
     longest = longest_for(model, max_length)
@@ -236,9 +246,8 @@ def _encoded(
         encoded = encode(examples, tokenizer, longest)
         rows, n_left_out = encoded.rows, encoded.n_too_long
     else:
-        every = [_checked(row, i) for i, row in enumerate(examples)]
-        rows = [row for row in every if len(row["input_ids"]) <= longest]
-        n_left_out = len(every) - len(rows)
+        rows = [row for row in examples if len(row["input_ids"]) <= longest]
+        n_left_out = len(examples) - len(rows)
         if not rows:
             raise InputError(f"all {n_left_out} examples are longer than {longest} tokens")
     if n_left_out:
@@ -248,16 +257,6 @@ def _encoded(
             stacklevel=3,
         )
     return rows, n_left_out
-
-
-def _checked(row: Mapping[str, Any], i: int) -> EncodedExample:
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    if len(ids) != len(labels) or not n_supervised([{"input_ids": ids, "labels": labels}]):
-        raise InputError(
-            f"row {i} of the data has {len(ids)} input_ids and {len(labels)} labels; give "
-            "equal numbers, and at least one label other than -100 after the first"
-        )
-    return {"input_ids": ids, "labels": labels}
 
 
 def _model_of(
@@ -271,6 +270,12 @@ def _model_of(
         device = "cpu" if on_cpu else _device_of_process(device)
         loaded = load_language_model(name, device, dtype)
         return loaded.model, tokenizer or loaded.tokenizer
+    for name, value in (("device", device), ("dtype", dtype)):
+        if value != "auto":
+            raise InputError(
+                f"{name}={value!r} is for a model by name, and a model object is used where and as "
+                f"it is; leave {name} out, or move the model first"
+            )
     if hasattr(model, "peft_config"):
         raise InputError(
             "the model has an adapter already; give its base model, such as model.unload()"
@@ -295,8 +300,10 @@ def _tokenizer_of(model: Any) -> Any:
             raise OSError("it was not loaded by a name")
         if name == SMOLLM2_ID:
             return load_llm_tokenizer()
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+        hub = hub_or_cache(name, "tokenizer_config.json", what="tokenizer")
+        with nullcontext() if is_path(name) else hub:
+            return AutoTokenizer.from_pretrained(name)
+    except (InputError, OSError, ValueError, ImportError) as error:
         called = f" {name!r}" if name else ""
         raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error
 
@@ -315,21 +322,40 @@ def _device_of_process(device: str) -> str:
 
 
 @contextmanager
-def _detached_on_error(adapted: Any) -> Iterator[Any]:
-    """Take the adapter off the user's model where something goes wrong."""
+def _attached(tuner: Tuner, model: Any, rank: int, seed: int) -> Iterator[Any]:
+    """The model with a fresh adapter; an error leaves the user's model as it was before.
+
+    ``use_cache``, which the Trainer switches off, is restored in any case.
+    """
+    children = [(parent, dict(parent.named_children())) for parent in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    use_cache = getattr(model.config, "use_cache", None)
+    adapted = None
     try:
+        adapted = attach(tuner, model, rank, seed)
         yield adapted
     except BaseException:
-        adapted.unload()
+        if adapted is not None:
+            adapted.unload()
+        for parent, named in children:  # what was attached in part cannot be unloaded
+            for name, child in named.items():
+                setattr(parent, name, child)
+        vars(model).pop("peft_config", None)
+        for module, mode in modes:
+            module.training = mode
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
         raise
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
 
 
 def _saved(model: Any, run: RunFolder) -> Any:
     """The adapter of a finished run on its base model."""
-    import peft
-
-    with third_party_warnings_off():
-        return peft.PeftModel.from_pretrained(model, str(run.path), is_trainable=True)
+    need_adapter(run.path)
+    return load_adapter(Loaded(_name_of(model), model, None), run.path, trainable=True).model
 
 
 def _texts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from budwood.loading import (
 
 
 def load_adapted(
-    adapter: str, model: str | None = None, device: str = "auto", dtype: str = "auto"
+    adapter: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Loaded:
     """Load a saved PEFT adapter and its base model.
 
@@ -32,27 +36,32 @@ def load_adapted(
     Raises:
         InputError: there is no such adapter or model, or they do not fit each other.
     """
+    adapter = os.fspath(adapter)
     need_adapter(adapter)
     with _access(adapter):
-        base = model or base_of(adapter)
+        base = os.fspath(model) if model else base_of(adapter)
     return load_adapter(load_language_model(base, device, dtype), adapter)
 
 
-def load_adapter(base: Loaded, adapter: str) -> Loaded:
+def load_adapter(
+    base: Loaded, adapter: str | os.PathLike[str], *, trainable: bool = False
+) -> Loaded:
     """Put a saved PEFT adapter on its base model.
 
     Args:
         base: the base model; the adapter's modules go into it.
         adapter: its folder, or hub id.
+        trainable: whether its weights can be trained further.
 
     Raises:
         InputError: it is damaged, or does not fit the model.
     """
     from peft import PeftModel
 
+    adapter = os.fspath(adapter)
     try:
         with _access(adapter), third_party_warnings_off():
-            model = PeftModel.from_pretrained(base.model, adapter)
+            model = PeftModel.from_pretrained(base.model, adapter, is_trainable=trainable)
     except BudwoodError:
         raise
     except Exception as error:  # peft, safetensors and torch have no common error for bad files
@@ -60,7 +69,7 @@ def load_adapter(base: Loaded, adapter: str) -> Loaded:
     return Loaded(base.name, model.eval(), base.processor)
 
 
-def need_adapter(folder: str) -> None:
+def need_adapter(folder: str | os.PathLike[str]) -> None:
     """Check the files of an adapter before its base model is loaded; hub ids are left alone.
 
     Raises:
@@ -68,13 +77,14 @@ def need_adapter(folder: str) -> None:
     """
     from budwood.tune.saved import check_adapter_files
 
+    folder = os.fspath(folder)
     if _is_hub_id(folder):
         return
     check_adapter_source(folder)
     check_adapter_files(Path(folder))
 
 
-def base_of(adapter: str) -> str | None:
+def base_of(adapter: str | os.PathLike[str]) -> str | None:
     """The base model that an adapter's config names; None for the embedded one.
 
     Raises:
@@ -82,6 +92,7 @@ def base_of(adapter: str) -> str | None:
     """
     from peft import PeftConfig
 
+    adapter = os.fspath(adapter)
     try:
         name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except Exception as error:  # those of PEFT and of the hub's client have no common base

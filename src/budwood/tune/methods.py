@@ -7,11 +7,13 @@ summary in ``budwood.catalogue``.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from budwood import catalogue
+from budwood.checks import need_int, need_number
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
@@ -51,12 +53,10 @@ class Tuner:
                 raise InputError(
                     f"{name}={self.extra[name]!r} is not an option of a method; give --{place}"
                 )
-        for name in ("weight_decay", "kl"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < float("inf"):
-                raise InputError(f"{name}={value!r}; give a number of at least 0")
-        if not _is_number(self.strength) or not 0 < self.strength <= 1:
-            raise InputError(f"strength={self.strength!r}; give a number above 0 and up to 1")
+        weights = {"weight_decay": self.weight_decay, "kl": self.kl}
+        need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
+        allowed = "number above 0 and up to 1"
+        need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         """The PEFT config.
@@ -131,9 +131,8 @@ class Lora(Tuner):
                 f"strength={self.strength!r} scales B, and what DoRA learns, or an adapter that "
                 "does not start at zero, is more than B·A; give strength=1"
             )
-        if not _is_number(self.alpha) or not 0 < self.alpha < float("inf"):
-            raise InputError(f"alpha={self.alpha!r}; give a number above 0")
-        _check_fraction("dropout", self.dropout)
+        need_number(lambda value: 0 < value < math.inf, "number above 0", alpha=self.alpha)
+        need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", dropout=self.dropout)
         # Refuses unknown options before a model is loaded.
         self._config(1, "all-linear")
 
@@ -179,7 +178,7 @@ class LoraTexts(Lora):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_texts(self.texts, 1)
+        need_int(1, texts=self.texts)
 
     @property
     def n_texts(self) -> int:
@@ -194,7 +193,7 @@ class LoraLate(Lora):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_fraction("skip_first", self.skip_first)
+        need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", skip_first=self.skip_first)
 
     def targets(self, model: Any) -> str:
         names = (name for name, _ in model.named_modules())
@@ -228,7 +227,7 @@ class Slim(Tuner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.texts is not None:
-            _check_texts(self.texts, 0)
+            need_int(0, texts=self.texts)
         config = self.config(1, None, 0)  # refuses unknown options before a model is loaded
         if self.texts == 0 and _needs_texts(config):
             raise InputError(
@@ -287,44 +286,45 @@ def _slim(**options: Any) -> Method:
     return Method(Slim, options)
 
 
-METHODS = {
-    "lora": Method(Lora),
-    # This decay kept the target score and halved the divergence (benchmarks/LOG.md, 2026-11-22).
-    "lora-wd": Method(Lora, {"weight_decay": 30.0}),
-    "lora-kl": Method(Lora, {"kl": 1.0}),
-    "lora-own": Method(LoraTexts),
-    "lora-late": Method(LoraLate),
-    "lora-attn": Method(LoraAttention),
-    "dora": Method(Dora),
-    "moe": _slim(
-        strength=1.0, n_identity=0, clustering=False, yielding=False, merging=False, l1=0.0
-    ),
-    "slim": _slim(),
-    "slim-no-identity": _slim(n_identity=0, yielding=False),
-    "slim-no-router": _slim(router=False),
-    "slim-no-clustering": _slim(distance="whitened", clustering=False),
-    "slim-no-yielding": _slim(yielding=False),
-    "slim-no-merging": _slim(merging=False),
-    "slim-no-l1": _slim(l1=0.0),
-    "slim-whitened": _slim(distance="whitened"),
-    "slim-paper": _slim(
-        strength=1.0,
-        distance="max",
-        fit_on="all",
-        skip_first=0.0,
-        yield_at="module",
-        margin=0.0,
-    ),
-    "slim-max": _slim(distance="max"),
-    "slim-rms": _slim(distance="rms"),
-    "slim-all-tokens": _slim(fit_on="all"),
-    "slim-by-module": _slim(yield_at="module"),
-    "slim-all-layers": _slim(skip_first=0.0),
-    "slim-mask": _slim(merge_inference="mask"),
-}
+METHODS = Registry(
+    "tuning method",
+    {
+        "lora": Method(Lora),
+        # It kept the target score and halved the divergence (benchmarks/LOG.md, 2026-11-22).
+        "lora-wd": Method(Lora, {"weight_decay": 30.0}),
+        "lora-kl": Method(Lora, {"kl": 1.0}),
+        "lora-own": Method(LoraTexts),
+        "lora-late": Method(LoraLate),
+        "lora-attn": Method(LoraAttention),
+        "dora": Method(Dora),
+        "moe": _slim(
+            strength=1.0, n_identity=0, clustering=False, yielding=False, merging=False, l1=0.0
+        ),
+        "slim": _slim(),
+        "slim-no-identity": _slim(n_identity=0, yielding=False),
+        "slim-no-router": _slim(router=False),
+        "slim-no-clustering": _slim(distance="whitened", clustering=False),
+        "slim-no-yielding": _slim(yielding=False),
+        "slim-no-merging": _slim(merging=False),
+        "slim-no-l1": _slim(l1=0.0),
+        "slim-whitened": _slim(distance="whitened"),
+        "slim-paper": _slim(
+            strength=1.0,
+            distance="max",
+            fit_on="all",
+            skip_first=0.0,
+            yield_at="module",
+            margin=0.0,
+        ),
+        "slim-max": _slim(distance="max"),
+        "slim-rms": _slim(distance="rms"),
+        "slim-all-tokens": _slim(fit_on="all"),
+        "slim-by-module": _slim(yield_at="module"),
+        "slim-all-layers": _slim(skip_first=0.0),
+        "slim-mask": _slim(merge_inference="mask"),
+    },
+)
 """Name → tuner and options. Summaries are in ``budwood.catalogue``."""
-
-TUNERS = Registry("tuning method", METHODS)  # type: ignore[arg-type]
 
 
 def parse_tuner(text: str) -> Tuner:
@@ -362,7 +362,7 @@ def method_of(text: str) -> Method:
     """
     if not isinstance(text, str):
         raise InputError(f"method={text!r}; give a name such as 'slim'")
-    return TUNERS.get(text.partition(":")[0].strip())
+    return METHODS.get(text.partition(":")[0].strip())
 
 
 def is_ablation(text: str) -> bool:
@@ -416,17 +416,3 @@ def _value(text: str) -> Any:
 def _needs_texts(config: SlimConfig) -> bool:
     """Whether the distance is fitted to self-generated texts as well."""
     return config.yielding and config.distance == "discriminant"
-
-
-def _check_texts(value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"texts={value!r}; give a number of texts, at least {least}")
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value < 1:
-        raise InputError(f"{name}={value!r}; give a fraction in [0, 1)")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

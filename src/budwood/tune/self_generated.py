@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.files import read_json, write_text
 from budwood.progress import Progress, silent
+from budwood.tune.base_model import fingerprint_of
 from budwood.tune.encoding import (
     IGNORED,
     EncodedExample,
     Padded,
     pad_of,
     prompt_tokens,
+    token_rows,
     tokens_before_request,
 )
 from budwood.tune.observe import evaluating
@@ -27,6 +30,8 @@ from budwood.unwrap import innermost
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
 """Longest request and reply, in tokens."""
+_FEWEST_OF = 0.5
+"""Least fraction of the texts in a file that does not say how many were asked for."""
 
 
 def self_generate(
@@ -84,11 +89,51 @@ def self_generate(
 def cached_texts(
     file: Path, model: Any, tokenizer: Any, n_texts: int, progress: Progress = silent
 ) -> list[EncodedExample]:
-    """Read self-generated texts from a file; generate and write them if there is none."""
+    """Read self-generated texts from a file; generate and write them if there is none.
+
+    Args:
+        file: holds the texts, and what they were made with.
+        model: the base model, or a PEFT model whose adapter is fresh or off.
+        tokenizer: of the model.
+        n_texts: number of texts.
+        progress: called after each batch.
+
+    Raises:
+        InputError: the file is none of self-generated texts, or its texts are of another model,
+            tokenizer or number.
+    """
+    made_with = {
+        "model": fingerprint_of(innermost(model)),
+        "tokenizer": _digest(tokenizer.get_vocab()),
+        "n": n_texts,
+    }
     if not file.exists():
         texts = self_generate(model, tokenizer, n_texts, progress=progress)
-        write_text(file, json.dumps(texts))
-    return read_json(file)
+        write_text(file, json.dumps({**made_with, "texts": texts}))
+    return _texts_of(read_json(file), file, made_with)
+
+
+def _texts_of(saved: Any, file: Path, made_with: dict[str, Any]) -> list[EncodedExample]:
+    """The texts in a file; older files hold a plain list."""
+    if isinstance(saved, list):
+        n = made_with["n"]
+        if not n * _FEWEST_OF <= len(saved) <= n:  # requests that came out empty were left out
+            saved = {**made_with, "n": len(saved)}
+        else:
+            saved = {**made_with, "texts": saved}
+    if not isinstance(saved, dict):
+        raise InputError(f"{file} holds no self-generated texts; give another file, or remove it")
+    for key, value in made_with.items():
+        if saved.get(key) != value:
+            raise InputError(
+                f"{file} holds texts with {key}={saved.get(key)!r}, and {key}={value!r} is needed; "
+                "give another file, or remove it"
+            )
+    return token_rows(saved.get("texts") or [], f"the texts in {file}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def replies(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from budwood.checks import need_at_least, need_seed
+from budwood.checks import need_int, need_number, need_seed
 from budwood.errors import InputError, UnknownNameError
 
 SCHEDULES = (
@@ -46,7 +46,7 @@ class Settings:
         checkpointing: recompute activations in the backward pass, to save memory.
 
     Raises:
-        InputError: a value is outside its range.
+        InputError: a value is of another type, or outside its range.
         UnknownNameError: there is no such schedule.
     """
 
@@ -67,28 +67,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "max_length", "save_every", "log_every"):
-            self._check_count(name, 1)
-        for name in ("steps", "probe_every", "seed"):
-            self._check_count(name, 0)
-        numbers = {"epochs": self.epochs, "max_grad_norm": self.max_grad_norm}
-        numbers |= {} if self.lr is None else {"lr": self.lr}
-        for name, value in numbers.items():
-            if not 0 < value < math.inf:
-                raise InputError(f"{name}={value} must be a number above 0")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup={self.warmup} is outside [0, 1)")
+            need_int(1, **{name: getattr(self, name)})
+        need_int(0, steps=self.steps, probe_every=self.probe_every)
+        need_int(None, seed=self.seed)
+        need_seed(self.seed)
+        above = {"epochs": self.epochs, "max_grad_norm": self.max_grad_norm}
+        above |= {} if self.lr is None else {"lr": self.lr}
+        need_number(lambda value: 0 < value < math.inf, "number above 0", **above)
+        need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", warmup=self.warmup)
+        if not isinstance(self.checkpointing, bool):
+            raise InputError(f"checkpointing={self.checkpointing!r}; give True or False")
         if self.schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
             raise UnknownNameError(f"unknown schedule {self.schedule!r}; known: {known}")
-
-    def _check_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{name}={value!r}; give an int of at least {least}")
-        if name == "seed":
-            need_seed(value)
-        else:
-            need_at_least(least, **{name: value})
 
 
 def default_lr(model: Any) -> float:

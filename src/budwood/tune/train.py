@@ -16,7 +16,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PrinterCallback
 
-from budwood.errors import DivergedError, InputError
+from budwood.checks import need_number
+from budwood.errors import DivergedError, InputError, OutputError
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder
 from budwood.tune.base_model import fingerprint_of
@@ -27,6 +28,16 @@ from budwood.tune.trainer import AnswerTrainer, Probe, RunWatch, is_slim, tell_s
 
 _KL_POSITIONS = 48
 """Positions of the prompt, counted from its end, at which ``kl`` compares with the base model."""
+
+WITHOUT_EFFECT = frozenset(
+    (
+        *("log_every", "save_every", "save_strategy", "save_total_limit", "save_on_each_node"),
+        *("report_to", "run_name", "project", "trackio_space_id", "logging_first_step"),
+        *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm"),
+        *("skip_memory_metrics", "torch_empty_cache_steps", "ddp_timeout"),
+    )
+)
+"""Settings and arguments of the Trainer that do not change the weights: a run may change them."""
 
 
 def train(
@@ -70,12 +81,17 @@ def train(
         DivergedError: the loss, a gradient or a layer's input was NaN or infinite; the message
             names the last good checkpoint.
         InputError: as :func:`check_trainable`, or the model is split up by FSDP1 or DeepSpeed.
-        OutputError: another process is at this run.
+        OutputError: another process is at this run, or has just finished it.
     """
     if folder.is_complete:
         return folder.history()
     check_trainable(model)
     with folder.claimed() if processes(model).is_main_process else nullcontext():
+        if folder.is_complete:
+            raise OutputError(
+                f"another process has just finished the run in {folder.path}; repeat the call, "
+                "which loads its adapter"
+            )
         start = _resume_from(folder, model)
         watch = RunWatch(folder, settings, progress, probe)
         n_before = _KL_POSITIONS if kl and not texts else 0
@@ -180,8 +196,7 @@ def weaken(model: Any, strength: float) -> None:
     Raises:
         InputError: the strength is out of range, or no LoRA or SLIM adapter is active.
     """
-    if not 0 < strength <= 1:
-        raise InputError(f"strength={strength!r}; give a number above 0 and up to 1")
+    need_number(lambda value: 0 < value <= 1, "number above 0 and up to 1", strength=strength)
     if strength == 1:
         return
     ends = tuple(

@@ -237,16 +237,16 @@ class RunWatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        if state.global_step == state.max_steps:
-            # The adapter itself is saved next. A run that is interrupted before that would resume
-            # from a checkpoint after the last step with one step too many.
-            control.should_save = False
+        _save_no_last_checkpoint(state, control)
         self.progress(state.global_step, state.max_steps, self.note)
         every = self.settings.probe_every
         if self.probe and every:
             step = state.global_step
             if step % every == 0 or step == state.max_steps:
                 self.take_probe(kwargs["model"], step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _save_no_last_checkpoint(state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -275,6 +275,16 @@ class RunWatch(TrainerCallback):
         measured = self.probe(model, step) if self.probe else {}
         if PartialState().is_main_process:
             self.folder.note({"step": step, "probe": measured})
+
+
+def _save_no_last_checkpoint(state: Any, control: Any) -> None:
+    """Keep the Trainer from writing a checkpoint after the last step.
+
+    The adapter itself is saved next. A run that is interrupted before that would resume from such a
+    checkpoint with one step too many.
+    """
+    if state.global_step >= state.max_steps:
+        control.should_save = False
 
 
 class _Observer:
