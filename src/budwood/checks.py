@@ -62,7 +62,7 @@ def need_number(allowed: Callable[[float], bool], what: str, **values: Any) -> N
     """
     for name, value in values.items():
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_number and allowed(value)):
+        if not (is_number and allowed(float(value))):
             raise InputError(f"{name}={value!r}; give a {what}")
 
 
