@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -427,6 +429,13 @@ def test_what_cannot_be_honoured_is_refused(tmp_path, changes, reason):
     given = {"output_dir": str(tmp_path / "out"), "use_cpu": True, **changes}
     with pytest.raises(InputError, match=reason):
         run(tmp_path / "out", args=TrainingArguments(**given))
+
+
+def test_numbers_of_numpy_are_plain_numbers_in_the_run(tmp_path):
+    numbers = {"lr": 3e-3, "warmup": 0.5, "epochs": 1.0}
+    settings = Settings(**{name: np.float32(value) for name, value in numbers.items()})
+    kept = json.loads(json.dumps(dataclasses.asdict(settings)))
+    assert {name: kept[name] for name in numbers} == pytest.approx(numbers)
 
 
 def test_bad_settings(tmp_path):

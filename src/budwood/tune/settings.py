@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from budwood.checks import need_int, need_number, need_seed
+from budwood.checks import need_int, need_number, need_positive, need_seed
 from budwood.errors import InputError, UnknownNameError
 
 SCHEDULES = (
@@ -73,8 +72,11 @@ class Settings:
         need_seed(self.seed)
         above = {"epochs": self.epochs, "max_grad_norm": self.max_grad_norm}
         above |= {} if self.lr is None else {"lr": self.lr}
-        need_number(lambda value: 0 < value < math.inf, "number above 0", **above)
+        need_positive(**above)
         need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", warmup=self.warmup)
+        for name in (*above, "warmup"):  # NumPy's numbers are not JSON values
+            if not isinstance(getattr(self, name), (int, float)):
+                object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.checkpointing, bool):
             raise InputError(f"checkpointing={self.checkpointing!r}; give True or False")
         if self.schedule not in SCHEDULES:
