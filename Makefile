@@ -39,7 +39,7 @@ demo: $(STAMP)
 	$(BIN)/budwood demo
 	@rm -rf $(TUNED) budwood-demo/points
 	@echo; echo "2 of 3. Fine-tuning: what a model learns from 48 examples, and what it keeps of the rest"
-	$(BIN)/budwood tune $(EXAMPLES)/train.jsonl --output $(TUNED) --steps 40 --batch 12 --lr 3e-3
+	$(BIN)/budwood tune $(EXAMPLES)/train.jsonl --output $(TUNED) --steps 20 --batch 12 --lr 8e-3
 	$(BIN)/budwood tune eval $(TUNED) --target $(EXAMPLES)/test.jsonl --general $(EXAMPLES)/general.jsonl --prompts 12
 	@echo; echo "3 of 3. Point clouds: objects of 32 points, before and after adaptation"
 	$(BIN)/budwood points demo --dir budwood-demo/points

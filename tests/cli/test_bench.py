@@ -94,7 +94,7 @@ def test_show_several_side_by_side(budwood, tmp_path):
         (["--across", "n"], "two rows are a with n 64"),
         (["--across", "m"], "unknown column 'm'; known: kind, method, n, top"),
         (["--where", "kind=z"], "no row has kind=z; there are x, y"),
-        (["--where", "kind"], "'kind' is no condition; write key=value"),
+        (["--where", "kind"], "--where 'kind': write key=value"),
         (["--where", "size=1"], "unknown column 'size'"),
         (["--plot", tmp_path / "b.png"], "--plot needs --across, and two --columns"),
         (
