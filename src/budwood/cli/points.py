@@ -44,10 +44,7 @@ def adapt(
     embeddings: clouds.Embeddings = None,
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
-    method: Annotated[
-        str,
-        typer.Option(callback=options._known_adaptations, help="One of `budwood ls adaptations`."),
-    ] = "sparse-lora",
+    method: options.Adaptation = "sparse-lora",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None,
