@@ -174,18 +174,10 @@ def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None
     """Refuse inputs that cannot be cut in step with the prompt.
 
     Raises:
-        AttachError: a filled cache from an earlier call, or a video beside images.
-        InputError: explicit positions, or an attention mask that is not 2-D.
+        AttachError: a video beside images.
     """
-    cache = inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise AttachError(
-            "past_key_values is filled and there are images to prune: positions in the cache and "
-            "in the prompt no longer agree; start from an empty cache, or detach"
-        )
     if any(inputs.get(name) is not None for name in video_inputs):
         raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
-    refuse_explicit(inputs)
 
 
 def refuse_explicit(inputs: dict[str, Any]) -> None:

@@ -20,15 +20,23 @@ from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
 from budwood.prune.report import ImageReport, Timing
 from budwood.prune.selection import Selection, select, usable
+from budwood.prune.turns import (
+    CachedPrompt,
+    counted_in_front,
+    images_per_row,
+    misfit,
+    new_pictures,
+)
 
 _SaliencyOf = Callable[[Sequence[Layout]], Sequence[Tensor | None]]
 _IGNORED_LABEL = -100
-_FILLS = {
+FILLS = {
     "attention_mask": 0,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
     "labels": _IGNORED_LABEL,
 }
+"""Inputs with an entry per token beside the ids, and what padding gets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +50,7 @@ class Cut:
         report: one entry per image.
         usable: where the device is not waited for, whether each image's features were finite.
         timing: what it took.
+        n_images: images in each row, with those that the cache held before.
     """
 
     inputs: dict[str, Any]
@@ -49,6 +58,7 @@ class Cut:
     report: list[ImageReport]
     usable: list[Tensor]
     timing: Timing
+    n_images: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +85,17 @@ class Pruner:
     exact_timing: bool = False
     encoded: Encoded | None = None
 
-    def cut(self, inputs: dict[str, Any], pad: int) -> Cut:
+    def cut(self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None) -> Cut:
         """Encode the images once, choose, and shorten everything that has an entry per token.
 
-        Prompts are read before the encoder runs, so that reading does not wait for it.
+        Prompts are read before the encoder runs, so that reading does not wait for it. In a later
+        turn the tokens that the cache holds stay as they are, and the new images are pruned.
 
         Args:
             inputs: keyword arguments of ``generate`` or ``forward``, with ``input_ids``,
                 ``attention_mask`` and images.
             pad: token id for new padding.
+            held: what the cache holds, the first tokens of ``input_ids``; None if it is empty.
 
         Raises:
             InputError: placeholders and images do not match, or features have NaN (CPU).
@@ -91,14 +103,16 @@ class Pruner:
         """
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
         answers = _answers(inputs.get("labels"), len(ids))
+        n_held = held.n_seen if held else 0
+        fresh = ids.clone()
+        fresh[:, :n_held] = -1  # no placeholders, whatever stands there
 
         started = self._now()
-        features, saliency_of = self._encode(inputs)
+        given, features, layouts, saliency_of = self._read(inputs, fresh, held)
         encoded_at = self._now()
 
-        layouts = self.family.layouts(inputs, features)
         lengths = [layout.n_placeholders for layout in layouts]
-        images = locate_images(ids, self.family.image_token_id, lengths)
+        images = locate_images(fresh, self.family.image_token_id, lengths)
         with torch.no_grad():
             asked = self._questions(ids, mask, images, answers)
             visual = list(map(_candidates, features, layouts))
@@ -112,9 +126,9 @@ class Pruner:
         kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
         places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
-        pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs))
-        positions = self.family.positions(inputs, ids, mask)
-        shorter = self._shorten(inputs, pruned, pad, positions)
+        pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs), n_held)
+        positions = self._positions(given, ids, mask, held)
+        shorter = self._shorten(given, pruned, pad, positions, held)
         left = [image[indices] for image, indices in zip(features, kept)]
         shorter["mm_encoder_outputs"] = image_outputs(left)
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
@@ -125,7 +139,25 @@ class Pruner:
             [self._describe(number, *image) for number, image in enumerate(described)],
             checks,
             Timing(1e3 * (encoded_at - started), 1e3 * (self._now() - encoded_at)),
+            images_per_row([image.row for image in images], len(ids), held),
         )
+
+    def _read(
+        self, inputs: dict[str, Any], fresh: Tensor, held: CachedPrompt | None
+    ) -> tuple[dict[str, Any], list[Tensor], list[Layout], _SaliencyOf]:
+        """Encode the images whose placeholders are in ``fresh``; the inputs come back with those.
+
+        Inputs of a later turn may have images that the cache holds; those are not encoded.
+        """
+        is_new = fresh == self.family.image_token_id
+        sets = new_pictures(self.family, inputs, held, is_new.any(1)) if held else iter([inputs])
+        for given in sets:
+            features, saliency_of = self._encode(given)
+            layouts = self.family.layouts(given, features)
+            n_needed = sum(layout.n_placeholders for layout in layouts)
+            if held is None or n_needed == is_new.sum():
+                return given, features, layouts, saliency_of
+        raise misfit(int(is_new.sum()), len(self.family.pictures(inputs)))
 
     def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SaliencyOf]:
         """Features of each image, and a function that gives their saliency, which takes longer."""
@@ -196,14 +228,39 @@ class Pruner:
             validate=visual.device.type == "cpu",
         )
 
+    def _positions(
+        self, inputs: dict[str, Any], ids: Tensor, mask: Tensor, held: CachedPrompt | None
+    ) -> Tensor | None:
+        """Coordinates of the whole prompt, for models that have some, shape (n_axes, batch, n).
+
+        Behind what a cache holds they continue after its largest; there they are zeros.
+        """
+        if held is None:
+            return self.family.positions(inputs, ids, mask)
+        inputs = inputs | {
+            name: inputs[name][:, held.n_seen :]
+            for name in ("token_type_ids", "mm_token_type_ids")
+            if inputs.get(name) is not None
+        }
+        behind = self.family.positions(inputs, ids[:, held.n_seen :], mask[:, held.n_seen :])
+        if behind is None:
+            return None
+        start = held.next_position.to(behind.device)
+        return torch.nn.functional.pad(behind + start, (held.n_seen, 0))
+
     def _shorten(
-        self, inputs: dict[str, Any], pruned: Pruned, pad: int, positions: Tensor | None
+        self,
+        inputs: dict[str, Any],
+        pruned: Pruned,
+        pad: int,
+        positions: Tensor | None,
+        held: CachedPrompt | None,
     ) -> dict[str, Any]:
         """Drop the pictures from the inputs, and cut every tensor with an entry per token."""
         shorter = {
             name: value for name, value in inputs.items() if name not in self.family.encoder_inputs
         }
-        for name, fill in {"input_ids": pad, **_FILLS}.items():
+        for name, fill in {"input_ids": pad, **FILLS}.items():
             if shorter.get(name) is not None:
                 shorter[name] = pruned.take(shorter[name], fill)
         if isinstance(inputs.get("logits_to_keep"), Tensor):
@@ -211,12 +268,12 @@ class Pruner:
         if positions is not None:
             device = pruned.index.device
             positions = pruned.take(positions.to(device, non_blocking=True), 0)
-            seen = shorter["attention_mask"]
-            self.family.placed(positions, seen)
-            # Counted positions go in front: the model builds its mask from those, and gaps in them
-            # would pass for several packed sequences.
-            counted = (seen.long().cumsum(-1) - 1).clamp(min=0)
-            shorter["position_ids"] = torch.cat((counted[None], positions))
+        if held is not None:
+            shorter |= held.followed(shorter, positions)
+        elif positions is not None:
+            shorter["position_ids"] = counted_in_front(positions, shorter["attention_mask"])
+        if positions is not None:
+            self.family.placed(shorter["position_ids"][1:], shorter["attention_mask"])
         return shorter
 
     def _describe(

@@ -93,6 +93,8 @@ class Call:
         origin: position in the given prompt of each token that the LLM saw, -1 for padding, int64,
             shape (batch, n_kept); None if the call had no images.
         whole_video: whether the call had a video, all of whose tokens were kept.
+        n_cached_images: images that ``past_key_values`` held already. They stay as they were pruned
+            in their turn, and the report is about the others.
 
     Args:
         report: one entry per image, in the order of the batch.
@@ -100,6 +102,7 @@ class Call:
         timing: of the call.
         origin: of the call.
         whole_video: whether there was a video.
+        n_cached_images: images in the cache.
     """
 
     def __init__(
@@ -109,10 +112,12 @@ class Call:
         timing: Timing | None = None,
         origin: Tensor | None = None,
         whole_video: bool = False,
+        n_cached_images: int = 0,
     ) -> None:
         self.timing = timing or Timing()
         self.origin = origin
         self.whole_video = whole_video
+        self.n_cached_images = n_cached_images
         self._report, self._usable = list(report), list(usable)
 
     @property

@@ -7,9 +7,10 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ from budwood.prune.generation import (
 )
 from budwood.prune.methods.base import Method
 from budwood.prune.methods.scores import Common
-from budwood.prune.pruner import Pruner
+from budwood.prune.pruner import FILLS, Pruner
 from budwood.prune.question import Question, QuestionRule
 from budwood.prune.report import Call, ImageReport, Timing
 from budwood.prune.selection import resolve_method
-from budwood.prune.turns import CachedPrompt, cached_prompt, refuse_new_images
+from budwood.prune.turns import (
+    CachedPrompt,
+    cached_prompt,
+    is_filled,
+    length_of,
+    orphan,
+    unpruned_prompt,
+)
 from budwood.unwrap import compiled_around, innermost
 
 _ABSENT = object()
@@ -145,6 +153,9 @@ class PruneSession:
         self.pruner = pruner
         self._saved: dict[str, Any] = {}
         self._calls = Calls()
+        self._caches: WeakSet[Any] = WeakSet()
+        self._lock = threading.Lock()
+        self._n_running = 0
         self._warned_of_video = False
         self._override("generate", self._generate)
         if forward:
@@ -166,16 +177,49 @@ class PruneSession:
         self.detach()
 
     def detach(self) -> None:
-        """Leave the model as it was found. The report stays readable; twice does no harm."""
-        if not self._saved:
-            return
-        for name, before in self._saved.items():
-            if before is _ABSENT:
-                delattr(self.model, name)
-            else:
-                setattr(self.model, name, before)
-        self._saved = {}
+        """Leave the model as it was found. The report stays readable; twice does no harm.
+
+        Calls that run in other threads end as they began, pruned. Caches that hold a pruned prompt
+        refuse to be used from then on, until a new session is attached.
+        """
+        with self._lock:
+            saved, self._saved = self._saved, {}
+            for name, before in saved.items():
+                if before is _ABSENT:
+                    delattr(self.model, name)
+                else:
+                    setattr(self.model, name, before)
+            if saved and not self._n_running:
+                self._release()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[bool]:
+        """A call of the model, which is to be pruned if this session is attached.
+
+        What a call changes in the model is put back when the last one has ended.
+        """
+        with self._lock:
+            attached = bool(self._saved)
+            self._n_running += 1
+        try:
+            yield attached
+        finally:
+            with self._lock:
+                self._n_running -= 1
+                if not self._saved and not self._n_running:
+                    self._release()
+
+    def _release(self) -> None:
         self.pruner.family.release()
+        for cache in self._caches:
+            orphan(cache)
+        self._caches.clear()
+
+    def _note(self, prompt: CachedPrompt, cache: Any) -> None:
+        """Write on a cache which prompt it holds."""
+        prompt.note(cache)
+        with contextlib.suppress(TypeError), self._lock:  # None and tuples have no weak references
+            self._caches.add(cache)
 
     def _override(self, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(self.model, name)
@@ -224,7 +268,8 @@ class PruneSession:
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         self._calls.begin()
-        ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
         if ids is None or (cached is None and not _has_images(kwargs)):
             self._say_videos(kwargs)
             self._calls.note(kwargs.get("streamer"))
@@ -234,50 +279,93 @@ class PruneSession:
         kwargs["input_ids"] = ids
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = prompt_mask(ids, kwargs, self.model)
-        cut = self._cut_prompt(kwargs) if cached is None else self._continued(kwargs, cached)
-        prompt = CachedPrompt.of(ids, cut)
-        prompt.note(kwargs.get("past_key_values"))
+        refuse_explicit(kwargs)
+        if cached is None and is_filled(cache):
+            placeholders = self.pruner.family.wrapping_ids
+            cached = unpruned_prompt(cache, ids, kwargs["attention_mask"], self.model, placeholders)
+        pad = pad_token(kwargs, self.model)
+        with torch.no_grad():
+            cut, prompt = self._continued(kwargs, cached, pad) if cached else self._cut(kwargs, pad)
+        self._note(prompt, cache)
         n_pruned = cut["input_ids"].shape[1]
         swap = PromptSwap(ids, n_pruned)
         shorten_limits(cut, self.model, ids.shape[1] - n_pruned)
         self._calls.note(kwargs.get("streamer"))
         swap.wrap(cut)
         output = swap.restored(original(**cut))
-        prompt.note(getattr(output, "past_key_values", None))
+        self._note(prompt, getattr(output, "past_key_values", None))
         return self._calls.note(output)
 
-    def _cut_prompt(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        refuse_inputs(kwargs, self.pruner.family.video_inputs)
-        with torch.no_grad():
-            return self._cut(kwargs, pad_token(kwargs, self.model))
-
-    def _continued(self, kwargs: dict[str, Any], cached: CachedPrompt) -> dict[str, Any]:
-        """A later turn: what the cache holds stays as it was pruned, the rest is fed whole."""
-        family = self.pruner.family
-        refuse_explicit(kwargs)
-        refuse_new_images(kwargs["input_ids"], cached, family.image_token_id)
-        n_cached = kwargs["past_key_values"].get_seq_length()
-        dropped = {*family.encoder_inputs, "mm_token_type_ids", "token_type_ids"}
-        cut = {name: value for name, value in kwargs.items() if name not in dropped}
-        return cut | cached.extended(kwargs["input_ids"], kwargs["attention_mask"], n_cached)
+    def _continued(
+        self, kwargs: dict[str, Any], cached: CachedPrompt, pad: int
+    ) -> tuple[dict[str, Any], CachedPrompt]:
+        """A later turn: what the cache holds stays as it was, new images are pruned."""
+        family, ids, mask = self.pruner.family, kwargs["input_ids"], kwargs["attention_mask"]
+        n_cached = length_of(kwargs["past_key_values"])
+        held = cached.held(ids, mask, n_cached, family.image_token_id)
+        n_new = int((ids[:, held.n_seen :] == family.image_token_id).sum())
+        if not n_new:
+            self._calls.last = Call(n_cached_images=sum(held.n_images))
+            prompt = held.extended(ids, mask)
+            dropped = {*family.encoder_inputs, "mm_token_type_ids", "token_type_ids"}
+            given = {**kwargs, **prompt.inputs}
+            return {name: x for name, x in given.items() if name not in dropped}, prompt
+        if not _has_images(kwargs):
+            raise InputError(
+                f"the new turn has {n_new} image placeholders and no image is given; give all "
+                "images of the conversation, or only the new ones"
+            )
+        return self._cut(kwargs, pad, held)
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
         if ids is None or not _has_images(kwargs):  # among others every step inside generate()
-            if cached is not None and kwargs.get("attention_mask") is not None:
-                kwargs["attention_mask"] = cached.mask(kwargs["attention_mask"], kwargs)
+            if cached is not None:
+                self._note(cached, cache)
+                kwargs |= cached.step(kwargs)
             return original(**kwargs)
         self._calls.begin()
-        refuse_inputs(kwargs, self.pruner.family.video_inputs)
-        if kwargs.get("attention_mask") is None:
+        refuse_explicit(kwargs)
+        pad, held, n_cached = pad_token({}, self.model), None, 0
+        if is_filled(cache):
+            if cached is None:
+                raise AttachError(
+                    "past_key_values was filled by a call without images, and forward() does not "
+                    "say what it holds; call generate(), or start from an empty cache"
+                )
+            self._note(cached, cache)
+            kwargs, n_cached = cached.before(kwargs, pad, FILLS), length_of(cache)
+            n_new = ids.shape[1]
+            held = cached.extended(
+                kwargs["input_ids"][:, :-n_new], kwargs["attention_mask"][:, :-n_new]
+            )
+        elif kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
-        cut = self._cut(kwargs, pad_token({}, self.model))
+        cut, prompt = self._cut(kwargs, pad, held)
+        if cut.get("position_ids") is None:  # counted as generate() counts them
+            cut["position_ids"] = (cut["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        for name in ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids"):
+            if cut.get(name) is not None:
+                cut[name] = cut[name][..., n_cached:]
         for hook in self.model._forward_pre_hooks.values():  # they saw the whole prompt
             if hasattr(hook, "note_inputs"):
                 hook.note_inputs((), cut)
         output = original(**cut)
-        CachedPrompt.of(ids, cut).note(getattr(output, "past_key_values", None))
+        self._note(prompt, getattr(output, "past_key_values", None))
         return self._calls.note(output)
+
+    def _cut(
+        self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None
+    ) -> tuple[dict[str, Any], CachedPrompt]:
+        """Prune the images of a call that no cache holds, and say what a cache then holds."""
+        refuse_inputs(inputs, self.pruner.family.video_inputs)
+        cut = self.pruner.cut(inputs, pad, held)
+        n_held = sum(held.n_images) if held else 0
+        self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin, False, n_held)
+        return cut.inputs, CachedPrompt.of(
+            inputs["input_ids"], cut.inputs, cut.n_images, self.model
+        )
 
     def _say_videos(self, kwargs: dict[str, Any]) -> None:
         """Warn once that a video goes to the LLM whole, and note it for the report."""
@@ -287,11 +375,6 @@ class PruneSession:
             if not self._warned_of_video:
                 warnings.warn("videos are not pruned: all their tokens are kept", stacklevel=4)
             self._warned_of_video = True
-
-    def _cut(self, inputs: dict[str, Any], pad: int) -> dict[str, Any]:
-        cut = self.pruner.cut(inputs, pad)
-        self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin)
-        return cut.inputs
 
 
 class Override:
@@ -321,8 +404,9 @@ class Override:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(self._names, args, strict=False))
-        return self._replacement(self._original, {**named, **kwargs})
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        with self.budwood_session.running() as attached:
+            return self._replacement(self._original, named) if attached else self._original(**named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.budwood_session.model, self._name)

@@ -10,7 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from budwood.errors import AttachError
 from budwood.prune.saliency import Recorder
+
+_PER_IMAGE = ("image_sizes",)
+"""Inputs with one entry per image that may come as lists."""
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 """The view of an encoder that sees the whole picture."""
@@ -119,6 +123,29 @@ class Family(ABC):
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels by which each image is known again, one tensor per image."""
         return list(inputs["pixel_values"])
+
+    def only(self, inputs: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
+        """The encoder's inputs of some images, given those of all.
+
+        Args:
+            inputs: what the model was called with.
+            images: their numbers among the images of ``inputs``.
+
+        Raises:
+            AttachError: an input does not have one entry per image.
+        """
+        n_images, some = len(self.pictures(inputs)), {}
+        for name in self.encoder_inputs:
+            value = inputs.get(name)
+            if value is None or not (isinstance(value, Tensor) or name in _PER_IMAGE):
+                continue  # an option of the encoder
+            if len(value) != n_images:
+                raise AttachError(
+                    f"{name} has {len(value)} entries for {n_images} images, so the new ones "
+                    "cannot be told from those in past_key_values; give only the new images"
+                )
+            some[name] = value[images] if isinstance(value, Tensor) else [value[i] for i in images]
+        return some
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:

@@ -44,6 +44,13 @@ class Qwen25VL(Family):
         lengths = inputs["image_grid_thw"].prod(-1).tolist()
         return list(inputs["pixel_values"].split(lengths))
 
+    def only(self, inputs: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
+        pictures = self.pictures(inputs)
+        return {
+            "pixel_values": torch.cat([pictures[i] for i in images]),
+            "image_grid_thw": inputs["image_grid_thw"][list(images)],
+        }
+
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         config = self.model.config.vision_config
         window = config.window_size // config.spatial_merge_size // config.patch_size
