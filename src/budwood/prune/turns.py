@@ -345,8 +345,8 @@ def misfit(n_new: int, n_given: int) -> InputError:
     """The error for pictures that do not fit the placeholders of a later turn."""
     return InputError(
         f"the new turn has {n_new} image placeholders and the {n_given} images given do not "
-        "fit them; give all images of the conversation, or only the new ones (always those for a batch "
-        "with several new images in a row)"
+        "fit them; give all images of the conversation, or only the new ones (always those for a "
+        "batch with several new images in a row)"
     )
 
 
