@@ -99,7 +99,7 @@ class Pruner:
         encoded_at = self._now()
 
         layouts = self.family.layouts(inputs, features)
-        lengths = [layout.n_placeholders for layout in layouts]
+        lengths = [layout.run_lengths for layout in layouts]
         images = locate_images(ids, self.family.image_token_id, lengths)
         with torch.no_grad():
             asked = self._questions(ids, mask, images, answers)

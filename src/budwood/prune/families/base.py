@@ -33,6 +33,8 @@ class Layout:
             if the LLM has the same order.
         grid: rows and columns of the candidates if they form one raster, else None.
         n_crops: crops of equal size that the encoder saw.
+        runs: placeholders of each piece, where other tokens such as timestamps stand between the
+            pieces; empty if they are in one piece.
         whole_crops: features come crop by crop and not as the LLM has them; any placeholder may
             then stand for any feature.
     """
@@ -44,12 +46,18 @@ class Layout:
     order: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
+    runs: tuple[int, ...] = ()
     whole_crops: bool = False
 
     @property
     def n_candidates(self) -> int:
         """Tokens that a method chooses from."""
         return len(self.boxes)
+
+    @property
+    def run_lengths(self) -> tuple[int, ...]:
+        """Placeholders of each piece, also of a single one."""
+        return self.runs or (self.n_placeholders,)
 
     def ordered(self, scores: Tensor) -> Tensor:
         """Move scores from the encoder's order into the LLM's.
