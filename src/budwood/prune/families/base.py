@@ -136,6 +136,13 @@ class Family(ABC):
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Saliency of the candidates, one float32 tensor per image, shape (n_candidates,)."""
 
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        """Keys of the candidates in the layer of the saliency, shape (n_candidates, heads, d_head).
+
+        Asked for before :meth:`saliency`. None where a family does not give them.
+        """
+        return [None] * len(layouts)
+
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).
 
