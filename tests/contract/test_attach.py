@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2VLConfig
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2VLConfig, SiglipVisionConfig
 
 from budwood.errors import (
     AttachError,
@@ -246,6 +246,41 @@ def test_an_unknown_tower_or_layer_is_refused(cases):
             attach(model, compat="official")
     finally:
         cases["llava"].model.config = config
+
+
+@pytest.fixture
+def tower(case):
+    """Name and module of the vision tower, put back afterwards."""
+    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
+    module = getattr(case.model.model, name)
+    yield name, module
+    setattr(case.model.model, name, module)
+
+
+def test_a_replaced_tower_is_refused(case, tower):
+    name, own = tower
+    other = copy.deepcopy(own)
+    other.config = SiglipVisionConfig()
+    for module, kind in ((torch.nn.Linear(2, 3), "Linear"), (other, type(own).__name__)):
+        setattr(case.model.model, name, module)
+        for method in ("adav", "random"):
+            with pytest.raises(UnsupportedModelError, match=f"{name} of .* is a {kind}, which"):
+                attach(case.model, method=method)
+        assert "generate" not in vars(case.model)
+
+
+def test_a_tower_with_other_attention_is_refused(case, tower):
+    name, own = tower
+    setattr(case.model.model, name, copy.deepcopy(own))
+    attention = attach(case.model, keep=3).pruner.family.recorder({}).module
+    case.model.generate.budwood_session.detach()
+    for part in ("k_proj", "qkv"):
+        if hasattr(attention, part):
+            delattr(attention, part)
+    with pytest.raises(UnsupportedModelError, match="the vision tower of .* was changed"):
+        attach(case.model, keep=3)
+    with attach(case.model, keep=3, method="random"):
+        pass
 
 
 def test_attach_tells_a_method_what_words_have_in_common(case, batch):

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -184,6 +184,63 @@ def test_decoding_by_hand_takes_a_mask_of_the_whole_prompt(case):
             )
             answer.append(output.logits[:, -1].argmax(-1))
     assert torch.equal(torch.stack(answer, 1), expected)
+
+
+# Detaching
+
+
+class Gate:
+    """A streamer that waits at the first token until it may go on."""
+
+    def __init__(self):
+        self.reached, self.open = Event(), Event()
+
+    def put(self, value):
+        self.reached.set()
+        assert self.open.wait(60)
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("place", ["encoder", "decoding"])
+@pytest.mark.parametrize("forward", [False, True])
+def test_detaching_while_another_thread_runs(case, prompts, place, forward):
+    """The running call ends as it began; then the model and the cache are as after any detach."""
+    model = case.model
+    model.generate(**prompts[0], **GREEDY)
+    deltas = getattr(model.model, "rope_deltas", None)
+    with attach(model, keep=5, forward=forward):
+        expected = model.generate(**prompts[1], **GREEDY)
+    gate, options = Gate(), GREEDY | {"return_dict_in_generate": True}
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    if place == "encoder":
+        handle = tower.register_forward_hook(lambda *_: gate.put(None))
+    else:
+        handle, options = None, options | {"streamer": gate}
+    session = attach(model, keep=5, forward=forward)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(model.generate, **prompts[1], **options)
+        assert gate.reached.wait(60)
+        session.detach()
+        assert "generate" not in vars(model) and "forward" not in vars(model)
+        gate.open.set()
+        output = call.result(60)
+    if handle:
+        handle.remove()
+    assert torch.equal(output.sequences, expected)
+    assert session.call_of(output).report[0].n_after == 5
+    assert getattr(model.model, "rope_deltas", None) is deltas
+    with pytest.raises(AttachError, match="its session is detached"):
+        output.past_key_values.get_seq_length()
+
+
+def test_a_generate_looked_up_before_detaching_does_not_prune(case, prompts):
+    plain = case.model.generate(**prompts[0], **GREEDY)
+    with attach(case.model, keep=2) as session:
+        generate = case.model.generate
+    assert torch.equal(generate(**prompts[0], **GREEDY), plain)
+    assert session.report == []
 
 
 # Padding on both sides
@@ -375,6 +432,15 @@ def test_a_video_is_kept_whole_and_says_so(cases):
         model.generate(**video, **GREEDY)  # warns once: warnings are errors here
         model.generate(**image, **GREEDY)
         assert session.report[0].n_after == 3
+
+
+def test_a_video_for_a_model_of_pictures_says_so(cases):
+    case = cases["llava"]
+    batch = case.batch([0, words(4, 1)])
+    with attach(case.model, keep=3, forward=True):
+        for call in (case.model.generate, case.model):
+            with pytest.raises(InputError, match="llava takes no videos"):
+                call(**batch, pixel_values_videos=batch["pixel_values"])
 
 
 def test_one_budget_an_image(case, batch):

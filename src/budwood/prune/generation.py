@@ -16,6 +16,8 @@ from transformers import (
 
 from budwood.errors import AttachError, InputError
 
+VIDEO = "pixel_values_videos"
+
 
 class PromptSwap:
     """Puts the original prompt back in front of what was generated after the pruned one.
@@ -178,6 +180,16 @@ def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None
     """
     if any(inputs.get(name) is not None for name in video_inputs):
         raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
+
+
+def refuse_unknown_video(inputs: dict[str, Any], family: Any) -> None:
+    """Refuse a video for a model that takes none, where transformers' forward would ignore it.
+
+    Raises:
+        InputError: there is one.
+    """
+    if inputs.get(VIDEO) is not None and VIDEO not in family.video_inputs:
+        raise InputError(f"{family.model_type} takes no videos, and {VIDEO} is given; leave it out")
 
 
 def refuse_explicit(inputs: dict[str, Any]) -> None:

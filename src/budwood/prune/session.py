@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from budwood.checks import need_seed
-from budwood.errors import AttachError, InputError
+from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.prune.budget import Budgets
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import family_of
@@ -28,6 +28,7 @@ from budwood.prune.generation import (
     refuse_explicit,
     refuse_impossible,
     refuse_inputs,
+    refuse_unknown_video,
     shorten_limits,
 )
 from budwood.prune.methods.base import Method
@@ -117,7 +118,7 @@ def attach(
             f"encode(model, inputs, method={chosen.name!r})"
         )
     if chosen.needs_saliency and encoded is None:
-        _refuse_compiled(family, chosen.name)
+        _refuse_unreadable(family, chosen.name)
     if chosen.needs_vocabulary:
         chosen = chosen.fitted(Common.of_model(model))
     pruner = Pruner(
@@ -200,13 +201,13 @@ class PruneSession:
         """
         with self._lock:
             attached = bool(self._saved)
-            self._n_running += 1
+            self._n_running += attached
         try:
             yield attached
         finally:
             with self._lock:
-                self._n_running -= 1
-                if not self._saved and not self._n_running:
+                self._n_running -= attached
+                if attached and not self._saved and not self._n_running:
                     self._release()
 
     def _release(self) -> None:
@@ -268,6 +269,7 @@ class PruneSession:
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         self._calls.begin()
+        refuse_unknown_video(kwargs, self.pruner.family)
         cache = kwargs.get("past_key_values")
         ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
         if ids is None or (cached is None and not _has_images(kwargs)):
@@ -318,6 +320,7 @@ class PruneSession:
         return self._cut(kwargs, pad, held)
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        refuse_unknown_video(kwargs, self.pruner.family)
         cache = kwargs.get("past_key_values")
         ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
         if ids is None or not _has_images(kwargs):  # among others every step inside generate()
@@ -471,8 +474,17 @@ def _refuse_attached(model: Any) -> None:
         )
 
 
-def _refuse_compiled(family: Any, method: str) -> None:
-    name = compiled_around(family.model.base_model, family.recorder({}).module)
+def _refuse_unreadable(family: Any, method: str) -> None:
+    """Refuse a tower whose attention cannot be read: compiled, or with other modules inside."""
+    try:
+        with family.recorder({}) as recorder:
+            name = compiled_around(family.model.base_model, recorder.module)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the vision tower of {type(family.model).__name__} was changed, and the attention "
+            f"that method {method!r} reads is not there ({error}); put the model's own modules "
+            "back, or choose a method without saliency (budwood ls methods)"
+        ) from None
     if name is not None:
         raise AttachError(
             f"{name} is compiled, which hides the attention that method {method!r} reads; compile "

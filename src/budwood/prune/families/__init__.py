@@ -16,6 +16,9 @@ from budwood.unwrap import wrapper_attribute
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
 
+_TOWERS = ("vision_tower", "visual", "vision_model")
+"""What transformers calls the vision tower of a model's base model."""
+
 __all__ = ["FAMILIES", "Family", "Layout", "family_class", "family_of"]
 
 
@@ -71,4 +74,20 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
+    _refuse_replaced(model, kind)
     return family(model, processor, whole_crops)
+
+
+def _refuse_replaced(model: Any, kind: str) -> None:
+    """Refuse a model whose vision tower is not the one that its configuration describes."""
+    known = model.config.vision_config
+    for name in _TOWERS:
+        tower = getattr(model.base_model, name, None)
+        if tower is not None and type(getattr(tower, "config", None)) is not type(known):
+            raise UnsupportedModelError(
+                f"{name} of {kind} is a {type(tower).__name__}, which is not the "
+                f"{known.model_type!r} of its configuration; put the model's own tower back"
+            )
+        if tower is not None:
+            return
+    raise UnsupportedModelError(f"{kind} has no vision tower ({', '.join(_TOWERS)})")
