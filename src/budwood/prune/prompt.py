@@ -13,47 +13,79 @@ from budwood.errors import InputError
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one image is.
+    """Where one image or video is.
 
     Attributes:
         row: row of the batch.
         start: position of its first placeholder.
         stop: position after its last.
+        runs: first position of each piece and the one after its last, if there are several; empty
+            if all from ``start`` to ``stop`` are placeholders.
     """
 
     row: int
     start: int
     stop: int
+    runs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """Each run of placeholders, at least one."""
+        return self.runs or ((self.start, self.stop),)
+
+    def positions(self, kept: Tensor) -> Tensor:
+        """Positions in the row of placeholders that are counted from the first one.
+
+        Args:
+            kept: int64, shape (n_kept,), on any device.
+        """
+        if not self.runs:
+            return kept + self.start
+        places = torch.cat([torch.arange(*run) for run in self.runs])
+        return places.to(kept.device, non_blocking=True)[kept]
 
 
-def locate_images(ids: Tensor, image_token_id: int, lengths: Sequence[int]) -> list[Placed]:
-    """Find each image's placeholders, images being in the order of the batch.
+def locate_images(
+    ids: Tensor,
+    token_id: int,
+    lengths: Sequence[int],
+    runs: Sequence[Sequence[int]] | None = None,
+    kind: str = "image",
+) -> list[Placed]:
+    """Find the placeholders of each image or video, which are in the order of the batch.
 
     Args:
         ids: prompts, int64, on the CPU, shape (batch, n_tokens).
-        image_token_id: the placeholder.
+        token_id: the placeholder.
         lengths: placeholders per image.
+        runs: placeholders of each of its pieces; None, or empty for one image, if it is in one.
+        kind: what messages call it.
 
     Raises:
         InputError: the prompts have other placeholders than the images need.
     """
-    rows, columns = (ids == image_token_id).nonzero(as_tuple=True)
+    rows, columns = (ids == token_id).nonzero(as_tuple=True)
     if len(rows) != sum(lengths):
         raise InputError(
-            f"the prompts have {len(rows)} image placeholders, the {len(lengths)} images need "
+            f"the prompts have {len(rows)} {kind} placeholders, the {len(lengths)} {kind}s need "
             f"{sum(lengths)}; prepare both with the processor that belongs to the model"
         )
     placed, first = [], 0
     for number, length in enumerate(lengths):
-        last = first + length - 1
-        row, start, stop = int(rows[first]), int(columns[first]), int(columns[last]) + 1
-        if int(rows[last]) != row or stop - start != length:
-            raise InputError(
-                f"the {length} placeholders of image {number} are not in one piece, from row {row} "
-                f"position {start} on; leave no text inside an image and truncate no prompt"
-            )
-        placed.append(Placed(row, start, stop))
-        first += length
+        row = int(rows[first])
+        pieces = []
+        for piece in (runs[number] if runs else ()) or (length,):
+            last = first + piece - 1
+            start, stop = int(columns[first]), int(columns[last]) + 1
+            if int(rows[last]) != row or stop - start != piece:
+                raise InputError(
+                    f"the {piece} placeholders of {kind} {number} are not in one piece, from row "
+                    f"{row} position {start} on; leave no text inside and truncate no prompt"
+                )
+            pieces.append((start, stop))
+            first += piece
+        spread = tuple(pieces) if len(pieces) > 1 else ()
+        placed.append(Placed(row, pieces[0][0], pieces[-1][1], spread))
     return placed
 
 
@@ -149,12 +181,14 @@ def prune_rows(
     stays = from_first.clone() if keep_end else from_first & to_last
     counts = stays.sum(1)
     for image, some in zip(images, kept, strict=True):
-        counts[image.row] += len(some) - int(stays[image.row, image.start : image.stop].sum())
-        stays[image.row, image.start : image.stop] = False
+        counts[image.row] += len(some)
+        for start, stop in image.pieces:
+            counts[image.row] -= int(stays[image.row, start:stop].sum())
+            stays[image.row, start:stop] = False
     length = int(counts.max())
     stays = stays.to(device, non_blocking=True)
     for image, some in zip(images, kept, strict=True):
-        stays[image.row].index_fill_(0, some + image.start, True)
+        stays[image.row].index_fill_(0, image.positions(some), True)
     # A stable sort moves what stays to one end, in order.
     column = torch.arange(length)
     if on_right:
