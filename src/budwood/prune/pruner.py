@@ -143,13 +143,7 @@ class Pruner:
         pruned = prune_rows(mask, placed, places, device, _counts_from_end(inputs))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
-        left = [(one.visuals, one.features[indices]) for one, indices in zip(found, kept)]
-        shorter["mm_encoder_outputs"] = {
-            kind.visuals.kind: kind.visuals.outputs(
-                [some for of, some in left if of is kind.visuals]
-            )
-            for kind in kinds
-        }
+        shorter["mm_encoder_outputs"] = _outputs(found, kept)
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(found, chosen, asked)
         return Cut(
@@ -303,6 +297,14 @@ class Pruner:
         if self.exact_timing and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def _outputs(found: Sequence[_Found], kept: Sequence[Tensor]) -> dict[str, Any]:
+    """Kept features as ``generate`` and ``forward`` take them, by kind."""
+    left: dict[Visuals, list[Tensor]] = {}
+    for one, indices in zip(found, kept):
+        left.setdefault(one.visuals, []).append(one.features[indices])
+    return {visuals.kind: visuals.outputs(features) for visuals, features in left.items()}
 
 
 def _encoded_before(
