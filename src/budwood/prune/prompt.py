@@ -13,80 +13,85 @@ from budwood.errors import InputError
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one image or video is.
+    """Where an image or video is: its placeholders stand in one run, or in several between text.
 
     Attributes:
         row: row of the batch.
-        start: position of its first placeholder.
-        stop: position after its last.
-        runs: first position of each piece and the one after its last, if there are several; empty
-            if all from ``start`` to ``stop`` are placeholders.
+        runs: position of each run's first placeholder and the one after its last, increasing.
     """
 
     row: int
-    start: int
-    stop: int
-    runs: tuple[tuple[int, int], ...] = ()
+    runs: tuple[tuple[int, int], ...]
 
     @property
-    def pieces(self) -> tuple[tuple[int, int], ...]:
-        """Each run of placeholders, at least one."""
-        return self.runs or ((self.start, self.stop),)
+    def start(self) -> int:
+        """Position of the first placeholder."""
+        return self.runs[0][0]
 
-    def positions(self, kept: Tensor) -> Tensor:
-        """Positions in the row of placeholders that are counted from the first one.
+    @property
+    def stop(self) -> int:
+        """Position after the last placeholder."""
+        return self.runs[-1][1]
+
+    def places(self, some: Tensor) -> Tensor:
+        """Positions in the row of some placeholders.
 
         Args:
-            kept: int64, shape (n_kept,), on any device.
+            some: placeholders, counted from the image's first one, int64, shape (n,).
+
+        Returns:
+            On the same device, int64, shape (n,).
         """
-        if not self.runs:
-            return kept + self.start
-        places = torch.cat([torch.arange(*run) for run in self.runs])
-        return places.to(kept.device, non_blocking=True)[kept]
+        if len(self.runs) == 1:
+            return some + self.start
+        table = torch.cat([torch.arange(*run) for run in self.runs])
+        return table.to(some.device, non_blocking=True)[some]
 
 
 def locate_images(
-    ids: Tensor,
-    token_id: int,
-    lengths: Sequence[int],
-    runs: Sequence[Sequence[int]] | None = None,
-    kind: str = "image",
+    ids: Tensor, token_id: int, lengths: Sequence[Sequence[int]], kind: str = "image"
 ) -> list[Placed]:
     """Find the placeholders of each image or video, which are in the order of the batch.
 
     Args:
         ids: prompts, int64, on the CPU, shape (batch, n_tokens).
         token_id: the placeholder.
-        lengths: placeholders per image.
-        runs: placeholders of each of its pieces; None, or empty for one image, if it is in one.
-        kind: what messages call it.
+        lengths: for each image, placeholders of each of its runs.
+        kind: what messages call them, ``"image"`` or ``"video"``.
 
     Raises:
         InputError: the prompts have other placeholders than the images need.
     """
     rows, columns = (ids == token_id).nonzero(as_tuple=True)
-    if len(rows) != sum(lengths):
+    needed = sum(map(sum, lengths))
+    if len(rows) != needed:
         raise InputError(
             f"the prompts have {len(rows)} {kind} placeholders, the {len(lengths)} {kind}s need "
-            f"{sum(lengths)}; prepare both with the processor that belongs to the model"
+            f"{needed}; prepare both with the processor that belongs to the model"
         )
     placed, first = [], 0
-    for number, length in enumerate(lengths):
-        row = int(rows[first])
-        pieces = []
-        for piece in (runs[number] if runs else ()) or (length,):
-            last = first + piece - 1
-            start, stop = int(columns[first]), int(columns[last]) + 1
-            if int(rows[last]) != row or stop - start != piece:
-                raise InputError(
-                    f"the {piece} placeholders of {kind} {number} are not in one piece, from row "
-                    f"{row} position {start} on; leave no text inside and truncate no prompt"
-                )
-            pieces.append((start, stop))
-            first += piece
-        spread = tuple(pieces) if len(pieces) > 1 else ()
-        placed.append(Placed(row, pieces[0][0], pieces[-1][1], spread))
+    for number, runs in enumerate(lengths):
+        row, found = int(rows[first]), []
+        for length in runs:
+            last = first + length - 1
+            found.append((int(columns[first]), int(columns[last]) + 1))
+            if not int(rows[first]) == int(rows[last]) == row or _length(found[-1]) != length:
+                raise InputError(_in_other_pieces(f"{kind} {number}", runs, row, found[0][0]))
+            first += length
+        placed.append(Placed(row, tuple(found)))
     return placed
+
+
+def _length(run: tuple[int, int]) -> int:
+    return run[1] - run[0]
+
+
+def _in_other_pieces(name: str, runs: Sequence[int], row: int, start: int) -> str:
+    pieces = "in one piece" if len(runs) == 1 else f"in pieces of {', '.join(map(str, runs))}"
+    return (
+        f"the {sum(runs)} placeholders of {name} are not {pieces}, from row {row} position "
+        f"{start} on; leave no other text inside and truncate no prompt"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,13 +187,13 @@ def prune_rows(
     counts = stays.sum(1)
     for image, some in zip(images, kept, strict=True):
         counts[image.row] += len(some)
-        for start, stop in image.pieces:
-            counts[image.row] -= int(stays[image.row, start:stop].sum())
-            stays[image.row, start:stop] = False
+        for run in image.runs:
+            counts[image.row] -= stays[image.row, slice(*run)].sum()
+            stays[image.row, slice(*run)] = False
     length = int(counts.max())
     stays = stays.to(device, non_blocking=True)
     for image, some in zip(images, kept, strict=True):
-        stays[image.row].index_fill_(0, image.positions(some), True)
+        stays[image.row].index_fill_(0, image.places(some), True)
     # A stable sort moves what stays to one end, in order.
     column = torch.arange(length)
     if on_right:

@@ -15,13 +15,15 @@ from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget, Budgets
 from budwood.prune.encoded import Encoded, sample
 from budwood.prune.families.base import Family, Layout, Visuals
-from budwood.prune.methods.base import Method
+from budwood.prune.methods.base import Extras, Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
 from budwood.prune.report import ImageReport, Timing
 from budwood.prune.selection import Selection, select, usable
 
-_SaliencyOf = Callable[[Sequence[Layout]], Sequence[Tensor | None]]
+_Optional = Sequence[Tensor | None]
+_SignalsOf = Callable[[Sequence[Layout]], tuple[_Optional, _Optional]]
+"""Layouts → saliency and keys of each image or video."""
 _IGNORED_LABEL = -100
 _FILLS = {
     "attention_mask": 0,
@@ -57,7 +59,7 @@ class _Kind:
 
     visuals: Visuals
     features: list[Tensor]
-    saliency_of: _SaliencyOf
+    signals_of: _SignalsOf
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,7 @@ class _Found:
     layout: Layout
     placed: Placed
     saliency: Tensor | None
+    keys: Tensor | None
 
     @property
     def candidates(self) -> Tensor:
@@ -133,7 +136,7 @@ class Pruner:
             ]
             budgets = self.budgets.of_images(len(found))
             chosen = [
-                self._select(number, one.layout, budget, *three)
+                self._select(number, one, budget, *three)
                 for number, (one, budget, three) in enumerate(zip(found, budgets, signals))
             ]
         kept = [_all_kept(one.layout, choice.indices) for one, choice in zip(found, chosen)]
@@ -143,7 +146,7 @@ class Pruner:
         pruned = prune_rows(mask, placed, places, device, _counts_from_end(inputs))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
-        shorter["mm_encoder_outputs"] = _outputs(found, kept)
+        shorter["mm_encoder_outputs"] = _outputs(found, chosen, kept)
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(found, chosen, asked)
         return Cut(
@@ -158,18 +161,25 @@ class Pruner:
         """Encode the images, the videos, or both."""
         kinds = self.family.visuals(inputs)
         if self.encoded is not None:
-            return _encoded_before(self.encoded, kinds, inputs, self.method.needs_saliency)
+            return _encoded_before(self.encoded, kinds, inputs, self.method)
         made = []
         for visuals in kinds:
             if self.method.needs_saliency:
                 recorder = visuals.recorder(inputs)
                 with recorder:
                     features = visuals.features(inputs)
-                saliency_of = partial(visuals.saliency, recorder)
+                signals_of = partial(self._signals, visuals, recorder)
             else:
-                features, saliency_of = visuals.features(inputs), _none
-            made.append(_Kind(visuals, features, saliency_of))
+                features, signals_of = visuals.features(inputs), _no_signals
+            made.append(_Kind(visuals, features, signals_of))
         return made
+
+    def _signals(
+        self, visuals: Visuals, recorder: Any, layouts: Sequence[Layout]
+    ) -> tuple[_Optional, _Optional]:
+        # Keys first: the saliency releases what was recorded.
+        keys = visuals.keys(recorder, layouts) if self.method.needs_keys else _none(layouts)
+        return visuals.saliency(recorder, layouts), keys
 
     def _found(self, kinds: Sequence[_Kind], inputs: dict[str, Any], ids: Tensor) -> list[_Found]:
         """Every image and video of the call, in prompt order."""
@@ -177,12 +187,11 @@ class Pruner:
         for kind in kinds:
             visuals = kind.visuals
             layouts = visuals.layouts(inputs, kind.features)
-            lengths = [layout.n_placeholders for layout in layouts]
-            runs = [layout.runs for layout in layouts]
-            placed = locate_images(ids, visuals.token_id, lengths, runs, visuals.kind)
+            lengths = [layout.run_lengths for layout in layouts]
+            placed = locate_images(ids, visuals.token_id, lengths, visuals.kind)
             with torch.no_grad():
-                saliency = kind.saliency_of(layouts)
-            parts = zip(kind.features, layouts, placed, saliency, strict=True)
+                signals = kind.signals_of(layouts)
+            parts = zip(kind.features, layouts, placed, *signals, strict=True)
             found += [_Found(visuals, *part) for part in parts]
         return sorted(found, key=lambda one: (one.placed.row, one.placed.start))
 
@@ -193,7 +202,7 @@ class Pruner:
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
         inside: list[list[tuple[int, int]]] = [[] for _ in ends]
         for one in found:
-            if one.placed.runs:
+            if len(one.placed.runs) > 1:
                 inside[one.placed.row].append((one.placed.start, one.placed.stop))
         return [
             self.question.positions(
@@ -224,13 +233,14 @@ class Pruner:
     def _select(
         self,
         number: int,
-        layout: Layout,
+        one: _Found,
         budget: Budget,
         visual: Tensor,
         text: Tensor | None,
         saliency: Tensor | None,
     ) -> Selection:
         """Choose among the candidates of one image."""
+        layout, keys = one.layout, one.keys
         keep = budget.count(layout.n_candidates, clamp=True)
         if layout.whole_crops and keep > layout.n_placeholders:
             raise BudgetError(
@@ -244,6 +254,7 @@ class Pruner:
             keep=keep,
             method=self.method,
             n_crops=layout.n_crops,
+            extras=Extras(layout.boxes, None if keys is None else keys.to(visual.device)),
             # On the CPU, so that every device draws the same.
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number),
             validate=visual.device.type == "cpu",
@@ -299,16 +310,19 @@ class Pruner:
         return time.perf_counter()
 
 
-def _outputs(found: Sequence[_Found], kept: Sequence[Tensor]) -> dict[str, Any]:
+def _outputs(
+    found: Sequence[_Found], chosen: Sequence[Selection], kept: Sequence[Tensor]
+) -> dict[str, Any]:
     """Kept features as ``generate`` and ``forward`` take them, by kind."""
     left: dict[Visuals, list[Tensor]] = {}
-    for one, indices in zip(found, kept):
-        left.setdefault(one.visuals, []).append(one.features[indices])
+    for one, selection, indices in zip(found, chosen, kept):
+        features = _left(one.features, one.layout, selection, indices)
+        left.setdefault(one.visuals, []).append(features)
     return {visuals.kind: visuals.outputs(features) for visuals, features in left.items()}
 
 
 def _encoded_before(
-    encoded: Encoded, kinds: Sequence[Visuals], inputs: dict[str, Any], needs_saliency: bool
+    encoded: Encoded, kinds: Sequence[Visuals], inputs: dict[str, Any], method: Method
 ) -> list[_Kind]:
     """What was encoded before, which has all images first and then all videos.
 
@@ -326,14 +340,19 @@ def _encoded_before(
     for visuals, some in zip(kinds, pictures):
         part = slice(start, start + len(some))
         features = encoded.features[part]
-        saliency = encoded.saliency[part] if needs_saliency else _none(features)
-        made.append(_Kind(visuals, features, lambda _, given=saliency: given))
+        saliency = encoded.saliency[part] if method.needs_saliency else _none(features)
+        keys = encoded.keys[part] if method.needs_keys else _none(features)
+        made.append(_Kind(visuals, features, lambda _, given=(saliency, keys): given))
         start = part.stop
     return made
 
 
 def _none(images: Sequence[Any]) -> list[None]:
     return [None] * len(images)
+
+
+def _no_signals(layouts: Sequence[Layout]) -> tuple[_Optional, _Optional]:
+    return _none(layouts), _none(layouts)
 
 
 def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
@@ -374,6 +393,28 @@ def _all_kept(layout: Layout, indices: Tensor) -> Tensor:
     chosen = layout.candidates.to(indices.device, non_blocking=True)[indices]
     fixed = layout.fixed.to(indices.device, non_blocking=True)
     return torch.cat((chosen, fixed)).sort().values
+
+
+def _left(image: Tensor, layout: Layout, selection: Selection, kept: Tensor) -> Tensor:
+    """Features that go to the LLM, shape (n_kept + n_fixed, d_model), or with levels between.
+
+    Choosing is not differentiated through: a merged feature passes its gradient on to the kept
+    token's own. Only the first level is merged.
+    """
+    left = image[kept]
+    if selection.features is None:
+        return left
+    where = selection.indices
+    if layout.candidates is not None:
+        chosen = layout.candidates.to(kept.device, non_blocking=True)[where]
+        where = torch.searchsorted(kept, chosen)
+    else:
+        where = torch.arange(len(kept), device=kept.device)
+    first = left if left.ndim == 2 else left[:, 0]
+    merged = first.index_copy(0, where, selection.features)
+    if left.ndim == 3:
+        merged = torch.cat((merged[:, None], left[:, 1:]), dim=1)
+    return left + (merged - left).detach() if left.requires_grad else merged
 
 
 def _places(layout: Layout, kept: Tensor, device: torch.device) -> Tensor:

@@ -58,6 +58,11 @@ class Layout:
         """Tokens that a method chooses from."""
         return len(self.boxes)
 
+    @property
+    def run_lengths(self) -> tuple[int, ...]:
+        """Placeholders of each piece, also of a single one."""
+        return self.runs or (self.n_placeholders,)
+
     def ordered(self, scores: Tensor) -> Tensor:
         """Move scores from the encoder's order into the LLM's.
 
@@ -134,6 +139,13 @@ class Visuals(ABC):
     @abstractmethod
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Saliency of the candidates, one float32 tensor per visual, shape (n_candidates,)."""
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        """Keys of the candidates in the layer of the saliency, shape (n_candidates, heads, d_head).
+
+        Asked for before :meth:`saliency`. None where a family does not give them.
+        """
+        return [None] * len(layouts)
 
 
 class Family(Visuals):
