@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import (
 
 from budwood.errors import AttachError, InputError
 
-VIDEO = "pixel_values_videos"
+_VIDEO = "pixel_values_videos"
 
 
 class PromptSwap:
@@ -172,24 +173,30 @@ def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
         )
 
 
-def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None:
+def refuse_inputs(inputs: dict[str, Any], whole_video: bool) -> None:
     """Refuse inputs that cannot be cut in step with the prompt.
+
+    Args:
+        inputs: keyword arguments of ``generate`` or ``forward``.
+        whole_video: there is a video that cannot be pruned.
 
     Raises:
         AttachError: a video beside images.
     """
-    if any(inputs.get(name) is not None for name in video_inputs):
+    if whole_video:
         raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
 
 
-def refuse_unknown_video(inputs: dict[str, Any], family: Any) -> None:
-    """Refuse a video for a model that takes none, where transformers' forward would ignore it.
+def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:
+    """Refuse a video for a model that takes none, whose forward would ignore it.
 
     Raises:
         InputError: there is one.
     """
-    if inputs.get(VIDEO) is not None and VIDEO not in family.video_inputs:
-        raise InputError(f"{family.model_type} takes no videos, and {VIDEO} is given; leave it out")
+    if inputs.get(_VIDEO) is not None and _VIDEO not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"{model.config.model_type} takes no videos, and {_VIDEO} is given; leave it out"
+        )
 
 
 def refuse_explicit(inputs: dict[str, Any]) -> None:

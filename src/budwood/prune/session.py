@@ -269,10 +269,10 @@ class PruneSession:
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         self._calls.begin()
-        refuse_unknown_video(kwargs, self.pruner.family)
+        refuse_unknown_video(kwargs, self.model)
         cache = kwargs.get("past_key_values")
         ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
-        if ids is None or (cached is None and not _has_images(kwargs)):
+        if ids is None or (cached is None and not self._has_visuals(kwargs)):
             self._say_videos(kwargs)
             self._calls.note(kwargs.get("streamer"))
             return self._calls.note(original(**kwargs))
@@ -304,26 +304,30 @@ class PruneSession:
         """A later turn: what the cache holds stays as it was, new images are pruned."""
         family, ids, mask = self.pruner.family, kwargs["input_ids"], kwargs["attention_mask"]
         n_cached = length_of(kwargs["past_key_values"])
-        held = cached.held(ids, mask, n_cached, family.image_token_id)
-        n_new = int((ids[:, held.n_seen :] == family.image_token_id).sum())
-        if not n_new:
-            self._calls.last = Call(n_cached_images=sum(held.n_images))
-            prompt = held.extended(ids, mask)
-            dropped = {*family.encoder_inputs, "mm_token_type_ids", "token_type_ids"}
-            given = {**kwargs, **prompt.inputs}
-            return {name: x for name, x in given.items() if name not in dropped}, prompt
-        if not _has_images(kwargs):
-            raise InputError(
-                f"the new turn has {n_new} image placeholders and no image is given; give all "
-                "images of the conversation, or only the new ones"
-            )
-        return self._cut(kwargs, pad, held)
+        held = cached.held(ids, mask, n_cached, [visuals.token_id for visuals in family.kinds])
+        fresh, consumed, is_new = ids[:, held.n_seen :], set[str](), False
+        for visuals in family.kinds:
+            n_new = int((fresh == visuals.token_id).sum())
+            if n_new and not visuals.given(kwargs):
+                raise InputError(
+                    f"the new turn has {n_new} {visuals.kind} placeholders and no {visuals.kind} "
+                    f"is given; give all {visuals.kind}s of the conversation, or only the new ones"
+                )
+            is_new |= n_new > 0
+            consumed.update(visuals.encoder_inputs)
+        if is_new:
+            return self._cut(kwargs, pad, held)
+        self._calls.last = Call(n_cached_images=held.n_all)
+        prompt = held.extended(ids, mask)
+        dropped = {*consumed, "mm_token_type_ids", "token_type_ids"}
+        given = {**kwargs, **prompt.inputs}
+        return {name: value for name, value in given.items() if name not in dropped}, prompt
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        refuse_unknown_video(kwargs, self.pruner.family)
+        refuse_unknown_video(kwargs, self.model)
         cache = kwargs.get("past_key_values")
         ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
-        if ids is None or not _has_images(kwargs):  # among others every step inside generate()
+        if ids is None or not self._has_visuals(kwargs):
             if cached is not None:
                 self._note(cached, cache)
                 kwargs |= cached.step(kwargs)
@@ -362,18 +366,20 @@ class PruneSession:
         self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None
     ) -> tuple[dict[str, Any], CachedPrompt]:
         """Prune the images of a call that no cache holds, and say what a cache then holds."""
-        refuse_inputs(inputs, self.pruner.family.video_inputs)
+        refuse_inputs(inputs, self.pruner.family.has_whole_video(inputs))
         cut = self.pruner.cut(inputs, pad, held)
-        n_held = sum(held.n_images) if held else 0
+        n_held = held.n_all if held else 0
         self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin, False, n_held)
         return cut.inputs, CachedPrompt.of(
-            inputs["input_ids"], cut.inputs, cut.n_images, self.model
+            inputs["input_ids"], cut.inputs, cut.n_visuals, self.model
         )
+
+    def _has_visuals(self, kwargs: dict[str, Any]) -> bool:
+        return bool(self.pruner.family.visuals(kwargs))
 
     def _say_videos(self, kwargs: dict[str, Any]) -> None:
         """Warn once that a video goes to the LLM whole, and note it for the report."""
-        names = self.pruner.family.video_inputs
-        if any(kwargs.get(name) is not None for name in names):
+        if self.pruner.family.has_whole_video(kwargs):
             self._calls.last = Call(whole_video=True)
             if not self._warned_of_video:
                 warnings.warn("videos are not pruned: all their tokens are kept", stacklevel=4)
@@ -458,11 +464,6 @@ def _prompts(kwargs: dict[str, Any]) -> Tensor | None:
     ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs")
     encoded = kwargs.get("inputs_embeds") is not None or bool(kwargs.get("mm_encoder_outputs"))
     return None if encoded or not isinstance(ids, Tensor) or ids.ndim != 2 else ids
-
-
-def _has_images(kwargs: dict[str, Any]) -> bool:
-    pixels = kwargs.get("pixel_values")
-    return pixels is not None and len(pixels) > 0
 
 
 def _refuse_attached(model: Any) -> None:

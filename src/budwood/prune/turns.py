@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from budwood.errors import AttachError, InputError
 
 _NOTE = "budwood_prompt"
+Counts: TypeAlias = dict[str, tuple[int, ...]]
+"""``"image"`` and ``"video"`` → how many there are in each row of a batch."""
+
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -24,30 +27,28 @@ class CachedPrompt:
         whole: the prompt as the user gave it, int64, shape (batch, n_tokens).
         inputs: what the model was called with in its place: ``input_ids``, ``attention_mask`` and,
             for models with coordinates, ``position_ids``; shapes (..., batch, n_kept).
-        n_images: images in each row.
+        n_visuals: images, and videos, in each row.
         owner: the model that filled the cache.
     """
 
     whole: Tensor
     inputs: dict[str, Tensor]
-    n_images: tuple[int, ...]
+    n_visuals: Counts
     owner: Owner
 
     @classmethod
-    def of(
-        cls, whole: Tensor, cut: dict[str, Any], n_images: tuple[int, ...], model: Any
-    ) -> CachedPrompt:
+    def of(cls, whole: Tensor, cut: dict[str, Any], n_visuals: Counts, model: Any) -> CachedPrompt:
         """Of a prompt and the keyword arguments of the call that its pruned version went into."""
         inputs = {
             name: cut[name] for name in (*_PER_TOKEN, "position_ids") if cut.get(name) is not None
         }
-        return cls(whole, inputs, n_images, Owner(model))
+        return cls(whole, inputs, n_visuals, Owner(model))
 
     @classmethod
     def of_text(cls, ids: Tensor, mask: Tensor, model: Any) -> CachedPrompt:
         """Of a prompt without images, which the model got as it is."""
         inputs = {"input_ids": ids, "attention_mask": mask}
-        return cls(ids, inputs, (0,) * len(ids), Owner(model))
+        return cls(ids, inputs, {}, Owner(model))
 
     @property
     def n_seen(self) -> int:
@@ -58,6 +59,11 @@ class CachedPrompt:
     def n_kept(self) -> int:
         """Tokens of the pruned one."""
         return self.inputs["input_ids"].shape[1]
+
+    @property
+    def n_all(self) -> int:
+        """Images and videos of all rows."""
+        return sum(map(sum, self.n_visuals.values()))
 
     def note(self, cache: Any) -> None:
         """Write it on a cache; None and caches that are plain tuples are left alone."""
@@ -141,14 +147,16 @@ class CachedPrompt:
             whole["logits_to_keep"] = torch.where(wanted < 0, wanted, wanted + n_before)
         return whole
 
-    def held(self, ids: Tensor, mask: Tensor, n_cached: int, image_token_id: int) -> CachedPrompt:
+    def held(
+        self, ids: Tensor, mask: Tensor, n_cached: int, placeholders: Sequence[int]
+    ) -> CachedPrompt:
         """The part of a longer prompt that the cache holds: this prompt and its answer.
 
         Args:
             ids: the whole new prompt, int64, shape (batch, n_tokens + n_new).
             mask: its attention mask.
             n_cached: tokens that the cache holds.
-            image_token_id: the placeholder.
+            placeholders: of images and videos.
 
         Raises:
             AttachError: the prompt does not begin with this one, or has nothing new, or the cache
@@ -169,7 +177,7 @@ class CachedPrompt:
                 f"past_key_values already holds all of input_ids ({n_cached} tokens); add the next "
                 "turn, or start from an empty cache"
             )
-        if (self.inputs["input_ids"][:, n_cached:] == image_token_id).any():
+        if _any_of(self.inputs["input_ids"][:, n_cached:], placeholders):
             raise AttachError(
                 f"past_key_values was cropped to {n_cached} tokens, which ends before or inside an "
                 "image; start from an empty cache"
@@ -185,7 +193,7 @@ class CachedPrompt:
             steps = after.long().cumsum(-1) - 1
             positions = (self.next_position + steps).expand(len(positions) - 1, -1, -1)
         more = {"input_ids": new, "attention_mask": after}
-        return CachedPrompt(ids, self.followed(more, positions), self.n_images, self.owner)
+        return CachedPrompt(ids, self.followed(more, positions), self.n_visuals, self.owner)
 
     def followed(self, more: Mapping[str, Any], positions: Tensor | None) -> dict[str, Tensor]:
         """The inputs of the pruned prompt with more tokens behind it.
@@ -274,7 +282,7 @@ def cached_prompt(cache: Any, model: Any) -> CachedPrompt | None:
 
 
 def unpruned_prompt(
-    cache: Any, ids: Tensor, mask: Tensor, model: Any, placeholders: frozenset[int]
+    cache: Any, ids: Tensor, mask: Tensor, model: Any, placeholders: Collection[int]
 ) -> CachedPrompt:
     """What a cache without a note holds, which no pruned call has filled: text, token by token.
 
@@ -282,12 +290,16 @@ def unpruned_prompt(
         AttachError: it holds images.
     """
     ids, mask = (tensor[:, : length_of(cache)] for tensor in (ids, mask))
-    if torch.isin(ids, torch.tensor(sorted(placeholders), device=ids.device)).any():
+    if _any_of(ids, placeholders):
         raise AttachError(
             "past_key_values holds images that this session has not pruned; start from an empty "
             "cache, or detach"
         )
     return CachedPrompt.of_text(ids, mask, model)
+
+
+def _any_of(ids: Tensor, tokens: Collection[int]) -> bool:
+    return bool(torch.isin(ids, torch.tensor(sorted(tokens), device=ids.device)).any())
 
 
 def orphan(cache: Any) -> None:
@@ -305,48 +317,49 @@ def _refuse_orphan(*_: Any, **__: Any) -> int:
 
 
 def new_pictures(
-    family: Any, inputs: dict[str, Any], held: CachedPrompt, fresh: Tensor
+    visuals: Any, inputs: dict[str, Any], held: CachedPrompt, fresh: Tensor
 ) -> Iterator[dict[str, Any]]:
-    """The inputs with the pictures of a later turn that may be the new ones, likely ones first.
+    """The inputs with the images of a later turn that may be the new ones, likely ones first.
 
     Processors give all images of a conversation, those that the cache holds among them; a user may
     give the new ones alone. The placeholders tell which it is, once images are encoded.
 
     Args:
-        family: of the model.
+        visuals: the model's images, or its videos.
         inputs: keyword arguments of the call.
         held: what the cache holds.
         fresh: whether each row has new placeholders, bool, shape (batch,).
     """
-    n_given, n_held = len(family.pictures(inputs)), sum(held.n_images)
-    n_new, rows = n_given - n_held, int(fresh.sum())
-    if n_held and (n_new == rows or (n_new > rows == 1)):
+    counts = held.n_visuals.get(visuals.kind, (0,) * len(fresh))
+    n_held, rows = sum(counts), int(fresh.sum())
+    n_new = len(visuals.pictures(inputs)) - n_held
+    if n_held and (n_new == rows or n_new > rows == 1):
         which, start = [], 0
-        for row, n_before in enumerate(held.n_images):
+        for row, n_before in enumerate(counts):
             n_here = n_new if rows == 1 else 1
             stop = start + n_before + (n_here if fresh[row] else 0)
             which += range(start + n_before, stop)
             start = stop
-        yield {**inputs, **family.only(inputs, which)}
+        yield {**inputs, **visuals.only(inputs, which)}
     yield inputs
 
 
-def images_per_row(
-    rows: Iterable[int], n_rows: int, held: CachedPrompt | None = None
-) -> tuple[int, ...]:
-    """Count images: those of a call, given by their rows, and those that the cache holds."""
-    counts = list(held.n_images) if held else [0] * n_rows
-    for row in rows:
-        counts[row] += 1
-    return tuple(counts)
+def count_visuals(
+    found: Iterable[tuple[str, int]], n_rows: int, held: CachedPrompt | None = None
+) -> Counts:
+    """Count images and videos: those of a call, each with its row, and those of the cache."""
+    counts = {kind: list(rows) for kind, rows in held.n_visuals.items()} if held else {}
+    for kind, row in found:
+        counts.setdefault(kind, [0] * n_rows)[row] += 1
+    return {kind: tuple(rows) for kind, rows in counts.items()}
 
 
-def misfit(n_new: int, n_given: int) -> InputError:
-    """The error for pictures that do not fit the placeholders of a later turn."""
+def misfit(kind: str, n_new: int, n_given: int) -> InputError:
+    """The error for images that do not fit the placeholders of a later turn."""
     return InputError(
-        f"the new turn has {n_new} image placeholders and the {n_given} images given do not "
-        "fit them; give all images of the conversation, or only the new ones (always those for a "
-        "batch with several new images in a row)"
+        f"the new turn has {n_new} {kind} placeholders and the {n_given} {kind}s given do not fit "
+        f"them; give all {kind}s of the conversation, or only the new ones (always those for a "
+        f"batch with several new {kind}s in a row)"
     )
 
 
