@@ -449,7 +449,7 @@ def test_one_budget_an_image(case, batch):
         case.model.generate(**batch, **GREEDY)
         assert [image.n_after for image in session.report][::2] == [3, 2]
         assert session.report[1].n_after == round(session.report[1].n_before / 2 + 1e-9)
-        with pytest.raises(BudgetError, match="3 budgets and the call has 1 images"):
+        with pytest.raises(BudgetError, match="3 budgets and the call has 1 images to prune"):
             case.model.generate(**case.batch([0, words(3, 1)]), **GREEDY)
     with pytest.raises(BudgetError, match="empty"):
         attach(case.model, keep=[])

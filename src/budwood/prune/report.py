@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,18 +27,19 @@ class Timing:
     select_ms: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageReport:
     """What was kept of one image or video.
 
-    Tokens are its *candidates*: newlines, which always stay, are not counted. A video is one entry
-    with the tokens of all its frames, frame by frame.
+    Its tokens in the prompt are *candidates*, from which ``keep`` are kept, and *fixed* tokens,
+    which always stay, such as newlines. A video is one entry with the tokens of all its frames,
+    frame by frame. Printed, a report shows all three counts.
 
     Attributes:
         kept: kept tokens, int64, shape (n_after,), sorted.
-        n_before: tokens before.
-        n_after: tokens after; all of them where the image has no more than were asked for.
-        n_fixed: tokens beside them that always stay, such as newlines.
+        n_before: candidates.
+        n_after: kept candidates; all of them where there are no more than were asked for.
+        n_fixed: fixed tokens, beside the candidates.
         split: how the budget was divided.
         saliency: score per token, float32, shape (n_before,); None if the method uses none.
         relevance: text-to-image score per token, likewise.
@@ -63,10 +64,16 @@ class ImageReport:
     image: int
     grid: tuple[int, int] | None
     question: tuple[int, ...]
-    boxes: Tensor = field(repr=False)
-    view: object = field(repr=False)
+    boxes: Tensor
+    view: object
     kind: str = "image"
     frames: int = 1
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageReport({self.kind} {self.image} in row {self.row}: {self.n_before} candidates, "
+            f"{self.n_after} kept, {self.n_fixed} fixed)"
+        )
 
     @property
     def kept_by_frame(self) -> list[Tensor]:

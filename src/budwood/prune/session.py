@@ -81,10 +81,12 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image (int), or a fraction of them (float in (0, 1]), or a list with one
-            of these for each image of a call. Only candidates count: tokens that always stay, such
-            as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image with
-            fewer candidates keeps them all; the report says so.
+        keep: the budget of each image, for every family alike: a count of tokens (int), or a
+            fraction of the image's candidates (float in (0, 1]), or a list with one of these for
+            each image that a call prunes. An image's candidates are all its crops or tiles
+            together, after the model's own merging. Only they count: fixed tokens, such as
+            LLaVA-NeXT's newlines, come on top. An image with fewer candidates keeps them all. A
+            video is one image. The report has all three counts.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         question: which text counts as the question: ``"current"``, the user's last turn;
             ``"turn"``, the turn of the image; ``"all"``, everything after the image, as published;
