@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from budwood.errors import AttachError, InputError
+from budwood.unwrap import signature
 
 _VIDEO = "pixel_values_videos"
 
@@ -193,7 +193,7 @@ def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:
     Raises:
         InputError: there is one.
     """
-    if inputs.get(_VIDEO) is not None and _VIDEO not in inspect.signature(model.forward).parameters:
+    if inputs.get(_VIDEO) is not None and _VIDEO not in signature(model.forward).parameters:
         raise InputError(
             f"{model.config.model_type} takes no videos, and {_VIDEO} is given; leave it out"
         )

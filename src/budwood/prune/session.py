@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +44,7 @@ from budwood.prune.turns import (
     orphan,
     unpruned_prompt,
 )
-from budwood.unwrap import compiled_around, innermost
+from budwood.unwrap import compiled_around, innermost, signature
 
 _ABSENT = object()
 
@@ -410,7 +409,7 @@ class Override:
         self._name, self._original, self._replacement = name, original, replacement
         self._names = [
             parameter.name
-            for parameter in inspect.signature(original).parameters.values()
+            for parameter in signature(original).parameters.values()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
 

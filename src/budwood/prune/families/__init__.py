@@ -5,14 +5,13 @@ The names are those of ``config.model_type``.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from budwood import catalogue
 from budwood.errors import UnknownNameError, UnsupportedModelError
 from budwood.prune.families.base import Family, Layout
 from budwood.registry import Registry
-from budwood.unwrap import wrapper_attribute
+from budwood.unwrap import signature, wrapper_attribute
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
 
@@ -70,7 +69,7 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         raise UnsupportedModelError(
             f"{kind} does not generate; give the family's ...ForConditionalGeneration model"
         )
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if "mm_encoder_outputs" not in signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
