@@ -54,7 +54,8 @@ class Scaffold:
         templates = [getattr(one, "chat_template", None) for one in (processor, tokenizer)]
         if not any(templates):
             return cls()
-        known = (templates, id(tokenizer), len(tokenizer), image_token_id)
+        n_tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+        known = (templates, id(tokenizer), n_tokens, image_token_id)
         with contextlib.suppress(TypeError):  # a processor of one's own may have no hash
             before, scaffold = _SCAFFOLDS.get(processor, (None, cls()))
             if before == known:
