@@ -75,10 +75,19 @@ FAMILIES = {
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "qwen2_vl": _family(
+        "qwen2_vl", "Qwen2VL", "Qwen2VLForConditionalGeneration, images and videos."
+    ),
     "qwen2_5_vl": _family(
         "qwen2_5_vl",
         "Qwen25VL",
         "Qwen2_5_VLForConditionalGeneration, images and videos.",
+    ),
+    "qwen3_vl": _family(
+        "qwen3_vl", "Qwen3VL", "Qwen3VLForConditionalGeneration, images and videos."
+    ),
+    "qwen3_vl_moe": _family(
+        "qwen3_vl", "Qwen3VLMoe", "Qwen3VLMoeForConditionalGeneration, images and videos."
     ),
 }
 """Vision-language models that can be pruned, by ``config.model_type``."""

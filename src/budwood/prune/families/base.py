@@ -115,9 +115,12 @@ class Visuals(ABC):
         Models whose LLM takes several levels (deepstack) have shape (n_features, n_levels, d_model)
         with the input embeddings as the first level, which is the one that is chosen by.
         """
+        return list(self.encode(inputs).pooler_output)
+
+    def encode(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the model's own encoder and projector."""
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        encode = getattr(self.model, f"get_{self.kind}_features")
-        return list(encode(**given, return_dict=True).pooler_output)
+        return getattr(self.model, f"get_{self.kind}_features")(**given, return_dict=True)
 
     def outputs(self, features: Sequence[Tensor]) -> Any:
         """What ``generate`` and ``forward`` take in ``mm_encoder_outputs``: visuals encoded before.

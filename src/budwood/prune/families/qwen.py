@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from budwood.errors import InputError
-from budwood.prune.families.base import Family, Layout
+from budwood.prune.families.base import Family, Layout, raster_boxes
 from budwood.prune.saliency import PackedRecorder, Recorder
 
 _INPUTS = {
@@ -50,9 +50,9 @@ class QwenVL(Family):
         """The block whose attention is read: the last with full attention."""
         return self.vision.depth - 1
 
-    @abstractmethod
     def layout(self, frames: int, rows: int, columns: int) -> Layout:
         """Where the merged tokens of one image or video are."""
+        return frames_layout(frames, rows, columns)
 
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         return PackedRecorder(self.model.model.visual.blocks[self.block].attn)
@@ -106,3 +106,32 @@ class QwenVL(Family):
 
     def release(self) -> None:
         self.model.model.rope_deltas = self._deltas_before
+
+
+@lru_cache(maxsize=256)
+def frames_layout(
+    frames: int,
+    rows: int,
+    columns: int,
+    order: tuple[int, ...] | None = None,
+    one_run: bool = True,
+) -> Layout:
+    """Frames of one raster each, one after the other.
+
+    Args:
+        frames: 1 for an image.
+        rows: merged tokens along the height.
+        columns: merged tokens along the width.
+        order: place of each of a frame's tokens in the encoder's order; None if it is the LLM's.
+        one_run: all placeholders stand together in the prompt, and not frame by frame.
+    """
+    n_tokens = rows * columns
+    first = n_tokens * torch.arange(frames)[:, None]
+    return Layout(
+        n_placeholders=frames * n_tokens,
+        boxes=raster_boxes(rows, columns).repeat(frames, 1),
+        grid=(rows, columns),
+        order=None if order is None else (first + torch.tensor(order)).flatten(),
+        frames=frames,
+        runs=() if one_run else (n_tokens,) * frames,
+    )
