@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2VLConfig
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaNextVideoConfig
 
 from budwood.errors import (
     AttachError,
@@ -218,9 +218,11 @@ def test_a_model_without_vision_is_refused():
 
 def test_a_vision_model_of_no_family_is_refused(case):
     class Other(torch.nn.Module):
-        config = Qwen2VLConfig()
+        config = LlavaNextVideoConfig()
 
-    with pytest.raises(UnsupportedModelError, match="'qwen2_vl', did you mean 'qwen2_5_vl'"):
+    with pytest.raises(
+        UnsupportedModelError, match="'llava_next_video', did you mean 'llava_next'"
+    ):
         attach(Other())
 
 
