@@ -19,7 +19,7 @@ from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
 from budwood.prune.encoded import Encoded
-from budwood.prune.families import family_of
+from budwood.prune.families import as_built, family_of
 from budwood.prune.generation import (
     PromptSwap,
     pad_token,
@@ -390,7 +390,9 @@ def _refuse_attached(model: Any) -> None:
 
 
 def _refuse_compiled(family: Any, method: str) -> None:
-    name = compiled_around(family.model.base_model, family.recorder({}).module)
+    with as_built(type(family.model).__name__):
+        read = family.recorder({}).module
+    name = compiled_around(family.model.base_model, read)
     if name is not None:
         raise AttachError(
             f"{name} is compiled, which hides the attention that method {method!r} reads; compile "

@@ -6,6 +6,8 @@ The names are those of ``config.model_type``.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from budwood import catalogue
@@ -16,7 +18,7 @@ from budwood.unwrap import wrapper_attribute
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
 
-__all__ = ["FAMILIES", "Family", "Layout", "family_class", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layout", "as_built", "family_class", "family_of"]
 
 
 def family_class(config: Any, name: str) -> type[Family]:
@@ -71,4 +73,24 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
-    return family(model, processor, whole_crops)
+    with as_built(kind):
+        return family(model, processor, whole_crops)
+
+
+@contextmanager
+def as_built(name: str) -> Iterator[None]:
+    """Say clearly that a part of a model is not where transformers puts it.
+
+    Args:
+        name: what the message calls the model.
+
+    Raises:
+        UnsupportedModelError: in place of the error that looking for it gave.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{name} is not built as transformers builds it ({error}); give a model whose vision "
+            "tower was not replaced, or choose a method without saliency (budwood ls methods)"
+        ) from error

@@ -54,6 +54,18 @@ class QwenVL(Family):
         """Where the merged tokens of one image or video are."""
         return frames_layout(frames, rows, columns)
 
+    def encode(self, inputs: Mapping[str, Any]) -> Any:
+        grids = inputs.get(self.grids)
+        n_given = len(inputs[self.pixels])
+        n_needed = None if grids is None else int(grids.prod(-1).sum())
+        if n_needed != n_given:
+            said = "is missing" if n_needed is None else f"has {n_needed} patches"
+            raise InputError(
+                f"{self.grids} {said}, {self.pixels} has {n_given} patches; pass both as the "
+                "processor returns them"
+            )
+        return super().encode(inputs)
+
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         return PackedRecorder(self.model.model.visual.blocks[self.block].attn)
 
@@ -82,22 +94,39 @@ class QwenVL(Family):
         return [layout.ordered(scores) for scores, layout in zip(per_visual, layouts, strict=True)]
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
-        kinds = inputs.get("mm_token_type_ids")
-        if kinds is None:
-            raise InputError(
-                "mm_token_type_ids is missing, and coordinates of visual tokens depend on it; pass "
-                "all that the processor returns"
-            )
-        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        kinds = self._token_types(inputs, ids, mask)
         given = {
             name: torch.as_tensor(inputs[name]).cpu()
-            for name in names
+            for name in (*(visuals.grids for visuals in self.kinds), "second_per_grid_ts")
             if inputs.get(name) is not None
         }
         positions, _ = self.model.model.get_rope_index(
-            ids, mm_token_type_ids=kinds.cpu(), attention_mask=mask, **given
+            ids, mm_token_type_ids=kinds, attention_mask=mask, **given
         )
         return positions
+
+    def _token_types(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
+        """0 for text, 1 for images, 2 for videos, as the processor gives them.
+
+        Raises:
+            InputError: they are missing, or do not fit the prompt.
+        """
+        kinds = inputs.get("mm_token_type_ids")
+        if kinds is None:
+            raise InputError(
+                "mm_token_type_ids is missing, without which the model counts tokens and ignores "
+                "where they are in a picture; pass all that the processor returns"
+            )
+        expected = torch.zeros_like(ids)
+        for number, visuals in enumerate(self.kinds, start=1):
+            expected += number * (ids == visuals.token_id)
+        n_wrong = int(((kinds.cpu() != expected) & mask.bool()).sum())
+        if n_wrong:
+            raise InputError(
+                f"mm_token_type_ids says otherwise than input_ids for {n_wrong} tokens; give 1 for "
+                "placeholders of images, 2 for those of videos and 0 for text"
+            )
+        return kinds.cpu()
 
     def placed(self, positions: Tensor, mask: Tensor) -> None:
         # As the model does itself: decoding by hand continues from count + delta.
