@@ -251,6 +251,9 @@ MODELS = {
     ),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
+    "Qwen/Qwen2-VL-2B-Instruct": _model("qwen2_vl", "Qwen2-VL, any number"),
     "Qwen/Qwen2.5-VL-3B-Instruct": _model("qwen2_5_vl", "Qwen2.5-VL, any number"),
+    "Qwen/Qwen3-VL-4B-Instruct": _model("qwen3_vl", "Qwen3-VL, any number"),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _model("qwen3_vl_moe", "Qwen3-VL, mixture of experts"),
 }
 """Models to begin with; any checkpoint of a known family works."""

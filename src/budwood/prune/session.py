@@ -54,7 +54,7 @@ def attach(
     timing: bool = False,
     encoded: Encoded | None = None,
 ) -> PruneSession:
-    """Prune the visual tokens of every image that ``model.generate`` is called with.
+    """Prune the visual tokens of every image and video that ``model.generate`` is called with.
 
     Use it as a context manager, or call ``detach()`` on the session. ``generate`` takes the same
     inputs and returns the same shape of output as before: the whole prompt, then the answer. Its
@@ -72,8 +72,9 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image (int), or a fraction of them (float in (0, 1]), or a list with one
-            of these for each image of a call. Only candidates count: tokens that always stay, such
+        keep: tokens per image or video (int), or a fraction of them (float in (0, 1]), or a list
+            with one of these for each image and video of a call, in prompt order. A video has one
+            budget for all its frames. Only candidates count: tokens that always stay, such
             as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image with
             fewer candidates keeps them all; the report says so.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
