@@ -65,6 +65,10 @@ QUESTIONS = ("current", "all", "turn")
 """Which text a pruning method may choose by; see :class:`budwood.prune.question.Question`."""
 
 
+PATCH_SCORES = ("mean", "max", "norm")
+"""How patches that become one token make its saliency; see :func:`budwood.prune.attach`."""
+
+
 def _family(module: str, name: str, summary: str) -> Entry:
     module = f"budwood.prune.families.{module}"
     return Entry(summary, module, target=f"{module}:{name}")

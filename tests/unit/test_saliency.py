@@ -20,8 +20,9 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as qwen3_vl_moe
 from transformers.vision_utils import get_vision_window_index
 
-from budwood.errors import AttachError
-from budwood.prune import attach
+from budwood.catalogue import PATCH_SCORES
+from budwood.errors import AttachError, UnknownNameError, UnsupportedModelError
+from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from budwood.prune.saliency import (
     N_QUERIES,
@@ -101,7 +102,7 @@ QWEN = {
 
 
 def received_eagerly(case, name, kind, batch):
-    """Attention received by each merged token, eager, frame by frame as the encoder orders them."""
+    """Attention received by each patch, eager, frame by frame as the encoder orders them."""
     source, number = QWEN[name]
     eager = copy.deepcopy(case.model)
     eager.set_attn_implementation("eager")
@@ -120,31 +121,65 @@ def received_eagerly(case, name, kind, batch):
         eager.get_image_features(*(batch[name] for name in (kind.pixels, kind.grids)))
     finally:
         source.eager_attention_forward = plain
-    merged = []
+    received = []
     for probabilities in caught:
         n = probabilities.shape[-1]
         asked = probabilities[:, strided(n, torch.device("cpu"))]
-        merged.append(asked.mean((0, 1)).view(-1, 4).mean(1))
-    return torch.cat(merged)
+        received.append(asked.mean((0, 1)))
+    return torch.cat(received)
+
+
+def norms(case, kind, batch):
+    """Norm of each patch as the encoder leaves it, before the merger."""
+    output = case.model.get_image_features(*(batch[name] for name in (kind.pixels, kind.grids)))
+    return torch.stack([patch.norm() for patch in output.last_hidden_state])
 
 
 @pytest.mark.parametrize("name", QWEN)
-@pytest.mark.parametrize("at_once", [4096, 70])
-def test_qwen_is_attention_received_by_each_merged_group(name, at_once, monkeypatch):
+@pytest.mark.parametrize("patches", ["mean", "max", "norm", "in small stacks"])
+def test_qwen_is_attention_received_by_each_merged_group(name, patches, monkeypatch):
     """Against eager attention, unshuffled by the model's own index."""
-    monkeypatch.setattr("budwood.prune.saliency._TOKENS_AT_ONCE", at_once)
+    if patches == "in small stacks":
+        monkeypatch.setattr("budwood.prune.saliency._TOKENS_AT_ONCE", 70)
+        patches = "mean"
     case = models.BUILDERS[name]()
     batch = case.batch([0, Video(0), 1, words(3, 1)], [0, Video(2), words(3, 1)])
-    for kind, lengths in zip(family_of(case.model).kinds, ([35, 12, 35], [45, 48])):
+    kinds = family_of(case.model, patches=patches).kinds
+    for kind, lengths in zip(kinds, ([35, 12, 35], [45, 48])):
         with kind.recorder(batch) as recorder:
             features = kind.features(batch)
         found = kind.saliency(recorder, kind.layouts(batch, features))
-        expected = received_eagerly(case, name, kind, batch)
+        if patches == "norm":
+            expected = norms(case, kind, batch).view(-1, 4).mean(1)
+        else:
+            received = received_eagerly(case, name, kind, batch).view(-1, 4)
+            expected = received.mean(1) if patches == "mean" else received.max(1).values
         if name == "qwen2_5_vl":
             index, _ = get_vision_window_index(batch[kind.grids], 2, 12, 2)
             expected = torch.empty(len(index)).index_copy(0, index, expected)
         assert [len(some) for some in found] == lengths
         torch.testing.assert_close(torch.cat(found), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_patches_are_those_of_the_call():
+    case = models.qwen3_vl()
+    batch = case.batch([words(3, 1), 0, words(3, 1), Video(0)])
+    reports = {}
+    for patches in PATCH_SCORES:
+        encoded = encode(case.model, batch, patches=patches)
+        for pictures in (None, encoded):
+            with attach(case.model, keep=5, patches=patches, encoded=pictures) as session:
+                case.model.generate(**batch, max_new_tokens=1)
+            reports.setdefault(patches, []).append(torch.cat([r.saliency for r in session.report]))
+        assert torch.equal(*reports[patches])
+    assert not torch.allclose(reports["mean"][0], reports["max"][0])
+    assert not torch.allclose(reports["mean"][0], reports["norm"][0])
+    with pytest.raises(AttachError, match="encoded with patches='norm'"):
+        attach(case.model, encoded=encoded)
+    with pytest.raises(UnknownNameError, match="'mean', 'max', 'norm'"):
+        attach(case.model, patches="median")
+    with pytest.raises(UnsupportedModelError, match="leave it out for 'llava'"):
+        attach(models.llava().model, patches="max")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

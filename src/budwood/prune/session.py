@@ -53,6 +53,7 @@ def attach(
     processor: Any = None,
     timing: bool = False,
     encoded: Encoded | None = None,
+    patches: str = "mean",
 ) -> PruneSession:
     """Prune the visual tokens of every image and video that ``model.generate`` is called with.
 
@@ -88,6 +89,9 @@ def attach(
         timing: wait for the GPU so that ``session.timing`` is exact there.
         encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
             then does not run.
+        patches: how the patches that become one token make its saliency, on models that merge them
+            (Qwen, 2×2): the ``"mean"`` or the ``"max"`` of the attention that they receive, or the
+            mean ``"norm"`` of their features before the merger.
 
     Returns:
         The session, with ``report`` and ``timing`` of the last call.
@@ -103,11 +107,16 @@ def attach(
     model = innermost(model)
     _refuse_attached(model)
     chosen = resolve_method(method, compat)
-    family = family_of(model, processor, chosen.whole_crops)
+    family = family_of(model, processor, chosen.whole_crops, patches)
     if encoded is not None and encoded.whole_crops != family.whole_crops:
         raise AttachError(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
             f"encode(model, inputs, method={chosen.name!r})"
+        )
+    if encoded is not None and encoded.patches != patches:
+        raise AttachError(
+            f"the pictures are encoded with patches={encoded.patches!r}, and attach() has "
+            f"patches={patches!r}; give both the same"
         )
     if chosen.needs_saliency and encoded is None:
         _refuse_compiled(family, chosen.name)

@@ -86,11 +86,13 @@ class Visuals(ABC):
         kind: ``"image"`` or ``"video"``, as ``mm_encoder_outputs`` calls it.
         pixels: the input that says that there are some.
         encoder_inputs: inputs that encoding consumes; the LLM does not see them.
+        patches: how patches that become one token make its saliency, one of ``PATCH_SCORES``.
     """
 
     kind: str = "image"
     pixels: str = "pixel_values"
     encoder_inputs: tuple[str, ...]
+    patches: str = "mean"
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -160,6 +162,7 @@ class Family(Visuals):
         model_type: the ``config.model_type`` that it is for.
         videos: the same for videos; None where they are not pruned.
         has_whole_crops: it can give whole crops, as published LLaVA code does.
+        merges_patches: it merges patches into one token, and knows all ``PATCH_SCORES``.
 
     Args:
         model: a transformers model for conditional generation.
@@ -172,6 +175,7 @@ class Family(Visuals):
 
     model_type: ClassVar[str]
     has_whole_crops: ClassVar[bool] = False
+    merges_patches: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
         super().__init__(model)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from budwood.errors import InputError
 from budwood.prune.families.base import Family, Layout, raster_boxes
-from budwood.prune.saliency import PackedRecorder, Recorder
+from budwood.prune.saliency import OutputRecorder, PackedRecorder, Recorder
 
 _INPUTS = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -25,7 +25,8 @@ class QwenVL(Family):
 
     Saliency is the mean attention received in a full-attention block, in which each frame attends
     to itself, averaged over the patches of a merged token. This is budwood's choice: the tower has
-    no [CLS].
+    no [CLS]. ``patches="max"`` takes the largest of them; ``"norm"`` the mean L2 norm of the
+    patches' features before the merger, which normalises them.
 
     Args:
         model: a transformers model for conditional generation.
@@ -33,6 +34,8 @@ class QwenVL(Family):
         whole_crops: not known to these models.
         kind: ``"image"`` or ``"video"``.
     """
+
+    merges_patches: ClassVar[bool] = True
 
     def __init__(
         self, model: Any, processor: Any = None, whole_crops: bool = False, kind: str = "image"
@@ -67,7 +70,12 @@ class QwenVL(Family):
         return super().encode(inputs)
 
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
-        return PackedRecorder(self.model.model.visual.blocks[self.block].attn)
+        blocks = self.model.model.visual.blocks
+        return (
+            OutputRecorder(blocks[-1])
+            if self.patches == "norm"
+            else PackedRecorder(blocks[self.block].attn)
+        )
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         return list(inputs[self.pixels].split(inputs[self.grids].prod(-1).tolist()))
@@ -83,13 +91,17 @@ class QwenVL(Family):
 
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         unit = self.vision.spatial_merge_size**2
-        lengths = [
-            unit * layout.n_candidates // layout.frames
-            for layout in layouts
-            for _ in range(layout.frames)
-        ]
-        patches = torch.cat(recorder.saliency(lengths))
-        merged = patches.view(-1, unit).mean(1)
+        if self.patches == "norm":
+            scores = recorder.output().float().norm(dim=-1)
+        else:
+            lengths = [
+                unit * layout.n_candidates // layout.frames
+                for layout in layouts
+                for _ in range(layout.frames)
+            ]
+            scores = torch.cat(recorder.saliency(lengths))
+        units = scores.view(-1, unit)
+        merged = units.amax(1) if self.patches == "max" else units.mean(1)
         per_visual = merged.split([layout.n_candidates for layout in layouts])
         return [layout.ordered(scores) for scores, layout in zip(per_visual, layouts, strict=True)]
 
