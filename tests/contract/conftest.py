@@ -20,7 +20,24 @@ def case(request, cases) -> Case:
     return cases[request.param]
 
 
-@pytest.fixture(params=[name for name in METHODS if METHODS.get(name).exact])
+EVERYWHERE = ("adav", "adav-contrast", "fastervlm", "t2i", "eadp", "random", "uniform")
+"""Methods that run on every family: what they read covers all that a family gives.
+
+The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.
+"""
+
+
+def pytest_generate_tests(metafunc):
+    """Pairs of family and method, where a test takes both."""
+    if "method" in metafunc.fixturenames:
+        exact = [name for name in METHODS if METHODS.get(name).exact]
+        single = [name for name in exact if not METHODS.get(name).merges]
+        pairs = [(family, name) for family in FAMILIES.names() for name in EVERYWHERE]
+        pairs += [("llava_next", name) for name in single if name not in EVERYWHERE]
+        metafunc.parametrize(("case", "method"), pairs, indirect=True)
+
+
+@pytest.fixture
 def method(request) -> str:
     return request.param
 

@@ -184,7 +184,7 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
 
     Args:
         units: unit rows, shape (n, d).
-        quality: q, non-negative, shape (n,).
+        quality: q, in [0, 1], shape (n,).
         keep: how many to take.
 
     Returns:
@@ -206,7 +206,8 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
         row = row - (before * before.index_select(1, index)).sum(0)
         row = row / residual.index_select(0, index).clamp_min(floor.clamp_min(_TINY)).sqrt()
         factor[n_taken] = row
-        residual = residual - row.square()
+        # Sums over the factor may differ in the last bit between equal tokens.
+        residual = (residual - row.square()).round(decimals=_DECIMALS + 1)
         n_taken += 1
 
     return greedy(len(units), keep, units.device, score, add)

@@ -15,7 +15,7 @@ from budwood.prune.methods.scores import descending, evenly_spaced, ranks
 
 _SPARE = 10
 _ITERATIONS = 8
-_ROUNDS = 32
+_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PruneSID(Method):
 
     Source: PruneSID, ICLR 2026, arXiv 2603.09480, PSCA and intra-group NMS; without its budget that
     depends on the picture. Deviations: components by 8 subspace iterations; chains of suppression
-    longer than 32 are cut. Assumptions: loadings are not scaled by the variance, places are shared
+    longer than 16 are cut. Assumptions: loadings are not scaled by the variance, places are shared
     out by Sainte-Laguë.
 
     Args:
