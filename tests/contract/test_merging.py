@@ -124,16 +124,16 @@ def test_keys_are_in_the_order_of_the_llm(cases):
     assert pictures.keys[0].shape[1] == attention.num_heads
 
 
-@pytest.mark.parametrize("method", ["visionzip", "prumerge-plus"])
-def test_keeping_everything_merges_nothing(case, batch, method):
+@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+def test_keeping_everything_merges_nothing(case, batch, merging):
     before = case.model.generate(**batch, **GREEDY)
-    with attach(case.model, keep=1.0, method=method):
+    with attach(case.model, keep=1.0, method=merging):
         assert torch.equal(case.model.generate(**batch, **GREEDY), before)
 
 
-@pytest.mark.parametrize("method", ["visionzip", "prumerge-plus"])
-def test_rows_of_a_batch_equal_single_rows(case, batch, method):
-    with attach(case.model, keep=5, method=method):
+@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+def test_rows_of_a_batch_equal_single_rows(case, batch, merging):
+    with attach(case.model, keep=5, method=merging):
         together = case.model.generate(**batch, **GREEDY)
         for row, images in enumerate(ROW_IMAGES):
             single = oracle.row_of(batch, case, row, images)
