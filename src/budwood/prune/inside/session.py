@@ -129,7 +129,7 @@ class InsideSession:
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._here.prompt, self._here.reading = None, False
-        ids = args[0] if args else kwargs.get("input_ids")
+        ids: Any = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
         n_cached = 0 if cache is None else int(cache.get_seq_length())
         has_image = ids is not None and bool((ids == self.model.config.image_token_id).any())
