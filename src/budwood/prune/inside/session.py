@@ -129,20 +129,20 @@ class InsideSession:
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._here.prompt, self._here.reading = None, False
-        ids: Any = args[0] if args else kwargs.get("input_ids")
+        ids = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
         n_cached = 0 if cache is None else int(cache.get_seq_length())
-        has_image = ids is not None and bool((ids == self.model.config.image_token_id).any())
+        image_token = self.model.config.image_token_id
+        if ids is None or not (ids == image_token).any():
+            self._here.prompt = self._by_cache.get(cache) if n_cached else None
+            return
         if n_cached:
-            self._here.prompt = self._by_cache.get(cache)
-            if has_image:
-                raise InputError(
-                    f"{self.schedule.name} cannot read an image behind {n_cached} cached tokens; "
-                    "give the whole prompt at once, with an empty cache"
-                )
-        elif has_image:
-            self._refuse(ids, kwargs)
-            self._here.prompt, self._here.reading = self._prompt(ids), True
+            raise InputError(
+                f"{self.schedule.name} cannot read an image behind {n_cached} cached tokens; "
+                "give the whole prompt at once, with an empty cache"
+            )
+        self._refuse(ids, kwargs)
+        self._here.prompt, self._here.reading = self._prompt(ids), True
 
     def _end(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         self._here.prompt = None
