@@ -112,7 +112,7 @@ class Pruner:
         kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
         places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
-        pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs))
+        pruned = prune_rows(mask, images, places, device, _reads_from_end(inputs, images, answers))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         left = [image[indices] for image, indices in zip(features, kept)]
@@ -277,10 +277,19 @@ def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
     return [set(row.nonzero().flatten().tolist()) for row in labels.cpu() != _IGNORED_LABEL]
 
 
-def _counts_from_end(inputs: dict[str, Any]) -> bool:
-    """Whether the call asks for logits by their distance from the end of the prompt."""
+def _reads_from_end(
+    inputs: dict[str, Any], images: Sequence[Placed], answers: Sequence[set[int]]
+) -> bool:
+    """Whether the caller finds tokens by their distance from the end of the prompt.
+
+    It does if it asks for logits that way. So does TRL's GRPO, which asks for none: there the
+    supervised tokens of all rows begin in one column, behind the images.
+    """
     wanted = inputs.get("logits_to_keep")
-    return isinstance(wanted, Tensor) or bool(wanted)
+    if isinstance(wanted, Tensor) or bool(wanted):
+        return True
+    starts = {min(row) for row in answers if row}
+    return len(starts) == 1 and all(image.stop <= min(starts) for image in images)
 
 
 def _position_list(wanted: Tensor) -> Tensor:
