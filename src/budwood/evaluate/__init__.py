@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from budwood.evaluate.pruned import PrunedModel as PrunedModel
     from budwood.evaluate.pruned import load_pruned as load_pruned
     from budwood.evaluate.scenes import picture as picture
-    from budwood.evaluate.scenes import scenes as scenes
+    from budwood.evaluate.scenes import scene_questions as scene_questions
     from budwood.evaluate.scenes import task_folder as task_folder
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "PrunedModel": "pruned",
         "load_pruned": "pruned",
         "picture": "scenes",
-        "scenes": "scenes",
+        "scene_questions": "scenes",
         "task_folder": "scenes",
     },
 )

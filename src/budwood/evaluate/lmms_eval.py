@@ -126,7 +126,7 @@ class PrunedChat(lmms):
     def _batches(
         self, requests: Sequence[Any]
     ) -> Iterator[tuple[list[int], list[Any], dict[str, Any]]]:
-        """Numbers, chats and options of questions that are alike in these and in having pictures."""
+        """Numbers, chats and options of questions that share options, and have pictures or not."""
         groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
         chats = []
         for number, request in enumerate(requests):

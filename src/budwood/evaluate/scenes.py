@@ -35,14 +35,14 @@ def task_folder(harness: str) -> Path:
     return Path(__file__).parent / "tasks" / harness
 
 
-def scenes(
+def scene_questions(
     n_scenes: int = N_SCENES, split: str = "test", scene_seed: int = 0, **layout: Any
 ) -> Any:
     """Draw scenes and ask one question of every kind about each.
 
     Example::
 
-        rows = scenes(n_scenes=100)
+        rows = scene_questions(n_scenes=100)
         picture(rows[0]), rows[0]["question"], rows[0]["answer"]
 
     Args:
@@ -77,7 +77,7 @@ def scenes(
 
 
 def picture(row: Mapping[str, Any]) -> Image.Image:
-    """Draw the scene of a row of :func:`scenes`, RGB."""
+    """Draw the scene of a row of :func:`scene_questions`, RGB."""
     return _picture(row["scene"], row["split"], row["layout"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from budwood.evaluate.scenes import picture, scenes, score
+from budwood.evaluate.scenes import picture, scene_questions, score
 
 _OPTIONS = ("n_scenes", "split", "scene_seed", "high_resolution")
 
@@ -12,7 +12,7 @@ _OPTIONS = ("n_scenes", "split", "scene_seed", "high_resolution")
 def dataset(**given: Any) -> dict[str, Any]:
     """The questions; lm-eval also passes on the arguments of the model, which are ignored."""
     options = {name: value for name, value in given.items() if name in _OPTIONS}
-    return {"test": scenes(**options)}
+    return {"test": scene_questions(**options)}
 
 
 def doc_to_image(doc: dict[str, Any]) -> list[Any]:

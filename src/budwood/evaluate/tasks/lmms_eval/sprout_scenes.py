@@ -7,7 +7,7 @@ from typing import Any
 from datasets import DatasetDict
 from lmms_eval.api.task import ConfigurableMessagesTask  # pyright: ignore[reportMissingImports]
 
-from budwood.evaluate.scenes import picture, scenes, score
+from budwood.evaluate.scenes import picture, scene_questions, score
 
 
 class SproutScenes(ConfigurableMessagesTask):
@@ -24,9 +24,9 @@ class SproutScenes(ConfigurableMessagesTask):
         """Draw the questions.
 
         Args:
-            dataset_kwargs: options of ``budwood.evaluate.scenes``.
+            dataset_kwargs: options of ``budwood.evaluate.scene_questions``.
         """
-        self.dataset = DatasetDict({"test": scenes(**(dataset_kwargs or {}))})
+        self.dataset = DatasetDict({"test": scene_questions(**(dataset_kwargs or {}))})
         self.dataset_no_image = self.dataset
 
 
