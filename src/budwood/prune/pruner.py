@@ -141,14 +141,10 @@ class Pruner:
             ]
         kept = [_all_kept(one.layout, choice.indices) for one, choice in zip(found, chosen)]
         device = inputs["input_ids"].device
-<<<<<<< HEAD
-        places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
-        pruned = prune_rows(mask, images, places, device, _reads_from_end(inputs, images, answers))
-=======
         places = [_places(one.layout, indices, device) for one, indices in zip(found, kept)]
         placed = [one.placed for one in found]
-        pruned = prune_rows(mask, placed, places, device, _counts_from_end(inputs))
->>>>>>> main
+        from_end = _reads_from_end(inputs, placed, answers)
+        pruned = prune_rows(mask, placed, places, device, from_end)
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         shorter["mm_encoder_outputs"] = _outputs(found, chosen, kept)

@@ -151,7 +151,7 @@ class PruneSession:
         self._guard: Guard | None = None
         if forward:
             self._override("forward", self._forward)
-            self._guard = Guard(self.model)
+            self._guard = Guard(self.model, self._has_visuals)
 
     # Attached and detached
 
