@@ -54,6 +54,20 @@ def assert_same_gradients(loss, model, expected):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 
 
+def assert_same_loss(found, model, batch, kept):
+    """The loss of a batch with one picture a row is that by hand, which is returned."""
+    total = 0.0
+    for row, image in enumerate(kept):
+        seen = batch["attention_mask"][row].bool()
+        pixels = batch["pixel_values"][row : row + 1]
+        scores, places = tiny.scores_by_hand(model, batch["input_ids"][row][seen], pixels, image)
+        total -= scores[batch["labels"][row][seen][places] != -100].sum()
+    # The trainer counts labels before it calls the model, so those of dropped tokens too.
+    loss = total / (batch["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(found, loss, rtol=1e-4, atol=1e-4)
+    return loss
+
+
 def prompts(n):
     from datasets import Dataset
 
@@ -240,18 +254,34 @@ def test_sft(loaded, tmp_path, data):
     for (before, (batch, *_), options, found, kept), gradient in zip(losses, gradients.steps):
         assert [len(image) for image in kept] == [tiny.KEEP] * 3
         assert (batch["attention_mask"][:, -1] == 0).any()
-        total = 0.0
-        for row, image in enumerate(kept):
-            seen = batch["attention_mask"][row].bool()
-            scores, places = tiny.scores_by_hand(
-                before, batch["input_ids"][row][seen], batch["pixel_values"][row : row + 1], image
-            )
-            total -= scores[batch["labels"][row][seen][places] != -100].sum()
-        # The trainer counts labels before it calls the model, so those of dropped tokens too.
-        n_labels = (batch["labels"][:, 1:] != -100).sum()
-        assert options["num_items_in_batch"] == n_labels
-        torch.testing.assert_close(found, total / n_labels, rtol=1e-4, atol=1e-4)
-        assert_same_gradients(total / n_labels, before, gradient)
+        loss = assert_same_loss(found, before, batch, kept)
+        assert options["num_items_in_batch"] == (batch["labels"][:, 1:] != -100).sum()
+        assert_same_gradients(loss, before, gradient)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_sft_of_an_adapter(loaded, tmp_path, late):
+    """PEFT calls `forward` of the model inside, and none of its hooks."""
+    import peft
+
+    model, processor = loaded
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    losses = []
+    if not late:
+        with attach(adapted, keep=tiny.KEEP, forward=True, processor=processor):
+            trainer, _ = make_sft(adapted, processor, tmp_path, completions(6))
+            with pytest.raises(AttachError, match="after the trainer is made"):
+                trainer.train()
+        return
+    trainer, _ = make_sft(adapted, processor, tmp_path, completions(6))
+    with attach(adapted, keep=tiny.KEEP, forward=True, processor=processor) as session:
+        record(trainer, "compute_loss", session, losses)
+        trainer.train()
+    assert len(losses) == 2
+    for before, (batch, *_), _, found, kept in losses:
+        assert_same_loss(found, before.merge_and_unload(), batch, kept)
 
 
 def test_a_trainer_stays_usable_after_detaching(loaded, tmp_path):
