@@ -52,13 +52,13 @@ def encoded(case, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["all", "new"])
-@pytest.mark.parametrize("method", ["fastervlm", "adav"])
-def test_new_images_in_two_later_turns(case, given, method, monkeypatch):
+@pytest.mark.parametrize("chosen_by", ["fastervlm", "adav"])
+def test_new_images_in_two_later_turns(case, given, chosen_by, monkeypatch):
     """Two more images in the second turn and one in the third, as recomputed from the start."""
     batch = case.batch([words(3, 1), 0, words(5, 2)])
     later = [([1, words(2, 3), 2, words(4, 4)], (1, 2)), ([words(2, 5), 0, words(3, 6)], (0,))]
     n_encoded = encoded(case, monkeypatch)
-    with attach(case.model, keep=5, method=method) as session:
+    with attach(case.model, keep=5, method=chosen_by) as session:
         answer = case.model.generate(**batch, **KEPT)
         reports, shown = list(session.report), (0,)
         for parts, new in later:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from budwood.checks import need_seed
-from budwood.errors import AttachError, InputError, UnsupportedModelError
+from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
+from budwood.prune.bypass import Guard
 from budwood.prune.encoded import Encoded
-from budwood.prune.families import family_of
+from budwood.prune.families import as_built, family_of
 from budwood.prune.generation import (
     PromptSwap,
     pad_token,
@@ -61,8 +62,9 @@ def attach(
     processor: Any = None,
     timing: bool = False,
     encoded: Encoded | None = None,
+    patches: str = "mean",
 ) -> PruneSession:
-    """Prune the visual tokens of every image that ``model.generate`` is called with.
+    """Prune the visual tokens of every image and video that ``model.generate`` is called with.
 
     Use it as a context manager, or call ``detach()`` on the session. ``generate`` takes the same
     inputs and returns the same shape of output as before: the whole prompt, then the answer. Its
@@ -97,6 +99,9 @@ def attach(
         timing: wait for the GPU so that ``session.timing`` is exact there.
         encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
             then does not run.
+        patches: how the patches that become one token make its saliency, on models that merge them
+            (Qwen, 2×2): the ``"mean"`` or the ``"max"`` of the attention that they receive, or the
+            mean ``"norm"`` of their features before the merger.
 
     Returns:
         The session, with ``report`` and ``timing`` of the last call.
@@ -112,14 +117,19 @@ def attach(
     model = innermost(model)
     _refuse_attached(model)
     chosen = resolve_method(method, compat)
-    family = family_of(model, processor, chosen.whole_crops)
+    family = family_of(model, processor, chosen.whole_crops, patches)
     if encoded is not None and encoded.whole_crops != family.whole_crops:
         raise AttachError(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
             f"encode(model, inputs, method={chosen.name!r})"
         )
+    if encoded is not None and encoded.patches != patches:
+        raise AttachError(
+            f"the pictures are encoded with patches={encoded.patches!r}, and attach() has "
+            f"patches={patches!r}; give both the same"
+        )
     if chosen.needs_saliency and encoded is None:
-        _refuse_unreadable(family, chosen.name)
+        _refuse_compiled(family, chosen.name)
     if chosen.needs_vocabulary:
         chosen = chosen.fitted(Common.of_model(model))
     pruner = Pruner(
@@ -160,13 +170,15 @@ class PruneSession:
         self._n_running = 0
         self._warned_of_video = False
         self._override("generate", self._generate)
+        self._guard: Guard | None = None
         if forward:
             self._override("forward", self._forward)
+            self._guard = Guard(self.model, self._has_visuals)
 
     # Attached and detached
 
     def __enter__(self) -> PruneSession:
-        if not self._saved:
+        if not self.attached:
             raise AttachError("this session is detached; call attach() for a new one")
         return self
 
@@ -187,10 +199,15 @@ class PruneSession:
         with self._lock:
             saved, self._saved = self._saved, {}
             for name, before in saved.items():
+                override = vars(self.model).get(name)
+                if not isinstance(override, Override) or override.budwood_session is not self:
+                    continue  # wrapped since: what holds the override goes on to the original
                 if before is _ABSENT:
                     delattr(self.model, name)
                 else:
                     setattr(self.model, name, before)
+            if self._guard is not None:
+                self._guard.remove()
             if saved and not self._n_running:
                 self._release()
 
@@ -222,6 +239,11 @@ class PruneSession:
         prompt.note(cache)
         with contextlib.suppress(TypeError), self._lock:  # None and tuples have no weak references
             self._caches.add(cache)
+
+    @property
+    def attached(self) -> bool:
+        """Whether calls of the model are pruned."""
+        return bool(self._saved)
 
     def _override(self, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(self.model, name)
@@ -414,9 +436,11 @@ class Override:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         with self.budwood_session.running() as attached:
-            return self._replacement(self._original, named) if attached else self._original(**named)
+            if not attached:
+                return self._original(*args, **kwargs)
+            named = dict(zip(self._names, args, strict=False))
+            return self._replacement(self._original, {**named, **kwargs})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.budwood_session.model, self._name)
@@ -476,17 +500,10 @@ def _refuse_attached(model: Any) -> None:
         )
 
 
-def _refuse_unreadable(family: Any, method: str) -> None:
-    """Refuse a tower whose attention cannot be read: compiled, or with other modules inside."""
-    try:
-        with family.recorder({}) as recorder:
-            name = compiled_around(family.model.base_model, recorder.module)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"the vision tower of {type(family.model).__name__} was changed, and the attention "
-            f"that method {method!r} reads is not there ({error}); put the model's own modules "
-            "back, or choose a method without saliency (budwood ls methods)"
-        ) from None
+def _refuse_compiled(family: Any, method: str) -> None:
+    with as_built(type(family.model).__name__):
+        read = family.recorder({}).module
+    name = compiled_around(family.model.base_model, read)
     if name is not None:
         raise AttachError(
             f"{name} is compiled, which hides the attention that method {method!r} reads; compile "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from budwood.bench.prune.answering import Answered, answer_full, answer_pruned
 from budwood.bench.prune.plan import BLIND, FULL, Config, Run
 from budwood.errors import InputError
+from budwood.evaluate.scenes import normalise
 from budwood.progress import Progress, silent
 from budwood.prune.chat import Turns, prepare
 from budwood.prune.encoded import Encoded, encode
@@ -139,12 +139,6 @@ def run(
     timed = [(scenes[one.scene][0].image, one) for one in _spread(asked, config.n_timed)]
     outcome.times = measure(model, processor, config.runs, timed)
     return outcome
-
-
-def normalise(text: str) -> str:
-    """Remove case, punctuation and superfluous space from an answer."""
-    bare = text.casefold().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(bare.split())
 
 
 def measure(
