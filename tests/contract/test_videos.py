@@ -137,15 +137,15 @@ def test_only_placeholders_of_a_video_are_dropped(case):
     assert question.tolist() == words(5, 2)
 
 
-def test_the_words_inside_a_video_are_no_question(case):
-    batch = case.batch([0, Video(0), words(5, 2)], [Video(1), words(2, 5)])
-    with attach(case.model, keep=2, question="all") as session:
+@pytest.mark.parametrize("rule", ["current", "turn", "all"])
+def test_the_words_inside_a_video_are_no_question(case, rule):
+    batch = case.batch([0, Video(0), words(5, 2)], [Video(1), 0, Video(2), words(5, 3)])
+    with attach(case.model, keep=2, question=rule) as session:
         case.model.generate(**batch, **GREEDY)
+    assert len(session.report) == 5
     for one in session.report:
-        row = batch["input_ids"][one.row]
-        inside = (row == VIDEO).nonzero().flatten()
-        between = set(range(int(inside[0]), int(inside[-1])))
-        assert not between & set(one.question)
+        asked = batch["input_ids"][one.row, list(one.question)]
+        assert asked.tolist() == words(5, 2 + one.row)
 
 
 def test_loss_equals_oracle(case):
