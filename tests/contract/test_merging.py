@@ -119,3 +119,20 @@ def test_keys_are_in_the_order_of_the_llm(cases):
     expected = seen[0][:, 1:].flatten(0, 1)[places[places >= 0]]
     assert torch.equal(pictures.keys[0].flatten(1), expected)
     assert pictures.keys[0].shape[1] == attention.num_heads
+
+
+@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+def test_keeping_everything_merges_nothing(case, batch, merging):
+    before = case.model.generate(**batch, **GREEDY)
+    with attach(case.model, keep=1.0, method=merging):
+        assert torch.equal(case.model.generate(**batch, **GREEDY), before)
+
+
+@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+def test_rows_of_a_batch_equal_single_rows(case, batch, merging):
+    with attach(case.model, keep=5, method=merging):
+        together = case.model.generate(**batch, **GREEDY)
+        for row, images in enumerate(ROW_IMAGES):
+            single = oracle.row_of(batch, case, row, images)
+            alone = case.model.generate(**single, **GREEDY)
+            assert torch.equal(together[row, -4:], alone[0, -4:])

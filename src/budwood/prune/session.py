@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
+from budwood.prune.bypass import Guard
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import as_built, family_of
 from budwood.prune.generation import (
@@ -157,13 +158,15 @@ class PruneSession:
         self._calls = Calls()
         self._warned_of_video = False
         self._override("generate", self._generate)
+        self._guard: Guard | None = None
         if forward:
             self._override("forward", self._forward)
+            self._guard = Guard(self.model, self._has_visuals)
 
     # Attached and detached
 
     def __enter__(self) -> PruneSession:
-        if not self._saved:
+        if not self.attached:
             raise AttachError("this session is detached; call attach() for a new one")
         return self
 
@@ -177,15 +180,25 @@ class PruneSession:
 
     def detach(self) -> None:
         """Leave the model as it was found. The report stays readable; twice does no harm."""
-        if not self._saved:
+        if not self.attached:
             return
         for name, before in self._saved.items():
+            override = vars(self.model).get(name)
+            if not isinstance(override, Override) or override.budwood_session is not self:
+                continue  # wrapped since: what holds the override goes on to the original
             if before is _ABSENT:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, before)
         self._saved = {}
+        if self._guard is not None:
+            self._guard.remove()
         self.pruner.family.release()
+
+    @property
+    def attached(self) -> bool:
+        """Whether calls of the model are pruned."""
+        return bool(self._saved)
 
     def _override(self, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(self.model, name)
@@ -338,6 +351,8 @@ class Override:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.budwood_session.attached:
+            return self._original(*args, **kwargs)
         named = dict(zip(self._names, args, strict=False))
         return self._replacement(self._original, {**named, **kwargs})
 
