@@ -9,7 +9,7 @@ from budwood.errors import BudgetError, InputError
 from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from tests.contract import oracle
-from tests.contract.models import EOS, IMAGE, VIDEO, WITH_VIDEOS, Case, Video, words
+from tests.contract.models import EOS, IMAGE, VIDEO, WITH_VIDEOS, Video, words
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 ROWS = [
@@ -29,9 +29,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WITH_VIDEOS)
-def case(request, cases) -> Case:
-    return cases[request.param]
+ONLY = WITH_VIDEOS
 
 
 @pytest.fixture
@@ -137,15 +135,15 @@ def test_only_placeholders_of_a_video_are_dropped(case):
     assert question.tolist() == words(5, 2)
 
 
-def test_the_words_inside_a_video_are_no_question(case):
-    batch = case.batch([0, Video(0), words(5, 2)], [Video(1), words(2, 5)])
-    with attach(case.model, keep=2, question="all") as session:
+@pytest.mark.parametrize("rule", ["current", "turn", "all"])
+def test_the_words_inside_a_video_are_no_question(case, rule):
+    batch = case.batch([0, Video(0), words(5, 2)], [Video(1), 0, Video(2), words(5, 3)])
+    with attach(case.model, keep=2, question=rule) as session:
         case.model.generate(**batch, **GREEDY)
+    assert len(session.report) == 5
     for one in session.report:
-        row = batch["input_ids"][one.row]
-        inside = (row == VIDEO).nonzero().flatten()
-        between = set(range(int(inside[0]), int(inside[-1])))
-        assert not between & set(one.question)
+        asked = batch["input_ids"][one.row, list(one.question)]
+        assert asked.tolist() == words(5, 2 + one.row)
 
 
 def test_loss_equals_oracle(case):

@@ -245,8 +245,10 @@ class Pruner:
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
         inside: list[list[tuple[int, int]]] = [[] for _ in ends]
         for one in found:
-            if len(one.placed.runs) > 1:
-                inside[one.placed.row].append((one.placed.start, one.placed.stop))
+            row, start, stop = one.placed.row, one.placed.start, one.placed.stop
+            extent = one.visuals.extent(ids[row], start, stop)
+            if len(one.placed.runs) > 1 or extent != (start, stop):
+                inside[row].append(extent)
         return [
             self.question.positions(
                 ids[placed.row],

@@ -166,6 +166,16 @@ class Visuals(ABC):
             )
         return some
 
+    def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
+        """Where a visual begins and ends with the text that is a part of it, such as timestamps.
+
+        Args:
+            row: one row of the prompt, int64, on the CPU, shape (n_tokens,).
+            start: position of its first placeholder.
+            stop: position after its last.
+        """
+        return start, stop
+
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Say where the tokens of each visual are."""
