@@ -141,7 +141,9 @@ def _llava(shape: Shape) -> Any:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     return LlavaForConditionalGeneration(
-        LlavaConfig(_clip(shape), _llama(shape), image_token_index=_WORDS - 1)
+        LlavaConfig(
+            vision_config=_clip(shape), text_config=_llama(shape), image_token_index=_WORDS - 1
+        )
     )
 
 
@@ -151,8 +153,8 @@ def _llava_next(shape: Shape) -> Any:
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     return LlavaNextForConditionalGeneration(
         LlavaNextConfig(
-            _clip(shape),
-            _llama(shape),
+            vision_config=_clip(shape),
+            text_config=_llama(shape),
             image_token_index=_WORDS - 1,
             image_grid_pinpoints=pinpoints,
         )
