@@ -92,11 +92,13 @@ class Pruner:
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
         answers = _answers(inputs.get("labels"), len(ids))
 
+        read = {**inputs, "input_ids": ids}  # what families read of the prompts is on the CPU
+
         started = self._now()
-        features, saliency_of = self._encode(inputs)
+        features, saliency_of = self._encode(read)
         encoded_at = self._now()
 
-        layouts = self.family.layouts(inputs, features)
+        layouts = self.family.layouts(read, features)
         lengths = [layout.run_lengths for layout in layouts]
         images = locate_images(ids, self.family.image_token_id, lengths)
         with torch.no_grad():
@@ -144,8 +146,13 @@ class Pruner:
     def _questions(
         self, ids: Tensor, mask: Tensor, images: Sequence[Placed], answers: Sequence[set[int]]
     ) -> list[list[int]]:
-        """Positions of the text about each image."""
+        """Positions of the text about each image. Markers of images are no text."""
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
+        before, behind = self.family.markers
+        ids = ids.clone()
+        for image in images:
+            start = max(image.start - before, 0)
+            ids[image.row, start : image.stop + behind] = self.family.image_token_id
         return [
             self.question.positions(
                 ids[image.row], (image.start, image.stop), ends[image.row], answers[image.row]
@@ -235,7 +242,7 @@ class Pruner:
             grid=layout.grid,
             question=tuple(asked),
             boxes=layout.boxes,
-            view=self.family.view,
+            placed=partial(self.family.boxes_on, layout),
         )
 
     def _now(self) -> float:

@@ -29,8 +29,10 @@ class Layout:
         candidates: features that may be dropped, in the LLM's order, int64, shape
             (n_candidates,); None if all may.
         fixed: features that always stay, int64, shape (n_fixed,).
-        order: place of each candidate in the encoder's order, int64, shape (n_candidates,); None
-            if the LLM has the same order.
+        order: place of each candidate in the encoder's order, int64, shape (n_candidates,), or
+            (n_candidates, n_parts) if it is made of several; None if the LLM has the same order.
+        weights: how much each part counts, float32, shape (n_candidates, n_parts); None if all
+            count the same.
         grid: rows and columns of the candidates if they form one raster, else None.
         n_crops: crops of equal size that the encoder saw.
         runs: placeholders of each piece, where other tokens such as timestamps stand between the
@@ -44,6 +46,7 @@ class Layout:
     candidates: Tensor | None = None
     fixed: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     order: Tensor | None = None
+    weights: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
     runs: tuple[int, ...] = ()
@@ -62,6 +65,8 @@ class Layout:
     def ordered(self, scores: Tensor) -> Tensor:
         """Move scores from the encoder's order into the LLM's.
 
+        A candidate that is made of several of the encoder's tokens gets their (weighted) mean.
+
         Args:
             scores: one per token of the encoder, shape (n_tokens,), on any device.
 
@@ -70,7 +75,12 @@ class Layout:
         """
         if self.order is None:
             return scores
-        return scores[self.order.to(scores.device, non_blocking=True)]
+        parts = scores[self.order.to(scores.device, non_blocking=True)]
+        if parts.ndim == 1:
+            return parts
+        if self.weights is None:
+            return parts.mean(1)
+        return (parts * self.weights.to(scores.device, non_blocking=True)).sum(1)
 
 
 class Family(ABC):
@@ -81,6 +91,7 @@ class Family(ABC):
     Attributes:
         model_type: the ``config.model_type`` that it is for.
         encoder_inputs: inputs that encoding consumes; the LLM does not see them.
+        markers: tokens of an image in front of its first placeholder and behind its last one.
         video_inputs: inputs that mean there is a video, which is never pruned.
         has_whole_crops: it can give whole crops, as published LLaVA code does.
 
@@ -95,6 +106,7 @@ class Family(ABC):
 
     model_type: ClassVar[str]
     encoder_inputs: ClassVar[tuple[str, ...]]
+    markers: ClassVar[tuple[int, int]] = (0, 0)
     video_inputs: ClassVar[tuple[str, ...]] = ()
     has_whole_crops: ClassVar[bool] = False
 
@@ -154,6 +166,20 @@ class Family(ABC):
     def release(self) -> None:  # noqa: B027
         """Put back what :meth:`placed` changed; called on detaching."""
 
+    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+        """Boxes of the candidates in a picture of a given size, before the processor changed it.
+
+        Args:
+            layout: of the picture.
+            image_size: height and width of the picture in pixels.
+
+        Returns:
+            x0, y0, x1, y1 as fractions of its size in [0, 1], float32, shape (n_candidates, 4).
+        """
+        x0, y0, x1, y1 = self.view(image_size)
+        scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+        return (layout.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
+
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part of a picture that the encoder sees: x0, y0, x1, y1 as fractions of its size.
 
@@ -161,6 +187,21 @@ class Family(ABC):
             image_size: height and width of the picture in pixels.
         """
         return WHOLE
+
+
+def tile_boxes(rows: int, columns: int, side: int) -> Tensor:
+    """Boxes of a picture that is cut into tiles, tile by tile and row-major in each.
+
+    Args:
+        rows: tiles along the height.
+        columns: tiles along the width.
+        side: boxes along a side of each tile.
+
+    Returns:
+        x0, y0, x1, y1 as fractions of the picture, float32, shape (rows · columns · side², 4).
+    """
+    boxes = raster_boxes(rows * side, columns * side).view(rows, side, columns, side, 4)
+    return boxes.transpose(1, 2).reshape(-1, 4)
 
 
 def raster_boxes(rows: int, columns: int) -> Tensor:
