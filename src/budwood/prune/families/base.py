@@ -63,24 +63,25 @@ class Layout:
         return self.runs or (self.n_placeholders,)
 
     def ordered(self, scores: Tensor) -> Tensor:
-        """Move scores from the encoder's order into the LLM's.
+        """Move scores, or other values, from the encoder's order into the LLM's.
 
         A candidate that is made of several of the encoder's tokens gets their (weighted) mean.
 
         Args:
-            scores: one per token of the encoder, shape (n_tokens,), on any device.
+            scores: of each token of the encoder, shape (n_tokens, ...), on any device.
 
         Returns:
-            One per candidate, shape (n_candidates,).
+            Of each candidate, shape (n_candidates, ...).
         """
         if self.order is None:
             return scores
         parts = scores[self.order.to(scores.device, non_blocking=True)]
-        if parts.ndim == 1:
+        if self.order.ndim == 1:
             return parts
         if self.weights is None:
             return parts.mean(1)
-        return (parts * self.weights.to(scores.device, non_blocking=True)).sum(1)
+        weights = self.weights.to(scores.device, scores.dtype, non_blocking=True)
+        return torch.einsum("nk,nk...->n...", weights, parts)
 
 
 class Family(ABC):
@@ -136,6 +137,14 @@ class Family(ABC):
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
         return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
 
+    def packed(self, features: Sequence[Tensor]) -> Any:
+        """Put kept features into the form in which the model takes them (``pooler_output``).
+
+        Args:
+            features: one tensor per image, shape (n_kept, d_model).
+        """
+        return list(features)
+
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels by which each image is known again, one tensor per image."""
         return list(inputs["pixel_values"])
@@ -147,6 +156,13 @@ class Family(ABC):
     @abstractmethod
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Saliency of the candidates, one float32 tensor per image, shape (n_candidates,)."""
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        """Keys of the candidates in the layer of the saliency, shape (n_candidates, heads, d_head).
+
+        Asked for before :meth:`saliency`. None where a family does not give them.
+        """
+        return [None] * len(layouts)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).

@@ -69,7 +69,7 @@ class InternVL(Tiled):
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
         return self.model.get_image_features(**given, return_dict=True).pooler_output
 
-    def outputs(self, features: Sequence[Tensor]) -> Any:
+    def packed(self, features: Sequence[Tensor]) -> Any:
         # One token per entry: generate() then tells rows apart where it repeats them for beams.
         return torch.cat(list(features))[:, None]
 

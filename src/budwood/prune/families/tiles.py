@@ -113,6 +113,13 @@ class Tiled(Family):
             for tiles, layout in zip(per_image, layouts, strict=True)
         ]
 
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        per_image = recorder.keys().split([layout.n_crops for layout in layouts])
+        return [
+            layout.ordered(tiles.flatten(0, 1))
+            for tiles, layout in zip(per_image, layouts, strict=True)
+        ]
+
     def _images(self, inputs: Mapping[str, Any]) -> list[Tiles]:
         if inputs.get("input_ids") is None:
             raise InputError(
