@@ -250,7 +250,9 @@ MODELS = {
     ),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _model("llava_onevision", "up to 7,300"),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _model(
+        "llava_onevision", "LLaVA-OneVision, 729 a crop"
+    ),
     "OpenGVLab/InternVL3-1B-hf": _model("internvl", "InternVL3, 256 a tile"),
     "HuggingFaceM4/Idefics3-8B-Llama3": _model("idefics3", "Idefics3, 169 a tile"),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _model("smolvlm", "SmolVLM2, 81 a tile"),

@@ -7,18 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.contract.models import IMAGE, Case
+from tests.contract.models import IMAGE, Case, onevision_places
+
+PIXELS = (
+    "pixel_values",
+    "image_sizes",
+    "image_grid_thw",
+    "batch_num_images",
+    "pixel_attention_mask",
+)
 
 
 def row_of(batch: dict[str, Tensor], case: Case, row: int, images: slice) -> dict[str, Tensor]:
     """One row of a batch without its padding, with the images that are its."""
     seen = batch["attention_mask"][row].bool()
-    per_image = ("pixel_values", "image_sizes", "image_grid_thw")
+    per_image = PIXELS
     single = {
         name: tensor[row : row + 1, seen] for name, tensor in batch.items() if name not in per_image
     }
     n_images = images.stop - images.start
-    if n_images:
+    if n_images and case.pixels_of is not None:
+        single |= case.pixels_of(batch, row, images)
+    elif n_images:
         single |= {name: batch[name][images] for name in per_image[1:] if name in batch}
         if "image_grid_thw" in batch:  # patches of all images stand one after the other
             ends = [0, *batch["image_grid_thw"].prod(-1).cumsum(0).tolist()]
@@ -35,9 +45,9 @@ def embeddings(case: Case, single: dict[str, Tensor]) -> Tensor:
     rows = case.model.get_input_embeddings()(ids)
     if "pixel_values" not in single:
         return rows
-    given = {k: single[k] for k in ("pixel_values", "image_sizes", "image_grid_thw") if k in single}
-    features = torch.cat(list(case.model.get_image_features(**given).pooler_output))
-    rows[ids == IMAGE] = features
+    given = {name: single[name] for name in PIXELS if name in single}
+    features = list(case.model.get_image_features(**given).pooler_output)
+    rows[ids == IMAGE] = torch.cat(features)
     return rows
 
 
@@ -65,7 +75,7 @@ def greedy(
     positions = coordinates(case, single, kept)
     answer, logits = [], []
     for _ in range(n_new):
-        hidden = model.model.language_model(
+        hidden = case.llm(
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -96,7 +106,11 @@ def kept_positions(case: Case, single: dict[str, Tensor], reports: list) -> Tens
         if "image_sizes" in single:
             size = single["image_sizes"][number]
             n_crops = 5 if int(size[0]) == 30 else 3
-            newline = packed_places(case, size, n_crops) < 0
+            if "batch_num_images" in single:
+                n_crops = 1 if int(single["batch_num_images"]) > 1 else n_crops
+                newline = onevision_places(case.model, size, n_crops) < 0
+            else:
+                newline = packed_places(case, size, n_crops) < 0
         chosen = (~newline).nonzero().flatten()[report.kept]
         stays[first[start + chosen]] = True
         stays[first[start + newline.nonzero().flatten()]] = True

@@ -96,7 +96,7 @@ def test_an_error_in_the_block_leaves_a_clean_model(warm, batch):
 
 
 @pytest.mark.parametrize("place", ["encoder", "saliency", "llm"])
-def test_an_error_in_generate_leaves_a_clean_model(warm, batch, place, monkeypatch):
+def test_an_error_in_generate_leaves_a_clean_model(case, warm, batch, place, monkeypatch):
     before = state(warm)
 
     def fail(*args, **kwargs):
@@ -109,7 +109,7 @@ def test_an_error_in_generate_leaves_a_clean_model(warm, batch, place, monkeypat
             elif place == "saliency":
                 patch.setattr(session.pruner.family, "saliency", fail)
             else:
-                patch.setattr(type(warm.model.language_model), "forward", fail)
+                patch.setattr(type(case.llm), "forward", fail)
             with pytest.raises(ZeroDivisionError, match=place):
                 warm.generate(**batch, **GREEDY)
         warm.generate(**batch, **GREEDY)  # and it goes on working

@@ -69,7 +69,7 @@ def test_merged_features_equal_oracle(case, batch, encoded):
     for row, images in enumerate(ROW_IMAGES):
         single = oracle.row_of(batch, case, row, images)
         embeds, kept = embeddings(case, single, session.report[images])
-        hidden = case.model.model.language_model(
+        hidden = case.llm(
             inputs_embeds=embeds[None],
             position_ids=oracle.coordinates(case, single, kept),
             attention_mask=torch.ones(1, len(kept), dtype=torch.long),
@@ -86,7 +86,11 @@ def test_merged_features_pass_gradients_on(case):
     with attach(case.model, keep=3, method=Doubled(), forward=True):
         loss = case.model(**batch).loss
         loss.backward()
-    encoder = [p for n, p in case.model.named_parameters() if "multi_modal" in n or "merger" in n]
+    encoder = [
+        p
+        for n, p in case.model.named_parameters()
+        if any(part in n for part in ("multi_modal", "merger", "connector"))
+    ]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder)
     case.model.zero_grad(set_to_none=True)
     with torch.no_grad(), attach(case.model, keep=3, method=Doubled(), forward=True):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError
-from budwood.prune.families.base import Layout
 from budwood.prune.families.tiles import Run, Tiled, Tiles
 from budwood.prune.families.towers import refuse_tower
 from budwood.prune.saliency import ReceivedRecorder, Recorder

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: as LLaVA-NeXT, with large rasters shrunk, and squares in prompts of many images."""
+"""LLaVA-OneVision: LLaVA-NeXT with large rasters shrunk, and squares in prompts of many images."""
 
 from __future__ import annotations
 
