@@ -174,8 +174,8 @@ def test_a_new_image_in_a_later_turn_says_so(case):
     with attach(case.model, keep=5):
         first = case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
         more = case.batch([0, words(5, 2), 1, words(2, 3)])
-        n_prompt = batch["input_ids"].shape[1]
-        more["input_ids"] = torch.cat((first.sequences, more["input_ids"][:, n_prompt:]), 1)
+        turn = case.batch([1, words(2, 3)])["input_ids"][:, 1:]
+        more["input_ids"] = torch.cat((first.sequences, turn), 1)
         more["attention_mask"] = torch.ones_like(more["input_ids"])
         with pytest.raises(AttachError, match="new turn has an image"):
             case.model.generate(**more, past_key_values=first.past_key_values)

@@ -47,9 +47,16 @@ class LlavaOnevision(LlavaNext):
         return [
             _shrunk_layout((height, width), pinpoints, crop, side, most_crops)
             if alone
-            else _square_layout((height, width), side)
+            else _square_layout(side)
             for (height, width), alone in zip(sizes, _alone(inputs, len(sizes)), strict=True)
         ]
+
+    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+        """Where there is one crop, less the padding that makes a square of the picture."""
+        if layout.n_crops > 1:
+            return layout.boxes
+        square = (max(image_size), max(image_size))
+        return on_picture(layout.boxes, image_size, square).clamp(0, 1)
 
     def _most_crops(self, inputs: Mapping[str, Any]) -> int:
         given = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
@@ -110,14 +117,12 @@ def _shrunk_layout(
     )
 
 
-@lru_cache(maxsize=256)
-def _square_layout(image_size: tuple[int, int], side: int) -> Layout:
-    """One crop, padded to a square, and one newline."""
-    longest = max(image_size)
-    boxes = on_picture(raster_boxes(side, side), image_size, (longest, longest))
+@lru_cache(maxsize=16)
+def _square_layout(side: int) -> Layout:
+    """One crop and one newline."""
     return Layout(
         n_placeholders=side * side + 1,
-        boxes=boxes.clamp(0, 1),
+        boxes=raster_boxes(side, side),
         candidates=torch.arange(side * side),
         fixed=torch.tensor([side * side]),
         grid=(side, side),
