@@ -78,7 +78,7 @@ FAMILIES = {
     "llava_onevision": _family(
         "llava_onevision",
         "LlavaOnevision",
-        "LlavaOnevisionForConditionalGeneration, images only: videos are not pruned.",
+        "LlavaOnevisionForConditionalGeneration, images and videos.",
     ),
     "internvl": _family("internvl", "InternVL", "InternVLForConditionalGeneration (InternVL3)."),
     "idefics3": _family("idefics3", "Idefics3", "Idefics3ForConditionalGeneration."),
@@ -86,7 +86,7 @@ FAMILIES = {
     "qwen2_5_vl": _family(
         "qwen2_5_vl",
         "Qwen25VL",
-        "Qwen2_5_VLForConditionalGeneration, images only: videos are not pruned.",
+        "Qwen2_5_VLForConditionalGeneration, images and videos.",
     ),
 }
 """Vision-language models that can be pruned, by ``config.model_type``."""

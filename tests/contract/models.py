@@ -56,6 +56,13 @@ CLIP = {
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video in a row of a batch."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
 class Case:
     """A model and how to make inputs for it.
 
@@ -63,7 +70,8 @@ class Case:
     markers stand between them; the size depends on the seed where the family allows. `join` puts
     several together. A family whose images depend on their row has `image_in(seed, n_in_row)` and
     `join_rows`, which gets a list a row, in place of these. `pixels_of(batch, row, images)` takes a
-    row's inputs out of a batch where it is not one entry an image.
+    row's inputs out of a batch where it is not one entry an image. `video(seed)` gives one video's
+    inputs and its part of the prompt.
     """
 
     model: Any
@@ -71,6 +79,7 @@ class Case:
     join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
     image_in: Callable[[int, int], tuple[dict[str, Tensor], int]] | None = None
     join_rows: Callable[[Sequence[Sequence[dict[str, Tensor]]]], dict[str, Tensor]] | None = None
     pixels_of: Callable[[dict[str, Tensor], int, slice], dict[str, Tensor]] | None = None
@@ -87,22 +96,29 @@ class Case:
         names = ("visual", "vision_tower", "vision_model")
         return next(name for name in names if hasattr(self.model.model, name))
 
-    def batch(self, *rows: Sequence[int | list[int]], side: str = "left") -> dict[str, Tensor]:
-        """Rows of text (lists of ids) and images (seeds), padded on `side`."""
-        images, texts = [], []
+    def batch(
+        self, *rows: Sequence[int | Video | list[int]], side: str = "left"
+    ) -> dict[str, Tensor]:
+        """Rows of text (lists of ids), images (seeds) and videos, padded on `side`."""
+        images, videos, texts = [], [], []
         for row in rows:
             text: list[int] = [BOS]
             images.append([])
-            n_images = sum(not isinstance(part, list) for part in row)
+            n_images = sum(isinstance(part, int) for part in row)
             for part in row:
                 if isinstance(part, list):
                     text += part
-                    continue
-                given = self.image_in(part, n_images) if self.image_in else self.image(part)
-                inputs, tokens = given
-                images[-1].append(inputs)
-                tokens = [IMAGE] * tokens if isinstance(tokens, int) else tokens
-                text += [*self.before, *tokens, *self.after]
+                elif isinstance(part, Video):
+                    assert self.video is not None
+                    inputs, placeholders = self.video(part.seed)
+                    videos.append(inputs)
+                    text += placeholders
+                else:
+                    given = self.image_in(part, n_images) if self.image_in else self.image(part)
+                    inputs, tokens = given
+                    images[-1].append(inputs)
+                    tokens = [IMAGE] * tokens if isinstance(tokens, int) else tokens
+                    text += [*self.before, *tokens, *self.after]
             texts.append(text)
         length = max(map(len, texts))
         padded = [pad(text, length, PAD, side) for text in texts]
@@ -110,12 +126,11 @@ class Case:
         ids = torch.tensor(padded)
         batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
         if self.before:  # the family with typed tokens
-            kinds = (ids == IMAGE).int()
-            batch["mm_token_type_ids"] = kinds
+            batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         every = [inputs for row in images for inputs in row]
-        if not every:
-            return batch
-        return batch | (self.join_rows(images) if self.join_rows else self.join(every))
+        if every:
+            batch |= self.join_rows(images) if self.join_rows else self.join(every)
+        return batch | (concatenate(videos) if videos else {})
 
 
 def pad(row: list[int], length: int, value: int, side: str) -> list[int]:
@@ -376,8 +391,18 @@ def qwen2_5_vl() -> Case:
         }
         return inputs, height * width // 4
 
+    def video(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        frames, height, width = [(3, 6, 10), (2, 10, 4), (4, 8, 6)][seed % 3]
+        inputs = {
+            "pixel_values_videos": noise(40 + seed, frames * height * width, 3 * 2 * 2 * 2),
+            "video_grid_thw": torch.tensor([[frames, height, width]]),
+            "second_per_grid_ts": torch.tensor([[0.5, 2.0, 1.0][seed % 3]]),
+        }
+        return inputs, [VISION_START, *[VIDEO] * (frames * height * width // 4), VISION_END]
+
     model = ready(Qwen2_5_VLForConditionalGeneration(config))
-    return Case(model, image, concatenate, before=(VISION_START,), after=(VISION_END,))
+    wrapped = {"before": (VISION_START,), "after": (VISION_END,)}
+    return Case(model, image, concatenate, **wrapped, video=video)
 
 
 def concatenate(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -402,6 +427,9 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "smolvlm": smolvlm,
     "qwen2_5_vl": qwen2_5_vl,
 }
+
+WITH_VIDEOS = ("qwen2_5_vl", "llava_onevision")
+"""Families that prune videos."""
 
 ROW_IMAGES = [slice(0, 2), slice(2, 2), slice(2, 3)]
 """Images of each row of the `batch` fixture."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from budwood.errors import UnsupportedModelError
-from budwood.prune.families.base import Layout
+from budwood.prune.families.base import Layout, one_by_one
 from budwood.prune.families.tiles import Run, Tiled, Tiles, tiled_layout
 from budwood.prune.families.towers import output_layer, refuse_tower
 from budwood.prune.saliency import ClsRecorder, Recorder
@@ -26,12 +25,12 @@ class InternVL(Tiled):
     """
 
     model_type: ClassVar[str] = "internvl"
-    encoder_inputs: ClassVar[tuple[str, ...]] = (
+    encoder_inputs: tuple[str, ...] = (
         "pixel_values",
         "vision_feature_layer",
         "vision_feature_select_strategy",
     )
-    markers: ClassVar[tuple[int, int]] = (1, 1)
+    markers: tuple[int, int] = (1, 1)
     run_per_tile: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
@@ -69,9 +68,8 @@ class InternVL(Tiled):
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
         return self.model.get_image_features(**given, return_dict=True).pooler_output
 
-    def packed(self, features: Sequence[Tensor]) -> Any:
-        # One token per entry: generate() then tells rows apart where it repeats them for beams.
-        return torch.cat(list(features))[:, None]
+    def outputs(self, features: Sequence[Tensor]) -> Any:
+        return one_by_one(features)
 
     def pixels(self, inputs: Mapping[str, Any]) -> Tensor:
         return inputs["pixel_values"]

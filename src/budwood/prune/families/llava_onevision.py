@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from budwood.errors import UnsupportedModelError
-from budwood.prune.families.base import Layout, raster_boxes
+from budwood.prune.families.base import Layout, Visuals, one_by_one, raster_boxes
 from budwood.prune.families.llava_next import LlavaNext, anyres_layout, canvas_of, on_picture
+from budwood.prune.families.towers import Tower
+from budwood.prune.saliency import Recorder
 
 
 class LlavaOnevision(LlavaNext):
@@ -26,16 +28,16 @@ class LlavaOnevision(LlavaNext):
     """
 
     model_type: ClassVar[str] = "llava_onevision"
-    encoder_inputs: ClassVar[tuple[str, ...]] = (
+    encoder_inputs: tuple[str, ...] = (
         *LlavaNext.encoder_inputs,
         "vision_aspect_ratio",
         "batch_num_images",
     )
-    video_inputs: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     has_whole_crops: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
         super().__init__(model, processor, whole_crops)
+        self.videos = OnevisionVideos(model, self.tower)
         self._most_crops({})  # a wrong one shows now and not at the first picture
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
@@ -66,6 +68,51 @@ class LlavaOnevision(LlavaNext):
                 f"vision_aspect_ratio={given!r} is not supported; known: 'anyres_max_N'"
             )
         return int(most[1])
+
+
+class OnevisionVideos(Visuals):
+    """Videos of LLaVA-OneVision: each frame is pooled to a quarter, and one newline comes last.
+
+    Pooling is bilinear; saliency goes through the same interpolation.
+
+    Args:
+        model: the model.
+        tower: its vision tower.
+    """
+
+    kind: str = "video"
+    pixels: str = "pixel_values_videos"
+    encoder_inputs: tuple[str, ...] = (
+        "pixel_values_videos",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+
+    def __init__(self, model: Any, tower: Tower) -> None:
+        super().__init__(model)
+        self.tower = tower
+
+    def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
+        return self.tower.recorder(inputs)
+
+    def outputs(self, features: Sequence[Tensor]) -> Any:
+        return one_by_one(features)
+
+    def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        return [_video_layout(len(video), self.tower.side) for video in inputs[self.pixels]]
+
+    def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        return self._ordered(recorder.saliency(), layouts)
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        return self._ordered(recorder.keys(), layouts)
+
+    def _ordered(self, frames: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+        per_video = frames.split([layout.frames for layout in layouts])
+        return [
+            layout.ordered(video.flatten(0, 1))
+            for video, layout in zip(per_video, layouts, strict=True)
+        ]
 
 
 def _alone(inputs: Mapping[str, Any], n_images: int) -> list[bool]:
@@ -126,6 +173,25 @@ def _square_layout(side: int) -> Layout:
         candidates=torch.arange(side * side),
         fixed=torch.tensor([side * side]),
         grid=(side, side),
+    )
+
+
+@lru_cache(maxsize=64)
+def _video_layout(frames: int, side: int) -> Layout:
+    """Frame after frame, each pooled to half its side, and one newline."""
+    pooled = ceil(side / 2)
+    parts, weights = bilinear(side, side, pooled, pooled)
+    first = side * side * torch.arange(frames)[:, None, None]
+    n_tokens = frames * pooled * pooled
+    return Layout(
+        n_placeholders=n_tokens + 1,
+        boxes=raster_boxes(pooled, pooled).repeat(frames, 1),
+        candidates=torch.arange(n_tokens),
+        fixed=torch.tensor([n_tokens]),
+        order=(first + parts).flatten(0, 1),
+        weights=weights.repeat(frames, 1),
+        grid=(pooled, pooled),
+        frames=frames,
     )
 
 
