@@ -244,7 +244,18 @@ def llava_onevision() -> Case:
         count = torch.tensor([images.stop - images.start])
         return {name: batch[name][images] for name in names} | {"batch_num_images": count}
 
-    return Case(model, lambda seed: image(seed, 1), join_next, (), (), image, join_rows, pixels_of)
+    def video(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        return {"pixel_values_videos": noise(40 + seed, 1, 3, 3, 12, 12)}, [VIDEO] * (3 * 2 * 2 + 1)
+
+    return Case(
+        model,
+        lambda seed: image(seed, 1),
+        join_next,
+        video=video,
+        image_in=image,
+        join_rows=join_rows,
+        pixels_of=pixels_of,
+    )
 
 
 def onevision_places(model: Any, size: Tensor, n_crops: int) -> Tensor:

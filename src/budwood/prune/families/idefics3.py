@@ -52,7 +52,7 @@ class Idefics3(Tiled):
         rows = super(Tiled, self).features(inputs)
         return torch.cat(rows).unflatten(0, (-1, self.side**2))
 
-    def pixels(self, inputs: Mapping[str, Any]) -> Tensor:
+    def real_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         tiles = inputs["pixel_values"].flatten(0, 1)
         return tiles[(tiles != 0).flatten(1).any(1)]  # the model, too, takes zeros for padding
 

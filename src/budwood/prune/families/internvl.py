@@ -71,7 +71,7 @@ class InternVL(Tiled):
     def outputs(self, features: Sequence[Tensor]) -> Any:
         return one_by_one(features)
 
-    def pixels(self, inputs: Mapping[str, Any]) -> Tensor:
+    def real_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         return inputs["pixel_values"]
 
     def cut(self, ids: Tensor, runs: Sequence[Run]) -> list[Tiles]:

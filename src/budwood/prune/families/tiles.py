@@ -90,7 +90,7 @@ class Tiled(Family):
         """Encode: projected features of all tiles, shape (n_tiles, side², d_model)."""
 
     @abstractmethod
-    def pixels(self, inputs: Mapping[str, Any]) -> Tensor:
+    def real_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         """All tiles without padding, shape (n_tiles, n_channels, height, width)."""
 
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -98,7 +98,7 @@ class Tiled(Family):
         return [tiles.flatten(0, 1) for tiles in images]
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        return self._split(self.pixels(inputs), self._images(inputs))
+        return self._split(self.real_tiles(inputs), self._images(inputs))
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         return [
