@@ -108,7 +108,7 @@ def test_a_video_has_one_budget_for_all_its_frames(case, batch):
         (report[5].n_before + 2) // 4,
     ]
     for one in report:
-        assert one.n_before == one.frames * one.grid[0] * one.grid[1]
+        assert one.grid is None or one.n_before == one.frames * one.grid[0] * one.grid[1]
         assert one.boxes.shape == (one.n_before, 4)
         assert one.saliency.shape == (one.n_before,)
         best = one.saliency.topk(one.n_after).indices.sort().values
@@ -136,7 +136,7 @@ def test_only_placeholders_of_a_video_are_dropped(case):
     ids = batch["input_ids"][0]
     left = ids[session.origin[0]]
     assert torch.equal(left[left != VIDEO], ids[ids != VIDEO])
-    assert (left == VIDEO).sum() == 2
+    assert (left == VIDEO).sum() == 2 + session.report[0].n_fixed
     question = ids[list(session.report[0].question)]
     assert question.tolist() == words(5, 2)
 
@@ -195,7 +195,8 @@ def test_a_second_turn_goes_on_with_the_cache(case):
         with pytest.raises(AttachError, match="new turn has an image or video"):
             case.model.generate(more, past_key_values=first.past_key_values)
     whole = {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    whole["mm_token_type_ids"] = 2 * (ids == VIDEO).int()
+    if "mm_token_type_ids" in batch:
+        whole["mm_token_type_ids"] = 2 * (ids == VIDEO).int()
     places = oracle.kept_positions(case, whole, kept)
     expected, _ = oracle.greedy(case, whole, places, 5)
     assert torch.equal(second[0, ids.shape[1] :], expected)

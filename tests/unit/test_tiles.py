@@ -26,7 +26,7 @@ from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from budwood.prune.families.llava_onevision import bilinear
 from tests.contract import models
-from tests.contract.models import BREAK, EOS, FAKE, IMAGE, TILE, VOCABULARY, words
+from tests.contract.models import BREAK, EOS, FAKE, IMAGE, TILE, Video, words
 
 SIZES = [(60, 132), (150, 40), (90, 90), (47, 61), (33, 200), (120, 100)]
 """Heights and widths of pictures."""
@@ -207,6 +207,20 @@ def test_saliency_equals_eager_attention(cases, name):
         expected = merged(case, scores[..., None], alone)[:, 0]
         assert layouts[image].n_crops == len(tiles)
         torch.testing.assert_close(some, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_saliency_of_frames_equals_eager_attention(cases):
+    """Pooled as the model pools features."""
+    case = cases["llava_onevision"]
+    batch = case.batch([Video(0), words(3, 1)], [Video(1)])
+    videos = family_of(case.model).videos
+    with videos.recorder(batch) as recorder:
+        features = videos.features(batch)
+    found = videos.saliency(recorder, videos.layouts(batch, features))
+    frames = batch["pixel_values_videos"].flatten(0, 1)
+    scores = eager(case, frames, -1).mean((1, 2))[..., None]
+    expected = case.model.model.apply_pooling(scores).view(2, -1)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["sdpa", "eager"])
@@ -407,7 +421,3 @@ def test_replaced_submodules_are_refused(name):
         attach(case.model)
     setattr(owner, key, attention)
     attach(case.model).detach()
-
-
-def test_words_are_below_the_markers():
-    assert BREAK == VOCABULARY - 1
