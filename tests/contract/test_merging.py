@@ -56,6 +56,7 @@ def nothing(report):
 
     class Nothing:
         n_before, n_fixed, kept = report.n_before, report.n_fixed, report.kept[:0]
+        kind = report.kind
 
     return Nothing
 
