@@ -49,8 +49,7 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         whole_crops: give features as published LLaVA code has them; see :class:`Family`.
 
     Raises:
-        UnsupportedModelError: no family knows it, or it lacks vision, a head, or a known tower, or
-            a module of the tower was replaced.
+        UnsupportedModelError: no family knows it, or it lacks vision, a head, or a known tower.
     """
     kind = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -72,12 +71,4 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
-    try:
-        made = family(model, processor, whole_crops)
-        with made.recorder({}):  # finds every module that is hooked later
-            return made
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"a part of {kind}'s vision encoder was replaced, and its attention cannot be read "
-            f"({error}); attach to the model as transformers builds it"
-        ) from error
+    return family(model, processor, whole_crops)
