@@ -49,8 +49,7 @@ class Idefics3(Tiled):
 
     def encoded(self, inputs: Mapping[str, Any]) -> Tensor:
         # One tensor per row of the batch, all its tiles one after the other, padding left out.
-        rows = super(Tiled, self).features(inputs)
-        return torch.cat(rows).unflatten(0, (-1, self.side**2))
+        return torch.cat(self.encode(inputs).pooler_output).unflatten(0, (-1, self.side**2))
 
     def real_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         tiles = inputs["pixel_values"].flatten(0, 1)

@@ -65,8 +65,7 @@ class InternVL(Tiled):
         return ClsRecorder(layer.attention, "q_norm", "k_norm")
 
     def encoded(self, inputs: Mapping[str, Any]) -> Tensor:
-        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        return self.model.get_image_features(**given, return_dict=True).pooler_output
+        return self.encode(inputs).pooler_output
 
     def outputs(self, features: Sequence[Tensor]) -> Any:
         return one_by_one(features)
