@@ -452,7 +452,7 @@ def qwen(
         n_tokens = height * width // 4
         if not timestamps:
             return inputs, [VISION_START, *[VIDEO] * (frames * n_tokens), VISION_END]
-        ids: list[int] = []
+        ids = [VISION_START]
         for frame in range(frames):
             ids += [
                 *words(1 + frame % 2, 70 + frame),
@@ -460,7 +460,7 @@ def qwen(
                 *[VIDEO] * n_tokens,
                 VISION_END,
             ]
-        return inputs, ids
+        return inputs, [*ids, VISION_END]
 
     wrapped = {"before": (VISION_START,), "after": (VISION_END,)}
     return Case(ready(model), image, concatenate, **wrapped, video=video)

@@ -205,10 +205,10 @@ class Pruner:
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
         inside: list[list[tuple[int, int]]] = [[] for _ in ends]
         for one in found:
-            before, behind = one.visuals.markers
-            if before or behind or len(one.placed.runs) > 1:
-                start, stop = max(one.placed.start - before, 0), one.placed.stop + behind
-                inside[one.placed.row].append((start, stop))
+            row, start, stop = one.placed.row, one.placed.start, one.placed.stop
+            extent = one.visuals.extent(ids[row], start, stop)
+            if len(one.placed.runs) > 1 or extent != (start, stop):
+                inside[row].append(extent)
         return [
             self.question.positions(
                 ids[placed.row],

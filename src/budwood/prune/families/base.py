@@ -97,15 +97,12 @@ class Visuals(ABC):
         kind: ``"image"`` or ``"video"``, as ``mm_encoder_outputs`` calls it.
         pixels: the input that says that there are some.
         encoder_inputs: inputs that encoding consumes; the LLM does not see them.
-        markers: tokens of a visual in front of its first placeholder and behind its last one, which
-            are no text.
         patches: how patches that become one token make its saliency, one of ``PATCH_SCORES``.
     """
 
     kind: str = "image"
     pixels: str = "pixel_values"
     encoder_inputs: tuple[str, ...]
-    markers: tuple[int, int] = (0, 0)
     patches: str = "mean"
 
     def __init__(self, model: Any) -> None:
@@ -150,6 +147,16 @@ class Visuals(ABC):
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels by which each visual is known again, one tensor per visual."""
         return list(inputs[self.pixels])
+
+    def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
+        """Where a visual begins and ends with the text that is a part of it, such as timestamps.
+
+        Args:
+            row: one row of the prompt, int64, on the CPU, shape (n_tokens,).
+            start: position of its first placeholder.
+            stop: position after its last.
+        """
+        return start, stop
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:

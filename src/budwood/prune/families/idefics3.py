@@ -28,7 +28,7 @@ class Idefics3(Tiled):
 
     model_type: ClassVar[str] = "idefics3"
     encoder_inputs: tuple[str, ...] = ("pixel_values", "pixel_attention_mask")
-    markers: tuple[int, int] = (2, 1)
+    markers: ClassVar[tuple[int, int]] = (2, 1)
     run_per_tile: ClassVar[bool] = True
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:

@@ -30,7 +30,7 @@ class InternVL(Tiled):
         "vision_feature_layer",
         "vision_feature_select_strategy",
     )
-    markers: tuple[int, int] = (1, 1)
+    markers: ClassVar[tuple[int, int]] = (1, 1)
     run_per_tile: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:

@@ -59,9 +59,11 @@ class Tiled(Family):
 
     Attributes:
         run_per_tile: whether there are markers between the tiles of one image.
+        markers: how many there are in front of its first placeholder and behind its last one.
     """
 
     run_per_tile: ClassVar[bool]
+    markers: ClassVar[tuple[int, int]]
 
     @property
     @abstractmethod
@@ -99,6 +101,10 @@ class Tiled(Family):
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         return self._split(self.real_tiles(inputs), self._images(inputs))
+
+    def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
+        before, behind = self.markers
+        return max(start - before, 0), stop + behind
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         return [
