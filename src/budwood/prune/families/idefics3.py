@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError
+from budwood.prune.families.base import one_by_one
 from budwood.prune.families.tiles import Run, Tiled, Tiles
 from budwood.prune.families.towers import refuse_tower
 from budwood.prune.saliency import ReceivedRecorder, Recorder
@@ -48,8 +49,12 @@ class Idefics3(Tiled):
         return MaskedRecorder(self.model.model.vision_model.encoder.layers[-1].self_attn)
 
     def encoded(self, inputs: Mapping[str, Any]) -> Tensor:
-        # One tensor per row of the batch, all its tiles one after the other, padding left out.
-        return torch.cat(self.encode(inputs).pooler_output).unflatten(0, (-1, self.side**2))
+        # By row or by tile, depending on the version of transformers; padding is left out.
+        tokens = torch.cat(list(self.encode(inputs).pooler_output))
+        return tokens.unflatten(0, (-1, self.side**2))
+
+    def outputs(self, features: Sequence[Tensor]) -> Any:
+        return one_by_one(features)
 
     def real_tiles(self, inputs: Mapping[str, Any]) -> Tensor:
         tiles = inputs["pixel_values"].flatten(0, 1)
