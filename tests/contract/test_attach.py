@@ -252,8 +252,7 @@ def test_an_unknown_tower_or_layer_is_refused(cases):
 
 
 def test_a_replaced_tower_is_refused(case):
-    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
-    tower = getattr(case.model.model, name)
+    name, tower = case.tower, getattr(case.model.model, case.tower)
     setattr(case.model.model, name, torch.nn.Identity())
     try:
         with pytest.raises(UnsupportedModelError, match="not built as transformers builds it"):
