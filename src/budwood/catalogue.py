@@ -147,6 +147,10 @@ QUESTIONS = ("current", "all", "turn")
 """Which text a pruning method may choose by; see :class:`budwood.prune.question.Question`."""
 
 
+PATCH_SCORES = ("mean", "max", "norm")
+"""How patches that become one token make its saliency; see :func:`budwood.prune.attach`."""
+
+
 def _family(module: str, name: str, summary: str) -> Entry:
     module = f"budwood.prune.families.{module}"
     return Entry(summary, module, target=f"{module}:{name}")
@@ -157,10 +161,19 @@ FAMILIES = {
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "qwen2_vl": _family(
+        "qwen2_vl", "Qwen2VL", "Qwen2VLForConditionalGeneration, images and videos."
+    ),
     "qwen2_5_vl": _family(
         "qwen2_5_vl",
         "Qwen25VL",
         "Qwen2_5_VLForConditionalGeneration, images and videos.",
+    ),
+    "qwen3_vl": _family(
+        "qwen3_vl", "Qwen3VL", "Qwen3VLForConditionalGeneration, images and videos."
+    ),
+    "qwen3_vl_moe": _family(
+        "qwen3_vl", "Qwen3VLMoe", "Qwen3VLMoeForConditionalGeneration, images and videos."
     ),
 }
 """Vision-language models that can be pruned, by ``config.model_type``."""
@@ -324,6 +337,9 @@ MODELS = {
     ),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
+    "Qwen/Qwen2-VL-2B-Instruct": _model("qwen2_vl", "Qwen2-VL, any number"),
     "Qwen/Qwen2.5-VL-3B-Instruct": _model("qwen2_5_vl", "Qwen2.5-VL, any number"),
+    "Qwen/Qwen3-VL-4B-Instruct": _model("qwen3_vl", "Qwen3-VL, any number"),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _model("qwen3_vl_moe", "Qwen3-VL, mixture of experts"),
 }
 """Models to begin with; any checkpoint of a known family works."""
