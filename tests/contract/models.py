@@ -48,11 +48,19 @@ CLIP = {
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video in a row of a batch."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
 class Case:
     """A model and how to make inputs for it.
 
     `image(seed)` gives one image's inputs and its number of placeholders; the size depends on the
-    seed where the family allows. `join` puts several together.
+    seed where the family allows. `join` puts several together. `video(seed)` gives one video's
+    inputs and its part of the prompt.
     """
 
     model: Any
@@ -60,15 +68,23 @@ class Case:
     join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
 
-    def batch(self, *rows: Sequence[int | list[int]], side: str = "left") -> dict[str, Tensor]:
-        """Rows of text (lists of ids) and images (seeds), padded on `side`."""
-        images, texts, kinds = [], [], []
+    def batch(
+        self, *rows: Sequence[int | Video | list[int]], side: str = "left"
+    ) -> dict[str, Tensor]:
+        """Rows of text (lists of ids), images (seeds) and videos, padded on `side`."""
+        images, videos, texts = [], [], []
         for row in rows:
             text: list[int] = [BOS]
             for part in row:
                 if isinstance(part, list):
                     text += part
+                elif isinstance(part, Video):
+                    assert self.video is not None
+                    inputs, placeholders = self.video(part.seed)
+                    videos.append(inputs)
+                    text += placeholders
                 else:
                     inputs, n_tokens = self.image(part)
                     images.append(inputs)
@@ -80,9 +96,9 @@ class Case:
         ids = torch.tensor(padded)
         batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
         if self.before:  # the family with typed tokens
-            kinds = (ids == IMAGE).int()
-            batch["mm_token_type_ids"] = kinds
-        return batch | (self.join(images) if images else {})
+            batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        batch |= self.join(images) if images else {}
+        return batch | (concatenate(videos) if videos else {})
 
 
 def pad(row: list[int], length: int, value: int, side: str) -> list[int]:
@@ -204,8 +220,18 @@ def qwen2_5_vl() -> Case:
         }
         return inputs, height * width // 4
 
+    def video(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        frames, height, width = [(3, 6, 10), (2, 10, 4), (4, 8, 6)][seed % 3]
+        inputs = {
+            "pixel_values_videos": noise(40 + seed, frames * height * width, 3 * 2 * 2 * 2),
+            "video_grid_thw": torch.tensor([[frames, height, width]]),
+            "second_per_grid_ts": torch.tensor([[0.5, 2.0, 1.0][seed % 3]]),
+        }
+        return inputs, [VISION_START, *[VIDEO] * (frames * height * width // 4), VISION_END]
+
     model = ready(Qwen2_5_VLForConditionalGeneration(config))
-    return Case(model, image, concatenate, before=(VISION_START,), after=(VISION_END,))
+    wrapped = {"before": (VISION_START,), "after": (VISION_END,)}
+    return Case(model, image, concatenate, **wrapped, video=video)
 
 
 def concatenate(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -226,6 +252,9 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "llava_next": llava_next,
     "qwen2_5_vl": qwen2_5_vl,
 }
+
+WITH_VIDEOS = ("qwen2_5_vl",)
+"""Families that prune videos."""
 
 ROW_IMAGES = [slice(0, 2), slice(2, 2), slice(2, 3)]
 """Images of each row of the `batch` fixture."""

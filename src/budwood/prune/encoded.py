@@ -19,16 +19,22 @@ from budwood.unwrap import innermost
 class Encoded:
     """What a vision encoder says about some pictures; made by :func:`encode`.
 
+    Videos count as pictures, and come after the images.
+
     Attributes:
-        features: projected features, one tensor per picture, shape (n_features, d_model).
+        features: projected features, one tensor per picture, shape (n_features, d_model), or
+            (n_features, n_levels, d_model) for models with deepstack.
         saliency: of the candidates, one float32 tensor per picture, shape (n_candidates,).
         samples: a few pixels of each picture, by which it is known again.
+        keys: of the candidates, in the layer of the saliency, one tensor per picture, shape
+            (n_candidates, n_heads, d_head); None where the family does not give them.
         whole_crops: features are whole crops, as ``adav-official`` reads them.
     """
 
     features: list[Tensor]
     saliency: list[Tensor]
     samples: list[Tensor]
+    keys: list[Tensor | None]
     whole_crops: bool = False
 
     def __len__(self) -> int:
@@ -40,6 +46,7 @@ class Encoded:
             [self.features[i] for i in pictures],
             [self.saliency[i] for i in pictures],
             [self.samples[i] for i in pictures],
+            [self.keys[i] for i in pictures],
             self.whole_crops,
         )
 
@@ -68,12 +75,17 @@ def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav")
         UnsupportedModelError: no family knows the model, or the method does not run on it.
     """
     family = family_of(innermost(model), whole_crops=resolve_method(method).whole_crops)
-    recorder = family.recorder(inputs)
-    with recorder:
-        features = family.features(inputs)
-    layouts = family.layouts(inputs, features)
-    samples = list(map(sample, family.pictures(inputs)))
-    return Encoded(features, family.saliency(recorder, layouts), samples, family.whole_crops)
+    encoded = Encoded([], [], [], [], family.whole_crops)
+    for visuals in family.visuals(inputs):
+        recorder = visuals.recorder(inputs)
+        with recorder:
+            features = visuals.features(inputs)
+        layouts = visuals.layouts(inputs, features)
+        encoded.features.extend(features)
+        encoded.keys.extend(visuals.keys(recorder, layouts))  # the saliency releases them
+        encoded.saliency.extend(visuals.saliency(recorder, layouts))
+        encoded.samples.extend(map(sample, visuals.pictures(inputs)))
+    return encoded
 
 
 def sample(picture: Tensor) -> Tensor:

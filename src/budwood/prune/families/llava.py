@@ -18,7 +18,7 @@ class Llava(Family):
     """``LlavaForConditionalGeneration`` (LLaVA-1.5 and the sprout model)."""
 
     model_type: ClassVar[str] = "llava"
-    encoder_inputs: ClassVar[tuple[str, ...]] = (
+    encoder_inputs: tuple[str, ...] = (
         "pixel_values",
         "image_sizes",
         "vision_feature_layer",
@@ -43,6 +43,10 @@ class Llava(Family):
         # A tower without [CLS] under "default" loses its first patch, so count from the end.
         scores = recorder.saliency()
         return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        keys = recorder.keys()
+        return [row[-layout.n_candidates :] for row, layout in zip(keys, layouts, strict=True)]
 
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The centre that is cropped, or the square that is padded, if the processor is known."""
