@@ -137,9 +137,7 @@ def listings(
         known = [i for i in known if scene.objects[i] in shown]
         extra += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
     single = [o for o in shown if len(scene.copies(o.category)) == 1]
-    about = [
-        ("about", f"Describe the {o.category}.", details(scene, o, o.centre)) for o in single
-    ]
+    about = [("about", f"Describe the {o.category}.", details(scene, o, o.centre)) for o in single]
     return [
         *orders,
         *rng.sample(extra, min(2, len(extra))),

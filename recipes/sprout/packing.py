@@ -107,7 +107,9 @@ def packed_attention(
     query = (query * scaling).unflatten(1, (heads, -1))  # (B, H / g, g, L, d)
     q0, q = query.split((shared, n_bins * BIN), -2)
     (k0, k), (v0, v) = (x.split((shared, n_bins * BIN), -2) for x in (key, value))
-    q_own, k_own, v_own = (x.unflatten(-2, (n_bins, BIN)) for x in (q, k[:, :, None], v[:, :, None]))
+    q_own, k_own, v_own = (
+        x.unflatten(-2, (n_bins, BIN)) for x in (q, k[:, :, None], v[:, :, None])
+    )
     own = q_own @ k_own.mT + attention_mask[:, None, None]
     weights = torch.cat((_by_group(q, k0.mT), own.flatten(-3, -2)), -1).softmax(-1)
     from_own = weights[..., shared:].unflatten(-2, (n_bins, BIN)) @ v_own

@@ -47,7 +47,7 @@ def load_start(model: Any, folder: Path) -> None:
 
 
 def learning(model: Any, args: argparse.Namespace) -> list[dict]:
-    """Parameters that learn, in groups with a rate each; the tower's up to the layer that is read."""
+    """Parameters that learn, with their rates; the tower's up to the layer that is read."""
     inner = model.model
     tower = inner.vision_tower.encoder.layers[:-1]
     tower.requires_grad_(True)
