@@ -15,12 +15,31 @@ def cases() -> dict[str, Case]:
     return {name: build() for name, build in BUILDERS.items()}
 
 
-@pytest.fixture(params=FAMILIES.names())
+@pytest.fixture
 def case(request, cases) -> Case:
     return cases[request.param]
 
 
-@pytest.fixture(params=[name for name in METHODS if METHODS.get(name).exact])
+EVERYWHERE = ("adav", "adav-contrast", "fastervlm", "t2i", "eadp", "random", "uniform")
+"""Methods that run on every family: what they read covers all that a family gives.
+
+The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.
+"""
+
+
+def pytest_generate_tests(metafunc):
+    """Every family, or pairs of family and method where a test takes both."""
+    if "case" in metafunc.fixturenames and "method" not in metafunc.fixturenames:
+        metafunc.parametrize("case", FAMILIES.names(), indirect=True)
+    elif "method" in metafunc.fixturenames:
+        exact = [name for name in METHODS if METHODS.get(name).exact]
+        single = [name for name in exact if not METHODS.get(name).merges]
+        pairs = [(family, name) for family in FAMILIES.names() for name in EVERYWHERE]
+        pairs += [("llava_next", name) for name in single if name not in EVERYWHERE]
+        metafunc.parametrize(("case", "method"), pairs, indirect=True)
+
+
+@pytest.fixture
 def method(request) -> str:
     return request.param
 
