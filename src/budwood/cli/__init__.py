@@ -10,6 +10,7 @@ import typer
 import budwood
 from budwood.cli import bench, demo, ls, points, tune
 from budwood.cli.classify import classify
+from budwood.cli.compare import compare
 from budwood.cli.errors import Commands
 from budwood.cli.prune import prune
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("demo", short_help="See pruning at work, offline, in half a minute.")(demo.demo)
 app.command("prune", short_help="Ask about a picture with all visual tokens and with few.")(prune)
+app.command("compare", short_help="Compare several pruning methods on one picture.")(compare)
 app.add_typer(
     tune.app, name="tune", short_help="Fine-tune a language model so that it forgets little."
 )
