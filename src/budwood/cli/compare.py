@@ -58,6 +58,8 @@ def compare(
     if picture:
         reserve_picture(picture, force)
     names = options.listed(methods)
+    if not names:
+        raise InputError(f"--methods is {methods!r}; give at least one of `budwood ls methods`")
     if len(set(names)) < len(names):
         raise InputError(f"--methods has one twice: {methods}; give each once")
     shown = read_picture(image)
