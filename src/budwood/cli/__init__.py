@@ -13,6 +13,7 @@ from budwood.cli.classify import classify
 from budwood.cli.compare import compare
 from budwood.cli.errors import Commands
 from budwood.cli.prune import prune
+from budwood.cli.report import report
 
 app = typer.Typer(
     name="budwood",
@@ -30,6 +31,7 @@ app.add_typer(
 app.command("classify")(classify)
 app.add_typer(points.app, name="points")
 app.add_typer(ls.app, name="ls")
+app.command("report", short_help="Write benchmark records as one HTML page.")(report)
 app.add_typer(bench.app, name="bench", short_help="Run benchmarks and print their tables.")
 
 
