@@ -23,9 +23,11 @@ def turn(case, *rows):
     return [case.batch(row)["input_ids"][0, 1:].tolist() for row in rows]
 
 
-def pictures(case, *images):
-    """The encoder's inputs of some images."""
-    return case.join([case.image(image)[0] for image in images])
+def pictures(case, *turns):
+    """The encoder's inputs of images, given turn by turn."""
+    batch = case.batch(*map(list, turns))
+    ids = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return {name: value for name, value in batch.items() if name not in ids}
 
 
 def asked(case, ids, mask, images):
@@ -37,13 +39,14 @@ def asked(case, ids, mask, images):
 
 
 def encoded(case, monkeypatch):
-    """How many images each run of the encoder gets, noted as it runs."""
+    """How many features each run of the encoder gives, noted as it runs."""
     seen, kind = [], type(case.model.model)
     original = kind.get_image_features
 
     def counted(self, *args, **kwargs):
         features = original(self, *args, **kwargs)
-        seen.append(len(features.pooler_output))
+        width = case.model.get_input_embeddings().weight.shape[1]
+        seen.append(sum(x.numel() for x in features.pooler_output) // width)
         return features
 
     counted.__signature__ = inspect.signature(original)  # transformers reads it
@@ -60,16 +63,17 @@ def test_new_images_in_two_later_turns(case, given, chosen_by, monkeypatch):
     n_encoded = encoded(case, monkeypatch)
     with attach(case.model, keep=5, method=chosen_by) as session:
         answer = case.model.generate(**batch, **KEPT)
-        reports, shown = list(session.report), (0,)
+        reports, shown = list(session.report), [(0,)]
         for parts, new in later:
-            n_before, shown = len(shown), (*shown, *new)
+            n_before, shown = sum(map(len, shown)), [*shown, new]
             ids = torch.cat((answer.sequences, torch.tensor(turn(case, parts))), 1)
-            images = pictures(case, *(shown if given == "all" else new))
+            images = pictures(case, *(shown if given == "all" else [new]))
             inputs = asked(case, ids, torch.ones_like(ids), images)
             cache = answer.past_key_values
             n_encoded.clear()
             answer = case.model.generate(**inputs, past_key_values=cache, **KEPT)
-            assert n_encoded[-1] == len(new)  # what the cache holds is not encoded again
+            # What the cache holds is not encoded again.
+            assert n_encoded[-1] == turn(case, parts)[0].count(IMAGE)
             assert len(n_encoded) == 1 or given == "new"  # one more may be tried
             assert len(session.report) == len(new)
             assert session.call_of(answer).n_cached_images == n_before
@@ -97,7 +101,8 @@ def test_new_images_in_a_batch(case, batch, given):
         ids = torch.cat((first.sequences, new), 1)
         answered = torch.ones(3, first.sequences.shape[1] - batch["input_ids"].shape[1])
         mask = torch.cat((batch["attention_mask"], answered.long(), seen), 1)
-        images = pictures(case, *((0, 1, 1, 2, 2) if given == "all" else (1, 2)))
+        every = [(0, 1), (1,), (2,), (2,)]  # row by row, turn by turn
+        images = pictures(case, *(every if given == "all" else every[1::2]))
         second = case.model.generate(
             **asked(case, ids, mask, images), past_key_values=first.past_key_values, **KEPT
         )
@@ -114,14 +119,15 @@ def test_new_images_in_a_batch(case, batch, given):
             **GREEDY,
         )
     reports = [[*before[:2], after[0]], [], [before[2], after[1]]]
-    of_rows = [slice(0, 3), slice(3, 3), slice(3, 5)]
+    of_rows = [[(0, 1), (1,)], [], [(2,), (2,)]]
     for given_ids, given_mask, output in (
         (ids, mask, second.sequences),
         (third_ids, third_mask, third),
     ):
-        whole = asked(case, given_ids, given_mask, pictures(case, 0, 1, 1, 2, 2))
-        for row, images in enumerate(of_rows):
-            single = oracle.row_of(whole, case, row, images)
+        for row, turns in enumerate(of_rows):
+            seen = given_ids[row, given_mask[row].bool()][None]
+            images = pictures(case, *turns) if turns else {}
+            single = asked(case, seen, torch.ones_like(seen), images)
             places = oracle.kept_positions(case, single, reports[row])
             expected, _ = oracle.greedy(case, single, places, 4)
             assert torch.equal(output[row, given_ids.shape[1] :], expected)
@@ -135,7 +141,7 @@ def test_an_image_after_a_turn_of_text(case, is_attached):
     first = case.model.generate(**text, **KEPT)
     with session or attach(case.model, keep=5, method="fastervlm") as session:
         ids = torch.cat((first.sequences, torch.tensor(turn(case, [2, words(3, 2)]))), 1)
-        inputs = asked(case, ids, torch.ones_like(ids), pictures(case, 2))
+        inputs = asked(case, ids, torch.ones_like(ids), pictures(case, (2,)))
         second = case.model.generate(**inputs, past_key_values=first.past_key_values, **GREEDY)
         places = oracle.kept_positions(case, inputs, session.report)
     expected, _ = oracle.greedy(case, inputs, places, 4)
@@ -148,7 +154,7 @@ def test_a_later_question_is_about_the_new_image(case):
     with attach(case.model, keep=5) as session:
         first = case.model.generate(**batch, **KEPT)
         ids = torch.cat((first.sequences, torch.tensor(turn(case, [1, words(4, 9)]))), 1)
-        inputs = asked(case, ids, torch.ones_like(ids), pictures(case, 1))
+        inputs = asked(case, ids, torch.ones_like(ids), pictures(case, (1,)))
         case.model.generate(**inputs, past_key_values=first.past_key_values, **GREEDY)
         question = session.report[0].question
     assert ids[0, list(question)].tolist() == words(4, 9)
@@ -176,7 +182,7 @@ def test_forward_with_a_new_image(case):
             input_ids=new,
             attention_mask=mask,
             past_key_values=output.past_key_values,
-            **pictures(case, 1, 2),
+            **pictures(case, (1,), (2,)),
             **kinds,
         )
         after, origin = session.report, session.origin
@@ -190,10 +196,10 @@ def test_forward_with_a_new_image(case):
                 past_key_values=output.past_key_values,
             )
             steps.append(output.logits[:, -1])
-    whole = asked(case, ids, mask[:, : ids.shape[1]], pictures(case, 0, 1, 2))
     reports = [[before[0], after[0]], [after[1]]]
-    for row, images in enumerate((slice(0, 2), slice(2, 3))):
-        single = oracle.row_of(whole, case, row, images)
+    for row, turns in enumerate(([(0,), (1,)], [(2,)])):
+        seen = ids[row, mask[row, : ids.shape[1]].bool()][None]
+        single = asked(case, seen, torch.ones_like(seen), pictures(case, *turns))
         places = oracle.kept_positions(case, single, reports[row])
         _, expected = oracle.greedy(case, single, places, 4)
         logits = torch.stack([step[row] for step in steps])
@@ -211,8 +217,8 @@ def second_turn(case, images, parts):
 
 
 def test_images_that_do_not_fit_say_so(case):
-    for images in ((0, 1, 1, 1), (1,)):
-        with pytest.raises(InputError, match="placeholders and the . images given"):
+    for images in ([(0,), (1, 1, 1)], [(1,)]):
+        with pytest.raises(InputError, match="placeholders"):
             second_turn(case, images, [1, words(3, 3), 1, words(2, 4)])
     with pytest.raises(InputError, match="no image is given"):
         second_turn(case, (), [1, words(3, 3)])
@@ -222,7 +228,7 @@ def test_a_cache_with_unpruned_images_says_so(case):
     batch = case.batch([0, words(5, 2)])
     first = case.model.generate(**batch, **KEPT)
     ids = torch.cat((first.sequences, torch.tensor(turn(case, [1, words(2, 4)]))), 1)
-    inputs = asked(case, ids, torch.ones_like(ids), pictures(case, 0, 1))
+    inputs = asked(case, ids, torch.ones_like(ids), pictures(case, (0,), (1,)))
     with (
         attach(case.model, keep=5),
         pytest.raises(AttachError, match="images that this session has not pruned"),

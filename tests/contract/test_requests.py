@@ -387,8 +387,7 @@ def test_a_compiled_model_is_unwrapped(case, prompts):
 @pytest.fixture
 def compiled_tower(case):
     """The model with a compiled vision tower, and the place of that tower."""
-    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
-    tower = getattr(case.model.model, name)
+    name, tower = case.tower, getattr(case.model.model, case.tower)
     setattr(case.model.model, name, torch.compile(tower, backend="eager"))
     yield case.model
     setattr(case.model.model, name, tower)
@@ -403,7 +402,7 @@ def test_a_compiled_tower_is_refused_where_its_attention_is_read(compiled_tower)
 
 
 def test_a_layer_compiled_in_place_is_refused(case):
-    tower = getattr(case.model.model, "visual", None) or case.model.model.vision_tower
+    tower = getattr(case.model.model, case.tower)
     tower.compile(backend="eager")
     try:
         with pytest.raises(AttachError, match="is compiled"):

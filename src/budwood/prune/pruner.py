@@ -138,11 +138,12 @@ class Pruner:
         answers = _answers(inputs.get("labels"), len(ids))
 
         n_held = held.n_seen if held else 0
-        fresh = ids.clone()
+        fresh = ids.clone()  # what families read of the prompts is on the CPU
         fresh[:, :n_held] = -1  # no placeholders, whatever stands there
 
         started = self._now()
-        inputs, kinds = self._read(inputs, fresh, held)
+        read, kinds = self._read({**inputs, "input_ids": fresh}, ids, held)
+        inputs = {**read, "input_ids": inputs["input_ids"]}
         encoded_at = self._now()
 
         found = self._found(kinds, fresh)
@@ -178,9 +179,9 @@ class Pruner:
         )
 
     def _read(
-        self, inputs: dict[str, Any], fresh: Tensor, held: CachedPrompt | None
+        self, inputs: dict[str, Any], whole: Tensor, held: CachedPrompt | None
     ) -> tuple[dict[str, Any], list[_Kind]]:
-        """Encode what has placeholders in ``fresh``; the inputs come back with that alone.
+        """Encode what has placeholders in ``input_ids``; the inputs come back with that alone.
 
         Inputs of a later turn may have images that the cache holds; those are not encoded.
         """
@@ -189,23 +190,24 @@ class Pruner:
             return inputs, _encoded_before(self.encoded, kinds, inputs, self.method)
         made = []
         for visuals in kinds:
-            is_new = fresh == visuals.token_id
+            is_new = inputs["input_ids"] == visuals.token_id
             if held is None:
                 made.append(self._encode(visuals, inputs))
             elif is_new.any():
-                inputs, kind = self._fitting(visuals, inputs, is_new, held)
+                inputs, kind = self._fitting(visuals, inputs, whole, held)
                 made.append(kind)
         return inputs, made
 
     def _fitting(
-        self, visuals: Visuals, inputs: dict[str, Any], is_new: Tensor, held: CachedPrompt
+        self, visuals: Visuals, inputs: dict[str, Any], whole: Tensor, held: CachedPrompt
     ) -> tuple[dict[str, Any], _Kind]:
         """Encode the images of a later turn that fit its placeholders."""
-        for given in new_pictures(visuals, inputs, held, is_new.any(1)):
+        is_new = inputs["input_ids"] == visuals.token_id
+        for given in new_pictures(visuals, inputs, whole, held, is_new.any(1)):
             kind = self._encode(visuals, given)
             if sum(layout.n_placeholders for layout in kind.layouts) == is_new.sum():
                 return given, kind
-        raise misfit(visuals.kind, int(is_new.sum()), len(visuals.pictures(inputs)))
+        raise misfit(visuals.kind, int(is_new.sum()))
 
     def _encode(self, visuals: Visuals, inputs: dict[str, Any]) -> _Kind:
         """Encode the images or the videos."""
@@ -241,7 +243,7 @@ class Pruner:
     def _questions(
         self, ids: Tensor, mask: Tensor, found: Sequence[_Found], answers: Sequence[set[int]]
     ) -> list[list[int]]:
-        """Positions of the text about each image or video."""
+        """Positions of the text about each image or video. What marks these is no text."""
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
         inside: list[list[tuple[int, int]]] = [[] for _ in ends]
         for one in found:
@@ -369,7 +371,7 @@ class Pruner:
             grid=layout.grid,
             question=tuple(asked),
             boxes=layout.boxes,
-            view=self.family.view,
+            placed=partial(one.visuals.boxes_on, layout),
             kind=one.visuals.kind,
             frames=layout.frames,
         )

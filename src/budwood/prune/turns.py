@@ -317,7 +317,7 @@ def _refuse_orphan(*_: Any, **__: Any) -> int:
 
 
 def new_pictures(
-    visuals: Any, inputs: dict[str, Any], held: CachedPrompt, fresh: Tensor
+    visuals: Any, inputs: dict[str, Any], whole: Tensor, held: CachedPrompt, fresh: Tensor
 ) -> Iterator[dict[str, Any]]:
     """The inputs with the images of a later turn that may be the new ones, likely ones first.
 
@@ -326,13 +326,18 @@ def new_pictures(
 
     Args:
         visuals: the model's images, or its videos.
-        inputs: keyword arguments of the call.
+        inputs: keyword arguments of the call, with the new placeholders alone in ``input_ids``.
+        whole: the whole prompt, on the CPU, shape (batch, n_tokens).
         held: what the cache holds.
         fresh: whether each row has new placeholders, bool, shape (batch,).
     """
     counts = held.n_visuals.get(visuals.kind, (0,) * len(fresh))
     n_held, rows = sum(counts), int(fresh.sum())
-    n_new = len(visuals.pictures(inputs)) - n_held
+    refused, all_given = None, {**inputs, "input_ids": whole}
+    try:
+        n_new = len(visuals.pictures(all_given)) - n_held
+    except InputError:  # a family that tells its images apart by the prompt
+        n_new = 0
     if n_held and (n_new == rows or n_new > rows == 1):
         which, start = [], 0
         for row, n_before in enumerate(counts):
@@ -340,8 +345,13 @@ def new_pictures(
             stop = start + n_before + (n_here if fresh[row] else 0)
             which += range(start + n_before, stop)
             start = stop
-        yield {**inputs, **visuals.only(inputs, which)}
+        try:
+            yield {**inputs, **visuals.only(all_given, which)}
+        except AttachError as error:
+            refused = error
     yield inputs
+    if refused is not None:
+        raise refused
 
 
 def count_visuals(
@@ -354,11 +364,11 @@ def count_visuals(
     return {kind: tuple(rows) for kind, rows in counts.items()}
 
 
-def misfit(kind: str, n_new: int, n_given: int) -> InputError:
+def misfit(kind: str, n_new: int) -> InputError:
     """The error for images that do not fit the placeholders of a later turn."""
     return InputError(
-        f"the new turn has {n_new} {kind} placeholders and the {n_given} {kind}s given do not fit "
-        f"them; give all {kind}s of the conversation, or only the new ones (always those for a "
+        f"the new turn has {n_new} {kind} placeholders and the {kind}s given do not fit them; "
+        f"give all {kind}s of the conversation, or only the new ones (always those for a "
         f"batch with several new {kind}s in a row)"
     )
 
