@@ -71,10 +71,14 @@ def _family(module: str, name: str, summary: str) -> Entry:
 
 
 FAMILIES = {
+    "gemma3": _family("gemma", "Gemma3", "Gemma3ForConditionalGeneration."),
     "llava": _family(
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "paligemma": _family(
+        "gemma", "PaliGemma", "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2)."
+    ),
     "qwen2_5_vl": _family(
         "qwen2_5_vl",
         "Qwen25VL",

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -45,6 +51,7 @@ CLIP = {
     "initializer_factor": 1.0,
     "projection_dim": 8,
 }
+SIGLIP = {name: CLIP[name] for name in CLIP if name not in ("projection_dim", "initializer_factor")}
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ class Case:
     """A model and how to make inputs for it.
 
     `image(seed)` gives one image's inputs and its number of placeholders; the size depends on the
-    seed where the family allows. `join` puts several together.
+    seed where the family allows. `join` puts several together. `kinds` makes token types, under the
+    name `types`, of ids and of which tokens come after the prompt. `masks` makes of a row's token
+    types by hand what its language model takes as a mask.
     """
 
     model: Any
@@ -60,10 +69,23 @@ class Case:
     join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    types: str | None = None
+    kinds: Callable[[Tensor, Tensor], Tensor] = lambda ids, suffix: (ids == IMAGE).int()
+    masks: Callable[[Tensor], Any] = lambda kinds: torch.ones(1, len(kinds), dtype=torch.long)
+    bidirectional: bool = False
+
+    def typed(self, ids: Tensor, suffix: Tensor | int | None = None) -> dict[str, Tensor]:
+        """Token types of `ids`, whose suffix is a mask or begins at a position."""
+        if self.types is None:
+            return {}
+        if not isinstance(suffix, Tensor):
+            columns = torch.arange(ids.shape[1]).expand_as(ids)
+            suffix = columns >= (ids.shape[1] if suffix is None else suffix)
+        return {self.types: self.kinds(ids, suffix)}
 
     def batch(self, *rows: Sequence[int | list[int]], side: str = "left") -> dict[str, Tensor]:
         """Rows of text (lists of ids) and images (seeds), padded on `side`."""
-        images, texts, kinds = [], [], []
+        images, texts = [], []
         for row in rows:
             text: list[int] = [BOS]
             for part in row:
@@ -79,10 +101,7 @@ class Case:
         masks = [pad([1] * len(text), length, 0, side) for text in texts]
         ids = torch.tensor(padded)
         batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
-        if self.before:  # the family with typed tokens
-            kinds = (ids == IMAGE).int()
-            batch["mm_token_type_ids"] = kinds
-        return batch | (self.join(images) if images else {})
+        return batch | self.typed(ids) | (self.join(images) if images else {})
 
 
 def pad(row: list[int], length: int, value: int, side: str) -> list[int]:
@@ -127,9 +146,8 @@ def llava(**changes: Any) -> Case:
 
 def llava_siglip() -> Case:
     torch.manual_seed(0)
-    vision = {key: CLIP[key] for key in CLIP if key not in ("projection_dim", "initializer_factor")}
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(**vision),
+        vision_config=SiglipVisionConfig(**SIGLIP),
         text_config=LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         vision_feature_select_strategy="full",
@@ -205,7 +223,78 @@ def qwen2_5_vl() -> Case:
         return inputs, height * width // 4
 
     model = ready(Qwen2_5_VLForConditionalGeneration(config))
-    return Case(model, image, concatenate, before=(VISION_START,), after=(VISION_END,))
+    return Case(model, image, concatenate, **WRAPPED, types="mm_token_type_ids")
+
+
+WRAPPED = {"before": (VISION_START,), "after": (VISION_END,)}
+GEMMA = {**TEXT, "head_dim": 8, "pad_token_id": PAD}
+
+
+def gemma3() -> Case:
+    """Patches pooled 2×2, and two layers with a sliding window that is shorter than the prompts."""
+    torch.manual_seed(0)
+    window, layers = 9, ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**SIGLIP | {"image_size": 24, "vision_use_head": False}),
+        text_config=Gemma3TextConfig(
+            **GEMMA, sliding_window=window, layer_types=layers, query_pre_attn_scalar=8
+        ),
+        mm_tokens_per_image=16,
+        image_token_index=IMAGE,
+        boi_token_index=VISION_START,
+        eoi_token_index=VISION_END,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():  # it starts at zero
+        weight = model.model.multi_modal_projector.mm_input_projection_weight
+        weight.copy_(noise(1, *weight.shape))
+
+    def masks(kinds: Tensor) -> dict[str, Tensor]:
+        full = torch.zeros(len(kinds), len(kinds), dtype=torch.bool)
+        near = full.clone()
+        for query in range(len(kinds)):
+            for key in range(len(kinds)):
+                between = kinds[min(query, key) : max(query, key) + 1]
+                full[query, key] = key <= query or bool((between == 1).all())
+                near[query, key] = full[query, key] and key > query - window
+        return {"full_attention": full[None, None], "sliding_attention": near[None, None]}
+
+    return Case(
+        ready(model),
+        lambda seed: ({"pixel_values": noise(seed, 1, 3, 24, 24)}, 16),
+        concatenate,
+        **WRAPPED,
+        types="token_type_ids",
+        masks=masks,
+        bidirectional=True,
+    )
+
+
+def paligemma() -> Case:
+    torch.manual_seed(0)
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**SIGLIP | {"vision_use_head": False}),
+        text_config=GemmaConfig(**GEMMA),
+        image_token_index=IMAGE,
+        projection_dim=TEXT["hidden_size"],
+    )
+
+    def masks(kinds: Tensor) -> Tensor:
+        seen = torch.zeros(len(kinds), len(kinds), dtype=torch.bool)
+        for query in range(len(kinds)):
+            for key in range(len(kinds)):
+                seen[query, key] = key <= query or bool(kinds[query] == 0 and kinds[key] == 0)
+        return seen[None, None]
+
+    return Case(
+        ready(PaliGemmaForConditionalGeneration(config)),
+        lambda seed: ({"pixel_values": noise(seed, 1, 3, 12, 12)}, 16),
+        concatenate,
+        types="token_type_ids",
+        kinds=lambda ids, suffix: suffix.int(),
+        masks=masks,
+        bidirectional=True,
+    )
 
 
 def concatenate(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -222,8 +311,10 @@ def join_next(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 BUILDERS: dict[str, Callable[[], Case]] = {
+    "gemma3": gemma3,
     "llava": llava,
     "llava_next": llava_next,
+    "paligemma": paligemma,
     "qwen2_5_vl": qwen2_5_vl,
 }
 

@@ -55,6 +55,11 @@ def coordinates(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
     return positions[..., kept]
 
 
+def kinds_of(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
+    """Token types of the kept tokens, shape (n_kept,)."""
+    return single.get(case.types, torch.zeros_like(single["input_ids"]))[0][kept]
+
+
 @torch.no_grad()
 def greedy(
     case: Case, single: dict[str, Tensor], kept: Tensor, n_new: int
@@ -63,16 +68,19 @@ def greedy(
     model: Any = case.model
     embeds = embeddings(case, single)[kept][None]
     positions = coordinates(case, single, kept)
+    kinds = kinds_of(case, single, kept)
     answer, logits = [], []
     for _ in range(n_new):
         hidden = model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            attention_mask=case.masks(kinds),
             use_cache=False,
         ).last_hidden_state
         logits.append(model.lm_head(hidden[:, -1]))
         answer.append(logits[-1].argmax(-1))
+        new = case.typed(answer[-1][None], suffix=0).get(case.types, torch.zeros(1, 1))
+        kinds = torch.cat((kinds, new[0]))
         embeds = torch.cat((embeds, model.get_input_embeddings()(answer[-1])[:, None]), dim=1)
         positions = torch.cat((positions, positions.max() + 1 + positions[..., -1:] * 0), dim=-1)
     return torch.cat(answer), torch.cat(logits)

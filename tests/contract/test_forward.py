@@ -25,7 +25,7 @@ def labelled(request, case):
     for row, n_answer in enumerate((2, 4, 3)):
         seen = batch["attention_mask"][row].nonzero().flatten()[-n_answer:]
         batch["labels"][row, seen] = batch["input_ids"][row, seen]
-    return batch
+    return batch | case.typed(batch["input_ids"], batch["labels"] != -100)
 
 
 def test_keeping_everything_changes_nothing(case, labelled):
@@ -47,7 +47,7 @@ def test_loss_and_logits_equal_oracle(case, labelled, method):
         hidden = case.model.model.language_model(
             inputs_embeds=oracle.embeddings(case, single)[kept][None],
             position_ids=oracle.coordinates(case, single, kept),
-            attention_mask=torch.ones(1, len(kept), dtype=torch.long),
+            attention_mask=case.masks(oracle.kinds_of(case, single, kept)),
         ).last_hidden_state
         logits, labels = case.model.lm_head(hidden)[0], single["labels"][0][kept]
         seen = session.origin[row] >= 0

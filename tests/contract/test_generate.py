@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from transformers import (
@@ -11,6 +13,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from budwood.errors import AttachError, InputError
 from budwood.prune import attach
@@ -46,6 +49,8 @@ def test_every_way_of_decoding_keeps_the_answer(case, batch, way):
 @pytest.mark.parametrize("way", ["greedy", "no cache", "static cache", "chunked prefill"])
 def test_pruned_equals_oracle(case, batch, method, way):
     """Each padded row agrees, logits included, with a hand-gathered row on its own, uncached."""
+    if way == "chunked prefill" and case.bidirectional:
+        pytest.skip("chunks of transformers do not see each other, so they cut such masks")
     options = {"output_logits": True, "return_dict_in_generate": True}
     with attach(case.model, keep=6, method=method) as session:
         output = case.model.generate(**batch, **GREEDY, **WAYS[way], **options)
@@ -111,7 +116,11 @@ def test_prompt_lookup_gives_the_greedy_answer(case):
     assert torch.equal(plain, lookup)
 
 
-def test_beams_equal_a_prompt_without_the_dropped_tokens(case):
+def takes_embeddings(model):
+    return "inputs_embeds" in signature(model.prepare_inputs_for_generation).parameters
+
+
+def test_beams_equal_a_prompt_without_the_dropped_tokens(case, monkeypatch):
     """Beams of a pruned row, with several returned, against the same features fed by hand."""
     batch = case.batch([words(3, 1), 0, words(5, 2)])
     options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 5, "do_sample": False}
@@ -121,12 +130,21 @@ def test_beams_equal_a_prompt_without_the_dropped_tokens(case):
     positions = oracle.coordinates(case, batch, kept)
     if positions.ndim == 3:
         positions = torch.cat((torch.arange(len(kept)).view(1, 1, -1), positions))
-    by_hand = case.model.generate(
-        inputs_embeds=oracle.embeddings(case, batch)[kept][None],
-        attention_mask=torch.ones(1, len(kept), dtype=torch.long),
-        position_ids=positions,
-        **options,
-    )
+    if takes_embeddings(case.model):
+        by_hand = case.model.generate(
+            inputs_embeds=oracle.embeddings(case, batch)[kept][None],
+            attention_mask=torch.ones(1, len(kept), dtype=torch.long),
+            position_ids=positions,
+            **options,
+        )
+    else:  # then the encoder gives what was kept, and no more
+        given = {name: batch[name][:, kept] for name in ("input_ids", "attention_mask", case.types)}
+        features = oracle.embeddings(case, batch)[kept][given["input_ids"][0] == IMAGE][None]
+        encoded = BaseModelOutputWithPooling(pooler_output=features)
+        monkeypatch.setattr(
+            case.model.model, "get_image_features", lambda pixel_values, **_: encoded
+        )
+        by_hand = case.model.generate(**given, pixel_values=batch["pixel_values"], **options)
     assert pruned.shape == (3, batch["input_ids"].shape[1] + 5)
     assert torch.equal(pruned[:, -5:], by_hand[:, -5:])
 
@@ -142,7 +160,7 @@ def test_static_cache_object(case):
 
 def test_text_alone_passes_through(case):
     batch = case.batch([words(9, 4)], [words(5, 3)])
-    batch.pop("mm_token_type_ids", None)
+    batch.pop(case.types, None)
     before = case.model.generate(**batch, **GREEDY)
     with attach(case.model, keep=3) as session:
         assert torch.equal(before, case.model.generate(**batch, **GREEDY))
@@ -156,6 +174,8 @@ def test_text_alone_passes_through(case):
 
 
 def test_given_embeddings_pass_through(case):
+    if not takes_embeddings(case.model):
+        pytest.skip("its generate() takes no embeddings")
     batch = case.batch([0, words(5, 2)])
     given = {
         "inputs_embeds": oracle.embeddings(case, batch)[None],

@@ -111,9 +111,7 @@ def test_a_second_turn_goes_on_with_the_cache(case, with_pixels):
         ids = torch.cat((first.sequences, torch.tensor([words(4, 9)])), 1)
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if with_pixels:
-            turn = {**batch, **turn}
-            if "mm_token_type_ids" in turn:
-                turn["mm_token_type_ids"] = (ids == IMAGE).int()
+            turn = batch | turn | case.typed(ids)
         second = case.model.generate(
             **turn, past_key_values=first.past_key_values, **GREEDY, return_dict_in_generate=True
         )
@@ -122,8 +120,7 @@ def test_a_second_turn_goes_on_with_the_cache(case, with_pixels):
         third = case.model.generate(third_ids, past_key_values=second.past_key_values, **GREEDY)
     for given, answered in ((ids, second.sequences), (third_ids, third)):
         whole = {**batch, "input_ids": given, "attention_mask": torch.ones_like(given)}
-        if "mm_token_type_ids" in batch:
-            whole["mm_token_type_ids"] = (given == IMAGE).int()
+        whole |= case.typed(given, suffix=batch["input_ids"].shape[1])
         places = oracle.kept_positions(case, whole, kept)
         expected, _ = oracle.greedy(case, whole, places, 4)
         assert torch.equal(answered[0, given.shape[1] :], expected)
@@ -142,8 +139,7 @@ def test_a_second_turn_in_a_batch(case, batch):
             ids, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY
         )
     whole = {**batch, "input_ids": ids, "attention_mask": mask}
-    if "mm_token_type_ids" in batch:
-        whole["mm_token_type_ids"] = (ids == IMAGE).int()
+    whole |= case.typed(ids, suffix=batch["input_ids"].shape[1])
     for row, images in enumerate((slice(0, 2), slice(2, 2), slice(2, 3))):
         single = oracle.row_of(whole, case, row, images)
         places = oracle.kept_positions(case, single, kept[images])
@@ -182,7 +178,7 @@ def test_a_new_image_in_a_later_turn_says_so(case):
 
 
 def test_decoding_by_hand_takes_a_mask_of_the_whole_prompt(case):
-    if case.before:
+    if case.types == "mm_token_type_ids":
         pytest.skip("Qwen's own forward takes no mask beside a cache")
     batch = case.batch([words(3, 1), 0, words(5, 2)], [words(4, 3)])
     with attach(case.model, keep=6, forward=True):
@@ -217,9 +213,8 @@ def completions(case):
     for single, answer in singles:
         single["input_ids"] = torch.cat((single["input_ids"], answer), 1)
         single["attention_mask"] = torch.ones_like(single["input_ids"])
-    for inputs in (joined, *(single for single, _ in singles)):
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+        single |= case.typed(single["input_ids"], single["input_ids"].shape[1] - answer.shape[1])
+    joined |= case.typed(joined["input_ids"], prompts["input_ids"].shape[1])
     return joined, answers, singles
 
 

@@ -116,7 +116,7 @@ class Pruner:
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         left = [image[indices] for image, indices in zip(features, kept)]
-        shorter["mm_encoder_outputs"] = image_outputs(left)
+        shorter["mm_encoder_outputs"] = image_outputs(self.family.packed(left))
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(images, layouts, chosen, asked)
         return Cut(
@@ -244,16 +244,15 @@ class Pruner:
         return time.perf_counter()
 
 
-def image_outputs(features: Sequence[Tensor]) -> dict[str, Any]:
+def image_outputs(features: Any) -> dict[str, Any]:
     """What ``generate`` and ``forward`` take as ``mm_encoder_outputs``: images encoded before.
 
     Args:
-        features: one tensor per image, shape (n_features, d_model).
+        features: of all images, in the form in which the model takes them.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    given: Any = list(features)
-    return {"image": BaseModelOutputWithPooling(pooler_output=given)}
+    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
 
 def _refuse_other_pictures(encoded: Encoded, pictures: Sequence[Tensor]) -> None:

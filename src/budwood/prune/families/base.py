@@ -15,6 +15,16 @@ from budwood.prune.saliency import Recorder
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 """The view of an encoder that sees the whole picture."""
 
+_WRAPPING = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+)
+"""Names that configurations give to the tokens of images and around them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -103,8 +113,7 @@ class Family(ABC):
     @property
     def wrapping_ids(self) -> frozenset[int]:
         """Special tokens around an image, which neither are text nor end a turn."""
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = (getattr(self.model.config, name, None) for name in names)
+        ids = (getattr(self.model.config, name, None) for name in _WRAPPING)
         return frozenset(i for i in ids if i is not None)
 
     @abstractmethod
@@ -115,6 +124,14 @@ class Family(ABC):
         """Encode: projected features, one tensor per image, shape (n_features, d_model)."""
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
         return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
+
+    def packed(self, features: Sequence[Tensor]) -> Any:
+        """Put kept features into the form in which the model takes them (``pooler_output``).
+
+        Args:
+            features: one tensor per image, shape (n_kept, d_model).
+        """
+        return list(features)
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels by which each image is known again, one tensor per image."""
