@@ -12,9 +12,11 @@ from transformers.vision_utils import get_vision_window_index
 from budwood.errors import BudgetError, InputError, UnsupportedModelError
 from budwood.prune import FAMILIES, attach
 from budwood.prune.families import family_of
+from budwood.prune.families.base import raster_boxes
 from budwood.prune.families.llava import encoder_view
 from budwood.prune.families.llava_next import anyres_layout, crop_layout
 from budwood.prune.families.qwen2_5_vl import window_order
+from budwood.prune.methods.base import rasters
 from tests.contract import models
 from tests.contract.models import words
 
@@ -202,3 +204,13 @@ def test_frames_and_missing_full_blocks_say_so():
 def test_names_are_model_types():
     for name in FAMILIES.names():
         assert FAMILIES.get(name).model_type == name
+
+
+def test_rasters_are_found_in_boxes():
+    overview, tiles = raster_boxes(3, 2), raster_boxes(4, 5)
+    assert rasters(overview) == ((3, 2),)
+    assert rasters(torch.cat((overview, tiles))) == ((3, 2), (4, 5))
+    assert rasters(torch.cat((tiles, tiles))) == ((4, 5), (4, 5))  # two frames
+    assert rasters(tiles[1:]) == ((1, 4), (3, 5))  # a first token that is missing
+    assert rasters(raster_boxes(1, 4)) == ((1, 4),)
+    assert rasters(raster_boxes(4, 1)) == ((4, 1),)

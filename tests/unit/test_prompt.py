@@ -18,9 +18,8 @@ def slow(ids, mask, images, kept, on_right):
         stays = list(range(ids.shape[1]))
         for image, some in zip(images, kept):
             if image.row == row:
-                gone = set(range(image.start, image.stop)) - {
-                    image.start + k for k in some.tolist()
-                }
+                places = [place for run in image.runs for place in range(*run)]
+                gone = set(places) - {places[k] for k in some.tolist()}
                 stays = [position for position in stays if position not in gone]
         seen = [position for position in range(ids.shape[1]) if mask[row, position]]
         rows.append([position for position in stays if seen[0] <= position <= seen[-1]])
@@ -48,15 +47,18 @@ def test_cutting_equals_lists(side, seed):
             mask[row, slice(0, n_pad) if side == "left" else slice(-n_pad, None)] = 0
         position = 7
         for _ in range(draw(0, 3)):
-            length = draw(1, 6)
-            images.append(Placed(row, position, position + length))
-            ids[row, position : position + length] = IMAGE
-            position += length + draw(0, 3)
+            runs = []
+            for _ in range(draw(1, 3)):  # one piece, or two with text between them
+                stop = position + draw(1, 4)
+                runs.append((position, stop))
+                ids[row, position:stop] = IMAGE
+                position = stop + draw(0, 2)
+            images.append(Placed(row, tuple(runs)))
     mask[1, 12] = 0  # a gap of the user's own stays where it is
-    lengths = [image.stop - image.start for image in images]
+    lengths = [[stop - start for start, stop in image.runs] for image in images]
     kept = [
-        torch.randperm(length, generator=generator)[: draw(1, length + 1)].sort().values
-        for length in lengths
+        torch.randperm(n, generator=generator)[: draw(1, n + 1)].sort().values
+        for n in map(sum, lengths)
     ]
     assert locate_images(ids, IMAGE, lengths) == images
     on_right = side == "right" and bool((mask[:, -1] == 0).any())
@@ -72,22 +74,35 @@ def test_cutting_equals_lists(side, seed):
 
 def test_a_row_masked_throughout_stays_whole():
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
-    pruned = prune_rows(mask, [Placed(0, 1, 3)], [torch.tensor([1])], mask.device)
+    pruned = prune_rows(mask, [Placed(0, ((1, 3),))], [torch.tensor([1])], mask.device)
     assert pruned.origin.tolist() == [[-1, 0, 2, 3], [0, 1, 2, 3]]
 
 
 def test_images_side_by_side_are_told_apart():
     ids = torch.tensor([[1, 3, 3, 3, 3, 3, 9], [9, 9, 3, 3, 9, 3, 9]])
-    found = locate_images(ids, IMAGE, [2, 3, 2, 1])
-    expected = [Placed(0, 1, 3), Placed(0, 3, 6), Placed(1, 2, 4), Placed(1, 5, 6)]
+    found = locate_images(ids, IMAGE, [[2], [3], [2], [1]])
+    runs = [(0, (1, 3)), (0, (3, 6)), (1, (2, 4)), (1, (5, 6))]
+    assert found == [Placed(row, (run,)) for row, run in runs]
+
+
+def test_an_image_in_several_runs_is_one_image():
+    ids = torch.tensor([[1, 3, 3, 8, 3, 3, 3, 9], [9, 3, 3, 9, 9, 9, 3, 9]])
+    found = locate_images(ids, IMAGE, [[2, 3], [1], [1, 1]])
+    expected = [Placed(0, ((1, 3), (4, 7))), Placed(1, ((1, 2),)), Placed(1, ((2, 3), (6, 7)))]
     assert found == expected
+    assert (found[0].start, found[0].stop) == (1, 7)
+    assert found[0].places(torch.tensor([0, 1, 2, 4])).tolist() == [1, 2, 4, 6]
+    kept = [torch.tensor([1, 3]), torch.tensor([0]), torch.tensor([1])]
+    pruned = prune_rows(torch.ones_like(ids), found, kept, ids.device)
+    assert pruned.origin.tolist() == [[-1, -1, 0, 2, 3, 5, 7], [0, 1, 3, 4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([2, 3], "8 image placeholders, the 2 images need 5"),
-        ([2, 4, 2], "image 1"),
+        ([[2], [3]], "8 image placeholders, the 2 images need 5"),
+        ([[2], [4], [2]], "image 1"),
+        ([[2, 4], [2]], "image 0 are not in pieces of 2, 4"),
         ([], "8 image"),
     ],
 )
@@ -99,4 +114,4 @@ def test_placeholders_of_other_images_say_so(lengths, message):
 
 def test_an_image_in_pieces_says_so():
     with pytest.raises(InputError, match="not in one piece"):
-        locate_images(torch.tensor([[3, 9, 3]]), IMAGE, [2])
+        locate_images(torch.tensor([[3, 9, 3]]), IMAGE, [[2]])

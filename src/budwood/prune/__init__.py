@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from budwood.prune.encoded import encode as encode
     from budwood.prune.families import FAMILIES as FAMILIES
     from budwood.prune.methods import METHODS as METHODS
+    from budwood.prune.methods import Extras as Extras
     from budwood.prune.methods import Method as Method
     from budwood.prune.methods import Selection as Selection
     from budwood.prune.methods import Split as Split
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "METHODS": "methods",
         "Budget": "budget",
         "Encoded": "encoded",
+        "Extras": "methods",
         "Method": "methods",
         "PruneSession": "session",
         "Selection": "methods",

@@ -23,12 +23,15 @@ class Encoded:
         features: projected features, one tensor per picture, shape (n_features, d_model).
         saliency: of the candidates, one float32 tensor per picture, shape (n_candidates,).
         samples: a few pixels of each picture, by which it is known again.
+        keys: of the candidates, in the layer of the saliency, one tensor per picture, shape
+            (n_candidates, n_heads, d_head); None where the family does not give them.
         whole_crops: features are whole crops, as ``adav-official`` reads them.
     """
 
     features: list[Tensor]
     saliency: list[Tensor]
     samples: list[Tensor]
+    keys: list[Tensor | None]
     whole_crops: bool = False
 
     def __len__(self) -> int:
@@ -40,6 +43,7 @@ class Encoded:
             [self.features[i] for i in pictures],
             [self.saliency[i] for i in pictures],
             [self.samples[i] for i in pictures],
+            [self.keys[i] for i in pictures],
             self.whole_crops,
         )
 
@@ -73,7 +77,9 @@ def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav")
         features = family.features(inputs)
     layouts = family.layouts(inputs, features)
     samples = list(map(sample, family.pictures(inputs)))
-    return Encoded(features, family.saliency(recorder, layouts), samples, family.whole_crops)
+    keys = list(family.keys(recorder, layouts))  # before the saliency, which releases them
+    saliency = family.saliency(recorder, layouts)
+    return Encoded(features, saliency, samples, keys, family.whole_crops)
 
 
 def sample(picture: Tensor) -> Tensor:

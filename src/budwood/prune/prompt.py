@@ -13,48 +13,84 @@ from budwood.errors import InputError
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one image is.
+    """Where one image is: its placeholders stand in one run, or in several with text between them.
 
     Attributes:
         row: row of the batch.
-        start: position of its first placeholder.
-        stop: position after its last.
+        runs: position of each run's first placeholder and the one after its last, increasing.
     """
 
     row: int
-    start: int
-    stop: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def start(self) -> int:
+        """Position of the first placeholder."""
+        return self.runs[0][0]
+
+    @property
+    def stop(self) -> int:
+        """Position after the last placeholder."""
+        return self.runs[-1][1]
+
+    def places(self, some: Tensor) -> Tensor:
+        """Positions in the row of some placeholders.
+
+        Args:
+            some: placeholders, counted from the image's first one, int64, shape (n,).
+
+        Returns:
+            On the same device, int64, shape (n,).
+        """
+        if len(self.runs) == 1:
+            return some + self.start
+        table = torch.cat([torch.arange(*run) for run in self.runs])
+        return table.to(some.device, non_blocking=True)[some]
 
 
-def locate_images(ids: Tensor, image_token_id: int, lengths: Sequence[int]) -> list[Placed]:
+def locate_images(
+    ids: Tensor, image_token_id: int, lengths: Sequence[Sequence[int]]
+) -> list[Placed]:
     """Find each image's placeholders, images being in the order of the batch.
 
     Args:
         ids: prompts, int64, on the CPU, shape (batch, n_tokens).
         image_token_id: the placeholder.
-        lengths: placeholders per image.
+        lengths: for each image, placeholders of each of its runs.
 
     Raises:
         InputError: the prompts have other placeholders than the images need.
     """
     rows, columns = (ids == image_token_id).nonzero(as_tuple=True)
-    if len(rows) != sum(lengths):
+    needed = sum(map(sum, lengths))
+    if len(rows) != needed:
         raise InputError(
             f"the prompts have {len(rows)} image placeholders, the {len(lengths)} images need "
-            f"{sum(lengths)}; prepare both with the processor that belongs to the model"
+            f"{needed}; prepare both with the processor that belongs to the model"
         )
     placed, first = [], 0
-    for number, length in enumerate(lengths):
-        last = first + length - 1
-        row, start, stop = int(rows[first]), int(columns[first]), int(columns[last]) + 1
-        if int(rows[last]) != row or stop - start != length:
-            raise InputError(
-                f"the {length} placeholders of image {number} are not in one piece, from row {row} "
-                f"position {start} on; leave no text inside an image and truncate no prompt"
-            )
-        placed.append(Placed(row, start, stop))
-        first += length
+    for number, runs in enumerate(lengths):
+        row, found = int(rows[first]), []
+        for length in runs:
+            last = first + length - 1
+            found.append((int(columns[first]), int(columns[last]) + 1))
+            if not int(rows[first]) == int(rows[last]) == row or _length(found[-1]) != length:
+                raise InputError(_in_other_pieces(number, runs, row, found[0][0]))
+            first += length
+        placed.append(Placed(row, tuple(found)))
     return placed
+
+
+def _length(run: tuple[int, int]) -> int:
+    return run[1] - run[0]
+
+
+def _in_other_pieces(number: int, runs: Sequence[int], row: int, start: int) -> str:
+    pieces = "in one piece" if len(runs) == 1 else f"in pieces of {', '.join(map(str, runs))}"
+    return (
+        f"the {sum(runs)} placeholders of image {number} are not {pieces}, from row {row} position "
+        f"{start} on; leave no other text inside an image and truncate no prompt"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,12 +185,14 @@ def prune_rows(
     stays = from_first.clone() if keep_end else from_first & to_last
     counts = stays.sum(1)
     for image, some in zip(images, kept, strict=True):
-        counts[image.row] += len(some) - int(stays[image.row, image.start : image.stop].sum())
-        stays[image.row, image.start : image.stop] = False
+        counts[image.row] += len(some)
+        for run in image.runs:
+            counts[image.row] -= stays[image.row, slice(*run)].sum()
+            stays[image.row, slice(*run)] = False
     length = int(counts.max())
     stays = stays.to(device, non_blocking=True)
     for image, some in zip(images, kept, strict=True):
-        stays[image.row].index_fill_(0, some + image.start, True)
+        stays[image.row].index_fill_(0, image.places(some), True)
     # A stable sort moves what stays to one end, in order.
     column = torch.arange(length)
     if on_right:

@@ -15,13 +15,15 @@ from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget, Budgets
 from budwood.prune.encoded import Encoded, sample
 from budwood.prune.families.base import Family, Layout
-from budwood.prune.methods.base import Method
+from budwood.prune.methods.base import Extras, Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
 from budwood.prune.report import ImageReport, Timing
 from budwood.prune.selection import Selection, select, usable
 
-_SaliencyOf = Callable[[Sequence[Layout]], Sequence[Tensor | None]]
+_Optional = Sequence[Tensor | None]
+_SignalsOf = Callable[[Sequence[Layout]], tuple[_Optional, _Optional]]
+"""Layouts → saliency and keys of each image."""
 _IGNORED_LABEL = -100
 _FILLS = {
     "attention_mask": 0,
@@ -93,21 +95,24 @@ class Pruner:
         answers = _answers(inputs.get("labels"), len(ids))
 
         started = self._now()
-        features, saliency_of = self._encode(inputs)
+        features, signals_of = self._encode(inputs)
         encoded_at = self._now()
 
         layouts = self.family.layouts(inputs, features)
-        lengths = [layout.n_placeholders for layout in layouts]
+        lengths = [layout.run_lengths for layout in layouts]
         images = locate_images(ids, self.family.image_token_id, lengths)
         with torch.no_grad():
             asked = self._questions(ids, mask, images, answers)
             visual = list(map(_candidates, features, layouts))
             texts = self._embed(inputs["input_ids"], images, asked)
-            signals = [_beside(*three) for three in zip(visual, texts, saliency_of(layouts))]
+            saliency, keys = signals_of(layouts)
+            signals = [_beside(*three) for three in zip(visual, texts, saliency)]
             budgets = self.budgets.of_images(len(images))
             chosen = [
-                self._select(number, layout, budget, *three)
-                for number, (layout, budget, three) in enumerate(zip(layouts, budgets, signals))
+                self._select(number, layout, budget, key, *three)
+                for number, (layout, budget, key, three) in enumerate(
+                    zip(layouts, budgets, keys, signals)
+                )
             ]
         kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
         device = inputs["input_ids"].device
@@ -115,7 +120,7 @@ class Pruner:
         pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
-        left = [image[indices] for image, indices in zip(features, kept)]
+        left = list(map(_left, features, layouts, chosen, kept))
         shorter["mm_encoder_outputs"] = image_outputs(self.family.packed(left))
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(images, layouts, chosen, asked)
@@ -127,19 +132,25 @@ class Pruner:
             Timing(1e3 * (encoded_at - started), 1e3 * (self._now() - encoded_at)),
         )
 
-    def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SaliencyOf]:
-        """Features of each image, and a function that gives their saliency, which takes longer."""
+    def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SignalsOf]:
+        """Features of each image, and a function that gives their saliency and keys."""
         if self.encoded is not None:
             _refuse_other_pictures(self.encoded, self.family.pictures(inputs))
             features = self.encoded.features
             saliency = self.encoded.saliency if self.method.needs_saliency else _none(features)
-            return features, lambda _: saliency
+            keys = self.encoded.keys if self.method.needs_keys else _none(features)
+            return features, lambda _: (saliency, keys)
         if not self.method.needs_saliency:
-            return self.family.features(inputs), _none
+            return self.family.features(inputs), lambda layouts: (_none(layouts), _none(layouts))
         recorder = self.family.recorder(inputs)
         with recorder:
             features = self.family.features(inputs)
-        return features, partial(self.family.saliency, recorder)
+        return features, partial(self._signals, recorder)
+
+    def _signals(self, recorder: Any, layouts: Sequence[Layout]) -> tuple[_Optional, _Optional]:
+        # Keys first: the saliency releases what was recorded.
+        keys = self.family.keys(recorder, layouts) if self.method.needs_keys else _none(layouts)
+        return self.family.saliency(recorder, layouts), keys
 
     def _questions(
         self, ids: Tensor, mask: Tensor, images: Sequence[Placed], answers: Sequence[set[int]]
@@ -173,6 +184,7 @@ class Pruner:
         number: int,
         layout: Layout,
         budget: Budget,
+        keys: Tensor | None,
         visual: Tensor,
         text: Tensor | None,
         saliency: Tensor | None,
@@ -191,6 +203,7 @@ class Pruner:
             keep=keep,
             method=self.method,
             n_crops=layout.n_crops,
+            extras=Extras(layout.boxes, None if keys is None else keys.to(visual.device)),
             # On the CPU, so that every device draws the same.
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number),
             validate=visual.device.type == "cpu",
@@ -314,6 +327,25 @@ def _all_kept(layout: Layout, indices: Tensor) -> Tensor:
     chosen = layout.candidates.to(indices.device, non_blocking=True)[indices]
     fixed = layout.fixed.to(indices.device, non_blocking=True)
     return torch.cat((chosen, fixed)).sort().values
+
+
+def _left(image: Tensor, layout: Layout, selection: Selection, kept: Tensor) -> Tensor:
+    """Features that go to the LLM, shape (n_kept + n_fixed, d_model).
+
+    Choosing is not differentiated through: a merged feature passes its gradient on to the kept
+    token's own.
+    """
+    left = image[kept]
+    if selection.features is None:
+        return left
+    where = selection.indices
+    if layout.candidates is not None:
+        chosen = layout.candidates.to(kept.device, non_blocking=True)[where]
+        where = torch.searchsorted(kept, chosen)
+    else:
+        where = torch.arange(len(kept), device=kept.device)
+    merged = left.index_copy(0, where, selection.features)
+    return left + (merged - left).detach() if left.requires_grad else merged
 
 
 def _places(layout: Layout, kept: Tensor, device: torch.device) -> Tensor:

@@ -151,13 +151,13 @@ class Recorder(ExitStack):
         hook = _Hook(self, record)
         self.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def seen(self, name: str) -> Any:
-        """What was remembered, released from here.
+    def seen(self, name: str, release: bool = True) -> Any:
+        """What was remembered, by default released from here.
 
         Raises:
             AttachError: the hook did not run: a compiled or replaced vision tower.
         """
-        value = self._seen.pop(name, None)
+        value = self._seen.pop(name, None) if release else self._seen.get(name)
         if value is None:
             raise AttachError(
                 f"the vision encoder ran without showing its {name}; attach to a model whose "
@@ -207,6 +207,10 @@ class ClsRecorder(Recorder):
         query, keys = self.seen("query"), self.seen("keys")
         return cls_attention(query, keys, attention.num_heads, attention.scale)[:, 1:]
 
+    def keys(self) -> Tensor:
+        """Keys of the patches, shape (n_crops, n_patches, n_heads, d_head); before the saliency."""
+        return _by_head(self.seen("keys", release=False), self.module.num_heads)[:, 1:]
+
 
 class OutputRecorder(Recorder):
     """What a module returns, as it is.
@@ -241,6 +245,10 @@ class ReceivedRecorder(Recorder):
         asked = queries[:, strided(queries.shape[1], queries.device)]
         return received_attention(asked, keys, attention.num_heads, attention.scale)
 
+    def keys(self) -> Tensor:
+        """Keys of the patches, shape (n_crops, n_patches, n_heads, d_head); before the saliency."""
+        return _by_head(self.seen("keys", release=False), self.module.num_heads)
+
 
 class PackedRecorder(Recorder):
     """Mean attention received in a layer that packs images of any size into one sequence.
@@ -272,3 +280,7 @@ class PackedRecorder(Recorder):
             scores.append(received_attention(q[None], k[None], n_heads, scale)[0])
             start += length
         return scores
+
+
+def _by_head(keys: Tensor, n_heads: int) -> Tensor:
+    return keys.unflatten(-1, (n_heads, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from budwood.errors import InputError, ShapeError, UnknownNameError
 from budwood.prune.budget import Budget
 from budwood.prune.methods import METHODS
-from budwood.prune.methods.base import Method, Selection
+from budwood.prune.methods.base import Extras, Method, Selection
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def select(
     method: str | Method = "adav",
     compat: str | None = None,
     n_crops: int | None = None,
+    extras: Extras | None = None,
     generator: torch.Generator | None = None,
     validate: bool = True,
 ) -> Selection:
@@ -42,12 +44,14 @@ def select(
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         n_crops: crops of equal size in ``visual``, one after the other in the encoder's order, for
             methods that read whole crops (``adav-official``). None: as the method has it.
+        extras: where the tokens are and the encoder's keys, for methods that read them.
         generator: source of randomness for the methods that draw; on any device.
         validate: look for NaN, infinities and negative saliency, which waits for the device.
             Without it bad values give a legal but meaningless selection; see :func:`usable`.
 
     Returns:
-        The selection, its indices sorted; see :class:`Selection`.
+        The selection, its indices sorted and its features, where the method merges tokens, in the
+        same order and the dtype of ``visual``; see :class:`Selection`.
 
     Raises:
         ShapeError: not a tensor, wrong shape, dtype or device, or a tensor that the method needs is
@@ -61,13 +65,19 @@ def select(
         chosen = chosen.for_crops(n_crops)
     _check_tensors(visual=visual, text=text, saliency=saliency)
     _check_shapes(visual, text, saliency, chosen)
+    _check_extras(extras, visual)
     n_keep = Budget.parse(keep).count(len(visual))
     if validate:
         _check_values(visual=visual, text=text, saliency=saliency)
     # Under autocast the cosine would fall to half precision, and temperature multiplies its error.
+    more: dict[str, Any] = {"extras": extras} if chosen.needs_keys or chosen.needs_grid else {}
     with torch.autocast(visual.device.type, enabled=False):
-        selection = chosen.choose(visual, text, saliency, n_keep, generator)
-    return dataclasses.replace(selection, indices=selection.indices.sort().values)
+        selection = chosen.choose(visual, text, saliency, n_keep, generator, **more)
+    indices, order = selection.indices.sort()
+    features = selection.features
+    if features is not None:
+        features = features[order].to(visual.dtype)
+    return dataclasses.replace(selection, indices=indices, features=features)
 
 
 def resolve_method(method: str | Method, compat: str | None = None) -> Method:
@@ -145,6 +155,23 @@ def _check_shapes(
             raise ShapeError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
         if tensor.device != visual.device:
             raise ShapeError(f"{name} is on {tensor.device}, visual on {visual.device}; move one")
+
+
+def _check_extras(extras: Extras | None, visual: Tensor) -> None:
+    if extras is None:
+        return
+    n_visual, boxes, keys = len(visual), extras.boxes, extras.keys
+    if boxes is not None and boxes.shape != (n_visual, 4):
+        raise ShapeError(
+            f"boxes have shape {tuple(boxes.shape)}, expected ({n_visual}, 4): one for each "
+            "visual token"
+        )
+    if keys is not None and (keys.ndim != 3 or len(keys) != n_visual):
+        raise ShapeError(
+            f"keys have shape {tuple(keys.shape)}, expected ({n_visual}, n_heads, d_head)"
+        )
+    if keys is not None and keys.device != visual.device:
+        raise ShapeError(f"keys are on {keys.device}, visual on {visual.device}; move one")
 
 
 def _check_values(**tensors: Tensor | None) -> None:

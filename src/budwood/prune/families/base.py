@@ -43,6 +43,8 @@ class Layout:
             if the LLM has the same order.
         grid: rows and columns of the candidates if they form one raster, else None.
         n_crops: crops of equal size that the encoder saw.
+        runs: placeholders of each piece, where other tokens such as timestamps stand between the
+            pieces; empty if they are in one piece.
         whole_crops: features come crop by crop and not as the LLM has them; any placeholder may
             then stand for any feature.
     """
@@ -54,12 +56,18 @@ class Layout:
     order: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
+    runs: tuple[int, ...] = ()
     whole_crops: bool = False
 
     @property
     def n_candidates(self) -> int:
         """Tokens that a method chooses from."""
         return len(self.boxes)
+
+    @property
+    def run_lengths(self) -> tuple[int, ...]:
+        """Placeholders of each piece, also of a single one."""
+        return self.runs or (self.n_placeholders,)
 
     def ordered(self, scores: Tensor) -> Tensor:
         """Move scores from the encoder's order into the LLM's.
@@ -144,6 +152,13 @@ class Family(ABC):
     @abstractmethod
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Saliency of the candidates, one float32 tensor per image, shape (n_candidates,)."""
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        """Keys of the candidates in the layer of the saliency, shape (n_candidates, heads, d_head).
+
+        Asked for before :meth:`saliency`. None where a family does not give them.
+        """
+        return [None] * len(layouts)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).

@@ -44,6 +44,10 @@ class Llava(Family):
         scores = recorder.saliency()
         return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
 
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        keys = recorder.keys()
+        return [row[-layout.n_candidates :] for row, layout in zip(keys, layouts, strict=True)]
+
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The centre that is cropped, or the square that is padded, if the processor is known."""
         return encoder_view(getattr(self.processor, "image_processor", None), image_size)

@@ -55,6 +55,13 @@ class LlavaNext(Llava):
             for crops, layout in zip(per_image, layouts, strict=True)
         ]
 
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        per_image = recorder.keys().split([layout.n_crops for layout in layouts])
+        return [
+            layout.ordered(crops.flatten(0, 1))
+            for crops, layout in zip(per_image, layouts, strict=True)
+        ]
+
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The whole picture: the boxes of a layout already leave its padding out."""
         return WHOLE

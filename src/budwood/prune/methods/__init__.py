@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from budwood import catalogue
-from budwood.prune.methods.base import Method, Selection, Split
+from budwood.prune.methods.base import Extras, Method, Selection, Split
 from budwood.registry import Registry
 
 METHODS = Registry("method", catalogue.PRUNING_METHODS)
 
-__all__ = ["METHODS", "Method", "Selection", "Split"]
+__all__ = ["METHODS", "Extras", "Method", "Selection", "Split"]

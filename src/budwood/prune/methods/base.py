@@ -53,6 +53,60 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
+class Extras:
+    """What some methods read of one image beside tokens, text and saliency.
+
+    Attributes:
+        boxes: x0, y0, x1, y1 of each visual token in the picture, in the order of the tokens,
+            float32, on the CPU, shape (n_visual, 4); None if unknown.
+        keys: of the attention layer from which saliency is read, floating point, shape
+            (n_visual, n_heads, d_head); None if not at hand. Projected features then stand in.
+    """
+
+    boxes: Tensor | None = None
+    keys: Tensor | None = None
+
+    @cached_property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the rasters that follow each other in the tokens; () if unknown.
+
+        An overview and tiles, or the frames of a video, are one raster each. Tiles that continue
+        each other downwards are one raster together.
+        """
+        return () if self.boxes is None else rasters(self.boxes)
+
+
+def rasters(boxes: Tensor) -> tuple[tuple[int, int], ...]:
+    """Find the rasters that boxes form, in their order.
+
+    A row ends where the next box is not further right at the same height. A row belongs to the
+    raster of the row before if it lies below it and has the same columns.
+
+    Args:
+        boxes: x0, y0, x1, y1, on the CPU, shape (n, 4).
+
+    Returns:
+        Rows and columns of each; the products sum to n.
+    """
+    corners = boxes[:, :2].tolist()
+    rows: list[list[list[float]]] = []
+    for corner in corners:
+        if not rows or corner[1] != rows[-1][-1][1] or corner[0] < rows[-1][-1][0]:
+            rows.append([])
+        rows[-1].append(corner)
+    grids: list[list[int]] = []
+    above: tuple[float, list[float]] | None = None
+    for row in rows:
+        y, columns = row[0][1], [x for x, _ in row]
+        if above is not None and y > above[0] and columns == above[1]:
+            grids[-1][0] += 1
+        else:
+            grids.append([1, len(columns)])
+        above = y, columns
+    return tuple((n_rows, n_columns) for n_rows, n_columns in grids)
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The visual tokens that a method keeps of one image.
 
@@ -66,12 +120,16 @@ class Selection:
             it.
         split: reserved, by text and by saliency, before overlaps are refilled; zeros for a method
             that scores nothing.
+        features: what the LLM gets in place of the kept tokens, shape (n_kept, d_model), in the
+            order of ``indices``; None if they go to it as they are. Only methods that merge give
+            it. Per-layer features of an encoder, such as Qwen3-VL's deepstack, are never merged.
     """
 
     indices: Tensor
     relevance: Tensor | None = None
     saliency: Tensor | None = None
     split: Split = field(default_factory=Split)
+    features: Tensor | None = None
 
 
 class Method(ABC):
@@ -85,6 +143,9 @@ class Method(ABC):
         needs_text: ``choose`` reads ``text``.
         needs_saliency: ``choose`` reads ``saliency``.
         needs_vocabulary: ``attach`` calls :meth:`fitted`.
+        needs_keys: ``choose`` takes ``extras`` and reads their keys.
+        needs_grid: ``choose`` takes ``extras`` and reads their grids.
+        merges: it gives :attr:`Selection.features`.
         whole_crops: it chooses from whole crops in the encoder's order, without unpadding or
             newlines, as published LLaVA code does; :meth:`for_crops` gets their number.
         exact: it keeps exactly ``keep`` distinct tokens. False only for a method that reproduces
@@ -96,6 +157,9 @@ class Method(ABC):
     needs_text: ClassVar[bool]
     needs_saliency: ClassVar[bool]
     needs_vocabulary: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
     whole_crops: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     source: ClassVar[str]
@@ -122,6 +186,9 @@ class Method(ABC):
                 method needs no saliency.
             keep: tokens to keep, 1 ≤ keep ≤ n_visual.
             generator: source of randomness, for methods that draw.
+
+        A method that needs keys or a grid takes one argument more, ``extras``, an :class:`Extras`
+        or None.
         """
 
     def fitted(self, common: Common) -> Method:
