@@ -75,7 +75,13 @@ FAMILIES = {
     "llava": _family(
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
+    "llava-pixtral": _family(
+        "pixtral", "Pixtral", "LlavaForConditionalGeneration with a Pixtral tower (Pixtral-12B)."
+    ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "mistral3": _family(
+        "pixtral", "Mistral3", "Mistral3ForConditionalGeneration (Mistral Small 3.1 and later)."
+    ),
     "paligemma": _family(
         "gemma", "PaliGemma", "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2)."
     ),
@@ -85,7 +91,10 @@ FAMILIES = {
         "Qwen2_5_VLForConditionalGeneration, images only: videos are not pruned.",
     ),
 }
-"""Vision-language models that can be pruned, by ``config.model_type``."""
+"""Vision-language models that can be pruned, by ``config.model_type``.
+
+A name such as ``llava-pixtral`` has the tower's ``model_type`` as well, where that makes a family.
+"""
 
 
 def _tuner(summary: str, kind: str = "method") -> Entry:

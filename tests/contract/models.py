@@ -19,8 +19,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -58,14 +62,15 @@ SIGLIP = {name: CLIP[name] for name in CLIP if name not in ("projection_dim", "i
 class Case:
     """A model and how to make inputs for it.
 
-    `image(seed)` gives one image's inputs and its number of placeholders; the size depends on the
-    seed where the family allows. `join` puts several together. `kinds` makes token types, under the
-    name `types`, of ids and of which tokens come after the prompt. `masks` makes of a row's token
-    types by hand what its language model takes as a mask.
+    `image(seed)` gives one image's inputs and its number of placeholders, or its tokens where
+    others stand between; the size depends on the seed where the family allows. `join` puts several
+    together. `kinds` makes token types, under the name `types`, of ids and of which tokens come
+    after the prompt. `masks` makes of a row's token types, by hand, what its language model takes
+    as a mask.
     """
 
     model: Any
-    image: Callable[[int], tuple[dict[str, Tensor], int]]
+    image: Callable[[int], tuple[dict[str, Tensor], int | list[int]]]
     join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -92,9 +97,10 @@ class Case:
                 if isinstance(part, list):
                     text += part
                 else:
-                    inputs, n_tokens = self.image(part)
+                    inputs, tokens = self.image(part)
                     images.append(inputs)
-                    text += [*self.before, *[IMAGE] * n_tokens, *self.after]
+                    tokens = tokens if isinstance(tokens, list) else [IMAGE] * tokens
+                    text += [*self.before, *tokens, *self.after]
             texts.append(text)
         length = max(map(len, texts))
         padded = [pad(text, length, PAD, side) for text in texts]
@@ -297,6 +303,60 @@ def paligemma() -> Case:
     )
 
 
+PIXTRAL = {**SIGLIP, "hidden_size": 24, "num_attention_heads": 3, "image_size": 36}
+BREAK, END = VISION_START, VISION_END
+
+
+def llava_pixtral() -> Case:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**PIXTRAL),
+        text_config=MistralConfig(**TEXT, sliding_window=None),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return rows_of(ready(LlavaForConditionalGeneration(config)), 1)
+
+
+def mistral3() -> Case:
+    """Patches merged 2×2, of a layer that is not the last."""
+    torch.manual_seed(0)
+    config = Mistral3Config(
+        vision_config=PixtralVisionConfig(**PIXTRAL),
+        text_config=MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-2,
+    )
+    return rows_of(ready(Mistral3ForConditionalGeneration(config)), 2)
+
+
+def rows_of(model: Any, merge: int) -> Case:
+    """Images of three sizes, a break after each row of tokens and an end after the last."""
+
+    def image(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        rows, columns = [(5, 7), (3, 4), (8, 5)][seed % 3]
+        height, width = 3 * merge * rows, 3 * merge * columns
+        inputs = {
+            "pixel_values": noise(seed, 1, 3, height, width),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+        return inputs, [*([*[IMAGE] * columns, BREAK] * rows)[:-1], END]
+
+    return Case(model, image, join_padded)
+
+
+def join_padded(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pad all pixels to the largest height and width."""
+    sides = torch.cat([image["image_sizes"] for image in images]).amax(0).tolist()
+    for image in images:
+        height, width = image["image_sizes"][0].tolist()
+        padding = (0, sides[1] - width, 0, sides[0] - height)
+        image["pixel_values"] = torch.nn.functional.pad(image["pixel_values"], padding)
+    return concatenate(images)
+
+
 def concatenate(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([image[name] for image in images]) for name in images[0]}
 
@@ -313,7 +373,9 @@ def join_next(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 BUILDERS: dict[str, Callable[[], Case]] = {
     "gemma3": gemma3,
     "llava": llava,
+    "llava-pixtral": llava_pixtral,
     "llava_next": llava_next,
+    "mistral3": mistral3,
     "paligemma": paligemma,
     "qwen2_5_vl": qwen2_5_vl,
 }

@@ -101,7 +101,7 @@ def kept_positions(case: Case, single: dict[str, Tensor], reports: list) -> Tens
     for number, report in enumerate(reports):
         n_features = report.n_before + report.n_fixed
         newline = torch.zeros(n_features, dtype=torch.bool)
-        if "image_sizes" in single:
+        if case.model.config.model_type == "llava_next":
             size = single["image_sizes"][number]
             n_crops = 5 if int(size[0]) == 30 else 3
             newline = packed_places(case, size, n_crops) < 0

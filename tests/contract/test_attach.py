@@ -238,8 +238,8 @@ def test_an_unknown_tower_or_layer_is_refused(cases):
             model.config.vision_feature_layer = layer
             with pytest.raises(UnsupportedModelError, match="vision_feature_layer"):
                 attach(model)
-        model.config.vision_config.model_type = "pixtral"
-        with pytest.raises(UnsupportedModelError, match="'pixtral'"):
+        model.config.vision_config.model_type = "siglip2_vision_model"
+        with pytest.raises(UnsupportedModelError, match="'siglip2_vision_model'"):
             attach(model)
         model = cases["qwen2_5_vl"].model
         with pytest.raises(UnsupportedModelError, match="compat"):

@@ -121,7 +121,7 @@ class Pruner:
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         left = list(map(_left, features, layouts, chosen, kept))
-        shorter["mm_encoder_outputs"] = image_outputs(self.family.packed(left))
+        shorter["mm_encoder_outputs"] = {"image": self.family.outputs(left)}
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(images, layouts, chosen, asked)
         return Cut(
@@ -255,17 +255,6 @@ class Pruner:
         if self.exact_timing and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
-
-
-def image_outputs(features: Any) -> dict[str, Any]:
-    """What ``generate`` and ``forward`` take as ``mm_encoder_outputs``: images encoded before.
-
-    Args:
-        features: of all images, in the form in which the model takes them.
-    """
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
 
 def _refuse_other_pictures(encoded: Encoded, pictures: Sequence[Tensor]) -> None:

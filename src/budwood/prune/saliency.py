@@ -269,7 +269,7 @@ class PackedRecorder(Recorder):
             lengths: patches per image, in the order of the sequence.
         """
         n_heads, scale = self.module.num_heads, self.module.scaling
-        queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
+        queries, keys = self.projected()
         cos, sin = self.seen("position_embeddings")
         scores, start = [], 0
         for length in lengths:
@@ -280,6 +280,28 @@ class PackedRecorder(Recorder):
             scores.append(received_attention(q[None], k[None], n_heads, scale)[0])
             start += length
         return scores
+
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys of all images before the rotation, shape (n_patches, width) each."""
+        queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
+        return queries, keys
+
+
+class PixtralRecorder(PackedRecorder):
+    """The same in a layer with a projection each for queries and keys.
+
+    Args:
+        module: a self-attention with ``q_proj``, ``k_proj``, rotary ``position_embeddings``,
+            ``num_heads`` and ``scaling``, as in Pixtral.
+    """
+
+    def watch(self) -> None:
+        self.on_output(self.module.q_proj, "queries")
+        self.on_output(self.module.k_proj, "keys")
+        self.on_call(self.module, "position_embeddings")
+
+    def projected(self) -> tuple[Tensor, Tensor]:
+        return self.seen("queries")[0], self.seen("keys")[0]
 
 
 def _by_head(keys: Tensor, n_heads: int) -> Tensor:

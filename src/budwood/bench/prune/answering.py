@@ -17,8 +17,7 @@ from torch import Tensor
 from budwood.bench.prune.plan import Variant
 from budwood.prune.chat import GREEDY, answers
 from budwood.prune.encoded import Encoded
-from budwood.prune.families import family_of
-from budwood.prune.pruner import image_outputs
+from budwood.prune.families import Family, family_of
 from budwood.prune.session import attach
 from budwood.unwrap import innermost
 
@@ -104,19 +103,20 @@ def answer_full(
     prompts = {
         picture: [ids[row][mask[row].bool()] for row in rows] for picture, rows in groups.items()
     }
-    if not _can_share(family_of(innermost(model), processor), inputs, list(prompts.values())):
+    family = family_of(innermost(model), processor)
+    if not _can_share(family, inputs, list(prompts.values())):
         return answers(processor, model.generate(**inputs, **options), ids.shape[1])
     texts = [""] * len(ids)
     pad = int(processor.tokenizer.pad_token_id)
     for picture, rows in groups.items():
-        shared = _after_prefix(model, prompts[picture], encoded.features[picture], pad)
+        shared = _after_prefix(family, prompts[picture], encoded.features[picture], pad)
         output = model.generate(**shared, **options)
         for row, text in zip(rows, answers(processor, output, shared["input_ids"].shape[1])):
             texts[row] = text
     return texts
 
 
-def _can_share(family: Any, inputs: Mapping[str, Any], groups: list[list[Tensor]]) -> bool:
+def _can_share(family: Family, inputs: Mapping[str, Any], groups: list[list[Tensor]]) -> bool:
     """Whether positions count tokens, and every picture lies in the shared beginning."""
     ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
     if family.positions(inputs, ids, mask) is not None:
@@ -125,17 +125,19 @@ def _can_share(family: Any, inputs: Mapping[str, Any], groups: list[list[Tensor]
     return not any((rest == family.image_token_id).any() for rest in rests)
 
 
-def _after_prefix(model: Any, prompts: list[Tensor], features: Tensor, pad: int) -> dict[str, Any]:
+def _after_prefix(
+    family: Family, prompts: list[Tensor], features: Tensor, pad: int
+) -> dict[str, Any]:
     """Prefill what the prompts share, and give the inputs of ``generate`` for the rest.
 
     Shorter rests are padded on the left, behind the shared beginning.
     """
     n_shared = _n_common(prompts)
     prefix = prompts[0][:n_shared]
-    cache = model(
+    cache = family.model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
-        mm_encoder_outputs=image_outputs([features]),
+        mm_encoder_outputs={"image": family.outputs([features])},
         use_cache=True,
         logits_to_keep=1,
     ).past_key_values

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from budwood.prune.saliency import Recorder
 
@@ -133,13 +134,14 @@ class Family(ABC):
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
         return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
 
-    def packed(self, features: Sequence[Tensor]) -> Any:
-        """Put kept features into the form in which the model takes them (``pooler_output``).
+    def outputs(self, features: Sequence[Tensor]) -> Any:
+        """What ``generate`` and ``forward`` take in ``mm_encoder_outputs``: images encoded before.
 
         Args:
-            features: one tensor per image, shape (n_kept, d_model).
+            features: as :meth:`features` gives them, or a part of each.
         """
-        return list(features)
+        given: Any = list(features)
+        return BaseModelOutputWithPooling(pooler_output=given)
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels by which each image is known again, one tensor per image."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from budwood.errors import UnsupportedModelError
 from budwood.prune.families.base import Family, Layout, raster_boxes
-from budwood.prune.families.towers import Tower
+from budwood.prune.families.towers import Tower, refuse_tower
 from budwood.prune.saliency import Recorder
 
 
@@ -27,12 +27,8 @@ class PaliGemma(Family):
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
         super().__init__(model, processor, whole_crops)
+        refuse_tower(model, "siglip_vision_model")
         self.tower = Tower(model)
-        if self.tower.has_cls:
-            raise UnsupportedModelError(
-                f"vision tower {self.tower.config.model_type!r} of {self.model_type!r} is not "
-                "supported; known: siglip_vision_model"
-            )
 
     @property
     def pool(self) -> int:
@@ -42,10 +38,10 @@ class PaliGemma(Family):
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         return self.tower.recorder(inputs)
 
-    def packed(self, features: Sequence[Tensor]) -> Any:
+    def outputs(self, features: Sequence[Tensor]) -> Any:
         # The models take one tensor, (n_images, n_tokens, d_model), and images may differ in what
         # they keep: so every token passes for an image of one token.
-        return torch.cat(list(features))[:, None]
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(features))[:, None])
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         side = self.tower.side // self.pool
@@ -57,6 +53,12 @@ class PaliGemma(Family):
         side = self.tower.side
         patches = recorder.saliency().view(-1, 1, side, side)
         return list(avg_pool2d(patches, self.pool).flatten(1))
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        keys, side = recorder.keys(), self.tower.side
+        patches = keys.flatten(2).transpose(1, 2).unflatten(-1, (side, side))
+        pooled = avg_pool2d(patches, self.pool).flatten(2).transpose(1, 2)
+        return list(pooled.unflatten(-1, keys.shape[2:]))
 
 
 class Gemma3(PaliGemma):
