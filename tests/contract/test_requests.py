@@ -13,6 +13,7 @@ import torch
 
 from budwood.errors import AttachError, BudgetError, InputError
 from budwood.prune import attach, encode
+from budwood.prune.caches import takes_new_name
 from budwood.prune.methods.scores import Common
 from tests.contract import oracle
 from tests.contract.models import BUILDERS, IMAGE, PAD, VIDEO, words
@@ -145,6 +146,21 @@ def test_a_second_turn_in_a_batch(case, batch):
         places = oracle.kept_positions(case, single, kept[images])
         expected, _ = oracle.greedy(case, single, places, 4)
         assert torch.equal(second[row, ids.shape[1] :], expected)
+
+
+def test_both_names_of_a_cache_are_known(case):
+    if not takes_new_name(case.model):
+        pytest.skip("this version of transformers knows past_key_values only")
+    batch = case.batch([words(3, 1), 0, words(5, 2)])
+    answers = []
+    with attach(case.model, keep=5, method="fastervlm", forward=True):
+        for name in ("cache", "past_key_values"):
+            first = case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+            ids = torch.cat((first.sequences, torch.tensor([words(4, 9)])), 1)
+            answers.append(case.model.generate(ids, **{name: first.cache}, **GREEDY))
+            with pytest.raises(AttachError, match="is filled"):
+                case.model(**batch, **{name: first.cache})
+    assert torch.equal(*answers)
 
 
 def test_a_copied_cache_knows_its_prompt(case):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from budwood.bench.prune.plan import Variant
+from budwood.prune.caches import NAME, NEW_NAME, cache_of, takes_new_name
 from budwood.prune.chat import GREEDY, answers
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import Family, family_of
@@ -134,13 +135,14 @@ def _after_prefix(
     """
     n_shared = _n_common(prompts)
     prefix = prompts[0][:n_shared]
-    cache = family.model(
+    output = family.model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
         mm_encoder_outputs={"image": family.outputs([features])},
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
+    )
+    cache = cache_of(output)
     cache.batch_repeat_interleave(len(prompts))
     longest = max(map(len, prompts))
     ids = prefix.new_full((len(prompts), longest), pad)
@@ -149,7 +151,8 @@ def _after_prefix(
     for row, prompt in enumerate(prompts):
         rest = len(prompt) - n_shared
         ids[row, longest - rest :], mask[row, longest - rest :] = prompt[n_shared:], 1
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    name = NEW_NAME if takes_new_name(family.model) else NAME
+    return {"input_ids": ids, "attention_mask": mask, name: cache}
 
 
 def _n_common(prompts: list[Tensor]) -> int:
