@@ -72,7 +72,7 @@ def test_merged_features_equal_oracle(case, batch, encoded):
         hidden = case.model.model.language_model(
             inputs_embeds=embeds[None],
             position_ids=oracle.coordinates(case, single, kept),
-            attention_mask=torch.ones(1, len(kept), dtype=torch.long),
+            attention_mask=case.masks(oracle.kinds_of(case, single, kept)),
             use_cache=False,
         ).last_hidden_state
         expected = case.model.lm_head(hidden[:, -1])[0]
