@@ -15,6 +15,8 @@ from budwood.errors import UnsupportedModelError
 from budwood.prune import FAMILIES, attach
 from budwood.prune.families import family_class
 
+pytestmark = pytest.mark.versions
+
 CLASSES = {
     **getattr(auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),
     **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

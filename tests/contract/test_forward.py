@@ -28,6 +28,7 @@ def labelled(request, case):
     return batch | case.typed(batch["input_ids"], batch["labels"] != -100)
 
 
+@pytest.mark.versions
 def test_keeping_everything_changes_nothing(case, labelled):
     before = case.model(**labelled)
     with attach(case.model, keep=1.0, forward=True):
@@ -67,6 +68,7 @@ def test_answers_are_no_part_of_the_question(case, labelled):
         assert (labelled["labels"][image.row, list(image.question)] == -100).all()
 
 
+@pytest.mark.versions
 def test_generate_and_forward_choose_the_same(case, batch):
     with attach(case.model, keep=6, forward=True) as session:
         case.model.generate(**batch, max_new_tokens=2)
@@ -82,6 +84,7 @@ def test_without_forward_a_call_is_untouched(case, batch):
         assert session.report == []
 
 
+@pytest.mark.versions
 def test_decoding_by_hand_continues_from_the_pruned_cache(case):
     batch = case.batch([words(3, 1), 0, words(5, 2)])
     with attach(case.model, keep=6, forward=True):

@@ -47,6 +47,7 @@ def test_keeping_everything_changes_nothing(case, batch, method):
     assert all(image.kept_all for image in session.report)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_every_way_of_decoding_keeps_the_answer(case, batch, way):
     before = case.model.generate(**batch, **GREEDY | WAYS[way])
@@ -79,6 +80,7 @@ def test_pruned_equals_oracle(case, batch, method, way):
         torch.testing.assert_close(logits[row], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.versions
 def test_without_cache_nor_padding_every_token_sees_the_others(case):
     """Gaps in positions, if they reached the mask, would pass for several packed sequences."""
     batch = case.batch([words(3, 1), 0, words(5, 2), 1, words(4, 3)])
@@ -101,6 +103,7 @@ def test_rows_of_a_batch_equal_single_rows(case, batch, method):
                 assert torch.equal(one.kept, other.kept)
 
 
+@pytest.mark.versions
 def test_sampling_needs_only_the_seed(case, batch):
     options = {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 2}
     with attach(case.model, keep=1.0):
@@ -118,6 +121,7 @@ def test_sampling_needs_only_the_seed(case, batch):
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.versions
 def test_prompt_lookup_gives_the_greedy_answer(case):
     # The repeated words are not followed by an image: transformers would propose its placeholders.
     batch = case.batch([words(4, 2), 0, words(4, 1), words(7, 2), words(4, 1)])
@@ -131,6 +135,7 @@ def takes_embeddings(model):
     return "inputs_embeds" in signature(model.prepare_inputs_for_generation).parameters
 
 
+@pytest.mark.versions
 def test_beams_equal_a_prompt_without_the_dropped_tokens(case, monkeypatch):
     """Beams of a pruned row, with several returned, against the same features fed by hand."""
     batch = case.batch([words(3, 1), 0, words(5, 2)])
@@ -160,6 +165,7 @@ def test_beams_equal_a_prompt_without_the_dropped_tokens(case, monkeypatch):
     assert torch.equal(pruned[:, -5:], by_hand[:, -5:])
 
 
+@pytest.mark.versions
 def test_static_cache_object(case):
     batch = case.batch([0, words(5, 2)])
     with attach(case.model, keep=5):
@@ -184,6 +190,7 @@ def test_text_alone_passes_through(case):
         assert session.origin is None
 
 
+@pytest.mark.versions
 def test_given_embeddings_pass_through(case):
     if not takes_embeddings(case.model):
         pytest.skip("its generate() takes no embeddings")
@@ -264,6 +271,7 @@ def test_a_users_own_criteria_see_the_whole_prompt(case, batch):
     assert output.shape[1] == n_prompt + 3
 
 
+@pytest.mark.versions
 def test_a_streamer_gets_the_whole_prompt_then_the_answer(case):
     batch = case.batch([0, words(5, 2)])
     streamer = WatchStream()
@@ -273,6 +281,7 @@ def test_a_streamer_gets_the_whole_prompt_then_the_answer(case):
     assert torch.equal(torch.cat(streamer.seen[1:-1]), output[0, -5:])
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("where", ["keyword", "config", "model"])
 def test_max_length_counts_the_prompt_as_given(case, batch, where):
     n_prompt = batch["input_ids"].shape[1]
@@ -385,6 +394,7 @@ def test_options_that_cannot_work_say_so(case, options, message):
         case.model.generate(**batch, **options)
 
 
+@pytest.mark.versions
 @pytest.mark.skipif(CHUNKS, reason="this version of transformers cuts images into chunks")
 def test_chunks_that_lose_images_say_so(case):
     batch = case.batch([0, words(5, 2)])

@@ -103,6 +103,7 @@ def test_a_thread_that_called_nothing_has_no_report(case, prompts):
 # Later turns
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("with_pixels", [False, True])
 def test_a_second_turn_goes_on_with_the_cache(case, with_pixels):
     batch = case.batch([words(3, 1), 0, words(5, 2)])
@@ -127,6 +128,7 @@ def test_a_second_turn_goes_on_with_the_cache(case, with_pixels):
         assert torch.equal(answered[0, given.shape[1] :], expected)
 
 
+@pytest.mark.versions
 def test_a_second_turn_in_a_batch(case, batch):
     """Rows of unequal length, padded on the left; each continues as it does alone."""
     new = torch.tensor([words(3, 40), words(3, 41), words(3, 42)])
@@ -148,6 +150,7 @@ def test_a_second_turn_in_a_batch(case, batch):
         assert torch.equal(second[row, ids.shape[1] :], expected)
 
 
+@pytest.mark.versions
 def test_both_names_of_a_cache_are_known(case):
     if not takes_new_name(case.model):
         pytest.skip("this version of transformers knows past_key_values only")
@@ -163,6 +166,7 @@ def test_both_names_of_a_cache_are_known(case):
     assert torch.equal(*answers)
 
 
+@pytest.mark.versions
 def test_a_copied_cache_knows_its_prompt(case):
     batch = case.batch([0, words(5, 2)])
     with attach(case.model, keep=5, method="fastervlm"):
@@ -193,6 +197,7 @@ def test_a_new_image_in_a_later_turn_says_so(case):
             case.model.generate(**more, past_key_values=first.past_key_values)
 
 
+@pytest.mark.versions
 def test_decoding_by_hand_takes_a_mask_of_the_whole_prompt(case):
     if case.types == "mm_token_type_ids":
         pytest.skip("Qwen's own forward takes no mask beside a cache")
@@ -240,6 +245,7 @@ def log_probabilities(case, inputs, answers, **wanted):
     return logits.log_softmax(-1).gather(2, answers[..., None])[..., 0]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("keep", [1.0, 5])
 @pytest.mark.parametrize("count", [True, False])
 def test_padding_on_both_sides(case, keep, count):

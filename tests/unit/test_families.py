@@ -20,6 +20,8 @@ from budwood.prune.methods.base import rasters
 from tests.contract import models
 from tests.contract.models import words
 
+pytestmark = pytest.mark.versions
+
 PINPOINTS = ((12, 24), (24, 12), (24, 24), (12, 36), (36, 12))
 SIZES = [(11, 37), (41, 9), (30, 28), (24, 24), (5, 90), (90, 5), (100, 101), (333, 120), (1, 1)]
 

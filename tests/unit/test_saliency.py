@@ -32,6 +32,8 @@ from budwood.prune.saliency import (
 from tests.contract import models
 from tests.contract.models import noise, words
 
+pytestmark = pytest.mark.versions
+
 
 def eager_attentions(case, batch, layer):
     """Attention of one layer, by transformers' eager implementation, on a copy."""
