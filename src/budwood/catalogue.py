@@ -88,7 +88,7 @@ FAMILIES = {
     "qwen2_5_vl": _family(
         "qwen2_5_vl",
         "Qwen25VL",
-        "Qwen2_5_VLForConditionalGeneration, images only: videos are not pruned.",
+        "Qwen2_5_VLForConditionalGeneration, images and videos.",
     ),
 }
 """Vision-language models that can be pruned, by ``config.model_type``.

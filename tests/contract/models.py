@@ -59,14 +59,21 @@ SIGLIP = {name: CLIP[name] for name in CLIP if name not in ("projection_dim", "i
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video in a row of a batch."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
 class Case:
     """A model and how to make inputs for it.
 
     `image(seed)` gives one image's inputs and its number of placeholders, or its tokens where
     others stand between; the size depends on the seed where the family allows. `join` puts several
-    together. `kinds` makes token types, under the name `types`, of ids and of which tokens come
-    after the prompt. `masks` makes of a row's token types, by hand, what its language model takes
-    as a mask.
+    together. `video(seed)` gives one video's inputs and its part of the prompt. `kinds` makes token
+    types, under the name `types`, of ids and of which tokens come after the prompt. `masks` makes
+    of a row's token types, by hand, what its language model takes as a mask.
     """
 
     model: Any
@@ -74,8 +81,9 @@ class Case:
     join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
     types: str | None = None
-    kinds: Callable[[Tensor, Tensor], Tensor] = lambda ids, suffix: (ids == IMAGE).int()
+    kinds: Callable[[Tensor, Tensor], Tensor] = lambda ids, suffix: by_token(ids)
     masks: Callable[[Tensor], Any] = lambda kinds: torch.ones(1, len(kinds), dtype=torch.long)
     bidirectional: bool = False
 
@@ -88,14 +96,21 @@ class Case:
             suffix = columns >= (ids.shape[1] if suffix is None else suffix)
         return {self.types: self.kinds(ids, suffix)}
 
-    def batch(self, *rows: Sequence[int | list[int]], side: str = "left") -> dict[str, Tensor]:
-        """Rows of text (lists of ids) and images (seeds), padded on `side`."""
-        images, texts = [], []
+    def batch(
+        self, *rows: Sequence[int | Video | list[int]], side: str = "left"
+    ) -> dict[str, Tensor]:
+        """Rows of text (lists of ids), images (seeds) and videos, padded on `side`."""
+        images, videos, texts = [], [], []
         for row in rows:
             text: list[int] = [BOS]
             for part in row:
                 if isinstance(part, list):
                     text += part
+                elif isinstance(part, Video):
+                    assert self.video is not None
+                    inputs, placeholders = self.video(part.seed)
+                    videos.append(inputs)
+                    text += placeholders
                 else:
                     inputs, tokens = self.image(part)
                     images.append(inputs)
@@ -107,7 +122,13 @@ class Case:
         masks = [pad([1] * len(text), length, 0, side) for text in texts]
         ids = torch.tensor(padded)
         batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
-        return batch | self.typed(ids) | (self.join(images) if images else {})
+        batch |= self.typed(ids) | (self.join(images) if images else {})
+        return batch | (concatenate(videos) if videos else {})
+
+
+def by_token(ids: Tensor) -> Tensor:
+    """1 for placeholders of images, 2 for those of videos."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
 
 
 def pad(row: list[int], length: int, value: int, side: str) -> list[int]:
@@ -228,8 +249,17 @@ def qwen2_5_vl() -> Case:
         }
         return inputs, height * width // 4
 
+    def video(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        frames, height, width = [(3, 6, 10), (2, 10, 4), (4, 8, 6)][seed % 3]
+        inputs = {
+            "pixel_values_videos": noise(40 + seed, frames * height * width, 3 * 2 * 2 * 2),
+            "video_grid_thw": torch.tensor([[frames, height, width]]),
+            "second_per_grid_ts": torch.tensor([[0.5, 2.0, 1.0][seed % 3]]),
+        }
+        return inputs, [VISION_START, *[VIDEO] * (frames * height * width // 4), VISION_END]
+
     model = ready(Qwen2_5_VLForConditionalGeneration(config))
-    return Case(model, image, concatenate, **WRAPPED, types="mm_token_type_ids")
+    return Case(model, image, concatenate, **WRAPPED, video=video, types="mm_token_type_ids")
 
 
 WRAPPED = {"before": (VISION_START,), "after": (VISION_END,)}
@@ -379,6 +409,9 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "paligemma": paligemma,
     "qwen2_5_vl": qwen2_5_vl,
 }
+
+WITH_VIDEOS = ("qwen2_5_vl",)
+"""Families that prune videos."""
 
 ROW_IMAGES = [slice(0, 2), slice(2, 2), slice(2, 3)]
 """Images of each row of the `batch` fixture."""

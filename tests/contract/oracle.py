@@ -7,25 +7,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.contract.models import IMAGE, Case
+from tests.contract.models import IMAGE, VIDEO, Case
+
+PER_VISUAL = {
+    "image": ("pixel_values", "image_sizes", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+}
+TOKENS = {"image": IMAGE, "video": VIDEO}
+NONE = slice(0, 0)
 
 
-def row_of(batch: dict[str, Tensor], case: Case, row: int, images: slice) -> dict[str, Tensor]:
-    """One row of a batch without its padding, with the images that are its."""
+def row_of(
+    batch: dict[str, Tensor], case: Case, row: int, images: slice, videos: slice = NONE
+) -> dict[str, Tensor]:
+    """One row of a batch without its padding, with the images and videos that are its."""
     seen = batch["attention_mask"][row].bool()
-    per_image = ("pixel_values", "image_sizes", "image_grid_thw")
+    per_visual = {name for names in PER_VISUAL.values() for name in names}
     single = {
-        name: tensor[row : row + 1, seen] for name, tensor in batch.items() if name not in per_image
+        name: tensor[row : row + 1, seen]
+        for name, tensor in batch.items()
+        if name not in per_visual
     }
-    n_images = images.stop - images.start
-    if n_images:
-        single |= {name: batch[name][images] for name in per_image[1:] if name in batch}
-        if "image_grid_thw" in batch:  # patches of all images stand one after the other
-            ends = [0, *batch["image_grid_thw"].prod(-1).cumsum(0).tolist()]
-            single["pixel_values"] = batch["pixel_values"][ends[images.start] : ends[images.stop]]
-        else:
-            single["pixel_values"] = batch["pixel_values"][images]
+    for kind, some in (("image", images), ("video", videos)):
+        if some.stop > some.start:
+            single |= _visuals_of(batch, kind, some)
     return single
+
+
+def _visuals_of(batch: dict[str, Tensor], kind: str, some: slice) -> dict[str, Tensor]:
+    pixels, *others = PER_VISUAL[kind]
+    inputs = {name: batch[name][some] for name in others if name in batch}
+    grids = batch.get(f"{kind}_grid_thw")
+    if grids is None:
+        return inputs | {pixels: batch[pixels][some]}
+    ends = [0, *grids.prod(-1).cumsum(0).tolist()]  # patches stand one after the other
+    return inputs | {pixels: batch[pixels][ends[some.start] : ends[some.stop]]}
+
+
+@torch.no_grad()
+def encoded(case: Case, single: dict[str, Tensor]) -> dict[str, Any]:
+    """What the model's own encoder makes of images and videos of a row."""
+    made = {}
+    for kind, (pixels, *others) in PER_VISUAL.items():
+        if pixels in single:
+            names = (pixels, *(name for name in others if name != "second_per_grid_ts"))
+            given = {name: single[name] for name in names if name in single}
+            made[kind] = getattr(case.model, f"get_{kind}_features")(**given)
+    return made
 
 
 @torch.no_grad()
@@ -33,31 +61,74 @@ def embeddings(case: Case, single: dict[str, Tensor]) -> Tensor:
     """Input embeddings of the unpruned row, shape (n_tokens, d_model)."""
     ids = single["input_ids"][0]
     rows = case.model.get_input_embeddings()(ids)
-    if "pixel_values" not in single:
-        return rows
-    given = {k: single[k] for k in ("pixel_values", "image_sizes", "image_grid_thw") if k in single}
-    features = torch.cat(list(case.model.get_image_features(**given).pooler_output))
-    rows[ids == IMAGE] = features
+    for kind, output in encoded(case, single).items():
+        rows[ids == TOKENS[kind]] = torch.cat(list(output.pooler_output))
     return rows
 
 
 def coordinates(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
     """Position ids of the kept tokens, shape (1, n_kept) or (3, 1, n_kept)."""
-    if "image_grid_thw" not in single:
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    given = {name: single[name] for name in names if name in single}
+    if not given:
         n_kept = len(kept)
         shape = (3, 1, n_kept) if "mm_token_type_ids" in single else (1, n_kept)
         return torch.arange(n_kept).expand(shape)
     positions, _ = case.model.model.get_rope_index(
-        single["input_ids"],
-        mm_token_type_ids=single["mm_token_type_ids"],
-        image_grid_thw=single["image_grid_thw"],
+        single["input_ids"], mm_token_type_ids=single["mm_token_type_ids"], **given
     )
     return positions[..., kept]
 
 
-def kinds_of(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
-    """Token types of the kept tokens, shape (n_kept,)."""
-    return single.get(case.types, torch.zeros_like(single["input_ids"]))[0][kept]
+def kinds_of(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int = 0) -> Tensor:
+    """Token types of the kept tokens, and of an answer that fills up `n_tokens`."""
+    if case.types is None:
+        return torch.zeros(max(n_tokens, len(kept)))
+    answer = torch.zeros(1, max(n_tokens - len(kept), 0), dtype=torch.long)
+    return torch.cat((single[case.types][0][kept], case.typed(answer, suffix=0)[case.types][0]))
+
+
+def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int) -> dict[str, Any]:
+    """What the LLM takes beside embeddings, for kept tokens and the answer up to `n_tokens`."""
+    outputs = encoded(case, single)
+    if not outputs or not hasattr(next(iter(outputs.values())), "deepstack_features"):
+        return {}
+    ids = single["input_ids"][0]
+    levels = []
+    for level in range(len(next(iter(outputs.values())).deepstack_features)):
+        rows = torch.zeros(len(ids), case.model.get_input_embeddings().embedding_dim)
+        for kind, output in outputs.items():
+            rows[ids == TOKENS[kind]] = torch.cat(list(output.deepstack_features[level]))
+        levels.append(rows[kept])
+    visual = ((ids == IMAGE) | (ids == VIDEO))[kept]
+    mask = torch.zeros(1, n_tokens, dtype=torch.bool)
+    mask[0, : len(kept)] = visual
+    return {
+        "visual_pos_masks": mask,
+        "deepstack_visual_embeds": [rows[visual] for rows in levels],
+    }
+
+
+@torch.no_grad()
+def hidden(
+    case: Case, single: dict[str, Tensor], kept: Tensor, embeds: Tensor, positions: Tensor
+) -> Tensor:
+    """Last hidden states of kept tokens and an answer after them."""
+    return case.model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=case.masks(kinds_of(case, single, kept, embeds.shape[1])),
+        use_cache=False,
+        **deepstack(case, single, kept, embeds.shape[1]),
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def logits(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
+    """Logits of the tokens at `kept` positions of the row, shape (n_kept, vocabulary)."""
+    embeds = embeddings(case, single)[kept][None]
+    positions = coordinates(case, single, kept)
+    return case.model.lm_head(hidden(case, single, kept, embeds, positions))[0]
 
 
 @torch.no_grad()
@@ -68,19 +139,11 @@ def greedy(
     model: Any = case.model
     embeds = embeddings(case, single)[kept][None]
     positions = coordinates(case, single, kept)
-    kinds = kinds_of(case, single, kept)
     answer, logits = [], []
     for _ in range(n_new):
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            attention_mask=case.masks(kinds),
-            use_cache=False,
-        ).last_hidden_state
-        logits.append(model.lm_head(hidden[:, -1]))
+        last = hidden(case, single, kept, embeds, positions)[:, -1]
+        logits.append(model.lm_head(last))
         answer.append(logits[-1].argmax(-1))
-        new = case.typed(answer[-1][None], suffix=0).get(case.types, torch.zeros(1, 1))
-        kinds = torch.cat((kinds, new[0]))
         embeds = torch.cat((embeds, model.get_input_embeddings()(answer[-1])[:, None]), dim=1)
         positions = torch.cat((positions, positions.max() + 1 + positions[..., -1:] * 0), dim=-1)
     return torch.cat(answer), torch.cat(logits)
@@ -96,9 +159,10 @@ def packed_places(case: Case, size: Tensor, n_crops: int) -> Tensor:
 def kept_positions(case: Case, single: dict[str, Tensor], reports: list) -> Tensor:
     """Positions in an unpadded row that stay: the text, what the report has, and newlines."""
     row = single["input_ids"][0]
-    stays = row != IMAGE
-    first, start = (row == IMAGE).nonzero().flatten(), 0
+    stays = (row != IMAGE) & (row != VIDEO)
+    start = dict.fromkeys(TOKENS, 0)
     for number, report in enumerate(reports):
+        places = (row == TOKENS[report.kind]).nonzero().flatten()[start[report.kind] :]
         n_features = report.n_before + report.n_fixed
         newline = torch.zeros(n_features, dtype=torch.bool)
         if case.model.config.model_type == "llava_next":
@@ -106,7 +170,7 @@ def kept_positions(case: Case, single: dict[str, Tensor], reports: list) -> Tens
             n_crops = 5 if int(size[0]) == 30 else 3
             newline = packed_places(case, size, n_crops) < 0
         chosen = (~newline).nonzero().flatten()[report.kept]
-        stays[first[start + chosen]] = True
-        stays[first[start + newline.nonzero().flatten()]] = True
-        start += n_features
+        stays[places[chosen]] = True
+        stays[places[newline.nonzero().flatten()]] = True
+        start[report.kind] += n_features
     return stays.nonzero().flatten()

@@ -77,7 +77,7 @@ class Budgets:
 
     Attributes:
         keep: as it was given.
-        each: one budget for all images, or one for each image of a call.
+        each: one budget for all images and videos, or one for each of a call, in prompt order.
     """
 
     keep: Any
@@ -97,7 +97,7 @@ class Budgets:
         return cls(keep, (Budget.parse(keep),))
 
     def of_images(self, n_images: int) -> list[Budget]:
-        """The budget of each image of a call.
+        """The budget of each image or video of a call.
 
         Raises:
             BudgetError: the list has another length.

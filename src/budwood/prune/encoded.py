@@ -19,8 +19,11 @@ from budwood.unwrap import innermost
 class Encoded:
     """What a vision encoder says about some pictures; made by :func:`encode`.
 
+    Videos count as pictures, and come after the images.
+
     Attributes:
-        features: projected features, one tensor per picture, shape (n_features, d_model).
+        features: projected features, one tensor per picture, shape (n_features, d_model), or
+            (n_features, n_levels, d_model) for models with deepstack.
         saliency: of the candidates, one float32 tensor per picture, shape (n_candidates,).
         samples: a few pixels of each picture, by which it is known again.
         keys: of the candidates, in the layer of the saliency, one tensor per picture, shape
@@ -72,14 +75,17 @@ def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav")
         UnsupportedModelError: no family knows the model, or the method does not run on it.
     """
     family = family_of(innermost(model), whole_crops=resolve_method(method).whole_crops)
-    recorder = family.recorder(inputs)
-    with recorder:
-        features = family.features(inputs)
-    layouts = family.layouts(inputs, features)
-    samples = list(map(sample, family.pictures(inputs)))
-    keys = list(family.keys(recorder, layouts))  # before the saliency, which releases them
-    saliency = family.saliency(recorder, layouts)
-    return Encoded(features, saliency, samples, keys, family.whole_crops)
+    encoded = Encoded([], [], [], [], family.whole_crops)
+    for visuals in family.visuals(inputs):
+        recorder = visuals.recorder(inputs)
+        with recorder:
+            features = visuals.features(inputs)
+        layouts = visuals.layouts(inputs, features)
+        encoded.features.extend(features)
+        encoded.keys.extend(visuals.keys(recorder, layouts))  # the saliency releases them
+        encoded.saliency.extend(visuals.saliency(recorder, layouts))
+        encoded.samples.extend(map(sample, visuals.pictures(inputs)))
+    return encoded
 
 
 def sample(picture: Tensor) -> Tensor:

@@ -178,8 +178,12 @@ def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
         )
 
 
-def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None:
+def refuse_inputs(inputs: dict[str, Any], whole_video: bool) -> None:
     """Refuse inputs that cannot be cut in step with the prompt.
+
+    Args:
+        inputs: keyword arguments of ``generate`` or ``forward``.
+        whole_video: there is a video that cannot be pruned.
 
     Raises:
         AttachError: a filled cache from an earlier call, or a video beside images.
@@ -191,7 +195,7 @@ def refuse_inputs(inputs: dict[str, Any], video_inputs: tuple[str, ...]) -> None
             "past_key_values is filled and there are images to prune: positions in the cache and "
             "in the prompt no longer agree; start from an empty cache, or detach"
         )
-    if any(inputs.get(name) is not None for name in video_inputs):
+    if whole_video:
         raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
     refuse_explicit(inputs)
 

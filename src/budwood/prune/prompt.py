@@ -13,7 +13,7 @@ from budwood.errors import InputError
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one image is: its placeholders stand in one run, or in several with text between them.
+    """Where an image or video is: its placeholders stand in one run, or in several between text.
 
     Attributes:
         row: row of the batch.
@@ -49,23 +49,24 @@ class Placed:
 
 
 def locate_images(
-    ids: Tensor, image_token_id: int, lengths: Sequence[Sequence[int]]
+    ids: Tensor, token_id: int, lengths: Sequence[Sequence[int]], kind: str = "image"
 ) -> list[Placed]:
-    """Find each image's placeholders, images being in the order of the batch.
+    """Find the placeholders of each image or video, which are in the order of the batch.
 
     Args:
         ids: prompts, int64, on the CPU, shape (batch, n_tokens).
-        image_token_id: the placeholder.
+        token_id: the placeholder.
         lengths: for each image, placeholders of each of its runs.
+        kind: what messages call them, ``"image"`` or ``"video"``.
 
     Raises:
         InputError: the prompts have other placeholders than the images need.
     """
-    rows, columns = (ids == image_token_id).nonzero(as_tuple=True)
+    rows, columns = (ids == token_id).nonzero(as_tuple=True)
     needed = sum(map(sum, lengths))
     if len(rows) != needed:
         raise InputError(
-            f"the prompts have {len(rows)} image placeholders, the {len(lengths)} images need "
+            f"the prompts have {len(rows)} {kind} placeholders, the {len(lengths)} {kind}s need "
             f"{needed}; prepare both with the processor that belongs to the model"
         )
     placed, first = [], 0
@@ -75,7 +76,7 @@ def locate_images(
             last = first + length - 1
             found.append((int(columns[first]), int(columns[last]) + 1))
             if not int(rows[first]) == int(rows[last]) == row or _length(found[-1]) != length:
-                raise InputError(_in_other_pieces(number, runs, row, found[0][0]))
+                raise InputError(_in_other_pieces(f"{kind} {number}", runs, row, found[0][0]))
             first += length
         placed.append(Placed(row, tuple(found)))
     return placed
@@ -85,11 +86,11 @@ def _length(run: tuple[int, int]) -> int:
     return run[1] - run[0]
 
 
-def _in_other_pieces(number: int, runs: Sequence[int], row: int, start: int) -> str:
+def _in_other_pieces(name: str, runs: Sequence[int], row: int, start: int) -> str:
     pieces = "in one piece" if len(runs) == 1 else f"in pieces of {', '.join(map(str, runs))}"
     return (
-        f"the {sum(runs)} placeholders of image {number} are not {pieces}, from row {row} position "
-        f"{start} on; leave no other text inside an image and truncate no prompt"
+        f"the {sum(runs)} placeholders of {name} are not {pieces}, from row {row} position "
+        f"{start} on; leave no other text inside and truncate no prompt"
     )
 
 

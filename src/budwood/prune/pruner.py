@@ -1,4 +1,4 @@
-"""Encode the images of a call, choose tokens, and cut the others out of the call's inputs."""
+"""Encode images and videos of a call, choose tokens, and cut the others out of its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget, Budgets
 from budwood.prune.encoded import Encoded, sample
-from budwood.prune.families.base import Family, Layout
+from budwood.prune.families.base import Family, Layout, Visuals
 from budwood.prune.methods.base import Extras, Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
@@ -23,7 +23,7 @@ from budwood.prune.selection import Selection, select, usable
 
 _Optional = Sequence[Tensor | None]
 _SignalsOf = Callable[[Sequence[Layout]], tuple[_Optional, _Optional]]
-"""Layouts → saliency and keys of each image."""
+"""Layouts → saliency and keys of each image or video."""
 _IGNORED_LABEL = -100
 _FILLS = {
     "attention_mask": 0,
@@ -41,8 +41,8 @@ class Cut:
         inputs: what to call the model with.
         origin: position in the given prompt of each token, -1 for padding, int64,
             shape (batch, n_kept).
-        report: one entry per image.
-        usable: where the device is not waited for, whether each image's features were finite.
+        report: one entry per image and video.
+        usable: where the device is not waited for, whether the features of each were finite.
         timing: what it took.
     """
 
@@ -54,6 +54,35 @@ class Cut:
 
 
 @dataclass(frozen=True, eq=False)
+class _Kind:
+    """The images of a call, or its videos, encoded."""
+
+    visuals: Visuals
+    features: list[Tensor]
+    signals_of: _SignalsOf
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """One image or video of a call."""
+
+    visuals: Visuals
+    features: Tensor
+    layout: Layout
+    placed: Placed
+    saliency: Tensor | None
+    keys: Tensor | None
+
+    @property
+    def candidates(self) -> Tensor:
+        """Features that may be dropped, as the LLM's embedding layer gives words."""
+        features = self.features if self.features.ndim == 2 else self.features[:, 0]
+        if self.layout.candidates is None:
+            return features
+        return features[self.layout.candidates.to(features.device, non_blocking=True)]
+
+
+@dataclass(frozen=True, eq=False)
 class Pruner:
     """How the calls of one model are pruned.
 
@@ -61,7 +90,7 @@ class Pruner:
         model: the model.
         family: where things are in it.
         method: chooses.
-        budgets: how many tokens to keep of each image.
+        budgets: how many tokens to keep of each image or video.
         question: finds the text to choose by.
         seed: for methods that draw.
         exact_timing: wait for the GPU before looking at the clock.
@@ -78,7 +107,7 @@ class Pruner:
     encoded: Encoded | None = None
 
     def cut(self, inputs: dict[str, Any], pad: int) -> Cut:
-        """Encode the images once, choose, and shorten everything that has an entry per token.
+        """Encode the visuals once, choose, and shorten everything that has an entry per token.
 
         Prompts are read before the encoder runs, so that reading does not wait for it.
 
@@ -95,83 +124,105 @@ class Pruner:
         answers = _answers(inputs.get("labels"), len(ids))
 
         started = self._now()
-        features, signals_of = self._encode(inputs)
+        kinds = self._encode(inputs)
         encoded_at = self._now()
 
-        layouts = self.family.layouts(inputs, features)
-        lengths = [layout.run_lengths for layout in layouts]
-        images = locate_images(ids, self.family.image_token_id, lengths)
+        found = self._found(kinds, inputs, ids)
         with torch.no_grad():
-            asked = self._questions(ids, mask, images, answers)
-            visual = list(map(_candidates, features, layouts))
-            texts = self._embed(inputs["input_ids"], images, asked)
-            saliency, keys = signals_of(layouts)
-            signals = [_beside(*three) for three in zip(visual, texts, saliency)]
-            budgets = self.budgets.of_images(len(images))
-            chosen = [
-                self._select(number, layout, budget, key, *three)
-                for number, (layout, budget, key, three) in enumerate(
-                    zip(layouts, budgets, keys, signals)
-                )
+            asked = self._questions(ids, mask, found, answers)
+            texts = self._embed(inputs["input_ids"], found, asked)
+            signals = [
+                _beside(one.candidates, text, one.saliency) for one, text in zip(found, texts)
             ]
-        kept = [_all_kept(layout, image.indices) for layout, image in zip(layouts, chosen)]
+            budgets = self.budgets.of_images(len(found))
+            chosen = [
+                self._select(number, one, budget, *three)
+                for number, (one, budget, three) in enumerate(zip(found, budgets, signals))
+            ]
+        kept = [_all_kept(one.layout, choice.indices) for one, choice in zip(found, chosen)]
         device = inputs["input_ids"].device
-        places = [_places(layout, indices, device) for layout, indices in zip(layouts, kept)]
-        pruned = prune_rows(mask, images, places, device, _counts_from_end(inputs))
+        places = [_places(one.layout, indices, device) for one, indices in zip(found, kept)]
+        placed = [one.placed for one in found]
+        pruned = prune_rows(mask, placed, places, device, _counts_from_end(inputs))
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
-        left = list(map(_left, features, layouts, chosen, kept))
-        shorter["mm_encoder_outputs"] = {"image": self.family.outputs(left)}
+        shorter["mm_encoder_outputs"] = _outputs(found, chosen, kept)
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
-        described = zip(images, layouts, chosen, asked)
+        described = zip(found, chosen, asked)
         return Cut(
             shorter,
             pruned.origin,
-            [self._describe(number, *image) for number, image in enumerate(described)],
+            [self._describe(number, *one) for number, one in enumerate(described)],
             checks,
             Timing(1e3 * (encoded_at - started), 1e3 * (self._now() - encoded_at)),
         )
 
-    def _encode(self, inputs: dict[str, Any]) -> tuple[list[Tensor], _SignalsOf]:
-        """Features of each image, and a function that gives their saliency and keys."""
+    def _encode(self, inputs: dict[str, Any]) -> list[_Kind]:
+        """Encode the images, the videos, or both."""
+        kinds = self.family.visuals(inputs)
         if self.encoded is not None:
-            _refuse_other_pictures(self.encoded, self.family.pictures(inputs))
-            features = self.encoded.features
-            saliency = self.encoded.saliency if self.method.needs_saliency else _none(features)
-            keys = self.encoded.keys if self.method.needs_keys else _none(features)
-            return features, lambda _: (saliency, keys)
-        if not self.method.needs_saliency:
-            return self.family.features(inputs), lambda layouts: (_none(layouts), _none(layouts))
-        recorder = self.family.recorder(inputs)
-        with recorder:
-            features = self.family.features(inputs)
-        return features, partial(self._signals, recorder)
+            return _encoded_before(self.encoded, kinds, inputs, self.method)
+        made = []
+        for visuals in kinds:
+            if self.method.needs_saliency:
+                recorder = visuals.recorder(inputs)
+                with recorder:
+                    features = visuals.features(inputs)
+                signals_of = partial(self._signals, visuals, recorder)
+            else:
+                features, signals_of = visuals.features(inputs), _no_signals
+            made.append(_Kind(visuals, features, signals_of))
+        return made
 
-    def _signals(self, recorder: Any, layouts: Sequence[Layout]) -> tuple[_Optional, _Optional]:
+    def _signals(
+        self, visuals: Visuals, recorder: Any, layouts: Sequence[Layout]
+    ) -> tuple[_Optional, _Optional]:
         # Keys first: the saliency releases what was recorded.
-        keys = self.family.keys(recorder, layouts) if self.method.needs_keys else _none(layouts)
-        return self.family.saliency(recorder, layouts), keys
+        keys = visuals.keys(recorder, layouts) if self.method.needs_keys else _none(layouts)
+        return visuals.saliency(recorder, layouts), keys
+
+    def _found(self, kinds: Sequence[_Kind], inputs: dict[str, Any], ids: Tensor) -> list[_Found]:
+        """Every image and video of the call, in prompt order."""
+        found = []
+        for kind in kinds:
+            visuals = kind.visuals
+            layouts = visuals.layouts(inputs, kind.features)
+            lengths = [layout.run_lengths for layout in layouts]
+            placed = locate_images(ids, visuals.token_id, lengths, visuals.kind)
+            with torch.no_grad():
+                signals = kind.signals_of(layouts)
+            parts = zip(kind.features, layouts, placed, *signals, strict=True)
+            found += [_Found(visuals, *part) for part in parts]
+        return sorted(found, key=lambda one: (one.placed.row, one.placed.start))
 
     def _questions(
-        self, ids: Tensor, mask: Tensor, images: Sequence[Placed], answers: Sequence[set[int]]
+        self, ids: Tensor, mask: Tensor, found: Sequence[_Found], answers: Sequence[set[int]]
     ) -> list[list[int]]:
-        """Positions of the text about each image."""
+        """Positions of the text about each image or video."""
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
+        inside: list[list[tuple[int, int]]] = [[] for _ in ends]
+        for one in found:
+            if len(one.placed.runs) > 1:
+                inside[one.placed.row].append((one.placed.start, one.placed.stop))
         return [
             self.question.positions(
-                ids[image.row], (image.start, image.stop), ends[image.row], answers[image.row]
+                ids[placed.row],
+                (placed.start, placed.stop),
+                ends[placed.row],
+                answers[placed.row],
+                inside[placed.row],
             )
-            for image in images
+            for placed in (one.placed for one in found)
         ]
 
     def _embed(
-        self, ids: Tensor, images: Sequence[Placed], asked: Sequence[list[int]]
+        self, ids: Tensor, found: Sequence[_Found], asked: Sequence[list[int]]
     ) -> Sequence[Tensor | None]:
         """LLM input embeddings of the questions, all looked up at once."""
         if not self.method.needs_text:
-            return [None] * len(images)
+            return [None] * len(found)
         length = ids.shape[1]
-        flat = [image.row * length + i for image, places in zip(images, asked) for i in places]
+        flat = [one.placed.row * length + i for one, places in zip(found, asked) for i in places]
         where = torch.tensor(flat, dtype=torch.long).to(ids.device, non_blocking=True)
         embed = self.model.get_input_embeddings()
         tokens = ids.flatten()[where]
@@ -182,14 +233,14 @@ class Pruner:
     def _select(
         self,
         number: int,
-        layout: Layout,
+        one: _Found,
         budget: Budget,
-        keys: Tensor | None,
         visual: Tensor,
         text: Tensor | None,
         saliency: Tensor | None,
     ) -> Selection:
         """Choose among the candidates of one image."""
+        layout, keys = one.layout, one.keys
         keep = budget.count(layout.n_candidates, clamp=True)
         if layout.whole_crops and keep > layout.n_placeholders:
             raise BudgetError(
@@ -213,9 +264,8 @@ class Pruner:
         self, inputs: dict[str, Any], pruned: Pruned, pad: int, positions: Tensor | None
     ) -> dict[str, Any]:
         """Drop the pictures from the inputs, and cut every tensor with an entry per token."""
-        shorter = {
-            name: value for name, value in inputs.items() if name not in self.family.encoder_inputs
-        }
+        consumed = {name for kind in self.family.kinds for name in kind.encoder_inputs}
+        shorter = {name: value for name, value in inputs.items() if name not in consumed}
         for name, fill in {"input_ids": pad, **_FILLS}.items():
             if shorter.get(name) is not None:
                 shorter[name] = pruned.take(shorter[name], fill)
@@ -233,8 +283,9 @@ class Pruner:
         return shorter
 
     def _describe(
-        self, number: int, image: Placed, layout: Layout, selection: Selection, asked: list[int]
+        self, number: int, one: _Found, selection: Selection, asked: list[int]
     ) -> ImageReport:
+        layout = one.layout
         return ImageReport(
             kept=selection.indices,
             n_before=layout.n_candidates,
@@ -243,12 +294,14 @@ class Pruner:
             split=selection.split,
             saliency=selection.saliency,
             relevance=selection.relevance,
-            row=image.row,
+            row=one.placed.row,
             image=number,
             grid=layout.grid,
             question=tuple(asked),
             boxes=layout.boxes,
             view=self.family.view,
+            kind=one.visuals.kind,
+            frames=layout.frames,
         )
 
     def _now(self) -> float:
@@ -257,18 +310,49 @@ class Pruner:
         return time.perf_counter()
 
 
-def _refuse_other_pictures(encoded: Encoded, pictures: Sequence[Tensor]) -> None:
-    """Check that the call has the pictures that were encoded before, in their order."""
-    samples = list(map(sample, pictures))
+def _outputs(
+    found: Sequence[_Found], chosen: Sequence[Selection], kept: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Kept features as ``generate`` and ``forward`` take them, by kind."""
+    left: dict[Visuals, list[Tensor]] = {}
+    for one, selection, indices in zip(found, chosen, kept):
+        features = _left(one.features, one.layout, selection, indices)
+        left.setdefault(one.visuals, []).append(features)
+    return {visuals.kind: visuals.outputs(features) for visuals, features in left.items()}
+
+
+def _encoded_before(
+    encoded: Encoded, kinds: Sequence[Visuals], inputs: dict[str, Any], method: Method
+) -> list[_Kind]:
+    """What was encoded before, which has all images first and then all videos.
+
+    Raises:
+        InputError: the call has others, or in another order.
+    """
+    pictures = [visuals.pictures(inputs) for visuals in kinds]
+    samples = [sample(picture) for some in pictures for picture in some]
     if len(samples) != len(encoded) or not all(map(torch.equal, samples, encoded.samples)):
         raise InputError(
             f"the call's {len(samples)} pictures are not the {len(encoded)} encoded ones, in this "
             "order; encode them with encode(), or arrange them with encoded.pick(...)"
         )
+    made, start = [], 0
+    for visuals, some in zip(kinds, pictures):
+        part = slice(start, start + len(some))
+        features = encoded.features[part]
+        saliency = encoded.saliency[part] if method.needs_saliency else _none(features)
+        keys = encoded.keys[part] if method.needs_keys else _none(features)
+        made.append(_Kind(visuals, features, lambda _, given=(saliency, keys): given))
+        start = part.stop
+    return made
 
 
 def _none(images: Sequence[Any]) -> list[None]:
     return [None] * len(images)
+
+
+def _no_signals(layouts: Sequence[Layout]) -> tuple[_Optional, _Optional]:
+    return _none(layouts), _none(layouts)
 
 
 def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
@@ -293,13 +377,6 @@ def _position_list(wanted: Tensor) -> Tensor:
     return wanted.long()
 
 
-def _candidates(features: Tensor, layout: Layout) -> Tensor:
-    """Features that may be dropped."""
-    if layout.candidates is None:
-        return features
-    return features[layout.candidates.to(features.device, non_blocking=True)]
-
-
 def _beside(
     visual: Tensor, text: Tensor | None, saliency: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -319,10 +396,10 @@ def _all_kept(layout: Layout, indices: Tensor) -> Tensor:
 
 
 def _left(image: Tensor, layout: Layout, selection: Selection, kept: Tensor) -> Tensor:
-    """Features that go to the LLM, shape (n_kept + n_fixed, d_model).
+    """Features that go to the LLM, shape (n_kept + n_fixed, d_model), or with levels between.
 
     Choosing is not differentiated through: a merged feature passes its gradient on to the kept
-    token's own.
+    token's own. Only the first level is merged.
     """
     left = image[kept]
     if selection.features is None:
@@ -333,7 +410,10 @@ def _left(image: Tensor, layout: Layout, selection: Selection, kept: Tensor) -> 
         where = torch.searchsorted(kept, chosen)
     else:
         where = torch.arange(len(kept), device=kept.device)
-    merged = left.index_copy(0, where, selection.features)
+    first = left if left.ndim == 2 else left[:, 0]
+    merged = first.index_copy(0, where, selection.features)
+    if left.ndim == 3:
+        merged = torch.cat((merged[:, None], left[:, 1:]), dim=1)
     return left + (merged - left).detach() if left.requires_grad else merged
 
 

@@ -17,6 +17,7 @@ PUBLISHED = "all"
 """The choice of AdaV's public code."""
 
 _TEMPLATE_WORDS = 3
+_INSIDE = -1
 
 QuestionRule: TypeAlias = str | Callable[[Tensor, int, int], Any]
 """``"current"``, ``"turn"``, ``"all"``, or a function ``(ids, start, stop) -> positions``.
@@ -147,7 +148,7 @@ class Question:
                 "function (ids, start, stop) -> positions"
             )
         self.rule = rule
-        self.wrapping = frozenset(wrapping)
+        self.wrapping = frozenset((*wrapping, _INSIDE))
         self.ends = frozenset(ends) - self.wrapping
         self.scaffold = scaffold or Scaffold()
 
@@ -168,7 +169,12 @@ class Question:
         return cls(rule, ends, wrapping, Scaffold.of(processor, model.config.image_token_id))
 
     def positions(
-        self, ids: Tensor, image: tuple[int, int], stop: int, answers: Collection[int] = ()
+        self,
+        ids: Tensor,
+        image: tuple[int, int],
+        stop: int,
+        answers: Collection[int] = (),
+        inside: Collection[tuple[int, int]] = (),
     ) -> list[int]:
         """Positions of the question about one image.
 
@@ -177,6 +183,8 @@ class Question:
             image: first position of the image's placeholders and the one after the last.
             stop: where the row's padding on the right begins.
             answers: supervised positions.
+            inside: where images and videos begin and end that hold more than placeholders, such as
+                the timestamps of frames; all of it counts as the image.
 
         Returns:
             Increasing positions, possibly none.
@@ -187,6 +195,8 @@ class Question:
         if callable(self.rule):
             return _checked(self.rule(ids, *image), len(ids))
         row = ids.tolist()
+        for first, last in inside:
+            row[first:last] = [_INSIDE] * (last - first)
         after = self._after(row, image[1], stop)
         if self.rule == "current" and answers:
             after = self._after(row, image[1], _before_last_answer(stop, answers)) or after

@@ -29,9 +29,10 @@ class Timing:
 
 @dataclass(frozen=True, eq=False)
 class ImageReport:
-    """What was kept of one image.
+    """What was kept of one image or video.
 
-    Tokens are the image's *candidates*: newlines, which always stay, are not counted.
+    Tokens are its *candidates*: newlines, which always stay, are not counted. A video is one entry
+    with the tokens of all its frames, frame by frame.
 
     Attributes:
         kept: kept tokens, int64, shape (n_after,), sorted.
@@ -42,11 +43,13 @@ class ImageReport:
         saliency: score per token, float32, shape (n_before,); None if the method uses none.
         relevance: text-to-image score per token, likewise.
         row: row of the batch.
-        image: number of the image in the whole call.
-        grid: rows and columns of the tokens if they form one raster, else None.
+        image: its number in the whole call, images and videos counted together in prompt order.
+        grid: rows and columns of the tokens, of each frame, if they form one raster; else None.
         question: positions in the row that counted as the question.
-        boxes: x0, y0, x1, y1 of each token in the picture that the encoder saw, as fractions of
-            its size in [0, 1], float32, shape (n_before, 4).
+        boxes: x0, y0, x1, y1 of each token in the picture or frame that the encoder saw, as
+            fractions of its size in [0, 1], float32, shape (n_before, 4).
+        kind: ``"image"`` or ``"video"``.
+        frames: of a video, as the encoder merges them (two of the file's in Qwen models); else 1.
     """
 
     kept: Tensor
@@ -62,6 +65,15 @@ class ImageReport:
     question: tuple[int, ...]
     boxes: Tensor = field(repr=False)
     view: object = field(repr=False)
+    kind: str = "image"
+    frames: int = 1
+
+    @property
+    def kept_by_frame(self) -> list[Tensor]:
+        """Kept tokens of each frame, counted from the frame's first, int64."""
+        per_frame = self.n_before // self.frames
+        frame = self.kept // per_frame
+        return [self.kept[frame == i] % per_frame for i in range(self.frames)]
 
     @property
     def kept_all(self) -> bool:
@@ -95,7 +107,7 @@ class Call:
         whole_video: whether the call had a video, all of whose tokens were kept.
 
     Args:
-        report: one entry per image, in the order of the batch.
+        report: one entry per image and video, in the order of the batch.
         usable: on a GPU, whether each image's features were finite, one bool tensor each.
         timing: of the call.
         origin: of the call.
@@ -117,7 +129,7 @@ class Call:
 
     @property
     def report(self) -> list[ImageReport]:
-        """What was kept, one entry per image in the order of the batch.
+        """What was kept, one entry per image and video in the order of the batch.
 
         Raises:
             InputError: on a GPU, where it is not waited for in the call: features had NaN.

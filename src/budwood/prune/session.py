@@ -226,7 +226,7 @@ class PruneSession:
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         self._calls.begin()
         ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
-        if ids is None or (cached is None and not _has_images(kwargs)):
+        if ids is None or (cached is None and not self._has_visuals(kwargs)):
             self._say_videos(kwargs)
             self._calls.note(kwargs.get("streamer"))
             return self._calls.note(original(**kwargs))
@@ -248,7 +248,7 @@ class PruneSession:
         return self._calls.note(output)
 
     def _cut_prompt(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        refuse_inputs(kwargs, self.pruner.family.video_inputs)
+        refuse_inputs(kwargs, self.pruner.family.has_whole_video(kwargs))
         with torch.no_grad():
             return self._cut(kwargs, pad_token(kwargs, self.model))
 
@@ -256,20 +256,25 @@ class PruneSession:
         """A later turn: what the cache holds stays as it was pruned, the rest is fed whole."""
         family = self.pruner.family
         refuse_explicit(kwargs)
-        refuse_new_images(kwargs["input_ids"], cached, family.image_token_id)
+        consumed: set[str] = set()
+        for visuals in family.kinds:
+            refuse_new_images(kwargs["input_ids"], cached, visuals.token_id)
+            consumed.update(visuals.encoder_inputs)
         n_cached = kwargs["past_key_values"].get_seq_length()
-        dropped = {*family.encoder_inputs, "mm_token_type_ids", "token_type_ids"}
+        dropped = {*consumed, "mm_token_type_ids", "token_type_ids"}
         cut = {name: value for name, value in kwargs.items() if name not in dropped}
         return cut | cached.extended(kwargs["input_ids"], kwargs["attention_mask"], n_cached)
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
-        if ids is None or not _has_images(kwargs):  # among others every step inside generate()
+        if ids is None or not self._has_visuals(
+            kwargs
+        ):  # among others every step inside generate()
             if cached is not None and kwargs.get("attention_mask") is not None:
                 kwargs["attention_mask"] = cached.mask(kwargs["attention_mask"], kwargs)
             return original(**kwargs)
         self._calls.begin()
-        refuse_inputs(kwargs, self.pruner.family.video_inputs)
+        refuse_inputs(kwargs, self.pruner.family.has_whole_video(kwargs))
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
         cut = self._cut(kwargs, pad_token({}, self.model))
@@ -280,10 +285,12 @@ class PruneSession:
         CachedPrompt.of(ids, cut).note(cache_of(output))
         return self._calls.note(output)
 
+    def _has_visuals(self, kwargs: dict[str, Any]) -> bool:
+        return bool(self.pruner.family.visuals(kwargs))
+
     def _say_videos(self, kwargs: dict[str, Any]) -> None:
         """Warn once that a video goes to the LLM whole, and note it for the report."""
-        names = self.pruner.family.video_inputs
-        if any(kwargs.get(name) is not None for name in names):
+        if self.pruner.family.has_whole_video(kwargs):
             self._calls.last = Call(whole_video=True)
             if not self._warned_of_video:
                 warnings.warn("videos are not pruned: all their tokens are kept", stacklevel=4)
@@ -375,11 +382,6 @@ def _prompts(kwargs: dict[str, Any]) -> Tensor | None:
     ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs")
     encoded = kwargs.get("inputs_embeds") is not None or bool(kwargs.get("mm_encoder_outputs"))
     return None if encoded or not isinstance(ids, Tensor) or ids.ndim != 2 else ids
-
-
-def _has_images(kwargs: dict[str, Any]) -> bool:
-    pixels = kwargs.get("pixel_values")
-    return pixels is not None and len(pixels) > 0
 
 
 def _refuse_attached(model: Any) -> None:

@@ -106,15 +106,15 @@ def cached_prompt(cache: Any) -> CachedPrompt | None:
     return getattr(cache, _NOTE, None)
 
 
-def refuse_new_images(ids: Tensor, cached: CachedPrompt, image_token_id: int) -> None:
-    """Refuse an image in a later turn, whose features would have to go behind the cache.
+def refuse_new_images(ids: Tensor, cached: CachedPrompt, token_id: int) -> None:
+    """Refuse an image or video in a later turn, whose features would have to go behind the cache.
 
     Raises:
         AttachError: there are placeholders behind the cached prompt.
     """
-    n_new = int((ids[:, cached.whole.shape[1] :] == image_token_id).sum())
+    n_new = int((ids[:, cached.whole.shape[1] :] == token_id).sum())
     if n_new:
         raise AttachError(
-            f"the new turn has an image ({n_new} placeholders) and past_key_values is filled; call "
-            "generate() without past_key_values for this turn"
+            f"the new turn has an image or video ({n_new} placeholders) and past_key_values is "
+            "filled; call generate() without past_key_values for this turn"
         )

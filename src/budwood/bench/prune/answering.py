@@ -138,7 +138,7 @@ def _after_prefix(
     output = family.model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
-        mm_encoder_outputs={"image": family.outputs([features])},
+        mm_encoder_outputs={family.kind: family.outputs([features])},
         use_cache=True,
         logits_to_keep=1,
     )

@@ -35,15 +35,17 @@ class Layout:
 
     Attributes:
         n_placeholders: tokens that the image takes in the prompt.
-        boxes: x0, y0, x1, y1 of each candidate in the picture that the encoder sees, as fractions
-            of its width and height in [0, 1], float32, shape (n_candidates, 4).
+        boxes: x0, y0, x1, y1 of each candidate in the picture (the frame, for a video) that the
+            encoder sees, as fractions of its width and height in [0, 1], float32, shape
+            (n_candidates, 4).
         candidates: features that may be dropped, in the LLM's order, int64, shape
             (n_candidates,); None if all may.
         fixed: features that always stay, int64, shape (n_fixed,).
         order: place of each candidate in the encoder's order, int64, shape (n_candidates,); None
             if the LLM has the same order.
-        grid: rows and columns of the candidates if they form one raster, else None.
+        grid: rows and columns of the candidates, of each frame, if they form one raster; else None.
         n_crops: crops of equal size that the encoder saw.
+        frames: frames of a video, one after the other in the candidates, each as long as the next.
         runs: placeholders of each piece, where other tokens such as timestamps stand between the
             pieces; empty if they are in one piece.
         whole_crops: features come crop by crop and not as the LLM has them; any placeholder may
@@ -57,6 +59,7 @@ class Layout:
     order: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
+    frames: int = 1
     runs: tuple[int, ...] = ()
     whole_crops: bool = False
 
@@ -84,15 +87,85 @@ class Layout:
         return scores[self.order.to(scores.device, non_blocking=True)]
 
 
-class Family(ABC):
-    """Where a model of one ``config.model_type`` keeps what pruning needs.
+class Visuals(ABC):
+    """The images, or the videos, that a model is called with: their inputs, features and places.
+
+    A video is one visual: its frames have one layout, and share one budget.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``, as ``mm_encoder_outputs`` calls it.
+        pixels: the input that says that there are some.
+        encoder_inputs: inputs that encoding consumes; the LLM does not see them.
+    """
+
+    kind: str = "image"
+    pixels: str = "pixel_values"
+    encoder_inputs: tuple[str, ...]
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def token_id(self) -> int:
+        """The placeholder in the prompt that each visual token replaces."""
+        return getattr(self.model.config, f"{self.kind}_token_id")
+
+    def given(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call has any."""
+        pixels = inputs.get(self.pixels)
+        return pixels is not None and len(pixels) > 0
+
+    @abstractmethod
+    def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
+        """Make hooks for the layer whose attention is the saliency; they last one encoder run."""
+
+    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Encode: projected features, one tensor per visual, shape (n_features, d_model).
+
+        Models whose LLM takes several levels (deepstack) have shape (n_features, n_levels, d_model)
+        with the input embeddings as the first level, which is the one that is chosen by.
+        """
+        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
+        encode = getattr(self.model, f"get_{self.kind}_features")
+        return list(encode(**given, return_dict=True).pooler_output)
+
+    def outputs(self, features: Sequence[Tensor]) -> Any:
+        """What ``generate`` and ``forward`` take in ``mm_encoder_outputs``: visuals encoded before.
+
+        Args:
+            features: as :meth:`features` gives them, or a part of each.
+        """
+        given: Any = list(features)
+        return BaseModelOutputWithPooling(pooler_output=given)
+
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The pixels by which each visual is known again, one tensor per visual."""
+        return list(inputs[self.pixels])
+
+    @abstractmethod
+    def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Say where the tokens of each visual are."""
+
+    @abstractmethod
+    def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Saliency of the candidates, one float32 tensor per visual, shape (n_candidates,)."""
+
+    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+        """Keys of the candidates in the layer of the saliency, shape (n_candidates, heads, d_head).
+
+        Asked for before :meth:`saliency`. None where a family does not give them.
+        """
+        return [None] * len(layouts)
+
+
+class Family(Visuals):
+    """Where a model of one ``config.model_type`` keeps what pruning needs; itself for its images.
 
     Subclasses know names and orders. Scores, choices and prompts are not their business.
 
     Attributes:
         model_type: the ``config.model_type`` that it is for.
-        encoder_inputs: inputs that encoding consumes; the LLM does not see them.
-        video_inputs: inputs that mean there is a video, which is never pruned.
+        videos: the same for videos; None where they are not pruned.
         has_whole_crops: it can give whole crops, as published LLaVA code does.
 
     Args:
@@ -105,62 +178,37 @@ class Family(ABC):
     """
 
     model_type: ClassVar[str]
-    encoder_inputs: ClassVar[tuple[str, ...]]
-    video_inputs: ClassVar[tuple[str, ...]] = ()
     has_whole_crops: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
-        self.model = model
+        super().__init__(model)
         self.processor = processor
         self.whole_crops = whole_crops
+        self.videos: Visuals | None = None
 
     @property
     def image_token_id(self) -> int:
-        """The placeholder in the prompt that each visual token replaces."""
-        return self.model.config.image_token_id
+        """The placeholder of an image in the prompt."""
+        return self.token_id
+
+    @property
+    def kinds(self) -> list[Visuals]:
+        """The images, and the videos if they are pruned."""
+        return [self] if self.videos is None else [self, self.videos]
+
+    def visuals(self, inputs: Mapping[str, Any]) -> list[Visuals]:
+        """What a call has to prune: images, videos, or both."""
+        return [visuals for visuals in self.kinds if visuals.given(inputs)]
+
+    def has_whole_video(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call has a video that goes to the LLM unpruned."""
+        return self.videos is None and inputs.get("pixel_values_videos") is not None
 
     @property
     def wrapping_ids(self) -> frozenset[int]:
         """Special tokens around an image, which neither are text nor end a turn."""
         ids = (getattr(self.model.config, name, None) for name in _WRAPPING)
         return frozenset(i for i in ids if i is not None)
-
-    @abstractmethod
-    def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
-        """Make hooks for the layer whose attention is the saliency; they last one encoder run."""
-
-    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """Encode: projected features, one tensor per image, shape (n_features, d_model)."""
-        given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
-
-    def outputs(self, features: Sequence[Tensor]) -> Any:
-        """What ``generate`` and ``forward`` take in ``mm_encoder_outputs``: images encoded before.
-
-        Args:
-            features: as :meth:`features` gives them, or a part of each.
-        """
-        given: Any = list(features)
-        return BaseModelOutputWithPooling(pooler_output=given)
-
-    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """The pixels by which each image is known again, one tensor per image."""
-        return list(inputs["pixel_values"])
-
-    @abstractmethod
-    def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
-        """Say where the tokens of each image are."""
-
-    @abstractmethod
-    def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
-        """Saliency of the candidates, one float32 tensor per image, shape (n_candidates,)."""
-
-    def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
-        """Keys of the candidates in the layer of the saliency, shape (n_candidates, heads, d_head).
-
-        Asked for before :meth:`saliency`. None where a family does not give them.
-        """
-        return [None] * len(layouts)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).
@@ -174,10 +222,10 @@ class Family(ABC):
         """
         return None
 
-    def placed(self, positions: Tensor, mask: Tensor) -> None:  # noqa: B027
+    def placed(self, positions: Tensor, mask: Tensor) -> None:
         """Receive the positions that were kept, for models that derive later ones from them."""
 
-    def release(self) -> None:  # noqa: B027
+    def release(self) -> None:
         """Put back what :meth:`placed` changed; called on detaching."""
 
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -18,7 +18,7 @@ class Llava(Family):
     """``LlavaForConditionalGeneration`` (LLaVA-1.5 and the sprout model)."""
 
     model_type: ClassVar[str] = "llava"
-    encoder_inputs: ClassVar[tuple[str, ...]] = (
+    encoder_inputs: tuple[str, ...] = (
         "pixel_values",
         "image_sizes",
         "vision_feature_layer",
