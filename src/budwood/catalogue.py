@@ -255,6 +255,12 @@ MODELS = {
     ),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
+    "google/gemma-3-4b-it": _model("gemma3", "Gemma 3, 256 a picture or crop"),
+    "google/paligemma2-3b-mix-448": _model("paligemma", "PaliGemma 2, 1,024 a picture"),
+    "mistral-community/pixtral-12b": _model("llava-pixtral", "Pixtral, up to 4,096"),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _model(
+        "mistral3", "Mistral Small 3.1, up to 3,025"
+    ),
     "Qwen/Qwen2.5-VL-3B-Instruct": _model("qwen2_5_vl", "Qwen2.5-VL, any number"),
 }
 """Models to begin with; any checkpoint of a known family works."""

@@ -306,11 +306,11 @@ def gemma3() -> Case:
     )
 
 
-def paligemma() -> Case:
+def paligemma(text: Any = None) -> Case:
     torch.manual_seed(0)
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**SIGLIP | {"vision_use_head": False}),
-        text_config=GemmaConfig(**GEMMA),
+        text_config=text or GemmaConfig(**GEMMA),
         image_token_index=IMAGE,
         projection_dim=TEXT["hidden_size"],
     )
