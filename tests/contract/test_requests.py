@@ -11,9 +11,9 @@ from threading import Thread
 import pytest
 import torch
 
+from budwood.caches import takes_new_name
 from budwood.errors import AttachError, BudgetError, InputError
 from budwood.prune import attach, encode
-from budwood.prune.caches import takes_new_name
 from budwood.prune.methods.scores import Common
 from tests.contract import oracle
 from tests.contract.models import BUILDERS, IMAGE, PAD, VIDEO, words

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from budwood.caches import by_new_name, by_one_name, cache_of, takes_new_name
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
-from budwood.prune.caches import by_new_name, by_one_name, cache_of, takes_new_name
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import family_of
 from budwood.prune.generation import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from budwood.bench.prune.plan import Variant
-from budwood.prune.caches import NAME, NEW_NAME, cache_of, takes_new_name
+from budwood.caches import cache_of, name_for
 from budwood.prune.chat import GREEDY, answers
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import Family, family_of
@@ -151,8 +151,7 @@ def _after_prefix(
     for row, prompt in enumerate(prompts):
         rest = len(prompt) - n_shared
         ids[row, longest - rest :], mask[row, longest - rest :] = prompt[n_shared:], 1
-    name = NEW_NAME if takes_new_name(family.model) else NAME
-    return {"input_ids": ids, "attention_mask": mask, name: cache}
+    return {"input_ids": ids, "attention_mask": mask, name_for(family.model): cache}
 
 
 def _n_common(prompts: list[Tensor]) -> int:

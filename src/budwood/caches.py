@@ -9,12 +9,19 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from budwood.unwrap import innermost
+
 NAME, NEW_NAME = "past_key_values", "cache"
 
 
 def takes_new_name(model: Any) -> bool:
-    """Whether a model calls its cache ``cache``."""
-    return NEW_NAME in inspect.signature(model.forward).parameters
+    """Whether a model, without its wrappers, calls its cache ``cache``."""
+    return NEW_NAME in inspect.signature(innermost(model).forward).parameters
+
+
+def name_for(model: Any) -> str:
+    """What a model calls its cache."""
+    return NEW_NAME if takes_new_name(model) else NAME
 
 
 def by_one_name(call: Mapping[str, Any]) -> dict[str, Any]:
