@@ -1,6 +1,6 @@
 """Every image-text-to-text class that transformers knows: attached, or refused by name.
 
-Models are built on the meta device, so that their size costs nothing, with few layers.
+Models are built on the meta device, so that their size costs nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ NEEDS_PARTS = {
 }
 
 
-def tiny_config(model_type):
-    """The default configuration, with eight layers a stack."""
-    config = CONFIG_MAPPING[model_type](**NEEDS_PARTS.get(model_type, {}))
+def default_config(model_type):
+    return CONFIG_MAPPING[model_type](**NEEDS_PARTS.get(model_type, {}))
+
+
+def shallow_config(model_type):
+    """The default configuration, with eight layers a stack at most."""
+    config = default_config(model_type)
     pending = [config]
     while pending:
         part = pending.pop()
@@ -56,9 +60,9 @@ def class_of(model_type):
     return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
-def built(model_type):
+def built(model_type, config):
     with torch.device("meta"):
-        return class_of(model_type)(tiny_config(model_type))
+        return class_of(model_type)(config)
 
 
 def empty(model_type):
@@ -66,14 +70,14 @@ def empty(model_type):
     kind = class_of(model_type)
     model = kind.__new__(kind)
     torch.nn.Module.__init__(model)
-    model.config = tiny_config(model_type)
+    model.config = default_config(model_type)
     return model
 
 
 @pytest.mark.parametrize("model_type", [name for name in CLASSES if name not in FAMILIES])
 def test_any_other_class_is_refused_by_name(model_type):
     try:
-        model = built(model_type)
+        model = built(model_type, shallow_config(model_type))
     except Exception:  # it needs a package that is not here, or more than a default configuration
         model = empty(model_type)
     with pytest.raises(UnsupportedModelError) as caught:
@@ -88,7 +92,7 @@ def test_any_other_class_is_refused_by_name(model_type):
 
 @pytest.mark.parametrize("model_type", [name for name in CLASSES if name in FAMILIES])
 def test_every_supported_class_is_attached(model_type):
-    model = built(model_type)
+    model = built(model_type, default_config(model_type))
     assert family_class(model.config, "it") is FAMILIES.get(model_type)
     with attach(model) as session:
         assert session.pruner.family.model_type == model_type
