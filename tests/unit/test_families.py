@@ -233,19 +233,18 @@ def test_paligemma_2_has_sliding_windows_as_well():
 def test_pixtral_keeps_breaks_and_does_not_ask_about_them():
     case = models.llava_pixtral()
     batch = case.batch([words(2, 1), 0, words(4, 2)])
-    tokenizer = SimpleNamespace(all_special_ids=[], unk_token_id=None, chat_template=None)
-    processor = SimpleNamespace(
-        image_break_token_id=models.BREAK,
-        image_end_token_id=models.END,
-        tokenizer=tokenizer,
-        chat_template=None,
-    )
-    with attach(case.model, keep=1, method="uniform", processor=processor, question="all") as one:
-        case.model.generate(**batch, max_new_tokens=1)
+    special = [models.IMAGE, models.BREAK, models.END]
+    tokenizer = SimpleNamespace(all_special_ids=special, unk_token_id=None, chat_template=None)
+    for question in ("all", "turn", "current"):
+        processor = None if question == "all" else SimpleNamespace(tokenizer=tokenizer)
+        options = {"method": "uniform", "processor": processor, "question": question}
+        with attach(case.model, keep=1, **options) as one:
+            case.model.generate(**batch, max_new_tokens=1)
+        asked = batch["input_ids"][0, list(one.report[0].question)]
+        assert asked.tolist() == words(4, 2)
     ids = batch["input_ids"][0]
     left = ids[one.origin[0]].tolist()
     assert (left.count(models.BREAK), left.count(models.END), left.count(models.IMAGE)) == (4, 1, 1)
-    assert ids[list(one.report[0].question)].tolist() == words(4, 2)
 
 
 @pytest.mark.parametrize(("name", "unit"), [("llava-pixtral", 3), ("mistral3", 6)])

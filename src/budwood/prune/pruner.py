@@ -201,18 +201,15 @@ class Pruner:
         """Positions of the text about each image or video."""
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
         inside: list[list[tuple[int, int]]] = [[] for _ in ends]
-        for one in found:
-            if len(one.placed.runs) > 1:
-                inside[one.placed.row].append((one.placed.start, one.placed.stop))
+        ranges = [(one.placed.start, one.placed.stop + one.layout.n_after) for one in found]
+        for one, whole in zip(found, ranges):
+            if len(one.placed.runs) > 1 or one.layout.n_after:
+                inside[one.placed.row].append(whole)
         return [
             self.question.positions(
-                ids[placed.row],
-                (placed.start, placed.stop),
-                ends[placed.row],
-                answers[placed.row],
-                inside[placed.row],
+                ids[placed.row], whole, ends[placed.row], answers[placed.row], inside[placed.row]
             )
-            for placed in (one.placed for one in found)
+            for placed, whole in zip((one.placed for one in found), ranges)
         ]
 
     def _embed(

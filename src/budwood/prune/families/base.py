@@ -48,6 +48,7 @@ class Layout:
         frames: frames of a video, one after the other in the candidates, each as long as the next.
         runs: placeholders of each piece, where other tokens such as timestamps stand between the
             pieces; empty if they are in one piece.
+        n_after: tokens right behind the last placeholder that are the image's and no text.
         whole_crops: features come crop by crop and not as the LLM has them; any placeholder may
             then stand for any feature.
     """
@@ -61,6 +62,7 @@ class Layout:
     n_crops: int = 1
     frames: int = 1
     runs: tuple[int, ...] = ()
+    n_after: int = 0
     whole_crops: bool = False
 
     @property

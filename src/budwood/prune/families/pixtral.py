@@ -20,7 +20,7 @@ class Pixtral(Family):
     """``LlavaForConditionalGeneration`` with a Pixtral tower, as in ``mistral-community``'s models.
 
     Break and end tokens are text of the prompt. They stay, also behind a row that is dropped
-    altogether. With the ``processor`` they are no part of the question.
+    altogether. They are no part of the question.
 
     Saliency is the mean attention received within the image, in the layer whose output is
     projected. This is budwood's choice: the tower has no [CLS].
@@ -43,12 +43,6 @@ class Pixtral(Family):
     def merge(self) -> int:
         """Patches along a side of the square that becomes one token."""
         return 1
-
-    @property
-    def wrapping_ids(self) -> frozenset[int]:
-        names = ("image_break_token_id", "image_end_token_id")
-        ids = (getattr(self.processor, name, None) for name in names)
-        return super().wrapping_ids | {i for i in ids if i is not None}
 
     def recorder(self, inputs: Mapping[str, Any]) -> PixtralRecorder:
         index = inputs.get("vision_feature_layer")
@@ -112,4 +106,5 @@ def _layout(rows: int, columns: int) -> Layout:
         boxes=raster_boxes(rows, columns),
         grid=(rows, columns),
         runs=(columns,) * rows,
+        n_after=1,
     )
