@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions docs plots lint format clean
+.PHONY: help venv demo test test-versions test-lmms docs plots lint format clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
 	@echo "make demo    all three abilities on embedded models, in three minutes"
 	@echo "make test    the whole test suite"
 	@echo "make test-versions  the tests of models, on the oldest and the newest transformers"
+	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
@@ -63,6 +64,17 @@ test-versions: .venvs/oldest/.installed .venvs/newest/.installed
 	.venvs/newest/bin/python -m pip install --quiet -c .venvs/newest/constraints.txt --upgrade transformers
 	.venvs/oldest/bin/python -m pytest $(MODEL_TESTS)
 	.venvs/newest/bin/python -m pytest $(MODEL_TESTS)
+
+# lmms-eval without its fifty dependencies, apart from the environment: it wants an older filelock.
+LMMS := build/lmms
+
+$(LMMS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LMMS) \
+		lmms-eval==0.7.3 'filelock<4' loguru==0.7.3 tenacity==9.2.1
+	@touch $@
+
+test-lmms: $(LMMS)/.installed
+	PYTHONPATH=$(LMMS) $(BIN)/python -m pytest tests/ecosystem/test_lmms_eval.py
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -9,26 +9,27 @@ from __future__ import annotations
 from budwood.registry import Entry
 
 
-def _method(target: str, reads: str, summary: str, source: str) -> Entry:
-    return Entry(summary, source, {"reads": reads}, f"budwood.prune.methods.{target}")
+def _method(target: str, reads: str, summary: str, source: str, merges: str = "no") -> Entry:
+    facts = {"reads": reads, "merges": merges}
+    return Entry(summary, source, facts, f"budwood.prune.methods.{target}")
 
 
 PRUNING_METHODS = {
     "adav": _method(
         "adav:AdaV",
-        "text and saliency",
+        "text, saliency",
         "Keep tokens by question and by saliency, split anew for each image and question.",
         "AdaV, Findings of ACL 2025 (2025.findings-acl.258); arXiv 2501.09532",
     ),
     "adav-official": _method(
         "adav_official:AdaVOfficial",
-        "text and saliency",
+        "text, saliency",
         "AdaV with the selection of its authors' code, faults included. For LLaVA and LLaVA-NeXT.",
         "the public code of AdaV, JiayiV/AdaV",
     ),
     "adav-contrast": _method(
         "adav_contrast:AdaVContrast",
-        "text and saliency",
+        "text, saliency",
         'AdaV with a relevance score that ignores words like "the". Ours, not the paper\'s.',
         "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018",
     ),
@@ -45,6 +46,86 @@ PRUNING_METHODS = {
         "saliency.",
         "AdaV (text-to-image attention alone), 2025.findings-acl.258",
     ),
+    "divprune": _method(
+        "divprune:DivPrune",
+        "nothing",
+        "Keep tokens that differ from each other as much as possible, whatever the question.",
+        "DivPrune, CVPR 2025, arXiv 2503.02175",
+    ),
+    "cdpruner": _method(
+        "cdpruner:CDPruner",
+        "text",
+        "Keep the tokens that a conditional determinantal point process finds most probable.",
+        "CDPruner, NeurIPS 2025, arXiv 2506.10967",
+    ),
+    "scope": _method(
+        "scope:Scope",
+        "saliency",
+        "Keep salient tokens that resemble what no kept token resembles yet.",
+        "SCOPE, NeurIPS 2025, arXiv 2510.24214",
+    ),
+    "mmtok": _method(
+        "mmtok:MMTok",
+        "text",
+        "Keep the tokens that cover the words of the question and all other tokens at once.",
+        "MMTok, ICLR 2026, arXiv 2508.18264",
+    ),
+    "tops": _method(
+        "tops:Tops",
+        "saliency",
+        "Keep tokens by the sum of saliency, coverage gain and distance, each scaled to [0, 1].",
+        "TOPS (stage 1), arXiv 2606.27161",
+    ),
+    "eadp": _method(
+        "eadp:EADP",
+        "text, grid",
+        "Keep the tokens that represent what the sharpest words of the question point to.",
+        "EADP, ECCV 2026",
+    ),
+    "prunesid": _method(
+        "prunesid:PruneSID",
+        "saliency",
+        "Keep the most salient tokens of each semantic group that do not resemble each other.",
+        "PruneSID, ICLR 2026, arXiv 2603.09480",
+    ),
+    "vispruner": _method(
+        "vispruner:VisPruner",
+        "saliency",
+        "Keep some tokens by saliency, and others by removing near duplicates from the rest.",
+        "VisPruner, ICCV 2025, arXiv 2412.01818",
+    ),
+    "visionzip": _method(
+        "visionzip:VisionZip",
+        "saliency, keys",
+        "Keep the most salient tokens, and merge all others into a few contextual ones.",
+        "VisionZip, CVPR 2025, arXiv 2412.04467",
+        merges="yes",
+    ),
+    "prumerge-plus": _method(
+        "prumerge:PruMergePlus",
+        "saliency, keys",
+        "Keep outliers of saliency and evenly spaced tokens, and merge dropped ones into them.",
+        "LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388",
+        merges="yes",
+    ),
+    "cen-divprune": _method(
+        "cen_prune:CenDivPrune",
+        "nothing",
+        "DivPrune on centred tokens, those first that are unlike the picture.",
+        "Cen-Prune, around DivPrune, CVPR 2025, arXiv 2503.02175",
+    ),
+    "cen-cdpruner": _method(
+        "cen_prune:CenCDPruner",
+        "text",
+        "CDPruner on centred tokens, those first that are unlike the picture.",
+        "Cen-Prune, around CDPruner, NeurIPS 2025, arXiv 2506.10967",
+    ),
+    "cen-scope": _method(
+        "cen_prune:CenScope",
+        "saliency",
+        "SCOPE on centred tokens, those first that are unlike the picture.",
+        "Cen-Prune, around SCOPE, NeurIPS 2025, arXiv 2510.24214",
+    ),
     "random": _method(
         "baselines:Random",
         "nothing",
@@ -58,11 +139,16 @@ PRUNING_METHODS = {
         "baseline",
     ),
 }
-"""Of `budwood prune`. ``reads`` says which signals a method takes."""
+"""Of `budwood prune`. ``reads`` says which signals a method takes, ``merges`` whether kept tokens
+take in dropped ones."""
 
 
 QUESTIONS = ("current", "all", "turn")
 """Which text a pruning method may choose by; see :class:`budwood.prune.question.Question`."""
+
+
+PATCH_SCORES = ("mean", "max", "norm")
+"""How patches that become one token make its saliency; see :func:`budwood.prune.attach`."""
 
 
 def _family(module: str, name: str, summary: str) -> Entry:
@@ -85,10 +171,19 @@ FAMILIES = {
     "paligemma": _family(
         "gemma", "PaliGemma", "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2)."
     ),
+    "qwen2_vl": _family(
+        "qwen2_vl", "Qwen2VL", "Qwen2VLForConditionalGeneration, images and videos."
+    ),
     "qwen2_5_vl": _family(
         "qwen2_5_vl",
         "Qwen25VL",
         "Qwen2_5_VLForConditionalGeneration, images and videos.",
+    ),
+    "qwen3_vl": _family(
+        "qwen3_vl", "Qwen3VL", "Qwen3VLForConditionalGeneration, images and videos."
+    ),
+    "qwen3_vl_moe": _family(
+        "qwen3_vl", "Qwen3VLMoe", "Qwen3VLMoeForConditionalGeneration, images and videos."
     ),
 }
 """Vision-language models that can be pruned, by ``config.model_type``.
@@ -261,6 +356,9 @@ MODELS = {
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _model(
         "mistral3", "Mistral Small 3.1, up to 3,025"
     ),
+    "Qwen/Qwen2-VL-2B-Instruct": _model("qwen2_vl", "Qwen2-VL, any number"),
     "Qwen/Qwen2.5-VL-3B-Instruct": _model("qwen2_5_vl", "Qwen2.5-VL, any number"),
+    "Qwen/Qwen3-VL-4B-Instruct": _model("qwen3_vl", "Qwen3-VL, any number"),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _model("qwen3_vl_moe", "Qwen3-VL, mixture of experts"),
 }
 """Models to begin with; any checkpoint of a known family works."""

@@ -88,7 +88,10 @@ def load(
 
 
 def load_vlm_model(
-    source: str | os.PathLike[str] | None = None, device: str = "auto", dtype: str = "auto"
+    source: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
 ) -> Loaded:
     """Load a vision-language model and its processor.
 
@@ -96,6 +99,7 @@ def load_vlm_model(
         source: hub id or directory; None or ``"sprout"`` for the embedded model.
         device: a torch device, or ``"auto"``.
         dtype: a name, or ``"auto"`` for the checkpoint's.
+        device_map: as in ``from_pretrained``, in place of ``device``; not for the embedded model.
 
     Raises:
         InputError: there is no such model, device or dtype, or the hub does not answer.
@@ -103,14 +107,17 @@ def load_vlm_model(
         UnsupportedModelError: its family is unknown, or it has no vision.
     """
     if source in (None, SPROUT):
+        if device_map is not None:
+            raise InputError("sprout, the embedded model, takes no device_map; give a device")
         where, kind = device_of(device), dtype_of(dtype)
         model, processor = _sprout(kind)
         return Loaded(SPROUT, model.to(where).eval(), processor)
     source = os.fspath(source)
     with _opened(source) as folder:
         where, kind = device_of(device), dtype_of(dtype)
-        model, processor = _vlm(source, folder, kind)
-        return Loaded(bare_name(source), model.to(where).eval(), processor)
+        model, processor = _vlm(source, folder, kind, device_map)
+        model = model.to(where) if device_map is None else model
+        return Loaded(bare_name(source), model.eval(), processor)
 
 
 def load_language_model(
@@ -335,13 +342,14 @@ def _embedded_parts(what: str) -> Iterator[None]:
         ) from error
 
 
-def _vlm(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
+def _vlm(source: str, folder: str, dtype: Any, device_map: str | None = None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from budwood.prune.families import family_class
 
     family_class(AutoConfig.from_pretrained(folder), f"model {source}")  # before weights are read
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     return model, AutoProcessor.from_pretrained(folder)
 
 

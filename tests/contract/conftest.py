@@ -17,17 +17,36 @@ def cases() -> dict[str, Case]:
     return {name: build() for name, build in BUILDERS.items()}
 
 
-@pytest.fixture(params=FAMILIES.names())
+@pytest.fixture
 def case(request, cases) -> Case:
     return cases[request.param]
 
 
-def _method(name: str) -> Any:
+EVERYWHERE = ("adav", "adav-contrast", "fastervlm", "t2i", "eadp", "random", "uniform")
+"""Methods that run on every family: what they read covers all that a family gives.
+
+The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.
+"""
+
+
+def pytest_generate_tests(metafunc):
+    """Every family, or pairs of family and method where a test takes both."""
+    if "case" in metafunc.fixturenames and "method" not in metafunc.fixturenames:
+        metafunc.parametrize("case", FAMILIES.names(), indirect=True)
+    elif "method" in metafunc.fixturenames:
+        exact = [name for name in METHODS if METHODS.get(name).exact]
+        single = [name for name in exact if not METHODS.get(name).merges]
+        pairs = [(family, name) for family in FAMILIES.names() for name in EVERYWHERE]
+        pairs += [("llava_next", name) for name in single if name not in EVERYWHERE]
+        metafunc.parametrize(("case", "method"), map(_marked, pairs), indirect=True)
+
+
+def _marked(pair: tuple[str, str]) -> Any:
     """On other versions of transformers the methods are the same, so one of them will do."""
-    return pytest.param(name, marks=pytest.mark.versions) if name == "adav" else name
+    return pytest.param(*pair, marks=pytest.mark.versions if pair[1] == "adav" else ())
 
 
-@pytest.fixture(params=[_method(name) for name in METHODS if METHODS.get(name).exact])
+@pytest.fixture
 def method(request) -> str:
     return request.param
 

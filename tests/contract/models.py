@@ -27,11 +27,23 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
 PAD, BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO = range(7)
 VOCABULARY = 61
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -211,40 +223,67 @@ def llava_next() -> Case:
     return Case(model, image, join_next)
 
 
+QWEN_VISION = {
+    "depth": 4,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_heads": 3,
+    "patch_size": 2,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": TEXT["hidden_size"],
+    "initializer_range": 0.3,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+QWEN_TEXT = TEXT | {"rope_parameters": MROPE}
+
+
+def qwen2_vl() -> Case:
+    torch.manual_seed(0)
+    vision = QWEN_VISION | {"embed_dim": 24, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 2}
+    config = Qwen2VLConfig(vision_config=vision, text_config=QWEN_TEXT, **QWEN_IDS)
+    return qwen(Qwen2VLForConditionalGeneration(config))
+
+
 def qwen2_5_vl() -> Case:
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 4,
-            "hidden_size": 24,
-            "intermediate_size": 20,
-            "num_heads": 3,
-            "patch_size": 2,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 12,
-            "out_hidden_size": TEXT["hidden_size"],
-            "fullatt_block_indexes": [0, 2],
-            "initializer_range": 0.3,
-        },
-        text_config=TEXT
-        | {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [2, 1, 1],
-            }
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
+    vision = QWEN_VISION | {"window_size": 12, "fullatt_block_indexes": [0, 2]}
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=QWEN_TEXT, **QWEN_IDS)
+    return qwen(Qwen2_5_VLForConditionalGeneration(config), {"second_per_grid_ts": (0.5, 2.0, 1.0)})
+
+
+QWEN3_VISION = QWEN_VISION | {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 25}
+QWEN3_TEXT = QWEN_TEXT | {"head_dim": 8}
+
+
+def qwen3_vl() -> Case:
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(vision_config=QWEN3_VISION, text_config=QWEN3_TEXT, **QWEN_IDS)
+    return qwen(Qwen3VLForConditionalGeneration(config), timestamps=True)
+
+
+def qwen3_vl_moe() -> Case:
+    torch.manual_seed(0)
+    text = QWEN3_TEXT | {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    }
+    config = Qwen3VLMoeConfig(vision_config=QWEN3_VISION, text_config=text, **QWEN_IDS)
+    return qwen(Qwen3VLMoeForConditionalGeneration(config), timestamps=True)
+
+
+def qwen(
+    model: Any, per_video: dict[str, Sequence[float]] | None = None, timestamps: bool = False
+) -> Case:
+    """A Qwen-VL model; its videos have timestamps between frames, or other inputs beside them."""
+    n_values = 3 * 2 * 2 * 2
 
     def image(seed: int) -> tuple[dict[str, Tensor], int]:
         height, width = [(10, 14), (6, 8), (16, 10)][seed % 3]
         inputs = {
-            "pixel_values": noise(seed, height * width, 3 * 2 * 2 * 2),
+            "pixel_values": noise(seed, height * width, n_values),
             "image_grid_thw": torch.tensor([[1, height, width]]),
         }
         return inputs, height * width // 4
@@ -252,14 +291,25 @@ def qwen2_5_vl() -> Case:
     def video(seed: int) -> tuple[dict[str, Tensor], list[int]]:
         frames, height, width = [(3, 6, 10), (2, 10, 4), (4, 8, 6)][seed % 3]
         inputs = {
-            "pixel_values_videos": noise(40 + seed, frames * height * width, 3 * 2 * 2 * 2),
+            "pixel_values_videos": noise(40 + seed, frames * height * width, n_values),
             "video_grid_thw": torch.tensor([[frames, height, width]]),
-            "second_per_grid_ts": torch.tensor([[0.5, 2.0, 1.0][seed % 3]]),
         }
-        return inputs, [VISION_START, *[VIDEO] * (frames * height * width // 4), VISION_END]
+        for name, values in (per_video or {}).items():
+            inputs[name] = torch.tensor([values[seed % 3]])
+        n_tokens = height * width // 4
+        if not timestamps:
+            return inputs, [VISION_START, *[VIDEO] * (frames * n_tokens), VISION_END]
+        ids: list[int] = []
+        for frame in range(frames):
+            ids += [
+                *words(1 + frame % 2, 70 + frame),
+                VISION_START,
+                *[VIDEO] * n_tokens,
+                VISION_END,
+            ]
+        return inputs, ids
 
-    model = ready(Qwen2_5_VLForConditionalGeneration(config))
-    return Case(model, image, concatenate, **WRAPPED, video=video, types="mm_token_type_ids")
+    return Case(ready(model), image, concatenate, **WRAPPED, video=video, types="mm_token_type_ids")
 
 
 WRAPPED = {"before": (VISION_START,), "after": (VISION_END,)}
@@ -407,10 +457,13 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "llava_next": llava_next,
     "mistral3": mistral3,
     "paligemma": paligemma,
+    "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
 }
 
-WITH_VIDEOS = ("qwen2_5_vl",)
+WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families that prune videos."""
 
 ROW_IMAGES = [slice(0, 2), slice(2, 2), slice(2, 3)]

@@ -110,6 +110,19 @@ def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int
 
 
 @torch.no_grad()
+def pruned_inputs(case: Case, single: dict[str, Tensor], kept: Tensor) -> dict[str, Any]:
+    """What `generate` takes for the kept tokens: embeddings, or ids and features with deepstack."""
+    if not deepstack(case, single, kept, len(kept)):
+        return {"inputs_embeds": embeddings(case, single)[kept][None]}
+    ids, outputs = single["input_ids"][0], encoded(case, single)
+    for kind, output in outputs.items():
+        some = torch.isin((ids == TOKENS[kind]).nonzero().flatten(), kept)
+        output.pooler_output = [torch.cat(output.pooler_output)[some]]
+        output.deepstack_features = [[torch.cat(f)[some]] for f in output.deepstack_features]
+    return {"input_ids": ids[kept][None], "mm_encoder_outputs": outputs}
+
+
+@torch.no_grad()
 def hidden(
     case: Case, single: dict[str, Tensor], kept: Tensor, embeds: Tensor, positions: Tensor
 ) -> Tensor:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2VLConfig
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaNextVideoConfig
 
 from budwood.errors import (
     AttachError,
@@ -17,6 +17,7 @@ from budwood.errors import (
     UnsupportedModelError,
 )
 from budwood.prune import attach
+from budwood.prune.families import family_of
 from budwood.prune.methods.adav_contrast import AdaVContrast
 from budwood.prune.methods.scores import Common
 from tests.contract import models
@@ -218,9 +219,11 @@ def test_a_model_without_vision_is_refused():
 
 def test_a_vision_model_of_no_family_is_refused(case):
     class Other(torch.nn.Module):
-        config = Qwen2VLConfig()
+        config = LlavaNextVideoConfig()
 
-    with pytest.raises(UnsupportedModelError, match="'qwen2_vl', did you mean 'qwen2_5_vl'"):
+    with pytest.raises(
+        UnsupportedModelError, match="'llava_next_video', did you mean 'llava_next'"
+    ):
         attach(Other())
 
 
@@ -246,6 +249,29 @@ def test_an_unknown_tower_or_layer_is_refused(cases):
             attach(model, compat="official")
     finally:
         cases["llava"].model.config = config
+
+
+def test_a_replaced_tower_is_refused(case):
+    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
+    tower = getattr(case.model.model, name)
+    setattr(case.model.model, name, torch.nn.Identity())
+    try:
+        with pytest.raises(UnsupportedModelError, match="not built as transformers builds it"):
+            attach(case.model)
+    finally:
+        setattr(case.model.model, name, tower)
+
+
+def test_a_replaced_attention_is_refused(case):
+    read = family_of(case.model).recorder({}).module
+    name = "qkv" if hasattr(read, "qkv") else "q_proj"
+    projection = getattr(read, name)
+    delattr(read, name)
+    try:
+        with pytest.raises(UnsupportedModelError, match=f"has no {name} to read saliency from"):
+            attach(case.model)
+    finally:
+        setattr(read, name, projection)
 
 
 def test_attach_tells_a_method_what_words_have_in_common(case, batch):

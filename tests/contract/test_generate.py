@@ -148,7 +148,7 @@ def test_beams_equal_a_prompt_without_the_dropped_tokens(case, monkeypatch):
         positions = torch.cat((torch.arange(len(kept)).view(1, 1, -1), positions))
     if takes_embeddings(case.model):
         by_hand = case.model.generate(
-            inputs_embeds=oracle.embeddings(case, batch)[kept][None],
+            **oracle.pruned_inputs(case, batch, kept),
             attention_mask=torch.ones(1, len(kept), dtype=torch.long),
             position_ids=positions,
             **options,

@@ -56,6 +56,7 @@ def nothing(report):
 
     class Nothing:
         n_before, n_fixed, kept = report.n_before, report.n_fixed, report.kept[:0]
+        kind = report.kind
 
     return Nothing
 
@@ -69,12 +70,8 @@ def test_merged_features_equal_oracle(case, batch, encoded):
     for row, images in enumerate(ROW_IMAGES):
         single = oracle.row_of(batch, case, row, images)
         embeds, kept = embeddings(case, single, session.report[images])
-        hidden = case.model.model.language_model(
-            inputs_embeds=embeds[None],
-            position_ids=oracle.coordinates(case, single, kept),
-            attention_mask=case.masks(oracle.kinds_of(case, single, kept)),
-            use_cache=False,
-        ).last_hidden_state
+        positions = oracle.coordinates(case, single, kept)
+        hidden = oracle.hidden(case, single, kept, embeds[None], positions)
         expected = case.model.lm_head(hidden[:, -1])[0]
         torch.testing.assert_close(output.logits[0][row], expected, rtol=1e-3, atol=1e-3)
 
@@ -122,3 +119,20 @@ def test_keys_are_in_the_order_of_the_llm(cases):
     expected = seen[0][:, 1:].flatten(0, 1)[places[places >= 0]]
     assert torch.equal(pictures.keys[0].flatten(1), expected)
     assert pictures.keys[0].shape[1] == attention.num_heads
+
+
+@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+def test_keeping_everything_merges_nothing(case, batch, merging):
+    before = case.model.generate(**batch, **GREEDY)
+    with attach(case.model, keep=1.0, method=merging):
+        assert torch.equal(case.model.generate(**batch, **GREEDY), before)
+
+
+@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+def test_rows_of_a_batch_equal_single_rows(case, batch, merging):
+    with attach(case.model, keep=5, method=merging):
+        together = case.model.generate(**batch, **GREEDY)
+        for row, images in enumerate(ROW_IMAGES):
+            single = oracle.row_of(batch, case, row, images)
+            alone = case.model.generate(**single, **GREEDY)
+            assert torch.equal(together[row, -4:], alone[0, -4:])

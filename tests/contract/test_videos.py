@@ -213,7 +213,22 @@ def test_videos_encoded_before(case, batch, monkeypatch):
             case.model.generate(**other, **GREEDY)
 
 
-def test_grids_that_do_not_match_say_so(case):
+def test_inputs_that_do_not_fit_say_so(case):
+    batch = case.batch([words(3, 1), Video(0), words(2, 3), 1, words(5, 2)])
+    types = batch["mm_token_type_ids"]
+    for kind in ("image", "video"):
+        grids = batch[f"{kind}_grid_thw"]
+        for changes, message in (
+            ({f"{kind}_grid_thw": None}, f"{kind}_grid_thw is missing, pixel_values"),
+            ({f"{kind}_grid_thw": grids + 2}, f"{kind}_grid_thw has .* patches, pixel_values"),
+            ({"mm_token_type_ids": None}, "mm_token_type_ids is missing"),
+            ({"mm_token_type_ids": types.clamp(max=1)}, "mm_token_type_ids says otherwise"),
+        ):
+            with attach(case.model, keep=5), pytest.raises(InputError, match=message):
+                case.model.generate(**{**batch, **changes}, **GREEDY)
+
+
+def test_placeholders_that_do_not_match_say_so(case):
     batch = case.batch([words(3, 1), Video(0), words(5, 2)])
     ids = batch["input_ids"].clone()
     ids[0, (ids[0] == VIDEO).nonzero()[0]] = words(1, 3)[0]

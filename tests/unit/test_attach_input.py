@@ -52,12 +52,14 @@ def test_seeds_have_a_range(case, seed):
     assert "generate" not in vars(case.model)
 
 
-@pytest.mark.parametrize("build", [models.llava, models.llava_next, models.qwen2_5_vl])
+@pytest.mark.parametrize(
+    "build", [models.llava, models.llava_next, models.qwen2_5_vl, models.qwen3_vl]
+)
 def test_pictures_encoded_once_serve_many_calls(build, monkeypatch):
     case = build()
     batch = case.batch([words(3, 1), 0, words(5, 2), 1], [2, words(6, 5)])
     methods = [METHODS.get(name) for name in METHODS]
-    if build is models.qwen2_5_vl:
+    if build in (models.qwen2_5_vl, models.qwen3_vl):
         methods = [method for method in methods if not method.whole_crops]
     expected = {}
     for method in methods:

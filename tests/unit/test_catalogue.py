@@ -32,9 +32,15 @@ def test_every_name_is_registered_and_described():
 def test_pruning_methods():
     for name, entry in catalogue.PRUNING_METHODS.items():
         method = METHODS.get(name)
-        needs = {"text": method.needs_text, "saliency": method.needs_saliency}
-        reads = " and ".join(signal for signal, needed in needs.items() if needed)
+        needs = {
+            "text": method.needs_text,
+            "saliency": method.needs_saliency,
+            "keys": method.needs_keys,
+            "grid": method.needs_grid,
+        }
+        reads = ", ".join(signal for signal, needed in needs.items() if needed)
         assert entry.facts["reads"] == (reads or "nothing")
+        assert entry.facts["merges"] == ("yes" if method.merges else "no")
         assert entry.source == method.source
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from budwood.errors import InputError
 from budwood.prune import attach
 from budwood.prune.chat import prepare
 from budwood.prune.methods.base import Split
@@ -72,6 +75,19 @@ def test_what_the_model_never_saw_is_hatched():
     assert inside.std() == 0
     bright = panel[2:100, PANEL // 4 + 2 : PANEL // 2 - 2]
     assert (bright == 90).all()
+
+
+def test_a_frame_of_a_video_has_its_own_tokens():
+    image = Image.new("RGB", (90, 90), (200, 200, 200))
+    video = report(QUARTERS * 2, [1, 4, 7], torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7]))
+    video = dataclasses.replace(video, kind="video", frames=2)
+    assert [kept.tolist() for kept in video.kept_by_frame] == [[1], [0, 3]]
+    first, second = (np.asarray(draw(image, video, frame=frame)) for frame in (0, 1))
+    alone = report(QUARTERS, [0, 3], torch.tensor([4.0, 5, 6, 7]))
+    assert (second == np.asarray(draw(image, alone))).all()
+    assert (first != second).any()
+    with pytest.raises(InputError, match="frame=2, and the report has 2"):
+        draw(image, video, frame=2)
 
 
 def test_overlapping_tokens():

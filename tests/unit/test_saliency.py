@@ -14,11 +14,15 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as source
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as qwen3_vl_moe
 from transformers.vision_utils import get_vision_window_index
 
-from budwood.errors import AttachError
-from budwood.prune import attach
+from budwood.catalogue import PATCH_SCORES
+from budwood.errors import AttachError, UnknownNameError, UnsupportedModelError
+from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from budwood.prune.saliency import (
     N_QUERIES,
@@ -31,7 +35,7 @@ from budwood.prune.saliency import (
     strided,
 )
 from tests.contract import models
-from tests.contract.models import noise, words
+from tests.contract.models import Video, noise, words
 
 pytestmark = pytest.mark.versions
 
@@ -147,19 +151,22 @@ def test_pixtral_is_attention_received_within_an_image(name, merge, layer):
         start += n
 
 
-def test_qwen_is_attention_received_by_each_merged_group():
-    """Against eager attention of the last full block, unshuffled by the model's own index."""
-    case = models.qwen2_5_vl()
-    batch = case.batch([0, 1, words(3, 1)])
-    family = family_of(case.model)
-    with family.recorder(batch) as recorder:
-        features = family.features(batch)
-    found = family.saliency(recorder, family.layouts(batch, features))
+QWEN = {
+    "qwen2_vl": (qwen2_vl, 3),
+    "qwen2_5_vl": (qwen2_5_vl, 2),
+    "qwen3_vl": (qwen3_vl, 3),
+    "qwen3_vl_moe": (qwen3_vl_moe, 3),
+}
+"""Where the attention of each is, and the block that is read."""
 
+
+def received_eagerly(case, name, kind, batch):
+    """Attention received by each patch, eager, frame by frame as the encoder orders them."""
+    source, number = QWEN[name]
     eager = copy.deepcopy(case.model)
     eager.set_attn_implementation("eager")
-    block, caught = eager.model.visual.blocks[2].attn, []
-    # One call of the attention function per image; its second result are the probabilities.
+    block, caught = eager.model.visual.blocks[number].attn, []
+    # One call of the attention function per image or frame; its second result are probabilities.
     plain = source.eager_attention_forward
 
     def catch(module, *args, **kwargs):
@@ -170,20 +177,68 @@ def test_qwen_is_attention_received_by_each_merged_group():
 
     source.eager_attention_forward = catch
     try:
-        eager.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+        eager.get_image_features(*(batch[name] for name in (kind.pixels, kind.grids)))
     finally:
         source.eager_attention_forward = plain
-
-    merged = []
+    received = []
     for probabilities in caught:
         n = probabilities.shape[-1]
         asked = probabilities[:, strided(n, torch.device("cpu"))]
-        merged.append(asked.mean((0, 1)).view(-1, 4).mean(1))
-    index, _ = get_vision_window_index(batch["image_grid_thw"], 2, 12, 2)
-    raster = torch.empty(len(index))
-    raster[index] = torch.cat(merged)
-    assert [len(some) for some in found] == [35, 12]
-    torch.testing.assert_close(torch.cat(found), raster, rtol=1e-4, atol=1e-6)
+        received.append(asked.mean((0, 1)))
+    return torch.cat(received)
+
+
+def norms(case, kind, batch):
+    """Norm of each patch as the encoder leaves it, before the merger."""
+    output = case.model.get_image_features(*(batch[name] for name in (kind.pixels, kind.grids)))
+    return torch.stack([patch.norm() for patch in output.last_hidden_state])
+
+
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("patches", ["mean", "max", "norm", "in small stacks"])
+def test_qwen_is_attention_received_by_each_merged_group(name, patches, monkeypatch):
+    """Against eager attention, unshuffled by the model's own index."""
+    if patches == "in small stacks":
+        monkeypatch.setattr("budwood.prune.saliency._TOKENS_AT_ONCE", 70)
+        patches = "mean"
+    case = models.BUILDERS[name]()
+    batch = case.batch([0, Video(0), 1, words(3, 1)], [0, Video(2), words(3, 1)])
+    kinds = family_of(case.model, patches=patches).kinds
+    for kind, lengths in zip(kinds, ([35, 12, 35], [45, 48])):
+        with kind.recorder(batch) as recorder:
+            features = kind.features(batch)
+        found = kind.saliency(recorder, kind.layouts(batch, features))
+        if patches == "norm":
+            expected = norms(case, kind, batch).view(-1, 4).mean(1)
+        else:
+            received = received_eagerly(case, name, kind, batch).view(-1, 4)
+            expected = received.mean(1) if patches == "mean" else received.max(1).values
+        if name == "qwen2_5_vl":
+            index, _ = get_vision_window_index(batch[kind.grids], 2, 12, 2)
+            expected = torch.empty(len(index)).index_copy(0, index, expected)
+        assert [len(some) for some in found] == lengths
+        torch.testing.assert_close(torch.cat(found), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_patches_are_those_of_the_call():
+    case = models.qwen3_vl()
+    batch = case.batch([words(3, 1), 0, words(3, 1), Video(0)])
+    reports = {}
+    for patches in PATCH_SCORES:
+        encoded = encode(case.model, batch, patches=patches)
+        for pictures in (None, encoded):
+            with attach(case.model, keep=5, patches=patches, encoded=pictures) as session:
+                case.model.generate(**batch, max_new_tokens=1)
+            reports.setdefault(patches, []).append(torch.cat([r.saliency for r in session.report]))
+        assert torch.equal(*reports[patches])
+    assert not torch.allclose(reports["mean"][0], reports["max"][0])
+    assert not torch.allclose(reports["mean"][0], reports["norm"][0])
+    with pytest.raises(AttachError, match="encoded with patches='norm'"):
+        attach(case.model, encoded=encoded)
+    with pytest.raises(UnknownNameError, match="'mean', 'max', 'norm'"):
+        attach(case.model, patches="median")
+    with pytest.raises(UnsupportedModelError, match="leave it out for 'llava'"):
+        attach(models.llava().model, patches="max")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,7 +269,7 @@ def test_received_equals_a_loop_over_many_queries():
 
 
 def test_a_large_tower_without_cls_asks_only_some_queries():
-    attention = SimpleNamespace(num_heads=3, scale=0.5)
+    attention = SimpleNamespace(num_heads=3, scale=0.5, q_proj=None, k_proj=None)
     recorder, (queries, keys) = ReceivedRecorder(attention), noise(1, 2, 2, 150, 12)
     recorder._seen = {"queries": queries, "keys": keys}
     asked = queries[:, strided(150, queries.device)]
@@ -272,7 +327,9 @@ def test_nothing_of_size_heads_n_n_is_allocated(name):
     """Saliency, selection and cutting on an image of some 1,000 patches, on the models' layers."""
     n_heads, n_patches, width = 6, 1024, 48
     torch.manual_seed(0)
-    attention = SimpleNamespace(num_heads=n_heads, scale=0.3, scaling=0.3)
+    attention = SimpleNamespace(
+        num_heads=n_heads, scale=0.3, scaling=0.3, q_proj=None, k_proj=None, qkv=None
+    )
     if name in ("llava-pixtral", "mistral3"):
         recorder = PixtralRecorder(attention)
         recorder._seen = {
@@ -281,7 +338,7 @@ def test_nothing_of_size_heads_n_n_is_allocated(name):
             "position_embeddings": (torch.randn(n_patches, 8), torch.randn(n_patches, 8)),
         }
         arguments = ([n_patches],)
-    elif name == "qwen2_5_vl":
+    elif "qwen" in name:
         recorder = PackedRecorder(attention)
         recorder._seen = {
             "qkv": torch.randn(n_patches, 3 * width),

@@ -38,6 +38,9 @@ SHAPES = [
     (90, 11, 16, 17),
 ]
 
+SPREAD = ("vispruner", "visionzip", "prumerge-plus")
+"""Methods that space some tokens evenly, so that flat scores do not give the first ones."""
+
 EXACT = [name for name in METHODS if METHODS.get(name).exact]
 
 
@@ -269,6 +272,8 @@ def test_scores_are_float32(name, dtype):
 def test_ties_go_to_the_lower_index(name):
     same = torch.ones(12, 4), torch.ones(2, 4), torch.full((12,), 0.5)
     got = select(*same, keep=5, method=name).indices.tolist()
+    if name in SPREAD:
+        return
     if METHODS.get(name).needs_text or METHODS.get(name).needs_saliency:
         assert got == [0, 1, 2, 3, 4]
 

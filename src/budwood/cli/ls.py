@@ -30,13 +30,13 @@ def ls(context: typer.Context) -> None:
 
 @app.command()
 def methods(json: options.Json = False) -> None:
-    """Pruning methods: the signals that they read, and their source.
+    """Pruning methods: the signals that they read, whether they merge tokens, and their source.
 
     \b
     Example:
       budwood ls methods --json
     """
-    _show("methods", catalogue.PRUNING_METHODS, ("reads", "description", "source"), json)
+    _show("methods", catalogue.PRUNING_METHODS, ("reads", "merges", "description", "source"), json)
 
 
 @app.command()

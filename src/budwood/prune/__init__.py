@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from budwood.prune.methods import Method as Method
     from budwood.prune.methods import Selection as Selection
     from budwood.prune.methods import Split as Split
+    from budwood.prune.resize import resize_for as resize_for
     from budwood.prune.selection import select as select
     from budwood.prune.session import PruneSession as PruneSession
     from budwood.prune.session import attach as attach
@@ -36,6 +37,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "attach": "session",
         "encode": "encoded",
         "prepare": "chat",
+        "resize_for": "resize",
         "select": "selection",
     },
 )

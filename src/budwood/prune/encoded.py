@@ -29,6 +29,7 @@ class Encoded:
         keys: of the candidates, in the layer of the saliency, one tensor per picture, shape
             (n_candidates, n_heads, d_head); None where the family does not give them.
         whole_crops: features are whole crops, as ``adav-official`` reads them.
+        patches: how patches that become one token make its saliency.
     """
 
     features: list[Tensor]
@@ -36,6 +37,7 @@ class Encoded:
     samples: list[Tensor]
     keys: list[Tensor | None]
     whole_crops: bool = False
+    patches: str = "mean"
 
     def __len__(self) -> int:
         return len(self.features)
@@ -48,11 +50,17 @@ class Encoded:
             [self.samples[i] for i in pictures],
             [self.keys[i] for i in pictures],
             self.whole_crops,
+            self.patches,
         )
 
 
 @torch.no_grad()
-def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav") -> Encoded:
+def encode(
+    model: Any,
+    inputs: Mapping[str, Any],
+    method: str | Method = "adav",
+    patches: str = "mean",
+) -> Encoded:
     """Encode the pictures of a batch once, for many calls under ``attach(..., encoded=...)``.
 
     Example::
@@ -67,6 +75,7 @@ def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav")
         inputs: what ``generate`` takes, with at least the pictures (``pixel_values``, …).
         method: the method that will choose. ``adav-official`` reads LLaVA-NeXT's crops in another
             form than all other methods, which can share their pictures.
+        patches: as of :func:`budwood.prune.attach`.
 
     Returns:
         Features and saliency, on the device of the model.
@@ -74,8 +83,9 @@ def encode(model: Any, inputs: Mapping[str, Any], method: str | Method = "adav")
     Raises:
         UnsupportedModelError: no family knows the model, or the method does not run on it.
     """
-    family = family_of(innermost(model), whole_crops=resolve_method(method).whole_crops)
-    encoded = Encoded([], [], [], [], family.whole_crops)
+    whole_crops = resolve_method(method).whole_crops
+    family = family_of(innermost(model), whole_crops=whole_crops, patches=patches)
+    encoded = Encoded([], [], [], [], family.whole_crops, patches)
     for visuals in family.visuals(inputs):
         recorder = visuals.recorder(inputs)
         with recorder:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from budwood.errors import InputError
 from budwood.prune.report import ImageReport
 
 PANEL = 420
@@ -26,7 +27,9 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Box = tuple[int, int, int, int]
 
 
-def draw(image: Image.Image, report: ImageReport, caption: Sequence[str] = ()) -> Image.Image:
+def draw(
+    image: Image.Image, report: ImageReport, caption: Sequence[str] = (), frame: int = 0
+) -> Image.Image:
     """Draw panels side by side: kept patches bright and the rest dimmed, then the score maps.
 
     Patches are where the model saw them in this picture, whatever its processor cropped or padded.
@@ -38,21 +41,29 @@ def draw(image: Image.Image, report: ImageReport, caption: Sequence[str] = ()) -
         image: the picture as the processor was given it.
         report: what was kept of it.
         caption: lines above the panels.
+        frame: of a video, counted as in ``report.frames``; ``image`` is a picture of it.
 
     Returns:
         An RGB picture.
+
+    Raises:
+        InputError: the video has no such frame.
     """
+    if not 0 <= frame < report.frames:
+        raise InputError(f"frame={frame}, and the report has {report.frames}, counted from 0")
     picture = _fitted(image)
-    boxes = _pixels(report.boxes_on((image.height, image.width)), picture.size)
-    kept = [boxes[i] for i in report.kept.tolist()]
-    title = f"bright: the {report.n_after} of {report.n_before} visual tokens that were kept"
+    n_tokens = report.n_before // report.frames
+    part = slice(frame * n_tokens, (frame + 1) * n_tokens)
+    boxes = _pixels(report.boxes_on((image.height, image.width))[part], picture.size)
+    kept = [boxes[i] for i in report.kept_by_frame[frame].tolist()]
+    title = f"bright: the {len(kept)} of {n_tokens} visual tokens that were kept"
     panels = [(_kept_panel(picture, boxes, kept), title, False)]
     for scores, name in (
         (report.saliency, "saliency"),
         (report.relevance, "relevance to the question"),
     ):
         if scores is not None:
-            panels.append((_heat_panel(picture, boxes, scores), name, True))
+            panels.append((_heat_panel(picture, boxes, scores[part]), name, True))
     return _sheet(panels, caption)
 
 

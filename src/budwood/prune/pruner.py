@@ -143,7 +143,8 @@ class Pruner:
         device = inputs["input_ids"].device
         places = [_places(one.layout, indices, device) for one, indices in zip(found, kept)]
         placed = [one.placed for one in found]
-        pruned = prune_rows(mask, placed, places, device, _counts_from_end(inputs))
+        from_end = _reads_from_end(inputs, placed, answers)
+        pruned = prune_rows(mask, placed, places, device, from_end)
         positions = self.family.positions(inputs, ids, mask)
         shorter = self._shorten(inputs, pruned, pad, positions)
         shorter["mm_encoder_outputs"] = _outputs(found, chosen, kept)
@@ -359,10 +360,19 @@ def _answers(labels: Tensor | None, n_rows: int) -> list[set[int]]:
     return [set(row.nonzero().flatten().tolist()) for row in labels.cpu() != _IGNORED_LABEL]
 
 
-def _counts_from_end(inputs: dict[str, Any]) -> bool:
-    """Whether the call asks for logits by their distance from the end of the prompt."""
+def _reads_from_end(
+    inputs: dict[str, Any], images: Sequence[Placed], answers: Sequence[set[int]]
+) -> bool:
+    """Whether the caller finds tokens by their distance from the end of the prompt.
+
+    It does if it asks for logits that way. So does TRL's GRPO, which asks for none: there the
+    supervised tokens of all rows begin in one column, behind the images.
+    """
     wanted = inputs.get("logits_to_keep")
-    return isinstance(wanted, Tensor) or bool(wanted)
+    if isinstance(wanted, Tensor) or bool(wanted):
+        return True
+    starts = {min(row) for row in answers if row}
+    return len(starts) == 1 and all(image.stop <= min(starts) for image in images)
 
 
 def _position_list(wanted: Tensor) -> Tensor:

@@ -7,20 +7,22 @@ stays whatever it is (SDPA, FlashAttention, eager), and nothing of size heads ×
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
-from typing import Any
+from itertools import groupby
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from budwood.errors import AttachError
+from budwood.errors import AttachError, UnsupportedModelError
 
 # A prime, so that the stride is no whole number of patches on the usual grids: with a stride that
 # divides the width of the raster all queries would sit in a few of its columns.
 N_QUERIES = 61
 _QUERIES_AT_ONCE = 16
+_TOKENS_AT_ONCE = 4096
 
 
 def cls_attention(query: Tensor, keys: Tensor, n_heads: int, scale: float) -> Tensor:
@@ -111,13 +113,28 @@ class Recorder(ExitStack):
     hooks record only in the context (thread) that entered the recorder, so that several threads may
     call one model at the same time.
 
+    Attributes:
+        reads: what the module must have.
+
     Args:
         module: what :meth:`watch` registers hooks on, or in.
+
+    Raises:
+        UnsupportedModelError: the module is another one than transformers' own.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module: Any = module
+        missing = [name for name in self.reads if not hasattr(module, name)]
+        if missing:
+            raise UnsupportedModelError(
+                f"the vision tower's {type(module).__name__} has no {', '.join(missing)} to read "
+                "saliency from; give a model whose vision tower was not replaced, or choose a "
+                "method without saliency (budwood ls methods)"
+            )
         self._seen: dict[str, Any] = {}
 
     def watch(self) -> None:
@@ -197,6 +214,8 @@ class ClsRecorder(Recorder):
         module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "num_heads", "scale")
+
     def watch(self) -> None:
         self.on_output(self.module.q_proj, "query", first_token_only=True)
         self.on_output(self.module.k_proj, "keys")
@@ -234,6 +253,8 @@ class ReceivedRecorder(Recorder):
         module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "num_heads", "scale")
+
     def watch(self) -> None:
         self.on_output(self.module.q_proj, "queries")
         self.on_output(self.module.k_proj, "keys")
@@ -258,27 +279,30 @@ class PackedRecorder(Recorder):
             ``num_heads`` and ``scaling``, as in Qwen2.5-VL's full-attention blocks.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("qkv", "num_heads", "scaling")
+
     def watch(self) -> None:
         self.on_output(self.module.qkv, "qkv")
         self.on_call(self.module, "position_embeddings")
 
     def saliency(self, lengths: Sequence[int]) -> list[Tensor]:
-        """Mean attention received, one tensor per image, float32, shape (n_patches,).
+        """Mean attention received, one tensor per image or frame, float32, shape (n_patches,).
 
         Args:
-            lengths: patches per image, in the order of the sequence.
+            lengths: patches of each, in the order of the sequence; each attends to itself alone.
         """
         n_heads, scale = self.module.num_heads, self.module.scaling
         queries, keys = self.projected()
         cos, sin = self.seen("position_embeddings")
         scores, start = [], 0
-        for length in lengths:
-            image = slice(start, start + length)
-            asked = start + strided(length, keys.device)
-            q = rotate(queries[asked], cos[asked], sin[asked], n_heads)
-            k = rotate(keys[image], cos[image], sin[image], n_heads)
-            scores.append(received_attention(q[None], k[None], n_heads, scale)[0])
-            start += length
+        for length, count in _of_equal_length(lengths):
+            asked = strided(length, keys.device)
+            first = start + length * torch.arange(count, device=keys.device)[:, None]
+            rows, images = (first + asked).flatten(), slice(start, start + count * length)
+            q = rotate(queries[rows], cos[rows], sin[rows], n_heads).view(count, len(asked), -1)
+            k = rotate(keys[images], cos[images], sin[images], n_heads).view(count, length, -1)
+            scores += received_attention(q, k, n_heads, scale).unbind()
+            start = images.stop
         return scores
 
     def projected(self) -> tuple[Tensor, Tensor]:
@@ -295,6 +319,8 @@ class PixtralRecorder(PackedRecorder):
             ``num_heads`` and ``scaling``, as in Pixtral.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "num_heads", "scaling")
+
     def watch(self) -> None:
         self.on_output(self.module.q_proj, "queries")
         self.on_output(self.module.k_proj, "keys")
@@ -302,6 +328,15 @@ class PixtralRecorder(PackedRecorder):
 
     def projected(self) -> tuple[Tensor, Tensor]:
         return self.seen("queries")[0], self.seen("keys")[0]
+
+
+def _of_equal_length(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Lengths and counts of neighbours that are as long, as many as are computed together."""
+    for length, group in groupby(lengths):
+        left, at_once = len(list(group)), max(1, _TOKENS_AT_ONCE // length)
+        while left:
+            yield length, min(left, at_once)
+            left -= min(left, at_once)
 
 
 def _by_head(keys: Tensor, n_heads: int) -> Tensor:

@@ -19,8 +19,9 @@ from budwood.caches import by_new_name, by_one_name, cache_of, takes_new_name
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
+from budwood.prune.bypass import Guard
 from budwood.prune.encoded import Encoded
-from budwood.prune.families import family_of
+from budwood.prune.families import as_built, family_of
 from budwood.prune.generation import (
     PromptSwap,
     pad_token,
@@ -54,8 +55,9 @@ def attach(
     processor: Any = None,
     timing: bool = False,
     encoded: Encoded | None = None,
+    patches: str = "mean",
 ) -> PruneSession:
-    """Prune the visual tokens of every image that ``model.generate`` is called with.
+    """Prune the visual tokens of every image and video that ``model.generate`` is called with.
 
     Use it as a context manager, or call ``detach()`` on the session. ``generate`` takes the same
     inputs and returns the same shape of output as before: the whole prompt, then the answer. Its
@@ -73,8 +75,9 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image (int), or a fraction of them (float in (0, 1]), or a list with one
-            of these for each image of a call. Only candidates count: tokens that always stay, such
+        keep: tokens per image or video (int), or a fraction of them (float in (0, 1]), or a list
+            with one of these for each image and video of a call, in prompt order. A video has one
+            budget for all its frames. Only candidates count: tokens that always stay, such
             as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image with
             fewer candidates keeps them all; the report says so.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
@@ -88,6 +91,9 @@ def attach(
         timing: wait for the GPU so that ``session.timing`` is exact there.
         encoded: the pictures of every call, from :func:`budwood.prune.encode`; the vision encoder
             then does not run.
+        patches: how the patches that become one token make its saliency, on models that merge them
+            (Qwen, 2×2): the ``"mean"`` or the ``"max"`` of the attention that they receive, or the
+            mean ``"norm"`` of their features before the merger.
 
     Returns:
         The session, with ``report`` and ``timing`` of the last call.
@@ -103,11 +109,16 @@ def attach(
     model = innermost(model)
     _refuse_attached(model)
     chosen = resolve_method(method, compat)
-    family = family_of(model, processor, chosen.whole_crops)
+    family = family_of(model, processor, chosen.whole_crops, patches)
     if encoded is not None and encoded.whole_crops != family.whole_crops:
         raise AttachError(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
             f"encode(model, inputs, method={chosen.name!r})"
+        )
+    if encoded is not None and encoded.patches != patches:
+        raise AttachError(
+            f"the pictures are encoded with patches={encoded.patches!r}, and attach() has "
+            f"patches={patches!r}; give both the same"
         )
     if chosen.needs_saliency and encoded is None:
         _refuse_compiled(family, chosen.name)
@@ -148,13 +159,15 @@ class PruneSession:
         self._calls = Calls()
         self._warned_of_video = False
         self._override("generate", self._generate)
+        self._guard: Guard | None = None
         if forward:
             self._override("forward", self._forward)
+            self._guard = Guard(self.model, self._has_visuals)
 
     # Attached and detached
 
     def __enter__(self) -> PruneSession:
-        if not self._saved:
+        if not self.attached:
             raise AttachError("this session is detached; call attach() for a new one")
         return self
 
@@ -168,15 +181,25 @@ class PruneSession:
 
     def detach(self) -> None:
         """Leave the model as it was found. The report stays readable; twice does no harm."""
-        if not self._saved:
+        if not self.attached:
             return
         for name, before in self._saved.items():
+            override = vars(self.model).get(name)
+            if not isinstance(override, Override) or override.budwood_session is not self:
+                continue  # wrapped since: what holds the override goes on to the original
             if before is _ABSENT:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, before)
         self._saved = {}
+        if self._guard is not None:
+            self._guard.remove()
         self.pruner.family.release()
+
+    @property
+    def attached(self) -> bool:
+        """Whether calls of the model are pruned."""
+        return bool(self._saved)
 
     def _override(self, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(self.model, name)
@@ -330,6 +353,8 @@ class Override:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.budwood_session.attached:
+            return self._original(*args, **kwargs)
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if self._new_name:
             return self._replacement(by_new_name(self._original), by_one_name(named))
@@ -394,7 +419,9 @@ def _refuse_attached(model: Any) -> None:
 
 
 def _refuse_compiled(family: Any, method: str) -> None:
-    name = compiled_around(family.model.base_model, family.recorder({}).module)
+    with as_built(type(family.model).__name__):
+        read = family.recorder({}).module
+    name = compiled_around(family.model.base_model, read)
     if name is not None:
         raise AttachError(
             f"{name} is compiled, which hides the attention that method {method!r} reads; compile "

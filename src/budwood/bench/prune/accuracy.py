@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from budwood.bench.prune.answering import Answered, answer_full, answer_pruned
 from budwood.bench.prune.plan import BLIND, FULL, Config, Run
 from budwood.errors import InputError
+from budwood.evaluate.scenes import normalise
 from budwood.progress import Progress, silent
 from budwood.prune.chat import prepare
 from budwood.prune.encoded import Encoded, encode
@@ -102,12 +102,6 @@ def run(model: Any, processor: Any, config: Config, progress: Progress = silent)
     pictures = [(scenes[item.scene][0].image, item.question.text) for item in asked]
     outcome.times = measure(model, processor, config.runs, _spread(pictures, config.n_timed))
     return outcome
-
-
-def normalise(text: str) -> str:
-    """Remove case, punctuation and superfluous space from an answer."""
-    bare = text.casefold().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(bare.split())
 
 
 def measure(

@@ -7,6 +7,8 @@ another family of it (``llava-pixtral``).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from budwood import catalogue
@@ -17,7 +19,7 @@ from budwood.unwrap import wrapper_attribute
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
 
-__all__ = ["FAMILIES", "Family", "Layout", "family_class", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layout", "as_built", "family_class", "family_of"]
 
 
 def family_class(config: Any, name: str) -> type[Family]:
@@ -44,16 +46,21 @@ def family_class(config: Any, name: str) -> type[Family]:
         raise UnsupportedModelError(f"{name}: {error}") from None
 
 
-def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> Family:
+def family_of(
+    model: Any, processor: Any = None, whole_crops: bool = False, patches: str = "mean"
+) -> Family:
     """Make the family of a model, ready to use.
 
     Args:
         model: a transformers model without wrappers; see :func:`budwood.unwrap.innermost`.
         processor: its processor, if at hand.
         whole_crops: give features as published LLaVA code has them; see :class:`Family`.
+        patches: how patches that become one token make its saliency.
 
     Raises:
-        UnsupportedModelError: no family knows it, or it lacks vision, a head, or a known tower.
+        UnsupportedModelError: no family knows it, or it lacks vision, a head, or a known tower, or
+            it merges no patches.
+        UnknownNameError: ``patches`` is none of ``PATCH_SCORES``.
     """
     kind = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -75,4 +82,39 @@ def family_of(model: Any, processor: Any = None, whole_crops: bool = False) -> F
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
-    return family(model, processor, whole_crops)
+    _check_patches(patches, family)
+    with as_built(kind):
+        made = family(model, processor, whole_crops)
+    for visuals in made.kinds:
+        visuals.patches = patches
+    return made
+
+
+def _check_patches(patches: str, family: type[Family]) -> None:
+    if patches not in catalogue.PATCH_SCORES:
+        known = ", ".join(map(repr, catalogue.PATCH_SCORES))
+        raise UnknownNameError(f"unknown patches {patches!r}; give one of {known}")
+    if patches != "mean" and not family.merges_patches:
+        raise UnsupportedModelError(
+            f"patches={patches!r} is for models that merge patches into one token, such as Qwen's; "
+            f"leave it out for {family.model_type!r}"
+        )
+
+
+@contextmanager
+def as_built(name: str) -> Iterator[None]:
+    """Say clearly that a part of a model is not where transformers puts it.
+
+    Args:
+        name: what the message calls the model.
+
+    Raises:
+        UnsupportedModelError: in place of the error that looking for it gave.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{name} is not built as transformers builds it ({error}); give a model whose vision "
+            "tower was not replaced, or choose a method without saliency (budwood ls methods)"
+        ) from error

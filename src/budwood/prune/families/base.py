@@ -98,11 +98,13 @@ class Visuals(ABC):
         kind: ``"image"`` or ``"video"``, as ``mm_encoder_outputs`` calls it.
         pixels: the input that says that there are some.
         encoder_inputs: inputs that encoding consumes; the LLM does not see them.
+        patches: how patches that become one token make its saliency, one of ``PATCH_SCORES``.
     """
 
     kind: str = "image"
     pixels: str = "pixel_values"
     encoder_inputs: tuple[str, ...]
+    patches: str = "mean"
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -127,9 +129,12 @@ class Visuals(ABC):
         Models whose LLM takes several levels (deepstack) have shape (n_features, n_levels, d_model)
         with the input embeddings as the first level, which is the one that is chosen by.
         """
+        return list(self.encode(inputs).pooler_output)
+
+    def encode(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the model's own encoder and projector."""
         given = {name: inputs[name] for name in self.encoder_inputs if name in inputs}
-        encode = getattr(self.model, f"get_{self.kind}_features")
-        return list(encode(**given, return_dict=True).pooler_output)
+        return getattr(self.model, f"get_{self.kind}_features")(**given, return_dict=True)
 
     def outputs(self, features: Sequence[Tensor]) -> Any:
         """What ``generate`` and ``forward`` take in ``mm_encoder_outputs``: visuals encoded before.
@@ -169,6 +174,7 @@ class Family(Visuals):
         model_type: the ``config.model_type`` that it is for.
         videos: the same for videos; None where they are not pruned.
         has_whole_crops: it can give whole crops, as published LLaVA code does.
+        merges_patches: it merges patches into one token, and knows all ``PATCH_SCORES``.
 
     Args:
         model: a transformers model for conditional generation.
@@ -181,6 +187,7 @@ class Family(Visuals):
 
     model_type: ClassVar[str]
     has_whole_crops: ClassVar[bool] = False
+    merges_patches: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
         super().__init__(model)

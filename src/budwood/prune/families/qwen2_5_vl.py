@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from budwood.errors import UnsupportedModelError
-from budwood.prune.families.base import Layout, raster_boxes
-from budwood.prune.families.qwen import QwenVL
+from budwood.prune.families.base import Layout
+from budwood.prune.families.qwen import QwenVL, frames_layout
 
 
 class Qwen25VL(QwenVL):
@@ -39,21 +39,12 @@ class Qwen25VL(QwenVL):
     def layout(self, frames: int, rows: int, columns: int) -> Layout:
         config = self.vision
         window = config.window_size // config.spatial_merge_size // config.patch_size
-        return _layout(frames, rows, columns, window)
+        return frames_layout(frames, rows, columns, _place_in_windows(rows, columns, window))
 
 
 @lru_cache(maxsize=256)
-def _layout(frames: int, rows: int, columns: int, window: int) -> Layout:
-    n_tokens = rows * columns
-    in_frame = window_order(rows, columns, window).argsort()
-    first = n_tokens * torch.arange(frames)[:, None]
-    return Layout(
-        n_placeholders=frames * n_tokens,
-        boxes=raster_boxes(rows, columns).repeat(frames, 1),
-        grid=(rows, columns),
-        order=(first + in_frame).flatten(),
-        frames=frames,
-    )
+def _place_in_windows(rows: int, columns: int, window: int) -> tuple[int, ...]:
+    return tuple(window_order(rows, columns, window).argsort().tolist())
 
 
 def window_order(rows: int, columns: int, window: int) -> Tensor:

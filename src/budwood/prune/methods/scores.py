@@ -137,6 +137,13 @@ def descending(scores: Tensor) -> Tensor:
     return torch.argsort(scores, descending=True, stable=True)
 
 
+def relative(saliency: Tensor) -> Tensor:
+    """Saliency as a fraction of its largest value, float32; 1 everywhere if all of it is 0."""
+    s = saliency.float()
+    highest = s.max()
+    return torch.where(highest > 0, s / highest, torch.ones_like(s)).nan_to_num(0.0, 0.0, 0.0)
+
+
 def ranks(order: Tensor) -> Tensor:
     """Position of each item in an ordering (n,) of all items, int64, shape (n,)."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
