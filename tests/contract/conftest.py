@@ -30,15 +30,20 @@ The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.
 
 
 def pytest_generate_tests(metafunc):
-    """Every family, or pairs of family and method where a test takes both."""
+    """Every family, or pairs of family and method where a test takes both.
+
+    A module may say which families it is for (`ONLY`).
+    """
+    families = getattr(metafunc.module, "ONLY", FAMILIES.names())
     if "case" in metafunc.fixturenames and "method" not in metafunc.fixturenames:
-        metafunc.parametrize("case", FAMILIES.names(), indirect=True)
+        metafunc.parametrize("case", families, indirect=True)
     elif "method" in metafunc.fixturenames:
         exact = [name for name in METHODS if METHODS.get(name).exact]
         single = [name for name in exact if not METHODS.get(name).merges]
-        pairs = [(family, name) for family in FAMILIES.names() for name in EVERYWHERE]
-        pairs += [("llava_next", name) for name in single if name not in EVERYWHERE]
-        metafunc.parametrize(("case", "method"), map(_marked, pairs), indirect=True)
+        pairs = [(family, name) for family in families for name in EVERYWHERE]
+        rest = [name for name in single if name not in EVERYWHERE]
+        pairs += [("llava_next", name) for name in rest if "llava_next" in families]
+        metafunc.parametrize(("case", "method"), [_marked(pair) for pair in pairs], indirect=True)
 
 
 def _marked(pair: tuple[str, str]) -> Any:

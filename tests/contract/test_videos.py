@@ -9,7 +9,7 @@ from budwood.errors import AttachError, BudgetError, InputError
 from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from tests.contract import oracle
-from tests.contract.models import EOS, VIDEO, WITH_VIDEOS, Case, Video, words
+from tests.contract.models import EOS, VIDEO, WITH_VIDEOS, Video, words
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 ROWS = [
@@ -29,9 +29,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WITH_VIDEOS)
-def case(request, cases) -> Case:
-    return cases[request.param]
+ONLY = WITH_VIDEOS
 
 
 @pytest.fixture
