@@ -30,11 +30,8 @@ The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.
 
 
 def pytest_generate_tests(metafunc):
-    """Every family, or pairs of family and method where a test takes both.
-
-    A module may say which families it is for (`ONLY`).
-    """
-    families = getattr(metafunc.module, "ONLY", FAMILIES.names())
+    """Every family, or a module's ``CASES``, or pairs with a method where a test takes both."""
+    families = getattr(metafunc.module, "CASES", FAMILIES.names())
     if "case" in metafunc.fixturenames and "method" not in metafunc.fixturenames:
         metafunc.parametrize("case", families, indirect=True)
     elif "method" in metafunc.fixturenames:

@@ -41,14 +41,15 @@ class Layout:
         candidates: features that may be dropped, in the LLM's order, int64, shape
             (n_candidates,); None if all may.
         fixed: features that always stay, int64, shape (n_fixed,).
-        order: place of each candidate in the encoder's order, int64, shape (n_candidates,); None
-            if the LLM has the same order.
+        order: place of each candidate in the encoder's order, int64, shape (n_candidates,), or
+            (n_candidates, n_parts) if it is made of several; None if the LLM has the same order.
+        weights: how much each part counts, float32, shape (n_candidates, n_parts); None if all
+            count the same.
         grid: rows and columns of the candidates, of each frame, if they form one raster; else None.
         n_crops: crops of equal size that the encoder saw.
         frames: frames of a video, one after the other in the candidates, each as long as the next.
         runs: placeholders of each piece, where other tokens such as timestamps stand between the
             pieces; empty if they are in one piece.
-        n_after: tokens right behind the last placeholder that are the image's and no text.
         whole_crops: features come crop by crop and not as the LLM has them; any placeholder may
             then stand for any feature.
     """
@@ -58,11 +59,11 @@ class Layout:
     candidates: Tensor | None = None
     fixed: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     order: Tensor | None = None
+    weights: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
     frames: int = 1
     runs: tuple[int, ...] = ()
-    n_after: int = 0
     whole_crops: bool = False
 
     @property
@@ -76,17 +77,25 @@ class Layout:
         return self.runs or (self.n_placeholders,)
 
     def ordered(self, scores: Tensor) -> Tensor:
-        """Move scores from the encoder's order into the LLM's.
+        """Move scores, or other values, from the encoder's order into the LLM's.
+
+        A candidate that is made of several of the encoder's tokens gets their (weighted) mean.
 
         Args:
-            scores: one per token of the encoder, shape (n_tokens,), on any device.
+            scores: of each token of the encoder, shape (n_tokens, ...), on any device.
 
         Returns:
-            One per candidate, shape (n_candidates,).
+            Of each candidate, shape (n_candidates, ...).
         """
         if self.order is None:
             return scores
-        return scores[self.order.to(scores.device, non_blocking=True)]
+        parts = scores[self.order.to(scores.device, non_blocking=True)]
+        if self.order.ndim == 1:
+            return parts
+        if self.weights is None:
+            return parts.mean(1)
+        weights = self.weights.to(scores.device, scores.dtype, non_blocking=True)
+        return torch.einsum("nk,nk...->n...", weights, parts)
 
 
 class Visuals(ABC):
@@ -149,6 +158,16 @@ class Visuals(ABC):
         """The pixels by which each visual is known again, one tensor per visual."""
         return list(inputs[self.pixels])
 
+    def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
+        """Where a visual begins and ends with the text that is a part of it, such as timestamps.
+
+        Args:
+            row: one row of the prompt, int64, on the CPU, shape (n_tokens,).
+            start: position of its first placeholder.
+            stop: position after its last.
+        """
+        return start, stop
+
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Say where the tokens of each visual are."""
@@ -163,6 +182,18 @@ class Visuals(ABC):
         Asked for before :meth:`saliency`. None where a family does not give them.
         """
         return [None] * len(layouts)
+
+    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+        """Boxes of the candidates in a picture or frame before the processor changed it.
+
+        Args:
+            layout: of the image or video.
+            image_size: height and width of the picture in pixels.
+
+        Returns:
+            x0, y0, x1, y1 as fractions of its size in [0, 1], float32, shape (n_candidates, 4).
+        """
+        return layout.boxes
 
 
 class Family(Visuals):
@@ -237,6 +268,11 @@ class Family(Visuals):
     def release(self) -> None:
         """Put back what :meth:`placed` changed; called on detaching."""
 
+    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+        x0, y0, x1, y1 = self.view(image_size)
+        scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+        return (layout.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
+
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part of a picture that the encoder sees: x0, y0, x1, y1 as fractions of its size.
 
@@ -244,6 +280,33 @@ class Family(Visuals):
             image_size: height and width of the picture in pixels.
         """
         return WHOLE
+
+
+def one_by_one(features: Sequence[Tensor]) -> BaseModelOutputWithPooling:
+    """Kept features for models that take one tensor for all visuals, whose first axis counts these.
+
+    Each token counts as a visual by itself. ``generate`` then tells the rows of a batch apart where
+    it repeats features for beams.
+
+    Args:
+        features: one tensor per visual, shape (n_kept, d_model).
+    """
+    return BaseModelOutputWithPooling(pooler_output=torch.cat(list(features))[:, None])
+
+
+def tile_boxes(rows: int, columns: int, side: int) -> Tensor:
+    """Boxes of a picture that is cut into tiles, tile by tile and row-major in each.
+
+    Args:
+        rows: tiles along the height.
+        columns: tiles along the width.
+        side: boxes along a side of each tile.
+
+    Returns:
+        x0, y0, x1, y1 as fractions of the picture, float32, shape (rows · columns · side², 4).
+    """
+    boxes = raster_boxes(rows * side, columns * side).view(rows, side, columns, side, 4)
+    return boxes.transpose(1, 2).reshape(-1, 4)
 
 
 def raster_boxes(rows: int, columns: int) -> Tensor:

@@ -60,6 +60,9 @@ class Pixtral(Family):
             raise InputError("image_sizes is missing; pass all that the processor returns")
         return super().features(inputs)
 
+    def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
+        return start, stop + 1  # the end token
+
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         unit = self.model.config.vision_config.patch_size * self.merge
         layouts = []
@@ -106,5 +109,4 @@ def _layout(rows: int, columns: int) -> Layout:
         boxes=raster_boxes(rows, columns),
         grid=(rows, columns),
         runs=(columns,) * rows,
-        n_after=1,
     )

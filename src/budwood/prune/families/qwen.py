@@ -109,7 +109,7 @@ class QwenVL(Family):
         kinds = self._token_types(inputs, ids, mask)
         given = {
             name: torch.as_tensor(inputs[name]).cpu()
-            for name in (*(visuals.grids for visuals in self.kinds), "second_per_grid_ts")
+            for name in (*(grids for _, grids in _INPUTS.values()), "second_per_grid_ts")
             if inputs.get(name) is not None
         }
         positions, _ = self.model.model.get_rope_index(

@@ -34,6 +34,13 @@ class Qwen3VL(QwenVL):
             deepstack_features=deeper,  # pyright: ignore[reportArgumentType]
         )
 
+    def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
+        """With the first timestamp, if the whole video is wrapped as each of its frames is."""
+        opens = int(self.model.config.vision_start_token_id)
+        before = row[: start - 1].tolist()  # less the token that opens the first frame
+        marks = [i for i, token in enumerate(before) if token in self.wrapping_ids]
+        return (marks[-1], stop) if marks and before[marks[-1]] == opens else (start, stop)
+
     def layout(self, frames: int, rows: int, columns: int) -> Layout:
         return frames_layout(frames, rows, columns, one_run=False)
 
