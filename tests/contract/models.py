@@ -566,7 +566,7 @@ def paligemma(text: Any = None) -> Case:
 
 
 PIXTRAL = {**SIGLIP, "hidden_size": 24, "num_attention_heads": 3, "image_size": 36}
-BREAK, END = VISION_START, VISION_END
+ROW_END, IMAGE_END = VISION_START, VISION_END
 
 
 def llava_pixtral() -> Case:
@@ -604,7 +604,7 @@ def rows_of(model: Any, merge: int) -> Case:
             "pixel_values": noise(seed, 1, 3, height, width),
             "image_sizes": torch.tensor([[height, width]]),
         }
-        return inputs, [*([*[IMAGE] * columns, BREAK] * rows)[:-1], END]
+        return inputs, [*([*[IMAGE] * columns, ROW_END] * rows)[:-1], IMAGE_END]
 
     return Case(model, image, join_padded)
 

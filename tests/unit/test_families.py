@@ -233,7 +233,7 @@ def test_paligemma_2_has_sliding_windows_as_well():
 def test_pixtral_keeps_breaks_and_does_not_ask_about_them():
     case = models.llava_pixtral()
     batch = case.batch([words(2, 1), 0, words(4, 2)])
-    special = [models.IMAGE, models.BREAK, models.END]
+    special = [models.IMAGE, models.ROW_END, models.IMAGE_END]
     tokenizer = SimpleNamespace(all_special_ids=special, unk_token_id=None, chat_template=None)
     for question in ("all", "turn", "current"):
         processor = None if question == "all" else SimpleNamespace(tokenizer=tokenizer)
@@ -244,7 +244,11 @@ def test_pixtral_keeps_breaks_and_does_not_ask_about_them():
         assert asked.tolist() == words(4, 2)
     ids = batch["input_ids"][0]
     left = ids[one.origin[0]].tolist()
-    assert (left.count(models.BREAK), left.count(models.END), left.count(models.IMAGE)) == (4, 1, 1)
+    assert (left.count(models.ROW_END), left.count(models.IMAGE_END), left.count(models.IMAGE)) == (
+        4,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize(("name", "unit"), [("llava-pixtral", 3), ("mistral3", 6)])
