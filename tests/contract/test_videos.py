@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from budwood.errors import AttachError, BudgetError, InputError
 from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from tests.contract import oracle
-from tests.contract.models import EOS, VIDEO, WITH_VIDEOS, Case, Video, words
+from tests.contract.models import EOS, VIDEO, WITH_VIDEOS, Video, words
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
+FAMILIES_TESTED = WITH_VIDEOS
 ROWS = [
     [words(3, 1), Video(0), words(5, 2), 1, words(4, 3)],
     [words(9, 4)],
@@ -27,11 +30,6 @@ WAYS = {
     "static cache": {"cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 7},
 }
-
-
-@pytest.fixture(params=WITH_VIDEOS)
-def case(request, cases) -> Case:
-    return cases[request.param]
 
 
 @pytest.fixture
@@ -195,6 +193,21 @@ def test_a_second_turn_goes_on_with_the_cache(case):
     places = oracle.kept_positions(case, whole, kept)
     expected, _ = oracle.greedy(case, whole, places, 5)
     assert torch.equal(second[0, ids.shape[1] :], expected)
+
+
+def test_threads_do_not_mix(case):
+    prompts = [case.batch([words(2 + i, i), Video(i), 1, words(5 - i, i + 9)]) for i in range(4)]
+    with attach(case.model, keep=5) as session:
+        expected = [case.model.generate(**prompt, **GREEDY) for prompt in prompts]
+        kept = [[one.kept for one in session.call_of(output).report] for output in expected]
+        with ThreadPoolExecutor(4) as pool:
+            calls = [
+                pool.submit(case.model.generate, **prompts[i % 4], **GREEDY) for i in range(60)
+            ]
+            for number, call in enumerate(calls):
+                assert torch.equal(call.result(), expected[number % 4])
+                mine = [one.kept for one in session.call_of(call.result()).report]
+                assert all(map(torch.equal, mine, kept[number % 4]))
 
 
 def test_videos_encoded_before(case, batch, monkeypatch):
