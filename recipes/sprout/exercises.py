@@ -1,29 +1,32 @@
-"""Exercises of stages 2 and 3 of sprout: single patches, tables, notes and questions."""
+"""Exercises of sprout's stages on pictures: single patches, tables, notes and questions."""
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
+from pictures import NEWLINE, PATCHES, SIDE, Picture, high_resolution_picture, small_picture
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from budwood.sprout.atlas import categories
-from budwood.sprout.model import IMAGE_TOKEN, image_tensor, tower_config
-from budwood.sprout.questions import DIRECTIONS, KINDS, TEMPLATES, Question, ask, lies
-from budwood.sprout.scenes import SIZE, Scene, SceneObject, make_scene, scene_rng
+from budwood.sprout.model import IMAGE_TOKEN
+from budwood.sprout.questions import DIRECTIONS, HIGH_KINDS, TEMPLATES, Question, ask, lies
+from budwood.sprout.scenes import Scene, SceneObject, make_scene, scene_rng
 
 PREFIX = "<|im_start|>user\n"
 PROMPT = "\n{}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-STAGES = ("regions", "questions")
+STAGES = ("regions", "questions", "high")
 LETTERS = [f" {letter}" for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"]
 LOGGED = (
-    *KINDS,
-    *(f"{kind} in short" for kind in KINDS),
+    *HIGH_KINDS,
+    *(f"{kind} in short" for kind in HIGH_KINDS),
     "name",
     "frame",
     "badge",
@@ -46,19 +49,20 @@ SHORT = {
     "right of": " right of {}",
     "above": " above {}",
     "below": " below {}",
+    "reading": " sign",
+    "compare": " {} and {} frames",
 }
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
-SIDE = SIZE // tower_config().patch_size
-PATCHES = SIDE**2
-SOME = 2_400  # pictures of the last stage in which only some of the objects are seen
-WHOLE = 4_800  # pictures of the last stage, after which every picture is seen whole
+SOME = 2_400  # pictures of stage 3 in which only some of the objects are seen
+WHOLE = 4_800  # pictures of stage 3, after which every picture is seen whole
+HIGH_WHOLE = 1_200  # pictures of stage 4, likewise
 
 
 @dataclass
 class Turn:
-    """Given tokens and asked tokens. A token is a word's id, or `~patch` if visual."""
+    """Given tokens and asked tokens. A token is a word's id, or `~token` if visual."""
 
-    kind: str  # one of LOGGED; kinds that are not in KINDS occur in training only
+    kind: str  # one of LOGGED; kinds that are not in HIGH_KINDS occur in training only
     given: list[int]
     asked: list[int]
 
@@ -74,18 +78,19 @@ Segment = list[Turn]  # in one context, which sees the picture and nothing else
 class Item:
     """The prefix that all segments of a picture see, and segments that do not see each other."""
 
-    pixels: Tensor  # (3, 336, 336)
+    pixels: Tensor  # (n_crops, 3, 336, 336)
     shared: list[int]
     segments: list[Segment]
 
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Questions that the scene allows, with presence and counts thinned out for balance."""
-    questions = [q for q in ask(scene) if q.kind not in ("presence", "count")]
-    presence = ask(scene, "presence")
-    for answer in ("yes", "no"):
-        pool = [q for q in presence if q.answer == answer]
-        questions += rng.sample(pool, min(2, len(pool)))
+    """Questions that the scene allows, with frequent kinds thinned out for balance."""
+    thinned = ("presence", "count", "compare")
+    questions = [q for q in ask(scene) if q.kind not in thinned]
+    for kind in ("presence", "compare"):
+        for answer in ("yes", "no"):
+            pool = [q for q in ask(scene, kind) if q.answer == answer]
+            questions += rng.sample(pool, min(2, len(pool)))
     counts = ask(scene, "count")
     questions += [q for q in counts if scene.objects[1].category in q.text]
     if rng.random() < 0.25:
@@ -93,12 +98,22 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return rng.sample(questions, len(questions))
 
 
+def balanced_kinds(questions: list[Question], number: int) -> list[Question]:
+    """Take questions of all kinds in turn."""
+    by_kind: dict[str, list[Question]] = {}
+    for question in questions:
+        by_kind.setdefault(question.kind, []).append(question)
+    rounds = itertools.zip_longest(*by_kind.values())
+    return [q for turn in rounds for q in turn if q is not None][:number]
+
+
 def in_short(question: Question) -> str:
     """The question in two or three words: "dog frame", "left of dog"."""
     for kind, template in TEMPLATES.items():
-        before, _, after = template.partition("{}")
-        if question.text.startswith(before) and question.text.endswith(after):
-            return SHORT[kind].format(question.text.removeprefix(before).removesuffix(after))
+        pattern = re.escape(template).replace(re.escape("{}"), "(.+)")
+        named = re.fullmatch(pattern, question.text)
+        if named:
+            return SHORT[kind].format(*named.groups())
     raise ValueError(question.text)
 
 
@@ -106,10 +121,14 @@ def listings(
     scene: Scene, shown: list[SceneObject], rng: random.Random
 ) -> list[tuple[str, str, str]]:
     """Further training questions (kind, question, answer): orders, look-ups, captions."""
-    words, axis = rng.choice((("from left to right", 0), ("from top to bottom", 1)))
-    ordered = sorted(shown, key=lambda o: o.centre[axis])
-    order = ("order", f"Name all objects {words}.", ", ".join(o.category for o in ordered))
     extra = []
+    if scene.sign is None:  # of all objects: too long for a picture of many
+        words, axis = rng.choice((("from left to right", 0), ("from top to bottom", 1)))
+        ordered = sorted(shown, key=lambda o: o.centre[axis])
+        names = ", ".join(o.category for o in ordered)
+        orders = [("order", f"Name all objects {words}.", names)]
+    else:
+        orders = []
     for text, values in (
         ("Which object has the {} frame?", [o.colour for o in scene.objects]),
         ("Which object is beside the digit {}?", [o.digit for o in scene.objects]),
@@ -118,42 +137,28 @@ def listings(
         known = [i for i in known if scene.objects[i] in shown]
         extra += [("reverse", text.format(values[i]), scene.objects[i].category) for i in known]
     single = [o for o in shown if len(scene.copies(o.category)) == 1]
-    about = [("about", f"Describe the {o.category}.", details(o, o.centre)) for o in single]
+    about = [("about", f"Describe the {o.category}.", details(scene, o, o.centre)) for o in single]
     return [
-        order,
+        *orders,
         *rng.sample(extra, min(2, len(extra))),
         *rng.sample(about, min(2, len(about))),
     ]
 
 
-def details(thing: SceneObject | None, point: tuple[float, float]) -> str:
-    """Describe frame, digit and place of an object in words."""
-    column, row = (int(edge * SIDE / SIZE) + 1 for edge in point)
+def details(scene: Scene, thing: SceneObject | None, point: tuple[float, float]) -> str:
+    """Describe frame, digit and place of an object in words, the place on a grid of 16 × 16."""
+    column, row = (
+        int(edge * SIDE / size) + 1 for edge, size in zip(point, scene.image.size, strict=True)
+    )
     known = [thing.colour, thing.digit] if thing else []
     return ", ".join(str(v) for v in [*known, f"row {row}, column {column}"] if v is not None)
 
 
-def middle(patch: int) -> tuple[float, float]:
-    """Centre of a patch, x and y in px."""
-    row, column = divmod(patch, SIDE)
-    return (column + 0.5) * SIZE / SIDE, (row + 0.5) * SIZE / SIDE
-
-
-def what_covers(scene: Scene, patch: int) -> SceneObject | None:
-    """The object at the centre of a patch."""
-    x, y = middle(patch)
-    for thing in scene.objects:
-        left, top, right, bottom = thing.outer
-        if left <= x < right and top <= y < bottom:
-            return thing
-    return None
-
-
-def caption(scene: Scene, patch: int) -> str:
+def caption(picture: Picture, patch: int) -> str:
     """Describe in words what a single visual token shows."""
-    thing = what_covers(scene, patch)
+    thing = picture.covers[patch]
     name = thing.category if thing else "background"
-    return as_answer(f"{name}, {details(thing, middle(patch))}")
+    return as_answer(f"{name}, {details(picture.scene, thing, picture.centres[patch])}")
 
 
 def as_answer(text: str) -> str:
@@ -161,11 +166,10 @@ def as_answer(text: str) -> str:
     return text if text.isdigit() else f" {text}"
 
 
-def patches_of(scene: Scene, rng: random.Random) -> dict[SceneObject, int]:
+def patches_of(picture: Picture, rng: random.Random) -> dict[SceneObject, int]:
     """A random patch of each object."""
     patches: dict[SceneObject, list[int]] = {}
-    for patch in range(PATCHES):
-        thing = what_covers(scene, patch)
+    for patch, thing in picture.covers.items():
         if thing is not None:
             patches.setdefault(thing, []).append(patch)
     return {thing: rng.choice(covering) for thing, covering in patches.items()}
@@ -184,9 +188,11 @@ class Exercises(Dataset):
     ):
         self.tokenizer, self.images, self.start, self.batch = tokenizer, images, start, batch
         self.first = FIRST_SEED * (1 + STAGES.index(stage))
+        self.high_resolution = stage == "high"
         self.make = {
             "regions": self._regions,
             "questions": self._questions,
+            "high": self._high,
         }[stage]
 
     def __len__(self) -> int:
@@ -194,9 +200,10 @@ class Exercises(Dataset):
 
     def __getitem__(self, i: int) -> Item:
         place = self.start + i
-        scene = make_scene(self.first + place, "train")
+        scene = make_scene(self.first + place, "train", self.high_resolution)
         rng = scene_rng(self.first + place, "validation")  # a stream of its own, not the picture's
-        return self.make(scene, rng, place)
+        see = high_resolution_picture if self.high_resolution else small_picture
+        return self.make(see(scene), rng, place)
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -212,33 +219,36 @@ class Exercises(Dataset):
             ids += [~next(patches), *self._tokens(part)]
         return ids
 
-    def _regions(self, scene: Scene, rng: random.Random, place: int) -> Item:
-        patches = [p for p in range(PATCHES) if what_covers(scene, p)]
-        patches = rng.sample(patches, 2) + rng.sample(range(PATCHES), 1)
-        segments = [self._segment("caption", "<image>:", caption(scene, p), p) for p in patches]
-        segments += self._readings(scene, rng, {"name": 20, "frame": 12, "badge": 12, "number": 6})
-        segments.append(self._relations(scene, rng, 8))
-        segments += self._lookups(scene, rng, 6)
-        return Item(image_tensor(scene.image), self._tokens(PREFIX), segments)
+    def _regions(self, picture: Picture, rng: random.Random, place: int) -> Item:
+        patches = [p for p in picture.patches if picture.covers[p]]
+        patches = rng.sample(patches, 2) + rng.sample(picture.patches, 1)
+        segments = [self._segment("caption", "<image>:", caption(picture, p), p) for p in patches]
+        numbers = {"name": 20, "frame": 12, "badge": 12, "number": 6}
+        segments += self._readings(picture, rng, numbers)
+        segments.append(self._relations(picture, rng, 8))
+        segments += self._lookups(picture, rng, 6)
+        return Item(picture.pixels, self._tokens(PREFIX), segments)
 
-    def _readings(self, scene: Scene, rng: random.Random, numbers: dict[str, int]) -> list[Segment]:
+    def _readings(
+        self, picture: Picture, rng: random.Random, numbers: dict[str, int]
+    ) -> list[Segment]:
         """Names, frames, digits and numbers of copies, read from single patches."""
-        covers = [(p, o) for p in range(PATCHES) if (o := what_covers(scene, p))]
+        covers = [(p, o) for p, o in picture.covers.items() if o]
         segments = []
         for kind, text, value in (
             ("name", "<image>,<image>,", lambda o: o.category),
             ("frame", "<image> frame<image>", lambda o: o.colour),
             ("badge", "<image> digit<image>", lambda o: o.digit),
-            ("number", "<image> number<image>", lambda o: len(scene.copies(o.category))),
+            ("number", "<image> number<image>", lambda o: len(picture.scene.copies(o.category))),
         ):
             known = [(p, str(v)) for p, o in covers if (v := value(o)) is not None]
             for patch, answer in rng.sample(known, min(numbers.get(kind, 0), len(known))):
                 segments.append(self._segment(kind, text, as_answer(answer), patch, patch))
         return segments
 
-    def _relations(self, scene: Scene, rng: random.Random, number: int) -> Segment:
+    def _relations(self, picture: Picture, rng: random.Random, number: int) -> Segment:
         """Direction of one patch's object from another's: "<patch> from<patch> left"."""
-        patches = patches_of(scene, rng)
+        patches = patches_of(picture, rng)
         pairs = [
             (a, b, name.removesuffix(" of"))
             for a in patches
@@ -252,13 +262,13 @@ class Exercises(Dataset):
             turns.append(Turn("relation", given, self._tokens(f" {answer},")))
         return turns
 
-    def _lookups(self, scene: Scene, rng: random.Random, number: int) -> list[Segment]:
+    def _lookups(self, picture: Picture, rng: random.Random, number: int) -> list[Segment]:
         """Tables of words looked up by a patch, tables of patches looked up by a word, in turn."""
         segments = []
-        shown = {thing.category for thing in scene.objects}
+        shown = {thing.category for thing in picture.scene.objects}
         strangers = rng.sample([c for c in categories() if c not in shown], 3)
         for n in range(number):
-            patches = {thing.category: p for thing, p in patches_of(scene, rng).items()}
+            patches = {thing.category: p for thing, p in patches_of(picture, rng).items()}
             rows = [*patches, *(strangers if n % 2 else ())]
             rng.shuffle(rows)
             letters = dict(zip(rows, rng.sample(LETTERS, len(rows)), strict=True))
@@ -274,25 +284,51 @@ class Exercises(Dataset):
             segments.append(turns)
         return segments
 
-    def _questions(self, scene: Scene, rng: random.Random, place: int) -> Item:
-        seen = self._seen(scene, rng, place)
-        shown = [thing for thing in scene.objects if thing in {what_covers(scene, p) for p in seen}]
+    def _questions(self, picture: Picture, rng: random.Random, place: int) -> Item:
+        seen = self._seen(picture, rng, place)
+        shown = self._shown(picture, seen)
         boxes = {thing.outer for thing in shown}
-        questions = [q for q in training_questions(scene, rng) if boxes.issuperset(q.boxes)]
-        asked = [(q.kind, q.text, q.answer) for q in questions[:6]]
-        asked += rng.sample(extra := listings(scene, shown, rng), min(2, len(extra)))
-        segments = [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
+        questions = training_questions(picture.scene, rng)
+        questions = [q for q in questions if boxes.issuperset(q.boxes)]
+        segments = self._asked(picture.scene, questions[:6], shown, rng)
         segments += self._notes(rng.sample(questions, len(questions)))
-        segments.append(self._relations(scene, rng, 8))
+        segments.append(self._relations(picture, rng, 8))
         numbers = {"name": 2, "frame": 2, "badge": 4} if place < SOME else {"badge": 2}
-        segments += self._readings(scene, rng, {**numbers, "number": 3})
+        segments += self._readings(picture, rng, {**numbers, "number": 3})
         if place < SOME:
-            segments += self._lookups(scene, rng, 2)
+            segments += self._lookups(picture, rng, 2)
         shared = self._tokens(PREFIX) + [~patch for patch in seen]
-        return Item(image_tensor(scene.image), shared, segments)
+        return Item(picture.pixels, shared, segments)
 
-    def _notes(self, questions: list[Question]) -> list[Segment]:
-        """Questions in two or three words, eight in a row."""
+    def _high(self, picture: Picture, rng: random.Random, place: int) -> Item:
+        """Questions about a high-resolution picture; the first ones lack some of their patches."""
+        done = min(1.0, place / HIGH_WHOLE)
+        seen = set(patches_of(picture, rng).values())
+        rest = [p for p in picture.patches if p not in seen]
+        seen.update(rng.sample(rest, round(len(rest) * rng.uniform(0.25 + 0.75 * done, 1))))
+        questions = balanced_kinds(training_questions(picture.scene, rng), 24)
+        shown = list(picture.scene.objects)
+        segments = self._asked(picture.scene, questions[:10], shown, rng)
+        segments += self._notes(rng.sample(questions, len(questions)), in_a_row=5)
+        segments.append(self._relations(picture, rng, 6))
+        segments += self._readings(picture, rng, {"badge": 3, "name": 2, "frame": 1})
+        tokens = [t for t in picture.tokens if t == NEWLINE or t in seen]
+        return Item(picture.pixels, self._tokens(PREFIX) + [~t for t in tokens], segments)
+
+    def _asked(
+        self,
+        scene: Scene,
+        questions: list[Question],
+        shown: list[SceneObject],
+        rng: random.Random,
+    ) -> list[Segment]:
+        """The questions, and two further ones, as users ask them."""
+        asked = [(q.kind, q.text, q.answer) for q in questions]
+        asked += rng.sample(extra := listings(scene, shown, rng), min(2, len(extra)))
+        return [self._segment(k, PROMPT.format(q), as_answer(a)) for k, q, a in asked]
+
+    def _notes(self, questions: list[Question], in_a_row: int = 8) -> list[Segment]:
+        """Questions in two or three words, several in a row."""
         turns = [
             Turn(
                 f"{q.kind} in short",
@@ -301,16 +337,21 @@ class Exercises(Dataset):
             )
             for q in questions
         ]
-        return [turns[n : n + 8] for n in range(0, len(turns), 8)]
+        return [turns[n : n + in_a_row] for n in range(0, len(turns), in_a_row)]
 
-    def _seen(self, scene: Scene, rng: random.Random, place: int) -> list[int]:
+    @staticmethod
+    def _shown(picture: Picture, seen: list[int]) -> list[SceneObject]:
+        covered = {picture.covers[p] for p in seen}
+        return [thing for thing in picture.scene.objects if thing in covered]
+
+    def _seen(self, picture: Picture, rng: random.Random, place: int) -> list[int]:
         """Choose the visible patches: one or two objects at first, then all objects, then all.
 
         Their number is the same for the pictures of a batch.
         """
         first = place // self.batch * self.batch
         chance = random.Random(first)
-        one_each = patches_of(scene, rng)
+        one_each = patches_of(picture, rng)
         if first < SOME:
             objects = chance.randint(1, 2 + 6 * first // SOME)
             shown = rng.sample(list(one_each), min(objects, len(one_each)))
@@ -320,8 +361,8 @@ class Exercises(Dataset):
             done = min(1.0, (first - SOME) / (WHOLE - SOME))
             number = round(20 * (PATCHES / 20) ** done * chance.uniform(0.5 if done < 1 else 1, 1))
         seen = [one_each[thing] for thing in shown]
-        rest = [patch for patch in range(PATCHES) if patch not in seen]
+        rest = [patch for patch in picture.patches if patch not in seen]
         rng.shuffle(rest)
         if first < SOME:  # others only where the objects have too few
-            rest.sort(key=lambda patch: what_covers(scene, patch) not in shown)
+            rest.sort(key=lambda patch: picture.covers[patch] not in shown)
         return sorted(seen + rest[: number - len(seen)])

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import MasterWeights, Run, trapezoid
-from exercises import LOGGED, STAGES, Exercises
+from exercises import LOGGED, Exercises
 from packing import collate
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
@@ -38,18 +39,23 @@ from budwood.sprout.model import (
 
 
 def visual_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """Encode: patches of the selected layer, flattened over the batch, shape (B · 256, 256)."""
-    with torch.no_grad():
-        return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+    """Encode: patches of the selected layer, flattened over the crops, shape (n · 256, 256)."""
+    pixels = pixels.to(tower.dtype)
+    return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
 
 
-def loss_and_hits(
-    model: LlavaForConditionalGeneration, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def visual_tokens(inner: Any, pixels: Tensor) -> Tensor:
+    """Encode and project; in a LLaVA-NeXT the newline comes last. Shape (n · 256 (+ 1), 576)."""
+    projected = inner.multi_modal_projector(visual_features(inner.vision_tower, pixels))
+    if not hasattr(inner, "image_newline"):
+        return projected
+    return torch.cat((projected, inner.image_newline[None]))
+
+
+def loss_and_hits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean next-token loss over asked tokens; kind and success of each, shape (n, 2)."""
     inner = model.model
-    features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
-    projected = inner.multi_modal_projector(features[batch["patches"]])
+    projected = visual_tokens(inner, batch["pixels"])[batch["patches"]]
     visual = batch["ids"] < 0
     embeds = inner.get_input_embeddings()(batch["ids"].clamp(min=0))
     embeds = embeds.masked_scatter(visual[..., None], projected.to(embeds.dtype))
@@ -66,17 +72,20 @@ def loss_and_hits(
     return F.cross_entropy(logits, labels), torch.stack((kinds, right.long()), 1)
 
 
-def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
-    """Assemble the VLM in bfloat16, with everything frozen but projector and LoRA."""
+def build(
+    tower_file: Path, tokenizer: PreTrainedTokenizerBase, high_resolution: bool = False
+) -> Any:
+    """Assemble the VLM in bfloat16, with everything frozen but projector, newline and LoRA."""
     tower = CLIPVisionModel(tower_config())
     tower.load_state_dict(load_file(tower_file))
-    model = assemble(tower, load_llm(), tokenizer).requires_grad_(False)
+    model = assemble(tower, load_llm(), tokenizer, high_resolution).requires_grad_(False)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets)
     inject_adapter_in_model(lora, model.model.language_model)
     model.model.language_model.set_attn_implementation("packed")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or "multi_modal_projector" in name)
+        learns = ("lora_", "multi_modal_projector", "image_newline")
+        parameter.requires_grad_(any(part in name for part in learns))
     return model.bfloat16()
 
 
@@ -84,7 +93,7 @@ def build(tower_file: Path, tokenizer: PreTrainedTokenizerBase) -> LlavaForCondi
 def start_as_words(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> None:
     """Start visual tokens as mixtures of random words, so that they look like words to the LLM."""
     inner = model.model
-    features = visual_features(inner.vision_tower, batch["pixels"].to(inner.vision_tower.dtype))
+    features = visual_features(inner.vision_tower, batch["pixels"])
     words = inner.get_input_embeddings().weight
     projector = inner.multi_modal_projector
     first, second = projector.linear_1, projector.linear_2
@@ -175,7 +184,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     model = build(args.tower, tokenizer)
-    for stage in STAGES:
+    for stage in ("regions", "questions"):
         train(model, tokenizer, stage, args.out, args)
     export(model, args.out)
 

@@ -161,6 +161,14 @@ FAMILIES = {
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "llava_onevision": _family(
+        "llava_onevision",
+        "LlavaOnevision",
+        "LlavaOnevisionForConditionalGeneration, images and videos.",
+    ),
+    "internvl": _family("internvl", "InternVL", "InternVLForConditionalGeneration (InternVL3)."),
+    "idefics3": _family("idefics3", "Idefics3", "Idefics3ForConditionalGeneration."),
+    "smolvlm": _family("smolvlm", "SmolVLM", "SmolVLMForConditionalGeneration (and SmolVLM2)."),
     "qwen2_vl": _family(
         "qwen2_vl", "Qwen2VL", "Qwen2VLForConditionalGeneration, images and videos."
     ),
@@ -337,6 +345,12 @@ MODELS = {
     ),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _model(
+        "llava_onevision", "LLaVA-OneVision, 729 a crop"
+    ),
+    "OpenGVLab/InternVL3-1B-hf": _model("internvl", "InternVL3, 256 a tile"),
+    "HuggingFaceM4/Idefics3-8B-Llama3": _model("idefics3", "Idefics3, 169 a tile"),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _model("smolvlm", "SmolVLM2, 81 a tile"),
     "Qwen/Qwen2-VL-2B-Instruct": _model("qwen2_vl", "Qwen2-VL, any number"),
     "Qwen/Qwen2.5-VL-3B-Instruct": _model("qwen2_5_vl", "Qwen2.5-VL, any number"),
     "Qwen/Qwen3-VL-4B-Instruct": _model("qwen3_vl", "Qwen3-VL, any number"),

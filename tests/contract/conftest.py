@@ -28,12 +28,9 @@ The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.
 
 
 def pytest_generate_tests(metafunc):
-    """Every family, or pairs of family and method where a test takes both.
-
-    A module may name the families that its tests are for, in `FAMILIES_TESTED`.
-    """
-    families = getattr(metafunc.module, "FAMILIES_TESTED", FAMILIES.names())
+    """Every family, or a module's ``CASES``, or pairs with a method where a test takes both."""
     if "case" in metafunc.fixturenames and "method" not in metafunc.fixturenames:
+        families = getattr(metafunc.module, "CASES", FAMILIES.names())
         metafunc.parametrize("case", families, indirect=True)
     elif "method" in metafunc.fixturenames:
         exact = [name for name in METHODS if METHODS.get(name).exact]

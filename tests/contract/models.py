@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -24,6 +30,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 PAD, BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO = range(7)
@@ -70,17 +78,35 @@ class Video:
 class Case:
     """A model and how to make inputs for it.
 
-    `image(seed)` gives one image's inputs and its number of placeholders; the size depends on the
-    seed where the family allows. `join` puts several together. `video(seed)` gives one video's
+    `image(seed)` gives one image's inputs and its number of placeholders, or its tokens where
+    markers stand between them; the size depends on the seed where the family allows. `join` puts
+    several together. A family whose images depend on their row has `image_in(seed, n_in_row)` and
+    `join_rows`, which gets a list a row, in place of these. `pixels_of(batch, row, images)` takes a
+    row's inputs out of a batch where it is not one entry an image. `video(seed)` gives one video's
     inputs and its part of the prompt.
     """
 
     model: Any
-    image: Callable[[int], tuple[dict[str, Tensor], int]]
+    image: Callable[[int], tuple[dict[str, Tensor], int | list[int]]]
     join: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
+    image_in: Callable[[int, int], tuple[dict[str, Tensor], int]] | None = None
+    join_rows: Callable[[Sequence[Sequence[dict[str, Tensor]]]], dict[str, Tensor]] | None = None
+    pixels_of: Callable[[dict[str, Tensor], int, slice], dict[str, Tensor]] | None = None
+
+    @property
+    def llm(self) -> Any:
+        """The language model inside."""
+        inner = self.model.model
+        return inner.text_model if hasattr(inner, "text_model") else inner.language_model
+
+    @property
+    def tower(self) -> str:
+        """Name of the vision tower inside."""
+        names = ("visual", "vision_tower", "vision_model")
+        return next(name for name in names if hasattr(self.model.model, name))
 
     def batch(
         self, *rows: Sequence[int | Video | list[int]], side: str = "left"
@@ -89,6 +115,8 @@ class Case:
         images, videos, texts = [], [], []
         for row in rows:
             text: list[int] = [BOS]
+            images.append([])
+            n_images = sum(isinstance(part, int) for part in row)
             for part in row:
                 if isinstance(part, list):
                     text += part
@@ -98,9 +126,11 @@ class Case:
                     videos.append(inputs)
                     text += placeholders
                 else:
-                    inputs, n_tokens = self.image(part)
-                    images.append(inputs)
-                    text += [*self.before, *[IMAGE] * n_tokens, *self.after]
+                    given = self.image_in(part, n_images) if self.image_in else self.image(part)
+                    inputs, tokens = given
+                    images[-1].append(inputs)
+                    tokens = [IMAGE] * tokens if isinstance(tokens, int) else tokens
+                    text += [*self.before, *tokens, *self.after]
             texts.append(text)
         length = max(map(len, texts))
         padded = [pad(text, length, PAD, side) for text in texts]
@@ -109,7 +139,9 @@ class Case:
         batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
         if self.before:  # the family with typed tokens
             batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        batch |= self.join(images) if images else {}
+        every = [inputs for row in images for inputs in row]
+        if every:
+            batch |= self.join_rows(images) if self.join_rows else self.join(every)
         return batch | (concatenate(videos) if videos else {})
 
 
@@ -192,6 +224,156 @@ def llava_next() -> Case:
         return pixels, int(n_tokens)
 
     return Case(model, image, join_next)
+
+
+def llava_onevision() -> Case:
+    """Rasters of more than two crops are shrunk; images that share a row are one square each."""
+    torch.manual_seed(0)
+    vision = {key: CLIP[key] for key in CLIP if key not in ("projection_dim", "initializer_factor")}
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**vision),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[12, 24], [24, 12], [24, 24]],
+        vision_aspect_ratio="anyres_max_2",
+    )
+    model = ready(LlavaOnevisionForConditionalGeneration(config))
+
+    def image(seed: int, n_in_row: int) -> tuple[dict[str, Tensor], int]:
+        size = torch.tensor([NEXT_SIZES[seed % 3]])
+        n_crops = 1 if n_in_row > 1 else 5 if seed % 3 == 2 else 3
+        pixels = {"pixel_values": noise(seed, 1, n_crops, 3, 12, 12), "image_sizes": size}
+        return pixels, len(onevision_places(model, size[0], n_crops))
+
+    def join_rows(rows: Sequence[Sequence[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        joined = join_next([inputs for row in rows for inputs in row])
+        counts = [len(row) for row in rows if row]
+        return joined | {"batch_num_images": torch.tensor(counts)}
+
+    def pixels_of(batch: dict[str, Tensor], row: int, images: slice) -> dict[str, Tensor]:
+        names = ("pixel_values", "image_sizes")
+        count = torch.tensor([images.stop - images.start])
+        return {name: batch[name][images] for name in names} | {"batch_num_images": count}
+
+    def video(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        return {"pixel_values_videos": noise(40 + seed, 1, 3, 3, 12, 12)}, [VIDEO] * (3 * 2 * 2 + 1)
+
+    return Case(
+        model,
+        lambda seed: image(seed, 1),
+        join_next,
+        video=video,
+        image_in=image,
+        join_rows=join_rows,
+        pixels_of=pixels_of,
+    )
+
+
+def onevision_places(model: Any, size: Tensor, n_crops: int) -> Tensor:
+    """Whether the model's own packing has a patch (1) or a newline (-1) at each place."""
+    packed, _ = model.model.pack_image_features(
+        [torch.ones(n_crops, 16, 1)], size[None], -torch.ones(1), model.config.vision_aspect_ratio
+    )
+    return packed[0].flatten()
+
+
+TILES = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 18,
+    "patch_size": 3,
+    "initializer_range": 0.3,
+}
+FAKE, TILE, BREAK = VISION_START, VISION_END, VOCABULARY - 1
+"""Markers of Idefics3: around images, of one tile, and a line break, which is an ordinary word."""
+
+
+def idefics3() -> Case:
+    return marked(Idefics3Config, Idefics3ForConditionalGeneration, 3, [(1, 2), (3, 1), (2, 2)])
+
+
+def smolvlm() -> Case:
+    return marked(SmolVLMConfig, SmolVLMForConditionalGeneration, 2, [(2, 1), (0, 0), (1, 3)])
+
+
+def marked(
+    config_class: Any, model_class: Any, scale: int, grids: Sequence[tuple[int, int]]
+) -> Case:
+    """Tiles with markers; no tiles but the overview where the grid is (0, 0)."""
+    torch.manual_seed(0)
+    config = config_class(
+        vision_config=TILES,
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=scale,
+    )
+    per_tile = (6 // scale) ** 2
+
+    def image(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        rows, columns = grids[seed % 3]
+        tile = [FAKE, TILE, *[IMAGE] * per_tile]
+        tokens = [*(tile * columns), BREAK] * rows
+        tokens += [*[BREAK] * (rows > 0), *tile, FAKE]
+        return {"pixel_values": noise(seed, 1, rows * columns + 1, 3, 18, 18)}, tokens
+
+    def join_rows(rows: Sequence[Sequence[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        of_rows = [
+            torch.cat([inputs["pixel_values"] for inputs in row], dim=1)
+            if row
+            else torch.zeros(1, 1, 3, 18, 18)
+            for row in rows
+        ]
+        pixels = join_next([{"pixel_values": tiles} for tiles in of_rows])["pixel_values"]
+        return {
+            "pixel_values": pixels,
+            "pixel_attention_mask": (pixels != 0)
+            .any(2)
+            .any(-1, True)
+            .any(-2, True)
+            .expand(*pixels.shape[:2], 18, 18)
+            .long(),
+        }
+
+    def pixels_of(batch: dict[str, Tensor], row: int, images: slice) -> dict[str, Tensor]:
+        names = ("pixel_values", "pixel_attention_mask")
+        return {name: batch[name][row : row + 1] for name in names}
+
+    return Case(
+        ready(model_class(config)), image, concatenate, join_rows=join_rows, pixels_of=pixels_of
+    )
+
+
+INTERNVL_TILES = (3, 1, 7)
+"""Tiles of each image, with its overview: one row of two, one tile, two rows of three."""
+
+
+def internvl() -> Case:
+    torch.manual_seed(0)
+    config = InternVLConfig(
+        vision_config=TILES | {"use_qk_norm": True, "layer_scale_init_value": 1.0},
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+    )
+    model = ready(InternVLForConditionalGeneration(config))
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.cls_token.normal_()
+        model.model.vision_tower.embeddings.position_embeddings.normal_()
+
+    def image(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        n_tiles = INTERNVL_TILES[seed % 3]
+        tokens = [VISION_START, *[IMAGE] * 9 * n_tiles, VISION_END]
+        return {"pixel_values": noise(seed, n_tiles, 3, 18, 18)}, tokens
+
+    def pixels_of(batch: dict[str, Tensor], row: int, images: slice) -> dict[str, Tensor]:
+        per_row = (batch["input_ids"] == IMAGE).sum(1) // 9
+        ends = [0, *per_row.cumsum(0).tolist()]
+        return {"pixel_values": batch["pixel_values"][ends[row] : ends[row + 1]]}
+
+    return Case(model, image, concatenate, pixels_of=pixels_of)
 
 
 QWEN_VISION = {
@@ -300,13 +482,17 @@ def join_next(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 BUILDERS: dict[str, Callable[[], Case]] = {
     "llava": llava,
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
 }
 
-WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision")
 """Families that prune videos."""
 
 ROW_IMAGES = [slice(0, 2), slice(2, 2), slice(2, 3)]

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.contract.models import IMAGE, VIDEO, Case
+from tests.contract.models import IMAGE, VIDEO, Case, onevision_places
 
 PER_VISUAL = {
-    "image": ("pixel_values", "image_sizes", "image_grid_thw"),
+    "image": (
+        "pixel_values",
+        "image_sizes",
+        "image_grid_thw",
+        "batch_num_images",
+        "pixel_attention_mask",
+    ),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
 }
 TOKENS = {"image": IMAGE, "video": VIDEO}
@@ -29,7 +35,9 @@ def row_of(
         if name not in per_visual
     }
     for kind, some in (("image", images), ("video", videos)):
-        if some.stop > some.start:
+        if some.stop > some.start and kind == "image" and case.pixels_of is not None:
+            single |= case.pixels_of(batch, row, some)
+        elif some.stop > some.start:
             single |= _visuals_of(batch, kind, some)
     return single
 
@@ -119,7 +127,7 @@ def hidden(
     case: Case, single: dict[str, Tensor], kept: Tensor, embeds: Tensor, positions: Tensor
 ) -> Tensor:
     """Last hidden states of kept tokens and an answer after them."""
-    return case.model.model.language_model(
+    return case.llm(
         inputs_embeds=embeds,
         position_ids=positions,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -161,21 +169,32 @@ def packed_places(case: Case, size: Tensor, n_crops: int) -> Tensor:
     return packed[0].flatten().long()
 
 
+def newlines(case: Case, single: dict[str, Tensor], kind: str, number: int, n: int) -> Tensor:
+    """Which of an image's or video's `n` features are newlines, bool, shape (n,)."""
+    if kind == "video" and case.model.config.model_type == "llava_onevision":
+        return torch.arange(n) == n - 1
+    if kind == "video" or "image_sizes" not in single:
+        return torch.zeros(n, dtype=torch.bool)
+    size = single["image_sizes"][number]
+    n_crops = 5 if int(size[0]) == 30 else 3
+    if "batch_num_images" not in single:
+        return packed_places(case, size, n_crops) < 0
+    n_crops = 1 if int(single["batch_num_images"]) > 1 else n_crops
+    return onevision_places(case.model, size, n_crops) < 0
+
+
 def kept_positions(case: Case, single: dict[str, Tensor], reports: list) -> Tensor:
     """Positions in an unpadded row that stay: the text, what the report has, and newlines."""
     row = single["input_ids"][0]
     stays = (row != IMAGE) & (row != VIDEO)
-    start = dict.fromkeys(TOKENS, 0)
-    for number, report in enumerate(reports):
+    start, counted = dict.fromkeys(TOKENS, 0), dict.fromkeys(TOKENS, 0)
+    for report in reports:
         places = (row == TOKENS[report.kind]).nonzero().flatten()[start[report.kind] :]
         n_features = report.n_before + report.n_fixed
-        newline = torch.zeros(n_features, dtype=torch.bool)
-        if "image_sizes" in single:
-            size = single["image_sizes"][number]
-            n_crops = 5 if int(size[0]) == 30 else 3
-            newline = packed_places(case, size, n_crops) < 0
+        newline = newlines(case, single, report.kind, counted[report.kind], n_features)
         chosen = (~newline).nonzero().flatten()[report.kept]
         stays[places[chosen]] = True
         stays[places[newline.nonzero().flatten()]] = True
         start[report.kind] += n_features
+        counted[report.kind] += 1
     return stays.nonzero().flatten()

@@ -97,7 +97,7 @@ def test_an_error_in_the_block_leaves_a_clean_model(warm, batch):
 
 
 @pytest.mark.parametrize("place", ["encoder", "saliency", "llm"])
-def test_an_error_in_generate_leaves_a_clean_model(warm, batch, place, monkeypatch):
+def test_an_error_in_generate_leaves_a_clean_model(case, warm, batch, place, monkeypatch):
     before = state(warm)
 
     def fail(*args, **kwargs):
@@ -110,7 +110,7 @@ def test_an_error_in_generate_leaves_a_clean_model(warm, batch, place, monkeypat
             elif place == "saliency":
                 patch.setattr(session.pruner.family, "saliency", fail)
             else:
-                patch.setattr(type(warm.model.language_model), "forward", fail)
+                patch.setattr(type(case.llm), "forward", fail)
             with pytest.raises(ZeroDivisionError, match=place):
                 warm.generate(**batch, **GREEDY)
         warm.generate(**batch, **GREEDY)  # and it goes on working
@@ -252,8 +252,7 @@ def test_an_unknown_tower_or_layer_is_refused(cases):
 
 
 def test_a_replaced_tower_is_refused(case):
-    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
-    tower = getattr(case.model.model, name)
+    name, tower = case.tower, getattr(case.model.model, case.tower)
     setattr(case.model.model, name, torch.nn.Identity())
     try:
         with pytest.raises(UnsupportedModelError, match="not built as transformers builds it"):

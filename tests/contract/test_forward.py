@@ -96,7 +96,11 @@ def test_gradients_reach_the_projector(case, batch):
     with attach(case.model, keep=3, forward=True):
         case.model(**batch).loss.backward()
     llm = case.model.get_input_embeddings().weight.grad
-    encoder = [p for n, p in case.model.named_parameters() if "multi_modal" in n or "merger" in n]
+    encoder = [
+        p
+        for n, p in case.model.named_parameters()
+        if any(part in n for part in ("multi_modal", "merger", "connector"))
+    ]
     assert llm.abs().sum() > 0
     assert all(p.grad is not None for p in encoder)
     case.model.zero_grad(set_to_none=True)

@@ -330,7 +330,7 @@ def test_only_chosen_features_reach_the_llm(case):
     """What the LLM sees at placeholders are exactly the encoder's features, nothing else."""
     batch = case.batch([words(3, 1), 0, words(5, 2)])
     seen = []
-    handle = case.model.model.language_model.register_forward_pre_hook(
+    handle = case.llm.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     with attach(case.model, keep=4) as session:

@@ -83,7 +83,11 @@ def test_merged_features_pass_gradients_on(case):
     with attach(case.model, keep=3, method=Doubled(), forward=True):
         loss = case.model(**batch).loss
         loss.backward()
-    encoder = [p for n, p in case.model.named_parameters() if "multi_modal" in n or "merger" in n]
+    encoder = [
+        p
+        for n, p in case.model.named_parameters()
+        if any(part in n for part in ("multi_modal", "merger", "connector"))
+    ]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder)
     case.model.zero_grad(set_to_none=True)
     with torch.no_grad(), attach(case.model, keep=3, method=Doubled(), forward=True):

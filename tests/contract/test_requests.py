@@ -174,8 +174,8 @@ def test_a_new_image_in_a_later_turn_says_so(case):
     with attach(case.model, keep=5):
         first = case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
         more = case.batch([0, words(5, 2), 1, words(2, 3)])
-        n_prompt = batch["input_ids"].shape[1]
-        more["input_ids"] = torch.cat((first.sequences, more["input_ids"][:, n_prompt:]), 1)
+        turn = case.batch([1, words(2, 3)])["input_ids"][:, 1:]
+        more["input_ids"] = torch.cat((first.sequences, turn), 1)
         more["attention_mask"] = torch.ones_like(more["input_ids"])
         with pytest.raises(AttachError, match="new turn has an image"):
             case.model.generate(**more, past_key_values=first.past_key_values)
@@ -344,8 +344,7 @@ def test_a_compiled_model_is_unwrapped(case, prompts):
 @pytest.fixture
 def compiled_tower(case):
     """The model with a compiled vision tower, and the place of that tower."""
-    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
-    tower = getattr(case.model.model, name)
+    name, tower = case.tower, getattr(case.model.model, case.tower)
     setattr(case.model.model, name, torch.compile(tower, backend="eager"))
     yield case.model
     setattr(case.model.model, name, tower)
@@ -360,7 +359,7 @@ def test_a_compiled_tower_is_refused_where_its_attention_is_read(compiled_tower)
 
 
 def test_a_layer_compiled_in_place_is_refused(case):
-    tower = getattr(case.model.model, "visual", None) or case.model.model.vision_tower
+    tower = getattr(case.model.model, case.tower)
     tower.compile(backend="eager")
     try:
         with pytest.raises(AttachError, match="is compiled"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -55,3 +57,25 @@ def test_conversations_of_unequal_lengths_are_not_padded_more_than_needed(case):
         case.model(**batch)
     seen = session.origin >= 0
     assert seen.shape[1] == seen.sum(1).max()
+
+
+def test_what_others_put_around_forward_outlives_the_session(case):
+    """As accelerate does for mixed precision: a wrapper that holds the attached forward."""
+    batch = case.batch([words(2, 1), 0, words(3, 2)])
+    whole = case.model(**batch).logits
+    session = attach(case.model, keep=1, forward=True)
+    attached = case.model.forward
+    case.model.forward = functools.wraps(attached)(
+        lambda *args, **kwargs: attached(*args, **kwargs)
+    )
+    try:
+        wrapper, fewer = case.model.forward, case.model(**batch).logits
+        assert fewer.shape[1] < whole.shape[1]
+        session.detach()
+        assert case.model.forward is wrapper
+        assert torch.equal(case.model(**batch).logits, whole)
+        with attach(case.model, keep=1, forward=True):
+            assert torch.equal(case.model(**batch).logits, fewer)
+    finally:
+        del case.model.forward
+    assert "generate" not in vars(case.model)

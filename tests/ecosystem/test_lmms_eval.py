@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -92,6 +93,26 @@ def test_the_commands_of_the_page_run(folder, monkeypatch):
         line = line.replace("$(python", f"$({shlex.quote(sys.executable)}") + " --limit 4"
         found = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
         assert "|sprout_scenes|" in found.stdout and "accuracy" in found.stdout, found.stdout
+
+
+def test_two_processes_share_the_questions(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        *("-m", "lmms_eval", "--model", "budwood", "--model_args", f"pretrained={folder},keep=3"),
+        *("--include_path", str(task_folder("lmms_eval")), "--tasks", "sprout_scenes"),
+        *("--limit", "5", "--log_samples", "--output_path", str(tmp_path)),
+    ]
+    found = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, check=False
+    )
+    assert "|sprout_scenes|" in found.stdout, found.stdout + found.stderr
+    (samples,) = tmp_path.glob("**/*samples*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    said = {row["doc_id"]: row["filtered_resps"] for row in rows}
+    assert [said[i] for i in range(5)] == answers_one_by_one(folder, keep=3)[:5]
 
 
 def test_the_benchmarks_of_the_page_exist():

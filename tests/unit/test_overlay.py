@@ -15,7 +15,11 @@ from budwood.prune.overlay import PANEL, draw
 from budwood.prune.report import ImageReport
 
 
-def report(boxes, kept, saliency=None, relevance=None, view=lambda _: (0.0, 0.0, 1.0, 1.0)):
+def report(boxes, kept, saliency=None, relevance=None, view=(0.0, 0.0, 1.0, 1.0)):
+    """What was kept of a picture of which the encoder saw the part `view`."""
+    x0, y0, x1, y1 = view
+    size = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+    placed = torch.tensor(boxes) * size + torch.tensor([x0, y0, x0, y0])
     return ImageReport(
         kept=torch.tensor(kept),
         n_before=len(boxes),
@@ -29,7 +33,7 @@ def report(boxes, kept, saliency=None, relevance=None, view=lambda _: (0.0, 0.0,
         grid=None,
         question=(),
         boxes=torch.tensor(boxes),
-        view=view,
+        placed=lambda _: placed,
     )
 
 
@@ -68,7 +72,7 @@ def test_maps_follow_their_scores():
 def test_what_the_model_never_saw_is_hatched():
     image = Image.new("RGB", (100, 50), (90, 90, 90))
     # The middle half of the width: a square picture cut from a wide one.
-    drawn = draw(image, report(QUARTERS, [0], view=lambda _: (0.25, 0.0, 0.75, 1.0)))
+    drawn = draw(image, report(QUARTERS, [0], view=(0.25, 0.0, 0.75, 1.0)))
     panel = np.asarray(drawn)[TOP : TOP + PANEL // 2, LEFT : LEFT + PANEL].astype(float)
     outside, inside = panel[:, : PANEL // 4 - 2], panel[110:, PANEL // 4 + 2 : PANEL // 2 - 2]
     assert outside.min() == 0 and outside.max() > 20

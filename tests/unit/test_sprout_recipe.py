@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from budwood.sprout.model import IMAGE_TOKEN, assemble, load_tokenizer, tower_config
+from budwood.sprout.model import (
+    IMAGE_TOKEN,
+    assemble,
+    load_tokenizer,
+    make_high_image_processor,
+    tower_config,
+)
 from budwood.sprout.scenes import make_scene
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sprout"
@@ -30,8 +36,9 @@ def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("train_llava")
 
 
+@pytest.mark.parametrize("high_resolution", [False, True])
 def test_a_packed_scene_has_the_loss_of_its_questions_asked_one_by_one(
-    exercises: ModuleType, training: ModuleType
+    exercises: ModuleType, training: ModuleType, high_resolution: bool
 ) -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
@@ -44,32 +51,62 @@ def test_a_packed_scene_has_the_loss_of_its_questions_asked_one_by_one(
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    model = assemble(CLIPVisionModel(tower_config()), LlamaForCausalLM(config), tokenizer)
-    scene = exercises.Exercises(tokenizer, "questions", images=8_000, start=6_000, batch=1)[0]
-    assert len(scene.shared) == len(tokenizer(exercises.PREFIX)["input_ids"]) + 256
-    as_users_ask = [s for s in scene.segments if s[0].kind in exercises.KINDS]
-    scene.segments = as_users_ask
-    alone = [single_turn(model, scene, segment, tokenizer) for segment in scene.segments]
-    tokens = sum(len(turn.asked) for segment in scene.segments for turn in segment)
+    tower = CLIPVisionModel(tower_config())
+    model = assemble(tower, LlamaForCausalLM(config), tokenizer, high_resolution)
+    stage = "high" if high_resolution else "questions"
+    data = exercises.Exercises(tokenizer, stage, images=8_000, start=6_000, batch=1)
+    item = data[0]
+    scene = make_scene(data.first + 6_000, "train", high_resolution)
+    n_visual = sum(token < 0 for token in item.shared)
+    assert n_visual > 600 if high_resolution else n_visual == 256
+    assert len(item.shared) == len(tokenizer(exercises.PREFIX)["input_ids"]) + n_visual
+    item.segments = [s for s in item.segments if s[0].kind in exercises.HIGH_KINDS]
+    alone = [single_turn(model, item, scene, segment, tokenizer) for segment in item.segments]
+    tokens = sum(len(turn.asked) for segment in item.segments for turn in segment)
 
     model.model.language_model.set_attn_implementation("packed")
     with torch.no_grad():
-        loss, hits = training.loss_and_hits(model, training.collate([scene]))
+        loss, hits = training.loss_and_hits(model, training.collate([item]))
     assert hits.shape == (tokens, 2)
     torch.testing.assert_close(loss, torch.stack(alone).sum() / tokens)
 
 
 @torch.no_grad()
-def single_turn(model, scene, segment, tokenizer) -> torch.Tensor:
+def single_turn(model, item, scene, segment, tokenizer) -> torch.Tensor:
     """Summed loss of a segment's answers, through the unchanged model from pixels on."""
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    ids, labels = list(scene.shared), [-100] * len(scene.shared)
+    ids, labels = list(item.shared), [-100] * len(item.shared)
     for turn in segment:
         ids += turn.tokens
         labels += [-100] * len(turn.given) + turn.asked
-    ids = torch.tensor([[image if token < 0 else token for token in ids]])
-    out = model(input_ids=ids, pixel_values=scene.pixels[None], labels=torch.tensor([labels]))
+    inputs = {"input_ids": torch.tensor([[image if token < 0 else token for token in ids]])}
+    if scene.sign is None:
+        inputs["pixel_values"] = item.pixels
+    else:
+        processor = make_high_image_processor()
+        inputs |= processor(scene.image, return_tensors="pt")
+    out = model(**inputs, labels=torch.tensor([labels]))
     return out.loss * sum(len(turn.asked) for turn in segment)
+
+
+def test_pictures_of_different_sizes_are_packed_together(
+    exercises: ModuleType, training: ModuleType
+) -> None:
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer()
+    data = exercises.Exercises(tokenizer, "high", images=16, start=0, batch=1)
+    items = sorted((data[i] for i in range(16)), key=lambda item: len(item.pixels))
+    first, last = items[0], items[-1]
+    assert len(first.pixels) < len(last.pixels)
+    for item in (first, last):
+        item.shared = item.shared[:40]
+    batch = training.collate([first, last])
+    newline = ~exercises.NEWLINE
+    expected = [~token for token in first.shared if token < 0 and token != newline]
+    offset = 256 * len(first.pixels)
+    expected += [~token + offset for token in last.shared if token < 0 and token != newline]
+    behind = offset + 256 * len(last.pixels)
+    assert [p for p in batch["patches"].tolist() if p != behind] == expected
 
 
 @pytest.mark.parametrize("start", [0, 2_480])
@@ -79,15 +116,15 @@ def test_few_patches_show_some_objects_then_all(exercises: ModuleType, start: in
     assert len({len(patches) for patches in shown}) == 1
     assert len(shown[0]) < 40
     for i, patches in enumerate(shown):
-        scene = make_scene(data.first + start + i, "train")
-        found = {exercises.what_covers(scene, p) for p in patches} - {None}
-        assert (found == set(exercises.patches_of(scene, random.Random(0)))) == (start > 0)
+        picture = exercises.small_picture(make_scene(data.first + start + i, "train"))
+        found = {picture.covers[p] for p in patches} - {None}
+        assert (found == set(exercises.patches_of(picture, random.Random(0)))) == (start > 0)
 
 
 def test_tables_are_looked_up_by_what_they_hold(exercises: ModuleType) -> None:
     tokenizer = load_tokenizer()
     data = exercises.Exercises(tokenizer, "regions", images=40, start=0, batch=4)
-    scene = make_scene(data.first, "train")
+    picture = exercises.small_picture(make_scene(data.first, "train"))
     words = [s for s in data[0].segments if s[0].kind == "word key"]
     assert words
     for segment in words:
@@ -96,4 +133,4 @@ def test_tables_are_looked_up_by_what_they_hold(exercises: ModuleType) -> None:
         names = {letter: name.strip() for name, letter in rows}
         for turn in segment:
             letter = tokenizer.decode(turn.asked).strip(" ,")
-            assert names[letter] == exercises.what_covers(scene, ~turn.given[-1]).category
+            assert names[letter] == picture.covers[~turn.given[-1]].category

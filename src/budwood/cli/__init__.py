@@ -10,8 +10,10 @@ import typer
 import budwood
 from budwood.cli import bench, demo, ls, points, tune
 from budwood.cli.classify import classify
+from budwood.cli.compare import compare
 from budwood.cli.errors import Commands
 from budwood.cli.prune import prune
+from budwood.cli.report import report
 
 app = typer.Typer(
     name="budwood",
@@ -22,12 +24,14 @@ app = typer.Typer(
 )
 app.command("demo", short_help="See pruning at work, offline, in half a minute.")(demo.demo)
 app.command("prune", short_help="Ask about a picture with all visual tokens and with few.")(prune)
+app.command("compare", short_help="Compare several pruning methods on one picture.")(compare)
 app.add_typer(
     tune.app, name="tune", short_help="Fine-tune a language model so that it forgets little."
 )
 app.command("classify")(classify)
 app.add_typer(points.app, name="points")
 app.add_typer(ls.app, name="ls")
+app.command("report", short_help="Write benchmark records as one HTML page.")(report)
 app.add_typer(bench.app, name="bench", short_help="Run benchmarks and print their tables.")
 
 

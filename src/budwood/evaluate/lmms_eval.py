@@ -66,6 +66,11 @@ class PrunedChat(lmms):
         self._max_new_tokens = max_new_tokens
         self._system_prompt = self._resolve_system_prompt(system_prompt)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; lmms-eval gathers results from there."""
+        return self.model.device
+
     def _join_others(self, given: dict[str, Any]) -> None:
         """Take this process's share of the questions, under ``accelerate launch``."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,15 +1,18 @@
-"""One question answered with all visual tokens and with a few, and the time of both."""
+"""One question answered with all visual tokens and with a few, by one method or by several."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from budwood.prune.chat import answers, check_question, prepare
+from budwood.errors import InputError
+from budwood.prune.chat import GREEDY, answers, check_question, prepare
+from budwood.prune.encoded import Encoded, encode
 from budwood.prune.latency import FirstToken, generate_timed
+from budwood.prune.methods import METHODS
 from budwood.prune.report import ImageReport
 from budwood.prune.session import attach
 from budwood.timing import side_by_side
@@ -85,3 +88,70 @@ def compare(
         FirstToken.median(times["full"]),
         FirstToken.median(times["pruned"]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class MethodAnswer:
+    """What the model answers when one method chooses its visual tokens.
+
+    Attributes:
+        method: its name.
+        answer: the answer.
+        report: what was kept.
+    """
+
+    method: str
+    answer: str
+    report: ImageReport
+
+
+def compare_methods(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    methods: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    max_new_tokens: int = 32,
+) -> tuple[str, list[MethodAnswer]]:
+    """Answer a question with all visual tokens, then with those that each method keeps.
+
+    The picture is encoded once for all methods that read it in the same form. Answers are greedy.
+
+    Args:
+        model: a transformers model of a known family, with nothing attached.
+        processor: its processor.
+        image: RGB.
+        question: what is asked.
+        methods: names in ``METHODS``.
+        options: of ``attach``, without ``method`` and ``encoded``.
+        max_new_tokens: where an answer is cut.
+
+    Returns:
+        The answer with all tokens, and one entry per method in their order.
+
+    Raises:
+        InputError: the question is empty, no method is given, or one is given twice.
+        UnknownNameError: an unknown method.
+    """
+    if not methods:
+        raise InputError("nothing to compare: give at least one method")
+    if len(set(methods)) < len(methods):
+        raise InputError(f"methods has one twice: {', '.join(methods)}")
+    forms = {method: METHODS.get(method).whole_crops for method in methods}
+    inputs = prepare(processor, [image], [check_question(question)], model.device)
+    n_prompt = inputs["input_ids"].shape[1]
+    generation: dict[str, Any] = {**GREEDY, "max_new_tokens": max_new_tokens}
+    full = answers(processor, model.generate(**inputs, **generation), n_prompt)[0]
+    encoded: dict[bool, Encoded] = {}
+    compared = []
+    for method, form in forms.items():
+        if form not in encoded:
+            encoded[form] = encode(model, inputs, method)
+        given = {**options, "method": method, "encoded": encoded[form]}
+        with attach(model, processor=processor, **given) as session:
+            output = model.generate(**inputs, **generation)
+        answer = answers(processor, output, n_prompt)[0]
+        compared.append(MethodAnswer(method, answer, session.report[0]))
+    return full, compared

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,15 @@ _HEAT = np.array([(20, 11, 54), (120, 28, 109), (212, 72, 66), (251, 155, 6), (2
 Floats = NDArray[np.float32]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A picture of a sheet, lines below it, and whether a colour bar follows."""
+
+    picture: Image.Image
+    titles: tuple[str, ...]
+    has_bar: bool = False
 
 
 def draw(
@@ -57,14 +67,41 @@ def draw(
     boxes = _pixels(report.boxes_on((image.height, image.width))[part], picture.size)
     kept = [boxes[i] for i in report.kept_by_frame[frame].tolist()]
     title = f"bright: the {len(kept)} of {n_tokens} visual tokens that were kept"
-    panels = [(_kept_panel(picture, boxes, kept), title, False)]
+    panels = [Panel(_kept_panel(picture, boxes, kept), (title,))]
     for scores, name in (
         (report.saliency, "saliency"),
         (report.relevance, "relevance to the question"),
     ):
         if scores is not None:
-            panels.append((_heat_panel(picture, boxes, scores[part]), name, True))
-    return _sheet(panels, caption)
+            panels.append(Panel(_heat_panel(picture, boxes, scores[part]), (name,), True))
+    return _sheet(panels, caption, len(panels))
+
+
+def draw_methods(
+    image: Image.Image,
+    reports: Mapping[str, ImageReport],
+    titles: Mapping[str, str],
+    caption: Sequence[str] = (),
+) -> Image.Image:
+    """Draw what several methods kept of one picture, three panels in a row.
+
+    Args:
+        image: the picture as the processor was given it.
+        reports: what each method kept of it.
+        titles: a second line below each panel, such as the answer.
+        caption: lines above the panels.
+
+    Returns:
+        An RGB picture.
+    """
+    picture = _fitted(image)
+    panels = []
+    for method, report in reports.items():
+        boxes = _pixels(report.boxes_on((image.height, image.width)), picture.size)
+        panel = _kept_panel(picture, boxes, [boxes[i] for i in report.kept.tolist()])
+        first = f"{method}: {report.n_after} of {report.n_before} visual tokens"
+        panels.append(Panel(panel, (first, titles[method])))
+    return _sheet(panels, caption, min(3, len(panels)))
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -142,28 +179,32 @@ def _as_image(pixels: NDArray) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def _sheet(panels: Sequence[tuple[Image.Image, str, bool]], caption: Sequence[str]) -> Image.Image:
-    """Panels beside each other, caption above, titles and colour bars below."""
+def _sheet(panels: Sequence[Panel], caption: Sequence[str], columns: int) -> Image.Image:
+    """Panels in rows, caption above, titles and colour bars below each."""
     # A narrow picture still needs room for its legend.
-    widths = [max(panel.width, PANEL) for panel, _, _ in panels]
-    height = max(panel.height for panel, _, _ in panels)
+    width = max(PANEL, *(panel.picture.width for panel in panels))
+    height = max(panel.picture.height for panel in panels)
+    n_lines = max(len(panel.titles) + panel.has_bar for panel in panels)
+    row_height = height + n_lines * _LINE + _GAP
     top = _GAP + _LINE * len(caption) + (_GAP // 2 if caption else 0)
-    size = (sum(widths) + _GAP * (len(panels) + 1), top + height + 2 * _LINE + _GAP)
+    n_rows = -(-len(panels) // columns)
+    size = (columns * (width + _GAP) + _GAP, top + n_rows * row_height)
     sheet = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_TEXT)
     for number, line in enumerate(caption):
-        pen.text(
-            (_GAP, _GAP + number * _LINE), _clipped(line, size[0] - 2 * _GAP, font), _INK, font
-        )
-    left = _GAP
-    for (panel, title, has_bar), width in zip(panels, widths):
-        sheet.paste(panel, (left, top))
-        below = top + height + 6
-        pen.text((left, below), title, _INK, font)
-        if has_bar:
-            _colour_bar(sheet, (left, below + _LINE), font)
-        left += width + _GAP
+        place = (_GAP, _GAP + number * _LINE)
+        pen.text(place, _clipped(line, size[0] - 2 * _GAP, font), _INK, font)
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, columns)
+        left, upper = _GAP + column * (width + _GAP), top + row * row_height
+        sheet.paste(panel.picture, (left, upper))
+        below = upper + height + 6
+        for line in panel.titles:
+            pen.text((left, below), _clipped(line, width, font), _INK, font)
+            below += _LINE
+        if panel.has_bar:
+            _colour_bar(sheet, (left, below), font)
     return sheet
 
 

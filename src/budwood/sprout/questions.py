@@ -1,7 +1,9 @@
-"""Questions about sprout scenes: six kinds, each with exactly one right answer."""
+"""Questions about sprout scenes: eight kinds, each with exactly one right answer."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from budwood.sprout.atlas import categories
 from budwood.sprout.scenes import (
     MAX_COPIES,
     SEEDS_PER_SPLIT,
+    SIZE,
     Box,
     Scene,
     SceneObject,
@@ -21,6 +24,8 @@ from budwood.sprout.scenes import (
 )
 
 KINDS = ("presence", "colour", "digit", "spatial", "count", "largest")
+HIGH_KINDS = (*KINDS, "reading", "compare")
+"""Kinds of question about high-resolution scenes."""
 TEMPLATES = {
     "presence": "Is there any {} in the picture?",
     "colour": "What colour is the frame around the {}?",
@@ -31,6 +36,8 @@ TEMPLATES = {
     "right of": "What is directly right of the {}?",
     "above": "What is directly above the {}?",
     "below": "What is directly below the {}?",
+    "reading": "Which number is on the sign?",
+    "compare": "Do the {} and the {} have frames of the same colour?",
 }
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -43,7 +50,7 @@ SCENES_PER_SEED = 1_000_000
 class Question:
     """One question about one scene."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of HIGH_KINDS
     text: str
     answer: str
     asks_salient: (
@@ -74,10 +81,18 @@ def example() -> tuple[Image.Image, str]:
     return make_scene(5048, "test").image, TEMPLATES["colour"].format("trumpet")
 
 
-def balanced(seed: int, n_scenes: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
+def balanced(
+    seed: int, n_scenes: int, split: str = "test", high_resolution: bool = False
+) -> list[tuple[Scene, list[Question]]]:
     """Draw the held-out set of a seed: for each scene one question of every kind that it allows.
 
     Scene `i` has the seed `seed · SCENES_PER_SEED + i`, which also decides the questions.
+
+    Args:
+        seed: of the set.
+        n_scenes: pictures.
+        split: as in :func:`budwood.sprout.make_scene`.
+        high_resolution: likewise.
 
     Raises:
         InputError: unknown split, seed out of range, or too many scenes.
@@ -85,9 +100,9 @@ def balanced(seed: int, n_scenes: int, split: str = "test") -> list[tuple[Scene,
     check_set(seed, n_scenes, split)
     chosen = []
     for i in range(n_scenes):
-        scene = make_scene(seed * SCENES_PER_SEED + i, split)
+        scene = make_scene(seed * SCENES_PER_SEED + i, split, high_resolution)
         rng = scene_rng(scene.seed, split)
-        by_kind = [_pick(scene, kind, rng) for kind in KINDS]
+        by_kind = [_pick(scene, kind, rng) for kind in (HIGH_KINDS if high_resolution else KINDS)]
         chosen.append((scene, [q for q in by_kind if q is not None]))
     return chosen
 
@@ -114,9 +129,9 @@ def _pick(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     if kind == "count":  # of the category that is drawn one to four times, uniformly
         text = TEMPLATES["count"].format(scene.objects[1].category)
         return next(q for q in questions if q.text == text)
-    if kind == "presence":
+    if kind in ("presence", "compare"):
         answer = rng.choice(("yes", "no"))
-        questions = [q for q in questions if q.answer == answer]
+        questions = [q for q in questions if q.answer == answer] or questions
     return rng.choice(questions)
 
 
@@ -206,6 +221,31 @@ def lies(anchor: SceneObject, other: SceneObject, direction: tuple[int, int]) ->
     return along > across
 
 
+def _reading(scene: Scene) -> list[Question]:
+    if scene.sign is None:
+        return []
+    answer = str(scene.sign.number)
+    return [Question("reading", TEMPLATES["reading"], answer, False, (scene.sign.outer,))]
+
+
+def _compare(scene: Scene) -> list[Question]:
+    """Pairs of framed objects that are further apart than one crop of the encoder is wide."""
+    if scene.sign is None:  # a small scene
+        return []
+    framed = [o for o in _unique(scene) if o.colour is not None]
+    return [
+        Question(
+            "compare",
+            TEMPLATES["compare"].format(a.category, b.category),
+            "yes" if a.colour == b.colour else "no",
+            a.salient or b.salient,
+            (a.outer, b.outer),
+        )
+        for a, b in itertools.permutations(framed, 2)
+        if math.dist(a.centre, b.centre) > SIZE
+    ]
+
+
 _MAKERS = {
     "presence": _presence,
     "colour": _colour,
@@ -213,4 +253,6 @@ _MAKERS = {
     "spatial": _spatial,
     "count": _count,
     "largest": _largest,
+    "reading": _reading,
+    "compare": _compare,
 }

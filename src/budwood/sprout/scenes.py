@@ -1,9 +1,13 @@
 """Sprout scenes: a seed becomes a picture of named objects.
 
-A scene is 336×336 px: one large, salient object and four to eight smaller ones on a busy
-background. An object can have a coloured frame around it and a digit on a badge beside it. One
-category may occur up to four times, so that there is something to count. Only the atlas is read
-from disk, and global random state has no influence.
+A scene has one large, salient object and several smaller ones on a busy background. An object can
+have a coloured frame around it and a digit on a badge beside it. One category may occur up to four
+times, so that there is something to count. Only the atlas is read from disk, and global random
+state has no influence.
+
+A small scene is 336×336 px and shows five to nine objects. A high-resolution one is 672×672 px or
+of another shape, shows up to 25 objects and a sign with a number, and most of its objects are
+small beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ COLOURS = {
 }
 FRAME_WIDTH = 6
 BADGE = 36
+SIGN_HEIGHT, SIGN_DIGIT = 46, 21  # px; the second is the room for one digit
 MAX_COPIES = 4
+HIGH_SHAPES = ((672, 672), (336, 672), (672, 336), (336, 1008), (1008, 336))
+"""Heights and widths of high-resolution scenes; every fourth has another one, in between."""
 
 # A split's seed is its offset plus the user's seed, so the splits share no seed.
 SPLIT_OFFSETS = {
@@ -57,9 +64,11 @@ class Look:
 
 
 TRAIN_LOOK = Look(rotation=(0, 12), hue=(0, 0.02))
+HIGH_LOOK = Look(rotation=(0, 12), hue=(0, 0.02), small=(36, 70), large=(150, 220))
 # Outside the training range: every sprite is turned and tinted more than any sprite was in
 # training.
 SHIFTED_LOOK = Look(rotation=(15, 28), hue=(0.03, 0.06), small=(36, 84), large=(108, 172))
+HIGH_SHIFTED_LOOK = Look(rotation=(15, 28), hue=(0.03, 0.06), small=(34, 76), large=(140, 230))
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,22 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
+class Sign:
+    """A plate with a number of two or three digits."""
+
+    number: int
+    outer: Box
+
+
+@dataclass(frozen=True)
 class Scene:
     """A picture and what is in it; `budwood.sprout.questions.ask` asks about it."""
 
     seed: int
     split: str
-    image: Image.Image = field(repr=False)  # RGB, SIZE × SIZE
+    image: Image.Image = field(repr=False)  # RGB
     objects: tuple[SceneObject, ...]
+    sign: Sign | None = None  # in high-resolution scenes
 
     @property
     def salient(self) -> SceneObject:
@@ -118,23 +136,43 @@ def check_split(split: str) -> None:
         raise InputError(f"unknown split {split!r}; give one of {', '.join(SPLIT_OFFSETS)}")
 
 
-def make_scene(seed: int, split: str = "test") -> Scene:
+def make_scene(seed: int, split: str = "test", high_resolution: bool = False) -> Scene:
     """Draw the scene of a seed.
 
     Args:
-        seed: 0 ≤ seed < 1e9; the same seed and split always give the same picture.
+        seed: 0 ≤ seed < 1e9; the same arguments always give the same picture.
         split: "train", "validation", "test", or "shifted" (looks outside the training range).
+        high_resolution: draw a large picture with many small objects.
 
     Raises:
         InputError: unknown split, or seed out of range.
     """
     rng = scene_rng(seed, split)
-    look = SHIFTED_LOOK if split == "shifted" else TRAIN_LOOK
-    objects = _arrange(rng, look)
-    canvas = _background(rng)
+    shifted = split == "shifted"
+    if high_resolution:
+        look = HIGH_SHIFTED_LOOK if shifted else HIGH_LOOK
+        size = _high_size(rng)
+        objects, sign = _arrange_high(rng, look, size)
+    else:
+        look = SHIFTED_LOOK if shifted else TRAIN_LOOK
+        size = SIZE, SIZE
+        objects, sign = _arrange(rng, look), None
+    canvas = _background(rng, size)
     for thing in objects:
         _draw(canvas, thing, rng, look)
-    return Scene(seed, split, canvas, tuple(objects))
+    if sign is not None:
+        _draw_sign(canvas, sign)
+    return Scene(seed, split, canvas, tuple(objects), sign)
+
+
+def _high_size(rng: random.Random) -> tuple[int, int]:
+    """Height and width of a high-resolution scene: half of them are the largest square."""
+    chance = rng.random()
+    if chance < 0.5:
+        return HIGH_SHAPES[0]
+    if chance < 0.75:
+        return rng.choice(HIGH_SHAPES[1:])
+    return rng.randint(420, 800), rng.randint(420, 800)
 
 
 def _arrange(rng: random.Random, look: Look) -> list[SceneObject]:
@@ -143,19 +181,56 @@ def _arrange(rng: random.Random, look: Look) -> list[SceneObject]:
     while True:
         names = rng.sample(categories(), 9)
         others = rng.randint(max(1, 4 - copies), min(6, 8 - copies))
-        plan = [names[0], *[names[1]] * copies, *names[2 : 2 + others]]
-        placed: list[SceneObject] = []
-        for i, name in enumerate(plan):
-            thing = _place(rng, name, look.large if i == 0 else look.small, i == 0, placed)
-            if thing is None:
-                break
-            placed.append(thing)
-        else:
+        placed = _place_all(rng, names, copies, others, look, (SIZE, SIZE))
+        if placed is not None:
             return placed
 
 
+def _arrange_high(
+    rng: random.Random, look: Look, size: tuple[int, int]
+) -> tuple[list[SceneObject], Sign]:
+    """Place a sign and 10 to 25 objects on a full square, fewer on less room."""
+    copies = rng.randint(1, MAX_COPIES)
+    room = min(1.0, size[0] * size[1] / 672**2)
+    while True:
+        number = max(6, round(rng.randint(10, 25) * room))
+        others = max(1, number - 1 - copies)
+        sign = _place_sign(rng, size)
+        names = rng.sample(categories(), 2 + others)
+        placed = _place_all(rng, names, copies, others, look, size, (sign.outer,))
+        if placed is not None:
+            return placed, sign
+
+
+def _place_all(
+    rng: random.Random,
+    names: list[str],
+    copies: int,
+    others: int,
+    look: Look,
+    size: tuple[int, int],
+    taken: tuple[Box, ...] = (),
+) -> list[SceneObject] | None:
+    """Place one salient object, some copies of another and others; None where it is too crowded."""
+    plan = [names[0], *[names[1]] * copies, *names[2 : 2 + others]]
+    placed: list[SceneObject] = []
+    for i, name in enumerate(plan):
+        sides = look.large if i == 0 else look.small
+        occupied = [*taken, *(thing.outer for thing in placed)]
+        thing = _place(rng, name, sides, i == 0, occupied, size)
+        if thing is None:
+            return None
+        placed.append(thing)
+    return placed
+
+
 def _place(
-    rng: random.Random, name: str, sides: tuple[int, int], salient: bool, placed: list[SceneObject]
+    rng: random.Random,
+    name: str,
+    sides: tuple[int, int],
+    salient: bool,
+    occupied: list[Box],
+    size: tuple[int, int],
 ) -> SceneObject | None:
     """Find room for an object with its frame and badge; None after 60 attempts."""
     colour = rng.choice(list(COLOURS)) if rng.random() < 0.6 else None
@@ -165,26 +240,33 @@ def _place(
         side = rng.randint(*sides)
         width = side + 2 * margin + (BADGE if digit is not None else 0)
         height = side + 2 * margin
-        left, top = rng.randint(0, SIZE - width), rng.randint(0, SIZE - height)
+        left, top = rng.randint(0, size[1] - width), rng.randint(0, size[0] - height)
         outer = (left, top, left + width, top + height)
-        if any(_overlap(outer, other.outer) for other in placed):
+        if any(_overlap(outer, other) for other in occupied):
             continue
         box = (left + margin, top + margin, left + margin + side, top + margin + side)
         return SceneObject(name, box, colour, digit, outer, salient)
     return None
 
 
+def _place_sign(rng: random.Random, size: tuple[int, int]) -> Sign:
+    number = rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(100, 999)
+    width = SIGN_DIGIT * len(str(number)) + 18
+    left, top = rng.randint(0, size[1] - width), rng.randint(0, size[0] - SIGN_HEIGHT)
+    return Sign(number, (left, top, left + width, top + SIGN_HEIGHT))
+
+
 def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _background(rng: random.Random) -> Image.Image:
+def _background(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     """A random crop of a photograph, mirrored, tinted and darkened or washed out at random."""
     photo = rng.choice(backgrounds())
     side = rng.randint(SIZE // 2, BACKGROUND_SIZE)
     left, top = rng.randint(0, BACKGROUND_SIZE - side), rng.randint(0, BACKGROUND_SIZE - side)
     crop = photo.resize(
-        (SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+        (size[1], size[0]), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
     )
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -221,6 +303,16 @@ def _draw(canvas: Image.Image, thing: SceneObject, rng: random.Random, look: Loo
             anchor="mm",
             stroke_width=1,
         )
+
+
+def _draw_sign(canvas: Image.Image, sign: Sign) -> None:
+    left, top, right, bottom = sign.outer
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((left, top, right - 1, bottom - 1), fill=(250, 250, 240), outline="black")
+    pen.rectangle((left + 3, top + 3, right - 4, bottom - 4), outline=(30, 70, 225), width=2)
+    for i, digit in enumerate(str(sign.number)):
+        middle = left + 9 + SIGN_DIGIT * (i + 0.5), (top + bottom) / 2
+        pen.text(middle, digit, "black", _font(), anchor="mm", stroke_width=1)
 
 
 def _dressed(category: str, side: int, rng: random.Random, look: Look) -> Image.Image:

@@ -90,7 +90,7 @@ def show(
       budwood bench show record.json --columns method,unseen_top1:.1% --across points
       budwood bench show comparison/runs --where seed=0
     """
-    read = [records.read(file) for path in record for file in _files_of(path)]
+    read = [records.read(file) for path in record for file in files_of(path)]
     rows = _matching([row for each in read for row in each.rows], where)
     if columns is not None:
         shown = _parse_columns(columns, rows)
@@ -107,7 +107,7 @@ def show(
     typer.echo(records.table(*table), nl=False)
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The record itself, or all records inside a folder."""
     if not path.is_dir():
         return [path]

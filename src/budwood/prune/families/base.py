@@ -31,8 +31,10 @@ class Layout:
         candidates: features that may be dropped, in the LLM's order, int64, shape
             (n_candidates,); None if all may.
         fixed: features that always stay, int64, shape (n_fixed,).
-        order: place of each candidate in the encoder's order, int64, shape (n_candidates,); None
-            if the LLM has the same order.
+        order: place of each candidate in the encoder's order, int64, shape (n_candidates,), or
+            (n_candidates, n_parts) if it is made of several; None if the LLM has the same order.
+        weights: how much each part counts, float32, shape (n_candidates, n_parts); None if all
+            count the same.
         grid: rows and columns of the candidates, of each frame, if they form one raster; else None.
         n_crops: crops of equal size that the encoder saw.
         frames: frames of a video, one after the other in the candidates, each as long as the next.
@@ -47,6 +49,7 @@ class Layout:
     candidates: Tensor | None = None
     fixed: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     order: Tensor | None = None
+    weights: Tensor | None = None
     grid: tuple[int, int] | None = None
     n_crops: int = 1
     frames: int = 1
@@ -64,17 +67,25 @@ class Layout:
         return self.runs or (self.n_placeholders,)
 
     def ordered(self, scores: Tensor) -> Tensor:
-        """Move scores from the encoder's order into the LLM's.
+        """Move scores, or other values, from the encoder's order into the LLM's.
+
+        A candidate that is made of several of the encoder's tokens gets their (weighted) mean.
 
         Args:
-            scores: one per token of the encoder, shape (n_tokens,), on any device.
+            scores: of each token of the encoder, shape (n_tokens, ...), on any device.
 
         Returns:
-            One per candidate, shape (n_candidates,).
+            Of each candidate, shape (n_candidates, ...).
         """
         if self.order is None:
             return scores
-        return scores[self.order.to(scores.device, non_blocking=True)]
+        parts = scores[self.order.to(scores.device, non_blocking=True)]
+        if self.order.ndim == 1:
+            return parts
+        if self.weights is None:
+            return parts.mean(1)
+        weights = self.weights.to(scores.device, scores.dtype, non_blocking=True)
+        return torch.einsum("nk,nk...->n...", weights, parts)
 
 
 class Visuals(ABC):
@@ -162,6 +173,18 @@ class Visuals(ABC):
         """
         return [None] * len(layouts)
 
+    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+        """Boxes of the candidates in a picture or frame before the processor changed it.
+
+        Args:
+            layout: of the image or video.
+            image_size: height and width of the picture in pixels.
+
+        Returns:
+            x0, y0, x1, y1 as fractions of its size in [0, 1], float32, shape (n_candidates, 4).
+        """
+        return layout.boxes
+
 
 class Family(Visuals):
     """Where a model of one ``config.model_type`` keeps what pruning needs; itself for its images.
@@ -236,6 +259,11 @@ class Family(Visuals):
     def release(self) -> None:
         """Put back what :meth:`placed` changed; called on detaching."""
 
+    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+        x0, y0, x1, y1 = self.view(image_size)
+        scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+        return (layout.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
+
     def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part of a picture that the encoder sees: x0, y0, x1, y1 as fractions of its size.
 
@@ -243,6 +271,33 @@ class Family(Visuals):
             image_size: height and width of the picture in pixels.
         """
         return WHOLE
+
+
+def one_by_one(features: Sequence[Tensor]) -> BaseModelOutputWithPooling:
+    """Kept features for models that take one tensor for all visuals, whose first axis counts these.
+
+    Each token counts as a visual by itself. ``generate`` then tells the rows of a batch apart where
+    it repeats features for beams.
+
+    Args:
+        features: one tensor per visual, shape (n_kept, d_model).
+    """
+    return BaseModelOutputWithPooling(pooler_output=torch.cat(list(features))[:, None])
+
+
+def tile_boxes(rows: int, columns: int, side: int) -> Tensor:
+    """Boxes of a picture that is cut into tiles, tile by tile and row-major in each.
+
+    Args:
+        rows: tiles along the height.
+        columns: tiles along the width.
+        side: boxes along a side of each tile.
+
+    Returns:
+        x0, y0, x1, y1 as fractions of the picture, float32, shape (rows · columns · side², 4).
+    """
+    boxes = raster_boxes(rows * side, columns * side).view(rows, side, columns, side, 4)
+    return boxes.transpose(1, 2).reshape(-1, 4)
 
 
 def raster_boxes(rows: int, columns: int) -> Tensor:

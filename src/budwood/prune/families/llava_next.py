@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from budwood.prune.families.base import WHOLE, Layout, raster_boxes
+from budwood.errors import UnsupportedModelError
+from budwood.prune.families.base import WHOLE, Layout, raster_boxes, tile_boxes
 from budwood.prune.families.llava import Llava
 from budwood.prune.saliency import OutputRecorder
 
@@ -25,6 +26,16 @@ class LlavaNext(Llava):
     """
 
     model_type: ClassVar[str] = "llava_next"
+
+    def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
+        super().__init__(model, processor, whole_crops)
+        if self.tower.drops_first({}) != self.tower.has_cls:
+            wanted = "default" if self.tower.has_cls else "full"
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy="
+                f"{model.config.vision_feature_select_strategy!r} leaves no square of patches of "
+                f"tower {self.tower.config.model_type!r}; set it to {wanted!r}"
+            )
 
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         if not self.whole_crops:
@@ -107,16 +118,8 @@ def crop_layout(
 ) -> Layout:
     """Build the published code's layout: all patches of all crops, the overview first."""
     rows, columns = _grid(image_size, pinpoints, crop)
-    tiles = raster_boxes(rows * side, columns * side).view(rows, side, columns, side, 4)
-    tiles = tiles.transpose(1, 2).reshape(-1, 4)
-    # The picture is fitted into the canvas and centred: from fractions of the canvas to its own.
-    height, width = image_size
-    scale = min(rows * crop / height, columns * crop / width)
-    fraction_w = min(ceil(width * scale) / (columns * crop), 1.0)
-    fraction_h = min(ceil(height * scale) / (rows * crop), 1.0)
-    fraction = torch.tensor([fraction_w, fraction_h, fraction_w, fraction_h])
-    tiles = ((tiles - (1 - fraction) / 2) / fraction).clamp(0, 1)
-    boxes = torch.cat((raster_boxes(side, side), tiles))
+    tiles = on_picture(tile_boxes(rows, columns, side), image_size, (rows * crop, columns * crop))
+    boxes = torch.cat((raster_boxes(side, side), tiles.clamp(0, 1)))
     n_crops = 1 + rows * columns
     return Layout(
         n_placeholders=_n_packed(image_size, rows, columns, side),
@@ -126,11 +129,37 @@ def crop_layout(
     )
 
 
+def on_picture(boxes: Tensor, image_size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
+    """From fractions of a canvas, which a picture is fitted into and centred on, to the picture's.
+
+    Args:
+        boxes: x0, y0, x1, y1 as fractions of the canvas, shape (n, 4).
+        image_size: height and width of the picture in pixels.
+        canvas: height and width of the canvas in pixels.
+
+    Returns:
+        As fractions of the picture, outside [0, 1] on the padding, shape (n, 4).
+    """
+    height, width = image_size
+    scale = min(canvas[0] / height, canvas[1] / width)
+    fraction_w = min(ceil(width * scale) / canvas[1], 1.0)
+    fraction_h = min(ceil(height * scale) / canvas[0], 1.0)
+    fraction = torch.tensor([fraction_w, fraction_h, fraction_w, fraction_h])
+    return (boxes - (1 - fraction) / 2) / fraction
+
+
+def canvas_of(
+    image_size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]
+) -> tuple[int, int]:
+    """Height and width in pixels of the canvas that the picture is fitted into."""
+    return select_best_resolution(image_size, [list(pinpoint) for pinpoint in pinpoints])
+
+
 def _grid(
     image_size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], crop: int
 ) -> tuple[int, int]:
-    """Crops along the height and the width of the canvas that the picture is fitted into."""
-    height, width = select_best_resolution(image_size, [list(pinpoint) for pinpoint in pinpoints])
+    """Crops along the height and the width of that canvas."""
+    height, width = canvas_of(image_size, pinpoints)
     return height // crop, width // crop
 
 

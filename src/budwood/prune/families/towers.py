@@ -24,11 +24,7 @@ class Tower:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config.vision_config
-        if self.config.model_type not in _RECORDERS:
-            raise UnsupportedModelError(
-                f"vision tower {self.config.model_type!r} of {model.config.model_type!r} is not "
-                f"supported; known: {', '.join(_RECORDERS)}"
-            )
+        refuse_tower(model, *_RECORDERS)
         self.attention({})  # a wrong layer shows now and not at the first picture
 
     @property
@@ -49,22 +45,47 @@ class Tower:
     def attention(self, inputs: Mapping[str, Any]) -> Any:
         """Self-attention of the layer whose output is the selected hidden state.
 
-        ``hidden_states[0]`` are the embeddings, so ``hidden_states[i]`` is the output of layer
-        ``i - 1``; counted from the end both agree. Of several feature layers the last one counts.
+        Of several feature layers the last one counts.
         """
         index = inputs.get("vision_feature_layer")
         index = self.model.config.vision_feature_layer if index is None else index
         index = index if isinstance(index, int) else index[-1]
         tower = self.model.model.vision_tower
         layers = getattr(tower, "vision_model", tower).encoder.layers
-        where = index - 1 if index > 0 else index + len(layers)
-        if index == 0 or not 0 <= where < len(layers):
-            raise UnsupportedModelError(
-                f"vision_feature_layer={index} is the output of none of the tower's {len(layers)} "
-                "layers; saliency is read from that layer's attention"
-            )
-        return layers[where].self_attn
+        return output_layer(layers, index).self_attn
 
     def recorder(self, inputs: Mapping[str, Any]) -> ClsRecorder | ReceivedRecorder:
         """Hooks on the attention of that layer."""
         return _RECORDERS[self.config.model_type](self.attention(inputs))
+
+
+def output_layer(layers: Any, index: int) -> Any:
+    """The layer whose output is the tower's hidden state ``index``.
+
+    ``hidden_states[0]`` are the embeddings, so ``hidden_states[i]`` is the output of layer
+    ``i - 1``; counted from the end both agree.
+
+    Raises:
+        UnsupportedModelError: there is no such layer.
+    """
+    where = index - 1 if index > 0 else index + len(layers)
+    if index == 0 or not 0 <= where < len(layers):
+        raise UnsupportedModelError(
+            f"vision_feature_layer={index} is the output of none of the tower's {len(layers)} "
+            "layers; saliency is read from that layer's attention"
+        )
+    return layers[where]
+
+
+def refuse_tower(model: Any, *known: str) -> None:
+    """Refuse a vision tower whose ``model_type`` is none of the known ones.
+
+    Raises:
+        UnsupportedModelError: it is none of them.
+    """
+    given = model.config.vision_config.model_type
+    if given not in known:
+        raise UnsupportedModelError(
+            f"vision tower {given!r} of {model.config.model_type!r} is not supported; known: "
+            f"{', '.join(known)}"
+        )

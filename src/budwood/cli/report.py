@@ -1,0 +1,96 @@
+"""`budwood report`: benchmark records as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from budwood import records
+from budwood.checks import need_at_least
+from budwood.cli import bench, options
+from budwood.cli.console import say, working
+from budwood.cli.output import reserve
+from budwood.errors import InputError, OutputError
+from budwood.figures import need_matplotlib
+from budwood.files import write_text
+from budwood.loading import SPROUT
+
+if TYPE_CHECKING:
+    from budwood.bench.report import Column, Example
+
+METHODS_SHOWN = 6
+
+
+def report(
+    record: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECORD...", help="Records, or folders with a record.json somewhere inside."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page, which ends in .html.")],
+    examples: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Ask the embedded model N questions of the first pruning record again "
+            "and show which tokens its methods keep.",
+        ),
+    ] = 0,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
+    force: options.Force = False,
+) -> None:
+    """Write benchmark records as one HTML page: curves, tables, and where the numbers come from.
+
+    The page needs no other file and no network.
+
+    \b
+    Example:
+      budwood report prune.json prune-speed.json --out report.html --examples 3
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{out} must end in .html")
+    need_at_least(0, examples=examples)
+    need_matplotlib()
+    files = [file for path in record for file in bench.files_of(path)]
+    read = dict(zip(_names(files), map(records.read, files), strict=True))
+    reserve(out, force)
+    from budwood.bench.report import page
+
+    shown = _examples(list(read.values()), examples) if examples else []
+    columns = {name: _columns(name) for name in bench.COLUMNS}
+    write_text(out, page(read, columns, shown, title))
+    say(f"wrote {out}")
+
+
+def _names(files: list[Path]) -> list[str]:
+    """Short names that tell the files apart."""
+    if len({file.resolve() for file in files}) < len(files):
+        raise InputError("a record is given twice; give each once")
+    stems = [file.stem if file.stem != "record" else file.parent.name for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
+
+
+def _columns(name: str) -> list[Column]:
+    from budwood.bench.report import Column
+
+    headings = {column.key: column.heading for column in bench.COLUMNS[name]}
+    specs = bench.COLUMNS[name].of_record()
+    return [Column(key, spec, headings.get(key) or key) for key, spec in specs.items()]
+
+
+def _examples(read: list[records.Record], number: int) -> list[Example]:
+    """Questions of a record's scenes, answered again at its smallest budget."""
+    pruning = next((record for record in read if record.name == "bench prune"), None)
+    if pruning is None or pruning.config["model"] != SPROUT:
+        raise InputError(
+            f"--examples {number} needs a record of `budwood bench prune` on the embedded model"
+        )
+    from budwood.bench.prune.examples import examples_of
+    from budwood.cli.models import load
+
+    loaded = load(SPROUT)
+    with working("answering"):
+        return examples_of(loaded.model, loaded.processor, pruning, number, METHODS_SHOWN)

@@ -1,0 +1,101 @@
+"""`budwood report`: records become one page that needs no other file."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from budwood import records
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+class Page(HTMLParser):
+    """Tags, cells and addresses of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words += [data.strip()]
+
+
+def test_a_page_has_tables_curves_and_origins_and_needs_nothing(budwood, tmp_path):
+    out = tmp_path / "report.html"
+    files = [RESULTS / "prune.json", RESULTS / "points.json", RESULTS / "tune-speed.json"]
+    result = budwood("report", *files, "--out", out)
+    assert result.exit_code == 0 and f"wrote {out}" in result.stderr
+    text = out.read_text(encoding="utf-8")
+    page = Page(text)
+    assert all(source.startswith(("data:image/", "#record-")) for source in page.sources)
+    assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r"base64,[^\"]+", "", text))
+    prune = records.read(files[0])
+    adav = next(row for row in prune.rows if row["method"] == "adav" and row["keep"] == 0.11)
+    low, high = adav["accuracy_low"], adav["accuracy_high"]
+    assert f"{adav['accuracy']:.1%} [{low:.1%}, {high:.1%}]" in page.words
+    assert f"{adav['accuracy_digit']:.1%}" in page.words
+    assert prune.command in page.words and prune.git["commit"][:12] in page.words
+    assert page.tags.count("section") == 3 and page.tags.count("img") >= 3
+
+
+def test_what_a_record_says_is_text_and_not_markup(budwood, tmp_path):
+    record = records.new_record(
+        "other",
+        [{"method": "<b>x</b>", "value": 1}],
+        seed=0,
+        config={},
+        command="<script>",
+        status="partial",
+    )
+    out = tmp_path / "report.html"
+    assert (
+        budwood("report", records.write(record, tmp_path / "r.json"), "--out", out).exit_code == 0
+    )
+    text = out.read_text()
+    assert "<b>x" not in text and "<script" not in text and "&lt;b&gt;x" in text
+    assert "This run is not complete." in text
+
+
+def test_bad_input(budwood, tmp_path):
+    out, record = tmp_path / "report.html", RESULTS / "prune.json"
+    old = tmp_path / "old.json"
+    old.write_text(record.read_text().replace('"format": 1', '"format": 0'))
+    empty = records.new_record("bench prune", [], seed=0, config={})
+    records.write(empty, tmp_path / "empty.json")
+    for arguments, said in (
+        ((old, "--out", out), "has format 0; this version reads 1"),
+        ((tmp_path / "none.json", "--out", out), "none.json"),
+        ((tmp_path / "empty.json", "--out", out), "has no rows"),
+        ((record, "--out", tmp_path / "report.pdf"), "must end in .html"),
+        ((record, record, "--out", out), "given twice"),
+        ((record, "--out", out, "--examples", -1), "examples"),
+        ((RESULTS / "points.json", "--out", out, "--examples", 1), "needs a record of"),
+    ):
+        result = budwood("report", *arguments)
+        assert result.exit_code == 2, arguments
+        assert said in result.stderr and result.stderr.count("\n") == 1
+        assert not out.exists()
+    out.write_text("mine")
+    assert budwood("report", record, "--out", out).exit_code == 2
+    assert out.read_text() == "mine"
+
+
+def test_examples_show_what_the_records_methods_keep(budwood, tmp_path):
+    record = records.read(RESULTS / "prune.json")
+    record.config["variants"] = record.config["variants"][:1]
+    records.write(record, tmp_path / "record.json")
+    out = tmp_path / "report.html"
+    result = budwood("report", tmp_path / "record.json", "--out", out, "--examples", 1)
+    assert result.exit_code == 0, result.stderr
+    page = Page(out.read_text())
+    assert sum(source.startswith("data:image/png") for source in page.sources) == 1
+    assert any("Right: " in words for words in page.words)
