@@ -26,16 +26,13 @@ def turn(case, *rows):
 def pictures(case, *turns):
     """The encoder's inputs of images, given turn by turn."""
     batch = case.batch(*map(list, turns))
-    ids = ("input_ids", "attention_mask", "mm_token_type_ids")
+    ids = ("input_ids", "attention_mask", case.types)
     return {name: value for name, value in batch.items() if name not in ids}
 
 
 def asked(case, ids, mask, images):
     """Inputs of a conversation."""
-    inputs = {"input_ids": ids, "attention_mask": mask, **images}
-    if case.before:
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
-    return inputs
+    return {"input_ids": ids, "attention_mask": mask, **case.typed(ids), **images}
 
 
 def encoded(case, monkeypatch):
@@ -177,7 +174,7 @@ def test_forward_with_a_new_image(case):
             input_ids=answer, attention_mask=mask, past_key_values=output.past_key_values
         )
         ids, mask = torch.cat((batch["input_ids"], answer, new), 1), torch.cat((mask, seen), 1)
-        kinds = {"mm_token_type_ids": (new == IMAGE).int()} if case.before else {}
+        kinds = case.typed(new)
         output = case.model(
             input_ids=new,
             attention_mask=mask,

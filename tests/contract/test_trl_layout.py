@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from budwood.prune import attach
+from tests.contract import oracle
 from tests.contract.models import PAD, words
 
 ANSWERS = [words(5, 30), words(2, 31)]
@@ -27,8 +28,7 @@ def joined(case):
         "input_ids": torch.cat((prompt["input_ids"], answers), 1),
         "attention_mask": torch.cat((prompt["attention_mask"], seen), 1),
     }
-    if "mm_token_type_ids" in prompt:
-        batch["mm_token_type_ids"] = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, 5))
+    batch |= case.typed(batch["input_ids"], suffix=prompt["input_ids"].shape[1])
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     batch["labels"][:, :n_prompt] = -100
     return batch
@@ -37,15 +37,12 @@ def joined(case):
 @pytest.mark.parametrize("keep", [1.0, 3])
 def test_answers_stay_in_the_last_columns(case, joined, keep):
     """Without padding on the left, and though rows lose different numbers of tokens."""
-    text = {k: v for k, v in joined.items() if k != "pixel_values" and "image" not in k}
-    picture = {k: v for k, v in joined.items() if k not in text}
     n_answers = [len(answer) for answer in ANSWERS]
     with attach(case.model, keep=keep, forward=True), torch.no_grad():
         together = case.model(**joined).logits[:, -6:-1]
-        for row, images in enumerate((picture, {})):
-            seen = joined["attention_mask"][row].bool()
-            single = {name: tensor[row : row + 1, seen] for name, tensor in text.items()}
-            alone = case.model(**single, **images).logits[0, -1 - n_answers[row] : -1]
+        for row, images in enumerate((slice(0, 1), slice(1, 1))):
+            single = oracle.row_of(joined, case, row, images)
+            alone = case.model(**single).logits[0, -1 - n_answers[row] : -1]
             torch.testing.assert_close(together[row, : n_answers[row]], alone, rtol=1e-3, atol=1e-3)
 
 

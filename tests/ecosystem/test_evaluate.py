@@ -37,16 +37,20 @@ def answers_one_by_one(folder, **options):
 # The task
 
 
-def test_scenes_are_those_of_the_benchmark():
+@pytest.mark.parametrize("layout", [{}, {"high_resolution": True}], ids=str)
+def test_scenes_are_those_of_the_benchmark(layout):
     pytest.importorskip("datasets", reason="datasets is not installed")
-    rows = scene_questions(N_SCENES, "shifted", scene_seed=2)
-    asked = [(scene, q) for scene, some in balanced(2, N_SCENES, "shifted") for q in some]
+    rows = scene_questions(N_SCENES, "shifted", scene_seed=2, **layout)
+    asked = [(scene, q) for scene, some in balanced(2, N_SCENES, "shifted", **layout) for q in some]
     assert len(rows) == len(asked) > N_SCENES
     for row, (scene, question) in zip(rows, asked):
         assert (row["question"], row["answer"]) == (question.text, question.answer)
         assert row["kind"] == question.kind
         assert picture(row).tobytes() == scene.image.tobytes()
-    assert rows[0]["question"] != scene_questions(N_SCENES, "shifted", scene_seed=3)[0]["question"]
+    assert (
+        rows[0]["question"]
+        != scene_questions(N_SCENES, "shifted", scene_seed=3, **layout)[0]["question"]
+    )
 
 
 def test_an_answer_is_right_whatever_its_case_and_punctuation():

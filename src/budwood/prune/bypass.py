@@ -11,7 +11,7 @@ from budwood.errors import AttachError
 
 
 class Guard:
-    """Refuses images and videos that reach the inner model behind the back of the attached ``forward``.
+    """Refuses images and videos that reach the inner model past the attached ``forward``.
 
     A trainer of TRL gives the model a ``forward`` of its own, which calls the inner model. Where
     that happens after ``attach``, training would see all visual tokens and generation few.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from budwood.caches import by_new_name, by_one_name, cache_of, takes_new_name
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
@@ -318,7 +319,7 @@ class PruneSession:
         self._calls.note(kwargs.get("streamer"))
         swap.wrap(cut)
         output = swap.restored(original(**cut))
-        self._note(prompt, getattr(output, "past_key_values", None))
+        self._note(prompt, cache_of(output))
         return self._calls.note(output)
 
     def _continued(
@@ -382,7 +383,7 @@ class PruneSession:
             if hasattr(hook, "note_inputs"):
                 hook.note_inputs((), cut)
         output = original(**cut)
-        self._note(prompt, getattr(output, "past_key_values", None))
+        self._note(prompt, cache_of(output))
         return self._calls.note(output)
 
     def _cut(
@@ -429,6 +430,7 @@ class Override:
         functools.update_wrapper(self, original)
         self.budwood_session = session
         self._name, self._original, self._replacement = name, original, replacement
+        self._new_name = takes_new_name(session.model)
         self._names = [
             parameter.name
             for parameter in signature(original).parameters.values()
@@ -439,8 +441,10 @@ class Override:
         with self.budwood_session.running() as attached:
             if not attached:
                 return self._original(*args, **kwargs)
-            named = dict(zip(self._names, args, strict=False))
-            return self._replacement(self._original, {**named, **kwargs})
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            if self._new_name:
+                return self._replacement(by_new_name(self._original), by_one_name(named))
+            return self._replacement(self._original, named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.budwood_session.model, self._name)
