@@ -14,6 +14,8 @@ from budwood.prune import attach
 from tests.contract import oracle
 from tests.contract.models import IMAGE, PAD, pad, words
 
+READS_BACKWARDS = ("paligemma",)
+WITH_WINDOWS = ("gemma3",)
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 KEPT = {**GREEDY, "return_dict_in_generate": True}
 
@@ -51,6 +53,34 @@ def encoded(case, monkeypatch):
     return seen
 
 
+@pytest.fixture
+def case(case):
+    """Families that take new images behind a cache."""
+    if case.model.config.model_type in READS_BACKWARDS:
+        pytest.skip("reads the whole prompt backwards, too")
+    return case
+
+
+@pytest.fixture
+def no_windows(case):
+    """Families that do so in batches."""
+    if case.model.config.model_type in WITH_WINDOWS:
+        pytest.skip("sliding windows count padding")
+
+
+@pytest.mark.parametrize("model_type", [*READS_BACKWARDS, *WITH_WINDOWS])
+def test_families_that_cannot_say_so(cases, model_type):
+    case = cases[model_type]
+    batch = case.batch([0, words(3, 1)], [0, words(3, 2)])
+    with attach(case.model, keep=5):
+        first = case.model.generate(**batch, **KEPT)
+        new = torch.tensor(turn(case, [1, words(2, 3)], [1, words(2, 4)]))
+        ids = torch.cat((first.sequences, new), 1)
+        inputs = asked(case, ids, torch.ones_like(ids), pictures(case, (1,), (1,)))
+        with pytest.raises(AttachError, match="start from an empty cache"):
+            case.model.generate(**inputs, past_key_values=first.past_key_values, **GREEDY)
+
+
 @pytest.mark.parametrize("given", ["all", "new"])
 @pytest.mark.parametrize("chosen_by", ["fastervlm", "adav"])
 def test_new_images_in_two_later_turns(case, given, chosen_by, monkeypatch):
@@ -85,7 +115,7 @@ def test_new_images_in_two_later_turns(case, given, chosen_by, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["all", "new"])
-def test_new_images_in_a_batch(case, batch, given):
+def test_new_images_in_a_batch(case, no_windows, batch, given):
     """Rows that get an image, text alone and another image, of unequal lengths."""
     rows = [[1, words(2, 40)], [words(4, 41)], [words(3, 42), 2, words(3, 43)]]
     tails = turn(case, *rows)
@@ -157,7 +187,7 @@ def test_a_later_question_is_about_the_new_image(case):
     assert ids[0, list(question)].tolist() == words(4, 9)
 
 
-def test_forward_with_a_new_image(case):
+def test_forward_with_a_new_image(case, no_windows):
     """By hand: new tokens alone, behind a cache, in a batch; then steps of one token."""
     rows = [[words(3, 1), 0, words(5, 2)], [words(4, 3)]]
     batch = case.batch(*rows)
@@ -233,7 +263,7 @@ def test_a_cache_with_unpruned_images_says_so(case):
         case.model.generate(**inputs, past_key_values=first.past_key_values, **GREEDY)
 
 
-def test_a_cropped_cache_says_so(case):
+def test_a_cropped_cache_says_so(case, no_windows):
     batch = case.batch([words(4, 1), 0, words(5, 2)])
     with attach(case.model, keep=5):
         first = case.model.generate(**batch, **KEPT)

@@ -391,6 +391,8 @@ class PruneSession:
     ) -> tuple[dict[str, Any], CachedPrompt]:
         """Prune the images of a call that no cache holds, and say what a cache then holds."""
         refuse_inputs(inputs, self.pruner.family.has_whole_video(inputs))
+        if held is not None:
+            self.pruner.family.refuse_later(len(held.whole))
         cut = self.pruner.cut(inputs, pad, held)
         n_held = held.n_all if held else 0
         self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin, False, n_held)

@@ -291,6 +291,16 @@ class Family(Visuals):
         """
         return None
 
+    def refuse_later(self, n_rows: int) -> None:
+        """Refuse new images behind a filled cache where the model would not read them as one prompt.
+
+        Args:
+            n_rows: of the batch.
+
+        Raises:
+            AttachError: it would not.
+        """
+
     def placed(self, positions: Tensor, mask: Tensor) -> None:
         """Receive the positions that were kept, for models that derive later ones from them."""
 
