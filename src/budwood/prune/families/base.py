@@ -292,7 +292,7 @@ class Family(Visuals):
         return None
 
     def refuse_later(self, n_rows: int) -> None:
-        """Refuse new images behind a filled cache where the model would not read them as one prompt.
+        """Refuse new images behind a cache where they are not read as in one prompt.
 
         Args:
             n_rows: of the batch.
