@@ -189,7 +189,7 @@ def _qwen2_5_vl(shape: Shape) -> Any:
             "mrope_section": [16, 24, 24],
         },
     }
-    tokens = {
+    tokens: dict[str, Any] = {
         "image_token_id": _WORDS - 1,
         "video_token_id": _WORDS - 2,
         "vision_start_token_id": _WORDS - 3,
