@@ -55,6 +55,18 @@ class PrunedMultimodal(_Base):
         self.session = loaded.session
         super().__init__(pretrained=loaded.model, batch_size=size, **given)
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> PrunedMultimodal:
+        """Make the model from ``--model_args``, which win over ``--device`` and ``--batch_size``.
+
+        Args:
+            arg_dict: of ``--model_args``.
+            additional_config: what lm-eval adds; its own models fail on what is given in both.
+        """
+        return cls(**{**(additional_config or {}), **arg_dict})
+
 
 def main() -> int:
     """Run lm-eval's command.
