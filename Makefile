@@ -7,18 +7,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-lmms docs plots lint format clean
+.PHONY: help venv demo test test-versions test-lmms docs plots lint format clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
 	@echo "make demo    all three abilities on embedded models, in three minutes"
 	@echo "make test    the whole test suite"
+	@echo "make test-versions  the tests of models, on the oldest and the newest transformers"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
 	@echo "make format  let ruff put right what it can"
-	@echo "make clean   remove $(VENV) and caches"
+	@echo "make clean   remove $(VENV), .venvs and caches"
 
 venv: $(STAMP)
 
@@ -48,6 +49,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# Each in an environment of its own. The newest is looked for every time.
+OLDEST := transformers==5.20.0
+MODEL_TESTS := -m versions tests/contract tests/unit/test_families.py tests/unit/test_saliency.py
+
+.venvs/%/.installed: pyproject.toml constraints.txt
+	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install torch==2.13.0
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venvs/$*/constraints.txt
+	.venvs/$*/bin/python -m pip install -c .venvs/$*/constraints.txt -e . accelerate hypothesis pytest pytest-timeout $(if $(filter oldest,$*),$(OLDEST),transformers)
+	@touch $@
+
+test-versions: .venvs/oldest/.installed .venvs/newest/.installed
+	.venvs/newest/bin/python -m pip install --quiet -c .venvs/newest/constraints.txt --upgrade transformers
+	.venvs/oldest/bin/python -m pytest $(MODEL_TESTS)
+	.venvs/newest/bin/python -m pytest $(MODEL_TESTS)
+
 # lmms-eval without its fifty dependencies, apart from the environment: it wants an older filelock.
 LMMS := build/lmms
 
@@ -75,4 +92,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) .venvs .pytest_cache .ruff_cache build dist site

@@ -157,10 +157,20 @@ def _family(module: str, name: str, summary: str) -> Entry:
 
 
 FAMILIES = {
+    "gemma3": _family("gemma", "Gemma3", "Gemma3ForConditionalGeneration."),
     "llava": _family(
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
+    "llava-pixtral": _family(
+        "pixtral", "Pixtral", "LlavaForConditionalGeneration with a Pixtral tower (Pixtral-12B)."
+    ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
+    "mistral3": _family(
+        "pixtral", "Mistral3", "Mistral3ForConditionalGeneration (Mistral Small 3.1 and later)."
+    ),
+    "paligemma": _family(
+        "gemma", "PaliGemma", "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2)."
+    ),
     "llava_onevision": _family(
         "llava_onevision",
         "LlavaOnevision",
@@ -184,7 +194,10 @@ FAMILIES = {
         "qwen3_vl", "Qwen3VLMoe", "Qwen3VLMoeForConditionalGeneration, images and videos."
     ),
 }
-"""Vision-language models that can be pruned, by ``config.model_type``."""
+"""Vision-language models that can be pruned, by ``config.model_type``.
+
+A name such as ``llava-pixtral`` has the tower's ``model_type`` as well, where that makes a family.
+"""
 
 
 def _tuner(summary: str, kind: str = "method") -> Entry:
@@ -345,6 +358,12 @@ MODELS = {
     ),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
+    "google/gemma-3-4b-it": _model("gemma3", "Gemma 3, 256 a picture or crop"),
+    "google/paligemma2-3b-mix-448": _model("paligemma", "PaliGemma 2, 1,024 a picture"),
+    "mistral-community/pixtral-12b": _model("llava-pixtral", "Pixtral, up to 4,096"),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _model(
+        "mistral3", "Mistral Small 3.1, up to 3,025"
+    ),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": _model(
         "llava_onevision", "LLaVA-OneVision, 729 a crop"
     ),

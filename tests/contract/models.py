@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -21,6 +25,12 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -65,6 +75,7 @@ CLIP = {
     "initializer_factor": 1.0,
     "projection_dim": 8,
 }
+SIGLIP = {name: CLIP[name] for name in CLIP if name not in ("projection_dim", "initializer_factor")}
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,13 @@ class Case:
     """A model and how to make inputs for it.
 
     `image(seed)` gives one image's inputs and its number of placeholders, or its tokens where
-    markers stand between them; the size depends on the seed where the family allows. `join` puts
-    several together. A family whose images depend on their row has `image_in(seed, n_in_row)` and
+    others stand between; the size depends on the seed where the family allows. `join` puts several
+    together. A family whose images depend on their row has `image_in(seed, n_in_row)` and
     `join_rows`, which gets a list a row, in place of these. `pixels_of(batch, row, images)` takes a
     row's inputs out of a batch where it is not one entry an image. `video(seed)` gives one video's
-    inputs and its part of the prompt.
+    inputs and its part of the prompt. `kinds` makes token types, under the name `types`, of ids and
+    of which tokens come after the prompt. `masks` makes of a row's token types, by hand, what its
+    language model takes as a mask.
     """
 
     model: Any
@@ -95,6 +108,10 @@ class Case:
     image_in: Callable[[int, int], tuple[dict[str, Tensor], int]] | None = None
     join_rows: Callable[[Sequence[Sequence[dict[str, Tensor]]]], dict[str, Tensor]] | None = None
     pixels_of: Callable[[dict[str, Tensor], int, slice], dict[str, Tensor]] | None = None
+    types: str | None = None
+    kinds: Callable[[Tensor, Tensor], Tensor] = lambda ids, suffix: by_token(ids)
+    masks: Callable[[Tensor], Any] = lambda kinds: torch.ones(1, len(kinds), dtype=torch.long)
+    bidirectional: bool = False
 
     @property
     def llm(self) -> Any:
@@ -107,6 +124,15 @@ class Case:
         """Name of the vision tower inside."""
         names = ("visual", "vision_tower", "vision_model")
         return next(name for name in names if hasattr(self.model.model, name))
+
+    def typed(self, ids: Tensor, suffix: Tensor | int | None = None) -> dict[str, Tensor]:
+        """Token types of `ids`, whose suffix is a mask or begins at a position."""
+        if self.types is None:
+            return {}
+        if not isinstance(suffix, Tensor):
+            columns = torch.arange(ids.shape[1]).expand_as(ids)
+            suffix = columns >= (ids.shape[1] if suffix is None else suffix)
+        return {self.types: self.kinds(ids, suffix)}
 
     def batch(
         self, *rows: Sequence[int | Video | list[int]], side: str = "left"
@@ -137,12 +163,16 @@ class Case:
         masks = [pad([1] * len(text), length, 0, side) for text in texts]
         ids = torch.tensor(padded)
         batch = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
-        if self.before:  # the family with typed tokens
-            batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        batch |= self.typed(ids)
         every = [inputs for row in images for inputs in row]
         if every:
             batch |= self.join_rows(images) if self.join_rows else self.join(every)
         return batch | (concatenate(videos) if videos else {})
+
+
+def by_token(ids: Tensor) -> Tensor:
+    """1 for placeholders of images, 2 for those of videos."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
 
 
 def pad(row: list[int], length: int, value: int, side: str) -> list[int]:
@@ -187,9 +217,8 @@ def llava(**changes: Any) -> Case:
 
 def llava_siglip() -> Case:
     torch.manual_seed(0)
-    vision = {key: CLIP[key] for key in CLIP if key not in ("projection_dim", "initializer_factor")}
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(**vision),
+        vision_config=SiglipVisionConfig(**SIGLIP),
         text_config=LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         vision_feature_select_strategy="full",
@@ -462,8 +491,132 @@ def qwen(
             ]
         return inputs, [*ids, VISION_END]
 
-    wrapped = {"before": (VISION_START,), "after": (VISION_END,)}
-    return Case(ready(model), image, concatenate, **wrapped, video=video)
+    return Case(ready(model), image, concatenate, **WRAPPED, video=video, types="mm_token_type_ids")
+
+
+WRAPPED = {"before": (VISION_START,), "after": (VISION_END,)}
+GEMMA = {**TEXT, "head_dim": 8, "pad_token_id": PAD}
+
+
+def gemma3() -> Case:
+    """Patches pooled 2×2, and two layers with a sliding window that is shorter than the prompts."""
+    torch.manual_seed(0)
+    window, layers = 9, ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**SIGLIP | {"image_size": 24, "vision_use_head": False}),
+        text_config=Gemma3TextConfig(
+            **GEMMA, sliding_window=window, layer_types=layers, query_pre_attn_scalar=8
+        ),
+        mm_tokens_per_image=16,
+        image_token_index=IMAGE,
+        boi_token_index=VISION_START,
+        eoi_token_index=VISION_END,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():  # it starts at zero
+        weight = model.model.multi_modal_projector.mm_input_projection_weight
+        weight.copy_(noise(1, *weight.shape))
+
+    def masks(kinds: Tensor) -> dict[str, Tensor]:
+        full = torch.zeros(len(kinds), len(kinds), dtype=torch.bool)
+        near = full.clone()
+        for query in range(len(kinds)):
+            for key in range(len(kinds)):
+                between = kinds[min(query, key) : max(query, key) + 1]
+                full[query, key] = key <= query or bool((between == 1).all())
+                near[query, key] = full[query, key] and key > query - window
+        return {"full_attention": full[None, None], "sliding_attention": near[None, None]}
+
+    return Case(
+        ready(model),
+        lambda seed: ({"pixel_values": noise(seed, 1, 3, 24, 24)}, 16),
+        concatenate,
+        **WRAPPED,
+        types="token_type_ids",
+        masks=masks,
+        bidirectional=True,
+    )
+
+
+def paligemma(text: Any = None) -> Case:
+    torch.manual_seed(0)
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**SIGLIP | {"vision_use_head": False}),
+        text_config=text or GemmaConfig(**GEMMA),
+        image_token_index=IMAGE,
+        projection_dim=TEXT["hidden_size"],
+    )
+
+    def masks(kinds: Tensor) -> Tensor:
+        seen = torch.zeros(len(kinds), len(kinds), dtype=torch.bool)
+        for query in range(len(kinds)):
+            for key in range(len(kinds)):
+                seen[query, key] = key <= query or bool(kinds[query] == 0 and kinds[key] == 0)
+        return seen[None, None]
+
+    return Case(
+        ready(PaliGemmaForConditionalGeneration(config)),
+        lambda seed: ({"pixel_values": noise(seed, 1, 3, 12, 12)}, 16),
+        concatenate,
+        types="token_type_ids",
+        kinds=lambda ids, suffix: suffix.int(),
+        masks=masks,
+        bidirectional=True,
+    )
+
+
+PIXTRAL = {**SIGLIP, "hidden_size": 24, "num_attention_heads": 3, "image_size": 36}
+ROW_END, IMAGE_END = VISION_START, VISION_END
+
+
+def llava_pixtral() -> Case:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**PIXTRAL),
+        text_config=MistralConfig(**TEXT, sliding_window=None),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return rows_of(ready(LlavaForConditionalGeneration(config)), 1)
+
+
+def mistral3() -> Case:
+    """Patches merged 2×2, of a layer that is not the last."""
+    torch.manual_seed(0)
+    config = Mistral3Config(
+        vision_config=PixtralVisionConfig(**PIXTRAL),
+        text_config=MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-2,
+    )
+    return rows_of(ready(Mistral3ForConditionalGeneration(config)), 2)
+
+
+def rows_of(model: Any, merge: int) -> Case:
+    """Images of three sizes, a break after each row of tokens and an end after the last."""
+
+    def image(seed: int) -> tuple[dict[str, Tensor], list[int]]:
+        rows, columns = [(5, 7), (3, 4), (8, 5)][seed % 3]
+        height, width = 3 * merge * rows, 3 * merge * columns
+        inputs = {
+            "pixel_values": noise(seed, 1, 3, height, width),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+        return inputs, [*([*[IMAGE] * columns, ROW_END] * rows)[:-1], IMAGE_END]
+
+    return Case(model, image, join_padded)
+
+
+def join_padded(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pad all pixels to the largest height and width."""
+    sides = torch.cat([image["image_sizes"] for image in images]).amax(0).tolist()
+    for image in images:
+        height, width = image["image_sizes"][0].tolist()
+        padding = (0, sides[1] - width, 0, sides[0] - height)
+        image["pixel_values"] = torch.nn.functional.pad(image["pixel_values"], padding)
+    return concatenate(images)
 
 
 def concatenate(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -480,8 +633,12 @@ def join_next(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 BUILDERS: dict[str, Callable[[], Case]] = {
+    "gemma3": gemma3,
     "llava": llava,
+    "llava-pixtral": llava_pixtral,
     "llava_next": llava_next,
+    "mistral3": mistral3,
+    "paligemma": paligemma,
     "llava_onevision": llava_onevision,
     "internvl": internvl,
     "idefics3": idefics3,

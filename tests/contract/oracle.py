@@ -88,6 +88,14 @@ def coordinates(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
     return positions[..., kept]
 
 
+def kinds_of(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int = 0) -> Tensor:
+    """Token types of the kept tokens, and of an answer that fills up `n_tokens`."""
+    if case.types is None:
+        return torch.zeros(max(n_tokens, len(kept)))
+    answer = torch.zeros(1, max(n_tokens - len(kept), 0), dtype=torch.long)
+    return torch.cat((single[case.types][0][kept], case.typed(answer, suffix=0)[case.types][0]))
+
+
 def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int) -> dict[str, Any]:
     """What the LLM takes beside embeddings, for kept tokens and the answer up to `n_tokens`."""
     outputs = encoded(case, single)
@@ -130,7 +138,7 @@ def hidden(
     return case.llm(
         inputs_embeds=embeds,
         position_ids=positions,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        attention_mask=case.masks(kinds_of(case, single, kept, embeds.shape[1])),
         use_cache=False,
         **deepstack(case, single, kept, embeds.shape[1]),
     ).last_hidden_state
@@ -173,7 +181,7 @@ def newlines(case: Case, single: dict[str, Tensor], kind: str, number: int, n: i
     """Which of an image's or video's `n` features are newlines, bool, shape (n,)."""
     if kind == "video" and case.model.config.model_type == "llava_onevision":
         return torch.arange(n) == n - 1
-    if kind == "video" or "image_sizes" not in single:
+    if kind == "video" or case.model.config.model_type not in ("llava_next", "llava_onevision"):
         return torch.zeros(n, dtype=torch.bool)
     size = single["image_sizes"][number]
     n_crops = 5 if int(size[0]) == 30 else 3

@@ -25,9 +25,10 @@ def labelled(request, case):
     for row, n_answer in enumerate((2, 4, 3)):
         seen = batch["attention_mask"][row].nonzero().flatten()[-n_answer:]
         batch["labels"][row, seen] = batch["input_ids"][row, seen]
-    return batch
+    return batch | case.typed(batch["input_ids"], batch["labels"] != -100)
 
 
+@pytest.mark.versions
 def test_keeping_everything_changes_nothing(case, labelled):
     before = case.model(**labelled)
     with attach(case.model, keep=1.0, forward=True):
@@ -62,6 +63,7 @@ def test_answers_are_no_part_of_the_question(case, labelled):
         assert (labelled["labels"][image.row, list(image.question)] == -100).all()
 
 
+@pytest.mark.versions
 def test_generate_and_forward_choose_the_same(case, batch):
     with attach(case.model, keep=6, forward=True) as session:
         case.model.generate(**batch, max_new_tokens=2)
@@ -77,6 +79,7 @@ def test_without_forward_a_call_is_untouched(case, batch):
         assert session.report == []
 
 
+@pytest.mark.versions
 def test_decoding_by_hand_continues_from_the_pruned_cache(case):
     batch = case.batch([words(3, 1), 0, words(5, 2)])
     with attach(case.model, keep=6, forward=True):

@@ -28,8 +28,7 @@ def joined(case):
         "input_ids": torch.cat((prompt["input_ids"], answers), 1),
         "attention_mask": torch.cat((prompt["attention_mask"], seen), 1),
     }
-    if "mm_token_type_ids" in prompt:
-        batch["mm_token_type_ids"] = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, 5))
+    batch |= case.typed(batch["input_ids"], suffix=prompt["input_ids"].shape[1])
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     batch["labels"][:, :n_prompt] = -100
     return batch

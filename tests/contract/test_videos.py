@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -197,6 +199,21 @@ def test_a_second_turn_goes_on_with_the_cache(case):
     places = oracle.kept_positions(case, whole, kept)
     expected, _ = oracle.greedy(case, whole, places, 5)
     assert torch.equal(second[0, ids.shape[1] :], expected)
+
+
+def test_threads_do_not_mix(case):
+    prompts = [case.batch([words(2 + i, i), Video(i), 1, words(5 - i, i + 9)]) for i in range(4)]
+    with attach(case.model, keep=5) as session:
+        expected = [case.model.generate(**prompt, **GREEDY) for prompt in prompts]
+        kept = [[one.kept for one in session.call_of(output).report] for output in expected]
+        with ThreadPoolExecutor(4) as pool:
+            calls = [
+                pool.submit(case.model.generate, **prompts[i % 4], **GREEDY) for i in range(60)
+            ]
+            for number, call in enumerate(calls):
+                assert torch.equal(call.result(), expected[number % 4])
+                mine = [one.kept for one in session.call_of(call.result()).report]
+                assert all(map(torch.equal, mine, kept[number % 4]))
 
 
 def test_videos_encoded_before(case, batch, monkeypatch):

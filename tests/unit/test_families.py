@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma2Config
 from transformers.image_processing_utils import select_best_resolution
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.vision_utils import get_vision_window_index
 
 from budwood.errors import BudgetError, InputError, UnsupportedModelError
@@ -19,6 +21,8 @@ from budwood.prune.families.qwen2_5_vl import window_order
 from budwood.prune.methods.base import rasters
 from tests.contract import models
 from tests.contract.models import words
+
+pytestmark = pytest.mark.versions
 
 PINPOINTS = ((12, 24), (24, 12), (24, 24), (12, 36), (36, 12))
 SIZES = [(11, 37), (41, 9), (30, 28), (24, 24), (5, 90), (90, 5), (100, 101), (333, 120), (1, 1)]
@@ -199,6 +203,72 @@ def test_frames_and_missing_full_blocks_say_so():
     with pytest.raises(UnsupportedModelError, match="fullatt_block_indexes"):
         attach(case.model)
     assert batch
+
+
+def test_paligemma_2_has_sliding_windows_as_well():
+    """Against the stock model, given the pruned prompt and an encoder of the kept features."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = Gemma2Config(**models.GEMMA, sliding_window=7, layer_types=layers)
+    case = models.paligemma(text)
+    batch = case.batch([0, words(5, 2)])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    stock = case.model.generate(**batch, **options)
+    with attach(case.model, keep=1.0):
+        assert torch.equal(case.model.generate(**batch, **options), stock)
+    with attach(case.model, keep=6) as session:
+        pruned = case.model.generate(**batch, **options)
+    kept = session.origin[0]
+    features = case.model.get_image_features(batch["pixel_values"]).pooler_output
+    few = BaseModelOutputWithPooling(pooler_output=features[:, session.report[0].kept])
+    case.model.model.get_image_features = lambda pixel_values, **_: few
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    by_hand = case.model.generate(
+        **{name: batch[name][:, kept] for name in names},
+        pixel_values=batch["pixel_values"],
+        **options,
+    )
+    assert torch.equal(pruned[:, -5:], by_hand[:, -5:])
+
+
+def test_pixtral_keeps_breaks_and_does_not_ask_about_them():
+    case = models.llava_pixtral()
+    batch = case.batch([words(2, 1), 0, words(4, 2)])
+    special = [models.IMAGE, models.ROW_END, models.IMAGE_END]
+    tokenizer = SimpleNamespace(all_special_ids=special, unk_token_id=None, chat_template=None)
+    for question in ("all", "turn", "current"):
+        processor = None if question == "all" else SimpleNamespace(tokenizer=tokenizer)
+        options = {"method": "uniform", "processor": processor, "question": question}
+        with attach(case.model, keep=1, **options) as one:
+            case.model.generate(**batch, max_new_tokens=1)
+        asked = batch["input_ids"][0, list(one.report[0].question)]
+        assert asked.tolist() == words(4, 2)
+    ids = batch["input_ids"][0]
+    left = ids[one.origin[0]].tolist()
+    assert (left.count(models.ROW_END), left.count(models.IMAGE_END), left.count(models.IMAGE)) == (
+        4,
+        1,
+        1,
+    )
+
+
+@pytest.mark.parametrize(("name", "unit"), [("llava-pixtral", 3), ("mistral3", 6)])
+def test_sizes_that_a_processor_does_not_make_say_so(name, unit):
+    case = models.BUILDERS[name]()
+    batch = case.batch([0, words(3, 1)])
+    with attach(case.model, keep=2):
+        with pytest.raises(InputError, match=f"multiples of {unit}"):
+            case.model.generate(**batch | {"image_sizes": batch["image_sizes"] - unit // 3})
+        del batch["image_sizes"]
+        with pytest.raises(InputError, match="image_sizes is missing"):
+            case.model.generate(**batch)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "paligemma"])
+def test_a_tower_of_another_family_is_refused(name):
+    case = models.BUILDERS[name]()
+    case.model.config.vision_config.model_type = "clip_vision_model"
+    with pytest.raises(UnsupportedModelError, match="'clip_vision_model'"):
+        attach(case.model)
 
 
 def test_names_are_model_types():

@@ -28,6 +28,7 @@ from budwood.prune.saliency import (
     N_QUERIES,
     ClsRecorder,
     PackedRecorder,
+    PixtralRecorder,
     ReceivedRecorder,
     cls_attention,
     received_attention,
@@ -35,6 +36,8 @@ from budwood.prune.saliency import (
 )
 from tests.contract import models
 from tests.contract.models import Video, noise, words
+
+pytestmark = pytest.mark.versions
 
 
 def eager_attentions(case, batch, layer):
@@ -90,6 +93,62 @@ def test_siglip_is_attention_received():
     found = family.saliency(recorder, family.layouts(batch, features))
     eager = eager_attentions(case, batch, -2).mean((1, 2))
     torch.testing.assert_close(torch.stack(found), eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "side", "pool"), [("paligemma", 4, 1), ("gemma3", 8, 2)])
+def test_gemma_is_attention_received_by_each_pooled_square(name, side, pool):
+    case = models.BUILDERS[name]()
+    batch = case.batch([0, 1, words(3, 1)])
+    family = family_of(case.model)
+    with family.recorder(batch) as recorder:
+        features = family.features(batch)
+    layouts = family.layouts(batch, features)
+    keys = family.keys(recorder, layouts)
+    found = family.saliency(recorder, layouts)
+    eager = eager_attentions(case, {"pixel_values": batch["pixel_values"]}, -1)
+    asked = eager[:, :, strided(side * side, torch.device("cpu"))].mean((1, 2))
+    projected = []
+    layer = case.model.model.vision_tower.encoder.layers[-1].self_attn
+    handle = layer.k_proj.register_forward_hook(lambda *call: projected.append(call[-1]))
+    family.features(batch)
+    handle.remove()
+    for image in range(2):
+        assert len(found[image]) == len(keys[image]) == len(features[image])
+        for token in range(len(found[image])):
+            row, column = divmod(token, side // pool)
+            patches = [
+                (row * pool + y) * side + column * pool + x
+                for y in range(pool)
+                for x in range(pool)
+            ]
+            torch.testing.assert_close(found[image][token], asked[image, patches].mean())
+            mean = projected[0][image, patches].mean(0).view(5, 6)
+            torch.testing.assert_close(keys[image][token], mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "merge", "layer"), [("llava-pixtral", 1, -1), ("mistral3", 2, -2)]
+)
+def test_pixtral_is_attention_received_within_an_image(name, merge, layer):
+    case = models.BUILDERS[name]()
+    batch = case.batch([0, 1, words(3, 1)])
+    family = family_of(case.model)
+    with family.recorder(batch) as recorder:
+        features = family.features(batch)
+    found = family.saliency(recorder, family.layouts(batch, features))
+    model = copy.deepcopy(case.model)
+    model.set_attn_implementation("eager")
+    tower = model.model.vision_tower(
+        batch["pixel_values"], image_sizes=batch["image_sizes"], output_attentions=True
+    )
+    start = 0
+    for some, (rows, columns) in zip(found, [(5, 7), (3, 4)]):
+        n = rows * columns * merge**2
+        block = tower.attentions[layer][0, :, start : start + n, start : start + n]
+        asked = block[:, strided(n, block.device)].mean((0, 1))
+        raster = asked.view(rows, merge, columns, merge).mean((1, 3))
+        torch.testing.assert_close(some, raster.flatten(), rtol=1e-4, atol=1e-6)
+        start += n
 
 
 QWEN = {
@@ -271,7 +330,15 @@ def test_nothing_of_size_heads_n_n_is_allocated(name):
     attention = SimpleNamespace(
         num_heads=n_heads, scale=0.3, scaling=0.3, q_proj=None, k_proj=None, qkv=None
     )
-    if "qwen" in name:
+    if name in ("llava-pixtral", "mistral3"):
+        recorder = PixtralRecorder(attention)
+        recorder._seen = {
+            "queries": torch.randn(1, n_patches, width),
+            "keys": torch.randn(1, n_patches, width),
+            "position_embeddings": (torch.randn(n_patches, 8), torch.randn(n_patches, 8)),
+        }
+        arguments = ([n_patches],)
+    elif "qwen" in name:
         recorder = PackedRecorder(attention)
         recorder._seen = {
             "qkv": torch.randn(n_patches, 3 * width),
@@ -279,7 +346,7 @@ def test_nothing_of_size_heads_n_n_is_allocated(name):
         }
         arguments = ([n_patches],)
     else:
-        kind = ReceivedRecorder if name == "siglip" else ClsRecorder
+        kind = ReceivedRecorder if name in ("siglip", "gemma3", "paligemma") else ClsRecorder
         recorder, arguments = kind(attention), ()
         keys = torch.randn(1, n_patches + 1, width)
         recorder._seen = {"query": keys[:, 0], "queries": keys, "keys": keys}

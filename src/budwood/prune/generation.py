@@ -13,6 +13,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation import utils as generation
 
 from budwood.errors import AttachError, InputError
 
@@ -163,6 +164,13 @@ def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
         raise AttachError(
             f"custom_generate={kwargs['custom_generate']!r} replaces generate() as a whole; pass a "
             "function that decodes, or detach for this call"
+        )
+    if effective("prefill_chunk_size", kwargs, model) and not hasattr(
+        generation, "_slice_mm_encoder_output"
+    ):
+        raise AttachError(
+            "prefill_chunk_size loses the images in this version of transformers; leave it out, or "
+            "update transformers to 5.23"
         )
     if effective("cache_implementation", kwargs, model) == "paged":
         raise AttachError(

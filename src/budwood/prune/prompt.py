@@ -135,7 +135,9 @@ class Pruned:
         """
         n_tokens = self.n_tokens
         wanted = torch.where(positions < 0, positions + n_tokens, positions).to(self.index.device)
-        matches = self.index[:, None] == wanted[:, None]  # (batch, n, n_kept)
+        # New padding in front holds any tokens; padding at the end is the prompt's own.
+        there = self.valid.cumsum(1) > 0
+        matches = (self.index[:, None] == wanted[:, None]) & there[:, None]  # (batch, n, n_kept)
         columns = matches.byte().argmax(-1)
         fine = matches.any(-1).all(0) & (columns == columns[:1]).all(0)
         if not bool(fine.all()):

@@ -309,7 +309,7 @@ class PackedRecorder(Recorder):
             lengths: patches of each, in the order of the sequence; each attends to itself alone.
         """
         n_heads, scale = self.module.num_heads, self.module.scaling
-        queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
+        queries, keys = self.projected()
         cos, sin = self.seen("position_embeddings")
         scores, start = [], 0
         for length, count in _of_equal_length(lengths):
@@ -321,6 +321,30 @@ class PackedRecorder(Recorder):
             scores += received_attention(q, k, n_heads, scale).unbind()
             start = images.stop
         return scores
+
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys of all images before the rotation, shape (n_patches, width) each."""
+        queries, keys, _ = self.seen("qkv").chunk(3, dim=-1)
+        return queries, keys
+
+
+class PixtralRecorder(PackedRecorder):
+    """The same in a layer with a projection each for queries and keys.
+
+    Args:
+        module: a self-attention with ``q_proj``, ``k_proj``, rotary ``position_embeddings``,
+            ``num_heads`` and ``scaling``, as in Pixtral.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "num_heads", "scaling")
+
+    def watch(self) -> None:
+        self.on_output(self.module.q_proj, "queries")
+        self.on_output(self.module.k_proj, "keys")
+        self.on_call(self.module, "position_embeddings")
+
+    def projected(self) -> tuple[Tensor, Tensor]:
+        return self.seen("queries")[0], self.seen("keys")[0]
 
 
 def _of_equal_length(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

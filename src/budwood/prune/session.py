@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from budwood.caches import by_new_name, by_one_name, cache_of, takes_new_name
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError
 from budwood.prune.budget import Budgets
@@ -266,7 +267,7 @@ class PruneSession:
         self._calls.note(kwargs.get("streamer"))
         swap.wrap(cut)
         output = swap.restored(original(**cut))
-        prompt.note(getattr(output, "past_key_values", None))
+        prompt.note(cache_of(output))
         return self._calls.note(output)
 
     def _cut_prompt(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +305,7 @@ class PruneSession:
             if hasattr(hook, "note_inputs"):
                 hook.note_inputs((), cut)
         output = original(**cut)
-        CachedPrompt.of(ids, cut).note(getattr(output, "past_key_values", None))
+        CachedPrompt.of(ids, cut).note(cache_of(output))
         return self._calls.note(output)
 
     def _has_visuals(self, kwargs: dict[str, Any]) -> bool:
@@ -344,6 +345,7 @@ class Override:
         functools.update_wrapper(self, original)
         self.budwood_session = session
         self._name, self._original, self._replacement = name, original, replacement
+        self._new_name = takes_new_name(session.model)
         self._names = [
             parameter.name
             for parameter in inspect.signature(original).parameters.values()
@@ -353,8 +355,10 @@ class Override:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.budwood_session.attached:
             return self._original(*args, **kwargs)
-        named = dict(zip(self._names, args, strict=False))
-        return self._replacement(self._original, {**named, **kwargs})
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if self._new_name:
+            return self._replacement(by_new_name(self._original), by_one_name(named))
+        return self._replacement(self._original, named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.budwood_session.model, self._name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from budwood.bench.prune.plan import Variant
+from budwood.caches import cache_of, name_for
 from budwood.prune.chat import GREEDY, answers
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import Family, family_of
@@ -134,13 +135,14 @@ def _after_prefix(
     """
     n_shared = _n_common(prompts)
     prefix = prompts[0][:n_shared]
-    cache = family.model(
+    output = family.model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
         mm_encoder_outputs={family.kind: family.outputs([features])},
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
+    )
+    cache = cache_of(output)
     cache.batch_repeat_interleave(len(prompts))
     longest = max(map(len, prompts))
     ids = prefix.new_full((len(prompts), longest), pad)
@@ -149,7 +151,7 @@ def _after_prefix(
     for row, prompt in enumerate(prompts):
         rest = len(prompt) - n_shared
         ids[row, longest - rest :], mask[row, longest - rest :] = prompt[n_shared:], 1
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    return {"input_ids": ids, "attention_mask": mask, name_for(family.model): cache}
 
 
 def _n_common(prompts: list[Tensor]) -> int:

@@ -1,6 +1,7 @@
 """Model families, one file each. A new family is a new file and an entry in ``catalogue``.
 
-The names are those of ``config.model_type``.
+The names are those of ``config.model_type``, with the vision tower's behind it where a tower makes
+another family of it (``llava-pixtral``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def family_class(config: Any, name: str) -> type[Family]:
     Raises:
         UnsupportedModelError: the model has no vision, or no family knows it.
     """
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if f"{config.model_type}-{tower}" in FAMILIES:
+        return FAMILIES.get(f"{config.model_type}-{tower}")
     if config.model_type not in FAMILIES and not hasattr(config, "vision_config"):
         raise UnsupportedModelError(
             f"{name} ({config.model_type!r}) has no vision, so there are no visual tokens to "

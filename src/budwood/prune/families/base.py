@@ -16,6 +16,16 @@ from budwood.prune.saliency import Recorder
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 """The view of an encoder that sees the whole picture."""
 
+_WRAPPING = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+)
+"""Names that configurations give to the tokens of images and around them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -237,8 +247,7 @@ class Family(Visuals):
     @property
     def wrapping_ids(self) -> frozenset[int]:
         """Special tokens around an image, which neither are text nor end a turn."""
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = (getattr(self.model.config, name, None) for name in names)
+        ids = (getattr(self.model.config, name, None) for name in _WRAPPING)
         return frozenset(i for i in ids if i is not None)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The vision towers that LLaVA models are built with."""
+"""The vision towers that families share: CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _RECORDERS = {"clip_vision_model": ClsRecorder, "siglip_vision_model": ReceivedR
 
 
 class Tower:
-    """A CLIP or SigLIP tower inside a LLaVA model.
+    """A CLIP or SigLIP tower inside a model.
 
     Args:
-        model: the LLaVA model.
+        model: the model; without a ``vision_feature_layer`` in its configuration it projects the
+            last layer's output.
 
     Raises:
         UnsupportedModelError: the tower is of another kind, or its layer does not exist.
@@ -48,7 +49,7 @@ class Tower:
         Of several feature layers the last one counts.
         """
         index = inputs.get("vision_feature_layer")
-        index = self.model.config.vision_feature_layer if index is None else index
+        index = getattr(self.model.config, "vision_feature_layer", -1) if index is None else index
         index = index if isinstance(index, int) else index[-1]
         tower = self.model.model.vision_tower
         layers = getattr(tower, "vision_model", tower).encoder.layers

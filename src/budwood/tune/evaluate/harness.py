@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
+from budwood.caches import cache_of, name_for
 from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
 from budwood.progress import Progress, silent
@@ -315,14 +316,14 @@ class SharedPromptLM(_Base):
         wanted, real = wanted.to(self.device), real.to(self.device)
         heads = first.logits[:, -1][owner][:, None]
         if wanted.shape[1] > 1:
-            cache = first.past_key_values
+            cache = cache_of(first)
             cache.batch_select_indices(owner)
             whole = torch.cat([mask[owner], real[:, 1:]], dim=1)  # read where another follows
             later = self.model(
                 input_ids=wanted[:, :-1],
                 attention_mask=whole,
-                past_key_values=cache,
                 use_cache=True,
+                **{name_for(self.model): cache},
                 **self._placed(positions(whole)[:, mask.shape[1] :]),
             )
             heads = torch.cat([heads, later.logits], dim=1)
