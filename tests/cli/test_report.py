@@ -104,7 +104,7 @@ def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):
     monkeypatch.setattr(examples, "compare_methods", noted)
     record = records.read(RESULTS / "prune.json")
     record.config["keeps"] = [16, 0.5]
-    keeps = ((None, 256), (0.5, 128), (16, 16))
+    keeps = ((1.0, 256), (0.5, 128), (16, 16))
     record.rows[:] = [{"keep": keep, "n_kept": n_kept} for keep, n_kept in keeps]
     with pytest.raises(InterruptedError):
         examples.examples_of(None, None, record, 1, 6)

@@ -22,7 +22,7 @@ _Base: Any = HFMultimodalLM
 
 
 def _arguments() -> tuple[str, ...]:
-    """What ``--model_args`` may have: ours, and all of ``hf-multimodal`` but how it loads."""
+    """Names in ``--model_args``: ours, and those of ``hf-multimodal`` that do not load a model."""
     own = (*LOADING, *PRUNING)
     theirs = ("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token")
     pictures = inspect.signature(HFMultimodalLM.__init__).parameters

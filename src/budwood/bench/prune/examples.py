@@ -33,8 +33,8 @@ def examples_of(
     methods = list(dict.fromkeys(variant["method"] for variant in config["variants"]))[:n_methods]
     texts = [variant["question"] for variant in config["variants"] if variant["question"]]
     # Budgets may be counts and fractions; rows have both as counts.
-    pruned = [row for row in record.rows if row["keep"] is not None]
-    options = {"keep": min(pruned, key=lambda row: row["n_kept"])["keep"], "seed": config["seed"]}
+    fewest = min(record.rows, key=lambda row: row["n_kept"])
+    options = {"keep": fewest["keep"], "seed": config["seed"]}
     options |= {"question": texts[0]} if texts else {}
     made = []
     for place, (scene, questions) in enumerate(balanced(config["seed"], number, config["split"])):
