@@ -5,18 +5,17 @@ budwood says ``past_key_values`` inside, and speaks to the model by the name tha
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from budwood.unwrap import innermost
+from budwood.unwrap import innermost, signature
 
 NAME, NEW_NAME = "past_key_values", "cache"
 
 
 def takes_new_name(model: Any) -> bool:
     """Whether a model, without its wrappers, calls its cache ``cache``."""
-    return NEW_NAME in inspect.signature(innermost(model).forward).parameters
+    return NEW_NAME in signature(innermost(model).forward).parameters
 
 
 def name_for(model: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 
 def innermost(model: Any) -> Any:
@@ -32,8 +34,28 @@ def compiled_around(root: Any, module: Any) -> str | None:
 
     Hooks inside a compiled module do not run.
     """
-    for name, outer in root.named_modules():
-        compiled = hasattr(outer, "_orig_mod") or getattr(outer, "_compiled_call_impl", None)
-        if name and compiled and any(inner is module for inner in outer.modules()):
-            return name
+    # Down to the module and no further: a large model has thousands of them.
+    waiting: list[tuple[str, Any, str | None]] = [("", root, None)]
+    while waiting:
+        name, outer, within = waiting.pop()
+        compiled = "_orig_mod" in outer._modules or vars(outer).get("_compiled_call_impl")
+        within = name if name and compiled and within is None else within
+        if outer is module:
+            return within
+        for child, inner in reversed(outer._modules.items()):
+            if inner is not None:
+                waiting.append((f"{name}.{child}" if name else child, inner, within))
     return None
+
+
+_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
+
+
+def signature(method: Any) -> inspect.Signature:
+    """``inspect.signature`` of a bound method or function, computed once."""
+    function = getattr(method, "__func__", None)
+    if function is None:
+        return inspect.signature(method)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(method)
+    return _SIGNATURES[function]

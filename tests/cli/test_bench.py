@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 from budwood import records
+from budwood.bench.prune_shapes import Shape, random_model
 from budwood.cli.columns import Column, Columns
 from budwood.cli.results import Results
+from budwood.prune.families import family_of
 from budwood.sprout.questions import KINDS
 
 SMALL = ["--scenes", 4, "--timed", 1, "--batch", 12]
@@ -131,7 +133,7 @@ def test_table(budwood, model_dir):
     assert "questions about 4 scenes, seed 0" in result.stderr
 
 
-def test_interrupting_leaves_nothing(budwood, model_dir, tmp_path, monkeypatch):
+def test_interrupting_leaves_what_is_done(budwood, model_dir, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -139,7 +141,12 @@ def test_interrupting_leaves_nothing(budwood, model_dir, tmp_path, monkeypatch):
     target = tmp_path / "record.json"
     command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random"]
     assert budwood(*command, "--out", target).exit_code == 130
-    assert list(tmp_path.iterdir()) == []
+    assert records.read(target).status == "partial"
+    monkeypatch.undo()
+    assert budwood(*command, "--scenes", 5, "--out", target).exit_code  # part of another run
+    again = budwood(*command, "--out", target)
+    assert again.exit_code == 0 and f"continues {target}" in again.stderr
+    assert records.read(target).status != "partial"
 
 
 def test_speed(budwood, model_dir, tmp_path):
@@ -168,6 +175,47 @@ def test_speed_of_a_shape(budwood):
     assert full["n_prompt"] - adav["n_prompt"] == 2880 - 160
     config = json.loads(result.stdout)["config"]
     assert config["limit_numel"] == 5 * 576**2 > config["largest_numel"]
+    assert adav["kv_mib"] < full["kv_mib"] and full["peak_mib"] is None
+    per_token = 2 * 4 * 128 / 2**20  # keys and values of one layer, float32
+    assert full["kv_mib"] == pytest.approx(per_token * (full["n_prompt"] + 1), abs=1e-3)
+    assert config["attach_ms"] > 0 and config["detach_ms"] > 0
+
+
+@pytest.mark.parametrize("shape", ["llava-1.5", "qwen2.5-vl"])
+def test_other_shapes_can_be_built(shape):
+    size = Shape(shape, layers=1, width=128, vision_layers=2, vision_width=320)
+    model, inputs = random_model(size, seed=0)
+    n_visual = {"llava-1.5": 576, "qwen2.5-vl": 1296}[shape]
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == n_visual
+    assert model.config._attn_implementation == "sdpa"
+    assert family_of(model).recorder({}) is not None
+
+
+def test_requests_of_several_threads(budwood, model_dir):
+    command = ["bench", "prune-speed", "--model", model_dir, "--repeats", 1, "--new-tokens", 2]
+    found = json.loads(budwood(*command, "--keep", 2, "--threads", "1,2", "--json").stdout)
+    loads = [row for row in found["rows"] if "threads" in row]
+    assert [(row["method"], row["threads"]) for row in loads] == [
+        ("full", 1),
+        ("adav", 1),
+        ("full", 2),
+        ("adav", 2),
+    ]
+    assert all(row["requests_per_s"] > 0 for row in loads)
+    assert loads[0]["requests_over_full"] == 1.0
+    refused = budwood(*command, "--threads", "none")
+    assert refused.exit_code and "threads='none' is no number" in refused.stderr
+
+
+def test_a_chat_before_each_question(budwood, model_dir, tmp_path):
+    command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "adav", "--turns", 2]
+    command += ["--keep", 2, "--question", "all,current"]
+    result = budwood(*command, "--out", tmp_path / "record.json")
+    assert result.exit_code == 0 and "questions in chats of 2 turns about" in result.stderr
+    record = records.read(tmp_path / "record.json")
+    assert record.config["turns"] == 2 and record.status != "partial"
+    first, other = (row for row in record.rows if row["method"] == "adav")
+    assert first["question_difference"] is None and other["question_difference"] is not None
 
 
 def test_results_are_printed_before_they_are_drawn(tmp_path, capsys):

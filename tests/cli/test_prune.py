@@ -33,7 +33,7 @@ def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
     command = ["prune", picture, "What colour ?", "--model", model_dir, "--keep", "0.25"]
     result = budwood(*command, "--overlay", overlay)
     assert result.exit_code == 0
-    assert "all tokens" in result.stdout and "kept 4 of 16 visual tokens: " in result.stdout
+    assert "all tokens" in result.stdout and "kept 4 of 16 candidates, 0 fixed: " in result.stdout
     assert "saliency" in result.stdout
     assert f"wrote {overlay}" in result.stderr
     with Image.open(overlay) as drawn:
@@ -44,7 +44,7 @@ def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
 def test_picture_with_fewer_tokens_than_keep(budwood, picture, model_dir):
     result = budwood("prune", picture, "What ?", "--model", model_dir, "--keep", 99, "--json")
     assert json.loads(result.stdout)["n_kept"] == 16
-    assert "16 visual tokens, so all were kept" in result.stderr
+    assert "16 candidates, so all were kept" in result.stderr
 
 
 def test_anyres_model(budwood, picture, next_dir, tmp_path):

@@ -187,7 +187,8 @@ def newlines(case: Case, single: dict[str, Tensor], kind: str, number: int, n: i
     n_crops = 5 if int(size[0]) == 30 else 3
     if "batch_num_images" not in single:
         return packed_places(case, size, n_crops) < 0
-    n_crops = 1 if int(single["batch_num_images"]) > 1 else n_crops
+    alone = [count == 1 for count in single["batch_num_images"].tolist() for _ in range(count)]
+    n_crops = n_crops if alone[number] else 1
     return onevision_places(case.model, size, n_crops) < 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaNextVideoConfig
+from transformers import AlignVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaNextVideoConfig
 
 from budwood.errors import (
     AttachError,
@@ -271,6 +272,39 @@ def test_a_replaced_attention_is_refused(case):
             attach(case.model)
     finally:
         setattr(read, name, projection)
+
+
+def test_a_tower_of_another_kind_is_refused(case):
+    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
+    tower = getattr(case.model.model, name)
+    config = tower.config
+    tower.config = AlignVisionConfig()
+    try:
+        for method in ("adav", "random"):
+            with pytest.raises(UnsupportedModelError, match=f"{name} of .*'align_vision_model'"):
+                attach(case.model, method=method)
+    finally:
+        tower.config = config
+
+
+def test_no_attention_is_eager(case, batch, monkeypatch):
+    """Saliency is read beside SDPA, in the encoder and in the LLM."""
+
+    def refuse(*args, **kwargs):
+        raise ZeroDivisionError("eager attention ran")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and hasattr(module, "eager_attention_forward"):
+            monkeypatch.setattr(module, "eager_attention_forward", refuse)
+    with attach(case.model, keep=3):
+        case.model.generate(**batch, **GREEDY)
+        before = case.model.config._attn_implementation
+        case.model.set_attn_implementation("eager")
+        try:
+            with pytest.raises(ZeroDivisionError, match="eager"):
+                case.model.generate(**batch, **GREEDY)
+        finally:
+            case.model.set_attn_implementation(before)
 
 
 def test_attach_tells_a_method_what_words_have_in_common(case, batch):

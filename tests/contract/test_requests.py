@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -185,22 +185,8 @@ def test_a_cache_of_another_prompt_says_so(case):
             case.model.generate(other["input_ids"], past_key_values=cache)
 
 
-def test_a_new_image_in_a_later_turn_says_so(case):
-    batch = case.batch([0, words(5, 2)])
-    with attach(case.model, keep=5):
-        first = case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
-        more = case.batch([0, words(5, 2), 1, words(2, 3)])
-        turn = case.batch([1, words(2, 3)])["input_ids"][:, 1:]
-        more["input_ids"] = torch.cat((first.sequences, turn), 1)
-        more["attention_mask"] = torch.ones_like(more["input_ids"])
-        with pytest.raises(AttachError, match="new turn has an image"):
-            case.model.generate(**more, past_key_values=first.past_key_values)
-
-
 @pytest.mark.versions
 def test_decoding_by_hand_takes_a_mask_of_the_whole_prompt(case):
-    if case.types == "mm_token_type_ids":
-        pytest.skip("Qwen's own forward takes no mask beside a cache")
     batch = case.batch([words(3, 1), 0, words(5, 2)], [words(4, 3)])
     with attach(case.model, keep=6, forward=True):
         expected = case.model.generate(**batch, **GREEDY)[:, -4:]
@@ -215,6 +201,63 @@ def test_decoding_by_hand_takes_a_mask_of_the_whole_prompt(case):
             )
             answer.append(output.logits[:, -1].argmax(-1))
     assert torch.equal(torch.stack(answer, 1), expected)
+
+
+# Detaching
+
+
+class Gate:
+    """A streamer that waits at the first token until it may go on."""
+
+    def __init__(self):
+        self.reached, self.open = Event(), Event()
+
+    def put(self, value):
+        self.reached.set()
+        assert self.open.wait(60)
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("place", ["encoder", "decoding"])
+@pytest.mark.parametrize("forward", [False, True])
+def test_detaching_while_another_thread_runs(case, prompts, place, forward):
+    """The running call ends as it began; then the model and the cache are as after any detach."""
+    model = case.model
+    model.generate(**prompts[0], **GREEDY)
+    deltas = getattr(model.model, "rope_deltas", None)
+    with attach(model, keep=5, forward=forward):
+        expected = model.generate(**prompts[1], **GREEDY)
+    gate, options = Gate(), GREEDY | {"return_dict_in_generate": True}
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    if place == "encoder":
+        handle = tower.register_forward_hook(lambda *_: gate.put(None))
+    else:
+        handle, options = None, options | {"streamer": gate}
+    session = attach(model, keep=5, forward=forward)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(model.generate, **prompts[1], **options)
+        assert gate.reached.wait(60)
+        session.detach()
+        assert "generate" not in vars(model) and "forward" not in vars(model)
+        gate.open.set()
+        output = call.result(60)
+    if handle:
+        handle.remove()
+    assert torch.equal(output.sequences, expected)
+    assert session.call_of(output).report[0].n_after == 5
+    assert getattr(model.model, "rope_deltas", None) is deltas
+    with pytest.raises(AttachError, match="its session is detached"):
+        output.past_key_values.get_seq_length()
+
+
+def test_a_generate_looked_up_before_detaching_does_not_prune(case, prompts):
+    plain = case.model.generate(**prompts[0], **GREEDY)
+    with attach(case.model, keep=2) as session:
+        generate = case.model.generate
+    assert torch.equal(generate(**prompts[0], **GREEDY), plain)
+    assert session.report == []
 
 
 # Padding on both sides
@@ -408,12 +451,21 @@ def test_a_video_is_kept_whole_and_says_so(cases):
         assert session.report[0].n_after == 3
 
 
+def test_a_video_for_a_model_of_pictures_says_so(cases):
+    case = cases["llava"]
+    batch = case.batch([0, words(4, 1)])
+    with attach(case.model, keep=3, forward=True):
+        for call in (case.model.generate, case.model):
+            with pytest.raises(InputError, match="llava takes no videos"):
+                call(**batch, pixel_values_videos=batch["pixel_values"])
+
+
 def test_one_budget_an_image(case, batch):
     with attach(case.model, keep=[3, 0.5, 2]) as session:
         case.model.generate(**batch, **GREEDY)
         assert [image.n_after for image in session.report][::2] == [3, 2]
         assert session.report[1].n_after == round(session.report[1].n_before / 2 + 1e-9)
-        with pytest.raises(BudgetError, match="3 budgets and the call has 1 images"):
+        with pytest.raises(BudgetError, match="3 budgets and the call has 1 images to prune"):
             case.model.generate(**case.batch([0, words(3, 1)]), **GREEDY)
     with pytest.raises(BudgetError, match="empty"):
         attach(case.model, keep=[])

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from budwood.errors import AttachError, BudgetError, InputError
+from budwood.errors import BudgetError, InputError
 from budwood.prune import attach, encode
 from budwood.prune.families import family_of
 from tests.contract import oracle
-from tests.contract.models import EOS, VIDEO, WITH_VIDEOS, Video, words
+from tests.contract.models import EOS, IMAGE, VIDEO, WITH_VIDEOS, Video, words
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 ROWS = [
@@ -187,17 +187,34 @@ def test_a_second_turn_goes_on_with_the_cache(case):
         kept = session.report
         ids = torch.cat((first.sequences, torch.tensor([words(4, 9)])), 1)
         second = case.model.generate(ids, past_key_values=first.past_key_values, **GREEDY)
-        again = case.batch([words(3, 1), Video(0), words(5, 2), Video(1), words(3, 4)])
-        first = case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
-        n_prompt = batch["input_ids"].shape[1]
-        more = torch.cat((first.sequences, again["input_ids"][:, n_prompt:]), 1)
-        with pytest.raises(AttachError, match="new turn has an image or video"):
-            case.model.generate(more, past_key_values=first.past_key_values)
     whole = {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in batch:
         whole["mm_token_type_ids"] = 2 * (ids == VIDEO).int()
     places = oracle.kept_positions(case, whole, kept)
     expected, _ = oracle.greedy(case, whole, places, 5)
+    assert torch.equal(second[0, ids.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("given", ["all", "new"])
+def test_a_new_video_and_a_new_image_in_a_later_turn(case, given):
+    """Behind a cache with both; as recomputed from the start."""
+    start, turn = [0, words(3, 1), Video(0), words(5, 2)], [Video(1), words(2, 4), 2, words(3, 5)]
+    batch = case.batch(start)
+    with attach(case.model, keep=5, method="fastervlm") as session:
+        first = case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+        kept = session.report
+        ids = torch.cat((first.sequences, case.batch(turn)["input_ids"][:, 1:]), 1)
+        prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in batch:
+            prompt["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        whole = case.batch(start, turn) | prompt  # one row of images a turn
+        inputs = whole if given == "all" else case.batch(turn) | prompt
+        cache = first.past_key_values
+        second = case.model.generate(**inputs, past_key_values=cache, **GREEDY)
+        assert session.call_of(second).n_cached_images == 2
+        kept += session.report
+    assert [one.kind for one in kept] == ["image", "video", "video", "image"]
+    expected, _ = oracle.greedy(case, whole, oracle.kept_positions(case, whole, kept), 5)
     assert torch.equal(second[0, ids.shape[1] :], expected)
 
 

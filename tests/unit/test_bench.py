@@ -16,7 +16,7 @@ from budwood.errors import InputError, UnknownNameError
 from budwood.prune import attach, encode
 from budwood.prune.chat import answers, prepare, render
 from budwood.prune.latency import FirstToken
-from budwood.sprout.questions import Question, balanced
+from budwood.sprout.questions import Question, ask, balanced, chats
 from tests import tiny_vlm
 
 WHICH = [0, 0, 0, 1, 1]
@@ -100,8 +100,8 @@ def test_no_prefix_is_shared_where_the_picture_comes_last(vlm, exam):
 def test_run_scores_what_the_model_says(vlm, monkeypatch):
     """Asked for what it answers when alone, the model is right with all tokens, and only then."""
     model, processor = vlm
-    scenes = [(scene, [_own(vlm, scene, q) for q in asked]) for scene, asked in balanced(2, 5)]
-    monkeypatch.setattr("budwood.bench.prune.accuracy.balanced", lambda *_: scenes)
+    scenes = [(scene, [(_own(vlm, scene, q),) for q in asked]) for scene, asked in balanced(2, 5)]
+    monkeypatch.setattr("budwood.bench.prune.accuracy.chats", lambda *_: scenes)
     config = Config(
         tuple(variants_of(["adav", "uniform"])), (1.0, 2), n_scenes=5, batch=12, n_timed=2
     )
@@ -114,6 +114,47 @@ def test_run_scores_what_the_model_says(vlm, monkeypatch):
     n_questions = sum(len(asked) for _, asked in scenes)
     assert told[-1] == (6 * n_questions, 6 * n_questions)
     assert all(len(right) == n_questions for right in outcome.right.values())
+
+
+def test_an_interrupted_run_goes_on(vlm):
+    """With the answers kept so far it ends as an uninterrupted one, and asks only the rest."""
+    model, processor = vlm
+    config = Config(
+        tuple(variants_of(["random"])), (4,), n_scenes=4, batch=6, n_timed=1, turns=2, seed=3
+    )
+    kept = []
+    whole = run(model, processor, config, keep=lambda rows: kept.append(list(rows)))
+    assert len(kept) > 1
+    told = []
+    again = run(
+        model, processor, config, lambda done, total, note="": told.append(done), begun=kept[0]
+    )
+    assert again.right == whole.right and again.n_kept == whole.n_kept
+    assert min(told) > sum(len(row["right"]) for row in kept[0])
+
+
+def test_chats_are_about_other_objects():
+    seen = 0
+    for scene, of_scene in chats(0, 12, 3):
+        for *before, last in of_scene:
+            seen += 1
+            assert len(before) == len(set(before)) == 2 and last.boxes
+            for question in before:
+                assert question in ask(scene)
+                assert set(question.boxes).isdisjoint(last.boxes)
+    assert seen > 12
+    singles = [(scene, [(q,) for q in questions]) for scene, questions in balanced(0, 3)]
+    assert [of_scene for _, of_scene in chats(0, 3, 1)] == [of_scene for _, of_scene in singles]
+
+
+def test_earlier_turns_are_in_the_prompt(vlm):
+    _, processor = vlm
+    prompt = render(processor, "Is it red?", [("Is it big?", "no"), ("Where is it?", "left")])
+    places = [
+        prompt.index(text) for text in ("<image>", "Is it big?", "no", "Where", "left", "red")
+    ]
+    assert places == sorted(places) and prompt.count("<image>") == 1
+    assert render(processor, "Is it red?").count("user") == 1
 
 
 def _own(vlm, scene, question: Question) -> Question:

@@ -1,13 +1,12 @@
-"""What pruning saves and what it costs, as ratios of times measured side by side.
-
-The model is a real one, or one of a published shape with random weights, for timing alone.
-"""
+"""What pruning saves and what it costs, as ratios of times measured side by side."""
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +15,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from budwood.checks import need_at_least
-from budwood.errors import InputError, UnknownNameError
+from budwood.errors import InputError
 from budwood.prune.budget import Budget
+from budwood.prune.chat import GREEDY
 from budwood.prune.families import family_of
 from budwood.prune.families.base import Layout
 from budwood.prune.latency import Timed, generate_timed
 from budwood.prune.question import PUBLISHED, Question
 from budwood.prune.selection import select
 from budwood.prune.session import PruneSession, attach
-from budwood.timing import median_ratio, side_by_side
+from budwood.timing import median_ratio, seconds, side_by_side
 from budwood.unwrap import innermost
 
 Row = dict[str, Any]
 
-PREFILL_TARGET = 1.10
+PREFILL_TARGET = 1.05
 """Prefill with pruning over that of the same LLM given as long a prompt without it."""
-SELECT_TARGET = 0.03
+SELECT_TARGET = 0.01
 """Selector with saliency row over prefill with all tokens."""
 
-SHAPES = ("llava-next",)
+ATTACH_TARGET_MS = 1.0
+"""Attaching, and detaching."""
 
-_HEAD, _VISION_HEAD = 128, 64
-_WORDS, _QUESTION = 32_064, 24
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ def measure_speed(
         inputs: one row with one image.
         config: what to time.
 
+    ``kv_mib`` are the keys and values of prompt and answer. ``peak_mib`` is the most memory that a
+    call takes on a GPU beyond what is there before it; None elsewhere.
+
     Returns:
         A row ``full``, then per budget a row ``plain`` and a row for the method.
     """
@@ -108,14 +111,117 @@ def measure_speed(
     full = times["full"]
     n_visual = next(iter(counts.values()))[0]
     rows = [_row("full", 1.0, n_visual, n_visual, length, full, full)]
+    rows[0] |= memory(model, inputs, config)
     for keep, (n_visual, n_kept) in counts.items():
         plain, pruned = times[f"plain {keep}"], times[f"pruned {keep}"]
         n_prompt = plain[0].sequences.shape[1] - config.n_new
-        rows.append(_row("plain", keep, 0, 0, n_prompt, plain, full))
+        text = _plain_prompt(innermost(model), n_prompt, config.seed)
+        rows.append(_row("plain", keep, 0, 0, n_prompt, plain, full) | memory(model, text, config))
         row = _row(config.method, keep, n_visual, n_kept, n_prompt, pruned, full)
         row["prefill_over_plain"] = _ratio(pruned, plain, _prefill_ms)
+        with attach(model, method=config.method, keep=keep, processor=processor):
+            row |= memory(model, inputs, config)
         rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def memory(model: Any, inputs: Mapping[str, Any], config: SpeedConfig) -> Row:
+    """What one call takes: ``kv_mib`` and ``peak_mib``."""
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
+    output = model.generate(
+        **inputs, **GREEDY, max_new_tokens=config.n_new, return_dict_in_generate=True
+    )
+    layers = output.past_key_values.layers
+    n_bytes = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+    peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
+    return {
+        "kv_mib": round(n_bytes / _MIB, 3),
+        "peak_mib": None if peak is None else round(peak / _MIB, 1),
+    }
+
+
+def measure_load(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    config: SpeedConfig,
+    threads: Sequence[int],
+    n_requests: int = 16,
+) -> list[Row]:
+    """Requests a second from several threads at once, with all visual tokens and pruned.
+
+    Every request is one call of ``generate`` with the same prompt, encoder included, on one model
+    to which pruning is attached once. Both are measured in turn, round by round.
+
+    Args:
+        model: a model of a known family, with nothing attached.
+        processor: its processor; None if there is none.
+        inputs: one row with one image.
+        config: what to time.
+        threads: how many at once.
+        n_requests: of a round.
+
+    Returns:
+        For each number of threads a row ``full`` and one for the method at each budget, with
+        ``threads``, ``requests_per_s`` and ``requests_over_full``, the median ratio of the rounds.
+    """
+    lengths = {"max_new_tokens": config.n_new, "min_new_tokens": config.n_new}
+
+    def ask(_: int) -> None:
+        model.generate(**inputs, **GREEDY, **lengths)
+
+    def rate(n_threads: int) -> float:
+        with ThreadPoolExecutor(n_threads) as pool:
+            spent = seconds(lambda: list(pool.map(ask, range(n_requests))), model.device)
+        return n_requests / spent
+
+    def pruned(keep: float, n_threads: int) -> float:
+        with attach(model, method=config.method, keep=keep, processor=processor):
+            return rate(n_threads)
+
+    rows = []
+    for n_threads in threads:
+        need_at_least(1, threads=n_threads)
+        plans = {"full": lambda _, n=n_threads: rate(n)} | {
+            str(keep): lambda _, keep=keep, n=n_threads: pruned(keep, n) for keep in config.keeps
+        }
+        rates = side_by_side(plans, config.repeats)
+        names = [
+            ("full", 1.0, "full"),
+            *((config.method, keep, str(keep)) for keep in config.keeps),
+        ]
+        rows += [
+            {
+                "method": method,
+                "keep": keep,
+                "threads": n_threads,
+                "requests_per_s": round(statistics.median(rates[name]), 4),
+                "requests_over_full": round(median_ratio(rates[name], rates["full"]), 4),
+            }
+            for method, keep, name in names
+        ]
+    return rows
+
+
+def attach_times(model: Any, processor: Any, config: SpeedConfig, repeats: int = 50) -> Row:
+    """Milliseconds to attach and to detach, medians, after a first time."""
+    attach(model, method=config.method, keep=config.keeps[0], processor=processor).detach()
+    attached, detached = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        session = attach(model, method=config.method, keep=config.keeps[0], processor=processor)
+        between = time.perf_counter()
+        session.detach()
+        attached.append(between - start)
+        detached.append(time.perf_counter() - between)
+    return {
+        "attach_ms": round(1e3 * statistics.median(attached), 4),
+        "detach_ms": round(1e3 * statistics.median(detached), 4),
+    }
 
 
 def largest_allocation(model: Any, processor: Any, inputs: Mapping[str, Any], keep: float) -> Row:
@@ -274,97 +380,3 @@ def _decode_speed(call: Timed) -> float:
 def _ratio(calls: list[Timed], baseline: list[Timed], of: Callable[[Timed], float]) -> float:
     """The median of the ratio within each round."""
     return round(median_ratio(list(map(of, calls)), list(map(of, baseline))), 4)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of a model of a published shape.
-
-    Attributes:
-        name: one of ``SHAPES``.
-        layers: of the LLM; 32 in the published 7B model.
-        width: of the LLM, a multiple of 128; 4,096 there.
-        vision_layers: of the tower, at least 2; 24 there.
-        vision_width: of the tower, a multiple of 64; 1,024 there.
-
-    Raises:
-        UnknownNameError: an unknown name.
-        InputError: a number is out of range.
-    """
-
-    name: str = "llava-next"
-    layers: int = 4
-    width: int = 2048
-    vision_layers: int = 4
-    vision_width: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.name not in SHAPES:
-            raise UnknownNameError(f"unknown shape {self.name!r}; known: {', '.join(SHAPES)}")
-        need_at_least(1, layers=self.layers)
-        need_at_least(2, vision_layers=self.vision_layers)
-        widths = (("width", _HEAD), ("vision_width", _VISION_HEAD))
-        for name, head in widths:
-            if getattr(self, name) < head or getattr(self, name) % head:
-                raise InputError(f"{name}={getattr(self, name)} must be a multiple of {head}")
-
-
-def random_llava_next(
-    shape: Shape, seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[Any, dict[str, Any]]:
-    """Build LLaVA-NeXT with a CLIP-L/14 tower at 336 px, and a prompt with 2,880 visual tokens.
-
-    A square picture of 672 px is five crops of 576 patches: an overview and 2 × 2 tiles.
-
-    Args:
-        shape: how large.
-        seed: of weights, pixels and text.
-        dtype: of the weights.
-
-    Returns:
-        The model, and inputs of one row.
-    """
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-    )
-
-    torch.manual_seed(seed)
-    image_token = _WORDS - 1
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=shape.vision_width,
-            intermediate_size=4 * shape.vision_width,
-            num_hidden_layers=shape.vision_layers,
-            num_attention_heads=shape.vision_width // _VISION_HEAD,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=_WORDS,
-            hidden_size=shape.width,
-            intermediate_size=round(shape.width * 2.6875),  # 11,008 at 4,096
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.width // _HEAD,
-            num_key_value_heads=shape.width // _HEAD,
-            max_position_embeddings=4096,
-        ),
-        image_token_index=image_token,  # the parameter's name; the attribute is image_token_id
-        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    )
-    model: Any = LlavaNextForConditionalGeneration(config)
-    model = model.to(dtype).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    n_image = 24 * 24 + 48 * (48 + 1)  # overview, and tiles with a newline after each row
-    before, after = torch.randint(3, image_token, (2, _QUESTION)).unbind()
-    ids = torch.cat((before, torch.full((n_image,), image_token), after))[None]
-    return model, {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(1, 5, 3, 336, 336),
-        "image_sizes": torch.tensor([[672, 672]]),
-    }

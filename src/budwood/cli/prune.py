@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 COLUMNS = Columns(
     Column(""),
-    Column("n_visual", heading="visual tokens"),
+    Column("n_visual", heading="candidates"),
+    Column("n_fixed", heading="fixed"),
     Column("answer"),
     Column("total_ms", ".0f", "first token ms"),
     Column("encode_ms", ".0f", "encoder"),
@@ -54,6 +55,9 @@ def prune(
 ) -> None:
     """Answer a question about a picture with all visual tokens and with the kept ones.
 
+    --keep counts candidates: visual tokens of all crops together. Fixed ones, such as newlines,
+    come on top.
+
     Prints both answers and the time to the first token, after one warm-up. For times to rely on,
     give --repeats 5. Pictures of more than 50 million pixels, or more than 100 times as long as
     wide, are refused.
@@ -72,7 +76,7 @@ def prune(
         picture, question, (model, device, dtype), max_new_tokens, repeats, attached
     )
     if comparison.report.kept_all:
-        say(f"the picture has {comparison.report.n_before} visual tokens, so all were kept")
+        say(f"the picture has {comparison.report.n_before} candidates, so all were kept")
     if overlay:
         write_whole(overlay, lambda part: drawn(picture, question, comparison).save(part))
         say(f"wrote {overlay}")
@@ -140,6 +144,7 @@ def _as_dict(
         "answer_full": comparison.answer_full,
         **{name: value for name, value in attached.items() if name != "question"},
         "question_span": attached["question"],
+        "n_candidates": report.n_before,
         "n_visual": report.n_before,
         "n_kept": report.n_after,
         "n_fixed": report.n_fixed,
@@ -159,15 +164,18 @@ def _print(comparison: Comparison) -> None:
     report = comparison.report
     full = {"": "all tokens", "answer": comparison.answer_full, "n_visual": report.n_before}
     kept = {"": "kept tokens", "answer": comparison.answer, "n_visual": report.n_after}
-    rows = [full | comparison.first_full.as_dict(), kept | comparison.first.as_dict()]
+    fixed = {"n_fixed": report.n_fixed}
+    rows = [
+        full | fixed | comparison.first_full.as_dict(),
+        kept | fixed | comparison.first.as_dict(),
+    ]
     print_table(rows, COLUMNS)
     out().print(_split_line(comparison), markup=False)
 
 
 def _split_line(comparison: Comparison) -> str:
     report, split = comparison.report, comparison.report.split
-    fixed = f", and {report.n_fixed} that always stay" if report.n_fixed else ""
-    line = f"kept {report.n_after} of {report.n_before} visual tokens{fixed}"
+    line = f"kept {report.n_after} of {report.n_before} candidates, {report.n_fixed} fixed"
     if not split.reserved + split.by_text + split.by_saliency:
         return line
     return (

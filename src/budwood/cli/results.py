@@ -48,13 +48,13 @@ class Results:
             reserve_picture(self.plot, self.force)
             need_matplotlib()
 
-    def begun(self, record: records.Record, free: str) -> list[records.Row]:
+    def begun(self, record: records.Record, free: str | None = None) -> list[records.Row]:
         """The rows that an interrupted run has measured; none if there is no such run.
 
         Args:
             record: of this run, without rows. Config, commit and versions must equal those of the
                 interrupted run.
-            free: key of the config that may differ.
+            free: key of the config that may differ; None if all must agree.
 
         Raises:
             InputError: the partial record is that of another run.

@@ -106,8 +106,8 @@ class Budgets:
             return list(self.each) * n_images
         if len(self.each) != n_images:
             raise BudgetError(
-                f"keep has {len(self.each)} budgets and the call has {n_images} images; give one "
-                "budget an image, or a single one for all"
+                f"keep has {len(self.each)} budgets and the call has {n_images} images to prune; "
+                "give one budget an image (in a later turn, the new ones), or a single one for all"
             )
         return list(self.each)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -26,8 +26,17 @@ def check_question(question: str) -> str:
     return text
 
 
-def render(processor: Any, question: str) -> str:
-    """Write the prompt of one user turn, a picture and a question, with the chat template.
+Turns: TypeAlias = Sequence[tuple[str, str]]
+"""Earlier turns of a chat about a picture: questions and their answers."""
+
+
+def render(processor: Any, question: str, before: Turns = ()) -> str:
+    """Write the prompt of a chat about a picture with the chat template.
+
+    Args:
+        processor: the model's.
+        question: of the last turn.
+        before: the turns before it; the picture is in the first.
 
     Raises:
         UnsupportedModelError: the processor has no chat template.
@@ -38,9 +47,16 @@ def render(processor: Any, question: str) -> str:
             "the model's processor has no chat template, so its prompt format is unknown; give an "
             "instruction-tuned model that has one"
         )
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    chat = [{"role": "user", "content": content}]
+    chat: list[dict[str, Any]] = []
+    for asked, answer in before:
+        chat += [_said("user", asked), _said("assistant", answer)]
+    chat.append(_said("user", question))
+    chat[0]["content"].insert(0, {"type": "image"})
     return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def _said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def prepare(
@@ -48,6 +64,7 @@ def prepare(
     images: Sequence[Image.Image],
     questions: Sequence[str],
     device: torch.device | str = "cpu",
+    before: Sequence[Turns] | None = None,
 ) -> dict[str, Any]:
     """Make the inputs of ``model.generate``: one row per question about one picture each.
 
@@ -60,6 +77,7 @@ def prepare(
         images: RGB pictures, one per question.
         questions: what is asked.
         device: where the tensors go.
+        before: earlier turns of each row's chat; None for single questions.
 
     Returns:
         Tensors by name, padded on the left: ``input_ids`` of shape (n_questions, n_tokens), ….
@@ -67,7 +85,8 @@ def prepare(
     Raises:
         UnsupportedModelError: the processor has no chat template.
     """
-    prompts = [render(processor, question) for question in questions]
+    turns = before or [()] * len(questions)
+    prompts = [render(processor, *chat) for chat in zip(questions, turns, strict=True)]
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:  # masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token

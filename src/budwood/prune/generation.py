@@ -16,6 +16,9 @@ from transformers import (
 from transformers.generation import utils as generation
 
 from budwood.errors import AttachError, InputError
+from budwood.unwrap import signature
+
+_VIDEO = "pixel_values_videos"
 
 
 class PromptSwap:
@@ -186,18 +189,22 @@ def refuse_inputs(inputs: dict[str, Any], whole_video: bool) -> None:
         whole_video: there is a video that cannot be pruned.
 
     Raises:
-        AttachError: a filled cache from an earlier call, or a video beside images.
-        InputError: explicit positions, or an attention mask that is not 2-D.
+        AttachError: a video beside images.
     """
-    cache = inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise AttachError(
-            "past_key_values is filled and there are images to prune: positions in the cache and "
-            "in the prompt no longer agree; start from an empty cache, or detach"
-        )
     if whole_video:
         raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
-    refuse_explicit(inputs)
+
+
+def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:
+    """Refuse a video for a model that takes none, whose forward would ignore it.
+
+    Raises:
+        InputError: there is one.
+    """
+    if inputs.get(_VIDEO) is not None and _VIDEO not in signature(model.forward).parameters:
+        raise InputError(
+            f"{model.config.model_type} takes no videos, and {_VIDEO} is given; leave it out"
+        )
 
 
 def refuse_explicit(inputs: dict[str, Any]) -> None:

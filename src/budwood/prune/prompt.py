@@ -161,6 +161,7 @@ def prune_rows(
     kept: Sequence[Tensor],
     device: torch.device,
     keep_end: bool = False,
+    n_held: int = 0,
 ) -> Pruned:
     """Drop placeholders and pad anew, on the side that was padded and no more than needed.
 
@@ -176,6 +177,7 @@ def prune_rows(
             (n_kept,), distinct, on ``device``.
         device: where the result goes.
         keep_end: keep the padding on the right in any case.
+        n_held: first columns that a cache holds, which the result leaves out.
     """
     n_tokens = mask.shape[1]
     seen = mask.bool()
@@ -186,6 +188,7 @@ def prune_rows(
     on_right = not (keep_end or to_last.all())
     # From the first to the last token that is attended: a gap inside is the user's and stays.
     stays = from_first.clone() if keep_end else from_first & to_last
+    stays[:, :n_held] = False
     counts = stays.sum(1)
     for image, some in zip(images, kept, strict=True):
         counts[image.row] += len(some)

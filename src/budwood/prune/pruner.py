@@ -20,17 +20,26 @@ from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
 from budwood.prune.report import ImageReport, Timing
 from budwood.prune.selection import Selection, select, usable
+from budwood.prune.turns import (
+    CachedPrompt,
+    Counts,
+    count_visuals,
+    counted_in_front,
+    misfit,
+    new_pictures,
+)
 
 _Optional = Sequence[Tensor | None]
 _SignalsOf = Callable[[Sequence[Layout]], tuple[_Optional, _Optional]]
 """Layouts → saliency and keys of each image or video."""
 _IGNORED_LABEL = -100
-_FILLS = {
+FILLS = {
     "attention_mask": 0,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
     "labels": _IGNORED_LABEL,
 }
+"""Inputs with an entry per token beside the ids, and what padding gets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +53,7 @@ class Cut:
         report: one entry per image and video.
         usable: where the device is not waited for, whether the features of each were finite.
         timing: what it took.
+        n_visuals: images and videos in each row, with those that the cache held before.
     """
 
     inputs: dict[str, Any]
@@ -51,6 +61,7 @@ class Cut:
     report: list[ImageReport]
     usable: list[Tensor]
     timing: Timing
+    n_visuals: Counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +70,7 @@ class _Kind:
 
     visuals: Visuals
     features: list[Tensor]
+    layouts: list[Layout]
     signals_of: _SignalsOf
 
 
@@ -106,15 +118,17 @@ class Pruner:
     exact_timing: bool = False
     encoded: Encoded | None = None
 
-    def cut(self, inputs: dict[str, Any], pad: int) -> Cut:
+    def cut(self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None) -> Cut:
         """Encode the visuals once, choose, and shorten everything that has an entry per token.
 
-        Prompts are read before the encoder runs, so that reading does not wait for it.
+        Prompts are read before the encoder runs, so that reading does not wait for it. In a later
+        turn the tokens that the cache holds stay as they are, and the new images are pruned.
 
         Args:
             inputs: keyword arguments of ``generate`` or ``forward``, with ``input_ids``,
                 ``attention_mask`` and images.
             pad: token id for new padding.
+            held: what the cache holds, the first tokens of ``input_ids``; None if it is empty.
 
         Raises:
             InputError: placeholders and images do not match, or features have NaN (CPU).
@@ -123,13 +137,16 @@ class Pruner:
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
         answers = _answers(inputs.get("labels"), len(ids))
 
-        read = {**inputs, "input_ids": ids}  # what families read of the prompts is on the CPU
+        n_held = held.n_seen if held else 0
+        fresh = ids.clone()  # what families read of the prompts is on the CPU
+        fresh[:, :n_held] = -1  # no placeholders, whatever stands there
 
         started = self._now()
-        kinds = self._encode(read)
+        read, kinds = self._read({**inputs, "input_ids": fresh}, ids, held)
+        inputs = {**read, "input_ids": inputs["input_ids"]}
         encoded_at = self._now()
 
-        found = self._found(kinds, read, ids)
+        found = self._found(kinds, fresh)
         with torch.no_grad():
             asked = self._questions(ids, mask, found, answers)
             texts = self._embed(inputs["input_ids"], found, asked)
@@ -146,9 +163,9 @@ class Pruner:
         places = [_places(one.layout, indices, device) for one, indices in zip(found, kept)]
         placed = [one.placed for one in found]
         from_end = _reads_from_end(inputs, placed, answers)
-        pruned = prune_rows(mask, placed, places, device, from_end)
-        positions = self.family.positions(inputs, ids, mask)
-        shorter = self._shorten(inputs, pruned, pad, positions)
+        pruned = prune_rows(mask, placed, places, device, from_end, n_held)
+        positions = self._positions(inputs, ids, mask, held)
+        shorter = self._shorten(inputs, pruned, pad, positions, held)
         shorter["mm_encoder_outputs"] = _outputs(found, chosen, kept)
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
         described = zip(found, chosen, asked)
@@ -158,24 +175,50 @@ class Pruner:
             [self._describe(number, *one) for number, one in enumerate(described)],
             checks,
             Timing(1e3 * (encoded_at - started), 1e3 * (self._now() - encoded_at)),
+            count_visuals([(one.visuals.kind, one.placed.row) for one in found], len(ids), held),
         )
 
-    def _encode(self, inputs: dict[str, Any]) -> list[_Kind]:
-        """Encode the images, the videos, or both."""
+    def _read(
+        self, inputs: dict[str, Any], whole: Tensor, held: CachedPrompt | None
+    ) -> tuple[dict[str, Any], list[_Kind]]:
+        """Encode what has placeholders in ``input_ids``; the inputs come back with that alone.
+
+        Inputs of a later turn may have images that the cache holds; those are not encoded.
+        """
         kinds = self.family.visuals(inputs)
         if self.encoded is not None:
-            return _encoded_before(self.encoded, kinds, inputs, self.method)
+            return inputs, _encoded_before(self.encoded, kinds, inputs, self.method)
         made = []
         for visuals in kinds:
-            if self.method.needs_saliency:
-                recorder = visuals.recorder(inputs)
-                with recorder:
-                    features = visuals.features(inputs)
-                signals_of = partial(self._signals, visuals, recorder)
-            else:
-                features, signals_of = visuals.features(inputs), _no_signals
-            made.append(_Kind(visuals, features, signals_of))
-        return made
+            is_new = inputs["input_ids"] == visuals.token_id
+            if held is None:
+                made.append(self._encode(visuals, inputs))
+            elif is_new.any():
+                inputs, kind = self._fitting(visuals, inputs, whole, held)
+                made.append(kind)
+        return inputs, made
+
+    def _fitting(
+        self, visuals: Visuals, inputs: dict[str, Any], whole: Tensor, held: CachedPrompt
+    ) -> tuple[dict[str, Any], _Kind]:
+        """Encode the images of a later turn that fit its placeholders."""
+        is_new = inputs["input_ids"] == visuals.token_id
+        for given in new_pictures(visuals, inputs, whole, held, is_new.any(1)):
+            kind = self._encode(visuals, given)
+            if sum(layout.n_placeholders for layout in kind.layouts) == is_new.sum():
+                return given, kind
+        raise misfit(visuals.kind, int(is_new.sum()))
+
+    def _encode(self, visuals: Visuals, inputs: dict[str, Any]) -> _Kind:
+        """Encode the images or the videos."""
+        if not self.method.needs_saliency:
+            features, signals_of = visuals.features(inputs), _no_signals
+        else:
+            recorder = visuals.recorder(inputs)
+            with recorder:
+                features = visuals.features(inputs)
+            signals_of = partial(self._signals, visuals, recorder)
+        return _Kind(visuals, features, visuals.layouts(inputs, features), signals_of)
 
     def _signals(
         self, visuals: Visuals, recorder: Any, layouts: Sequence[Layout]
@@ -184,12 +227,11 @@ class Pruner:
         keys = visuals.keys(recorder, layouts) if self.method.needs_keys else _none(layouts)
         return visuals.saliency(recorder, layouts), keys
 
-    def _found(self, kinds: Sequence[_Kind], inputs: dict[str, Any], ids: Tensor) -> list[_Found]:
+    def _found(self, kinds: Sequence[_Kind], ids: Tensor) -> list[_Found]:
         """Every image and video of the call, in prompt order."""
         found = []
         for kind in kinds:
-            visuals = kind.visuals
-            layouts = visuals.layouts(inputs, kind.features)
+            visuals, layouts = kind.visuals, kind.layouts
             lengths = [layout.run_lengths for layout in layouts]
             placed = locate_images(ids, visuals.token_id, lengths, visuals.kind)
             with torch.no_grad():
@@ -265,13 +307,38 @@ class Pruner:
             validate=visual.device.type == "cpu",
         )
 
+    def _positions(
+        self, inputs: dict[str, Any], ids: Tensor, mask: Tensor, held: CachedPrompt | None
+    ) -> Tensor | None:
+        """Coordinates of the whole prompt, for models that have some, shape (n_axes, batch, n).
+
+        Behind what a cache holds they continue after its largest; there they are zeros.
+        """
+        if held is None:
+            return self.family.positions(inputs, ids, mask)
+        inputs = inputs | {
+            name: inputs[name][:, held.n_seen :]
+            for name in ("token_type_ids", "mm_token_type_ids")
+            if inputs.get(name) is not None
+        }
+        behind = self.family.positions(inputs, ids[:, held.n_seen :], mask[:, held.n_seen :])
+        if behind is None:
+            return None
+        start = held.next_position.to(behind.device)
+        return torch.nn.functional.pad(behind + start, (held.n_seen, 0))
+
     def _shorten(
-        self, inputs: dict[str, Any], pruned: Pruned, pad: int, positions: Tensor | None
+        self,
+        inputs: dict[str, Any],
+        pruned: Pruned,
+        pad: int,
+        positions: Tensor | None,
+        held: CachedPrompt | None,
     ) -> dict[str, Any]:
         """Drop the pictures from the inputs, and cut every tensor with an entry per token."""
         consumed = {name for kind in self.family.kinds for name in kind.encoder_inputs}
         shorter = {name: value for name, value in inputs.items() if name not in consumed}
-        for name, fill in {"input_ids": pad, **_FILLS}.items():
+        for name, fill in {"input_ids": pad, **FILLS}.items():
             if shorter.get(name) is not None:
                 shorter[name] = pruned.take(shorter[name], fill)
         if isinstance(inputs.get("logits_to_keep"), Tensor):
@@ -279,12 +346,12 @@ class Pruner:
         if positions is not None:
             device = pruned.index.device
             positions = pruned.take(positions.to(device, non_blocking=True), 0)
-            seen = shorter["attention_mask"]
-            self.family.placed(positions, seen)
-            # Counted positions go in front: the model builds its mask from those, and gaps in them
-            # would pass for several packed sequences.
-            counted = (seen.long().cumsum(-1) - 1).clamp(min=0)
-            shorter["position_ids"] = torch.cat((counted[None], positions))
+        if held is not None:
+            shorter |= held.followed(shorter, positions)
+        elif positions is not None:
+            shorter["position_ids"] = counted_in_front(positions, shorter["attention_mask"])
+        if positions is not None:
+            self.family.placed(shorter["position_ids"][1:], shorter["attention_mask"])
         return shorter
 
     def _describe(
@@ -347,7 +414,8 @@ def _encoded_before(
         features = encoded.features[part]
         saliency = encoded.saliency[part] if method.needs_saliency else _none(features)
         keys = encoded.keys[part] if method.needs_keys else _none(features)
-        made.append(_Kind(visuals, features, lambda _, given=(saliency, keys): given))
+        layouts = visuals.layouts(inputs, features)
+        made.append(_Kind(visuals, features, layouts, lambda _, given=(saliency, keys): given))
         start = part.stop
     return made
 

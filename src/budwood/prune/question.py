@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -49,16 +51,31 @@ class Scaffold:
         there is no template, or it has no place for an image.
         """
         tokenizer = getattr(processor, "tokenizer", processor)
-        if not (
-            getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-        ):
+        templates = [getattr(one, "chat_template", None) for one in (processor, tokenizer)]
+        if not any(templates):
             return cls()
+        n_tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+        known = (templates, id(tokenizer), n_tokens, image_token_id)
+        with contextlib.suppress(TypeError):  # a processor of one's own may have no hash
+            before, scaffold = _SCAFFOLDS.get(processor, (None, cls()))
+            if before == known:
+                return scaffold
+        scaffold = cls._rendered_by(processor, tokenizer, image_token_id)
+        with contextlib.suppress(TypeError):
+            _SCAFFOLDS[processor] = known, scaffold
+        return scaffold
+
+    @classmethod
+    def _rendered_by(cls, processor: Any, tokenizer: Any, image_token_id: int) -> Scaffold:
         is_it, which = (_rendered(processor, tokenizer, (text,), image_token_id) for text in _TEXTS)
         if is_it is None or which is None:
             return cls()
         prefix, suffix = _same(is_it, which), _same(is_it[::-1], which[::-1])[::-1]
         return cls(tuple(prefix), tuple(suffix), _later(processor, tokenizer, image_token_id))
 
+
+_SCAFFOLDS: WeakKeyDictionary[Any, tuple[Any, Scaffold]] = WeakKeyDictionary()
+"""Rendering takes ten milliseconds; a processor with its templates → its scaffold."""
 
 _TEXTS = ("Is it", "which 7")
 """Two texts whose first and last tokens differ with any tokenizer."""

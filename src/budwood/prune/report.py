@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -26,18 +26,19 @@ class Timing:
     select_ms: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageReport:
     """What was kept of one image or video.
 
-    Tokens are its *candidates*: newlines, which always stay, are not counted. A video is one entry
-    with the tokens of all its frames, frame by frame.
+    Its tokens in the prompt are *candidates*, from which ``keep`` are kept, and *fixed* tokens,
+    which always stay, such as newlines. A video is one entry with the tokens of all its frames,
+    frame by frame. Printed, a report shows all three counts.
 
     Attributes:
         kept: kept tokens, int64, shape (n_after,), sorted.
-        n_before: tokens before.
-        n_after: tokens after; all of them where the image has no more than were asked for.
-        n_fixed: tokens beside them that always stay, such as newlines.
+        n_before: candidates.
+        n_after: kept candidates; all of them where there are no more than were asked for.
+        n_fixed: fixed tokens, beside the candidates.
         split: how the budget was divided.
         saliency: score per token, float32, shape (n_before,); None if the method uses none.
         relevance: text-to-image score per token, likewise.
@@ -63,10 +64,16 @@ class ImageReport:
     image: int
     grid: tuple[int, int] | None
     question: tuple[int, ...]
-    boxes: Tensor = field(repr=False)
-    placed: Callable[[tuple[int, int]], Tensor] = field(repr=False)
+    boxes: Tensor
+    placed: Callable[[tuple[int, int]], Tensor]
     kind: str = "image"
     frames: int = 1
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageReport({self.kind} {self.image} in row {self.row}: {self.n_before} candidates, "
+            f"{self.n_after} kept, {self.n_fixed} fixed)"
+        )
 
     @property
     def kept_by_frame(self) -> list[Tensor]:
@@ -104,6 +111,8 @@ class Call:
         origin: position in the given prompt of each token that the LLM saw, -1 for padding, int64,
             shape (batch, n_kept); None if the call had no images.
         whole_video: whether the call had a video, all of whose tokens were kept.
+        n_cached_images: images that ``past_key_values`` held already. They stay as they were pruned
+            in their turn, and the report is about the others.
 
     Args:
         report: one entry per image and video, in the order of the batch.
@@ -111,6 +120,7 @@ class Call:
         timing: of the call.
         origin: of the call.
         whole_video: whether there was a video.
+        n_cached_images: images in the cache.
     """
 
     def __init__(
@@ -120,10 +130,12 @@ class Call:
         timing: Timing | None = None,
         origin: Tensor | None = None,
         whole_video: bool = False,
+        n_cached_images: int = 0,
     ) -> None:
         self.timing = timing or Timing()
         self.origin = origin
         self.whole_video = whole_video
+        self.n_cached_images = n_cached_images
         self._report, self._usable = list(report), list(usable)
 
     @property

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,16 +29,24 @@ from budwood.prune.generation import (
     refuse_explicit,
     refuse_impossible,
     refuse_inputs,
+    refuse_unknown_video,
     shorten_limits,
 )
 from budwood.prune.methods.base import Method
 from budwood.prune.methods.scores import Common
-from budwood.prune.pruner import Pruner
+from budwood.prune.pruner import FILLS, Pruner
 from budwood.prune.question import Question, QuestionRule
 from budwood.prune.report import Call, ImageReport, Timing
 from budwood.prune.selection import resolve_method
-from budwood.prune.turns import CachedPrompt, cached_prompt, refuse_new_images
-from budwood.unwrap import compiled_around, innermost
+from budwood.prune.turns import (
+    CachedPrompt,
+    cached_prompt,
+    is_filled,
+    length_of,
+    orphan,
+    unpruned_prompt,
+)
+from budwood.unwrap import compiled_around, innermost, signature
 
 _ABSENT = object()
 
@@ -75,11 +83,12 @@ def attach(
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
         method: a name in ``METHODS``, or an instance.
-        keep: tokens per image or video (int), or a fraction of them (float in (0, 1]), or a list
-            with one of these for each image and video of a call, in prompt order. A video has one
-            budget for all its frames. Only candidates count: tokens that always stay, such
-            as LLaVA-NeXT's newlines, come on top (``n_fixed`` in the report). An image with
-            fewer candidates keeps them all; the report says so.
+        keep: the budget of each image, for every family alike: a count of tokens (int), or a
+            fraction of the image's candidates (float in (0, 1]), or a list with one of these for
+            each image that a call prunes. An image's candidates are all its crops or tiles
+            together, after the model's own merging. Only they count: fixed tokens, such as
+            LLaVA-NeXT's newlines, come on top. An image with fewer candidates keeps them all. A
+            video is one image. The report has all three counts.
         compat: ``"official"`` is an alias: ``method="adav"`` with it is ``method="adav-official"``.
         question: which text counts as the question: ``"current"``, the user's last turn;
             ``"turn"``, the turn of the image; ``"all"``, everything after the image, as published;
@@ -157,6 +166,9 @@ class PruneSession:
         self.pruner = pruner
         self._saved: dict[str, Any] = {}
         self._calls = Calls()
+        self._caches: WeakSet[Any] = WeakSet()
+        self._lock = threading.Lock()
+        self._n_running = 0
         self._warned_of_video = False
         self._override("generate", self._generate)
         self._guard: Guard | None = None
@@ -180,21 +192,54 @@ class PruneSession:
         self.detach()
 
     def detach(self) -> None:
-        """Leave the model as it was found. The report stays readable; twice does no harm."""
-        if not self.attached:
-            return
-        for name, before in self._saved.items():
-            override = vars(self.model).get(name)
-            if not isinstance(override, Override) or override.budwood_session is not self:
-                continue  # wrapped since: what holds the override goes on to the original
-            if before is _ABSENT:
-                delattr(self.model, name)
-            else:
-                setattr(self.model, name, before)
-        self._saved = {}
-        if self._guard is not None:
-            self._guard.remove()
+        """Leave the model as it was found. The report stays readable; twice does no harm.
+
+        Calls that run in other threads end as they began, pruned. Caches that hold a pruned prompt
+        refuse to be used from then on, until a new session is attached.
+        """
+        with self._lock:
+            saved, self._saved = self._saved, {}
+            for name, before in saved.items():
+                override = vars(self.model).get(name)
+                if not isinstance(override, Override) or override.budwood_session is not self:
+                    continue  # wrapped since: what holds the override goes on to the original
+                if before is _ABSENT:
+                    delattr(self.model, name)
+                else:
+                    setattr(self.model, name, before)
+            if self._guard is not None:
+                self._guard.remove()
+            if saved and not self._n_running:
+                self._release()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[bool]:
+        """A call of the model, which is to be pruned if this session is attached.
+
+        What a call changes in the model is put back when the last one has ended.
+        """
+        with self._lock:
+            attached = bool(self._saved)
+            self._n_running += attached
+        try:
+            yield attached
+        finally:
+            with self._lock:
+                self._n_running -= attached
+                if attached and not self._saved and not self._n_running:
+                    self._release()
+
+    def _release(self) -> None:
         self.pruner.family.release()
+        for cache in self._caches:
+            orphan(cache)
+        self._caches.clear()
+
+    def _note(self, prompt: CachedPrompt, cache: Any) -> None:
+        """Write on a cache which prompt it holds."""
+        prompt.note(cache)
+        with contextlib.suppress(TypeError), self._lock:  # None and tuples have no weak references
+            self._caches.add(cache)
 
     @property
     def attached(self) -> bool:
@@ -248,7 +293,9 @@ class PruneSession:
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         self._calls.begin()
-        ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
+        refuse_unknown_video(kwargs, self.model)
+        cache = kwargs.get("past_key_values")
+        ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
         if ids is None or (cached is None and not self._has_visuals(kwargs)):
             self._say_videos(kwargs)
             self._calls.note(kwargs.get("streamer"))
@@ -258,55 +305,100 @@ class PruneSession:
         kwargs["input_ids"] = ids
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = prompt_mask(ids, kwargs, self.model)
-        cut = self._cut_prompt(kwargs) if cached is None else self._continued(kwargs, cached)
-        prompt = CachedPrompt.of(ids, cut)
-        prompt.note(kwargs.get("past_key_values"))
+        refuse_explicit(kwargs)
+        if cached is None and is_filled(cache):
+            placeholders = self.pruner.family.wrapping_ids
+            cached = unpruned_prompt(cache, ids, kwargs["attention_mask"], self.model, placeholders)
+        pad = pad_token(kwargs, self.model)
+        with torch.no_grad():
+            cut, prompt = self._continued(kwargs, cached, pad) if cached else self._cut(kwargs, pad)
+        self._note(prompt, cache)
         n_pruned = cut["input_ids"].shape[1]
         swap = PromptSwap(ids, n_pruned)
         shorten_limits(cut, self.model, ids.shape[1] - n_pruned)
         self._calls.note(kwargs.get("streamer"))
         swap.wrap(cut)
         output = swap.restored(original(**cut))
-        prompt.note(cache_of(output))
+        self._note(prompt, cache_of(output))
         return self._calls.note(output)
 
-    def _cut_prompt(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        refuse_inputs(kwargs, self.pruner.family.has_whole_video(kwargs))
-        with torch.no_grad():
-            return self._cut(kwargs, pad_token(kwargs, self.model))
-
-    def _continued(self, kwargs: dict[str, Any], cached: CachedPrompt) -> dict[str, Any]:
-        """A later turn: what the cache holds stays as it was pruned, the rest is fed whole."""
-        family = self.pruner.family
-        refuse_explicit(kwargs)
-        consumed: set[str] = set()
+    def _continued(
+        self, kwargs: dict[str, Any], cached: CachedPrompt, pad: int
+    ) -> tuple[dict[str, Any], CachedPrompt]:
+        """A later turn: what the cache holds stays as it was, new images are pruned."""
+        family, ids, mask = self.pruner.family, kwargs["input_ids"], kwargs["attention_mask"]
+        n_cached = length_of(kwargs["past_key_values"])
+        held = cached.held(ids, mask, n_cached, [visuals.token_id for visuals in family.kinds])
+        fresh, consumed, is_new = ids[:, held.n_seen :], set[str](), False
         for visuals in family.kinds:
-            refuse_new_images(kwargs["input_ids"], cached, visuals.token_id)
+            n_new = int((fresh == visuals.token_id).sum())
+            if n_new and not visuals.given(kwargs):
+                raise InputError(
+                    f"the new turn has {n_new} {visuals.kind} placeholders and no {visuals.kind} "
+                    f"is given; give all {visuals.kind}s of the conversation, or only the new ones"
+                )
+            is_new |= n_new > 0
             consumed.update(visuals.encoder_inputs)
-        n_cached = kwargs["past_key_values"].get_seq_length()
+        if is_new:
+            return self._cut(kwargs, pad, held)
+        self._calls.last = Call(n_cached_images=held.n_all)
+        prompt = held.extended(ids, mask)
         dropped = {*consumed, "mm_token_type_ids", "token_type_ids"}
-        cut = {name: value for name, value in kwargs.items() if name not in dropped}
-        return cut | cached.extended(kwargs["input_ids"], kwargs["attention_mask"], n_cached)
+        given = {**kwargs, **prompt.inputs}
+        return {name: value for name, value in given.items() if name not in dropped}, prompt
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        ids, cached = _prompts(kwargs), cached_prompt(kwargs.get("past_key_values"))
-        if ids is None or not self._has_visuals(
-            kwargs
-        ):  # among others every step inside generate()
-            if cached is not None and kwargs.get("attention_mask") is not None:
-                kwargs["attention_mask"] = cached.mask(kwargs["attention_mask"], kwargs)
+        refuse_unknown_video(kwargs, self.model)
+        cache = kwargs.get("past_key_values")
+        ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
+        if ids is None or not self._has_visuals(kwargs):
+            if cached is not None:
+                self._note(cached, cache)
+                kwargs |= cached.step(kwargs)
             return original(**kwargs)
         self._calls.begin()
-        refuse_inputs(kwargs, self.pruner.family.has_whole_video(kwargs))
-        if kwargs.get("attention_mask") is None:
+        refuse_explicit(kwargs)
+        pad, held, n_cached = pad_token({}, self.model), None, 0
+        if is_filled(cache):
+            if cached is None:
+                raise AttachError(
+                    "past_key_values was filled by a call without images, and forward() does not "
+                    "say what it holds; call generate(), or start from an empty cache"
+                )
+            self._note(cached, cache)
+            kwargs, n_cached = cached.before(kwargs, pad, FILLS), length_of(cache)
+            n_new = ids.shape[1]
+            held = cached.extended(
+                kwargs["input_ids"][:, :-n_new], kwargs["attention_mask"][:, :-n_new]
+            )
+        elif kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
-        cut = self._cut(kwargs, pad_token({}, self.model))
+        cut, prompt = self._cut(kwargs, pad, held)
+        if cut.get("position_ids") is None:  # counted as generate() counts them
+            cut["position_ids"] = (cut["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        for name in ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids"):
+            if cut.get(name) is not None:
+                cut[name] = cut[name][..., n_cached:]
         for hook in self.model._forward_pre_hooks.values():  # they saw the whole prompt
             if hasattr(hook, "note_inputs"):
                 hook.note_inputs((), cut)
         output = original(**cut)
-        CachedPrompt.of(ids, cut).note(cache_of(output))
+        self._note(prompt, cache_of(output))
         return self._calls.note(output)
+
+    def _cut(
+        self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None
+    ) -> tuple[dict[str, Any], CachedPrompt]:
+        """Prune the images of a call that no cache holds, and say what a cache then holds."""
+        refuse_inputs(inputs, self.pruner.family.has_whole_video(inputs))
+        if held is not None:
+            self.pruner.family.refuse_later(len(held.whole))
+        cut = self.pruner.cut(inputs, pad, held)
+        n_held = held.n_all if held else 0
+        self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin, False, n_held)
+        return cut.inputs, CachedPrompt.of(
+            inputs["input_ids"], cut.inputs, cut.n_visuals, self.model
+        )
 
     def _has_visuals(self, kwargs: dict[str, Any]) -> bool:
         return bool(self.pruner.family.visuals(kwargs))
@@ -318,11 +410,6 @@ class PruneSession:
             if not self._warned_of_video:
                 warnings.warn("videos are not pruned: all their tokens are kept", stacklevel=4)
             self._warned_of_video = True
-
-    def _cut(self, inputs: dict[str, Any], pad: int) -> dict[str, Any]:
-        cut = self.pruner.cut(inputs, pad)
-        self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin)
-        return cut.inputs
 
 
 class Override:
@@ -348,17 +435,18 @@ class Override:
         self._new_name = takes_new_name(session.model)
         self._names = [
             parameter.name
-            for parameter in inspect.signature(original).parameters.values()
+            for parameter in signature(original).parameters.values()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.budwood_session.attached:
-            return self._original(*args, **kwargs)
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if self._new_name:
-            return self._replacement(by_new_name(self._original), by_one_name(named))
-        return self._replacement(self._original, named)
+        with self.budwood_session.running() as attached:
+            if not attached:
+                return self._original(*args, **kwargs)
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            if self._new_name:
+                return self._replacement(by_new_name(self._original), by_one_name(named))
+            return self._replacement(self._original, named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.budwood_session.model, self._name)

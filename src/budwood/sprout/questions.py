@@ -107,6 +107,38 @@ def balanced(
     return chosen
 
 
+def chats(
+    seed: int, n_scenes: int, n_turns: int, split: str = "test"
+) -> list[tuple[Scene, list[tuple[Question, ...]]]]:
+    """Draw chats about the scenes of :func:`balanced`, each question about other objects.
+
+    Each of a scene's questions that is about something in it ends a chat. The questions before it
+    are drawn from those about objects that have nothing to do with its answer.
+
+    Args:
+        seed: as in :func:`balanced`.
+        n_scenes: likewise; a scene may allow no chat.
+        n_turns: questions in a chat.
+        split: as in :func:`balanced`.
+    """
+    return [
+        (scene, [chat for last in questions if (chat := _chat(scene, last, n_turns))])
+        for scene, questions in balanced(seed, n_scenes, split)
+    ]
+
+
+def _chat(scene: Scene, last: Question, n_turns: int) -> tuple[Question, ...] | None:
+    """Questions about other objects, and the last; None if there are not enough."""
+    if n_turns == 1:
+        return (last,)
+    seen = set(last.boxes)
+    others = [q for q in ask(scene) if q.boxes and seen.isdisjoint(q.boxes)]
+    if not last.boxes or len(others) < n_turns - 1:
+        return None
+    rng = random.Random(f"{scene.split} {scene.seed} {last.text}")
+    return (*rng.sample(others, n_turns - 1), last)
+
+
 def check_set(seed: int, n_scenes: int, split: str) -> None:
     """Check that a held-out set can be drawn, without drawing it.
 

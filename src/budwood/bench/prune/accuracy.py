@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,24 +14,38 @@ from budwood.bench.prune.plan import BLIND, FULL, Config, Run
 from budwood.errors import InputError
 from budwood.evaluate.scenes import normalise
 from budwood.progress import Progress, silent
-from budwood.prune.chat import prepare
+from budwood.prune.chat import Turns, prepare
 from budwood.prune.encoded import Encoded, encode
 from budwood.prune.latency import FirstToken, generate_timed
 from budwood.prune.methods import METHODS
 from budwood.prune.session import attach
-from budwood.sprout.questions import Question, balanced
+from budwood.sprout.questions import Question, chats
 from budwood.sprout.scenes import Scene
 from budwood.timing import median_ratio, side_by_side
+
+Row = dict[str, Any]
 
 _GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question of the benchmark and the scene, counted from 0, that it is about."""
+    """One question of the benchmark, the last of a chat.
+
+    Attributes:
+        scene: number of the scene, counted from 0.
+        question: what is asked.
+        before: questions of earlier turns.
+    """
 
     scene: int
     question: Question
+    before: tuple[Question, ...] = ()
+
+    @property
+    def turns(self) -> Turns:
+        """The earlier turns as they are shown to the model, with the right answers."""
+        return [(question.text, question.answer) for question in self.before]
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,14 @@ class Outcome:
     times: dict[Run, Times] = field(default_factory=dict)
 
 
-def run(model: Any, processor: Any, config: Config, progress: Progress = silent) -> Outcome:
+def run(
+    model: Any,
+    processor: Any,
+    config: Config,
+    progress: Progress = silent,
+    begun: Sequence[Row] = (),
+    keep: Callable[[list[Row]], None] | None = None,
+) -> Outcome:
     """Ask every question with every method and budget, with all tokens, and blind.
 
     Blind means all tokens of a grey picture. Everything but the times is deterministic.
@@ -76,31 +97,47 @@ def run(model: Any, processor: Any, config: Config, progress: Progress = silent)
         processor: its processor.
         config: what to run.
         progress: called after each batch of answers.
+        begun: answers of an interrupted run, as given to ``keep``.
+        keep: called after each batch with all answers so far.
 
     Raises:
         InputError: the scenes allow no question.
     """
-    scenes = balanced(config.seed, config.n_scenes, config.split)
-    asked = [Asked(i, q) for i, (_, questions) in enumerate(scenes) for q in questions]
+    scenes = [
+        (scene, [Asked(i, last, tuple(before)) for *before, last in of_scene])
+        for i, (scene, of_scene) in enumerate(
+            chats(config.seed, config.n_scenes, config.turns, config.split)
+        )
+    ]
+    asked = [one for _, of_scene in scenes for one in of_scene]
     if not asked:
         raise InputError(f"n_scenes={config.n_scenes} scenes allow no question; give more")
-    outcome = Outcome(asked, {run: [] for run in config.runs})
-    outcome.n_kept = {run: [] for run in config.runs}
-    n_done, n_answers = 0, len(asked) * len(config.runs)
+    done = {(row["chunk"], row["run"]): row for row in begun}
+    rows, n_answers = list(begun), len(asked) * len(config.runs)
     for number, chunk in enumerate(_chunks(scenes, config.batch)):
-        exam = _Exam(model, processor, config, number, chunk)
-        for run_ in config.runs:
-            answered = exam.sit(run_)
-            outcome.right[run_] += [
-                normalise(text) == normalise(question.answer)
-                for text, question in zip(answered.texts, exam.questions)
-            ]
-            outcome.n_kept[run_] += answered.n_kept
-            n_done += len(answered.texts)
-            progress(n_done, n_answers)
-        outcome.n_visual += exam.n_visual
-    pictures = [(scenes[item.scene][0].image, item.question.text) for item in asked]
-    outcome.times = measure(model, processor, config.runs, _spread(pictures, config.n_timed))
+        missing = [i for i in range(len(config.runs)) if (number, i) not in done]
+        exam = _Exam(model, processor, config, number, chunk) if missing else None
+        for i in missing:
+            assert exam is not None
+            answered = exam.sit(config.runs[i])
+            done[number, i] = {"chunk": number, "run": i, "n_kept": answered.n_kept} | {
+                "right": [
+                    normalise(text) == normalise(one.question.answer)
+                    for text, one in zip(answered.texts, exam.asked)
+                ]
+            }
+            rows.append(done[number, i])
+            progress(sum(len(row["right"]) for row in rows), n_answers)
+        if keep and missing:
+            keep(rows)
+    outcome = Outcome(asked, {}, [])
+    for i, run_ in enumerate(config.runs):
+        answers = [row for (_, which), row in sorted(done.items()) if which == i]
+        outcome.right[run_] = [right for row in answers for right in row["right"]]
+        outcome.n_kept[run_] = [n_kept for row in answers for n_kept in row["n_kept"]]
+    outcome.n_visual = outcome.n_kept[FULL]
+    timed = [(scenes[one.scene][0].image, one) for one in _spread(asked, config.n_timed)]
+    outcome.times = measure(model, processor, config.runs, timed)
     return outcome
 
 
@@ -108,7 +145,7 @@ def measure(
     model: Any,
     processor: Any,
     runs: Sequence[Run],
-    questions: Sequence[tuple[Image.Image, str]],
+    questions: Sequence[tuple[Image.Image, Asked]],
 ) -> dict[Run, Times]:
     """Time the first token of each run on each question, one at a time, encoder included.
 
@@ -120,9 +157,9 @@ def measure(
     """
 
     def time_one(run_: Run, number: int) -> FirstToken:
-        image, text = questions[number]
+        image, asked = questions[number]
         image = _blank(image) if run_ == BLIND else image
-        inputs = prepare(processor, [image], [text], model.device)
+        inputs = prepare(processor, [image], [asked.question.text], model.device, [asked.turns])
         if run_.variant is None:
             return generate_timed(model, inputs, max_new_tokens=1).first
         options: dict[str, Any] = {**run_.variant.options, "keep": run_.keep, "timing": True}
@@ -151,14 +188,14 @@ class _Exam:
         processor: Any,
         config: Config,
         number: int,
-        chunk: Sequence[tuple[Scene, list[Question]]],
+        chunk: Sequence[tuple[Scene, list[Asked]]],
     ) -> None:
         self.model, self.processor, self.config = model, processor, config
         # Draws follow the number of an image in its call, so each call needs a seed of its own.
         self.seed = config.seed * 1_000_003 + number
-        self.questions = [question for _, questions in chunk for question in questions]
+        self.asked = [one for _, of_scene in chunk for one in of_scene]
         self.images = [scene.image for scene, _ in chunk]
-        self.which = [i for i, (_, questions) in enumerate(chunk) for _ in questions]
+        self.which = [i for i, (_, of_scene) in enumerate(chunk) for _ in of_scene]
         self.inputs = self._inputs(self.images, self.which)
         self._encoded: dict[bool, Encoded] = {}
         self.n_visual = [len(self._encode().saliency[i]) for i in self.which]
@@ -211,8 +248,10 @@ class _Exam:
         return prepare(self.processor, images, ["-"] * len(images), self.model.device)
 
     def _inputs(self, images: Sequence[Image.Image], which: Sequence[int]) -> dict[str, Any]:
-        texts = [question.text for question in self.questions]
-        return prepare(self.processor, [images[i] for i in which], texts, self.model.device)
+        texts = [one.question.text for one in self.asked]
+        before = [one.turns for one in self.asked]
+        shown = [images[i] for i in which]
+        return prepare(self.processor, shown, texts, self.model.device, before)
 
 
 def _blank(image: Image.Image) -> Image.Image:
@@ -220,19 +259,19 @@ def _blank(image: Image.Image) -> Image.Image:
 
 
 def _chunks(
-    scenes: Sequence[tuple[Scene, list[Question]]], batch: int
-) -> Iterator[list[tuple[Scene, list[Question]]]]:
+    scenes: Sequence[tuple[Scene, list[Asked]]], batch: int
+) -> Iterator[list[tuple[Scene, list[Asked]]]]:
     """Whole scenes with about ``batch`` questions; scenes without a question are left out."""
-    chunk: list[tuple[Scene, list[Question]]] = []
+    chunk: list[tuple[Scene, list[Asked]]] = []
     n_questions = 0
-    for scene, questions in scenes:
-        if not questions:
+    for scene, of_scene in scenes:
+        if not of_scene:
             continue
-        if chunk and n_questions + len(questions) > batch:
+        if chunk and n_questions + len(of_scene) > batch:
             yield chunk
             chunk, n_questions = [], 0
-        chunk.append((scene, questions))
-        n_questions += len(questions)
+        chunk.append((scene, of_scene))
+        n_questions += len(of_scene)
     if chunk:
         yield chunk
 

@@ -71,6 +71,8 @@ class Config:
         max_new_tokens: where an answer is cut.
         n_timed: questions whose first token is timed.
         n_resamples: of the bootstrap.
+        turns: questions in a chat, of which the last counts; those before it are about other
+            objects and have their right answers.
         reference: a method; differences are to its first variant at the same budget.
 
     Raises:
@@ -87,10 +89,11 @@ class Config:
     max_new_tokens: int = 4
     n_timed: int = 10
     n_resamples: int = 2000
+    turns: int = 1
     reference: str = "adav"
 
     def __post_init__(self) -> None:
-        names = ("n_scenes", "batch", "max_new_tokens", "n_timed", "n_resamples")
+        names = ("n_scenes", "batch", "max_new_tokens", "n_timed", "n_resamples", "turns")
         need_at_least(1, **{name: getattr(self, name) for name in names})
         if not self.variants or not self.keeps:
             raise InputError("nothing to compare: give at least one method and one budget")
@@ -104,6 +107,13 @@ class Config:
         """All that is compared: baselines, then budget by budget."""
         pruned = [Run("", variant, keep) for keep in self.keeps for variant in self.variants]
         return [FULL, BLIND, *pruned]
+
+    def first_question(self, run: Run) -> Run | None:
+        """The run of the same method and budget with the first choice of question."""
+        same = (
+            other for other in self.runs if (other.method, other.keep) == (run.method, run.keep)
+        )
+        return next(same) if run.variant else None
 
     def reference_run(self, keep: int | float | None) -> Run | None:
         """The run that others of this budget are compared to, if the reference takes part."""

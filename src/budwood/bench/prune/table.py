@@ -26,7 +26,8 @@ def rows_of(outcome: Outcome, config: Config) -> list[Row]:
 
     Every row has ``method, keep, question, n_visual, n_kept``; ``accuracy``, ``retention``
     (accuracy over that with all tokens) and ``difference`` (to the reference at the same budget, in
-    accuracy), each with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
+    accuracy), ``question_difference`` (to the same method with the first choice of question), each
+    with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
     ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; and the times. What
     is not known, such as the difference of a baseline, is None.
     """
@@ -81,7 +82,6 @@ def _scores(
 ) -> Row:
     """Accuracy, retention and difference in one group of questions, with intervals."""
     counted = [belongs(asked) for asked in outcome.asked]
-    reference = config.reference_run(run.keep) if run.variant else None
     right, full = outcome.right[run], outcome.right[FULL]
     resampled = draws.accuracies(right, counted)
     accuracy, accuracy_full = _accuracy(right, counted), _accuracy(full, counted)
@@ -89,12 +89,17 @@ def _scores(
     values: dict[str, Any] = {
         "accuracy": (accuracy, *interval(resampled)),
         "retention": (retention, *interval(ratio(resampled, draws.accuracies(full, counted)))),
-        "difference": (None, None, None),
     }
-    if reference is not None and reference != run and accuracy is not None:
-        theirs = outcome.right[reference]
-        gap = accuracy - (_accuracy(theirs, counted) or 0.0)
-        values["difference"] = (gap, *interval(resampled - draws.accuracies(theirs, counted)))
+    others = {
+        "difference": config.reference_run(run.keep) if run.variant else None,
+        "question_difference": config.first_question(run),
+    }
+    for name, other in others.items():
+        values[name] = (None, None, None)
+        if other is not None and other != run and accuracy is not None:
+            theirs = outcome.right[other]
+            gap = accuracy - (_accuracy(theirs, counted) or 0.0)
+            values[name] = (gap, *interval(resampled - draws.accuracies(theirs, counted)))
     suffix = f"_{group}" if group else ""
     row: Row = {}
     for name, (value, low, high) in values.items():

@@ -33,6 +33,9 @@ COLUMNS = Columns(
     Column("difference_low", "+.1%", only="record"),
     Column("difference_high", "+.1%", only="record"),
     Column("difference_interval", heading="difference", only="terminal"),
+    Column("question_difference", "+.1%", only="record"),
+    Column("question_difference_low", "+.1%", only="record"),
+    Column("question_difference_high", "+.1%", only="record"),
     Column("accuracy_salient", ".1%", "salient"),
     Column("accuracy_other", ".1%", "other"),
     Column("ttft_ms", ".0f", "TTFT ms"),
@@ -52,6 +55,9 @@ def bench_prune(
         str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
     question: options.Questions = "all",
+    turns: Annotated[
+        int, typer.Option(help="Questions in a chat, each about other objects; the last counts.")
+    ] = 1,
     compat: options.Compat = None,
     reference: Annotated[str, typer.Option(help="Differences are to this method.")] = "adav",
     model: options.Model = None,
@@ -72,7 +78,8 @@ def bench_prune(
     "full" has all visual tokens, "blind" all tokens of a grey picture. An answer counts if it
     equals the right one up to case, space and punctuation. Intervals are 95 % intervals of a
     bootstrap over scenes, paired for differences and retention. Times are medians over questions
-    asked one at a time, in turn.
+    asked one at a time, in turn. With --turns 2 a chat comes before each question, about other
+    objects and with right answers. An interrupted run with --out continues where it was.
 
     \b
     Example:
@@ -89,10 +96,11 @@ def bench_prune(
         batch=batch,
         max_new_tokens=max_new_tokens,
         n_timed=timed,
+        turns=turns,
         reference=reference,
     )
-    results = Results(out, force, json, plot)
-    record = _measure(config, model, device, dtype)
+    results = Results(out, force, json, plot, resumes=True)
+    record = _measure(config, (model, device, dtype), results)
     shown = [_shown(row, record.rows) for row in record.rows]
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
@@ -113,19 +121,29 @@ def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
     check_set(seed, n_scenes, split)
 
 
-def _measure(config: Config, model: str | None, device: str, dtype: str) -> records.Record:
+def _measure(
+    config: Config, source: tuple[str | None, str, str], results: Results
+) -> records.Record:
     from budwood.bench.prune import counts, rows_of, run
     from budwood.cli.models import load
 
-    loaded = load(model, device, dtype)
+    loaded = load(*source)
+    empty = records.new_record(
+        "bench prune", [], seed=config.seed, config=_described(config, loaded)
+    )
+    begun = results.begun(empty)
     with progress("answers") as advance:
-        outcome = run(loaded.model, loaded.processor, config, advance)
+        outcome = run(
+            loaded.model,
+            loaded.processor,
+            config,
+            advance,
+            begun,
+            lambda rows: results.keep(dataclasses.replace(empty, rows=rows)),
+        )
     rows = rows_of(outcome, config)
     return records.new_record(
-        "bench prune",
-        rows,
-        seed=config.seed,
-        config=_described(config, loaded) | counts(outcome),
+        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome)
     )
 
 
@@ -179,8 +197,9 @@ def _interval(row: records.Row, key: str, spec: str) -> str | None:
 
 def _legend(config: dict[str, Any]) -> str:
     fraction = config["n_salient"] / config["n_questions"]
+    chats = f"in chats of {config['turns']} turns " if config["turns"] > 1 else ""
     return (
-        f"{config['n_questions']} questions about {config['n_scenes']} scenes, seed "
+        f"{config['n_questions']} questions {chats}about {config['n_scenes']} scenes, seed "
         f"{config['seed']}, split {config['split']}; {fraction:.0%} of them about the salient "
         f"object; differences are to {config['reference']} at the same budget; "
         f"model {config['model']}, {config['dtype']}"

@@ -15,7 +15,8 @@ from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.bench.prune_speed import Shape, SpeedConfig
+    from budwood.bench.prune_shapes import Shape
+    from budwood.bench.prune_speed import SpeedConfig
 
 COLUMNS = Columns(
     Column("method"),
@@ -30,6 +31,8 @@ COLUMNS = Columns(
     Column("select_over_full", ".2%", "selector ÷ full prefill"),
     Column("decode_tokens_per_s", ".1f", "decode tokens/s"),
     Column("decode_over_full", ".3f", "÷ full"),
+    Column("kv_mib", ".1f", "KV cache MiB"),
+    Column("peak_mib", ".0f", "peak MiB"),
 )
 
 
@@ -38,13 +41,19 @@ def bench_speed(
     method: options.Method = "adav",
     shape: Annotated[
         str | None,
-        typer.Option(metavar="llava-next", help="Time random weights of this shape."),
+        typer.Option(
+            metavar="NAME", help="Time random weights: llava-1.5, llava-next or qwen2.5-vl."
+        ),
     ] = None,
     layers: Annotated[int, typer.Option(help="LLM layers of the shape.")] = 4,
     width: Annotated[int, typer.Option(help="LLM width of the shape.")] = 2048,
     vision_layers: Annotated[int, typer.Option(help="Encoder layers of the shape.")] = 4,
     vision_width: Annotated[int, typer.Option(help="Encoder width of the shape.")] = 1024,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    threads: Annotated[
+        str,
+        typer.Option(metavar="N,…", help="Measure requests a second with so many threads, too."),
+    ] = "",
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
     seed: options.Seed = 0,
     model: options.Model = None,
@@ -64,14 +73,17 @@ def bench_speed(
     Examples:
       budwood bench prune-speed --out speed.json
       budwood bench prune-speed --shape llava-next --layers 4 --width 2048 --repeats 3
+      budwood bench prune-speed --threads 1,4,8 --repeats 3
     """
     if model and shape:
         raise InputError("give --model or --shape, not both")
     config = _config(options.listed(keep), method, repeats, new_tokens, seed)
     built = _shape(shape, layers, width, vision_layers, vision_width)
     results = Results(out, force, json)
-    record = _measure(config, built, (model, device, dtype))
-    results.publish(record, COLUMNS, notes=_targets(record))
+    counts = _counts(threads)
+    record = _measure(config, built, (model, device, dtype), counts)
+    alone = [row for row in record.rows if "threads" not in row]
+    results.publish(record, COLUMNS, rows=alone, notes=[*_loads(record), *_targets(record)])
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
@@ -81,20 +93,39 @@ def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) 
 
 
 def _shape(name: str | None, *size: int) -> Shape | None:
-    from budwood.bench.prune_speed import Shape
+    from budwood.bench.prune_shapes import Shape
 
     return None if name is None else Shape(name, *size)
 
 
+def _counts(threads: str) -> list[int]:
+    """The numbers of threads."""
+    names = options.listed(threads) if threads else []
+    for name in names:
+        if not name.isdigit() or int(name) < 1:
+            raise InputError(f"threads={name!r} is no number of threads; give some like 1,4,8")
+    return list(map(int, names))
+
+
 def _measure(
-    config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
+    config: SpeedConfig,
+    shape: Shape | None,
+    source: tuple[str | None, str, str],
+    threads: list[int],
 ) -> records.Record:
-    from budwood.bench.prune_speed import largest_allocation, measure_speed
+    from budwood.bench.prune_speed import (
+        attach_times,
+        largest_allocation,
+        measure_load,
+        measure_speed,
+    )
 
     model, processor, inputs, described = _subject(config, shape, source)
     with working("timing"):
         rows = measure_speed(model, processor, inputs, config)
         largest = largest_allocation(model, processor, inputs, config.keeps[0])
+        largest |= attach_times(model, processor, config)
+        rows += measure_load(model, processor, inputs, config, threads)
     described |= {**dataclasses.asdict(config), "keeps": list(config.keeps), **largest}
     described |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     return records.new_record("bench prune-speed", rows, seed=config.seed, config=described)
@@ -107,13 +138,12 @@ def _subject(
     from budwood.cli.models import load, place
 
     if shape is not None:
-        from budwood.bench.prune_speed import random_llava_next
+        from budwood.bench.prune_shapes import random_model
 
         device, dtype = place(*source[1:])
         with working(f"building {shape.name} with random weights"):
-            model, inputs = random_llava_next(shape, config.seed, dtype)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return model.to(device), None, inputs, {"model": None, "shape": dataclasses.asdict(shape)}
+            model, inputs = random_model(shape, config.seed, dtype, str(device))
+        return model, None, inputs, {"model": None, "shape": dataclasses.asdict(shape)}
 
     from budwood.prune.chat import prepare
     from budwood.sprout.questions import ask
@@ -126,10 +156,19 @@ def _subject(
     return loaded.model, loaded.processor, inputs, {"model": loaded.name, "shape": None}
 
 
-def _targets(record: records.Record) -> list[str]:
-    from budwood.bench.prune_speed import PREFILL_TARGET, SELECT_TARGET
+def _loads(record: records.Record) -> list[str]:
+    return [
+        f"{row['threads']} threads, {row['method']} {row['keep']}: {row['requests_per_s']:.2f} "
+        f"requests/s, {row['requests_over_full']:.2f} × full"
+        for row in record.rows
+        if "threads" in row
+    ]
 
-    config, pruned = record.config, [row for row in record.rows if row["prefill_over_plain"]]
+
+def _targets(record: records.Record) -> list[str]:
+    from budwood.bench.prune_speed import ATTACH_TARGET_MS, PREFILL_TARGET, SELECT_TARGET
+
+    config, pruned = record.config, [row for row in record.rows if row.get("prefill_over_plain")]
     prefill = max(row["prefill_over_plain"] for row in pruned)
     selector = max(row["select_over_full"] for row in pruned)
     decode = min(row["decode_over_full"] for row in pruned)
@@ -137,6 +176,8 @@ def _targets(record: records.Record) -> list[str]:
         f"prefill ÷ plain, at most: {prefill:.3f} (target {PREFILL_TARGET})",
         f"selector ÷ full prefill, at most: {selector:.2%} (target {SELECT_TARGET:.0%})",
         f"decoding speed ÷ full, at least: {decode:.3f} (target 1)",
+        f"attach {config['attach_ms']:.3f} ms, detach {config['detach_ms']:.3f} ms (target "
+        f"{ATTACH_TARGET_MS:.0f})",
         f"largest tensor of saliency and selection: {config['largest_numel']:,} numbers, shape "
         f"{tuple(config['largest_shape'])}; heads × N × N would be {config['limit_numel']:,}",
     ]

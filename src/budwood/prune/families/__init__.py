@@ -6,7 +6,6 @@ another family of it (``llava-pixtral``).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +14,12 @@ from budwood import catalogue
 from budwood.errors import UnknownNameError, UnsupportedModelError
 from budwood.prune.families.base import Family, Layout
 from budwood.registry import Registry
-from budwood.unwrap import wrapper_attribute
+from budwood.unwrap import signature, wrapper_attribute
 
 FAMILIES = Registry("model family", catalogue.FAMILIES)
+
+_TOWERS = ("vision_tower", "visual", "vision_model")
+"""What transformers calls the vision tower of a model's base model."""
 
 __all__ = ["FAMILIES", "Family", "Layout", "as_built", "family_class", "family_of"]
 
@@ -78,16 +80,29 @@ def family_of(
         raise UnsupportedModelError(
             f"{kind} does not generate; give the family's ...ForConditionalGeneration model"
         )
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if "mm_encoder_outputs" not in signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{kind} takes no pre-encoded images (mm_encoder_outputs); update transformers to 5.20"
         )
     _check_patches(patches, family)
+    _refuse_other_tower(model, kind)
     with as_built(kind):
         made = family(model, processor, whole_crops)
     for visuals in made.kinds:
         visuals.patches = patches
     return made
+
+
+def _refuse_other_tower(model: Any, kind: str) -> None:
+    """Refuse a vision tower of another kind than the configuration says."""
+    for name in _TOWERS:
+        tower = getattr(model.base_model, name, None)
+        own = getattr(tower, "config", None)
+        if own is not None and type(own) is not type(model.config.vision_config):
+            raise UnsupportedModelError(
+                f"{name} of {kind} is of kind {own.model_type!r}, and the configuration says "
+                f"{model.config.vision_config.model_type!r}; put the model's own tower back"
+            )
 
 
 def _check_patches(patches: str, family: type[Family]) -> None:

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from budwood.errors import AttachError
 from budwood.prune.saliency import Recorder
+
+_PER_IMAGE = ("image_sizes",)
+"""Inputs with one entry per image that may come as lists."""
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 """The view of an encoder that sees the whole picture."""
@@ -158,6 +162,31 @@ class Visuals(ABC):
         """The pixels by which each visual is known again, one tensor per visual."""
         return list(inputs[self.pixels])
 
+    def only(self, inputs: Mapping[str, Any], which: Sequence[int]) -> dict[str, Any]:
+        """The encoder's inputs of some visuals, given those of all.
+
+        Args:
+            inputs: what the model was called with.
+            which: their numbers among the visuals of ``inputs``.
+
+        Raises:
+            AttachError: an input does not have one entry per visual.
+        """
+        n_given, some = len(self.pictures(inputs)), {}
+        for name in self.encoder_inputs:
+            value = inputs.get(name)
+            if value is None or not (isinstance(value, Tensor) or name in _PER_IMAGE):
+                continue  # an option of the encoder
+            if len(value) != n_given:
+                raise AttachError(
+                    f"{name} has {len(value)} entries for {n_given} {self.kind}s, so the new ones "
+                    f"cannot be told from those in past_key_values; give only the new {self.kind}s"
+                )
+            some[name] = (
+                value[list(which)] if isinstance(value, Tensor) else [value[i] for i in which]
+            )
+        return some
+
     def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
         """Where a visual begins and ends with the text that is a part of it, such as timestamps.
 
@@ -261,6 +290,16 @@ class Family(Visuals):
             mask: its attention mask, on the CPU, same shape.
         """
         return None
+
+    def refuse_later(self, n_rows: int) -> None:
+        """Refuse new images behind a cache where they are not read as in one prompt.
+
+        Args:
+            n_rows: of the batch.
+
+        Raises:
+            AttachError: it would not.
+        """
 
     def placed(self, positions: Tensor, mask: Tensor) -> None:
         """Receive the positions that were kept, for models that derive later ones from them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from budwood.errors import AttachError
 from budwood.prune.families.base import Family, Layout, raster_boxes
 from budwood.prune.families.towers import Tower, refuse_tower
 from budwood.prune.saliency import Recorder
@@ -29,6 +30,12 @@ class PaliGemma(Family):
         super().__init__(model, processor, whole_crops)
         refuse_tower(model, "siglip_vision_model")
         self.tower = Tower(model)
+
+    def refuse_later(self, n_rows: int) -> None:
+        raise AttachError(
+            "paligemma reads a prompt forwards and backwards, so a new image changes what "
+            "past_key_values holds; start from an empty cache"
+        )
 
     @property
     def pool(self) -> int:
@@ -68,6 +75,13 @@ class Gemma3(PaliGemma):
     """
 
     model_type: ClassVar[str] = "gemma3"
+
+    def refuse_later(self, n_rows: int) -> None:
+        if n_rows > 1:
+            raise AttachError(
+                f"gemma3's sliding windows would count the padding between turns of {n_rows} rows; "
+                "give a turn with a new image one row at a time, or start from an empty cache"
+            )
 
     @property
     def pool(self) -> int:

@@ -60,6 +60,14 @@ class Idefics3(Tiled):
         tiles = inputs["pixel_values"].flatten(0, 1)
         return tiles[(tiles != 0).flatten(1).any(1)]  # the model, too, takes zeros for padding
 
+    def some_tiles(self, inputs: Mapping[str, Any], tiles: Tensor) -> dict[str, Any]:
+        pixels, some = inputs["pixel_values"].flatten(0, 1), {}
+        real = (pixels != 0).flatten(1).any(1).nonzero().flatten()
+        for name in self.encoder_inputs:
+            if inputs.get(name) is not None:
+                some[name] = inputs[name].flatten(0, 1)[real[tiles.to(real.device)]][None]
+        return some
+
     def cut(self, ids: Tensor, runs: Sequence[Run]) -> list[Tiles]:
         images = []
         for row, of_row in groupby(runs, lambda run: run.row):

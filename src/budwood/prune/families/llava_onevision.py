@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from math import ceil, sqrt
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from budwood.errors import UnsupportedModelError
+from budwood.errors import AttachError, UnsupportedModelError
 from budwood.prune.families.base import Layout, Visuals, one_by_one, raster_boxes
 from budwood.prune.families.llava_next import LlavaNext, anyres_layout, canvas_of, on_picture
 from budwood.prune.families.towers import Tower
@@ -52,6 +53,21 @@ class LlavaOnevision(LlavaNext):
             else _square_layout(side)
             for (height, width), alone in zip(sizes, _alone(inputs, len(sizes)), strict=True)
         ]
+
+    def only(self, inputs: Mapping[str, Any], which: Sequence[int]) -> dict[str, Any]:
+        counts = inputs.get("batch_num_images")
+        some = super().only({**inputs, "batch_num_images": None}, which)
+        if counts is None:
+            return some
+        alone = _alone(inputs, len(inputs["pixel_values"]))
+        groups = [list(group) for _, group in groupby(alone[i] for i in which)]
+        if any(not group[0] and len(group) == 1 for group in groups):
+            raise AttachError(
+                "batch_num_images says that the new image is not alone, and without those in "
+                "past_key_values it is; give only the new images"
+            )
+        sizes = [n for group in groups for n in _group_sizes(group)]
+        return some | {"batch_num_images": torch.tensor(sizes)}
 
     def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
         """Where there is one crop, less the padding that makes a square of the picture."""
@@ -113,6 +129,11 @@ class OnevisionVideos(Visuals):
             layout.ordered(video.flatten(0, 1))
             for video, layout in zip(per_video, layouts, strict=True)
         ]
+
+
+def _group_sizes(alone: Sequence[bool]) -> list[int]:
+    """``batch_num_images`` of images that are all alone, or all together."""
+    return [1] * len(alone) if alone[0] else [len(alone)]
 
 
 def _alone(inputs: Mapping[str, Any], n_images: int) -> list[bool]:

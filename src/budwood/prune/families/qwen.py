@@ -80,6 +80,17 @@ class QwenVL(Family):
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         return list(inputs[self.pixels].split(inputs[self.grids].prod(-1).tolist()))
 
+    def only(self, inputs: Mapping[str, Any], which: Sequence[int]) -> dict[str, Any]:
+        pictures = self.pictures(inputs)
+        some = {
+            self.pixels: torch.cat([pictures[i] for i in which]),
+            self.grids: inputs[self.grids][list(which)],
+        }
+        seconds = inputs.get("second_per_grid_ts")
+        if self.kind == "video" and seconds is not None:
+            some["second_per_grid_ts"] = torch.as_tensor(seconds)[list(which)]
+        return some
+
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         merged = self.vision.spatial_merge_size
         layouts: list[Layout] = []

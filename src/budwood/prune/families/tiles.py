@@ -102,6 +102,14 @@ class Tiled(Family):
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         return self._split(self.real_tiles(inputs), self._images(inputs))
 
+    def only(self, inputs: Mapping[str, Any], which: Sequence[int]) -> dict[str, Any]:
+        images = self._split(torch.arange(len(self.real_tiles(inputs))), self._images(inputs))
+        return self.some_tiles(inputs, torch.cat([images[i] for i in which]))
+
+    def some_tiles(self, inputs: Mapping[str, Any], tiles: Tensor) -> dict[str, Any]:
+        """The encoder's inputs of some of :meth:`real_tiles`, given by their numbers."""
+        return {self.pixels: self.real_tiles(inputs)[tiles.to(inputs[self.pixels].device)]}
+
     def extent(self, row: Tensor, start: int, stop: int) -> tuple[int, int]:
         before, behind = self.markers
         return max(start - before, 0), stop + behind
