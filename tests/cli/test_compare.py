@@ -7,6 +7,9 @@ import json
 import pytest
 from PIL import Image
 
+from budwood.errors import InputError
+from budwood.prune.compare import compare_methods
+
 METHODS = "adav,adav-official,visionzip,uniform"
 
 
@@ -49,3 +52,8 @@ def test_bad_methods(budwood, picture, model_dir, methods, said):
     result = budwood("compare", picture, "What ?", "--model", model_dir, "--methods", methods)
     assert result.exit_code == 2 and said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_methods_are_a_list():
+    with pytest.raises(InputError, match="methods='adav' is a string; give a list"):
+        compare_methods(None, None, Image.new("RGB", (9, 9)), "What ?", "adav", {})

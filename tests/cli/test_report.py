@@ -6,6 +6,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from budwood import records
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -87,6 +89,26 @@ def test_bad_input(budwood, tmp_path):
     out.write_text("mine")
     assert budwood("report", record, "--out", out).exit_code == 2
     assert out.read_text() == "mine"
+
+
+def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):
+    """Where counts and fractions are mixed, 0.5 is more than 16."""
+    from budwood.bench.prune import examples
+
+    given = {}
+
+    def noted(*args, **kwargs):
+        given.update(args[5])
+        raise InterruptedError
+
+    monkeypatch.setattr(examples, "compare_methods", noted)
+    record = records.read(RESULTS / "prune.json")
+    record.config["keeps"] = [16, 0.5]
+    keeps = ((1.0, 256), (0.5, 128), (16, 16))
+    record.rows[:] = [{"keep": keep, "n_kept": n_kept} for keep, n_kept in keeps]
+    with pytest.raises(InterruptedError):
+        examples.examples_of(None, None, record, 1, 6)
+    assert given["keep"] == 16
 
 
 def test_examples_show_what_the_records_methods_keep(budwood, tmp_path):

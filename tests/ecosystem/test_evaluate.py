@@ -111,6 +111,17 @@ def test_bad_arguments_are_refused(folder):
             load_pruned(**{"pretrained": str(folder), **options})
 
 
+def test_options_are_checked_before_weights_are_read():
+    for options, error in (
+        ({"keep": "1.5"}, BudgetError),
+        ({"method": "adaw"}, UnknownNameError),
+        ({"method": "random", "compat": "official"}, UnknownNameError),
+        ({"seed": -1}, InputError),
+    ):
+        with pytest.raises(error, match=f"{list(options.values())[-1]}"):
+            load_pruned("a/folder/that/is/not/there", **options)
+
+
 # lm-eval
 
 
@@ -163,11 +174,24 @@ def test_the_model_budwood(lm_eval, folder):
     lm.session.detach()
 
 
+def test_what_model_args_have_wins_over_lm_evals_own(lm_eval, folder):
+    from budwood.evaluate.lm_eval import PrunedMultimodal
+
+    given = {"pretrained": str(folder), "device": "cpu", "batch_size": 3, "keep": 3}
+    lm = PrunedMultimodal.create_from_arg_obj(
+        given, {"batch_size": 1, "max_batch_size": None, "device": "cuda:7"}
+    )
+    assert lm.batch_size == 3 and lm.model.device.type == "cpu"
+    lm.session.detach()
+
+
 def test_arguments_that_do_not_exist(lm_eval, folder):
     from budwood.evaluate.lm_eval import PrunedMultimodal
 
     with pytest.raises(UnknownNameError, match="no 'kep', did you mean 'keep'; it has pretrained"):
         PrunedMultimodal(str(folder), kep=3)
+    with pytest.raises(UnknownNameError, match="unknown patches 'min'"):
+        PrunedMultimodal(str(folder), patches="min")
     with pytest.raises(InputError, match="batch_size='auto'"):
         PrunedMultimodal(str(folder), batch_size="auto")
 

@@ -284,3 +284,4 @@ def test_rasters_are_found_in_boxes():
     assert rasters(tiles[1:]) == ((1, 4), (3, 5))  # a first token that is missing
     assert rasters(raster_boxes(1, 4)) == ((1, 4),)
     assert rasters(raster_boxes(4, 1)) == ((4, 1),)
+    assert rasters(raster_boxes(1, 1).repeat(3, 1)) == ((1, 1),) * 3  # frames of one token

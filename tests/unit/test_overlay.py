@@ -11,7 +11,7 @@ from budwood.errors import InputError
 from budwood.prune import attach
 from budwood.prune.chat import prepare
 from budwood.prune.methods.base import Split
-from budwood.prune.overlay import PANEL, draw
+from budwood.prune.overlay import PANEL, draw, draw_methods
 from budwood.prune.report import ImageReport
 
 
@@ -92,6 +92,15 @@ def test_a_frame_of_a_video_has_its_own_tokens():
     assert (first != second).any()
     with pytest.raises(InputError, match="frame=2, and the report has 2"):
         draw(image, video, frame=2)
+
+
+def test_methods_are_compared_on_pictures():
+    image = Image.new("RGB", (80, 80))
+    video = dataclasses.replace(report(QUARTERS * 2, [1]), kind="video", frames=2)
+    with pytest.raises(InputError, match="of a video"):
+        draw_methods(image, {"adav": video}, {"adav": ""})
+    with pytest.raises(InputError, match="nothing to draw"):
+        draw_methods(image, {}, {})
 
 
 def test_overlapping_tokens():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,6 +182,21 @@ def test_extras_of_other_tokens_are_refused():
     ):
         with pytest.raises(ShapeError, match=message):
             select(visual, text, saliency, keep=3, extras=extras)
+
+
+@pytest.mark.parametrize(
+    ("extras", "error", "message"),
+    [
+        ({"keys": 1}, ShapeError, "extras is a dict; give budwood.prune.Extras"),
+        (Extras(keys=[1.0]), ShapeError, "keys is a list, expected a torch.Tensor"),
+        (Extras(boxes=np.zeros((12, 4))), ShapeError, "boxes is a numpy.ndarray"),
+        (Extras(keys=torch.full((12, 2, 4), torch.nan)), InputError, "keys has 96 NaN"),
+    ],
+)
+def test_extras_of_another_kind_are_refused(extras, error, message):
+    visual, saliency = torch.randn(12, 8), torch.rand(12)
+    with pytest.raises(error, match=message):
+        select(visual, None, saliency, keep=3, method="visionzip", extras=extras)
 
 
 @pytest.mark.parametrize("negated", [False, True])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, Qwen2VLImageProcessorPil
 
-from budwood.errors import BudgetError, UnsupportedModelError
+from budwood.errors import BudgetError, InputError, UnsupportedModelError
 from budwood.prune import resize_for
 from budwood.prune.resize import visual_tokens
 from budwood.sprout.model import load_tokenizer, make_processor
@@ -97,6 +98,13 @@ def test_an_encoder_of_one_size_cannot(tokenizer):
         resize_for(tokenizer, image, 64)
     with pytest.raises(BudgetError, match="keep=0"):
         resize_for(make_processor(tokenizer), image, 0)
+
+
+def test_pictures_that_cannot_be_counted_are_refused(qwen):
+    with pytest.raises(InputError, match="image is a ndarray; give a PIL image"):
+        resize_for(qwen, np.zeros((40, 50, 3), dtype=np.uint8), 4)
+    with pytest.raises(InputError, match="Qwen refuses a size: absolute aspect ratio"):
+        resize_for(qwen, Image.new("RGB", (3000, 10)), 4)
 
 
 def test_counts_are_those_of_the_processor(qwen, llava_next):

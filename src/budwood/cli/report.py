@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from budwood.bench.report import Column, Example
 
 METHODS_SHOWN = 6
+"""Methods in an example picture; the help of ``--examples`` says how many."""
 
 
 def report(
@@ -36,7 +37,7 @@ def report(
         typer.Option(
             metavar="N",
             help="Ask the embedded model N questions of the first pruning record again "
-            "and show which tokens its methods keep.",
+            "and show which tokens its first six methods keep.",
         ),
     ] = 0,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Results",

@@ -22,7 +22,7 @@ _Base: Any = HFMultimodalLM
 
 
 def _arguments() -> tuple[str, ...]:
-    """What ``--model_args`` may have: ours, and all of ``hf-multimodal`` but how it loads."""
+    """Names in ``--model_args``: ours, and those of ``hf-multimodal`` that do not load a model."""
     own = (*LOADING, *PRUNING)
     theirs = ("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token")
     pictures = inspect.signature(HFMultimodalLM.__init__).parameters
@@ -54,6 +54,18 @@ class PrunedMultimodal(_Base):
         loaded = load_pruned(pretrained, **own)
         self.session = loaded.session
         super().__init__(pretrained=loaded.model, batch_size=size, **given)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> PrunedMultimodal:
+        """Make the model from ``--model_args``, which win over ``--device`` and ``--batch_size``.
+
+        Args:
+            arg_dict: of ``--model_args``.
+            additional_config: what lm-eval adds; its own models fail on what is given in both.
+        """
+        return cls(**{**(additional_config or {}), **arg_dict})
 
 
 def main() -> int:

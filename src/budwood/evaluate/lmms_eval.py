@@ -177,7 +177,7 @@ class PrunedChat(lmms):
 
 
 def generation_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``generate`` among the options of a task.
+    """Options of ``generate`` among those of a task.
 
     Temperature 0 means greedy decoding. So does ``do_sample: false``, whatever the temperature.
 
@@ -194,7 +194,7 @@ def generation_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def stop_strings(given: dict[str, Any]) -> list[str]:
-    """Where answers end, but for lmms-eval's default."""
+    """Strings that end an answer, without lmms-eval's default."""
     until = given.get("until") or []
     until = [until] if isinstance(until, str) else until
     return [text for text in until if text and text != _SEPARATOR]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from budwood.checks import need_seed
 from budwood.errors import InputError, UnknownNameError
 from budwood.loading import SPROUT, load_vlm_model
+from budwood.prune.budget import Budgets
+from budwood.prune.selection import resolve_method
 from budwood.prune.session import PruneSession, attach
 
 LOADING = ("pretrained", "device", "dtype", "device_map", "attn_implementation")
-PRUNING = ("method", "keep", "compat", "question", "seed")
+PRUNING = ("method", "keep", "compat", "question", "seed", "patches")
 """Arguments of :func:`load_pruned`."""
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -60,6 +63,7 @@ def load_pruned(
         raise UnknownNameError(
             f"unknown attn_implementation {attn_implementation!r}; known: {', '.join(ATTENTION)}"
         )
+    _check_early(pruning)
     loaded = load_vlm_model(pretrained, device, dtype, device_map=device_map)
     if attn_implementation is not None:
         try:
@@ -72,6 +76,13 @@ def load_pruned(
         tokenizer.pad_token = tokenizer.eos_token
     session = attach(loaded.model, processor=loaded.processor, **pruning)
     return PrunedModel(loaded.model, loaded.processor, session)
+
+
+def _check_early(pruning: Mapping[str, Any]) -> None:
+    """Refuse wrong options before the weights are read; ``attach`` checks the rest."""
+    Budgets.parse(pruning.get("keep", 1))
+    resolve_method(pruning.get("method", "adav"), pruning.get("compat"))
+    need_seed(pruning.get("seed", 0))
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:

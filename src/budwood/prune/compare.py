@@ -132,9 +132,12 @@ def compare_methods(
         The answer with all tokens, and one entry per method in their order.
 
     Raises:
-        InputError: the question is empty, no method is given, or one is given twice.
+        InputError: the question is empty, no method is given, one is given twice, or ``methods``
+            is a single string.
         UnknownNameError: an unknown method.
     """
+    if isinstance(methods, str):
+        raise InputError(f"methods={methods!r} is a string; give a list of names")
     if not methods:
         raise InputError("nothing to compare: give at least one method")
     if len(set(methods)) < len(methods):

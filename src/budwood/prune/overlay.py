@@ -93,7 +93,14 @@ def draw_methods(
 
     Returns:
         An RGB picture.
+
+    Raises:
+        InputError: there is no report, or one is of a video.
     """
+    if not reports:
+        raise InputError("nothing to draw: give the report of at least one method")
+    if any(report.kind == "video" for report in reports.values()):
+        raise InputError("a report is of a video; draw its frames with draw(..., frame=...)")
     picture = _fitted(image)
     panels = []
     for method, report in reports.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from budwood.errors import BudgetError, UnsupportedModelError
+from budwood.errors import BudgetError, InputError, UnsupportedModelError
 from budwood.prune.budget import Budget
 
 _STEPS = 256
@@ -33,8 +33,11 @@ def resize_for(processor: Any, image: Image.Image, keep: int | float) -> Image.I
 
     Raises:
         BudgetError: ``keep`` is no budget, or no scale takes so few tokens.
+        InputError: ``image`` is no PIL image, or the processor refuses its size.
         UnsupportedModelError: the processor does not say how many tokens a picture takes.
     """
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image is a {type(image).__name__}; give a PIL image")
     width, height = image.size
     scales = [step / _STEPS for step in range(_STEPS, 0, -1)]
     sizes = [(max(1, round(height * s)), max(1, round(width * s))) for s in scales]
@@ -62,6 +65,7 @@ def visual_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]
 
     Raises:
         UnsupportedModelError: the processor does not say.
+        InputError: it refuses a size, such as one of a very narrow picture.
     """
     # What vLLM asks processors too; transformers has no public way without making the pixels.
     count = getattr(processor, "_get_num_multimodal_tokens", None)
@@ -70,4 +74,8 @@ def visual_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]
             f"{type(processor).__name__} does not say how many tokens a picture takes; give the "
             "processor of a vision-language model"
         )
-    return list(map(int, count(image_sizes=[list(size) for size in sizes])["num_image_tokens"]))
+    try:
+        found = count(image_sizes=[list(size) for size in sizes])
+    except ValueError as error:
+        raise InputError(f"{type(processor).__name__} refuses a size: {error}") from error
+    return list(map(int, found["num_image_tokens"]))

@@ -69,6 +69,8 @@ def select(
     n_keep = Budget.parse(keep).count(len(visual))
     if validate:
         _check_values(visual=visual, text=text, saliency=saliency)
+        if extras is not None and extras.keys is not None and chosen.needs_keys:
+            _check_finite("keys", extras.keys)
     # Under autocast the cosine would fall to half precision, and temperature multiplies its error.
     more: dict[str, Any] = {"extras": extras} if chosen.needs_keys or chosen.needs_grid else {}
     with torch.autocast(visual.device.type, enabled=False):
@@ -160,6 +162,9 @@ def _check_shapes(
 def _check_extras(extras: Extras | None, visual: Tensor) -> None:
     if extras is None:
         return
+    if not isinstance(extras, Extras):
+        raise ShapeError(f"extras is a {type(extras).__name__}; give budwood.prune.Extras")
+    _check_tensors(visual=visual, boxes=extras.boxes, keys=extras.keys)
     n_visual, boxes, keys = len(visual), extras.boxes, extras.keys
     if boxes is not None and boxes.shape != (n_visual, 4):
         raise ShapeError(
@@ -178,15 +183,18 @@ def _check_values(**tensors: Tensor | None) -> None:
     if usable(**tensors):  # type: ignore[arg-type]
         return
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        n_bad = int((~tensor.isfinite()).sum())
-        if n_bad:
-            raise InputError(
-                f"{name} has {n_bad} NaN or infinite of {tensor.numel()} values; check the image, "
-                "the dtype (float16 overflows) and the weights"
-            )
+        if tensor is not None:
+            _check_finite(name, tensor)
     saliency = tensors["saliency"]
     n_negative = 0 if saliency is None else int((saliency < 0).sum())
     if n_negative:
         raise InputError(f"saliency has {n_negative} negative values; it must be 0 or more")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    n_bad = int((~tensor.isfinite()).sum())
+    if n_bad:
+        raise InputError(
+            f"{name} has {n_bad} NaN or infinite of {tensor.numel()} values; check the image, "
+            "the dtype (float16 overflows) and the weights"
+        )

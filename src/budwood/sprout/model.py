@@ -235,8 +235,9 @@ def build_vlm(weights: Path = WEIGHTS, high_resolution: bool = False) -> tuple[A
 
     Args:
         weights: the folder.
-        high_resolution: make a `LlavaNextForConditionalGeneration` of up to 1,312 and more visual
-            tokens, else a `LlavaForConditionalGeneration` of 256. Both have the same weights.
+        high_resolution: make a `LlavaNextForConditionalGeneration` of up to 1,312 visual tokens,
+            newlines included, else a `LlavaForConditionalGeneration` of 256. Both have the same
+            weights.
 
     Returns:
         The model and its processor.

@@ -154,7 +154,10 @@ def check_set(seed: int, n_scenes: int, split: str) -> None:
 
 
 def _pick(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """One question of a kind, such that no answer is more frequent than another."""
+    """One question of a kind, its answer drawn evenly where the scene allows several.
+
+    Scenes without two frames of one colour have no "yes" of ``compare``, so "no" is more frequent.
+    """
     questions = ask(scene, kind)
     if not questions:
         return None

@@ -32,7 +32,9 @@ def examples_of(
         raise InputError(f"{number} examples, and the record has {config['n_scenes']} scenes")
     methods = list(dict.fromkeys(variant["method"] for variant in config["variants"]))[:n_methods]
     texts = [variant["question"] for variant in config["variants"] if variant["question"]]
-    options = {"keep": min(config["keeps"]), "seed": config["seed"]}
+    # Budgets may be counts and fractions; rows have both as counts.
+    fewest = min(record.rows, key=lambda row: row["n_kept"])
+    options = {"keep": fewest["keep"], "seed": config["seed"]}
     options |= {"question": texts[0]} if texts else {}
     made = []
     for place, (scene, questions) in enumerate(balanced(config["seed"], number, config["split"])):

@@ -28,6 +28,10 @@ class Schedule(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.average, bool):
+            raise InputError(f"average={self.average!r}; give True or False")
+
     @abstractmethod
     def drops(self, n_layers: int, n_visual: int, keep: int) -> dict[int, int]:
         """Number of visual tokens from a layer on, in the order of the layers.
@@ -66,6 +70,7 @@ class FastV(Schedule):
     source: ClassVar[str] = "FastV, ECCV 2024, arXiv 2403.06764"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         need_int(1, layer=self.layer)
 
     def drops(self, n_layers: int, n_visual: int, keep: int) -> dict[int, int]:
@@ -110,6 +115,7 @@ class PyramidDrop(Schedule):
     source: ClassVar[str] = "PyramidDrop, CVPR 2025, arXiv 2410.17247"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         need_int(2, stages=self.stages)
 
     def drops(self, n_layers: int, n_visual: int, keep: int) -> dict[int, int]:

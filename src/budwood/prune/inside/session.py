@@ -161,6 +161,13 @@ class InsideSession:
                 f"{name} needs a dynamic cache and got {given}; leave use_cache and "
                 "cache_implementation as they are"
             )
+        by_position = isinstance(kwargs.get("logits_to_keep"), Tensor)
+        if kwargs.get("labels") is not None or by_position:
+            given = "logits_to_keep as positions" if by_position else "labels"
+            raise InputError(
+                f"{name} drops tokens inside the LLM, so logits no longer match {given}; leave "
+                "them out, or prune before the LLM with attach(..., forward=True)"
+            )
 
     def _prompt(self, ids: Tensor) -> _Prompt:
         visual = (ids[0] == self.model.config.image_token_id).nonzero().flatten()
@@ -249,7 +256,8 @@ def attach_inside(
     For LLaVA and LLaVA-NeXT with a Llama decoder, one prompt at a time, with a dynamic cache. After
     some layers the visual tokens that the prompt's last token attends to least, mean over heads,
     are dropped for all later layers. Every visual token of the prompt is a candidate, newlines and
-    all images together. Text stays. ``generate`` is called as before; a context manager.
+    all images together. Text stays. ``generate`` is called as before. The logits of a direct call
+    are those of the tokens that stay. The session is a context manager.
 
     Args:
         model: a transformers model; may be wrapped by PEFT.
@@ -260,6 +268,8 @@ def attach_inside(
     Raises:
         UnsupportedModelError: another model, or another decoder.
         UnknownNameError: an unknown method.
+        InputError: ``method`` is neither a name nor a schedule. At the call: several rows, no
+            dynamic cache, an image behind a cache, ``labels``, or ``logits_to_keep`` as positions.
         BudgetError: ``keep`` is neither a count nor a fraction. At the call: it is less than the
             layers before the first drop take.
         AttachError: pruning inside is attached already.
@@ -281,6 +291,11 @@ def attach_inside(
         if method not in _SCHEDULES:
             raise UnknownNameError(f"unknown method {method!r}; known: {', '.join(_SCHEDULES)}")
         method = _SCHEDULES[method]()
+    if not isinstance(method, Schedule):
+        raise InputError(
+            f"method={method!r} is no schedule; give one of {', '.join(_SCHEDULES)}, or an "
+            "instance such as FastV(layer=3)"
+        )
     return InsideSession(model, method, Budget.parse(keep))
 
 

@@ -91,7 +91,7 @@ def rasters(boxes: Tensor) -> tuple[tuple[int, int], ...]:
     corners = boxes[:, :2].tolist()
     rows: list[list[list[float]]] = []
     for corner in corners:
-        if not rows or corner[1] != rows[-1][-1][1] or corner[0] < rows[-1][-1][0]:
+        if not rows or corner[1] != rows[-1][-1][1] or corner[0] <= rows[-1][-1][0]:
             rows.append([])
         rows[-1].append(corner)
     grids: list[list[int]] = []

@@ -96,7 +96,7 @@ def greedy(
         keep: how many to take.
         device: of the scores.
         score: gives the scores of all tokens, float32, shape (n,), as things stand.
-        add: is told each token that is taken, int64, shape (1,).
+        add: is called with each token that is taken but the last, int64, shape (1,).
 
     Returns:
         Tokens in the order in which they were taken, int64, shape (keep,).
