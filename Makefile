@@ -46,9 +46,9 @@ demo: $(STAMP)
 	@echo; echo "3 of 3. Point clouds: objects of 32 points, before and after adaptation"
 	$(BIN)/budwood points demo --dir budwood-demo/points
 
-# Two at a time, each with one thread; a file stays in one process, so that its models load once.
+# Two at a time, each with one thread.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Each in an environment of its own. The newest is looked for every time.
 OLDEST := transformers==5.20.0

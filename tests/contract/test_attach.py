@@ -275,7 +275,8 @@ def test_a_replaced_attention_is_refused(case):
 
 
 def test_a_tower_of_another_kind_is_refused(case):
-    name = "visual" if hasattr(case.model.model, "visual") else "vision_tower"
+    names = ("visual", "vision_tower", "vision_model")
+    name = next(name for name in names if hasattr(case.model.model, name))
     tower = getattr(case.model.model, name)
     config = tower.config
     tower.config = AlignVisionConfig()

@@ -230,21 +230,28 @@ def test_detaching_while_another_thread_runs(case, prompts, place, forward):
     with attach(model, keep=5, forward=forward):
         expected = model.generate(**prompts[1], **GREEDY)
     gate, options = Gate(), GREEDY | {"return_dict_in_generate": True}
-    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    towers = (
+        getattr(model.model, name, None) for name in ("visual", "vision_tower", "vision_model")
+    )
+    tower = next(tower for tower in towers if tower is not None)
     if place == "encoder":
         handle = tower.register_forward_hook(lambda *_: gate.put(None))
     else:
         handle, options = None, options | {"streamer": gate}
+    before = {name: vars(model).get(name) for name in ("generate", "forward")}
     session = attach(model, keep=5, forward=forward)
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(model.generate, **prompts[1], **options)
-        assert gate.reached.wait(60)
-        session.detach()
-        assert "generate" not in vars(model) and "forward" not in vars(model)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(model.generate, **prompts[1], **options)
+            assert gate.reached.wait(60)
+            session.detach()
+            assert {name: vars(model).get(name) for name in before} == before
+            gate.open.set()
+            output = call.result(60)
+    finally:
         gate.open.set()
-        output = call.result(60)
-    if handle:
-        handle.remove()
+        if handle:
+            handle.remove()
     assert torch.equal(output.sequences, expected)
     assert session.call_of(output).report[0].n_after == 5
     assert getattr(model.model, "rope_deltas", None) is deltas

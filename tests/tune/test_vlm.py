@@ -78,7 +78,7 @@ def test_sprout_learns_a_new_way_to_answer_on_few_tokens():
     adapted = peft.get_peft_model(model, quick)
     optim = tiny.optimiser(adapted.train(), lr=5e-3)
     with attach(adapted, method="adav", keep=64, processor=processor, forward=True):
-        for step in range(12):
+        for step in range(16):
             optim.zero_grad()
             adapted(**batch([asked[(4 * step + i) % 32] for i in range(4)])).loss.backward()
             optim.step()

@@ -75,7 +75,7 @@ def test_shared_prefix_gives_the_same_answers(vlm, exam):
     found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
     output = model.generate(**inputs, **GREEDY)
     assert found == answers(processor, output, inputs["input_ids"].shape[1])
-    assert len(set(found)) == len(found)
+    assert len(set(found)) > 1
 
 
 def test_no_prefix_is_shared_where_the_picture_comes_last(vlm, exam):

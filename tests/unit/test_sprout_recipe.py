@@ -100,6 +100,7 @@ def test_pictures_of_different_sizes_are_packed_together(
     assert len(first.pixels) < len(last.pixels)
     for item in (first, last):
         item.shared = item.shared[:40]
+        item.segments = [s for s in item.segments if s[0].kind in exercises.HIGH_KINDS]
     batch = training.collate([first, last])
     newline = ~exercises.NEWLINE
     expected = [~token for token in first.shared if token < 0 and token != newline]
