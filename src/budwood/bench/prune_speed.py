@@ -255,8 +255,11 @@ def largest_allocation(model: Any, processor: Any, inputs: Mapping[str, Any], ke
 def _encoder_size(vision: Any, layout: Layout) -> tuple[int, int]:
     """Attention heads, and patches of one crop."""
     heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
-    side = getattr(vision, "image_size", None)
-    return heads, (side // vision.patch_size) ** 2 if side else layout.n_candidates
+    sizes = getattr(vision, "image_size", None), vision.patch_size
+    if sizes[0] is None or vision.model_type == "pixtral":  # any size; Pixtral has the largest
+        return heads, layout.n_candidates
+    side, patch = (size if isinstance(size, int) else size[0] for size in sizes)
+    return heads, (side // patch) ** 2
 
 
 class _Largest(TorchDispatchMode):
