@@ -127,7 +127,7 @@ def smolvlm(size: Size) -> Any:
 
 def gemma3(size: Size) -> Any:
     """Gemma-3-4B: SigLIP-so400m/14 at 896 px, pooled 4×4. At 2,560 it has 10 heads, not 8."""
-    text = _text(size, 4, kv_share=2) | {"head_dim": 256, "sliding_window": 1024}
+    text: dict[str, Any] = _text(size, 4, kv_share=2) | {"head_dim": 256, "sliding_window": 1024}
     return transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(
             vision_config=_siglip(size, 896),
@@ -141,7 +141,7 @@ def gemma3(size: Size) -> Any:
 
 def paligemma(size: Size) -> Any:
     """PaliGemma-3B at 448 px: SigLIP-so400m/14 and Gemma."""
-    text = _text(size, 8, kv_share=size.heads) | {"head_dim": 256}
+    text: dict[str, Any] = _text(size, 8, kv_share=size.heads) | {"head_dim": 256}
     return transformers.PaliGemmaForConditionalGeneration(
         transformers.PaliGemmaConfig(
             vision_config=_siglip(size, 448),
@@ -179,7 +179,7 @@ def qwen2_5_vl(size: Size) -> Any:
 
 def qwen3_vl(size: Size) -> Any:
     """Qwen3-VL-8B."""
-    text = _text(size, 3, kv_share=4) | _mrope([24, 20, 20]) | {"head_dim": 128}
+    text: dict[str, Any] = _text(size, 3, kv_share=4) | _mrope([24, 20, 20]) | {"head_dim": 128}
     return transformers.Qwen3VLForConditionalGeneration(
         transformers.Qwen3VLConfig(
             vision_config=_deepstack_tower(size), text_config=text, **_QWEN_TOKENS
@@ -189,7 +189,7 @@ def qwen3_vl(size: Size) -> Any:
 
 def qwen3_vl_moe(size: Size) -> Any:
     """Qwen3-VL-30B-A3B: 128 experts a layer, of which 8 see a token."""
-    text = _text(size, 3, kv_share=8) | _mrope([24, 20, 20])
+    text: dict[str, Any] = _text(size, 3, kv_share=8) | _mrope([24, 20, 20])
     text |= {
         "head_dim": 128,
         "num_experts": 128,
@@ -227,7 +227,7 @@ def _clip(size: Size) -> Any:
     )
 
 
-def _pixtral_tower(size: Size, **sides: int) -> Any:
+def _pixtral_tower(size: Size, **sides: Any) -> Any:
     return transformers.PixtralVisionConfig(**_tower(size, 4), **sides)
 
 
@@ -268,7 +268,7 @@ def _llama(size: Size, ratio: float = 2.6875, kv_share: int = 1) -> Any:
 
 
 def _mistral(size: Size, ratio: float) -> Any:
-    text = _text(size, ratio, kv_share=4) | {"head_dim": 128}
+    text: dict[str, Any] = _text(size, ratio, kv_share=4) | {"head_dim": 128}
     return transformers.MistralConfig(**text, sliding_window=None)
 
 
