@@ -6,10 +6,13 @@ import pytest
 from PIL import Image
 
 from budwood import records
-from budwood.bench.prune_shapes import Shape, random_model
+from budwood.bench import prune_shape_pictures as pictures
+from budwood.bench.prune_shapes import SHAPES, Shape, random_model
+from budwood.bench.prune_speed import SpeedConfig, largest_allocation, measure_speed
 from budwood.cli.columns import Column, Columns
 from budwood.cli.results import Results
-from budwood.prune.families import family_of
+from budwood.errors import InputError
+from budwood.prune.families import FAMILIES, family_class, family_of
 from budwood.sprout.questions import KINDS
 
 SMALL = ["--scenes", 4, "--timed", 1, "--batch", 12]
@@ -189,6 +192,36 @@ def test_other_shapes_can_be_built(shape):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == n_visual
     assert model.config._attn_implementation == "sdpa"
     assert family_of(model).recorder({}) is not None
+
+
+def test_every_family_has_a_shape():
+    assert {published.family for published in SHAPES.values()} == set(FAMILIES.names())
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "llava-next"])
+def test_speed_of_every_shape(name, monkeypatch):
+    monkeypatch.setattr(pictures, "SIDE", 224)
+    monkeypatch.setattr(pictures, "MARKED_ROWS", 2)
+    head, vision_head = SHAPES[name].head, SHAPES[name].vision_head
+    model, inputs = random_model(Shape(name, 1, max(128, head), 2, vision_head), seed=0)
+    assert family_class(model.config, name).model_type == SHAPES[name].family
+    full, plain, adav = measure_speed(model, None, inputs, SpeedConfig((40,), repeats=1, n_new=2))
+    assert full["n_visual"] == (inputs["input_ids"] == model.config.image_token_id).sum() - (
+        2 * 27 if name == "llava-onevision" else 0  # newlines
+    )
+    assert adav["n_kept"] == 40 and plain["n_prompt"] == adav["n_prompt"]
+    assert full["n_prompt"] - adav["n_prompt"] == full["n_visual"] - 40
+    assert list(full) == list(plain) == list(adav) and adav["prefill_over_plain"] > 0
+    assert largest_allocation(model, None, inputs, 40)["limit_numel"] > 0
+
+
+def test_widths_that_fit_no_heads():
+    with pytest.raises(
+        InputError, match="width=1000 must be a multiple of 256 in gemma3; give 768"
+    ):
+        Shape("gemma3", width=1000, vision_width=72)
+    with pytest.raises(InputError, match="vision_width=1024 must be a multiple of 72 in qwen3-vl"):
+        Shape("qwen3-vl")
 
 
 def test_requests_of_several_threads(budwood, model_dir):

@@ -1,4 +1,7 @@
-"""Models of published shapes with random weights, for timing alone."""
+"""Published shapes of every family, with random weights, for timing alone.
+
+``prune_shape_models`` builds the models, ``prune_shape_pictures`` makes the pictures.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,61 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from budwood.bench import prune_shape_models as models
+from budwood.bench import prune_shape_pictures as pictures
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnknownNameError
 
-_HEAD = 128
-_WORDS, _QUESTION = 32_064, 24
+_QUESTION = 24
+
+
+@dataclass(frozen=True)
+class Published:
+    """A shape: how its model is built, and the picture that it is timed with.
+
+    Attributes:
+        family: its name in ``FAMILIES``.
+        build: makes the model.
+        picture: of a configuration, inputs of one picture and its part of the prompt.
+        head: width of the LLM for each of its heads.
+        vision_head: width of the tower for each of its heads.
+        types: name of the token types, where the model takes them.
+    """
+
+    family: str
+    build: Callable[[models.Size], Any]
+    picture: Callable[[Any], pictures.Picture]
+    head: int = 128
+    vision_head: int = 64
+    types: str | None = None
+
+
+_QWEN = "mm_token_type_ids"
+
+SHAPES = {
+    "llava-1.5": Published("llava", models.llava, pictures.one_crop),
+    "llava-next": Published("llava_next", models.llava_next, pictures.five_crops),
+    "llava-onevision": Published(
+        "llava_onevision", models.llava_onevision, pictures.five_crops, vision_head=72
+    ),
+    "pixtral": Published("llava-pixtral", models.pixtral, pictures.rows, head=160),
+    "mistral3": Published("mistral3", models.mistral3, pictures.rows, head=160),
+    "internvl3": Published("internvl", models.internvl, pictures.tiles_in_a_run),
+    "idefics3": Published("idefics3", models.idefics3, pictures.marked_tiles, vision_head=72),
+    "smolvlm2": Published(
+        "smolvlm", models.smolvlm, pictures.marked_tiles, head=64, vision_head=72
+    ),
+    "gemma3": Published("gemma3", models.gemma3, pictures.pooled, 256, 72, "token_type_ids"),
+    "paligemma": Published(
+        "paligemma", models.paligemma, pictures.one_crop, 256, 72, "token_type_ids"
+    ),
+    "qwen2-vl": Published("qwen2_vl", models.qwen2_vl, pictures.patches, 128, 80, _QWEN),
+    "qwen2.5-vl": Published("qwen2_5_vl", models.qwen2_5_vl, pictures.patches, 128, 80, _QWEN),
+    "qwen3-vl": Published("qwen3_vl", models.qwen3_vl, pictures.patches, 128, 72, _QWEN),
+    "qwen3-vl-moe": Published("qwen3_vl_moe", models.qwen3_vl_moe, pictures.patches, 64, 72, _QWEN),
+}
+"""Published shapes by name."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +74,10 @@ class Shape:
     Attributes:
         name: one of ``SHAPES``.
         layers: of the LLM; 32 in the published 7B models of LLaVA, 28 in Qwen2.5-VL.
-        width: of the LLM, a multiple of 128; 4,096 in LLaVA, 3,584 in Qwen2.5-VL.
+        width: of the LLM, a multiple of the shape's ``head``; 4,096 in LLaVA, 3,584 in Qwen2.5-VL.
         vision_layers: of the tower, at least 2; 24 in LLaVA, 32 in Qwen2.5-VL.
-        vision_width: of the tower, a multiple of 64 (Qwen2.5-VL: of 80); 1,024 in LLaVA, 1,280 in
-            Qwen2.5-VL.
+        vision_width: of the tower, a multiple of the shape's ``vision_head``; 1,024 in LLaVA,
+            1,280 in Qwen2.5-VL.
 
     Raises:
         UnknownNameError: an unknown name.
@@ -44,30 +95,29 @@ class Shape:
             raise UnknownNameError(f"unknown shape {self.name!r}; known: {', '.join(SHAPES)}")
         need_at_least(1, layers=self.layers)
         need_at_least(2, vision_layers=self.vision_layers)
-        widths = (("width", _HEAD), ("vision_width", self.vision_head))
+        published = SHAPES[self.name]
+        widths = (("width", published.head), ("vision_width", published.vision_head))
         for name, head in widths:
-            if getattr(self, name) < head or getattr(self, name) % head:
-                raise InputError(f"{name}={getattr(self, name)} must be a multiple of {head}")
+            given = getattr(self, name)
+            need_at_least(1, **{name: given})
+            if given % head:
+                near = max(1, given // head) * head
+                raise InputError(
+                    f"{name}={given} must be a multiple of {head} in {self.name}; give {near}"
+                )
 
     @property
-    def vision_head(self) -> int:
-        """Width of a head of the tower."""
-        return SHAPES[self.name].vision_head
-
-
-@dataclass(frozen=True)
-class _Published:
-    """A shape: how its model is built, and the picture that it is timed with.
-
-    Attributes:
-        build: makes the model.
-        picture: inputs of one picture, and the number of its placeholders.
-        vision_head: width of a head of the tower.
-    """
-
-    build: Callable[[Shape], Any]
-    picture: Callable[[Shape], tuple[dict[str, Tensor], int]]
-    vision_head: int = 64
+    def size(self) -> models.Size:
+        """With the numbers of heads."""
+        published = SHAPES[self.name]
+        return models.Size(
+            self.layers,
+            self.width,
+            self.width // published.head,
+            self.vision_layers,
+            self.vision_width,
+            self.vision_width // published.vision_head,
+        )
 
 
 def random_model(
@@ -75,8 +125,9 @@ def random_model(
 ) -> tuple[Any, dict[str, Any]]:
     """Build a model of a published shape, and a prompt with one picture.
 
-    LLaVA-1.5 has 576 visual tokens; LLaVA-NeXT 2,880, of five crops of 576: a square picture of
-    672 px; Qwen2.5-VL 1,296, of a square picture of 1,008 px.
+    The picture is square: of the tower's own size, with four tiles more (LLaVA-NeXT and OneVision,
+    InternVL) or sixteen (Idefics3, SmolVLM), or of 1,008 px where any size goes. So LLaVA-1.5 has
+    576 visual tokens, LLaVA-NeXT 2,880, and Qwen2.5-VL 1,296.
 
     Args:
         shape: how large.
@@ -93,134 +144,20 @@ def random_model(
     torch.set_default_dtype(dtype)  # 7B parameters need not be made in float32 first
     try:
         with torch.device(device):
-            model = published.build(shape).eval()
+            model = published.build(shape.size).eval()
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    picture, n_image = published.picture(shape)
-    image_token = model.config.image_token_id
-    start, end = torch.randint(8, _WORDS - 8, (2, _QUESTION)).unbind()
-    ids = torch.cat((start, torch.full((n_image,), image_token), end))[None]
+    picture, tokens = published.picture(model.config)
+    start, end = torch.randint(8, models.IMAGE, (2, _QUESTION)).unbind()
+    ids = torch.cat((start, torch.tensor(tokens), end))[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **picture}
-    if "image_grid_thw" in picture:
-        inputs["mm_token_type_ids"] = (ids == image_token).int()
+    if published.types is not None:
+        inputs[published.types] = _types(model.config, ids)
     return model, {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _clip(shape: Shape) -> Any:
-    """CLIP-L/14 at 336 px."""
-    from transformers import CLIPVisionConfig
-
-    return CLIPVisionConfig(
-        hidden_size=shape.vision_width,
-        intermediate_size=4 * shape.vision_width,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_width // shape.vision_head,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-
-
-def _llama(shape: Shape) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=_WORDS,
-        hidden_size=shape.width,
-        intermediate_size=round(shape.width * 2.6875),  # 11,008 at 4,096
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.width // _HEAD,
-        num_key_value_heads=shape.width // _HEAD,
-        max_position_embeddings=4096,
-    )
-
-
-def _llava(shape: Shape) -> Any:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=_clip(shape), text_config=_llama(shape), image_token_index=_WORDS - 1
-        )
-    )
-
-
-def _llava_next(shape: Shape) -> Any:
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    return LlavaNextForConditionalGeneration(
-        LlavaNextConfig(
-            vision_config=_clip(shape),
-            text_config=_llama(shape),
-            image_token_index=_WORDS - 1,
-            image_grid_pinpoints=pinpoints,
-        )
-    )
-
-
-def _qwen2_5_vl(shape: Shape) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    n_heads = shape.width // _HEAD
-    vision = {
-        "depth": shape.vision_layers,
-        "hidden_size": shape.vision_width,
-        "intermediate_size": round(shape.vision_width * 2.671875),  # 3,420 at 1,280
-        "num_heads": shape.vision_width // shape.vision_head,
-        "out_hidden_size": shape.width,
-        "fullatt_block_indexes": list(range(shape.vision_layers - 1, 0, -8)),
-    }
-    text = {
-        "vocab_size": _WORDS,
-        "hidden_size": shape.width,
-        "intermediate_size": round(shape.width * 5.2857142857),  # 18,944 at 3,584
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": 4 if n_heads % 4 == 0 else 1,
-        "max_position_embeddings": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24],
-        },
-    }
-    tokens: dict[str, Any] = {
-        "image_token_id": _WORDS - 1,
-        "video_token_id": _WORDS - 2,
-        "vision_start_token_id": _WORDS - 3,
-        "vision_end_token_id": _WORDS - 4,
-    }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(vision_config=vision, text_config=text, **tokens)
-    )
-
-
-def _one_crop(_: Shape) -> tuple[dict[str, Tensor], int]:
-    return {"pixel_values": torch.randn(1, 3, 336, 336)}, 24 * 24
-
-
-def _five_crops(_: Shape) -> tuple[dict[str, Tensor], int]:
-    pixels = torch.randn(1, 5, 3, 336, 336)
-    # The overview, and tiles with a newline after each row.
-    n_image = 24 * 24 + 48 * (48 + 1)
-    return {"pixel_values": pixels, "image_sizes": torch.tensor([[672, 672]])}, n_image
-
-
-def _patches(_: Shape) -> tuple[dict[str, Tensor], int]:
-    side = 72
-    pixels = torch.randn(side * side, 3 * 2 * 14 * 14)
-    grid = torch.tensor([[1, side, side]])
-    return {"pixel_values": pixels, "image_grid_thw": grid}, side * side // 4
-
-
-SHAPES = {
-    "llava-1.5": _Published(_llava, _one_crop),
-    "llava-next": _Published(_llava_next, _five_crops),
-    "qwen2.5-vl": _Published(_qwen2_5_vl, _patches, vision_head=80),
-}
-"""Published shapes by name."""
+def _types(config: Any, ids: torch.Tensor) -> torch.Tensor:
+    """1 for placeholders; in PaliGemma 0 for the whole prompt, which sees itself both ways."""
+    return (ids == models.IMAGE).int() * (config.model_type != "paligemma")

@@ -242,6 +242,7 @@ def largest_allocation(model: Any, processor: Any, inputs: Mapping[str, Any], ke
         with _Largest() as seen:
             saliency = family.saliency(recorder, layouts)
             for image, layout, scores in zip(features, layouts, saliency):
+                image = image if image.ndim == 2 else image[:, 0]  # the level of the input
                 visual = image if layout.candidates is None else image[layout.candidates]
                 select(visual, text, scores, keep=keep)
     heads, per_crop = _encoder_size(inner.config.vision_config, layouts[0])
@@ -255,8 +256,12 @@ def largest_allocation(model: Any, processor: Any, inputs: Mapping[str, Any], ke
 def _encoder_size(vision: Any, layout: Layout) -> tuple[int, int]:
     """Attention heads, and patches of one crop."""
     heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
-    side = getattr(vision, "image_size", None)
-    return heads, (side // vision.patch_size) ** 2 if side else layout.n_candidates
+    image_size = getattr(vision, "image_size", None)
+    if image_size is None or vision.model_type == "pixtral":  # any size; Pixtral has the largest
+        return heads, layout.n_candidates
+    sizes = image_size, vision.patch_size
+    side, patch = (size if isinstance(size, int) else size[0] for size in sizes)
+    return heads, (side // patch) ** 2
 
 
 class _Largest(TorchDispatchMode):

@@ -42,7 +42,8 @@ def bench_speed(
     shape: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Time random weights: llava-1.5, llava-next or qwen2.5-vl."
+            metavar="NAME",
+            help="Time random weights of a published shape, such as llava-next or qwen3-vl.",
         ),
     ] = None,
     layers: Annotated[int, typer.Option(help="LLM layers of the shape.")] = 4,
