@@ -157,24 +157,20 @@ def _family(module: str, name: str, summary: str) -> Entry:
 
 
 FAMILIES = {
-    "gemma3": _family("gemma", "Gemma3", "Gemma3ForConditionalGeneration."),
     "llava": _family(
         "llava", "Llava", "LlavaForConditionalGeneration (LLaVA-1.5 and the sprout model)."
     ),
-    "llava-pixtral": _family(
-        "pixtral", "Pixtral", "LlavaForConditionalGeneration with a Pixtral tower (Pixtral-12B)."
-    ),
     "llava_next": _family("llava_next", "LlavaNext", "LlavaNextForConditionalGeneration."),
-    "mistral3": _family(
-        "pixtral", "Mistral3", "Mistral3ForConditionalGeneration (Mistral Small 3.1 and later)."
-    ),
-    "paligemma": _family(
-        "gemma", "PaliGemma", "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2)."
-    ),
     "llava_onevision": _family(
         "llava_onevision",
         "LlavaOnevision",
         "LlavaOnevisionForConditionalGeneration, images and videos.",
+    ),
+    "llava-pixtral": _family(
+        "pixtral", "Pixtral", "LlavaForConditionalGeneration with a Pixtral tower (Pixtral-12B)."
+    ),
+    "mistral3": _family(
+        "pixtral", "Mistral3", "Mistral3ForConditionalGeneration (Mistral Small 3.1 and later)."
     ),
     "internvl": _family("internvl", "InternVL", "InternVLForConditionalGeneration (InternVL3)."),
     "idefics3": _family("idefics3", "Idefics3", "Idefics3ForConditionalGeneration."),
@@ -192,6 +188,10 @@ FAMILIES = {
     ),
     "qwen3_vl_moe": _family(
         "qwen3_vl", "Qwen3VLMoe", "Qwen3VLMoeForConditionalGeneration, images and videos."
+    ),
+    "gemma3": _family("gemma", "Gemma3", "Gemma3ForConditionalGeneration."),
+    "paligemma": _family(
+        "gemma", "PaliGemma", "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2)."
     ),
 }
 """Vision-language models that can be pruned, by ``config.model_type``.
