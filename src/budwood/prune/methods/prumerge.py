@@ -12,6 +12,7 @@ from torch import Tensor
 from budwood.checks import need_int
 from budwood.prune.methods.base import Extras, Method, Selection
 from budwood.prune.methods.greedy import cosines, unit
+from budwood.prune.methods.scores import descending, ranks
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,10 @@ def outliers_and_even(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     Returns:
         Kept and dropped tokens, int64, shapes (keep,) and (n − keep,).
     """
-    n, place = len(scores), torch.arange(len(scores), device=scores.device)
-    ascending, order = scores.sort(stable=True)
+    n, ascending = len(scores), scores.sort().values
     low, high = _quantile(ascending, 0.25), _quantile(ascending, 0.75)
     outlier = scores > high + 1.5 * (high - low)
-    # Rank of each token from the best, ties to the lower index.
-    best_first = torch.argsort(scores, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, best_first, place)
-    by_saliency = outlier & (rank < keep)
+    by_saliency = outlier & (ranks(descending(scores)) < keep)
     n_needed = keep - by_saliency.sum()
     n_others = (n - by_saliency.sum()).clamp_min(1)
     # Token number q of the others is taken if an evenly spaced place falls on it: c(q) places of
