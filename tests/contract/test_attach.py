@@ -275,8 +275,7 @@ def test_a_replaced_attention_is_refused(case):
 
 
 def test_a_tower_of_another_kind_is_refused(case):
-    names = ("visual", "vision_tower", "vision_model")
-    name = next(name for name in names if hasattr(case.model.model, name))
+    name = case.tower
     tower = getattr(case.model.model, name)
     config = tower.config
     tower.config = AlignVisionConfig()

@@ -230,10 +230,7 @@ def test_detaching_while_another_thread_runs(case, prompts, place, forward):
     with attach(model, keep=5, forward=forward):
         expected = model.generate(**prompts[1], **GREEDY)
     gate, options = Gate(), GREEDY | {"return_dict_in_generate": True}
-    towers = (
-        getattr(model.model, name, None) for name in ("visual", "vision_tower", "vision_model")
-    )
-    tower = next(tower for tower in towers if tower is not None)
+    tower = getattr(model.model, case.tower)
     if place == "encoder":
         handle = tower.register_forward_hook(lambda *_: gate.put(None))
     else:
