@@ -17,6 +17,7 @@ _EXTRAS = {
     "lm_eval": "tune",
     "matplotlib": "plot",
     "peft": "tune",
+    "pyarrow": "tune",
     "pypcd4": "points",
     "scipy": "points",
     "trimesh": "points",
