@@ -140,7 +140,7 @@ PRUNING_METHODS = {
     ),
     "overview": _method(
         "baselines:Overview",
-        "nothing",
+        "grid",
         "Keep the overview of a picture and leave its tiles out, as a smaller picture would.",
         "baseline",
     ),

@@ -10,7 +10,7 @@ import typer
 from budwood import records
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
-from budwood.cli.console import progress
+from budwood.cli.console import progress, say
 from budwood.cli.results import Results
 from budwood.errors import InputError
 from budwood.loading import SMOLLM2, check_adapter_source, check_source
@@ -18,6 +18,7 @@ from budwood.loading import SMOLLM2, check_adapter_source, check_source
 if TYPE_CHECKING:
     from budwood.loading import Loaded
     from budwood.tune.encoding import EncodedExample
+    from budwood.tune.evaluate.kept import Kept
     from budwood.tune.evaluate.suite import Suite
 
 COLUMNS = Columns(
@@ -56,6 +57,12 @@ def tune_eval(
     windows: tune_options.Windows = 64,
     prompts: tune_options.Prompts = 64,
     batch: tune_options.EvalBatch = 16,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Measure the base model again, even if it was for another adapter."
+        ),
+    ] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -73,7 +80,8 @@ def tune_eval(
     the shipped tasks are scored: openbookqa, boolq and arc_easy as targets, winogrande, social_iqa
     and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is the divergence from
     the base model, on text and on its own replies to everyday requests. Intervals hold 95 %, by a
-    paired bootstrap over items.
+    paired bootstrap over items. The base model's scores and replies are kept in budwood's cache for
+    the next adapter.
 
     \b
     Examples:
@@ -87,6 +95,7 @@ def tune_eval(
     from budwood.cli.models import load_adapted
     from budwood.tune.data import STYLES
     from budwood.tune.evaluate.divergence import chat_prompts
+    from budwood.tune.evaluate.kept import Kept
     from budwood.tune.evaluate.suite import Suite
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
@@ -104,11 +113,12 @@ def tune_eval(
         raise InputError("--plot has no text to show: give --text, --prompts, or files as --target")
     loaded = load_adapted(adapter, model, device, dtype)
     _check_drawn(loaded, adapter, plot)
-    texts = _texts(loaded, text, windows, prompts, seed)
+    kept = None if fresh else Kept.of(loaded.model, loaded.tokenizer)
+    texts = _texts(loaded, text, windows, prompts, seed, kept)
     suite = Suite(tasks, texts, style, batch, limit)
     # Refuses what it cannot tell apart, before the slow work.
     routed = suite.routed(loaded.model, loaded.tokenizer) if plot else {}
-    rows = _measure(loaded, suite, seed)
+    rows = _measure(loaded, suite, seed, kept)
     record = records.new_record(
         "tune eval",
         rows,
@@ -154,7 +164,12 @@ def _text(text: Path | None, data: Path | None) -> Path | None:
 
 
 def _texts(
-    loaded: Loaded, text: Path | None, windows: int, prompts: int, seed: int
+    loaded: Loaded,
+    text: Path | None,
+    windows: int,
+    prompts: int,
+    seed: int,
+    kept: Kept | None,
 ) -> dict[str, list[EncodedExample]]:
     from budwood.tune.evaluate.divergence import make_texts
 
@@ -167,18 +182,21 @@ def _texts(
             n_prompts=prompts,
             seed=seed,
             progress=bar,
+            kept=kept,
         )
 
 
-def _measure(loaded: Loaded, suite: Suite, seed: int) -> list[dict[str, Any]]:
+def _measure(loaded: Loaded, suite: Suite, seed: int, kept: Kept | None) -> list[dict[str, Any]]:
     from budwood.tune.evaluate.scores import report_rows
 
     with progress("before") as bar:
-        before = suite.before(loaded.model, loaded.tokenizer, bar)
+        before = suite.before(loaded.model, loaded.tokenizer, bar, kept)
     with progress("after") as bar:
         after = suite.after(loaded.model, loaded.tokenizer, bar)
     with progress("texts") as bar:
         text_before, text_after = suite.drift(loaded.model, loaded.tokenizer, bar)
+    if kept and kept.n_found:
+        say("the base model's scores or replies were kept from before; --fresh measures them again")
     return report_rows(before + text_before, after + text_after, seed)
 
 

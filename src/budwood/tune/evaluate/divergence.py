@@ -19,6 +19,7 @@ from budwood.tune.encoding import (
     EncodedExample,
     Padded,
 )
+from budwood.tune.evaluate.kept import Kept
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
 from budwood.tune.self_generated import replies
@@ -79,6 +80,7 @@ def make_texts(
     n_prompts: int,
     seed: int = 0,
     progress: Progress = silent,
+    kept: Kept | None = None,
 ) -> dict[str, list[EncodedExample]]:
     """Windows of a text, and the base model's own replies to everyday requests.
 
@@ -90,6 +92,7 @@ def make_texts(
         n_prompts: requests; 0 for none.
         seed: of the replies.
         progress: called after each batch.
+        kept: replies for earlier adapters on the same base.
 
     Raises:
         InputError: the file can't be read, is too short, or is called as the replies are; a count
@@ -101,9 +104,13 @@ def make_texts(
         texts[text_name(text)] = text_windows(text, tokenizer, n_windows)
     if n_prompts:
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-        with off:
-            asked = chat_prompts(n_prompts)
-            texts[CHAT] = replies(model, tokenizer, asked, seed=seed, progress=progress)
+        asked = chat_prompts(n_prompts)
+
+        def reply() -> list[EncodedExample]:
+            with off:
+                return replies(model, tokenizer, asked, seed=seed, progress=progress)
+
+        texts[CHAT] = kept.get({"replies": asked, "seed": seed}, reply) if kept else reply()
     return texts
 
 

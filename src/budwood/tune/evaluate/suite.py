@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from budwood.progress import Progress, silent
 from budwood.tune.data import styled
 from budwood.tune.encoding import EncodedExample, Padded, encode_one, longest_for
 from budwood.tune.evaluate.divergence import measure_drift
+from budwood.tune.evaluate.kept import Kept
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, no_lm_eval
 from budwood.tune.observe import observe
@@ -49,11 +50,28 @@ class Suite:
     batch: int = 16
     limit: int = 0
 
-    def before(self, model: Any, tokenizer: Any, progress: Progress = silent) -> list[Score]:
-        """Score the base model on the tasks."""
+    def before(
+        self, model: Any, tokenizer: Any, progress: Progress = silent, kept: Kept | None = None
+    ) -> list[Score]:
+        """Score the base model on the tasks.
+
+        Args:
+            model: its adapter is off meanwhile.
+            tokenizer: of the model.
+            progress: called after each batch.
+            kept: scores of earlier adapters on the same base.
+        """
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-        with off:
-            return self._tasks(model, tokenizer, progress)
+
+        def score() -> list[dict[str, Any]]:
+            with off:
+                return [asdict(one) for one in self._tasks(model, tokenizer, progress)]
+
+        what = {"tasks": list(map(asdict, self.tasks)), "style": self.style}
+        what |= {"batch": self.batch, "limit": self.limit}
+        known = self.tasks and all(task.config for task in self.tasks)  # lm-eval's own may change
+        rows = kept.get(what, score) if kept and known else score()
+        return [Score.from_dict(row) for row in rows]
 
     def after(self, model: Any, tokenizer: Any, progress: Progress = silent) -> list[Score]:
         """Score the tuned model on the tasks."""
