@@ -138,10 +138,10 @@ def test_two_passes_before_one_backward_are_penalised_once():
         model.zero_grad()
         sum(model(**data).loss for _ in range(n)).backward()
         layers[0].keeper.commit()
-        return [layer.slim_in["default"].grad.clone() for layer in layers]
+        return [layer.slim_in["default"].weight.grad.clone() for layer in layers]
 
     for once, twice, layer in zip(grads(1), grads(2), layers):
-        slim_in, config = layer.slim_in["default"], layer.slim_config["default"]
+        slim_in, config = layer.slim_in["default"].weight, layer.slim_config["default"]
         slope, _ = l1_slopes(0.5, config.r, slim_in.shape[1], layer.out_features)
         penalty = 2 * once - twice  # the loss cancels
         expected = slope * slim_in.sign()

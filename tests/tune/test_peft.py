@@ -40,7 +40,16 @@ def test_only_the_mlp_is_adapted_and_only_the_adapter_is_trained():
         "down_proj",
     }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 18 and all(".slim_in." in n or ".slim_out." in n for n in trained)
+    ends = (".slim_in.default.weight", ".slim_out.default.weight")
+    assert len(trained) == 18 and all(name.endswith(ends) for name in trained)
+
+
+def test_everything_of_an_adapter_is_found_by_its_name():
+    """As TRL finds what it copies: ``".default."`` in the name of a tensor."""
+    model = tiny.trained()
+    tensors = {key for key in model.state_dict() if "slim_" in key}
+    assert len(tensors) == 9 * (1 + 1 + 3) + 3 * 7
+    assert all(".default." in key for key in tensors)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -310,7 +319,9 @@ def test_four_bit_base(tmp_path):
         if is_fitted:
             fit_discriminant(model, tiny_chat.tokenizer(), rows, rows)
         model.train()(**tiny.batch()).loss.backward()
-        grads.append(torch.cat([one.slim_out["default"].grad.flatten() for one in layers(model)]))
+        grads.append(
+            torch.cat([one.slim_out["default"].weight.grad.flatten() for one in layers(model)])
+        )
     assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().max() > 1e-4
     model = tiny.slim(base())
     assert type(layers(model)[0].base_layer).__name__ == "Linear4bit"

@@ -35,8 +35,7 @@ def two_adapters():
 
 
 def weights_of(model, adapter):
-    found = ((one.slim_in[adapter], one.slim_out[adapter]) for one in layers(model))
-    return [weight for pair in found for weight in pair]
+    return [weight for one in layers(model) for weight in one.weights(adapter)]
 
 
 def backward(model, adapter, seed=0):
@@ -101,7 +100,7 @@ def test_a_commit_between_forward_and_backward_leaves_the_masks_of_the_pass():
 @pytest.mark.parametrize("inference", ["mask", "expectation"])
 def test_gradients_in_evaluation_are_none_of_training(inference):
     model, data = tiny.trained(l1=0.7, merge_inference=inference), tiny.batch()
-    penalised = layers(model)[0].slim_in["default"]
+    penalised = layers(model)[0].slim_in["default"].weight
     model.zero_grad()
     model.eval()(**data).loss.backward()
     assert not keeper_of(model).pending

@@ -8,24 +8,13 @@ import torch
 from budwood.tune import SlimLinear
 from budwood.tune.state import InputStatistics
 from tests import tiny_llm as tiny
+from tests import tiny_trl
 from tests.tiny_llm import states
 
 pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
 
 LENGTHS = [3, 9, 5, 7, 4, 8, 6, 10]
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, tiny.N_WORDS))]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w3"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def rows():
@@ -77,7 +66,7 @@ def test_sft_trainer(options, given, tmp_path, monkeypatch):
         else {"model": tiny.slim()}
     )
     trainer = SFTTrainer(
-        args=arguments, train_dataset=rows(), processing_class=tokenizer(), **given
+        args=arguments, train_dataset=rows(), processing_class=tiny_trl.tokenizer(), **given
     )
     trainer.train()
     layers = [one for one in trainer.model.modules() if isinstance(one, SlimLinear)]

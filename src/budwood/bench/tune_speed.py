@@ -202,7 +202,7 @@ def _case(name: str, config: SpeedConfig, width: int, n_tokens: int) -> _Case:
 def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
     keeper = keeper_of(model)
     for layer in keeper.layers():  # B = 0 would be a special case of the arithmetic
-        nn.init.normal_(layer.slim_out["default"], std=1e-3)
+        nn.init.normal_(layer.weights("default")[1], std=1e-3)
     directed = [fitted for layer in keeper.layers() for fitted in layer.discriminants().values()]
     for fitted in directed:  # any direction takes as long
         fitted.set_direction(torch.randn_like(fitted.direction), fitted.offset, 1)

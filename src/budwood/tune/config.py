@@ -14,8 +14,11 @@ from peft import PeftConfig
 from budwood.checks import need_int, need_number
 from budwood.errors import InputError, UnknownNameError
 
-FORMAT = 1
-"""Version of the saved format. It rises when an older reader would misread an adapter."""
+FORMAT = 2
+"""Version of the saved format. It rises when an older reader would misread an adapter.
+
+1: weights are ``slim_in`` and ``slim_out``. 2: they are ``slim_in.weight`` and ``slim_out.weight``.
+"""
 CHOICES = {
     "distance": ("max", "rms", "whitened", "discriminant"),
     "fit_on": ("supervised", "all"),
@@ -107,7 +110,8 @@ class SlimConfig(PeftConfig):
             less than a tenth of the supervised tokens, as :meth:`recommended` does. No effect with
             other distances.
         fit_on: tokens that the statistics describe. ``"supervised"``: those whose next token has a
-            label. ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
+            label; of TRL's DPO and KTO the chosen answers, of GRPO and RLOO what the model wrote.
+            ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
             ``"module"``: each yields by the distance of its own input.
         margin: standard deviations of the distance that still count as training data; 1.5 includes

@@ -157,8 +157,8 @@ def _fixed(layer: SlimLayer, adapter: str, routing: Any, rank: int) -> tuple[Ten
     """A and B of a layer with the average routing weights in B."""
     config = layer.slim_config[adapter]
     weights = routing.mean_weights()[: config.n_experts].float()
-    a = layer.slim_in[adapter][: config.rank].float().cpu()
-    b = layer.slim_out[adapter].float().cpu()
+    a, b = (weight.float().cpu() for weight in layer.weights(adapter))
+    a = a[: config.rank]
     scale = config.scale
     if adapter in layer.slim_mask:
         mask: Any = layer.slim_mask[adapter]

@@ -119,7 +119,9 @@ class Survey:
 
 def _fresh_statistics(model: nn.Module) -> list[DiscriminantStatistics]:
     """List the discriminants of the adapters that are about to be trained."""
-    keeper_of(model)  # refuses a model without SLIM layers
+    keeper = keeper_of(model)  # refuses a model without SLIM layers
+    for name in {name for layer in layers_of(model) for name in layer.trained_adapters()}:
+        keeper.settle(name)
     fresh = [
         statistics for layer in layers_of(model) for statistics in layer.discriminants().values()
     ]

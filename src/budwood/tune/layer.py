@@ -58,6 +58,18 @@ class _Pass:
     masked: bool
 
 
+class Weight(nn.Module):
+    """Holds one matrix, as a ``Linear`` without bias does.
+
+    Args:
+        weight: shape (rows, columns).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
 @dataclass(frozen=True, eq=False)
 class SharedStatistics:
     """Statistics that another layer holds.
@@ -90,8 +102,8 @@ class SlimLinear(SlimLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        self.slim_in = nn.ParameterDict()
-        self.slim_out = nn.ParameterDict()
+        self.slim_in = nn.ModuleDict()
+        self.slim_out = nn.ModuleDict()
         self.slim_clusters = nn.ModuleDict()
         self.slim_mask = nn.ModuleDict()
         self.shared_statistics: dict[str, SharedStatistics] = {}
@@ -116,8 +128,8 @@ class SlimLinear(SlimLayer):
         # As for LoRA: A uniform within ±1/√d_in, B zero. The router's scale does not matter.
         slim_in = torch.empty(n_rows, d_in)
         nn.init.kaiming_uniform_(slim_in, a=math.sqrt(5))
-        self.slim_in[name] = nn.Parameter(slim_in)
-        self.slim_out[name] = nn.Parameter(torch.zeros(d_out, config.rank))
+        self.slim_in[name] = Weight(slim_in)
+        self.slim_out[name] = Weight(torch.zeros(d_out, config.rank))
         if config.merging and config.merge_p > 0:
             self.slim_mask[name] = Mask(config, d_in, d_out, self.slim_key)
         if config.yielding and shared is not None:
@@ -155,16 +167,18 @@ class SlimLinear(SlimLayer):
     def _with_experts(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """Add an adapter's experts to the layer's output, shape (…, d_out)."""
         config = self.slim_config[name]
-        training = self.training and self.slim_in[name].requires_grad
+        training = self.training and self.weights(name)[0].requires_grad
         masked = name in self.slim_mask and (training or config.merge_inference == "mask")
         now = _Pass(name, config, training, training and torch.is_grad_enabled(), masked)
+        if now.gather:
+            self.keeper.settle(name)
         distance, moments = self._distance(x, now)
         side_in, side_out = self._sides(now, moments)
         lean = skips_bypassed(x)
         rows = self._possible_rows(distance, config) if lean else None
         if rows is not None and not len(rows):
             self._record(now, x, torch.zeros(0, config.n_total, device=x.device), rows, distance)
-            return untouched(result, self.slim_in[name], self.slim_out[name], side_in, side_out)
+            return untouched(result, *self.weights(name), side_in, side_out)
         flat = x.reshape(-1, x.shape[-1])
         if rows is not None:
             flat = take_rows(flat, rows)
@@ -176,7 +190,7 @@ class SlimLinear(SlimLayer):
             h, lora, rows = _drop_bypassed(h, lora, rows)
         h = h.unflatten(-1, (config.n_experts, config.r))
         h = h * (lora * self._scale(now)).unsqueeze(-1).to(h.dtype)
-        return self._add(result, h.flatten(1), self.slim_out[name], side_out, rows)
+        return self._add(result, h.flatten(1), self.weights(name)[1], side_out, rows)
 
     def _distance(self, x: Tensor, now: _Pass) -> tuple[Tensor | None, Moments | None]:
         """Standardised distance of each token, and moments to gather; see InputStatistics."""
@@ -186,6 +200,8 @@ class SlimLinear(SlimLayer):
         shared = self.shared_statistics.get(now.name)
         if shared is not None and shared.follows:
             return statistics.last_distance(x.shape[:-1].numel()), None
+        if not now.gather and now.name in self.slim_clusters and statistics.steps == 0:
+            self.keeper.check_complete(now.name, self.weights(now.name)[1])
         counting = functools.partial(self._counting, x, now.config)
         return statistics.distance(x, counting, gather=now.gather, training=now.training)
 
@@ -199,22 +215,22 @@ class SlimLinear(SlimLayer):
 
     def _counting(self, x: Tensor, config: SlimConfig) -> Tensor | None:
         """Tokens that enter the statistics, bool of shape (n_tokens,); None for all."""
-        return self._tokens(x, supervised=config.fit_on == "supervised")
+        return self._tokens(x, supervised=config.fit_on == "supervised", warn=True)
 
-    def _tokens(self, x: Tensor, *, supervised: bool) -> Tensor | None:
+    def _tokens(self, x: Tensor, *, supervised: bool, warn: bool = False) -> Tensor | None:
         """Supervised tokens, or all but padding, bool of shape (n_tokens,); None for all."""
         if self.watch is None:
             return None
         if supervised:
-            return self.watch.supervised(x, self.keeper.labels)
+            return self.watch.supervised(x, self.keeper.labels, warn=warn)
         return self.watch.not_padding(x)
 
     def _sides(self, now: _Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
         """How this pass uses ``slim_in`` and ``slim_out``; None for plainly."""
         if not (now.gather or now.masked):
             return None, None
-        slim_in, slim_out = self.slim_in[now.name], self.slim_out[now.name]
-        config, mask = now.config, self.slim_mask[now.name] if now.masked else None
+        slim_in, slim_out = self.weights(now.name)
+        config, mask = now.config, self._mask(now)
         slopes, counted, due = (0.0, 0.0), _never, _never
         if now.gather:
             slopes = l1_slopes(config.l1, config.r, slim_in.shape[1], len(slim_out))
@@ -223,7 +239,7 @@ class SlimLinear(SlimLayer):
             due = functools.partial(self.keeper.is_first, self.slim_key, now.name)
         return (
             Side(
-                columns=None if mask is None else mask.columns,  # type: ignore[arg-type]
+                columns=None if mask is None else mask.columns,
                 rows=None,
                 n_masked=config.rank,
                 slope=slopes[0],
@@ -231,12 +247,19 @@ class SlimLinear(SlimLayer):
             ),
             Side(
                 columns=None,
-                rows=None if mask is None else mask.rows,  # type: ignore[arg-type]
+                rows=None if mask is None else mask.rows,
                 n_masked=len(slim_out),
                 slope=slopes[1],
                 on_backward=due,
             ),
         )
+
+    def _mask(self, now: _Pass) -> Mask | None:
+        """The mask that is in force in a pass, if any."""
+        if not now.masked:
+            return None
+        source = self.keeper.inherited.get(now.name) if now.training else None
+        return self.slim_mask[source if source in self.slim_mask else now.name]  # type: ignore[return-value,index]
 
     def _on_backward(self, name: str, moments: Moments | None) -> bool:
         """Gather moments and count the pass; return whether the penalty is due."""
@@ -249,7 +272,7 @@ class SlimLinear(SlimLayer):
         self, x: Tensor, name: str, side: Side | None, distance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden values of all experts, shape (n_tokens, rank), and routing weights, float32."""
-        a, config = self.slim_in[name], self.slim_config[name]
+        a, config = self.weights(name)[0], self.slim_config[name]
         hidden = product(x if _autocast(x) else x.to(a.dtype), a, side)
         if config.router:
             hidden, logits = hidden.split([config.rank, config.n_total], dim=-1)

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune.base_model import check_base, describe_base
-from budwood.tune.config import SLIM, SlimConfig
+from budwood.tune.config import FORMAT, SLIM, SlimConfig
 from budwood.tune.layer import REFUSAL, SharedStatistics, SlimLinear
-from budwood.tune.saved import check_state
-from budwood.tune.steps import SlimLayer, StepKeeper, forget, layers_of
+from budwood.tune.saved import check_state, present_names, register_old_names
+from budwood.tune.steps import TENSORS, SlimLayer, StepKeeper, forget, layers_of
 from budwood.tune.targets import (
     LEADERS,
     default_targets,
@@ -31,6 +31,9 @@ from budwood.tune.targets import (
     siblings,
 )
 from budwood.tune.tokens import unwatch_tokens, watch_tokens
+
+HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Task → names of the heads that ``peft.PeftModelFor…`` trains and saves whole."""
 
 
 class SlimModel(BaseTuner):
@@ -44,14 +47,22 @@ class SlimModel(BaseTuner):
     ) -> None:
         """Add an adapter's layers, and the hooks that tell them about tokens.
 
+        An adapter that is given the config object of another one in the model, as in
+        ``model.add_adapter("ref", model.peft_config["default"])``, starts with its statistics and
+        masks. Who copies the weights by their names, as TRL does for the reference of DPO, has the
+        whole adapter.
+
         Raises:
             InputError: target modules match nothing, or the adapter was made for another base
                 model.
             UnsupportedModelError: no target modules are known, or one is not a linear layer.
         """
         # A copy, since it is changed for this model, and the user may use it for others.
-        config: Any = copy.copy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        given: Any = self.peft_config[adapter_name]
+        source = next(
+            (n for n, c in self.peft_config.items() if c is given and n != adapter_name), None
+        )
+        self.peft_config[adapter_name] = config = _for_this_model(given)
         base = describe_base(self.get_model_config(model), model)
         check_base(config.base, base)
         try:
@@ -61,6 +72,7 @@ class SlimModel(BaseTuner):
         config.base_at_hand = base
         for layer, watch in watch_tokens(model, SlimLinear).items():
             layer.watch = watch  # type: ignore[assignment]
+        self._keeper().inherit(source, adapter_name)
 
     def unload(self) -> Any:
         """Remove layers and hooks; return the base model as it was."""
@@ -118,14 +130,16 @@ class SlimModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         mapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=present_names(state_dict),
         )
-        marks = tuple(f".{name}.{adapter_name}" for name in ("slim_in", "slim_out"))
-        states = tuple(f".{name}.{adapter_name}." for name in ("slim_clusters", "slim_mask"))
+        marks = tuple(f".{name}.{adapter_name}." for name in TENSORS)
         expected = {
             key: value
             for key, value in model.state_dict(keep_vars=True).items()
-            if key.endswith(marks) or any(state in key for state in states)
+            if any(mark in key for mark in marks)
         }
         # A module that stands in two places is in the file once.
         saved = {id(expected[key]): value for key, value in mapped.items() if key in expected}
@@ -143,9 +157,12 @@ def register() -> None:
 
     It adds to PEFT's tables, since ``peft.register_peft_method`` refuses names outside PEFT's enum.
     """
-    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(SLIM, SlimConfig)  # type: ignore[arg-type]
-    PEFT_TYPE_TO_TUNER_MAPPING.setdefault(SLIM, SlimModel)  # type: ignore[arg-type]
-    PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(SLIM, SlimModel.prefix)  # type: ignore[arg-type]
+    if SLIM in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    register_old_names()
+    PEFT_TYPE_TO_CONFIG_MAPPING[SLIM] = SlimConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[SLIM] = SlimModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[SLIM] = SlimModel.prefix  # type: ignore[index]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -169,6 +186,21 @@ def _shared_statistics(
             statistics: Any = layer.slim_clusters[adapter]
             return SharedStatistics(statistics, follows=other in leaders)
     return None
+
+
+def _for_this_model(given: Any) -> Any:
+    """A copy of a config, with the new heads that PEFT trains beside adapters of its task.
+
+    PEFT adds the heads of these two tasks to the config that it was given, when the adapter has
+    been made from it.
+    """
+    config = copy.copy(given)
+    heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    if config.modules_to_save is not None or heads:
+        saved = list(config.modules_to_save or ())
+        config.modules_to_save = saved + [head for head in heads if head not in saved]
+    config.slim_version = FORMAT
+    return config
 
 
 def _no_match(model: nn.Module, config: SlimConfig) -> str:

@@ -60,6 +60,34 @@ def check_safetensors(path: Path) -> None:
         ) from None
 
 
+OLD_WEIGHTS = (".slim_in", ".slim_out")
+"""How the names of weights end in format 1."""
+
+
+def present_names(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a saved adapter of format 1; others stay as they are."""
+    return {
+        f"{key}.weight" if key.endswith(OLD_WEIGHTS) else key: value for key, value in saved.items()
+    }
+
+
+def register_old_names() -> None:
+    """Let transformers' ``load_adapter`` read weights of format 1, which it renames by a table.
+
+    By then it has put the adapter's name behind ``slim_in``. Its public list of older names of all
+    models is the one place for a rule that belongs to no model.
+    """
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.core_model_loading import WeightRenaming
+
+    known = get_checkpoint_conversion_mapping("legacy") or []
+    rule = WeightRenaming(r"(slim_(?:in|out)\.[^.]+)$", r"\1.weight")
+    register_checkpoint_conversion_mapping("legacy", [*known, rule], overwrite=True)
+
+
 def check_state(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Compare the tensors of a saved adapter with those of the model.
 

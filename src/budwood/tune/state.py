@@ -158,6 +158,10 @@ class InputStatistics(_Kept):
         """Drop the moments noted since the last commit."""
         self._gathered = None
 
+    def reset(self) -> None:
+        """Go back to how a fresh adapter starts."""
+        self.load_state_dict(type(self)(self.config, self.d_in, self.key).state_dict())
+
     @torch.no_grad()
     def commit(self, flat: Tensor) -> None:
         """Move the statistics by the moments of one optimiser step.
@@ -363,6 +367,11 @@ class Mask(_Kept):
         self.key = key
         self.register_buffer("columns", self._draw("columns", d_in, 0))
         self.register_buffer("rows", self._draw("rows", d_out, 0))
+
+    def reset(self) -> None:
+        """Go back to how a fresh adapter starts."""
+        fresh = Mask(self.config, len(self.columns), len(self.rows), self.key)
+        self.load_state_dict(fresh.state_dict())
 
     def commit(self) -> None:
         """Draw the mask of the next step."""

@@ -21,8 +21,11 @@ from transformers import TrainerCallback
 
 from budwood.errors import AttachError, DivergedError
 from budwood.tune.config import SlimConfig
-from budwood.tune.state import DiscriminantStatistics, InputStatistics
+from budwood.tune.state import DiscriminantStatistics, InputStatistics, Mask
 
+WEIGHTS, STATES = ("slim_in", "slim_out"), ("slim_clusters", "slim_mask")
+TENSORS = (*WEIGHTS, *STATES)
+"""Where a layer holds the tensors of its adapters: what is trained, and the rest."""
 PATIENCE = 1000
 """Backward passes without an optimiser step before a warning."""
 
@@ -30,10 +33,13 @@ PATIENCE = 1000
 class SlimLayer(nn.Module, BaseTunerLayer):
     """What PEFT and the optimiser steps know about a SLIM layer; dicts are keyed by adapter.
 
+    Names follow PEFT's convention, as in ``slim_in.default.weight``: libraries find the tensors of
+    an adapter by ``".default."`` in their names.
+
     Attributes:
-        slim_in: A of all experts above the rows of the router, shape
+        slim_in: A of all experts above the rows of the router, a weight of shape
             (n_experts · r + n_experts + n_identity, d_in); without a router A alone.
-        slim_out: B of all experts side by side, shape (d_out, n_experts · r).
+        slim_out: B of all experts side by side, a weight of shape (d_out, n_experts · r).
         slim_clusters: :class:`InputStatistics`, in the first layer that reads an input. The name is
             that of the tensors in saved adapters.
         slim_mask: :class:`budwood.tune.state.Mask` of dynamic merging.
@@ -42,24 +48,34 @@ class SlimLayer(nn.Module, BaseTunerLayer):
         keeper: shared by the layers of the model.
     """
 
-    adapter_layer_names = ("slim_in", "slim_out")
-    other_param_names = ("slim_clusters", "slim_mask", "shared_statistics", "slim_config")
+    adapter_layer_names = WEIGHTS
+    other_param_names = (*STATES, "shared_statistics", "slim_config")
 
-    slim_in: nn.ParameterDict
-    slim_out: nn.ParameterDict
+    slim_in: nn.ModuleDict
+    slim_out: nn.ModuleDict
     slim_clusters: nn.ModuleDict
     slim_mask: nn.ModuleDict
     slim_config: dict[str, SlimConfig]
     slim_key: str
     keeper: StepKeeper
 
+    def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """``slim_in`` and ``slim_out`` of an adapter."""
+        a, b = self.slim_in[name].weight, self.slim_out[name].weight
+        return a, b  # type: ignore[return-value]
+
     def trained_adapters(self) -> list[str]:
         """Names of the active adapters that are being trained."""
         return [
             name
             for name in self.active_adapters
-            if name in self.slim_in and self.slim_in[name].requires_grad
+            if name in self.slim_in and self.weights(name)[0].requires_grad
         ]
+
+    def states(self, name: str) -> list[InputStatistics | Mask]:
+        """Statistics and mask of an adapter, those that this layer holds."""
+        held = (getattr(self, where) for where in STATES)
+        return [states[name] for states in held if name in states]
 
     def discriminants(self) -> dict[str, DiscriminantStatistics]:
         """Discriminants that this layer holds for the adapters that are being trained."""
@@ -124,6 +140,9 @@ class StepKeeper:
         recorder: is told the routing of each pass; None for nobody.
         survey: is shown inputs of the layers, which then add nothing; None for nobody.
         labels: labels of the next passes, of models that are not given any.
+        inherited: adapter → the one that it started with statistics and masks of. It uses that
+            one's masks until it is trained itself: a reference then differs from what is trained by
+            what was learnt alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -131,6 +150,8 @@ class StepKeeper:
         self.recorder: RoutingRecorder | None = None
         self.survey: Callable[[InputStatistics, Tensor], None] | None = None
         self.labels: Tensor | None = None
+        self.inherited: dict[str, str] = {}
+        self._incomplete: set[str] = set()
         self._n_passes: dict[tuple[str, str], int] = {}
         self._warned = False
         _follow(self)
@@ -161,6 +182,9 @@ class StepKeeper:
     def after_step(self, held: set[int]) -> None:
         """Commit the adapters with parameters of these ids."""
         if self.pending:
+            watch = getattr(self.layers()[0], "watch", None)
+            if watch is not None:
+                watch.check_graph()
             self.commit(held)
 
     def commit(self, held: set[int] | None = None) -> bool:
@@ -179,7 +203,7 @@ class StepKeeper:
             (layer, name)
             for layer in self.layers()
             for name in layer.slim_in
-            if held is None or held & {id(layer.slim_in[name]), id(layer.slim_out[name])}
+            if held is None or held & {id(weight) for weight in layer.weights(name)}
         ]
         # An adapter as a whole: which of its layers saw a token may differ between ranks.
         trained = {name for layer, name in places if (layer.slim_key, name) in self._n_passes}
@@ -194,6 +218,46 @@ class StepKeeper:
             if name in layer.slim_mask:
                 layer.slim_mask[name].commit()  # type: ignore[operator]
         return bool(places)
+
+    def inherit(self, source: str | None, adapter: str) -> None:
+        """Start a new adapter with the statistics and masks of another one, or with none."""
+        self.inherited.pop(adapter, None)
+        if source is None:
+            return
+        for layer in self.layers():
+            for state, other in zip(layer.states(adapter), layer.states(source), strict=True):
+                state.load_state_dict(other.state_dict())
+        self.inherited[adapter] = source
+
+    def settle(self, adapter: str) -> None:
+        """Reset an adapter that inherited statistics and no weights: it is trained from scratch.
+
+        Called before its first pass of training.
+        """
+        if self.inherited.pop(adapter, None) is None:
+            return
+        layers = [layer for layer in self.layers() if adapter in layer.slim_out]
+        if not any(bool(layer.weights(adapter)[1].any()) for layer in layers):
+            for state in (state for layer in layers for state in layer.states(adapter)):
+                state.reset()
+
+    def check_complete(self, adapter: str, b: Tensor) -> None:
+        """Warn of an adapter with weights and no statistics, with which no token yields.
+
+        Args:
+            adapter: its name; one of its layers has no statistics.
+            b: ``slim_out`` of that layer.
+        """
+        if adapter in self._incomplete or not bool(b.any()):
+            return
+        self._incomplete.add(adapter)
+        warnings.warn(
+            f"SLIM: adapter {adapter!r} has weights but no statistics, so no token yields: copy "
+            "its buffers as well as its parameters, or call budwood.tune.commit(model) after each "
+            "step of training",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def forget_gathered(self) -> None:
         """Drop what was gathered since the last commit."""
@@ -262,8 +326,9 @@ def tell_labels(model: nn.Module, labels: Tensor | None) -> None:
     """Tell the layers which tokens are supervised, if the model's forward pass gets no labels.
 
     With ``fit_on="supervised"`` statistics describe the tokens whose next token has a label. A
-    model that is called with ``labels`` knows them. A loop that computes the loss by itself calls
-    this before each forward pass; otherwise all tokens but padding count.
+    model that is called with ``labels`` knows them, and a Trainer's are found in the Trainer. A
+    loop that computes the loss by itself calls this before each forward pass; otherwise all tokens
+    but padding count, and a warning says so.
 
     Args:
         model: a model with SLIM layers, wrapped or not.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from budwood.tune.encoding import IGNORED
+from budwood.tune.trainers import trained_labels, trainer_with_masks
 
 
 class TokenWatch:
@@ -38,9 +41,14 @@ class TokenWatch:
         self.predicts_next = _predicts_next(model) if parent is None else parent.predicts_next
         self.mask: Tensor | None = None
         self.labels: Tensor | None = None
+        self.of_trainer: tuple[Tensor | None, bool] = (None, False)
+        self._warned = self._graph_checked = self._in_graph = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.note_inputs(args, kwargs)
+        if self.parent is None and module.training and torch.is_grad_enabled():
+            self._in_graph = torch.compiler.is_compiling()
+            self.of_trainer = trained_labels()
 
     def note_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model is called with; pruning calls this again with fewer tokens."""
@@ -50,6 +58,9 @@ class TokenWatch:
         else:
             self.mask = self._from_parents("mask")
         self.labels = self._argument("labels", args, kwargs)
+        shifted = kwargs.get("shift_labels")
+        if self.labels is None and isinstance(shifted, Tensor):  # each at the token before
+            self.labels = F.pad(shifted, (1, 0), value=IGNORED)[:, :-1]
         if self.labels is None:
             self.labels = self._from_parents("labels")
         if self.is_decoder and self.mask is None and self.labels is not None:
@@ -75,28 +86,79 @@ class TokenWatch:
             return None
         return mask.reshape(-1).to(x.device) > 0
 
-    def supervised(self, x: Tensor, labels: Tensor | None = None) -> Tensor | None:
+    def supervised(
+        self, x: Tensor, told: Tensor | None = None, *, warn: bool = False
+    ) -> Tensor | None:
         """Find the tokens of a layer's input whose next token has a label.
+
+        Labels are, in this order: those by the masks of the trainer around; those that the model
+        was given; those told; those that the trainer around keeps to itself.
 
         Args:
             x: shape (batch, length, d_in), or flattened, shape (batch · length, d_in).
-            labels: used if the model was given none; shape (batch, length), or of the last
+            told: labels of :func:`budwood.tune.tell_labels`; shape (batch, length), or of the last
                 positions only.
+            warn: warn once if a language model's labels are missing or do not fit.
 
         Returns:
             bool, shape (n_tokens,). What :meth:`not_padding` returns if there are no labels, if
             they have another size, or if the model's labels are not next tokens.
         """
         kept = self.not_padding(x)
-        labels = self.labels if self.labels is not None else labels
+        if not self.predicts_next:
+            return kept
+        labels = self._labels(told)
         shape = self._batch_shape(x, labels)
-        if not self.predicts_next or labels is None or shape is None or not _fit(labels, shape):
+        if labels is None or shape is None or not _fit(labels, shape):
+            if warn:
+                self._warn(labels, x)
             return kept
         labelled = torch.zeros(shape, dtype=torch.bool, device=x.device)
         n_before = shape[1] - labels.shape[1]
         labelled[:, n_before:-1] = labels[:, 1:].to(x.device) != IGNORED
         labelled = labelled.reshape(-1)
         return labelled if kept is None else labelled & kept
+
+    def _labels(self, told: Tensor | None) -> Tensor | None:
+        of_trainer, first = self._root.of_trainer
+        ways = (of_trainer if first else None, self.labels, told, of_trainer)
+        return next((labels for labels in ways if labels is not None), None)
+
+    def _warn(self, labels: Tensor | None, x: Tensor) -> None:
+        root = self._root
+        if root._warned or not isinstance(root.outermost, PreTrainedModel):
+            return
+        root._warned = True
+        why = "without labels"
+        if labels is not None:
+            why = f"with labels of shape {tuple(labels.shape)} for {x.shape[:-1].numel()} tokens"
+        warnings.warn(
+            f"SLIM: a layer is trained {why}, so all tokens but padding count as training data; "
+            "call budwood.tune.tell_labels(model, labels) before each forward pass, or set "
+            'fit_on="all" if all should count',
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def check_graph(self) -> None:
+        """Warn once if ``torch.compile`` hid the masks of the trainer around."""
+        root = self._root
+        if not root._in_graph or root._graph_checked:
+            return
+        root._graph_checked = True
+        name = trainer_with_masks()
+        if name is not None:
+            warnings.warn(
+                f"SLIM: torch.compile hides the masks of {name}, so that rejected answers and the "
+                "output of tools count as training data; leave out torch_compile",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def _root(self) -> TokenWatch:
+        """The watch of the outermost model."""
+        return self if self.parent is None else self.parent._root
 
     def _batch_shape(self, x: Tensor, labels: Tensor | None) -> tuple[int, int] | None:
         """Batch and length of a layer's tokens, which some models flatten; None if unknown."""

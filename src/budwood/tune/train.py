@@ -259,7 +259,7 @@ def weaken(model: Any, strength: float) -> None:
     ends = tuple(
         end
         for name in (model.active_adapters if isinstance(model, PeftModel) else ())
-        for end in (f".lora_B.{name}.weight", f".slim_out.{name}")
+        for end in (f".lora_B.{name}.weight", f".slim_out.{name}.weight")
     )
     weights = [weight for name, weight in model.named_parameters() if name.endswith(ends)]
     if not weights:
