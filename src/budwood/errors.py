@@ -37,6 +37,10 @@ class InputError(BudwoodError, ValueError):
     """Unusable data or parameters: a file that is not an image, an empty question, NaN features."""
 
 
+class OptionError(InputError, TypeError):
+    """There is no such option; the message names the one that was meant."""
+
+
 class OutputError(BudwoodError, OSError):
     """A result cannot be written, or would overwrite what is there."""
 

@@ -619,7 +619,7 @@ def test_whitened_distances_soon_have_the_scale_of_training_data():
     statistics = make_statistics(tiny.config(n_directions=32, margin=0.0), 96, "k")
     for _ in range(10):
         _, moments = statistics.distance(tokens(200), lambda: None, gather=True, training=True)
-        statistics.add(moments)
+        statistics.add(moments.flat())
         statistics.commit(statistics.take())
     found, _ = statistics.distance(tokens(2000), lambda: None, gather=False, training=False)
     assert 0.8 < found.std() < 1.2 and abs(found.mean()) < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import peft
@@ -9,7 +10,7 @@ import peft.utils.constants as peft_constants
 import pytest
 from torch import nn
 
-from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
+from budwood.errors import InputError, OptionError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
 from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
 
@@ -33,7 +34,7 @@ BAD = [
     ({"margin": float("nan")}, "margin=nan"),
     ({"margin_inference": "1"}, "margin_inference='1'"),
     ({"margin_inference": float("inf")}, "margin_inference=inf"),
-    ({"slim_version": 2}, "upgrade budwood"),
+    ({"slim_version": 9}, "upgrade budwood"),
     ({"yielding": "no"}, "yielding='no'; give True or False"),
     ({"router": "off"}, "router='off'; give True or False"),
     ({"clustering": 1}, "clustering=1; give"),
@@ -43,6 +44,10 @@ BAD = [
     ({"alpha": "8"}, "alpha='8'; give a number"),
     ({"skip_first": "half"}, "skip_first='half'; give a fraction"),
     ({"seed": "x"}, "seed='x'; give an int"),
+    ({"dropout": 1.0}, "dropout=1.0; give a fraction"),
+    ({"use_rslora": 1}, "use_rslora=1; give True or False"),
+    ({"rank_pattern": {"up_proj": 0}}, "rank_pattern\\['up_proj'\\]=0"),
+    ({"alpha_pattern": {"up_proj": -1}}, "alpha_pattern\\['up_proj'\\]=-1"),
 ]
 
 
@@ -178,3 +183,53 @@ def test_a_model_without_config_takes_named_targets():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     found = peft.get_peft_model(model, SlimConfig(r=2, n_clusters=2, target_modules=["0"]))
     assert type(found.base_model.model[0]).__name__ == "SlimLinear"
+
+
+HINTS = [
+    ("lora_alpha", 16, "'lora_alpha': it is called alpha here"),
+    ("lora_dropout", 0.1, "it is called dropout here"),
+    ("rank", 8, "it is called r here"),
+    ("bias", "all", "expert_bias=True"),
+    ("use_dora", True, "no magnitude vector"),
+    ("init_lora_weights", "pissa", "B at zero"),
+    ("target_module", ["up_proj"], "did you mean 'target_modules'"),
+    ("n_expert", 4, "did you mean 'n_experts'"),
+    ("zzz", 1, "SlimConfig has no such option"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "hint"), HINTS, ids=str)
+def test_an_unknown_option_gets_a_hint(name, value, hint):
+    for make in (SlimConfig, lambda **options: SlimConfig.recommended(5000, **options)):
+        with pytest.raises(OptionError, match="unexpected keyword argument") as error:
+            make(**{name: value})
+        assert hint in str(error.value) and "\n" not in str(error.value)
+        assert isinstance(error.value, (TypeError, ValueError))
+
+
+def test_the_config_of_a_newer_version_is_read_with_a_warning(tmp_path):
+    SlimConfig(r=3).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "invented": 1}))
+    with pytest.warns(UserWarning, match="invented"):
+        assert SlimConfig.from_pretrained(str(tmp_path)) == SlimConfig(r=3)
+
+
+def test_rank_stabilised_scaling():
+    assert SlimConfig(r=16, alpha=32, use_rslora=True).scale == 8.0
+    assert SlimConfig(r=16, alpha=32).scale == 2.0
+
+
+def test_patterns_give_layers_ranks_of_their_own():
+    config = SlimConfig(
+        r=4,
+        rank_pattern={"down_proj": 2, r"layers\.1\..*up_proj": 6},
+        alpha_pattern={"up_proj": 1.0},
+    )
+    found = {
+        key: (config.for_layer(key).r, config.for_layer(key).alpha)
+        for key in ("m.layers.0.gate_proj", "m.layers.0.down_proj", "m.layers.1.mlp.up_proj")
+    }
+    assert list(found.values()) == [(4, 8.0), (2, 4.0), (6, 1.0)]
+    assert config.for_layer("m.layers.0.gate_proj") is config
+    assert SlimConfig(r=4, alpha=3.0, rank_pattern={"x": 2}).for_layer("x").alpha == 3.0

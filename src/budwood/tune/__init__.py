@@ -18,6 +18,7 @@ except ImportError as error:
     raise optional.missing_package("peft", "budwood.tune", error) from error
 
 from budwood.tune.config import SlimConfig
+from budwood.tune.fused import SlimExperts
 from budwood.tune.layer import SlimLinear
 from budwood.tune.model import SlimModel, register
 from budwood.tune.observe import LayerRouting, Recorder, observe
@@ -38,6 +39,7 @@ __all__ = [
     "Settings",
     "SlimCallback",
     "SlimConfig",
+    "SlimExperts",
     "SlimLayer",
     "SlimLinear",
     "SlimModel",

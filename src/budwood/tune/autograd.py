@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Side:
-    """How one forward pass uses one of a layer's two weights.
+    """How one forward pass uses one of a layer's two weights, of shape (…, d_out, d_in).
 
     Attributes:
         columns: columns that stay in the first ``n_masked`` rows, bool (d_in,); None for all.
@@ -36,17 +36,17 @@ class Side:
         """Apply the masks to the weight."""
         if self.columns is not None:
             weight = weight.clone()
-            weight[: self.n_masked].mul_(self.columns)
+            weight[..., : self.n_masked, :].mul_(self.columns)
         return weight if self.rows is None else weight * self.rows.unsqueeze(-1)
 
     def settle(self, grad: Tensor, weight: Tensor) -> None:
         """Mask the gradient of the weight, in place, and add that of the penalty if it is due."""
         if self.columns is not None:
-            grad[: self.n_masked].mul_(self.columns)
+            grad[..., : self.n_masked, :].mul_(self.columns)
         if self.rows is not None:
             grad.mul_(self.rows.unsqueeze(-1))
         if self.on_backward() and self.slope:
-            part = slice(self.n_masked)
+            part = (..., slice(self.n_masked), slice(None))
             grad[part].add_(weight[part].sign(), alpha=self.slope)
 
 
@@ -83,6 +83,28 @@ class Product(torch.autograd.Function):
         return of_x, of_weight, grad if ctx.has_base else None, None
 
 
+class Used(torch.autograd.Function):
+    """W as one pass uses it: masked in forward, its gradient in backward, which counts as Product.
+
+    For products that are not our own, such as those of fused experts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, side: Side) -> Tensor:
+        ctx.side = side
+        ctx.save_for_backward(weight)
+        used = side.masked(weight)
+        return used if used is not weight else weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors  # read once, as in Product
+        grad = grad.clone(memory_format=torch.contiguous_format)  # another node may hold it
+        ctx.side.settle(grad, weight)
+        return grad, None
+
+
 class Untouched(torch.autograd.Function):
     """The base output of a pass in which every token bypasses; backward counts as in Product."""
 
@@ -103,6 +125,16 @@ class Untouched(torch.autograd.Function):
                 if ctx.sides[i] is not None:
                     ctx.sides[i].settle(grad, weights[i])
         return of_result, *of_weights, None, None
+
+
+def used(weight: Tensor, side: Side | None) -> Tensor:
+    """Return a weight as one pass uses it.
+
+    Args:
+        weight: shape (…, d_out, d_in).
+        side: masks and penalty; None for the weight as it is.
+    """
+    return weight if side is None else Used.apply(weight, side)  # type: ignore[return-value]
 
 
 def product(x: Tensor, weight: Tensor, side: Side | None, base: Tensor | None = None) -> Tensor:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig
 
 from budwood.checks import need_int, need_number
-from budwood.errors import InputError, UnknownNameError
+from budwood.errors import InputError, OptionError, UnknownNameError
+from budwood.tune.card import say_how_to_load
 
 FORMAT = 2
 """Version of the saved format. It rises when an older reader would misread an adapter.
@@ -26,12 +31,35 @@ CHOICES = {
     "merge_inference": ("expectation", "mask"),
 }
 """Options with a fixed set of values."""
+SWITCHES = (
+    "router",
+    "clustering",
+    "yielding",
+    "merging",
+    "merge_rescale",
+    "use_rslora",
+    "expert_bias",
+)
+"""Options that are True or False."""
 TOKENS_PER_DIRECTION = 10
 """Supervised tokens for each direction of the whitened distance; fewer would overfit it."""
 FEWEST_DIRECTIONS = 8
 """Directions of the whitened distance for the smallest data sets."""
 MARGIN_INFERENCE = 1.0
 """Margin at inference that goes with the discriminant."""
+LORA_NAMES = {
+    "bias": "SLIM never trains the base model's own biases; expert_bias=True gives experts one",
+    "init_lora_weights": "A starts as LoRA's does and B at zero",
+    "layer_replication": "SLIM does not replicate layers",
+    "lora_alpha": "it is called alpha here",
+    "lora_bias": "it is called expert_bias here",
+    "lora_dropout": "it is called dropout here",
+    "lora_rank": "it is called r here",
+    "rank": "it is called r here",
+    "use_dora": "SLIM has no magnitude vector",
+    "use_rank_stabilized": "it is called use_rslora here",
+}
+"""Names of LoRA's options that SLIM does not have, and what to say to those who use them."""
 
 
 class SlimType(str):
@@ -42,17 +70,47 @@ class SlimType(str):
     @property
     def value(self) -> str:
         """The plain name, as of an enum member."""
-        return str(self)
+        return str.__str__(self)
 
     @property
     def name(self) -> str:
         """The plain name, as of an enum member."""
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.name}"  # as of an enum member; PEFT's status cuts it at the dot
 
 
 SLIM = SlimType("SLIM")
+T = TypeVar("T")
 
 
+def _with_hints(cls: type[T]) -> type[T]:
+    """Let a dataclass name the option that was meant, where it gets an unknown one."""
+    names = [part.name for part in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    plain: Any = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in names:
+                # PEFT looks for these words where it reads the config of a newer version.
+                raise OptionError(f"got an unexpected keyword argument {_hint(name, names)}")
+        plain(self, *args, **options)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+def _hint(name: str, names: list[str]) -> str:
+    if name in LORA_NAMES:
+        return f"{name!r}: {LORA_NAMES[name]}"
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean {near[0]!r}?" if near else "SlimConfig has no such option"
+    return f"{name!r}; {meant}"
+
+
+@_with_hints
 @dataclass
 class SlimConfig(PeftConfig):
     """Options of a SLIM adapter: a mixture of LoRA and identity experts on frozen linear layers.
@@ -110,10 +168,11 @@ class SlimConfig(PeftConfig):
             less than a tenth of the supervised tokens, as :meth:`recommended` does. No effect with
             other distances.
         fit_on: tokens that the statistics describe. ``"supervised"``: those whose next token has a
-            label; of TRL's DPO and KTO the chosen answers, of GRPO and RLOO what the model wrote.
-            ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
+            label. ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
             ``"module"``: each yields by the distance of its own input.
+        expert_bias: the LoRA experts of a layer share a bias, of which a token gets as much as the
+            weight that it gives them. It is a further column of B, masked and penalised with it.
         margin: standard deviations of the distance that still count as training data; 1.5 includes
             about nine of ten training tokens.
         margin_inference: the margin at inference; None for ``margin``. A lower one lets fewer
@@ -126,6 +185,15 @@ class SlimConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: name of the list of layers.
         modules_to_save: further modules to train and save whole.
+        target_parameters: names of the fused weights of a mixture-of-experts model, such as
+            ``"mlp.experts.gate_up_proj"``, to adapt beside ``target_modules``. The default targets
+            include them.
+        trainable_token_indices: rows of the input embedding to train, or module → rows.
+        dropout: fraction of the input of A that is zeroed in training, in [0, 1). The router and
+            the distance see the whole input.
+        use_rslora: scale by alpha / √r in place of alpha / r.
+        rank_pattern: module name or regular expression → r of these layers.
+        alpha_pattern: the same for alpha.
 
     Attributes: Set by budwood
         slim_version: format of a saved adapter.
@@ -134,6 +202,7 @@ class SlimConfig(PeftConfig):
     Raises:
         InputError: a value is outside its range.
         UnknownNameError: an option with fixed values has another one.
+        OptionError: there is no such option; it is a ``TypeError`` as well.
     """
 
     # Most important
@@ -161,6 +230,7 @@ class SlimConfig(PeftConfig):
     n_directions: int = 128
     fit_on: str = "supervised"
     yield_at: str = "block"
+    expert_bias: bool = False
     margin: float = 1.5
     margin_inference: float | None = None
     seed: int = 0
@@ -169,6 +239,12 @@ class SlimConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     # Set by budwood
     slim_version: int = FORMAT
     base: dict[str, Any] | None = field(default=None, repr=False)
@@ -188,6 +264,7 @@ class SlimConfig(PeftConfig):
         if self.alpha is None:
             self.alpha = 2.0 * self.r
         self._check_ranges()
+        self._check_patterns()
         self._check_choices()
 
     @classmethod
@@ -207,7 +284,7 @@ class SlimConfig(PeftConfig):
         Raises:
             InputError: the number of tokens is negative, or an option is outside its range.
             UnknownNameError: an option with fixed values has another one.
-            TypeError: there is no such option.
+            OptionError: there is no such option.
         """
         need_int(0, n_supervised_tokens=n_supervised_tokens)
         wanted = n_supervised_tokens // TOKENS_PER_DIRECTION
@@ -225,9 +302,9 @@ class SlimConfig(PeftConfig):
 
     @property
     def scale(self) -> float:
-        """Factor on the experts' output, alpha / r."""
+        """Factor on the experts' output: alpha / r, or alpha / √r with ``use_rslora``."""
         assert self.alpha is not None  # __post_init__ sets it
-        return self.alpha / self.r
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def n_total(self) -> int:
@@ -249,6 +326,22 @@ class SlimConfig(PeftConfig):
         """Experts that a token keeps; all of them without a router."""
         return self.top_k if self.router else self.n_total
 
+    def for_layer(self, key: str) -> SlimConfig:
+        """The config of one layer: this one, with what the patterns say about the layer.
+
+        Args:
+            key: name of the layer in the model.
+        """
+        changes: dict[str, Any] = {}
+        r = _matching(self.rank_pattern, key)
+        if r is not None:
+            # Where alpha is the default, 2 · r, it follows the rank.
+            changes = {"r": r, "alpha": None if self.alpha == 2.0 * self.r else self.alpha}
+        alpha = _matching(self.alpha_pattern, key)
+        if alpha is not None:
+            changes["alpha"] = alpha
+        return dataclasses.replace(self, **changes) if changes else self
+
     def margin_of(self, training: bool) -> float:
         """The margin in training, or at inference."""
         if training or self.margin_inference is None:
@@ -261,6 +354,7 @@ class SlimConfig(PeftConfig):
         if saved is not self:
             saved.auto_mapping = self.auto_mapping
         PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+        say_how_to_load(Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
@@ -285,7 +379,7 @@ class SlimConfig(PeftConfig):
             )
 
     def _check_switches(self) -> None:
-        for name in ("router", "clustering", "yielding", "merging", "merge_rescale"):
+        for name in SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InputError(f"{name}={value!r}; give True or False")
@@ -315,7 +409,8 @@ class SlimConfig(PeftConfig):
         if self.margin_inference is not None:
             need_number(math.isfinite, "finite number", margin_inference=self.margin_inference)
         need_number(lambda v: 0 < v <= 1, "number above 0 and up to 1", momentum=self.momentum)
-        fractions = {"merge_p": self.merge_p, "skip_first": self.skip_first}
+        names = ("merge_p", "skip_first", "dropout")
+        fractions = {name: getattr(self, name) for name in names}
         need_number(lambda v: 0 <= v < 1, "fraction in [0, 1)", **fractions)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise InputError(
@@ -323,6 +418,18 @@ class SlimConfig(PeftConfig):
                 "target_modules as a regular expression; write the layers into the expression, or "
                 "give a list of names"
             )
+        if self.target_parameters and self.layers_to_transform is not None:
+            raise InputError(
+                f"layers_to_transform={self.layers_to_transform!r} has no effect beside "
+                "target_parameters; give the full names of the weights, layer by layer"
+            )
+
+    def _check_patterns(self) -> None:
+        for name, value in self.rank_pattern.items():
+            need_int(1, **{f"rank_pattern[{name!r}]": value})
+        for name, value in self.alpha_pattern.items():
+            checked = {f"alpha_pattern[{name!r}]": value}
+            need_number(lambda v: 0 <= v < math.inf, "number of at least 0", **checked)
 
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
@@ -330,6 +437,14 @@ class SlimConfig(PeftConfig):
                 raise UnknownNameError(
                     f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
                 )
+
+
+def _matching(pattern: Mapping[str, Any], key: str) -> Any:
+    """The value of the first name or regular expression that matches the end of a layer's name."""
+    for name, value in pattern.items():
+        if re.match(rf"(.*\.)?({name})$", key):
+            return value
+    return None
 
 
 def _is_config_alone(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from budwood.errors import InputError, OutputError
 from budwood.tune.encoding import IGNORED
 from budwood.tune.equations import merged_scale
+from budwood.tune.fused import SlimExperts
 from budwood.tune.observe import evaluating, observe
 from budwood.tune.saved import WEIGHTS_FILE
 from budwood.tune.steps import SlimLayer, layers_of
@@ -92,10 +93,18 @@ def export_lora(
             f"active SLIM adapters are {active or 'none'}, and {adapter!r} is to be exported by "
             f"itself; call model.set_adapter({adapter!r}) first"
         )
-    config = layers[0].slim_config[adapter]
-    rank = config.rank if rank is None else rank
-    if not 1 <= rank <= config.rank:
-        raise InputError(f"rank={rank}; give 1 to {config.rank}, the rank of all experts together")
+    fused = next((layer for layer in layers if isinstance(layer, SlimExperts)), None)
+    if fused is not None:
+        raise InputError(
+            f"{fused.slim_key!r} is a weight of fused experts, which the export does not cover; "
+            "keep the adapter as it is"
+        )
+    if any(layer.slim_config[adapter].expert_bias for layer in layers):
+        raise InputError("the experts have biases, which a plain LoRA has no place for")
+    full = max(layer.slim_config[adapter].rank for layer in layers)
+    rank = full if rank is None else rank
+    if not 1 <= rank <= full:
+        raise InputError(f"rank={rank}; give 1 to {full}, the rank of all experts together")
     folder = empty_folder(output)
     averaged = list(calibration)
     measured = averaged if held_out is None else list(held_out)

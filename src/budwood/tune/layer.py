@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from budwood.errors import MergeError
 from budwood.tune.autograd import Side, add_rows, product, take_rows, untouched
+from budwood.tune.compiled import distance_in_graph, last_in_graph, new_handle, used_in_graph
 from budwood.tune.config import SlimConfig
 from budwood.tune.equations import (
+    axis_rate,
     l1_slopes,
     merged_scale,
     route,
@@ -26,7 +28,9 @@ from budwood.tune.equations import (
     surely_bypassed,
     yield_scores,
 )
+from budwood.tune.mixed import groups, owners
 from budwood.tune.moments import Moments
+from budwood.tune.passes import Pass, SharedStatistics, Times, Weight
 from budwood.tune.state import InputStatistics, Mask, make_statistics
 from budwood.tune.steps import Routing, SlimLayer, StepKeeper
 from budwood.tune.tokens import TokenWatch
@@ -37,50 +41,6 @@ REFUSAL = (
     "SLIM chooses experts token by token, which no single weight can stand for: keep the adapter "
     "beside the model, or write an approximate LoRA with budwood.tune.export_lora"
 )
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One forward pass of one adapter.
-
-    Attributes:
-        name: of the adapter.
-        config: of the adapter.
-        training: it is a pass of training; reentrant checkpointing begins these without gradients.
-        gather: it has gradients, so that statistics are gathered in its backward pass.
-        masked: a mask of dynamic merging is in force.
-    """
-
-    name: str
-    config: SlimConfig
-    training: bool
-    gather: bool
-    masked: bool
-
-
-class Weight(nn.Module):
-    """Holds one matrix, as a ``Linear`` without bias does.
-
-    Args:
-        weight: shape (rows, columns).
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
-@dataclass(frozen=True, eq=False)
-class SharedStatistics:
-    """Statistics that another layer holds.
-
-    Attributes:
-        statistics: of the other layer.
-        follows: the other layer begins the block that this one ends, and reads another input.
-    """
-
-    statistics: InputStatistics
-    follows: bool
 
 
 class SlimLinear(SlimLayer):
@@ -97,10 +57,13 @@ class SlimLinear(SlimLayer):
         key: name of the layer in the model.
     """
 
+    stack: tuple[int, ...] = ()
+    """Leading axes of the adapter's weights."""
+
     def __init__(self, base_layer: nn.Module, keeper: StepKeeper, key: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._sizes()
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.slim_in = nn.ModuleDict()
         self.slim_out = nn.ModuleDict()
@@ -108,6 +71,7 @@ class SlimLinear(SlimLayer):
         self.slim_mask = nn.ModuleDict()
         self.shared_statistics: dict[str, SharedStatistics] = {}
         self.slim_config = {}
+        self.handle = new_handle(self)
         self.slim_key = key
         self.keeper = keeper
         self.watch: TokenWatch | None = None
@@ -122,22 +86,35 @@ class SlimLinear(SlimLayer):
             config: of the adapter.
             shared: statistics that another layer holds; None to hold its own.
         """
-        d_in, d_out = int(self.in_features or 0), int(self.out_features or 0)
+        d_in, d_out = self.in_features, self.out_features
+        config = config.for_layer(self.slim_key)
         self.slim_config[name] = config
         n_rows = config.rank + (config.n_total if config.router else 0)
         # As for LoRA: A uniform within ±1/√d_in, B zero. The router's scale does not matter.
-        slim_in = torch.empty(n_rows, d_in)
-        nn.init.kaiming_uniform_(slim_in, a=math.sqrt(5))
+        slim_in = torch.empty(*self.stack, n_rows, d_in)
+        nn.init.kaiming_uniform_(slim_in.view(-1, d_in), a=math.sqrt(5))
         self.slim_in[name] = Weight(slim_in)
-        self.slim_out[name] = Weight(torch.zeros(d_out, config.rank))
+        n_columns = config.rank + config.expert_bias
+        self.slim_out[name] = Weight(torch.zeros(*self.stack, d_out, n_columns))
         if config.merging and config.merge_p > 0:
             self.slim_mask[name] = Mask(config, d_in, d_out, self.slim_key)
         if config.yielding and shared is not None:
             self.shared_statistics[name] = shared
         elif config.yielding:
-            self.slim_clusters[name] = make_statistics(config, d_in, self.slim_key)
+            self.slim_clusters[name] = make_statistics(
+                config, self._measured_channels(), self.slim_key
+            )
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Input and output channels of the base layer."""
+        d_in, d_out = _get_in_out_features(self.get_base_layer())
+        return int(d_in or 0), int(d_out or 0)
+
+    def _measured_channels(self) -> int:
+        """Channels of the input whose distance is measured."""
+        return self.in_features
 
     def statistics(self, name: str) -> InputStatistics | None:
         """An adapter's statistics of the input, held here or shared; None without yielding."""
@@ -152,51 +129,72 @@ class SlimLinear(SlimLayer):
     def unmerge(self) -> None:
         raise MergeError(REFUSAL)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         if self.keeper.survey is not None:
             self._show(x)
             return result
+        if adapter_names is not None:
+            return self._by_row(result, x, adapter_names)
         for name in self.active_adapters:
             if name in self.slim_in:
                 result = self._with_experts(result, x, name)
         return result
 
-    def _with_experts(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+    def _by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """Add the experts of each row's own adapter; see :mod:`budwood.tune.mixed`."""
+        owner = owners(x, names, self.slim_key)
+        for name, numbers in groups(names, self.slim_in).items():
+            rows = torch.isin(owner, torch.tensor(numbers, device=x.device)).nonzero().squeeze(-1)
+            part = self._with_experts(result[rows], x[rows], name, (x, rows))
+            result = result.index_copy(0, rows, part)
+        return result
+
+    def _with_experts(
+        self, result: Tensor, x: Tensor, name: str, part: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Add an adapter's experts to the layer's output, shape (…, d_out)."""
-        config = self.slim_config[name]
-        training = self.training and self.weights(name)[0].requires_grad
-        masked = name in self.slim_mask and (training or config.merge_inference == "mask")
-        now = _Pass(name, config, training, training and torch.is_grad_enabled(), masked)
-        if now.gather:
-            self.keeper.settle(name)
+        now = self._begin(name, part)
+        config = now.config
         distance, moments = self._distance(x, now)
-        side_in, side_out = self._sides(now, moments)
+        a, b, side_in, side_out = self._used(now, moments)
         lean = skips_bypassed(x)
         rows = self._possible_rows(distance, config) if lean else None
         if rows is not None and not len(rows):
-            self._record(now, x, torch.zeros(0, config.n_total, device=x.device), rows, distance)
-            return untouched(result, *self.weights(name), side_in, side_out)
+            self._record_bypass(now, x, distance)
+            return untouched(result, a, b, side_in, side_out)
         flat = x.reshape(-1, x.shape[-1])
         if rows is not None:
             flat = take_rows(flat, rows)
         near = distance if rows is None or distance is None else distance[rows]
-        h, weights = self._route(flat, name, side_in, near)
+        h, weights = self._route(flat, a, now.config, side_in, near, product)
         self._record(now, x, weights, rows, distance)
         lora = weights[:, : config.n_experts]
         if lean:
             h, lora, rows = _drop_bypassed(h, lora, rows)
-        h = h.unflatten(-1, (config.n_experts, config.r))
-        h = h * (lora * self._scale(now)).unsqueeze(-1).to(h.dtype)
-        return self._add(result, h.flatten(1), self.weights(name)[1], side_out, rows)
+        return self._add(result, self._weighted(h, lora, now), b, side_out, rows)
 
-    def _distance(self, x: Tensor, now: _Pass) -> tuple[Tensor | None, Moments | None]:
+    def _begin(self, name: str, part: tuple[Tensor, Tensor] | None) -> Pass:
+        """Begin a pass of an adapter; ``part`` as in :class:`Pass`."""
+        config = self.slim_config[name]
+        training = self.training and self.weights(name)[0].requires_grad
+        gather = training and torch.is_grad_enabled()
+        masked = name in self.slim_mask and (training or config.merge_inference == "mask")
+        if gather and self.keeper.inherited:
+            self.keeper.settle(name)
+        return Pass(name, config, training, gather, masked, part)
+
+    def _distance(self, x: Tensor, now: Pass) -> tuple[Tensor | None, Moments | Tensor | None]:
         """Standardised distance of each token, and moments to gather; see InputStatistics."""
         statistics = self.statistics(now.name)
         if statistics is None:
             return None, None
+        if torch.compiler.is_compiling():
+            return self._distance_in_graph(statistics, x, now)
         shared = self.shared_statistics.get(now.name)
         if shared is not None and shared.follows:
             return statistics.last_distance(x.shape[:-1].numel()), None
@@ -204,6 +202,21 @@ class SlimLinear(SlimLayer):
             self.keeper.check_complete(now.name, self.weights(now.name)[1])
         counting = functools.partial(self._counting, x, now.config)
         return statistics.distance(x, counting, gather=now.gather, training=now.training)
+
+    def _distance_in_graph(
+        self, statistics: InputStatistics, x: Tensor, now: Pass
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The same inside a graph, with the moments as one vector."""
+        shared = self.shared_statistics.get(now.name)
+        if shared is not None and shared.follows:
+            return last_in_graph(statistics, x), None
+        keep = self._counting(x, now.config) if now.gather else None
+        distance, moments = distance_in_graph(
+            statistics, x, keep, gather=now.gather, training=now.training
+        )
+        # Of the layers that share an input one gathers.
+        gathers = now.gather and now.name in self.slim_clusters
+        return distance, moments if gathers else None
 
     def _show(self, x: Tensor) -> None:
         """Show the inputs to the survey, for discriminants of adapters that are being trained."""
@@ -225,18 +238,52 @@ class SlimLinear(SlimLayer):
             return self.watch.supervised(x, self.keeper.labels, warn=warn)
         return self.watch.not_padding(x)
 
-    def _sides(self, now: _Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
+    def _used(
+        self, now: Pass, moments: Moments | Tensor | None
+    ) -> tuple[Tensor, Tensor, Side | None, Side | None]:
+        """A and B, and how a pass uses them; in a graph they are used already."""
+        a, b = self.weights(now.name)
+        if not torch.compiler.is_compiling():
+            return a, b, *self._sides(now, moments)  # type: ignore[arg-type]
+        if not (now.gather or now.masked):
+            return a, b, None, None
+        mask, (slope_a, slope_b) = self._mask(now), self._slopes(now)
+        columns = None if mask is None else mask.columns
+        rows = None if mask is None else mask.rows
+        moments = a.new_empty(0) if moments is None else moments
+        of_a = (columns, None, moments, now.config.rank, slope_a)
+        of_b = (None, rows, None, self.out_features, slope_b)
+        used_a, used_b = (
+            used_in_graph(self.handle, weight, *how, now.name, now.gather)  # type: ignore[arg-type]
+            for weight, how in ((a, of_a), (b, of_b))
+        )
+        return used_a, used_b, None, None
+
+    def _slopes(self, now: Pass) -> tuple[float, float]:
+        """Slopes of the penalty on A and B in a pass."""
+        if not now.gather:
+            return 0.0, 0.0
+        config = now.config
+        return l1_slopes(config.l1, config.r, self.in_features, self.out_features)
+
+    def noted(self, adapter: str, moments: Tensor | None) -> bool:
+        """Note a backward pass of A, with its moments, or of B, without; see ``compiled``."""
+        if moments is None:
+            return self.keeper.on_backward_of_b(self.slim_key, adapter)
+        statistics = self.statistics(adapter)
+        if len(moments) and statistics is not None:
+            statistics.add(moments)
+        return self.keeper.on_backward(self.slim_key, adapter)
+
+    def _sides(self, now: Pass, moments: Moments | None) -> tuple[Side | None, Side | None]:
         """How this pass uses ``slim_in`` and ``slim_out``; None for plainly."""
         if not (now.gather or now.masked):
             return None, None
-        slim_in, slim_out = self.weights(now.name)
         config, mask = now.config, self._mask(now)
-        slopes, counted, due = (0.0, 0.0), _never, _never
+        slopes, counted, due = self._slopes(now), _never, _never
         if now.gather:
-            slopes = l1_slopes(config.l1, config.r, slim_in.shape[1], len(slim_out))
             counted = functools.partial(self._on_backward, now.name, moments)
-            # Backward reaches B first, and counts the pass when it reaches A.
-            due = functools.partial(self.keeper.is_first, self.slim_key, now.name)
+            due = functools.partial(self.keeper.on_backward_of_b, self.slim_key, now.name)
         return (
             Side(
                 columns=None if mask is None else mask.columns,
@@ -248,13 +295,13 @@ class SlimLinear(SlimLayer):
             Side(
                 columns=None,
                 rows=None if mask is None else mask.rows,
-                n_masked=len(slim_out),
+                n_masked=self.out_features,
                 slope=slopes[1],
                 on_backward=due,
             ),
         )
 
-    def _mask(self, now: _Pass) -> Mask | None:
+    def _mask(self, now: Pass) -> Mask | None:
         """The mask that is in force in a pass, if any."""
         if not now.masked:
             return None
@@ -263,26 +310,45 @@ class SlimLinear(SlimLayer):
 
     def _on_backward(self, name: str, moments: Moments | None) -> bool:
         """Gather moments and count the pass; return whether the penalty is due."""
-        statistics = self.statistics(name)
-        if moments is not None and statistics is not None:
-            statistics.add(moments)
-        return self.keeper.on_backward(self.slim_key, name)
+        return self.noted(name, torch.empty(0) if moments is None else moments.flat())
 
     def _route(
-        self, x: Tensor, name: str, side: Side | None, distance: Tensor | None
+        self,
+        x: Tensor,
+        a: Tensor,
+        config: SlimConfig,
+        side: Side | None,
+        distance: Tensor | None,
+        times: Times,
     ) -> tuple[Tensor, Tensor]:
         """Hidden values of all experts, shape (n_tokens, rank), and routing weights, float32."""
-        a, config = self.weights(name)[0], self.slim_config[name]
-        hidden = product(x if _autocast(x) else x.to(a.dtype), a, side)
+        x = x if _autocast(x) else x.to(a.dtype)
+        dropped = F.dropout(x, config.dropout, self.training) if config.dropout else x
+        hidden = times(dropped, a, side)
         if config.router:
             hidden, logits = hidden.split([config.rank, config.n_total], dim=-1)
+            if dropped is not x:  # the router sees the whole input
+                logits = times(x, a[..., config.rank :, :], None)
             scores = standardise(logits.float())
         else:
             scores = torch.zeros(len(x), config.n_total, device=x.device)
         scores = yield_scores(scores, distance, config.n_experts, config.beta)
         return hidden, route(scores, config.kept)
 
-    def _scale(self, now: _Pass) -> float:
+    def _weighted(self, h: Tensor, lora: Tensor, now: Pass) -> Tensor:
+        """Hidden values times routing weights and scale, one for each column of B."""
+        config = now.config
+        h = h.unflatten(-1, (config.n_experts, config.r))
+        h = (h * (lora * self._scale(now)).unsqueeze(-1).to(h.dtype)).flatten(1)
+        if not config.expert_bias:
+            return h
+        scale = 1.0
+        if now.name in self.slim_mask:  # a bias has rows to mask, and no columns
+            rate = axis_rate(config.merge_p)
+            scale = merged_scale(rate, rescale=config.merge_rescale, masked=now.masked)
+        return torch.cat([h, lora.sum(-1, keepdim=True).to(h.dtype) * scale], -1)
+
+    def _scale(self, now: Pass) -> float:
         """Factor on the experts' output, dynamic merging included."""
         config = now.config
         if now.name not in self.slim_mask:
@@ -303,7 +369,7 @@ class SlimLinear(SlimLayer):
 
     def _record(
         self,
-        now: _Pass,
+        now: Pass,
         x: Tensor,
         weights: Tensor,
         rows: Tensor | None,
@@ -311,9 +377,23 @@ class SlimLinear(SlimLayer):
     ) -> None:
         recorder = self.keeper.recorder
         if recorder is not None:
-            keep = self._tokens(x, supervised=recorder.supervised)
+            keep = self._recorded_tokens(now, x)
             place, n_tokens = (self.slim_key, now.name), x.shape[:-1].numel()
             recorder.add(Routing(*place, now.config, weights, rows, distance, keep, n_tokens))
+
+    def _record_bypass(self, now: Pass, x: Tensor, distance: Tensor | None) -> None:
+        """Record a pass in which every token surely bypasses."""
+        none = torch.zeros(0, now.config.n_total, device=x.device)
+        self._record(now, x, none, none[:, 0].long(), distance)
+
+    def _recorded_tokens(self, now: Pass, x: Tensor) -> Tensor | None:
+        """Tokens of a pass that the recorder counts, bool, shape (n_tokens,); None for all."""
+        assert self.keeper.recorder is not None
+        whole, rows = now.part or (x, None)
+        keep = self._tokens(whole, supervised=self.keeper.recorder.supervised)
+        if keep is None or rows is None:
+            return keep
+        return keep.view(len(whole), -1)[rows].flatten()
 
     def _add(
         self, result: Tensor, h: Tensor, b: Tensor, side: Side | None, rows: Tensor | None
@@ -330,6 +410,13 @@ class SlimLinear(SlimLayer):
             result = result.clone()
         return add_rows(result, delta, rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = new_handle(self)
+
     def __repr__(self) -> str:
         return "slim." + super().__repr__()
 
@@ -338,8 +425,10 @@ def skips_bypassed(x: Tensor) -> bool:
     """Whether bypassed tokens of a layer's input are left out of its products.
 
     On a device other than the CPU, finding them waits for the device. That pays for many tokens
-    without gradients.
+    without gradients. A graph of ``torch.compile`` has no place for it.
     """
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() < 1024)
 
 

@@ -14,14 +14,15 @@ from typing import Any, ClassVar
 
 from budwood import catalogue
 from budwood.checks import need_int, need_number
-from budwood.errors import BudwoodError, InputError, first_line
+from budwood.errors import BudwoodError, InputError, UnsupportedModelError, first_line
 from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
 from budwood.spec import parse_spec
+from budwood.tune.bases import decoder_modules, is_linear
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import EncodedExample
 from budwood.tune.fitting import N_TEXTS, fit_discriminant
-from budwood.tune.model import is_linear
+from budwood.tune.fused import is_fused
 from budwood.tune.targets import default_targets, later_layers, with_attention
 
 _PLENTY = 10**6
@@ -158,7 +159,15 @@ class Lora(Tuner):
 
     def targets(self, model: Any) -> str:
         """A regular expression of the modules to adapt."""
-        return default_targets(model.config.to_dict())
+        modules = dict(decoder_modules(model))
+        fused = next((name for name, module in modules.items() if is_fused(module)), None)
+        if fused is not None:
+            raise UnsupportedModelError(
+                f"{fused!r} holds fused experts, which this comparison adapts with SLIM's methods "
+                "alone; take --method slim, or PEFT's LoRA with target_parameters"
+            )
+        linear = (name for name, module in modules.items() if is_linear(module))
+        return default_targets(model.config.to_dict(), linear)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ pure, float32 and outside autograd. :mod:`budwood.tune.distance` measures with t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,11 @@ class Moments:
             torch.zeros_like(second),
             first.new_zeros(3),
         )
+
+    @staticmethod
+    def n_values(first: Sequence[int], second: Sequence[int]) -> int:
+        """Count the values of moments by the shapes of ``first`` and ``second``."""
+        return first[0] + math.prod(first) + math.prod(second) + 3
 
     def flat(self) -> Tensor:
         """Join everything to one vector."""

@@ -23,7 +23,8 @@ class LayerRouting:
         layer: name of the layer.
         adapter: name of the adapter.
         n_experts: LoRA experts; the other weights are those of identity experts.
-        n_tokens: tokens seen; gradient checkpointing shows a token twice.
+        n_tokens: tokens seen; gradient checkpointing shows a token twice, and fused experts once
+            for each expert that it goes to.
         weights: sum of routing weights, float64, shape (n_experts + n_identity,).
         bypassed: tokens with no weight on any LoRA expert.
         distance: sum of the standardised distances; 0 where none was measured.

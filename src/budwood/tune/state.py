@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.errors import InputError
+from budwood.tune.compiled import new_handle
 from budwood.tune.config import SlimConfig
 from budwood.tune.distance import (
     measure,
@@ -57,7 +58,7 @@ class _Kept(nn.Module):
 
     def derived(self, name: str, compute: Callable[[], Any], *sources: Tensor) -> Any:
         """Compute a value from buffers, and reuse it until one of them changes or is replaced."""
-        key = tuple((source, _version(source)) for source in sources)
+        key = tuple((source, _mark(source)) for source in sources)
         entry = self._memo.get(name)
         if entry is None or not _same(entry[0], key):
             self._memo[name] = entry = (key, compute())
@@ -94,6 +95,8 @@ class InputStatistics(_Kept):
         self.register_buffer("distance_var", torch.ones((), dtype=torch.float32))
         self._gathered: Tensor | None = None
         self._last: tuple[Any, ...] | None = None
+        self.handle = new_handle(self)
+        self.in_graph: Tensor | None = None  # distances of the latest pass in a compiled graph
 
     def distance(
         self, x: Tensor, keep: Callable[[], Tensor | None], *, gather: bool, training: bool
@@ -112,17 +115,35 @@ class InputStatistics(_Kept):
         if not gather and self.steps < 2:
             return None, None
         place = (_version(x), gather, training, self.steps)
-        if self._last is not None and self._last[0]() is x and self._last[1] == place:
-            return self._last[2], None
+        # In inference mode a tensor counts no changes: the same x may hold other tokens by now.
+        last = None if x.is_inference() else self._last
+        if last is not None and last[0]() is x and last[1] == place:
+            return last[2], None
         flat = x.detach().reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            raw, moments = self._measure(flat, gather, keep() if gather else None)
-        distance = None
-        if self.steps >= 2:
-            margin = self.config.margin_of(training)
-            distance = standardised_distance(raw, self.distance_mean, self.distance_var, margin)
+        kept = keep() if gather else None
+        distance, moments = self.measured(flat, kept, gather=gather, training=training)
         self._last = weakref.ref(x), place, distance
         return distance, moments
+
+    def measured(
+        self, x: Tensor, keep: Tensor | None, *, gather: bool, training: bool
+    ) -> tuple[Tensor | None, Moments | None]:
+        """Measure as :meth:`distance` does, whatever was measured before.
+
+        Args:
+            x: shape (n_tokens, d_in), without gradients.
+            keep: tokens that count, bool, shape (n_tokens,); None for all.
+            gather: also return moments.
+            training: use the margin of training.
+        """
+        if not gather and self.steps < 2:
+            return None, None
+        with torch.autocast(x.device.type, enabled=False):
+            raw, moments = self._measure(x, gather, keep)
+        if self.steps < 2:
+            return None, moments
+        margin = self.config.margin_of(training)
+        return standardised_distance(raw, self.distance_mean, self.distance_var, margin), moments
 
     def last_distance(self, n_tokens: int) -> Tensor | None:
         """Return the distances that the first layer of the block has just measured.
@@ -138,9 +159,18 @@ class InputStatistics(_Kept):
         distance = self._last[2]
         return distance if distance is not None and len(distance) == n_tokens else None
 
-    def add(self, moments: Moments) -> None:
-        """Note the moments of one backward pass, for the next :meth:`commit`."""
-        flat = moments.flat()
+    @property
+    def most_moments(self) -> int:
+        """Most values that the moments of a step have, by the shapes of the buffers alone."""
+        raise NotImplementedError
+
+    def add(self, flat: Tensor) -> None:
+        """Note the moments of one backward pass, for the next :meth:`commit`.
+
+        Args:
+            flat: :meth:`Moments.flat`, with or without zeros behind it.
+        """
+        flat = flat[: len(self._no_moments().flat())]
         self._gathered = flat if self._gathered is None else self._gathered + flat
 
     def gathered(self) -> Moments:
@@ -204,7 +234,12 @@ class InputStatistics(_Kept):
         """Move them by the moments of a later step."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last": None}  # type: ignore[dict-item]
+        without = {"_last": None, "in_graph": None, "handle": None}
+        return {**super().__getstate__(), **without}  # type: ignore[dict-item]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = new_handle(self)
 
 
 class ChannelStatistics(InputStatistics):
@@ -223,6 +258,10 @@ class ChannelStatistics(InputStatistics):
     ) -> tuple[Tensor, Moments | None]:
         scale = self.derived("scale", lambda: channel_scale(self.var), self.var)
         return measure(x, self.centre, scale, self.config.distance, gather=gather, keep=keep)
+
+    @property
+    def most_moments(self) -> int:
+        return Moments.n_values(self.centre.shape, self.var.shape)
 
     def _no_moments(self) -> Moments:
         return Moments.zeros(self.centre, self.var)
@@ -284,6 +323,11 @@ class WhitenedStatistics(InputStatistics):
 
         return self.derived("projection", compute, self.mean, self.scale)
 
+    @property
+    def most_moments(self) -> int:
+        later = Moments.n_values(self.centre.shape, self.covariance.shape)
+        return max(later, Moments.n_values((1, self.d_in), (1, self.d_in)))
+
     def _no_moments(self) -> Moments:
         if self.steps == 0:
             zero = self.mean.new_zeros(1, self.d_in)
@@ -337,6 +381,10 @@ class DiscriminantStatistics(InputStatistics):
                 "budwood.tune.fit_discriminant(model, tokenizer, rows) first"
             )
         return measure_along(x, self.direction, self.offset, gather=gather, keep=keep)
+
+    @property
+    def most_moments(self) -> int:
+        return Moments.n_values((1, 0), (1, 0))
 
     def _no_moments(self) -> Moments:
         return no_centres(self.direction)
@@ -392,5 +440,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _mark(tensor: Tensor) -> int | Tensor:
+    """By what a change of a tensor is noticed: its version, or in inference mode its values."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return all(a is b and v == w for (a, v), (b, w) in zip(one, other))
+    return all(a is b and _equal(v, w) for (a, v), (b, w) in zip(one, other))
+
+
+def _equal(mark: int | Tensor, other: int | Tensor) -> bool:
+    if isinstance(mark, Tensor) and isinstance(other, Tensor):
+        return torch.equal(mark, other)
+    return mark is other or (isinstance(mark, int) and mark == other)

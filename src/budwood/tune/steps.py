@@ -39,7 +39,8 @@ class SlimLayer(nn.Module, BaseTunerLayer):
     Attributes:
         slim_in: A of all experts above the rows of the router, a weight of shape
             (n_experts · r + n_experts + n_identity, d_in); without a router A alone.
-        slim_out: B of all experts side by side, a weight of shape (d_out, n_experts · r).
+        slim_out: B of all experts side by side, and their bias if they have one, a weight of shape
+            (d_out, n_experts · r) or (d_out, n_experts · r + 1).
         slim_clusters: :class:`InputStatistics`, in the first layer that reads an input. The name is
             that of the tensors in saved adapters.
         slim_mask: :class:`budwood.tune.state.Mask` of dynamic merging.
@@ -153,6 +154,7 @@ class StepKeeper:
         self.inherited: dict[str, str] = {}
         self._incomplete: set[str] = set()
         self._n_passes: dict[tuple[str, str], int] = {}
+        self._penalised: set[tuple[str, str]] = set()
         self._warned = False
         _follow(self)
 
@@ -161,13 +163,14 @@ class StepKeeper:
         """Whether there was a backward pass since the last commit."""
         return bool(self._n_passes)
 
-    def is_first(self, layer: str, adapter: str) -> bool:
-        """Whether a layer's next backward pass is its first in this step: the penalty is due."""
-        return not self._n_passes.get((layer, adapter))
+    def on_backward_of_b(self, layer: str, adapter: str) -> bool:
+        """Note a backward pass of B; return whether it was the first in this step."""
+        first = (layer, adapter) not in self._penalised
+        self._penalised.add((layer, adapter))
+        return first
 
     def on_backward(self, layer: str, adapter: str) -> bool:
         """Count a backward pass of a layer; return whether it was the first in this step."""
-        first = self.is_first(layer, adapter)
         n_passes = self._n_passes[layer, adapter] = self._n_passes.get((layer, adapter), 0) + 1
         if n_passes > PATIENCE and not self._warned:
             self._warned = True
@@ -177,14 +180,11 @@ class StepKeeper:
                 UserWarning,
                 stacklevel=2,
             )
-        return first
+        return n_passes == 1
 
     def after_step(self, held: set[int]) -> None:
         """Commit the adapters with parameters of these ids."""
         if self.pending:
-            watch = getattr(self.layers()[0], "watch", None)
-            if watch is not None:
-                watch.check_graph()
             self.commit(held)
 
     def commit(self, held: set[int] | None = None) -> bool:
@@ -210,6 +210,7 @@ class StepKeeper:
         places = [(layer, name) for layer, name in places if name in trained]
         for layer, name in places:
             self._n_passes.pop((layer.slim_key, name), None)
+            self._penalised.discard((layer.slim_key, name))
         statistics: list[Any] = [
             layer.slim_clusters[name] for layer, name in places if name in layer.slim_clusters
         ]
@@ -262,6 +263,7 @@ class StepKeeper:
     def forget_gathered(self) -> None:
         """Drop what was gathered since the last commit."""
         self._n_passes.clear()
+        self._penalised.clear()
         for layer in self.layers():
             for statistics in layer.slim_clusters.values():
                 statistics.forget()  # type: ignore[operator]
@@ -326,9 +328,8 @@ def tell_labels(model: nn.Module, labels: Tensor | None) -> None:
     """Tell the layers which tokens are supervised, if the model's forward pass gets no labels.
 
     With ``fit_on="supervised"`` statistics describe the tokens whose next token has a label. A
-    model that is called with ``labels`` knows them, and a Trainer's are found in the Trainer. A
-    loop that computes the loss by itself calls this before each forward pass; otherwise all tokens
-    but padding count, and a warning says so.
+    model that is called with ``labels`` knows them. A loop that computes the loss by itself calls
+    this before each forward pass; otherwise all tokens but padding count.
 
     Args:
         model: a model with SLIM layers, wrapped or not.

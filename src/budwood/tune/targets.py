@@ -6,8 +6,10 @@ architecture for which PEFT has default targets, and a few more.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from budwood.errors import UnsupportedModelError
@@ -47,26 +49,94 @@ MLP_TARGETS = {
 """``model_type`` of a transformers config → regular expression of full module names."""
 
 
-def default_targets(model_config: Mapping[str, Any]) -> str:
+def default_targets(model_config: Mapping[str, Any], linear: Iterable[str] = ()) -> str:
     """Return a regular expression that matches the MLP projections of a model.
 
     Args:
         model_config: the model's config as a dict. For a vision-language model the expression
             matches the projections of its language model.
+        linear: names of the linear layers in the model's decoder, for architectures that are not
+            in the table.
 
     Raises:
         UnsupportedModelError: the architecture is unknown; name the target modules.
     """
     kind = model_config.get("model_type")
     text = model_config.get("text_config")
+    known = None
     if kind in MLP_TARGETS:
-        return MLP_TARGETS[str(kind)]
-    if isinstance(text, Mapping) and text.get("model_type") in _TEXT:
-        return rf"{_VLM}\.{_TEXT[text['model_type']]}"
-    raise UnsupportedModelError(
-        f"no default target modules are known for model_type {kind!r}; name the linear layers of "
-        "its MLP: SlimConfig(target_modules=[...])"
+        known = MLP_TARGETS[str(kind)]
+    elif isinstance(text, Mapping) and text.get("model_type") in _TEXT:
+        known = rf"{_VLM}\.{_TEXT[text['model_type']]}"
+    linear = list(linear)
+    if known is not None and (not linear or any(re.fullmatch(known, name) for name in linear)):
+        return known
+    found = mlp_targets(linear)
+    if found is None:
+        raise UnsupportedModelError(
+            f"no default target modules are known for model_type {kind!r}; name the linear layers "
+            "of its MLP: SlimConfig(target_modules=[...])"
+        )
+    return found
+
+
+_MLP_NAMES = "|".join(
+    (
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out"),
+        *("c_fc", "c_fc2", "c_proj", "w1", "w2", "w3", "w_0", "w_1", "w_out", "wi", "wi_0", "wi_1"),
+        *("wo", "Wi", "Wo", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "layer_1", "layer_2"),
+        *("input_linear", "output_linear", "proj_up", "proj_up_gate", "proj_down"),
+        r"(intermediate|output|feed_forward\.dense)\.dense",
+        r"(feed_forward|ffn)\.(key|value|receptance|intermediate|output|\d+)",
     )
+)
+_ELSEWHERE = r"(?!.*(att|router|indexer|compressor|norm))(?!(.*\.)?gate\.)"
+_MLP = re.compile(rf"{_ELSEWHERE}(.*\.)?({_MLP_NAMES})", re.IGNORECASE)
+"""Where the name of a linear layer, after its block's number, says that it is in an MLP."""
+_WITHOUT_MLP = re.compile(r"mixer\.in_proj")
+"""What Mamba's blocks, which have no MLP, are adapted at; they do not call their other layers."""
+
+
+def mlp_targets(linear: Iterable[str]) -> str | None:
+    """Find the MLP projections of a model by the names of its linear layers.
+
+    Args:
+        linear: full names.
+
+    Returns:
+        A regular expression of full module names; None if no name is that of an MLP's layer.
+    """
+    numbered = [found for name in linear if (found := re.match(rf"({_PLAIN})\d+\.(.+)", name))]
+    for rule in (_MLP, _WITHOUT_MLP):
+        fitting = [part for part in numbered if rule.fullmatch(part[2])]
+        if fitting:
+            stacks = sorted({re.escape(part[1]) for part in fitting})
+            names = sorted({_of_all_numbers(part[2]) for part in fitting})
+            return rf"({'|'.join(stacks)})\d+\.({'|'.join(names)})"
+    return None
+
+
+def _of_all_numbers(name: str) -> str:
+    """A regular expression of a name, whatever the numbers of the modules around it."""
+    *around, last = name.split(".")
+    parts = [r"\d+" if part.isdigit() else re.escape(part) for part in around]
+    return r"\.".join([*parts, re.escape(last)])
+
+
+def is_mlp(name: str) -> bool:
+    """Whether the full name of a module says that it is in an MLP."""
+    return _MLP.fullmatch(name) is not None
+
+
+def with_modules(pattern: str | None, names: Iterable[str]) -> str:
+    """Extend a regular expression of full module names by modules of numbered blocks.
+
+    Args:
+        pattern: None for nothing.
+        names: full names of the modules, the same in every block that has them.
+    """
+    more = "|".join(sorted({_of_all_numbers(name) for name in names}))
+    return f"({more})" if pattern is None else f"({pattern}|{more})"
 
 
 _PLAIN = r"(?:(?!\d+\.)[^.]+\.)*"
@@ -117,6 +187,39 @@ def with_attention(pattern: str, linear: Iterable[str]) -> str:
         raise UnsupportedModelError("no attention layers were found beside the MLPs of this model")
     stack, names = ("|".join(sorted({re.escape(part[i]) for part in beside})) for i in (1, 2))
     return rf"({pattern}|({stack})\d+\.({names}))"
+
+
+def reads_weight(parent: object, name: str) -> bool:
+    """Whether a module reads the weight of one of its layers instead of calling the layer.
+
+    Mamba's fused kernels do, with ``out_proj`` and others: what is put in the layer's place is
+    then passed by. The source of the module's class tells.
+
+    Args:
+        parent: the module.
+        name: of the layer in it.
+    """
+    own = rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b"
+    read = re.compile(rf"{own}(?!\.(dtype|device|shape))")
+    return any(read.search(_source(method)) for method in _methods(type(parent)))
+
+
+def _methods(kind: type) -> Iterator[Any]:
+    """The methods that a class and those above it run in a forward pass."""
+    for one in kind.__mro__:
+        if one.__module__.startswith("torch."):
+            return
+        for name, method in vars(one).items():
+            if inspect.isfunction(method) and not re.match(r"_*(init|reset|extra_repr)", name):
+                yield method
+
+
+@functools.cache
+def _source(method: Any) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(method))
+    except (OSError, TypeError):  # made in a console, or compiled
+        return ""
 
 
 SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
