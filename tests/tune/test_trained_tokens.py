@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from budwood.tune import SlimLinear, tell_labels
+from budwood.tune import SlimLinear, tell_labels, tokens
 from budwood.tune.state import InputStatistics
 from budwood.tune.trainers import trained_labels
 from tests import tiny_llm as tiny
@@ -91,6 +91,23 @@ def test_trl(name, counted, tmp_path):
     ]
     assert per_step == trainer.args.gradient_accumulation_steps and min(wanted) > 0
     assert all(found == wanted for found in counted.values())
+
+
+@third_party
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_masks_that_compiling_hides_are_told(kind, tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    model = tiny.trained()
+    # As in a graph, without the time that compiling takes.
+    monkeypatch.setattr(tokens, "trained_labels", lambda: (None, False))
+    in_graph = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(tokens.TokenWatch, "_in_graph", in_graph, raising=False)
+    trainer = tiny_trl.trainer(kind, model, tmp_path, gradient_checkpointing=False)
+    if kind == "sft":
+        trainer.train()
+        return
+    with pytest.warns(UserWarning, match="torch.compile hides the masks of DPOTrainer"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=str)

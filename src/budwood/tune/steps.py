@@ -185,6 +185,9 @@ class StepKeeper:
     def after_step(self, held: set[int]) -> None:
         """Commit the adapters with parameters of these ids."""
         if self.pending:
+            watch = getattr(self.layers()[0], "watch", None)
+            if watch is not None:
+                watch.check_graph()
             self.commit(held)
 
     def commit(self, held: set[int] | None = None) -> bool:

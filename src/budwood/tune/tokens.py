@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from budwood.tune.encoding import IGNORED
-from budwood.tune.trainers import trained_labels
+from budwood.tune.trainers import trained_labels, trainer_with_masks
 
 
 class TokenWatch:
@@ -42,11 +42,12 @@ class TokenWatch:
         self.mask: Tensor | None = None
         self.labels: Tensor | None = None
         self.of_trainer: tuple[Tensor | None, bool] = (None, False)
-        self._warned = False
+        self._warned = self._graph_checked = self._in_graph = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.note_inputs(args, kwargs)
         if self.parent is None and module.training and torch.is_grad_enabled():
+            self._in_graph = torch.compiler.is_compiling()
             self.of_trainer = trained_labels()
 
     def note_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -138,6 +139,21 @@ class TokenWatch:
             UserWarning,
             stacklevel=2,
         )
+
+    def check_graph(self) -> None:
+        """Warn once if ``torch.compile`` hid the masks of the trainer around."""
+        root = self._root
+        if not root._in_graph or root._graph_checked:
+            return
+        root._graph_checked = True
+        name = trainer_with_masks()
+        if name is not None:
+            warnings.warn(
+                f"SLIM: torch.compile hides the masks of {name}, so that rejected answers and the "
+                "output of tools count as training data; leave out torch_compile",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @property
     def _root(self) -> TokenWatch:

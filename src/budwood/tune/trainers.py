@@ -72,31 +72,41 @@ def trained_labels() -> tuple[Tensor | None, bool]:
     """
     if torch.compiler.is_compiling():
         return None, False
-    frame = _loss_frame()
+    frame = _trainer_frame("compute_loss")
     if frame is None:
         return None, False
     here = frame.f_locals
     inputs = here.get("inputs")
     if not isinstance(inputs, Mapping):
         return None, False
-    kinds = [kind.__name__ for kind in type(here["self"]).__mro__]
-    reader = next((_READERS[kind] for kind in kinds if kind in _READERS), None)
-    labels = None if reader is None else reader(inputs)
+    name = _with_masks(here["self"])
+    labels = None if name is None else _READERS[name](inputs)
     if labels is not None:
         return labels, True
     found = inputs.get("labels", here.get("labels"))  # label smoothing takes them out of inputs
     return (found if isinstance(found, Tensor) else None), False
 
 
-def _loss_frame() -> FrameType | None:
-    """The innermost frame in which a Trainer computes its loss."""
+def trainer_with_masks() -> str | None:
+    """Name of the trainer around, at any point of its training, if it has masks to read."""
+    frame = _trainer_frame()
+    return None if frame is None else _with_masks(frame.f_locals["self"])
+
+
+def _with_masks(trainer: Any) -> str | None:
+    kinds = (kind.__name__ for kind in type(trainer).__mro__)
+    return next((kind for kind in kinds if kind in _READERS), None)
+
+
+def _trainer_frame(method: str | None = None) -> FrameType | None:
+    """The innermost frame of a Trainer's method of some name, or of any."""
     module = sys.modules.get("transformers.trainer")
     if module is None:  # nobody uses a Trainer
         return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        is_loss = frame.f_code.co_name == "compute_loss"
-        if is_loss and isinstance(frame.f_locals.get("self"), module.Trainer):
+        is_it = method is None or frame.f_code.co_name == method
+        if is_it and isinstance(frame.f_locals.get("self"), module.Trainer):
             break
         frame = frame.f_back
     return frame
