@@ -168,7 +168,8 @@ class SlimConfig(PeftConfig):
             less than a tenth of the supervised tokens, as :meth:`recommended` does. No effect with
             other distances.
         fit_on: tokens that the statistics describe. ``"supervised"``: those whose next token has a
-            label. ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
+            label; of TRL's DPO and KTO the chosen answers, of GRPO and RLOO what the model wrote.
+            ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
             ``"module"``: each yields by the distance of its own input.
         expert_bias: the LoRA experts of a layer share a bias, of which a token gets as much as the

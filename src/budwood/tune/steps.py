@@ -331,8 +331,9 @@ def tell_labels(model: nn.Module, labels: Tensor | None) -> None:
     """Tell the layers which tokens are supervised, if the model's forward pass gets no labels.
 
     With ``fit_on="supervised"`` statistics describe the tokens whose next token has a label. A
-    model that is called with ``labels`` knows them. A loop that computes the loss by itself calls
-    this before each forward pass; otherwise all tokens but padding count.
+    model that is called with ``labels`` knows them, and a Trainer's are found in the Trainer. A
+    loop that computes the loss by itself calls this before each forward pass; otherwise all tokens
+    but padding count, and a warning says so.
 
     Args:
         model: a model with SLIM layers, wrapped or not.
