@@ -17,8 +17,10 @@ _EXTRAS = {
     "lm_eval": "tune",
     "matplotlib": "plot",
     "peft": "tune",
+    "plotly": "scan",
     "pypcd4": "points",
     "scipy": "points",
+    "sklearn": "scan",
     "trimesh": "points",
     "yaml": "tune",
 }
@@ -34,7 +36,7 @@ def need(package: str, what: str) -> Any:
     """Import an optional package.
 
     Args:
-        package: its import name, such as ``"trimesh"``.
+        package: its import name, such as ``"trimesh"``, or a module of it.
         what: what needs it, for the message: ``"reading meshes"``.
 
     Raises:
@@ -75,6 +77,7 @@ def missing_package(
         what: what needs it, in the singular: ``"drawing a plot"``.
         error: what went wrong; its message is shown unless it says just that.
     """
+    package = package.partition(".")[0]
     command = _COMMANDS.get(package) or f"pip install 'budwood[{_EXTRAS[package]}]'"
     says_more = error is not None and getattr(error, "name", None) != package
     reason = f" ({first_line(error)})" if error is not None and says_more else ""

@@ -306,6 +306,14 @@ def test_bench_speed(budwood, tmp_path):
     assert rows[0]["what"] == "frozen" and rows[-1]["what"] == "groups, loop"
     assert "| frozen | 20 |" in budwood("bench", "show", tmp_path / "s.json").stdout
     assert budwood(*command).stdout.split()[:3] == ["what", "points", "clouds_per_s"]
+    two = ["--encoder", "sprout,sprout", "--paths", "--untrained", "--json"]
+    rows = json.loads(budwood(*command, *two).stdout)["rows"]
+    assert [row["what"] for row in rows] == ["classify", "classify, loop"] * 2
+    assert rows[0]["encoder"] == "sprout" and rows[1]["over_loop"] == 1
+    large = budwood(*command, "--large", 5000, "--frame")
+    assert large.stdout.split()[:3] == ["what", "points", "seconds"], large.output
+    wrong = ["--untrained", "--checkpoint", tmp_path / "x"]
+    refused(budwood(*command, *wrong), "is for one --encoder, without --untrained")
 
 
 def test_demo(budwood, tmp_path):

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from budwood.points.methods import METHODS as METHODS
     from budwood.points.sampling import SAMPLERS as SAMPLERS
     from budwood.points.sampling import sample as sample
+    from budwood.points.scanning.boxes import Box as Box
+    from budwood.points.scanning.config import ScanConfig as ScanConfig
+    from budwood.points.scanning.formats import ScannedFrame as ScannedFrame
+    from budwood.points.scanning.pipeline import scan as scan
+    from budwood.points.scanning.poses import read_poses as read_poses
+    from budwood.points.scanning.views import draw_from_above as draw_from_above
+    from budwood.points.scanning.views import write_page as write_page
     from budwood.points.text import TextEmbeddings as TextEmbeddings
     from budwood.points.text import embed_labels as embed_labels
     from budwood.points.text import read_embeddings as read_embeddings
@@ -55,6 +62,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "TOWERS": "towers",
         "AdaptConfig": "adaptation",
         "Adapter": "adapters",
+        "Box": "scanning.boxes",
         "Cloud": "io",
         "CloudSet": "data",
         "Curriculum": "distill",
@@ -62,10 +70,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Objective": "distill",
         "PointEncoder": "encoders",
         "Ranking": "classification",
+        "ScanConfig": "scanning.config",
+        "ScannedFrame": "scanning.formats",
         "TextEmbeddings": "text",
         "adapt": "adaptation",
         "classify": "classification",
         "crop": "io",
+        "draw_from_above": "scanning.views",
         "embed_labels": "text",
         "find_files": "io",
         "load_adapter": "adapters",
@@ -74,7 +85,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "make_adapter": "adapters",
         "read": "io",
         "read_embeddings": "text",
+        "read_poses": "scanning.poses",
         "sample": "sampling",
         "save_embeddings": "text",
+        "scan": "scanning.pipeline",
+        "write_page": "scanning.views",
     },
 )

@@ -132,17 +132,7 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     """
     options = InputOptions(points, sampler, up, columns, box, invalid, seed)
     need_at_least(1, top=1 if top is None else top, batch_size=batch_size)
-    if isinstance(adapter, (str, os.PathLike)):
-        read_description(adapter)  # before the encoder is loaded
-    elif encoder is None and adapter is not None:
-        encoder = adapter.encoder
-    model = as_encoder(encoder or "sprout", checkpoint, device)
-    if isinstance(adapter, (str, os.PathLike)):
-        adapter = load_adapter(adapter, model)
-    elif adapter is not None and adapter.encoder is not model:
-        raise UnsupportedModelError(
-            f"the adapter was made around another {adapter.encoder.name} encoder; pass that encoder"
-        )
+    model, adapter = load_adapted(encoder, checkpoint, device, adapter)
     classes = embed_labels_for(model, labels, embeddings=embeddings, text=text, templates=templates)
     prepared = prepare_each(clouds, model, options, on_error)
     rankings = _rankings(prepared, classes, model, adapter, top, batch_size)
@@ -151,6 +141,27 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     if isinstance(clouds, Sized) and len(clouds) == 0:
         raise InputError("there are no clouds; give at least one")
     return list(rankings)
+
+
+def load_adapted(
+    encoder: str | PointEncoder | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | os.PathLike[str] | Adapter | None = None,
+) -> tuple[PointEncoder, Adapter | None]:
+    """An encoder and the adapter around it; arguments and errors as of :func:`classify`."""
+    if isinstance(adapter, (str, os.PathLike)):
+        read_description(adapter)  # before the encoder is loaded
+    elif encoder is None and adapter is not None:
+        encoder = adapter.encoder
+    model = as_encoder(encoder or "sprout", checkpoint, device)
+    if isinstance(adapter, (str, os.PathLike)):
+        return model, load_adapter(adapter, model)
+    if adapter is not None and adapter.encoder is not model:
+        raise UnsupportedModelError(
+            f"the adapter was made around another {adapter.encoder.name} encoder; pass that encoder"
+        )
+    return model, adapter
 
 
 def _rankings(

@@ -126,7 +126,7 @@ def prepare_each(
         MissingPackageError: the library for a format is not installed, as above.
     """
     refuse = _raise if on_error is None else on_error
-    for name, item in _named(clouds, refuse):
+    for name, item in named(clouds, refuse):
         try:
             if _is_prepared(item):
                 options.check_unused(name)
@@ -177,7 +177,7 @@ def _as_array(item: Any, name: str) -> NDArray[Any]:
         raise InputError(f"{name} is not an array of numbers: {first_line(error)}") from None
 
 
-def _named(
+def named(
     clouds: CloudLike | Iterable[CloudLike], on_error: OnError
 ) -> Iterator[tuple[str, CloudLike]]:
     """Name each cloud; a folder becomes its files, and one without clouds goes to ``on_error``."""
