@@ -126,6 +126,14 @@ def test_clusters_are_those_of_dbscan():
     assert len(cluster_points(np.empty((0, 3)), 0.6, 1)) == 0
 
 
+def test_gaps_grow_with_the_distance():
+    pair = np.array([[0, 0, 0], [0, 1.0, 0]])
+    counts = [len(set(cluster_points(pair + np.array([x, 0, 0]), 0.6, 1))) for x in (5, 14, 26, 50)]
+    assert counts == [2, 2, 1, 1]
+    far = np.array([[90, 0, 0], [90, 1.5, 0]])
+    assert len(set(cluster_points(far, 0.6, 1))) == 2
+
+
 def test_clusters_that_are_left_out():
     long = np.column_stack([np.arange(0, 30, 0.1), np.full(300, 5.0), np.zeros(300)])
     one_place, small = np.full((40, 3), 3.0), np.random.default_rng(0).normal(size=(30, 3)) * 0.1

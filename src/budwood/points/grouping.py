@@ -7,6 +7,7 @@ groups follow the number of points.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from budwood.errors import InputError, ShapeError
 
 CHUNK = 1 << 24
 """Distances in memory at once when neighbours are searched by brute force."""
-BALL_CHUNK = 1 << 21
+BALL_CHUNK = 1 << 18
 """The same when balls are searched."""
 SPARSE_POWER, SPARSE_OVERLAP = 0.4, 4.0
 """The rule for sparse clouds: the power of k, and the number of groups that a point is in. Chosen
@@ -292,22 +293,26 @@ def _ball(points: Tensor, queries: Tensor, limit: float, k: int, strict: bool) -
 
 def _square_distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances, summed as x, y, z, shape (batch, n_a, n_b)."""
-    dx, dy, dz = (a[..., i, None] - b[:, None, :, i] for i in range(3))
-    return dx * dx + dy * dy + dz * dz
+    ours, theirs = a[:, :, None].unbind(-1), b[:, None].unbind(-1)
+    out, spare = (a.new_empty(len(a), a.shape[1], b.shape[1]) for _ in range(2))
+    _square_gaps(ours, theirs, out, spare)
+    return out
 
 
-def _square_gaps(axes: list[Tensor], center: list[Tensor], out: Tensor, spare: Tensor) -> None:
-    """Squared distances from a point of each cloud, summed as x, y, z, without new memory.
+def _square_gaps(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], out: Tensor, spare: Tensor
+) -> None:
+    """Squared distances, summed as x, y, z, without new memory.
 
     Args:
-        axes: x, y and z, shape (batch, n_points) each.
-        center: x, y and z, shape (batch, 1) each.
-        out: where they go, shape (batch, n_points).
+        ours: x, y and z of points.
+        theirs: x, y and z of others, in shapes that broadcast with those.
+        out: where the distances go, of the shape that results.
         spare: is overwritten, same shape.
     """
-    torch.sub(axes[0], center[0], out=out).square_()
-    for axis, value in zip(axes[1:], center[1:]):
-        out += torch.sub(axis, value, out=spare).square_()
+    torch.sub(ours[0], theirs[0], out=out).square_()
+    for mine, other in zip(ours[1:], theirs[1:]):
+        out += torch.sub(mine, other, out=spare).square_()
 
 
 def _thread_order(n_points: int) -> np.ndarray:

@@ -18,6 +18,9 @@ FLATTEN = 0.5
 """Heights count half where clusters are made: beams of a LiDAR are farther apart than its shots."""
 VOXELS = 3
 """Voxels along the largest gap in a cluster; clusters are made of voxels."""
+NEAR, MOST_GROWTH = 15.0, 2.0
+"""From this distance on, metres, the largest gap grows in proportion, as the distance between shots
+does, up to so many times."""
 NO_CLUSTER = -1
 GROUND = -2
 
@@ -109,11 +112,11 @@ def cluster_points(xyz: Array, gap: float, min_points: int) -> NDArray[np.int64]
     """Cluster points by single linkage: points at most ``gap`` apart are in one cluster.
 
     The same as DBSCAN with ``min_samples=1`` on voxels of a third of the gap, by scipy's k-d tree
-    and connected components. Heights count half.
+    and connected components. Heights count half, and the gap grows from `NEAR` on.
 
     Args:
-        xyz: shape (n, 3), metres.
-        gap: largest gap within a cluster, metres.
+        xyz: shape (n, 3), metres, the sensor at the origin.
+        gap: largest gap within a cluster near the sensor, metres.
         min_points: smaller clusters are left out.
 
     Returns:
@@ -125,7 +128,10 @@ def cluster_points(xyz: Array, gap: float, min_points: int) -> NDArray[np.int64]
     spatial = need("scipy.spatial", "clustering")
     sparse, graph = need("scipy.sparse", "clustering"), need("scipy.sparse.csgraph", "clustering")
     centers, voxel = voxels(xyz * (1, 1, FLATTEN), gap / VOXELS)
-    pairs = spatial.cKDTree(centers).query_pairs(gap, output_type="ndarray")
+    growth = np.clip(np.hypot(centers[:, 0], centers[:, 1]) / NEAR, 1.0, MOST_GROWTH)
+    pairs = spatial.cKDTree(centers).query_pairs(gap * growth.max(), output_type="ndarray")
+    apart = np.linalg.norm(centers[pairs[:, 0]] - centers[pairs[:, 1]], axis=1)
+    pairs = pairs[apart <= gap * growth[pairs].min(axis=1)]
     links = sparse.coo_matrix(
         (np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), (len(centers),) * 2
     )

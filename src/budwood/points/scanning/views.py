@@ -38,10 +38,11 @@ def draw_from_above(frame: ScannedFrame, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     segments = _segments(frame)
-    figure = new_figure(9, 9)
+    wide, high = np.ptp(segments.cloud.xyz[:, :2], axis=0)
+    figure = new_figure(10, float(np.clip(10 * high / max(wide, 1e-9), 3, 14)) + 0.6)
     axes = figure.add_subplot()
     for xyz, color in _layers(segments):
-        axes.scatter(xyz[:, 0], xyz[:, 1], s=0.4, c=color, linewidths=0, rasterized=True)
+        axes.plot(xyz[:, 0], xyz[:, 1], ",", color=color)
     colors = _colors(frame)
     for box in frame.boxes:
         color = colors[box.label]
