@@ -102,7 +102,7 @@ def make_cloud(
     """Check arrays and make a cloud of them.
 
     Beams without a return are left out, and counted in ``assumed.dropped``: rows of three NaN or
-    infinite coordinates, and rows of zeros where there are several.
+    infinite coordinates, and rows of zeros where there are several among others.
 
     Args:
         xyz: coordinates, shape (n_points, 3), n_points ≥ 1.
@@ -119,15 +119,14 @@ def make_cloud(
     finite = np.isfinite(points)
     empty = ~finite.any(axis=1)
     origin = ~points.any(axis=1)
-    if origin.sum() > 1:
+    if origin.sum() > 1 and not (origin | empty).all():
         empty |= origin
     bad = ~finite.all(axis=1) & ~empty
     if bad.any() and invalid != "drop":
         raise not_finite(int(bad.sum()), len(points), source)
     kept = ~(empty | bad)
     if not kept.any():
-        what = "NaN, infinite or zero" if origin.any() else "NaN or infinite"
-        raise InputError(f"{source}: all {len(points)} points have {what} coordinates")
+        raise InputError(f"{source}: all {len(points)} points have NaN or infinite coordinates")
     colors = None if rgb is None else unit_colors(rgb, kept, source)
     counts = {NO_RETURN: int(empty.sum()), INVALID: int(bad.sum())}
     dropped = {reason: n for reason, n in counts.items() if n}
