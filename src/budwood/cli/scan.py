@@ -10,6 +10,7 @@ import typer
 
 from budwood import catalogue, optional
 from budwood.cli import clouds, options
+from budwood.cli.assumed import say_assumed
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say, working
 from budwood.cli.output import reserve, reserve_picture
@@ -19,7 +20,7 @@ from budwood.files import need_parent, write_text, write_whole
 from budwood.registry import Registry
 
 if TYPE_CHECKING:
-    from budwood.points import ScannedFrame
+    from budwood.points import Assumed, ScannedFrame
 
 COLUMNS = Columns(
     Column("frame"),
@@ -45,6 +46,8 @@ def scan(
     labels: clouds.Labels = None,
     labels_file: clouds.LabelsFile = None,
     embeddings: clouds.Embeddings = None,
+    text: clouds.Text = None,
+    templates: clouds.Templates = "points64",
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the boxes; an unfinished run is resumed."),
@@ -144,7 +147,8 @@ def scan(
     from budwood.points.scanning.config import ScanConfig
 
     given = clouds.labels_of(labels, labels_file, embeddings)
-    reading = clouds.reading_of(columns, box, drop_invalid, up)
+    reading = clouds.reading_of(columns, box, drop_invalid, up, True, False)
+    how = {key: reading[key] for key in ("columns", "box", "invalid", "up")}
     config = ScanConfig(
         max_range=reach or None,
         min_range=near,
@@ -183,7 +187,9 @@ def scan(
             embeddings=embeddings,
             batch_frames=batch,
             on_error=skipped,
-            **reading,
+            text=text,
+            templates=templates,
+            **how,
         )
     frames: list[ScannedFrame] = []
     with progress("frames") as advance:
@@ -193,6 +199,7 @@ def scan(
             advance(len(frames) + len(skipped), len(files))
     if not frames:
         raise InputError(skipped.rows[0]["reason"])
+    say_assumed({frame.source: _noted(frame) for frame in frames}, reading)
     if table:
         from budwood.points.scanning.formats import csv_text
 
@@ -264,6 +271,11 @@ def _without_points(frame: ScannedFrame) -> ScannedFrame:
     return replace(frame, segments=None, clusters=())
 
 
+def _noted(frame: ScannedFrame) -> Assumed:
+    """What was assumed, with all notices of a frame among the notes."""
+    return replace(frame.assumed, notes=frame.notices)
+
+
 def _print(frames: list[ScannedFrame], output: Path | None) -> None:
     """Print the objects with labels, and how many there are."""
     rows: list[dict[str, Any]] = [
@@ -286,8 +298,5 @@ def _print(frames: list[ScannedFrame], output: Path | None) -> None:
     say(f"{len(frames):,} frames, {len(rows):,} objects with labels, {n_unknown:,} unknown")
     if n_unknown and not rows:
         say("every object resembles the background more than the labels; --threshold 0 names all")
-    for frame in frames[:SHOWN]:
-        for notice in frame.notices:
-            say(f"{frame.source}: {notice}")
     if output:
         say(f"wrote {output}")

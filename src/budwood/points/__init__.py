@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING
 from budwood.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from budwood.points.accumulation import accumulate as accumulate
     from budwood.points.adaptation import AdaptConfig as AdaptConfig
     from budwood.points.adaptation import adapt as adapt
     from budwood.points.adapters import ADAPTERS as ADAPTERS
     from budwood.points.adapters import Adapter as Adapter
     from budwood.points.adapters import load_adapter as load_adapter
     from budwood.points.adapters import make_adapter as make_adapter
+    from budwood.points.axes import AXES as AXES
     from budwood.points.classification import Ranking as Ranking
     from budwood.points.classification import classify as classify
+    from budwood.points.cleaning import without_ground as without_ground
+    from budwood.points.cleaning import without_strays as without_strays
     from budwood.points.data import CloudSet as CloudSet
     from budwood.points.data import load_clouds as load_clouds
     from budwood.points.distill import Curriculum as Curriculum
@@ -30,7 +34,9 @@ if TYPE_CHECKING:
     from budwood.points.encoders import PointEncoder as PointEncoder
     from budwood.points.encoders import load_encoder as load_encoder
     from budwood.points.inputs import InputOptions as InputOptions
+    from budwood.points.io import FORMATS as FORMATS
     from budwood.points.io import READERS as READERS
+    from budwood.points.io import Assumed as Assumed
     from budwood.points.io import Cloud as Cloud
     from budwood.points.io import crop as crop
     from budwood.points.io import find_files as find_files
@@ -55,13 +61,16 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "ADAPTERS": "adapters",
+        "AXES": "axes",
         "ENCODERS": "encoders",
+        "FORMATS": "io",
         "METHODS": "methods",
         "READERS": "io",
         "SAMPLERS": "sampling",
         "TOWERS": "towers",
         "AdaptConfig": "adaptation",
         "Adapter": "adapters",
+        "Assumed": "io",
         "Box": "scanning.boxes",
         "Cloud": "io",
         "CloudSet": "data",
@@ -73,6 +82,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ScanConfig": "scanning.config",
         "ScannedFrame": "scanning.formats",
         "TextEmbeddings": "text",
+        "accumulate": "accumulation",
         "adapt": "adaptation",
         "classify": "classification",
         "crop": "io",
@@ -89,6 +99,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "sample": "sampling",
         "save_embeddings": "text",
         "scan": "scanning.pipeline",
+        "without_ground": "cleaning",
+        "without_strays": "cleaning",
         "write_page": "scanning.views",
     },
 )

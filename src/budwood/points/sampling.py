@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budwood.errors import InputError
+from budwood.points.axes import to_up
 from budwood.points.io.cloud import Array, Cloud
 from budwood.registry import Registry
 
@@ -93,7 +94,7 @@ def lidar_points(
         beams: number of beams.
         elevation: lowest and highest beam, degrees; the object is in the middle of the beams.
         azimuth_step: angle between shots, degrees.
-        up: ``"y"`` or ``"z"``, the axis that points up.
+        up: the axis that points up, in ``AXES``.
     """
     check_draw(n_points, seed)
     rng = np.random.default_rng(seed)
@@ -236,35 +237,6 @@ def check_extent(cloud: Cloud) -> None:
             f"{cloud.source} extends over {extent:.3g} units; give lengths between "
             f"{LEAST_EXTENT:g} and {MOST_EXTENT:g}, and look for damaged coordinates"
         )
-
-
-def check_up(axis: str) -> None:
-    """Refuse an unknown name of the upward axis.
-
-    Raises:
-        InputError: it is neither ``"y"`` nor ``"z"``.
-    """
-    if axis not in ("y", "z"):
-        raise InputError(f"up={axis!r} is unknown; give 'y' or 'z'")
-
-
-def to_up(xyz: Array, current: str, wanted: str) -> Array:
-    """Rotate a cloud so that another axis points up, without mirroring it.
-
-    Args:
-        xyz: shape (n, 3).
-        current: ``"y"`` or ``"z"``, the axis that points up.
-        wanted: the axis that points up in the result.
-
-    Raises:
-        InputError: another axis.
-    """
-    check_up(current)
-    check_up(wanted)
-    if current == wanted:
-        return xyz
-    x, y, z = xyz[:, 0], xyz[:, 1], xyz[:, 2]
-    return np.stack((x, -z, y) if wanted == "z" else (x, z, -y), axis=1)
 
 
 def _shots(points: Array, steps: tuple[float, float]) -> tuple[Indices, Array]:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from budwood.errors import InputError
 from budwood.files import read_json
 from budwood.optional import need
-from budwood.points.io.cloud import Array
+from budwood.points.io.cloud import Array, Assumed, Cloud
 from budwood.points.scanning.boxes import Box
 from budwood.points.scanning.poses import CAMERA, stem
 from budwood.points.scanning.segments import GROUND, Segments
@@ -49,10 +49,11 @@ class ScannedFrame:
     Attributes:
         source: the file, or the name of the frame.
         boxes: objects with labels and unknown ones, those of most points first.
-        n_points: points that were read.
+        n_points: points that were read, without those left out in reading.
         n_in_range: points in range.
         n_ground: points on the ground.
         notices: what a person should know of, such as that there is no ground.
+        assumed: what was assumed about the file, and which points were left out in reading.
         segments: the points and their clusters; None for a frame that was read from a folder.
         clusters: the points that each box was named from, z up, with those of earlier frames where
             poses are known; empty for a frame that was read from a folder.
@@ -65,16 +66,17 @@ class ScannedFrame:
     n_in_range: int
     n_ground: int
     notices: tuple[str, ...] = ()
+    assumed: Assumed = field(default_factory=Assumed)
     segments: Segments | None = None
     clusters: tuple[Array, ...] = ()
     pose: Array | None = None
 
     @classmethod
-    def unnamed(cls, source: str, n_points: int, segments: Segments) -> ScannedFrame:
+    def unnamed(cls, source: str, cloud: Cloud, segments: Segments) -> ScannedFrame:
         """A frame whose clusters have no names yet."""
-        n_ground = int((segments.cluster == GROUND).sum())
-        n_in_range = len(segments.cloud)
-        return cls(source, (), n_points, n_in_range, n_ground, segments.notices, segments)
+        counts = len(cloud), len(segments.cloud), int((segments.cluster == GROUND).sum())
+        notices = cloud.assumed.notes + segments.notices
+        return cls(source, (), *counts, notices, cloud.assumed, segments)
 
     @property
     def known(self) -> tuple[Box, ...]:
@@ -89,6 +91,7 @@ class ScannedFrame:
             "n_in_range": self.n_in_range,
             "n_ground": self.n_ground,
             "notices": list(self.notices),
+            "assumed": asdict(self.assumed),
             "pose": None if self.pose is None else self.pose.tolist(),
             "boxes": [_box_row(box) for box in self.boxes],
         }
@@ -102,8 +105,10 @@ class ScannedFrame:
         """
         counts = [int(row[key]) for key in ("n_points", "n_in_range", "n_ground")]
         boxes = tuple(_box_of(one) for one in row["boxes"])
+        notices, assumed = tuple(row["notices"]), dict(row["assumed"])
+        assumed["notes"] = tuple(assumed["notes"])
         pose = None if row["pose"] is None else np.array(row["pose"], dtype=float).reshape(4, 4)
-        return cls(str(row["frame"]), boxes, *counts, tuple(row["notices"]), pose=pose)
+        return cls(str(row["frame"]), boxes, *counts, notices, Assumed(**assumed), pose=pose)
 
 
 def _box_row(box: Box) -> dict[str, Any]:

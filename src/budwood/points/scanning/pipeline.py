@@ -14,12 +14,12 @@ import torch
 from budwood.checks import need_at_least
 from budwood.errors import InputError, MissingPackageError
 from budwood.points.adapters import Adapter, fingerprint
+from budwood.points.axes import to_up
 from budwood.points.classification import load_adapted
 from budwood.points.encoders import PointEncoder
 from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, named
 from budwood.points.io import find_files
 from budwood.points.io.cloud import Array, Cloud
-from budwood.points.sampling import to_up
 from budwood.points.scanning.boxes import Box, fit_box
 from budwood.points.scanning.config import ScanConfig
 from budwood.points.scanning.folder import ScanFolder
@@ -92,10 +92,12 @@ def scan(
         checkpoint: a local file for a named encoder.
         device: where a named encoder runs, or ``"auto"``; default the CPU.
         adapter: a folder that an adapter was saved to, or an adapter.
-        up: the axis of the frames that points up. Boxes are in the frame turned so that it is z.
+        up: the axis of the frames that points up, in ``AXES``; ``"auto"``: by the format of the
+            file. Boxes are in the frame turned so that it is z.
         columns: letters of the columns of tables and arrays, such as ``"xyz_"``.
         box: x0, y0, z0, x1, y1, z1 in the axes of the file: keep the points inside.
-        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates.
+        invalid: ``"error"``, or ``"drop"`` to leave out points of which one or two coordinates are
+            NaN or infinite.
         text: a text tower instead of the encoder's.
         embeddings: a file with embeddings of the labels, instead of ``labels``.
         templates: a name in ``TEMPLATES``, or sentences with ``{}``.
@@ -118,7 +120,9 @@ def scan(
     """
     config = config or ScanConfig()
     need_at_least(1, batch_frames=batch_frames, batch_size=batch_size)
-    options = InputOptions(up=up, columns=columns, box=box, invalid=invalid, seed=config.seed)
+    options = InputOptions(
+        up=up, columns=columns, box=box, invalid=invalid, strays="keep", seed=config.seed
+    )
     if isinstance(frames, Sized) and not isinstance(frames, (str, Cloud)) and len(frames) == 0:
         raise InputError("there are no frames; give at least one")
     many = not is_one_cloud(frames) and isinstance(frames, Iterator)
@@ -298,9 +302,9 @@ class _Scan:
             finished: the frame as an earlier run left it, whose objects keep their numbers.
         """
         cloud = self.options.read(item, name)
-        upright = replace(cloud, xyz=to_up(cloud.xyz, self.options.up, "z"))
-        segments = segment(upright, self.config)
-        frame = ScannedFrame.unnamed(name, len(cloud), segments)
+        xyz = to_up(cloud.xyz, cloud.assumed.up or "z", "z")
+        segments = segment(replace(cloud, xyz=xyz), self.config)
+        frame = ScannedFrame.unnamed(name, cloud, segments)
         own = [segments.cloud.take(members) for members in segments.members()]
         shapes = [cluster.xyz for cluster in own]
         if self.tracker is None or self.poses is None:

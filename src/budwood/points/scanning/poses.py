@@ -14,12 +14,12 @@ import numpy as np
 from budwood.errors import InputError, first_line
 from budwood.files import read_json
 from budwood.optional import need
+from budwood.points.accumulation import rigid_motions
 from budwood.points.io import READERS
 from budwood.points.io.cloud import Array
 
 CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 """From a LiDAR (x forward, y left, z up) to a camera at the same place (x right, y down)."""
-ROTATION_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ def read_poses(
     return _nuscenes(source, files) if source.is_dir() else _kitti(source, files, calibration)
 
 
-def check_poses(poses: Any, n_frames: int, source: str = "poses") -> Array:
+def check_poses(poses: Any, n_frames: int, source: str = "the poses given") -> Array:
     """Check that an array is a pose for each frame.
 
     Returns:
@@ -72,22 +72,10 @@ def check_poses(poses: Any, n_frames: int, source: str = "poses") -> Array:
         InputError: another shape, another number of frames, or no rotation in one of them.
     """
     try:
-        matrices = np.asarray(poses, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{source} are no arrays of numbers of shape (n_frames, 4, 4)") from None
-    if matrices.ndim != 3 or matrices.shape[1:] != (4, 4):
-        raise InputError(f"{source} have shape {matrices.shape}, expected (n_frames, 4, 4)")
-    if len(matrices) != n_frames:
-        raise InputError(f"{source} are of {len(matrices)} frames, and there are {n_frames}")
-    turns = matrices[:, :3, :3]
-    gap = np.abs(turns @ turns.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2), initial=0)
-    good = np.isfinite(matrices).all(axis=(1, 2)) & (gap < ROTATION_TOLERANCE)
-    good &= np.linalg.det(np.where(good[:, None, None], turns, np.eye(3))) > 0
-    if not good.all():
-        raise InputError(
-            f"{source}: that of frame {int(np.argmin(good)) + 1} is no rotation and translation"
-        )
-    return matrices
+        moves = rigid_motions(poses, n_frames)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return np.concatenate([moves, np.tile([[[0.0, 0, 0, 1]]], (n_frames, 1, 1))], axis=1)
 
 
 def _kitti(path: Path, frames: list[Path], calibration: str | os.PathLike[str] | None) -> Poses:
