@@ -47,7 +47,7 @@ def scan(
     labels_file: clouds.LabelsFile = None,
     embeddings: clouds.Embeddings = None,
     text: clouds.Text = None,
-    templates: clouds.Templates = "points64",
+    templates: clouds.Templates = "short",
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the boxes; an unfinished run is resumed."),

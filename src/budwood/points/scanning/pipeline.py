@@ -55,7 +55,7 @@ def scan(
     invalid: str = "error",
     text: str | TextTower | None = None,
     embeddings: str | os.PathLike[str] | None = None,
-    templates: str | Sequence[str] = "points64",
+    templates: str | Sequence[str] = "short",
     background: Sequence[str] | TextEmbeddings | None = None,
     batch_frames: int = 8,
     batch_size: int = 64,
@@ -100,7 +100,7 @@ def scan(
             NaN or infinite.
         text: a text tower instead of the encoder's.
         embeddings: a file with embeddings of the labels, instead of ``labels``.
-        templates: a name in ``TEMPLATES``, or sentences with ``{}``.
+        templates: a name in ``TEMPLATES``, or sentences with ``{}``; also of the background.
         background: labels of what is around, to be told from the objects; default ``BACKGROUND``.
             With embeddings from a file there is none unless it is given as embeddings.
         batch_frames: frames whose clusters are encoded together.
@@ -158,7 +158,7 @@ def make_namer(
     adapter: str | os.PathLike[str] | Adapter | None = None,
     text: str | TextTower | None = None,
     embeddings: str | os.PathLike[str] | None = None,
-    templates: str | Sequence[str] = "points64",
+    templates: str | Sequence[str] = "short",
     background: Sequence[str] | TextEmbeddings | None = None,
     batch_size: int = 64,
 ) -> Namer:

@@ -134,7 +134,7 @@ def threshold_for(
     background: TextEmbeddings,
     *,
     text: str | TextTower | None = None,
-    templates: str | Sequence[str] = "points64",
+    templates: str | Sequence[str] = "short",
 ) -> float:
     """The calibrated threshold of an encoder, from the cache if it is there.
 
@@ -160,7 +160,7 @@ def calibrate(
     background: TextEmbeddings,
     *,
     text: str | TextTower | None = None,
-    templates: str | Sequence[str] = "points64",
+    templates: str | Sequence[str] = "short",
     seed: int = 0,
 ) -> float:
     """Find the threshold of :func:`known_mass` that tells objects with a label from others best.
@@ -232,6 +232,7 @@ def _seen(xyz: np.ndarray, seed: int) -> PreparedCloud:
 def _key(encoder: PointEncoder, adapter: Adapter | None, background: TextEmbeddings) -> str:
     about = [1, fingerprint(encoder), background.labels, encoder.grouping.density_aware]
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    sha.update(background.vectors.numpy().tobytes())
     if adapter is not None:
         for name, value in sorted(adapter.state_dict().items()):
             sha.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
