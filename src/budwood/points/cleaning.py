@@ -7,7 +7,7 @@ which scale a cloud by its farthest point.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,10 +147,11 @@ def _level_plane(points: Array, thickness: float, seed: int) -> _Plane | None:
             search.fit(flat[low], height[low])
     except ValueError:  # no trial is valid
         return None
-    rest = (height - search.predict(flat))[low][search.inlier_mask_]
-    if len(rest) < LEAST_GROUND * len(points) or rest.std() > FLAT * thickness:
+    near = np.abs(height - search.predict(flat)) <= thickness
+    plane = LinearRegression().fit(flat[near], height[near])
+    rest = height[near] - plane.predict(flat[near])
+    if near.mean() < LEAST_GROUND or rest.std() > FLAT * thickness:
         return None
-    plane: Any = search.estimator_
     centre = np.median(rest)  # what stands on the ground pulls the mean up
     spread = float(np.median(np.abs(rest - centre)) * SIGMA)
     offset = plane.intercept_ + middle[2] - middle[:2] @ plane.coef_ + centre
