@@ -138,9 +138,30 @@ PRUNING_METHODS = {
         "Keep tokens at even distances along the order in which the LLM sees them.",
         "baseline",
     ),
+    "overview": _method(
+        "baselines:Overview",
+        "nothing",
+        "Keep the overview of a picture and leave its tiles out, as a smaller picture would.",
+        "baseline",
+    ),
 }
 """Of `budwood prune`. ``reads`` says which signals a method takes, ``merges`` whether kept tokens
 take in dropped ones."""
+
+
+INSIDE_METHODS = {
+    "fastv": Entry(
+        "Drop visual tokens once, after the first layers of the LLM.",
+        "FastV, ECCV 2024, arXiv 2403.06764",
+        target="budwood.prune.inside.schedules:FastV",
+    ),
+    "pyramiddrop": Entry(
+        "Drop visual tokens in stages, as the layers of the LLM go by.",
+        "PyramidDrop, CVPR 2025, arXiv 2410.17247",
+        target="budwood.prune.inside.schedules:PyramidDrop",
+    ),
+}
+"""Of :func:`budwood.prune.inside.attach_inside`, and for comparison in `budwood bench prune`."""
 
 
 QUESTIONS = ("current", "all", "turn")

@@ -163,7 +163,7 @@ def test_speed(budwood, model_dir, tmp_path):
     assert full["n_prompt"] - adav["n_prompt"] == 12 and plain["n_prompt"] == adav["n_prompt"]
     assert adav["prefill_over_plain"] > 0 and adav["select_over_full"] > 0
     assert plain["encode_ms"] == plain["select_ms"] == 0
-    assert found["config"]["largest_numel"] > 0
+    assert adav["largest_numel"] > 0 and "largest_numel" not in found["rows"][-1]
     assert records.read(tmp_path / "speed.json").rows == found["rows"]
     assert "| prefill_over_plain |" in budwood("bench", "show", tmp_path / "speed.json").stdout
 
@@ -176,12 +176,27 @@ def test_speed_of_a_shape(budwood):
     full, _, adav = json.loads(result.stdout)["rows"]
     assert (full["n_visual"], adav["n_kept"]) == (2880, 160)
     assert full["n_prompt"] - adav["n_prompt"] == 2880 - 160
-    config = json.loads(result.stdout)["config"]
-    assert config["limit_numel"] == 5 * 576**2 > config["largest_numel"]
+    assert adav["limit_numel"] == 5 * 576**2 > adav["largest_numel"]
     assert adav["kv_mib"] < full["kv_mib"] and full["peak_mib"] is None
     per_token = 2 * 4 * 128 / 2**20  # keys and values of one layer, float32
     assert full["kv_mib"] == pytest.approx(per_token * (full["n_prompt"] + 1), abs=1e-3)
-    assert config["attach_ms"] > 0 and config["detach_ms"] > 0
+    assert adav["attach_ms"] > 0 and adav["detach_ms"] > 0
+
+
+def test_speed_of_several_shapes(budwood):
+    """Widths that fit no heads are rounded down."""
+    size = ["--layers", 1, "--width", 130, "--vision-layers", 2, "--vision-width", 70]
+    command = ["bench", "prune-speed", *size, "--repeats", 1, "--new-tokens", 2, "--keep", 40]
+    result = budwood(*command, "--shape", "llava-1.5,smolvlm2", "--json")
+    found = json.loads(result.stdout)
+    names = [(row["model"], row["method"]) for row in found["rows"]]
+    three = ("full", "plain", "adav")
+    assert names == [(name, one) for name in ("llava-1.5", "smolvlm2") for one in three]
+    shapes = [(one["name"], one["width"], one["vision_width"]) for one in found["config"]["shapes"]]
+    assert shapes == [("llava-1.5", 128, 64), ("smolvlm2", 128, 72)]
+    assert all(found["rows"][i]["attach_ms"] > 0 for i in (2, 5))
+    refused = budwood(*command, "--shape", "llava-1.5,llava")
+    assert refused.exit_code and "unknown shape 'llava'; known: llava-1.5" in refused.stderr
 
 
 @pytest.mark.parametrize("shape", ["llava-1.5", "qwen2.5-vl"])

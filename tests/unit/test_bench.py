@@ -6,15 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from budwood.bench.prune import Config, Outcome, Variant, rows_of, run, variants_of
+from budwood.bench.prune import Config, Outcome, Variant, counts, rows_of, run, variants_of
 from budwood.bench.prune.accuracy import Asked, Times, normalise
-from budwood.bench.prune.answering import answer_full, answer_pruned
+from budwood.bench.prune.answering import Sheet, answer, answer_full
 from budwood.bench.prune.plan import FULL, Run
 from budwood.bench.prune_speed import _Largest
 from budwood.bootstrap import PairedBootstrap, interval
 from budwood.errors import InputError, UnknownNameError
-from budwood.prune import attach, encode
+from budwood.prune import attach
 from budwood.prune.chat import answers, prepare, render
+from budwood.prune.inside import SCHEDULES, FastV, PyramidDrop, attach_inside
 from budwood.prune.latency import FirstToken
 from budwood.sprout.questions import Question, ask, balanced, chats
 from tests import tiny_vlm
@@ -47,42 +48,69 @@ def exam():
     return images, texts
 
 
+def sheet_of(vlm, exam) -> Sheet:
+    images, texts = exam
+    return Sheet(*vlm, images, WHICH, texts)
+
+
 @pytest.mark.parametrize("keep", [12, 0.75])
 @pytest.mark.parametrize(
-    "variant", [Variant("adav"), Variant("adav-official", "all"), Variant("random")]
+    "variant",
+    [
+        Variant("adav"),
+        Variant("adav-official", "all"),
+        Variant("random"),
+        Variant("fastervlm", None),
+        Variant("visionzip", None),
+        Variant("overview", None),
+    ],
 )
-def test_pictures_encoded_once_give_the_same_answers(vlm, exam, variant, keep):
+def test_shared_work_gives_the_same_answers(vlm, exam, variant, keep):
     model, processor = vlm
-    images, texts = exam
-    inputs = prepare(processor, [images[i] for i in WHICH], texts)
-    encoded = encode(model, prepare(processor, images, ["-", "-"]), variant.method)
+    sheet = sheet_of(vlm, exam)
+    found = answer(sheet, variant, keep=keep, seed=3)
     options = {"keep": keep, "seed": 3}
-    found = answer_pruned(
-        model, processor, inputs, encoded.pick(WHICH), variant, max_new_tokens=4, **options
-    )
     with attach(model, processor=processor, **variant.options, **options) as session:
-        output = model.generate(**inputs, **GREEDY)
-    assert found.texts == answers(processor, output, inputs["input_ids"].shape[1])
+        output = model.generate(**sheet.inputs, **GREEDY)
+    assert found.texts == answers(processor, output, sheet.inputs["input_ids"].shape[1])
     assert found.n_kept == [image.n_after for image in session.report]
     assert found.n_visual == [image.n_before for image in session.report]
+    assert len(set(found.texts)) > 1
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_pruning_inside_the_llm_gives_the_same_answers(vlm, exam, method, monkeypatch):
+    model, processor = vlm
+    sheet = sheet_of(vlm, exam)
+    schedule = (
+        FastV(average=False, layer=1) if method == "fastv" else PyramidDrop(average=False, stages=3)
+    )
+    monkeypatch.setattr(SCHEDULES, "get", lambda _: lambda average: schedule)
+    found = answer(sheet, Variant(method, None), keep=0.5, seed=3)
+    for row in range(len(WHICH)):
+        inputs = sheet.alone(row)
+        with attach_inside(model, method=schedule, keep=0.5) as session:
+            output = model.generate(**inputs, **GREEDY)
+        assert found.texts[row] == answers(processor, output, inputs["input_ids"].shape[1])[0]
+        assert found.n_kept[row] == session.report.average < session.report.n_visual
 
 
 def test_shared_prefix_gives_the_same_answers(vlm, exam):
     model, processor = vlm
-    images, texts = exam
-    inputs = prepare(processor, [images[i] for i in WHICH], texts)
-    encoded = encode(model, prepare(processor, images, ["-", "-"]))
-    found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
-    output = model.generate(**inputs, **GREEDY)
-    assert found == answers(processor, output, inputs["input_ids"].shape[1])
+    sheet = sheet_of(vlm, exam)
+    assert sheet.can_share
+    found = answer_full(sheet).texts
+    output = model.generate(**sheet.inputs, **GREEDY)
+    assert found == answers(processor, output, sheet.inputs["input_ids"].shape[1])
     assert len(set(found)) > 1
 
 
 def test_no_prefix_is_shared_where_the_picture_comes_last(vlm, exam):
     model, processor = vlm
     images, texts = exam
+    sheet = sheet_of(vlm, exam)
     prompts = [f"user : {text} <image> assistant :" for text in texts]
-    inputs = dict(
+    sheet.inputs = dict(
         processor(
             images=[images[i] for i in WHICH],
             text=prompts,
@@ -91,10 +119,11 @@ def test_no_prefix_is_shared_where_the_picture_comes_last(vlm, exam):
             return_tensors="pt",
         )
     )
-    encoded = encode(model, prepare(processor, images, ["-", "-"]))
-    found = answer_full(model, processor, inputs, encoded, WHICH, max_new_tokens=4)
-    output = model.generate(**inputs, **GREEDY)
-    assert found == answers(processor, output, inputs["input_ids"].shape[1])
+    assert not sheet.can_share
+    output = model.generate(**sheet.inputs, **GREEDY)
+    given = answers(processor, output, sheet.inputs["input_ids"].shape[1])
+    assert answer_full(sheet).texts == given
+    assert answer(sheet, Variant("uniform", None), keep=1.0, seed=0).texts == given
 
 
 def test_run_scores_what_the_model_says(vlm, monkeypatch):
@@ -193,7 +222,22 @@ def test_rows():
     assert rows["random"]["difference_other"] == pytest.approx(-1 / 3)
     assert rows["random"]["difference_low"] < -0.4 < rows["random"]["difference_high"] <= 0
     assert rows["blind"]["retention"] == 0 and rows["full"]["retention_low"] == 1.0
+    assert rows["random"]["best"] == "adav" and rows["adav"]["best"] == "random"
+    assert rows["adav"]["best_difference"] == pytest.approx(0.4)
+    assert rows["full"]["best"] is rows["full"]["best_difference"] is None
     assert rows["adav"]["prefill_ms"] == 6.0 and rows["adav"]["speedup"] == 2.0
+
+
+def test_accuracy_by_the_size_of_what_has_to_be_seen():
+    boxes = [((0, 0, 50, 90),), ((0, 0, 60, 200),), ((0, 0, 300, 200), (0, 0, 400, 110)), ()]
+    asked = [Asked(i, Question("colour", "", "", False, one)) for i, one in enumerate(boxes)]
+    config = Config((Variant("adav"),), (4,), n_resamples=10, high_resolution=True)
+    right = {run: [True, False, True, True] for run in config.runs}
+    times = dict.fromkeys(right, Times(FirstToken(9.0, 2.0, 1.0), 2.0))
+    outcome = Outcome(asked, right, [16] * 4, {run: [4] * 4 for run in right}, times)
+    row = rows_of(outcome, config)[-1]
+    assert [row[f"accuracy_{size}"] for size in ("small", "medium", "large")] == [1, 0, 1]
+    assert counts(outcome, config)["n_small"] == 1 and row["accuracy_reading"] is None
 
 
 def test_retention_of_a_model_that_is_never_right_is_unknown():
@@ -241,6 +285,8 @@ def test_variants():
         "method": "adav-official",
         "question": "all",
     }
+    names = [v.method for v in variants_of(["adav:reserve=0+temperature=50", "fastv"])]
+    assert names == ["adav:reserve=0+temperature=50", "fastv"]
     for wrong in (["adv"], ["adav-unofficial"], ["uniform-official"]):
         with pytest.raises(UnknownNameError):
             variants_of(wrong)

@@ -138,7 +138,16 @@ def test_adversarial_inputs(name, kind):
 
 
 def test_every_peer_has_a_reference():
-    known = {"adav", "adav-official", "adav-contrast", "fastervlm", "t2i", "random", "uniform"}
+    known = {
+        "adav",
+        "adav-official",
+        "adav-contrast",
+        "fastervlm",
+        "t2i",
+        "random",
+        "uniform",
+        "overview",
+    }
     assert set(METHODS) - known == set(REFERENCES)
 
 

@@ -16,11 +16,11 @@ from budwood.prune import METHODS, select
 from budwood.prune.methods.adav import AdaV
 from budwood.prune.methods.adav_contrast import AdaVContrast
 from budwood.prune.methods.adav_official import AdaVOfficial
-from budwood.prune.methods.base import Split
+from budwood.prune.methods.base import Extras, Split
 from budwood.prune.methods.baselines import Random
 from budwood.prune.methods.scores import Common, best_split, log_relevance
 from budwood.prune.methods.t2i import T2I
-from budwood.prune.selection import usable
+from budwood.prune.selection import method_of, usable
 from tests.reference import adav_reference as reference
 
 # (n_visual, n_text, d_model, keep): tiny budgets, everything, one text token, heavy overlap
@@ -318,6 +318,63 @@ def test_uniform_spreads_over_the_raster():
     assert select(visual, keep=2, method="uniform").indices.tolist() == [2, 7]
     assert select(visual, keep=10, method="uniform").indices.tolist() == list(range(10))
     assert select(visual, keep=4, method="uniform").indices.tolist() == [1, 3, 6, 8]
+
+
+def test_overview_is_the_raster_of_the_largest_cells():
+    """Two rows of three tiles' tokens, then an overview of two by four, as Idefics3 has it."""
+    tiles = [(x / 3, y / 2, (x + 1) / 3, (y + 1) / 2) for y in range(2) for x in range(3)]
+    tiles = [(x0 / 2, y0 / 2, x1 / 2, y1 / 2) for x0, y0, x1, y1 in tiles]
+    overview = [(x / 4, y / 2, (x + 1) / 4, (y + 1) / 2) for y in range(2) for x in range(4)]
+    extras = Extras(torch.tensor(tiles + overview))
+    assert extras.grids == ((2, 3), (2, 4))
+
+    def kept(keep):
+        chosen = select(torch.zeros(14, 2), keep=keep, method="overview", extras=extras)
+        return chosen.indices.tolist()
+
+    assert kept(8) == list(range(6, 14)) and kept(14) == list(range(14))
+    assert kept(1) == [12] and kept(2) == [11, 13] and kept(4) == [10, 11, 12, 13]
+    assert kept(6) == [6, 8, 9, 10, 12, 13] and kept(9) == [3, *range(6, 14)]
+    for keep in range(1, 15):
+        assert len(set(kept(keep))) == keep
+    whole = select(torch.zeros(10, 2), keep=4, method="overview").indices
+    assert torch.equal(whole, select(torch.zeros(10, 2), keep=4, method="uniform").indices)
+
+
+def test_a_name_may_have_parameters():
+    inputs = make(40, 3, 5)
+    for spec, method in (
+        ("adav:reserve=0.1+temperature=50", AdaV(reserve=0.1, temperature=50.0)),
+        ("adav", AdaV()),
+        ("cdpruner:negated=true", METHODS.get("cdpruner")(negated=True)),
+    ):
+        assert method_of(spec) == method
+        by_name, given = (select(*inputs, keep=9, method=one) for one in (spec, method))
+        assert torch.equal(by_name.indices, given.indices)
+    official = select(*inputs, keep=9, method="adav:reserve=0", compat="official", n_crops=1)
+    assert torch.equal(
+        official.indices, select(*inputs, keep=9, method=AdaVOfficial(reserve=0.0)).indices
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("adv:reserve=0", UnknownNameError, "did you mean 'adav'"),
+        ("adav:reserv=0", InputError, "has no parameter 'reserv'; it has: reserve, temperature"),
+        ("uniform:seed=1", InputError, "it has: none"),
+        ("adav-contrast:common=1", InputError, "has no parameter 'common'"),
+        ("adav:reserve", InputError, "write key=value"),
+        ("adav:reserve=much", InputError, "reserve='much' of method 'adav' must be of type float"),
+        ("adav:reserve=2", InputError, "outside \\[0, 0.5\\]"),
+        ("cdpruner:negated=1", InputError, "must be of type bool"),
+        ("random:seed=0.5", InputError, "must be of type int"),
+    ],
+)
+def test_refuses_a_spec(spec, error, message):
+    with pytest.raises(error, match=message) as raised:
+        select(*make(40, 3, 5), keep=9, method=spec)
+    assert "\n" not in str(raised.value)
 
 
 def test_random_follows_seed_and_generator():

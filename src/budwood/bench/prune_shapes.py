@@ -106,6 +106,19 @@ class Shape:
                     f"{name}={given} must be a multiple of {head} in {self.name}; give {near}"
                 )
 
+    @classmethod
+    def near(
+        cls, name: str, layers: int, width: int, vision_layers: int, vision_width: int
+    ) -> Shape:
+        """A shape whose widths are rounded down to whole heads, at least one."""
+        if name not in SHAPES:
+            raise UnknownNameError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+        heads = SHAPES[name].head, SHAPES[name].vision_head
+        width, vision_width = (
+            max(1, given // head) * head for given, head in zip((width, vision_width), heads)
+        )
+        return cls(name, layers, width, vision_layers, vision_width)
+
     @property
     def size(self) -> models.Size:
         """With the numbers of heads."""

@@ -72,6 +72,39 @@ class SpeedConfig:
         need_at_least(1, repeats=self.repeats)
         need_at_least(2, n_new=self.n_new)
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Arguments of ``generate`` by which all answers have ``n_new`` tokens."""
+        return {"max_new_tokens": self.n_new, "min_new_tokens": self.n_new}
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    config: SpeedConfig,
+    threads: Sequence[int] = (),
+) -> list[Row]:
+    """Everything that is measured of one model.
+
+    Args:
+        model: a model of a known family, with nothing attached.
+        processor: its processor; None if there is none.
+        inputs: one row with one image.
+        config: what to time.
+        threads: how many at once.
+
+    Returns:
+        The rows of :func:`measure_speed`, of which the first pruned one has those of
+        :func:`largest_allocation` and :func:`attach_times` too; then those of
+        :func:`measure_load`.
+    """
+    rows = measure_speed(model, processor, inputs, config)
+    first = next(row for row in rows if row["method"] == config.method)
+    first |= largest_allocation(model, processor, inputs, config.keeps[0])
+    first |= attach_times(model, processor, config)
+    return rows + measure_load(model, processor, inputs, config, threads)
+
 
 def measure_speed(
     model: Any, processor: Any, inputs: Mapping[str, Any], config: SpeedConfig
@@ -132,9 +165,7 @@ def memory(model: Any, inputs: Mapping[str, Any], config: SpeedConfig) -> Row:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
-    output = model.generate(
-        **inputs, **GREEDY, max_new_tokens=config.n_new, return_dict_in_generate=True
-    )
+    output = model.generate(**inputs, **GREEDY, **config.lengths, return_dict_in_generate=True)
     layers = output.past_key_values.layers
     n_bytes = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
@@ -169,10 +200,9 @@ def measure_load(
         For each number of threads a row ``full`` and one for the method at each budget, with
         ``threads``, ``requests_per_s`` and ``requests_over_full``, the median ratio of the rounds.
     """
-    lengths = {"max_new_tokens": config.n_new, "min_new_tokens": config.n_new}
 
     def ask(_: int) -> None:
-        model.generate(**inputs, **GREEDY, **lengths)
+        model.generate(**inputs, **GREEDY, **config.lengths)
 
     def rate(n_threads: int) -> float:
         with ThreadPoolExecutor(n_threads) as pool:
@@ -327,9 +357,7 @@ def _time_pruned(
 def _timed(
     model: Any, inputs: Mapping[str, Any], config: SpeedConfig, session: PruneSession | None = None
 ) -> Timed:
-    # Answers of fixed length, so that all decode equally many tokens.
-    lengths = {"max_new_tokens": config.n_new, "min_new_tokens": config.n_new}
-    return generate_timed(model, inputs, session, **lengths)
+    return generate_timed(model, inputs, session, **config.lengths)
 
 
 def _row(

@@ -13,6 +13,7 @@ from budwood.errors import BudgetError, InputError, UnknownNameError
 from budwood.loading import check_dtype
 from budwood.prune.budget import Budget
 from budwood.registry import Registry
+from budwood.spec import parse_spec
 
 
 def _checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
@@ -35,8 +36,18 @@ _TUNERS = Registry("tuning method", catalogue.TUNERS)
 _ADAPTATIONS = Registry("method", catalogue.ADAPTATIONS)
 
 
-def _check_tuner(name: str) -> None:
-    _TUNERS.check(name.partition(":")[0].strip())
+def _check_method(spec: str) -> None:
+    _METHODS.check(parse_spec(spec)[0])
+
+
+def _check_bench_method(spec: str) -> None:
+    name = parse_spec(spec)[0]
+    if name not in catalogue.INSIDE_METHODS:
+        _METHODS.check(name)
+
+
+def _check_tuner(spec: str) -> None:
+    _TUNERS.check(parse_spec(spec)[0])
 
 
 def _check_question(name: str) -> None:
@@ -79,15 +90,26 @@ Model = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        callback=_checked(_METHODS.check), help="Pruning method; see `budwood ls methods`."
+        callback=_checked(_check_method),
+        metavar="NAME[:KEY=VALUE+…]",
+        help="Pruning method; see `budwood ls methods`.",
     ),
 ]
 Methods = Annotated[
     str,
     typer.Option(
-        callback=_each(_METHODS.check),
-        metavar="NAME,…",
+        callback=_each(_check_method),
+        metavar="NAME[:KEY=VALUE+…],…",
         help="Pruning methods; see `budwood ls methods`.",
+    ),
+]
+BenchMethods = Annotated[
+    str,
+    typer.Option(
+        callback=_each(_check_bench_method),
+        metavar="NAME[:KEY=VALUE+…],…",
+        help=f"Pruning methods; see `budwood ls methods`. Or inside the LLM: "
+        f"{', '.join(catalogue.INSIDE_METHODS)}.",
     ),
 ]
 Tuner = Annotated[

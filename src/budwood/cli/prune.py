@@ -104,7 +104,7 @@ def _attach_options(
 ) -> dict[str, Any]:
     from budwood.prune.selection import resolve_method
 
-    name = resolve_method(method, compat).name
+    name = resolve_method(method, compat).name if compat else method
     return {"method": name, "question": span, "keep": options.keep_of(keep), "seed": seed}
 
 

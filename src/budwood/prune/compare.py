@@ -12,8 +12,8 @@ from budwood.errors import InputError
 from budwood.prune.chat import GREEDY, answers, check_question, prepare
 from budwood.prune.encoded import Encoded, encode
 from budwood.prune.latency import FirstToken, generate_timed
-from budwood.prune.methods import METHODS
 from budwood.prune.report import ImageReport
+from budwood.prune.selection import resolve_method
 from budwood.prune.session import attach
 from budwood.timing import side_by_side
 
@@ -124,7 +124,7 @@ def compare_methods(
         processor: its processor.
         image: RGB.
         question: what is asked.
-        methods: names in ``METHODS``.
+        methods: names in ``METHODS``, also with parameters.
         options: of ``attach``, without ``method`` and ``encoded``.
         max_new_tokens: where an answer is cut.
 
@@ -142,7 +142,7 @@ def compare_methods(
         raise InputError("nothing to compare: give at least one method")
     if len(set(methods)) < len(methods):
         raise InputError(f"methods has one twice: {', '.join(methods)}")
-    forms = {method: METHODS.get(method).whole_crops for method in methods}
+    forms = {method: resolve_method(method).whole_crops for method in methods}
     inputs = prepare(processor, [image], [check_question(question)], model.device)
     n_prompt = inputs["input_ids"].shape[1]
     generation: dict[str, Any] = {**GREEDY, "max_new_tokens": max_new_tokens}

@@ -12,6 +12,7 @@ from budwood.errors import InputError, ShapeError, UnknownNameError
 from budwood.prune.budget import Budget
 from budwood.prune.methods import METHODS
 from budwood.prune.methods.base import Extras, Method, Selection
+from budwood.spec import parse_spec
 
 
 @torch.no_grad()
@@ -86,13 +87,15 @@ def resolve_method(method: str | Method, compat: str | None = None) -> Method:
     """Turn what a user gives as a method into an instance.
 
     Args:
-        method: a name in ``METHODS``, or an instance.
+        method: a name in ``METHODS``, also with parameters behind it, such as
+            ``"adav:reserve=0.1+temperature=50"``, or an instance.
         compat: None, or ``"official"`` for the method ``NAME-official`` with the same parameters.
 
     Raises:
         UnknownNameError: unknown name or ``compat``, or there is no ``NAME-official``.
+        InputError: an unknown parameter, or a value that it does not take.
     """
-    chosen = method if isinstance(method, Method) else METHODS.get(method)()
+    chosen = method if isinstance(method, Method) else method_of(method)
     if compat is None:
         return chosen
     if compat != "official":
@@ -103,6 +106,32 @@ def resolve_method(method: str | Method, compat: str | None = None) -> Method:
             f"compat='official' is not known for method {chosen.name!r}; leave compat out"
         )
     return METHODS.get(name)(**vars(chosen))  # the fields of a dataclass
+
+
+def method_of(spec: str) -> Method:
+    """Make a method from its name and parameters, ``NAME:parameter=value+parameter=value``.
+
+    >>> method_of("adav:reserve=0.1+temperature=50.0")
+    AdaV(reserve=0.1, temperature=50.0)
+
+    Raises:
+        UnknownNameError: unknown name.
+        InputError: an unknown parameter, or a value that it does not take.
+    """
+    name, values = parse_spec(spec) if isinstance(spec, str) else (spec, {})
+    chosen = METHODS.get(name)
+    defaults = {one.name: one.default for one in dataclasses.fields(chosen) if one.repr}
+    for parameter, value in values.items():
+        if parameter not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise InputError(f"method {name!r} has no parameter {parameter!r}; it has: {known}")
+        kind = type(defaults[parameter])
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise InputError(
+                f"{parameter}={value!r} of method {name!r} must be of type {kind.__name__}; the "
+                f"default is {defaults[parameter]}"
+            )
+    return chosen(**values)
 
 
 def usable(visual: Tensor, text: Tensor | None = None, saliency: Tensor | None = None) -> Tensor:

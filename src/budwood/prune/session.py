@@ -82,7 +82,8 @@ def attach(
     Args:
         model: a transformers model of a family in ``FAMILIES``; may be wrapped by PEFT or carry
             accelerate hooks.
-        method: a name in ``METHODS``, or an instance.
+        method: a name in ``METHODS``, also with parameters, such as
+            ``"adav:reserve=0.1+temperature=50"``, or an instance.
         keep: the budget of each image, for every family alike: a count of tokens (int), or a
             fraction of the image's candidates (float in (0, 1]), or a list with one of these for
             each image that a call prunes. An image's candidates are all its crops or tiles

@@ -108,7 +108,7 @@ def balanced(
 
 
 def chats(
-    seed: int, n_scenes: int, n_turns: int, split: str = "test"
+    seed: int, n_scenes: int, n_turns: int, split: str = "test", high_resolution: bool = False
 ) -> list[tuple[Scene, list[tuple[Question, ...]]]]:
     """Draw chats about the scenes of :func:`balanced`, each question about other objects.
 
@@ -120,10 +120,11 @@ def chats(
         n_scenes: likewise; a scene may allow no chat.
         n_turns: questions in a chat.
         split: as in :func:`balanced`.
+        high_resolution: likewise.
     """
     return [
         (scene, [chat for last in questions if (chat := _chat(scene, last, n_turns))])
-        for scene, questions in balanced(seed, n_scenes, split)
+        for scene, questions in balanced(seed, n_scenes, split, high_resolution)
     ]
 
 

@@ -17,6 +17,7 @@ from budwood.checks import need_int, need_number
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
+from budwood.spec import parse_spec
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import EncodedExample
 from budwood.tune.fitting import N_TEXTS, fit_discriminant
@@ -338,13 +339,8 @@ def parse_tuner(text: str) -> Tuner:
         UnknownNameError: there is no such method.
         InputError: an option is malformed.
     """
-    chosen, rest = method_of(text), text.partition(":")[2]
-    given = dict(chosen.options)
-    for item in filter(None, rest.split("+")):
-        key, equals, value = item.partition("=")
-        if not equals or not key.isidentifier():
-            raise InputError(f"{text!r}: {item!r} is not an option; write key=value")
-        given[key] = _value(value)
+    chosen = method_of(text)
+    given = {**chosen.options, **parse_spec(text)[1]}
     names = {one.name for one in dataclasses.fields(chosen.kind)}
     names -= {"extra", "n_supervised_tokens"}
     own = {key: value for key, value in given.items() if key in names}
@@ -399,18 +395,6 @@ def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:
 def n_trainable(model: Any) -> int:
     """Parameters that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _value(text: str) -> Any:
-    known = {"true": True, "false": False, "none": None}
-    if text.lower() in known:
-        return known[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _needs_texts(config: SlimConfig) -> bool:

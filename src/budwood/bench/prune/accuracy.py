@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,15 +10,19 @@ from typing import Any
 
 from PIL import Image
 
-from budwood.bench.prune.answering import Answered, answer_full, answer_pruned
+from budwood.bench.prune.answering import (
+    Answered,
+    Sheet,
+    answer,
+    answer_full,
+)
 from budwood.bench.prune.plan import BLIND, FULL, Config, Run
 from budwood.errors import InputError
 from budwood.evaluate.scenes import normalise
 from budwood.progress import Progress, silent
 from budwood.prune.chat import Turns, prepare
-from budwood.prune.encoded import Encoded, encode
+from budwood.prune.inside import SCHEDULES, attach_inside
 from budwood.prune.latency import FirstToken, generate_timed
-from budwood.prune.methods import METHODS
 from budwood.prune.session import attach
 from budwood.sprout.questions import Question, chats
 from budwood.sprout.scenes import Scene
@@ -76,7 +81,7 @@ class Outcome:
     asked: list[Asked]
     right: dict[Run, list[bool]]
     n_visual: list[int] = field(default_factory=list)
-    n_kept: dict[Run, list[int]] = field(default_factory=dict)
+    n_kept: dict[Run, list[float]] = field(default_factory=dict)
     times: dict[Run, Times] = field(default_factory=dict)
 
 
@@ -106,7 +111,7 @@ def run(
     scenes = [
         (scene, [Asked(i, last, tuple(before)) for *before, last in of_scene])
         for i, (scene, of_scene) in enumerate(
-            chats(config.seed, config.n_scenes, config.turns, config.split)
+            chats(config.seed, config.n_scenes, config.turns, config.split, config.high_resolution)
         )
     ]
     asked = [one for _, of_scene in scenes for one in of_scene]
@@ -135,7 +140,7 @@ def run(
         answers = [row for (_, which), row in sorted(done.items()) if which == i]
         outcome.right[run_] = [right for row in answers for right in row["right"]]
         outcome.n_kept[run_] = [n_kept for row in answers for n_kept in row["n_kept"]]
-    outcome.n_visual = outcome.n_kept[FULL]
+    outcome.n_visual = [int(n) for n in outcome.n_kept[FULL]]
     timed = [(scenes[one.scene][0].image, one) for one in _spread(asked, config.n_timed)]
     outcome.times = measure(model, processor, config.runs, timed)
     return outcome
@@ -162,6 +167,11 @@ def measure(
         inputs = prepare(processor, [image], [asked.question.text], model.device, [asked.turns])
         if run_.variant is None:
             return generate_timed(model, inputs, max_new_tokens=1).first
+        if run_.variant.inside:
+            assert run_.keep is not None
+            schedule = SCHEDULES.get(run_.variant.method)(average=False)
+            with attach_inside(model, method=schedule, keep=run_.keep):
+                return generate_timed(model, inputs, max_new_tokens=1).first
         options: dict[str, Any] = {**run_.variant.options, "keep": run_.keep, "timing": True}
         with attach(model, processor=processor, **options) as session:
             return generate_timed(model, inputs, session, max_new_tokens=1).first
@@ -190,68 +200,33 @@ class _Exam:
         number: int,
         chunk: Sequence[tuple[Scene, list[Asked]]],
     ) -> None:
-        self.model, self.processor, self.config = model, processor, config
         # Draws follow the number of an image in its call, so each call needs a seed of its own.
         self.seed = config.seed * 1_000_003 + number
         self.asked = [one for _, of_scene in chunk for one in of_scene]
         self.images = [scene.image for scene, _ in chunk]
-        self.which = [i for i, (_, of_scene) in enumerate(chunk) for _ in of_scene]
-        self.inputs = self._inputs(self.images, self.which)
-        self._encoded: dict[bool, Encoded] = {}
-        self.n_visual = [len(self._encode().saliency[i]) for i in self.which]
+        self.sheet = Sheet(
+            model,
+            processor,
+            self.images,
+            [i for i, (_, of_scene) in enumerate(chunk) for _ in of_scene],
+            [one.question.text for one in self.asked],
+            [one.turns for one in self.asked],
+            config.max_new_tokens,
+        )
 
     def sit(self, run_: Run) -> Answered:
         """Answer all questions in one way."""
         if run_.variant is not None:
             assert run_.keep is not None
-            return answer_pruned(
-                self.model,
-                self.processor,
-                self.inputs,
-                self._encode(run_.variant.method).pick(self.which),
-                run_.variant,
-                keep=run_.keep,
-                seed=self.seed,
-                max_new_tokens=self.config.max_new_tokens,
-            )
-        inputs, encoded, which = self.inputs, self._encode(), self.which
-        if run_ == BLIND:
-            inputs, encoded, which = self._blinded()
-        texts = answer_full(
-            self.model,
-            self.processor,
-            inputs,
-            encoded,
-            which,
-            max_new_tokens=self.config.max_new_tokens,
-        )
-        return Answered(texts, self.n_visual, self.n_visual)
+            return answer(self.sheet, run_.variant, keep=run_.keep, seed=self.seed)
+        return answer_full(self._blinded() if run_ == BLIND else self.sheet)
 
-    def _blinded(self) -> tuple[dict[str, Any], Encoded, list[int]]:
+    def _blinded(self) -> Sheet:
         """The same questions about grey pictures, one picture for each size."""
-        sizes = list(dict.fromkeys(image.size for image in self.images))
-        which = [sizes.index(self.images[i].size) for i in self.which]
-        first = [self.images[[image.size for image in self.images].index(size)] for size in sizes]
-        blanks = [_blank(image) for image in first]
-        inputs = self._inputs(blanks, which)
-        return inputs, encode(self.model, self._pictures(blanks)), which
-
-    def _encode(self, method: str = "adav") -> Encoded:
-        """The scenes' pictures, encoded once for all methods that read them in the same form."""
-        whole_crops = METHODS.get(method).whole_crops
-        if whole_crops not in self._encoded:
-            pictures = self._pictures(self.images)
-            self._encoded[whole_crops] = encode(self.model, pictures, method)
-        return self._encoded[whole_crops]
-
-    def _pictures(self, images: Sequence[Image.Image]) -> dict[str, Any]:
-        return prepare(self.processor, images, ["-"] * len(images), self.model.device)
-
-    def _inputs(self, images: Sequence[Image.Image], which: Sequence[int]) -> dict[str, Any]:
-        texts = [one.question.text for one in self.asked]
-        before = [one.turns for one in self.asked]
-        shown = [images[i] for i in which]
-        return prepare(self.processor, shown, texts, self.model.device, before)
+        blanks = {image.size: _blank(image) for image in self.images}
+        sizes = list(blanks)
+        which = [sizes.index(self.images[i].size) for i in self.sheet.which]
+        return dataclasses.replace(self.sheet, images=list(blanks.values()), which=which)
 
 
 def _blank(image: Image.Image) -> Image.Image:

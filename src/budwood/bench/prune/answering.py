@@ -1,160 +1,253 @@
 """Answers to many questions about few pictures, each picture encoded once.
 
 The benchmark measures ``attach`` and ``generate`` themselves. It shares only work that comes out
-the same each time: the encoded pictures, between questions, methods and budgets; and, without
-pruning, the keys and values of the prompt up to where the questions begin to differ.
+the same each time: the encoded pictures, between questions, methods and budgets; and, where all
+questions about a picture get the same visual tokens, the keys and values of the prompt up to where
+the questions begin to differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from budwood.bench.prune.plan import Variant
 from budwood.caches import cache_of, name_for
-from budwood.prune.chat import GREEDY, answers
-from budwood.prune.encoded import Encoded
+from budwood.prune.chat import GREEDY, Turns, answers, prepare
+from budwood.prune.encoded import Encoded, encode
 from budwood.prune.families import Family, family_of
+from budwood.prune.inside import SCHEDULES, attach_inside
+from budwood.prune.selection import resolve_method
 from budwood.prune.session import attach
 from budwood.unwrap import innermost
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Answers of one call.
+    """Answers to the questions of a sheet.
 
     Attributes:
-        texts: one per row.
-        n_visual: visual tokens of each row's picture before pruning.
-        n_kept: visual tokens that the LLM saw.
+        texts: one per question.
+        n_visual: visual tokens of each question's picture before pruning.
+        n_kept: visual tokens that the LLM saw; inside the LLM, the mean over its layers.
     """
 
     texts: list[str]
     n_visual: list[int]
-    n_kept: list[int]
+    n_kept: list[float]
 
 
-def answer_pruned(
-    model: Any,
-    processor: Any,
-    inputs: Mapping[str, Any],
-    encoded: Encoded,
-    variant: Variant,
-    *,
-    keep: int | float,
-    seed: int,
-    max_new_tokens: int,
-) -> Answered:
-    """Answer a batch with pruning attached.
+@dataclass(eq=False)
+class Sheet:
+    """Questions about some pictures, as a model takes them.
 
-    Args:
+    Attributes:
         model: the model, with nothing attached.
         processor: its processor.
-        inputs: one row per question, one picture in each.
-        encoded: the picture of each row.
+        images: RGB.
+        which: picture of each question.
+        questions: what is asked.
+        before: earlier turns of each question's chat; None for single questions.
+        max_new_tokens: where an answer is cut.
+    """
+
+    model: Any
+    processor: Any
+    images: Sequence[Image.Image]
+    which: Sequence[int]
+    questions: Sequence[str]
+    before: Sequence[Turns] | None = None
+    max_new_tokens: int = 4
+    _encoded: dict[bool, Encoded] = field(default_factory=dict, init=False)
+    _alone: dict[int, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """One row per question, one picture in each."""
+        images = [self.images[i] for i in self.which]
+        return prepare(self.processor, images, self.questions, self.model.device, self.before)
+
+    def alone(self, row: int) -> dict[str, Any]:
+        """The inputs of one question."""
+        if row not in self._alone:
+            image, before = self.images[self.which[row]], self.before and [self.before[row]]
+            asked = [self.questions[row]]
+            device = self.model.device
+            self._alone[row] = prepare(self.processor, [image], asked, device, before)
+        return self._alone[row]
+
+    def encoded(self, whole_crops: bool = False) -> Encoded:
+        """The pictures, encoded once for all methods that read them in the same form."""
+        if whole_crops not in self._encoded:
+            blank = ["-"] * len(self.images)
+            pictures = prepare(self.processor, self.images, blank, self.model.device)
+            method = "adav-official" if whole_crops else "adav"
+            self._encoded[whole_crops] = encode(self.model, pictures, method)
+        return self._encoded[whole_crops]
+
+    @property
+    def n_visual(self) -> list[int]:
+        """Visual tokens of each question's picture, newlines not counted."""
+        return [len(self.encoded().saliency[i]) for i in self.which]
+
+    @cached_property
+    def family(self) -> Family:
+        """Where things are in the model."""
+        return family_of(innermost(self.model), self.processor)
+
+    @cached_property
+    def rows(self) -> dict[int, list[int]]:
+        """Questions about each picture."""
+        return {
+            picture: [row for row, about in enumerate(self.which) if about == picture]
+            for picture in self.which
+        }
+
+    @cached_property
+    def prompts(self) -> dict[int, list[Tensor]]:
+        """Token ids of the questions about each picture, without padding."""
+        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"].bool()
+        return {p: [ids[row][mask[row]] for row in rows] for p, rows in self.rows.items()}
+
+    @cached_property
+    def can_share(self) -> bool:
+        """Whether positions count tokens, and every picture lies in the shared beginning."""
+        ids, mask = self.inputs["input_ids"].cpu(), self.inputs["attention_mask"].cpu()
+        if self.family.positions(self.inputs, ids, mask) is not None:
+            return False
+        groups = self.prompts.values()
+        rests = (prompt[_n_common(prompts) :] for prompts in groups for prompt in prompts)
+        return not any((rest == self.family.image_token_id).any() for rest in rests)
+
+    @property
+    def pad(self) -> int:
+        """Token id of padding."""
+        return int(self.processor.tokenizer.pad_token_id)
+
+    def generate(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Answer each row of some inputs greedily."""
+        output = self.model.generate(**inputs, **GREEDY, max_new_tokens=self.max_new_tokens)
+        return answers(self.processor, output, inputs["input_ids"].shape[1])
+
+
+def answer(sheet: Sheet, variant: Variant, *, keep: int | float, seed: int) -> Answered:
+    """Answer with pruning attached.
+
+    Where positions count tokens, questions about a picture share what they have in common, unless
+    the method reads them or draws anew for each. That is exact for a causal LLM.
+
+    Args:
+        sheet: the questions.
         variant: how to prune.
         keep: as in ``attach``.
         seed: for methods that draw.
-        max_new_tokens: where an answer is cut.
     """
-    options: dict[str, Any] = {**variant.options, "keep": keep, "seed": seed, "encoded": encoded}
-    with attach(model, processor=processor, **options) as session:
-        output = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
+    if variant.inside:
+        return _answer_inside(sheet, variant.method, keep)
+    method = resolve_method(variant.method)
+    options = {**variant.options, "keep": keep, "seed": seed, "processor": sheet.processor}
+    encoded = sheet.encoded(method.whole_crops)
+    if not (method.needs_text or method.draws) and sheet.can_share:
+        return _answer_shared(sheet, encoded, options)
+    with attach(sheet.model, encoded=encoded.pick(sheet.which), **options) as session:
+        texts = sheet.generate(sheet.inputs)
     report = session.report
     return Answered(
-        answers(processor, output, inputs["input_ids"].shape[1]),
-        [image.n_before for image in report],
-        [image.n_after for image in report],
+        texts, [image.n_before for image in report], [image.n_after for image in report]
     )
 
 
-@torch.no_grad()
-def answer_full(
-    model: Any,
-    processor: Any,
-    inputs: Mapping[str, Any],
-    encoded: Encoded,
-    which: Sequence[int],
-    *,
-    max_new_tokens: int,
-) -> list[str]:
-    """Answer a batch with all visual tokens.
-
-    Where positions simply count tokens, rows about one picture share the keys and values of the
-    beginning of their prompts, which is exact for a causal LLM. Other families answer as one
-    plain batch.
-
-    Args:
-        model: the model, with nothing attached.
-        processor: its processor.
-        inputs: one row per question, one picture in each.
-        encoded: the pictures.
-        which: picture of each row.
-        max_new_tokens: where an answer is cut.
-    """
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    options = {**GREEDY, "max_new_tokens": max_new_tokens}
-    groups = {
-        picture: [row for row, about in enumerate(which) if about == picture] for picture in which
-    }
-    prompts = {
-        picture: [ids[row][mask[row].bool()] for row in rows] for picture, rows in groups.items()
-    }
-    family = family_of(innermost(model), processor)
-    if not _can_share(family, inputs, list(prompts.values())):
-        return answers(processor, model.generate(**inputs, **options), ids.shape[1])
-    texts = [""] * len(ids)
-    pad = int(processor.tokenizer.pad_token_id)
-    for picture, rows in groups.items():
-        shared = _after_prefix(family, prompts[picture], encoded.features[picture], pad)
-        output = model.generate(**shared, **options)
-        for row, text in zip(rows, answers(processor, output, shared["input_ids"].shape[1])):
+def answer_full(sheet: Sheet) -> Answered:
+    """Answer with all visual tokens; questions about a picture share what they can."""
+    if not sheet.can_share:
+        return Answered(sheet.generate(sheet.inputs), sheet.n_visual, list(sheet.n_visual))
+    texts = [""] * len(sheet.which)
+    for picture, rows in sheet.rows.items():
+        prompts = sheet.prompts[picture]
+        n_shared = _n_common(prompts)
+        outputs = {sheet.family.kind: sheet.family.outputs([sheet.encoded().features[picture]])}
+        shared = _after_prefix(
+            sheet, prompts[0][:n_shared], outputs, [prompt[n_shared:] for prompt in prompts]
+        )
+        for row, text in zip(rows, sheet.generate(shared)):
             texts[row] = text
-    return texts
+    return Answered(texts, sheet.n_visual, list(sheet.n_visual))
 
 
-def _can_share(family: Family, inputs: Mapping[str, Any], groups: list[list[Tensor]]) -> bool:
-    """Whether positions count tokens, and every picture lies in the shared beginning."""
-    ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
-    if family.positions(inputs, ids, mask) is not None:
-        return False
-    rests = (prompt[_n_common(prompts) :] for prompts in groups for prompt in prompts)
-    return not any((rest == family.image_token_id).any() for rest in rests)
+def _answer_shared(sheet: Sheet, encoded: Encoded, options: Mapping[str, Any]) -> Answered:
+    """Prune each picture once for all questions about it."""
+    texts, n_visual, n_kept = ([None] * len(sheet.which) for _ in range(3))
+    for picture, rows in sheet.rows.items():
+        prompts = sheet.prompts[picture]
+        n_shared = _n_common(prompts)
+        with attach(sheet.model, encoded=encoded.pick([picture]), **options) as session:
+            cut = session.pruner.cut(sheet.alone(rows[0]), sheet.pad)
+        prefix = cut.inputs["input_ids"][0, cut.origin[0] < n_shared]
+        shared = _after_prefix(
+            sheet,
+            prefix,
+            cut.inputs["mm_encoder_outputs"],
+            [prompt[n_shared:] for prompt in prompts],
+        )
+        for row, text in zip(rows, sheet.generate(shared)):
+            texts[row], n_visual[row] = text, cut.report[0].n_before
+            n_kept[row] = cut.report[0].n_after
+    return Answered(texts, n_visual, n_kept)
 
 
+def _answer_inside(sheet: Sheet, method: str, keep: int | float) -> Answered:
+    """Prune inside the LLM, one question at a time. The budget is what is left, as papers count."""
+    texts, n_kept = [], []
+    schedule = SCHEDULES.get(method)(average=False)
+    for row, picture in enumerate(sheet.which):
+        features = sheet.encoded().features[picture]
+        given = {"mm_encoder_outputs": {sheet.family.kind: sheet.family.outputs([features])}}
+        with attach_inside(sheet.model, method=schedule, keep=keep) as session:
+            texts += sheet.generate(_without_pictures(sheet.family, sheet.alone(row)) | given)
+        assert session.report is not None
+        n_kept.append(session.report.average)
+    return Answered(texts, sheet.n_visual, n_kept)
+
+
+def _without_pictures(family: Family, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without what goes to the vision encoder."""
+    consumed = {name for kind in family.kinds for name in kind.encoder_inputs}
+    return {name: value for name, value in inputs.items() if name not in consumed}
+
+
+@torch.no_grad()
 def _after_prefix(
-    family: Family, prompts: list[Tensor], features: Tensor, pad: int
+    sheet: Sheet, prefix: Tensor, outputs: Mapping[str, Any], rests: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """Prefill what the prompts share, and give the inputs of ``generate`` for the rest.
+    """Prefill a beginning with its picture, and give the inputs of ``generate`` for all rests.
 
-    Shorter rests are padded on the left, behind the shared beginning.
+    Shorter rests are padded on the left, behind the beginning.
     """
-    n_shared = _n_common(prompts)
-    prefix = prompts[0][:n_shared]
-    output = family.model(
+    output = sheet.model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
-        mm_encoder_outputs={family.kind: family.outputs([features])},
+        mm_encoder_outputs=outputs,
         use_cache=True,
         logits_to_keep=1,
     )
     cache = cache_of(output)
-    cache.batch_repeat_interleave(len(prompts))
-    longest = max(map(len, prompts))
-    ids = prefix.new_full((len(prompts), longest), pad)
+    cache.batch_repeat_interleave(len(rests))
+    n_shared, longest = len(prefix), len(prefix) + max(map(len, rests))
+    ids = prefix.new_full((len(rests), longest), sheet.pad)
     mask = torch.zeros_like(ids)
     ids[:, :n_shared], mask[:, :n_shared] = prefix, 1
-    for row, prompt in enumerate(prompts):
-        rest = len(prompt) - n_shared
-        ids[row, longest - rest :], mask[row, longest - rest :] = prompt[n_shared:], 1
-    return {"input_ids": ids, "attention_mask": mask, name_for(family.model): cache}
+    for row, rest in enumerate(rests):
+        ids[row, longest - len(rest) :], mask[row, longest - len(rest) :] = rest, 1
+    return {"input_ids": ids, "attention_mask": mask, name_for(sheet.family.model): cache}
 
 
-def _n_common(prompts: list[Tensor]) -> int:
+def _n_common(prompts: Sequence[Tensor]) -> int:
     """Length of the beginning that all prompts share; at least one token of each is left."""
     shortest = min(map(len, prompts)) - 1
     heads = torch.stack([prompt[:shortest] for prompt in prompts])

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnknownNameError
 from budwood.prune.budget import Budget
+from budwood.prune.inside import SCHEDULES
 from budwood.prune.methods import METHODS
 from budwood.prune.question import PUBLISHED, QUESTIONS
 from budwood.prune.selection import resolve_method
+from budwood.spec import parse_spec
+from budwood.sprout.questions import HIGH_KINDS, KINDS
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,17 @@ class Variant:
     """One way of pruning, at any budget.
 
     Attributes:
-        method: a name in ``METHODS``.
+        method: a name in ``METHODS``, also with parameters, or in ``SCHEDULES``.
         question: which text counts as the question; None if the method reads no text.
     """
 
     method: str
     question: str | None = PUBLISHED
+
+    @property
+    def inside(self) -> bool:
+        """Whether it prunes inside the LLM, and not before it."""
+        return self.method in SCHEDULES
 
     @property
     def options(self) -> dict[str, str]:
@@ -67,6 +75,7 @@ class Config:
         seed: of the scenes, the draws of methods and the bootstrap.
         n_scenes: scenes; each has one question of every kind that it allows.
         split: ``"test"``, or ``"shifted"`` for looks outside the training range.
+        high_resolution: ask about large pictures with many small objects.
         batch: about how many questions a call answers; whole scenes.
         max_new_tokens: where an answer is cut.
         n_timed: questions whose first token is timed.
@@ -85,6 +94,7 @@ class Config:
     seed: int = 0
     n_scenes: int = 200
     split: str = "test"
+    high_resolution: bool = False
     batch: int = 24
     max_new_tokens: int = 4
     n_timed: int = 10
@@ -101,6 +111,11 @@ class Config:
             Budget.parse(keep)
         if len(set(self.runs)) < len(self.runs):
             raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of question that the scenes allow."""
+        return HIGH_KINDS if self.high_resolution else KINDS
 
     @property
     def runs(self) -> list[Run]:
@@ -127,7 +142,7 @@ def variants_of(
     """List every variant of some methods, in order and without repeats.
 
     Args:
-        methods: names in ``METHODS``.
+        methods: names in ``METHODS``, also with parameters, or in ``SCHEDULES``.
         compat: ``"official"`` adds ``NAME-official`` behind every method that has one.
         questions: choices of question; methods that read no text are run once.
 
@@ -145,15 +160,21 @@ def variants_of(
     variants = [
         Variant(name, question)
         for name in names
-        for question in (questions if METHODS.get(name).needs_text else [None])
+        for question in (questions if _reads_text(name) else [None])
     ]
     return list(dict.fromkeys(variants))
 
 
 def _forms(method: str, compat: str | None) -> list[str]:
     """A method, and its published form where ``compat`` asks for it and there is one."""
-    METHODS.get(method)
+    if method in SCHEDULES:
+        return [method]
+    METHODS.check(parse_spec(method)[0])
     has_published = f"{method}-official" in METHODS
     if compat is None or (compat == "official" and not has_published):
         return [method]
     return [method, resolve_method(method, compat).name]
+
+
+def _reads_text(method: str) -> bool:
+    return method not in SCHEDULES and resolve_method(method).needs_text

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from budwood.bench.prune.accuracy import Asked, Outcome
 from budwood.bench.prune.plan import FULL, Config, Run
 from budwood.bootstrap import PairedBootstrap, interval, ratio
-from budwood.sprout.questions import KINDS
+from budwood.sprout.scenes import Box
 
 Row = dict[str, Any]
 
@@ -20,6 +20,14 @@ GROUPS: dict[str, Callable[[Asked], bool]] = {
 }
 """All questions, those about the salient object, and the rest."""
 
+SIZES: dict[str, Callable[[float], bool]] = {
+    "small": lambda side: side < 60,
+    "medium": lambda side: 60 <= side < 110,
+    "large": lambda side: side >= 110,
+}
+"""Questions by the shorter side of the smallest thing that has to be seen, frame and digit
+included, in px."""
+
 
 def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     """Make the rows of a record: ``full`` and ``blind``, then each method at each budget.
@@ -28,7 +36,9 @@ def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     (accuracy over that with all tokens) and ``difference`` (to the reference at the same budget, in
     accuracy), ``question_difference`` (to the same method with the first choice of question), each
     with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
-    ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; and the times. What
+    ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; ``accuracy_SIZE`` for
+    each of ``SIZES``; ``best``, the best other method at the same budget, and ``best_difference``
+    to it; and the times. What
     is not known, such as the difference of a baseline, is None.
     """
     draws = PairedBootstrap(
@@ -37,15 +47,32 @@ def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     return [_row(run, outcome, config, draws) for run in config.runs]
 
 
-def counts(outcome: Outcome) -> dict[str, int]:
-    """Count questions: all, in each group and of each kind."""
+def counts(outcome: Outcome, config: Config) -> dict[str, int]:
+    """Count questions: all, in each group, of each kind and size."""
     numbers = {"n_questions": len(outcome.asked)}
     for group, belongs in GROUPS.items():
         if group:
             numbers[f"n_{group}"] = sum(map(belongs, outcome.asked))
-    for kind in KINDS:
-        numbers[f"n_{kind}"] = sum(asked.question.kind == kind for asked in outcome.asked)
+    for name, belongs in _parts(config).items():
+        numbers[f"n_{name}"] = sum(map(belongs, outcome.asked))
     return numbers
+
+
+def _parts(config: Config) -> dict[str, Callable[[Asked], bool]]:
+    """Questions of each kind and size."""
+    parts: dict[str, Callable[[Asked], bool]] = {
+        kind: lambda asked, kind=kind: asked.question.kind == kind for kind in config.kinds
+    }
+    for size, fits in SIZES.items():
+        parts[size] = lambda asked, fits=fits: (
+            bool(asked.question.boxes) and fits(min(map(_shorter_side, asked.question.boxes)))
+        )
+    return parts
+
+
+def _shorter_side(box: Box) -> int:
+    left, top, right, bottom = box
+    return min(right - left, bottom - top)
 
 
 def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> Row:
@@ -56,12 +83,13 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
         "question": run.variant.question if run.variant else None,
         "n_visual": _mean(outcome.n_visual),
         "n_kept": _mean(outcome.n_kept[run]),
+        "best": best.method if (best := _best_other(run, outcome, config)) else None,
     }
     for group, belongs in GROUPS.items():
         row |= _scores(run, outcome, config, draws, group, belongs)
-    for kind in KINDS:
-        counted = [asked.question.kind == kind for asked in outcome.asked]
-        row[f"accuracy_{kind}"] = _accuracy(outcome.right[run], counted)
+    for name, belongs in _parts(config).items():
+        counted = [belongs(asked) for asked in outcome.asked]
+        row[f"accuracy_{name}"] = _accuracy(outcome.right[run], counted)
     return row | {
         "ttft_ms": round(time.first.total_ms, 3),
         "ttft_full_ms": round(outcome.times[FULL].first.total_ms, 3),
@@ -93,6 +121,7 @@ def _scores(
     others = {
         "difference": config.reference_run(run.keep) if run.variant else None,
         "question_difference": config.first_question(run),
+        "best_difference": _best_other(run, outcome, config),
     }
     for name, other in others.items():
         values[name] = (None, None, None)
@@ -109,12 +138,22 @@ def _scores(
     return row | {f"accuracy_full{suffix}": accuracy_full}
 
 
+def _best_other(run: Run, outcome: Outcome, config: Config) -> Run | None:
+    """The other method with most right answers at the budget of this one; None for a baseline."""
+    others = [
+        other
+        for other in config.runs
+        if run.variant and other.keep == run.keep and other.method != run.method
+    ]
+    return max(others, key=lambda other: sum(outcome.right[other]), default=None)
+
+
 def _accuracy(right: list[bool], counted: list[bool]) -> float | None:
     """Fraction of correct answers among those that count; None if none counts."""
     n_counted = sum(counted)
     return sum(map(all, zip(right, counted))) / n_counted if n_counted else None
 
 
-def _mean(values: list[int]) -> int | float:
+def _mean(values: Sequence[float]) -> int | float:
     mean = statistics.fmean(values)
     return int(mean) if mean.is_integer() else round(mean, 2)

@@ -33,6 +33,10 @@ COLUMNS = Columns(
     Column("difference_low", "+.1%", only="record"),
     Column("difference_high", "+.1%", only="record"),
     Column("difference_interval", heading="difference", only="terminal"),
+    Column("best", only="record"),
+    Column("best_difference", "+.1%", only="record"),
+    Column("best_difference_low", "+.1%", only="record"),
+    Column("best_difference_high", "+.1%", only="record"),
     Column("question_difference", "+.1%", only="record"),
     Column("question_difference_low", "+.1%", only="record"),
     Column("question_difference_high", "+.1%", only="record"),
@@ -45,7 +49,7 @@ COLUMNS = Columns(
 
 
 def bench_prune(
-    methods: options.Methods = "adav,adav-contrast,fastervlm,t2i,random,uniform",
+    methods: options.BenchMethods = "adav,adav-contrast,fastervlm,t2i,random,uniform",
     keep: options.Keeps = "0.11,0.055",
     scenes: Annotated[int, typer.Option(help="Scenes, each with up to six questions.")] = 200,
     seed: Annotated[
@@ -54,6 +58,10 @@ def bench_prune(
     split: Annotated[
         str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
+    high_resolution: Annotated[
+        bool,
+        typer.Option("--high-resolution", help="Large pictures with many small objects."),
+    ] = False,
     question: options.Questions = "all",
     turns: Annotated[
         int, typer.Option(help="Questions in a chat, each about other objects; the last counts.")
@@ -93,6 +101,7 @@ def bench_prune(
         seed=seed,
         n_scenes=scenes,
         split=split,
+        high_resolution=high_resolution,
         batch=batch,
         max_new_tokens=max_new_tokens,
         n_timed=timed,
@@ -143,7 +152,7 @@ def _measure(
         )
     rows = rows_of(outcome, config)
     return records.new_record(
-        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome)
+        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome, config)
     )
 
 
@@ -198,8 +207,9 @@ def _interval(row: records.Row, key: str, spec: str) -> str | None:
 def _legend(config: dict[str, Any]) -> str:
     fraction = config["n_salient"] / config["n_questions"]
     chats = f"in chats of {config['turns']} turns " if config["turns"] > 1 else ""
+    size = "high-resolution " if config["high_resolution"] else ""
     return (
-        f"{config['n_questions']} questions {chats}about {config['n_scenes']} scenes, seed "
+        f"{config['n_questions']} questions {chats}about {config['n_scenes']} {size}scenes, seed "
         f"{config['seed']}, split {config['split']}; {fraction:.0%} of them about the salient "
         f"object; differences are to {config['reference']} at the same budget; "
         f"model {config['model']}, {config['dtype']}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from budwood.bench.prune_speed import SpeedConfig
 
 COLUMNS = Columns(
+    Column("model"),
     Column("method"),
     Column("keep"),
     Column("n_prompt", heading="prompt"),
@@ -42,8 +43,9 @@ def bench_speed(
     shape: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="Time random weights of a published shape, such as llava-next or qwen3-vl.",
+            metavar="NAME,…|all",
+            help="Time random weights of published shapes, such as llava-next or qwen3-vl. Of "
+            "several, widths are rounded down to whole heads.",
         ),
     ] = None,
     layers: Annotated[int, typer.Option(help="LLM layers of the shape.")] = 4,
@@ -74,15 +76,16 @@ def bench_speed(
     Examples:
       budwood bench prune-speed --out speed.json
       budwood bench prune-speed --shape llava-next --layers 4 --width 2048 --repeats 3
+      budwood bench prune-speed --shape all --repeats 3 --new-tokens 4 --out shapes.json
       budwood bench prune-speed --threads 1,4,8 --repeats 3
     """
     if model and shape:
         raise InputError("give --model or --shape, not both")
     config = _config(options.listed(keep), method, repeats, new_tokens, seed)
-    built = _shape(shape, layers, width, vision_layers, vision_width)
+    shapes = _shapes(shape, layers, width, vision_layers, vision_width)
     results = Results(out, force, json)
     counts = _counts(threads)
-    record = _measure(config, built, (model, device, dtype), counts)
+    record = _measure(config, shapes, (model, device, dtype), counts)
     alone = [row for row in record.rows if "threads" not in row]
     results.publish(record, COLUMNS, rows=alone, notes=[*_loads(record), *_targets(record)])
 
@@ -93,10 +96,15 @@ def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) 
     return SpeedConfig(tuple(map(options.keep_of, keeps)), method, repeats, n_new, seed)
 
 
-def _shape(name: str | None, *size: int) -> Shape | None:
-    from budwood.bench.prune_shapes import Shape
+def _shapes(names: str | None, *size: int) -> list[Shape]:
+    from budwood.bench.prune_shapes import SHAPES, Shape
 
-    return None if name is None else Shape(name, *size)
+    if names is None:
+        return []
+    listed = list(SHAPES) if names == "all" else options.listed(names)
+    if len(listed) == 1:
+        return [Shape(listed[0], *size)]
+    return [Shape.near(name, *size) for name in listed]
 
 
 def _counts(threads: str) -> list[int]:
@@ -110,32 +118,30 @@ def _counts(threads: str) -> list[int]:
 
 def _measure(
     config: SpeedConfig,
-    shape: Shape | None,
+    shapes: list[Shape],
     source: tuple[str | None, str, str],
     threads: list[int],
 ) -> records.Record:
-    from budwood.bench.prune_speed import (
-        attach_times,
-        largest_allocation,
-        measure_load,
-        measure_speed,
-    )
+    from budwood.bench.prune_speed import measure
 
-    model, processor, inputs, described = _subject(config, shape, source)
-    with working("timing"):
-        rows = measure_speed(model, processor, inputs, config)
-        largest = largest_allocation(model, processor, inputs, config.keeps[0])
-        largest |= attach_times(model, processor, config)
-        rows += measure_load(model, processor, inputs, config, threads)
-    described |= {**dataclasses.asdict(config), "keeps": list(config.keeps), **largest}
-    described |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    rows, described = [], {}
+    for shape in shapes or [None]:
+        model, processor, inputs, name = _subject(config, shape, source)
+        with working(f"timing {name}"):
+            measured = measure(model, processor, inputs, config, threads)
+        rows += [{"model": name, **row} for row in measured]
+        described = {"dtype": str(model.dtype), "device": str(model.device)}
+        del model, inputs
+    described["dtype"] = described["dtype"].removeprefix("torch.")
+    described |= {**dataclasses.asdict(config), "keeps": list(config.keeps)}
+    described["shapes"] = list(map(dataclasses.asdict, shapes))
     return records.new_record("bench prune-speed", rows, seed=config.seed, config=described)
 
 
 def _subject(
     config: SpeedConfig, shape: Shape | None, source: tuple[str | None, str, str]
-) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Model, processor (None for a shape), inputs of one row, and their entries in the record."""
+) -> tuple[Any, Any, dict[str, Any], str]:
+    """Model, processor (None for a shape), inputs of one row, and the model's name."""
     from budwood.cli.models import load, place
 
     if shape is not None:
@@ -144,7 +150,7 @@ def _subject(
         device, dtype = place(*source[1:])
         with working(f"building {shape.name} with random weights"):
             model, inputs = random_model(shape, config.seed, dtype, str(device))
-        return model, None, inputs, {"model": None, "shape": dataclasses.asdict(shape)}
+        return model, None, inputs, shape.name
 
     from budwood.prune.chat import prepare
     from budwood.sprout.questions import ask
@@ -154,13 +160,13 @@ def _subject(
     loaded = load(*source)
     question = ask(scene, "largest")[0].text
     inputs = prepare(loaded.processor, [scene.image], [question], loaded.model.device)
-    return loaded.model, loaded.processor, inputs, {"model": loaded.name, "shape": None}
+    return loaded.model, loaded.processor, inputs, loaded.name
 
 
 def _loads(record: records.Record) -> list[str]:
     return [
-        f"{row['threads']} threads, {row['method']} {row['keep']}: {row['requests_per_s']:.2f} "
-        f"requests/s, {row['requests_over_full']:.2f} × full"
+        f"{row['model']}, {row['threads']} threads, {row['method']} {row['keep']}: "
+        f"{row['requests_per_s']:.2f} requests/s, {row['requests_over_full']:.2f} × full"
         for row in record.rows
         if "threads" in row
     ]
@@ -169,16 +175,23 @@ def _loads(record: records.Record) -> list[str]:
 def _targets(record: records.Record) -> list[str]:
     from budwood.bench.prune_speed import ATTACH_TARGET_MS, PREFILL_TARGET, SELECT_TARGET
 
-    config, pruned = record.config, [row for row in record.rows if row.get("prefill_over_plain")]
+    pruned = [row for row in record.rows if row.get("prefill_over_plain")]
     prefill = max(row["prefill_over_plain"] for row in pruned)
     selector = max(row["select_over_full"] for row in pruned)
     decode = min(row["decode_over_full"] for row in pruned)
+    attach, detach = (
+        max(row[name] for row in pruned if name in row) for name in ("attach_ms", "detach_ms")
+    )
     return [
         f"prefill ÷ plain, at most: {prefill:.3f} (target {PREFILL_TARGET})",
         f"selector ÷ full prefill, at most: {selector:.2%} (target {SELECT_TARGET:.0%})",
         f"decoding speed ÷ full, at least: {decode:.3f} (target 1)",
-        f"attach {config['attach_ms']:.3f} ms, detach {config['detach_ms']:.3f} ms (target "
-        f"{ATTACH_TARGET_MS:.0f})",
-        f"largest tensor of saliency and selection: {config['largest_numel']:,} numbers, shape "
-        f"{tuple(config['largest_shape'])}; heads × N × N would be {config['limit_numel']:,}",
+        f"attach {attach:.3f} ms, detach {detach:.3f} ms, at most (target {ATTACH_TARGET_MS:.0f})",
+        *(
+            f"{row['model']}: largest tensor of saliency and selection {row['largest_numel']:,} "
+            f"numbers, shape {tuple(row['largest_shape'])}; heads × N × N would be "
+            f"{row['limit_numel']:,}"
+            for row in pruned
+            if "largest_numel" in row
+        ),
     ]

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from budwood.prune.inside.schedules import FastV, PyramidDrop, Schedule
-from budwood.prune.inside.session import InsideReport, InsideSession, attach_inside
+from budwood.prune.inside.session import SCHEDULES, InsideReport, InsideSession, attach_inside
 
-__all__ = ["FastV", "InsideReport", "InsideSession", "PyramidDrop", "Schedule", "attach_inside"]
+__all__ = [
+    "SCHEDULES",
+    "FastV",
+    "InsideReport",
+    "InsideSession",
+    "PyramidDrop",
+    "Schedule",
+    "attach_inside",
+]

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from budwood.errors import AttachError, InputError, UnknownNameError, UnsupportedModelError
+from budwood import catalogue
+from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.prune.budget import Budget
-from budwood.prune.inside.schedules import FastV, PyramidDrop, Schedule, per_layer
+from budwood.prune.inside.schedules import Schedule, per_layer
 from budwood.prune.methods.scores import descending
 from budwood.prune.saliency import rotate
+from budwood.registry import Registry
 from budwood.unwrap import innermost
 
-_SCHEDULES: dict[str, type[Schedule]] = {"fastv": FastV, "pyramiddrop": PyramidDrop}
+SCHEDULES = Registry("method", catalogue.INSIDE_METHODS)
+"""Schedules by name."""
 _MODELS = ("llava", "llava_next")
 
 
@@ -288,12 +291,10 @@ def attach_inside(
             f"{type(model).__name__} prunes inside already; detach that session first"
         )
     if isinstance(method, str):
-        if method not in _SCHEDULES:
-            raise UnknownNameError(f"unknown method {method!r}; known: {', '.join(_SCHEDULES)}")
-        method = _SCHEDULES[method]()
+        method = SCHEDULES.get(method)()
     if not isinstance(method, Schedule):
         raise InputError(
-            f"method={method!r} is no schedule; give one of {', '.join(_SCHEDULES)}, or an "
+            f"method={method!r} is no schedule; give one of {', '.join(SCHEDULES)}, or an "
             "instance such as FastV(layer=3)"
         )
     return InsideSession(model, method, Budget.parse(keep))

@@ -146,6 +146,7 @@ class Method(ABC):
         needs_keys: ``choose`` takes ``extras`` and reads their keys.
         needs_grid: ``choose`` takes ``extras`` and reads their grids.
         merges: it gives :attr:`Selection.features`.
+        draws: ``choose`` reads ``generator``.
         whole_crops: it chooses from whole crops in the encoder's order, without unpadding or
             newlines, as published LLaVA code does; :meth:`for_crops` gets their number.
         exact: it keeps exactly ``keep`` distinct tokens. False only for a method that reproduces
@@ -160,6 +161,7 @@ class Method(ABC):
     needs_keys: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     whole_crops: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     source: ClassVar[str]

@@ -1,7 +1,8 @@
-"""Baselines that look at nothing: random tokens and evenly spaced tokens."""
+"""Baselines that look at nothing: random tokens, evenly spaced ones, and the overview."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from budwood.checks import need_seed
-from budwood.prune.methods.base import Method, Selection
+from budwood.prune.methods.base import Extras, Method, Selection
 from budwood.prune.methods.scores import evenly_spaced
 
 
@@ -32,6 +33,7 @@ class Random(Method):
     name: ClassVar[str] = "random"
     needs_text: ClassVar[bool] = False
     needs_saliency: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
     source: ClassVar[str] = "baseline"
 
     def __post_init__(self) -> None:
@@ -71,3 +73,68 @@ class Uniform(Method):
         generator: torch.Generator | None = None,
     ) -> Selection:
         return Selection(evenly_spaced(len(visual), keep, visual.device))
+
+
+@dataclass(frozen=True)
+class Overview(Method):
+    """Keep the overview of a picture, the crop of lowest resolution, and leave its tiles out.
+
+    With a smaller budget its tokens are evenly spaced in two dimensions; what a larger budget
+    leaves goes evenly along all other tokens. This is what a smaller picture would give. A picture
+    of one resolution is its own overview.
+    """
+
+    name: ClassVar[str] = "overview"
+    needs_text: ClassVar[bool] = False
+    needs_saliency: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = True
+    source: ClassVar[str] = "baseline"
+
+    def choose(
+        self,
+        visual: Tensor,
+        text: Tensor | None,
+        saliency: Tensor | None,
+        keep: int,
+        generator: torch.Generator | None = None,
+        extras: Extras | None = None,
+    ) -> Selection:
+        start, rows, columns = _overview(extras, len(visual))
+        size = rows * columns
+        if keep < size:
+            cells = [start + cell for cell in _even_grid(rows, columns, keep)]
+            return Selection(torch.tensor(cells, device=visual.device))
+        tokens = torch.arange(len(visual), device=visual.device)
+        others = torch.cat((tokens[:start], tokens[start + size :]))
+        more = others[evenly_spaced(len(others), keep - size, visual.device)]
+        return Selection(torch.cat((tokens[start : start + size], more)))
+
+
+def _overview(extras: Extras | None, n_visual: int) -> tuple[int, int, int]:
+    """First token, rows and columns of the raster with the largest cells."""
+    if extras is None or extras.boxes is None:
+        return 0, 1, n_visual
+    best, largest, start = (0, 1, n_visual), 0.0, 0
+    for rows, columns in extras.grids:
+        x0, y0, x1, y1 = extras.boxes[start].tolist()
+        if (area := (x1 - x0) * (y1 - y0)) > largest:
+            best, largest = (start, rows, columns), area
+        start += rows * columns
+    return best
+
+
+def _even_grid(rows: int, columns: int, keep: int) -> list[int]:
+    """``keep`` of the cells of a raster, at even distances in both dimensions."""
+    n_rows = max(math.ceil(keep / columns), round(math.sqrt(keep * rows / columns)))
+    n_rows = min(n_rows, rows, keep)
+    ends = [keep * i // n_rows for i in range(n_rows + 1)]
+    return [
+        row * columns + column
+        for row, begin, end in zip(_even(rows, n_rows), ends, ends[1:])
+        for column in _even(columns, end - begin)
+    ]
+
+
+def _even(n: int, keep: int) -> list[int]:
+    """What :func:`evenly_spaced` gives, as a list."""
+    return [(2 * i + 1) * n // (2 * keep) for i in range(keep)]
