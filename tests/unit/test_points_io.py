@@ -316,6 +316,17 @@ def test_missing_libraries(name, library, tmp_path, monkeypatch):
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "library", "extra"),
+    [("a.e57", "pye57", "e57"), ("a.3mf", "lxml", "points"), ("a.3mf", "networkx", "points")],
+)
+def test_missing_libraries_of_rare_formats(name, library, extra, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(b"whatever")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingPackageError, match=rf"needs {library}: .*budwood\[{extra}\]"):
+        read(tmp_path / name)
+
+
 def test_sampling_a_surface_is_even():
     # Two triangles of areas 1 and 3, in different planes.
     vertices = np.array([[0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 0, 5], [3, 0, 5], [0, 2, 5.0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -478,6 +479,22 @@ def test_gltf_and_its_files(tmp_path):
     assert f"needs {buffers[0]}, which is not beside it" in refused(path)
     path.write_text(path.read_text()[:50])
     assert "truncated or no glTF file" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["glb", "gltf"])
+def test_compressed_gltf(name, tmp_path):
+    path = checkered(tmp_path, name)
+    content = path.read_bytes()
+    for extension in ("KHR_draco_mesh_compression", "EXT_meshopt_compression"):
+        required = f'{{"extensionsRequired":["{extension}"],'.encode()
+        if name == "gltf":
+            path.write_bytes(content.replace(b"{", required, 1))
+        else:
+            size = struct.unpack_from("<I", content, 12)[0]
+            chunk = content[20 : 20 + size].replace(b"{", required, 1)
+            head = struct.pack("<4sIIII", b"glTF", 2, len(content), len(chunk), 0x4E4F534A)
+            path.write_bytes(head + chunk + content[20 + size :])
+        assert f"is compressed ({extension});" in refused(path)
 
 
 def test_3mf(tmp_path):

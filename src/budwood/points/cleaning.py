@@ -7,6 +7,7 @@ which scale a cloud by its farthest point.
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +40,16 @@ BELOW = 0.03
 """Fraction of the points that may lie below the ground."""
 THICKNESS_M = 0.15
 THICKNESS = 0.02
-"""How far from the plane points count as ground: in metres, or as a fraction of the extent."""
+"""How far from the plane points count as ground at most: in metres, or as a fraction of the extent.
+On a smooth ground it is three standard deviations."""
 FLAT = 0.45
 """Spread of the ground's heights at most, in units of the thickness. Walls have 0.58."""
+SIGMA = 1.4826
+"""Median absolute deviations in a standard deviation."""
 LEAST_GROUND = 0.05
 """Fraction of the points that the ground has at least."""
+LEAST_ABOVE = 0.01
+"""Fraction of the points that stand on the ground at least; the rest is noise."""
 
 
 def without_strays(cloud: Cloud, seed: int = 0) -> Cloud:
@@ -98,18 +104,25 @@ def without_ground(cloud: Cloud, up: str, seed: int = 0) -> Cloud:
     extent = np.ptp(np.quantile(points, (0.01, 0.99), axis=0), axis=0).max()
     thickness = THICKNESS_M if cloud.assumed.units == "m" else THICKNESS * float(extent)
     fitted = points[random_points(points, FITTED, seed)]
-    heights = _level_plane(fitted, thickness, seed) if thickness > 0 else None
-    if heights is None:
+    plane = _level_plane(fitted, thickness, seed) if thickness > 0 else None
+    if plane is None:
         return cloud.noting("no ground was found, and nothing was removed")
-    plane = points[:, :2] @ heights[:2] + heights[2]
-    ground = points[:, 2] <= plane + thickness
-    if len(cloud) - ground.sum() < 2:
+    ground = points[:, 2] <= points[:, :2] @ plane.slope + plane.height + plane.roughness
+    if len(cloud) - ground.sum() < max(2, LEAST_ABOVE * len(cloud)):
         raise InputError(f"{cloud.source}: nothing is left above the ground; leave it in")
     return cloud.without(ground, GROUND)
 
 
-def _level_plane(points: Array, thickness: float, seed: int) -> Array | None:
-    """The lowest nearly level plane, as height = a·x + b·y + c; None if there is none."""
+class _Plane(NamedTuple):
+    """A plane: ``slope`` in x and y, ``height`` at the origin, and how far its points lie off."""
+
+    slope: Array
+    height: float
+    roughness: float
+
+
+def _level_plane(points: Array, thickness: float, seed: int) -> _Plane | None:
+    """The lowest nearly level plane; None if there is none."""
     need("sklearn", "removing the ground")
     from sklearn.linear_model import LinearRegression, RANSACRegressor
 
@@ -134,12 +147,15 @@ def _level_plane(points: Array, thickness: float, seed: int) -> Array | None:
             search.fit(flat[low], height[low])
     except ValueError:  # no trial is valid
         return None
-    rest = (height - search.predict(flat))[low][search.inlier_mask_]
-    if len(rest) < LEAST_GROUND * len(points) or rest.std() > FLAT * thickness:
+    near = np.abs(height - search.predict(flat)) <= thickness
+    plane = LinearRegression().fit(flat[near], height[near])
+    rest = height[near] - plane.predict(flat[near])
+    if near.mean() < LEAST_GROUND or rest.std() > FLAT * thickness:
         return None
-    slope = search.estimator_.coef_
-    offset = search.estimator_.intercept_ + middle[2] - middle[:2] @ slope
-    return np.array([*slope, offset])
+    centre = np.median(rest)  # what stands on the ground pulls the mean up
+    spread = float(np.median(np.abs(rest - centre)) * SIGMA)
+    offset = plane.intercept_ + middle[2] - middle[:2] @ plane.coef_ + centre
+    return _Plane(plane.coef_, float(offset), float(np.clip(3 * spread, thickness / 5, thickness)))
 
 
 def _linked(points: Array, gap: float) -> NDArray[np.int64]:

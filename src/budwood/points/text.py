@@ -83,8 +83,8 @@ def embed_labels(
     key = _cache_key(name, sentences, labels)
     vectors = _read_cache(key, len(labels)) if cache else None
     if vectors is None:
-        tower = tower if isinstance(tower, TextTower) else TOWERS.get(name)()
-        vectors = average_embeddings(labels, tower, sentences)
+        made: TextTower = tower if isinstance(tower, TextTower) else TOWERS.get(name)()
+        vectors = average_embeddings(labels, made, sentences)
         if cache:
             _write_cache(key, vectors)
     if center is not None:

@@ -124,7 +124,7 @@ def make_cloud(
     bad = ~finite.all(axis=1) & ~empty
     if bad.any() and invalid != "drop":
         raise not_finite(int(bad.sum()), len(points), source)
-    kept = ~(empty | bad)
+    kept = np.asarray(~(empty | bad))
     if not kept.any():
         raise InputError(f"{source}: all {len(points)} points have NaN or infinite coordinates")
     colors = None if rgb is None else unit_colors(rgb, kept, source)

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from budwood.errors import InputError, first_line
+from budwood.optional import is_installed
 from budwood.points.io.fields import letters_of
-from budwood.points.io.mesh_files import gltf_files
+from budwood.points.io.mesh_files import gltf_files, gltf_json
 from budwood.points.io.ply_header import PLY_BYTES, PLY_WHOLE, PlyElement, ply_elements, ply_header
+
+COMPRESSIONS = {"KHR_draco_mesh_compression": "DracoPy", "EXT_meshopt_compression": None}
+"""Compressed meshes in glTF, and the packages by which trimesh reads them."""
 
 
 def check_stl(path: Path) -> None:
@@ -41,6 +45,7 @@ def check_glb(path: Path) -> None:
     declared = struct.unpack("<I", head[8:])[0]
     if path.stat().st_size < declared:
         raise InputError(f"{path} is truncated: {path.stat().st_size} of {declared} bytes")
+    _check_compression(path)
 
 
 def check_obj(path: Path) -> None:
@@ -119,9 +124,18 @@ def _check_ply_rows(path: Path, file: BinaryIO, elements: list[PlyElement]) -> N
 
 def check_gltf(path: Path) -> None:
     """Check that the JSON is whole, and the buffers are there."""
+    _check_compression(path)
     for name in gltf_files(path, "buffers"):
         if not (path.parent / name).is_file():
             raise InputError(f"{path} needs {name}, which is not beside it")
+
+
+def _check_compression(path: Path) -> None:
+    required = gltf_json(path).get("extensionsRequired", [])
+    for extension, package in COMPRESSIONS.items():
+        if extension in required and (package is None or not is_installed(package)):
+            way_out = f"install {package} (pip install {package}), or " if package else ""
+            raise InputError(f"{path} is compressed ({extension}); {way_out}save it uncompressed")
 
 
 def check_3mf(path: Path) -> None:

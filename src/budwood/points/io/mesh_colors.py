@@ -43,10 +43,9 @@ def vertex_paint(colors: Array, faces: Array) -> Paint:
 def vertex_colors(geometry: Any, n_vertices: int) -> Array | None:
     """Colours of the vertices of a geometry without faces, in [0, 1]; None without colours."""
     colors = getattr(geometry, "colors", None)
-    if colors is None:
-        visual = getattr(geometry, "visual", None)
-        is_colored = visual is not None and visual.kind in ("vertex", "face") and visual.defined
-        colors = visual.vertex_colors if is_colored else None
+    visual = getattr(geometry, "visual", None)
+    if colors is None and visual is not None and visual.kind == "vertex":
+        colors = visual.vertex_colors
     if colors is None or np.ndim(colors) != 2 or np.shape(colors)[0] != n_vertices:
         return None
     return _unit(colors) if np.shape(colors)[1] >= 3 else None

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from budwood.errors import InputError, first_line
 
 PLY_TEXTURE = "comment TextureFile "
+
+
+def gltf_json(path: Path) -> dict[str, Any]:
+    """The description in a .gltf, or in the first chunk of a .glb.
+
+    Raises:
+        InputError: it is not whole JSON.
+    """
+    try:
+        if path.suffix.lower() == ".glb":
+            with path.open("rb") as file:
+                size = struct.unpack("<12xI4x", file.read(20))[0]
+                content = json.loads(file.read(size).decode("utf-8"))
+        else:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(content, dict):
+            raise TypeError("it is no object")
+    except (ValueError, TypeError, struct.error, RecursionError) as error:
+        raise InputError(f"{path} is truncated or no glTF file: {first_line(error)}") from None
+    return content
 
 
 def gltf_files(path: Path, kind: str) -> list[str]:
@@ -21,12 +43,11 @@ def gltf_files(path: Path, kind: str) -> list[str]:
         kind: ``"buffers"`` or ``"images"``.
 
     Raises:
-        InputError: it is not whole JSON.
+        InputError: it is not whole JSON, or has entries of another form.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        uris = [entry.get("uri") for entry in content.get(kind, [])]
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        uris = [entry.get("uri") for entry in gltf_json(path).get(kind, [])]
+    except (AttributeError, TypeError) as error:
         raise InputError(f"{path} is truncated or no glTF file: {first_line(error)}") from None
     return [unquote(uri) for uri in uris if isinstance(uri, str) and not uri.startswith("data:")]
 

@@ -80,8 +80,8 @@ def write_page(frame: ScannedFrame, path: Path) -> None:
         figure.add_scatter3d(
             **points, mode="markers", marker=marker, hoverinfo="skip", showlegend=False
         )
-    colors = _colors(frame)
-    for label, color in colors.items():
+    for label, color in _colors(frame).items():
+        shown = "legendonly" if label == UNKNOWN and frame.known else True
         boxes = [box for box in frame.boxes if box.label == label]
         figure.add_scatter3d(
             **dict(zip("xyz", _edges(boxes))),
@@ -90,7 +90,7 @@ def write_page(frame: ScannedFrame, path: Path) -> None:
             name=f"{label} ({len(boxes)})",
             legendgroup=label,
             hoverinfo="skip",
-            visible="legendonly" if label == UNKNOWN else True,
+            visible=shown,
         )
         figure.add_scatter3d(
             **dict(zip("xyz", np.array([_top(box) for box in boxes]).T)),
@@ -101,7 +101,7 @@ def write_page(frame: ScannedFrame, path: Path) -> None:
             hoverinfo="text",
             legendgroup=label,
             showlegend=False,
-            visible="legendonly" if label == UNKNOWN else True,
+            visible=shown,
         )
     scene = {"aspectmode": "data"} | {f"{axis}axis": {"title": f"{axis}, m"} for axis in "xyz"}
     figure.update_layout(title=title_of(frame), scene=scene, margin={"l": 0, "r": 0, "b": 0})
