@@ -20,6 +20,7 @@ _EXTRAS = {
     "networkx": "points",
     "peft": "tune",
     "plotly": "scan",
+    "pyarrow": "tune",
     "pye57": "e57",
     "pypcd4": "points",
     "scipy": "points",

@@ -82,7 +82,7 @@ _SHOWN_ROWS = 10
 def run(
     train: Annotated[
         list[str],
-        typer.Argument(metavar="TRAIN.jsonl…", help="Files of examples, or hub ids (NAME:CONFIG)."),
+        typer.Argument(metavar="TRAIN…", help="Files of examples, or hub ids (NAME:CONFIG)."),
     ],
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="New folder for the adapter, one run per folder.")
@@ -125,9 +125,11 @@ def run(
 ) -> None:
     """Fine-tune a language model on examples, with the loss on the answers only.
 
-    Each line of a file is one of {"messages": [...]}, {"prompt": ..., "completion": ...},
-    {"question": ..., "choices": [...], "answer": index}, {"question": ..., "answer": text} and
-    {"text": ...}. Repeat the command to continue an interrupted run from its last checkpoint.
+    Files are JSON lines, JSON arrays, CSV, TSV or Parquet. A row is one of {"messages": [...]},
+    {"conversations": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "output":
+    ...}, {"question": ..., "choices": [...], "answer": index or letter}, {"question": ...,
+    "answer": text} and {"text": ...}. Repeat the command to continue an interrupted run from its
+    last checkpoint.
 
     \b
     Examples:
