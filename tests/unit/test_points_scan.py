@@ -600,7 +600,7 @@ def test_a_full_disk_keeps_what_is_finished(by_shape, tmp_path, monkeypatch):
         inner(path, text)
 
     monkeypatch.setattr(folders, "write_text", full)
-    with pytest.raises(OutputError, match="No space left on device; the 2 frames that are finish"):
+    with pytest.raises(OutputError, match="No space left on device; finished frames stay"):
         scan(files, **given)
     monkeypatch.setattr(folders, "write_text", inner)
     cut = spied(monkeypatch)

@@ -18,7 +18,8 @@ from budwood.bench.points_speed import clock
 from budwood.points.classification import classify, score
 from budwood.points.encoders import PointEncoder
 from budwood.points.grouping import ball, farthest_points
-from budwood.points.io import make_cloud, read
+from budwood.points.inputs import InputOptions
+from budwood.points.io import make_cloud
 from budwood.points.sampling import SAMPLERS, without_duplicates
 from budwood.points.scanning.config import ScanConfig
 from budwood.points.scanning.pipeline import scan
@@ -66,9 +67,10 @@ def looped(
     files: Sequence[Path], texts: TextEmbeddings, encoder: PointEncoder, n_points: int
 ) -> list[str]:
     """Label files the simple way: file by file. The labels equal those of :func:`classify`."""
+    options = InputOptions(n_points)
     labels = []
     for file in files:
-        xyz, rgb = encoder.prepare(read(file), n_points)
+        xyz, rgb = options.prepare(options.read(file), encoder)
         with torch.inference_mode():
             features = encoder(xyz[None], None if rgb is None else rgb[None])
         best = int(score(features, texts.vectors, encoder.logit_scale)[0].argmax())

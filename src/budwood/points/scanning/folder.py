@@ -104,8 +104,8 @@ class ScanFolder:
             write_text(self._file(name), text)
         except OutputError as error:
             raise OutputError(
-                f"{error}; the {self._n_done:,} frames that are finished stay: make room and give "
-                "the same command again"
+                f"{error}; finished frames stay ({self._n_done:,}): make room and give the same "
+                "command again"
             ) from error
         self._n_done += 1
 
