@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -85,7 +84,7 @@ def test_tree_and_chunks_agree_with_brute_force(monkeypatch):
     monkeypatch.setattr(grouping, "TREE_ABOVE", 1)
     assert torch.equal(nearest(xyz, queries, 9), want)
     assert nearest(xyz, queries, 1).shape == (2, 40, 1)
-    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    monkeypatch.setattr(grouping, "is_installed", lambda package: False)
     assert torch.equal(nearest(xyz, queries, 9), want)
 
 
@@ -98,7 +97,9 @@ def test_distances_survive_a_far_origin():
 
 @pytest.mark.parametrize("k", [1, 4, 30])
 @pytest.mark.parametrize("radius", [0.05, 0.6, 9.0])
-def test_strict_ball_agrees_with_pointnet2(k, radius):
+@pytest.mark.parametrize("tree_after", [0, 1 << 21])
+def test_strict_ball_agrees_with_pointnet2(k, radius, tree_after, monkeypatch):
+    monkeypatch.setattr(grouping, "BALL_TREE_AFTER", tree_after)
     xyz, queries = cloud(25, 2, seed=1), cloud(6, 2, seed=2)
     got = ball(xyz, queries, radius, k, strict=True)
     want = [
@@ -111,8 +112,10 @@ def test_strict_ball_agrees_with_pointnet2(k, radius):
 @pytest.mark.parametrize("k", [1, 4, 30])
 @pytest.mark.parametrize("radius", [0.05, 0.6, 9.0])
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 21])
-def test_ball_agrees_with_reference(k, radius, at_once, monkeypatch):
+@pytest.mark.parametrize("tree_after", [0, 5, 1 << 21])
+def test_ball_agrees_with_reference(k, radius, at_once, tree_after, monkeypatch):
     monkeypatch.setattr(grouping, "BALL_CHUNK", at_once)
+    monkeypatch.setattr(grouping, "BALL_TREE_AFTER", tree_after)
     xyz, queries = cloud(25, 2, seed=1, grid=2.0), cloud(6, 2, seed=2)
     got = ball(xyz, queries, radius, k)
     want = [

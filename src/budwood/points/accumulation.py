@@ -73,7 +73,7 @@ def rigid_motions(poses: ArrayLike, n_frames: int) -> NDArray[np.float64]:
         )
     if len(moves) != n_frames:
         raise InputError(f"there are {len(moves)} poses for {n_frames} frames; give one for each")
-    finite = np.isfinite(moves).all(axis=(1, 2))
+    finite = np.asarray(np.isfinite(moves).all(axis=(1, 2)))
     turns = np.where(finite[:, None, None], moves[:, :3, :3], 0.0)
     rigid = np.isclose(turns @ turns.transpose(0, 2, 1), np.eye(3), atol=1e-3).all(axis=(1, 2))
     rigid &= np.linalg.det(turns) > 0

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError, ShapeError
+from budwood.optional import is_installed
 
 CHUNK = 1 << 24
 """Distances in memory at once when neighbours are searched by brute force."""
 BALL_CHUNK = 1 << 18
 """The same when balls are searched."""
+BALL_TREE_AFTER = 1 << 16
+"""On a CPU, balls that have found too few of so many points are left to a k-d tree."""
+ROUNDING = 1e-5
+"""Relative error of float32 distances at most, for candidates among which they decide."""
 SPARSE_POWER, SPARSE_OVERLAP = 0.4, 4.0
 """The rule for sparse clouds: the power of k, and the number of groups that a point is in. Chosen
 on validation clouds, with sprout frozen."""
@@ -216,10 +221,8 @@ def nearest(xyz: Tensor, queries: Tensor, k: int) -> Tensor:
     if not 1 <= k <= n_points:
         raise ShapeError(f"k={k} neighbours of {n_points} points: out of range")
     points, queries = xyz.detach().float(), queries.detach().float()
-    if xyz.device.type == "cpu" and n_points >= TREE_ABOVE:
-        by_tree = _nearest_by_tree(points, queries, k)
-        if by_tree is not None:
-            return by_tree
+    if xyz.device.type == "cpu" and n_points >= TREE_ABOVE and is_installed("scipy"):
+        return _nearest_by_tree(points, queries, k)
     step = max(1, CHUNK // (points.shape[0] * n_points))
     parts = [
         # |a|² − 2ab + |b|² would round away the small distances that decide.
@@ -268,6 +271,10 @@ def _ball(points: Tensor, queries: Tensor, limit: float, k: int, strict: bool) -
     unfinished = torch.arange(n_queries, device=device)
     start = 0
     while start < len(points) and len(unfinished):
+        if start >= BALL_TREE_AFTER and device.type == "cpu" and is_installed("scipy"):
+            found[unfinished] = _balls_by_tree(points, queries[unfinished], limit, k, strict)
+            count[unfinished] = k
+            break
         part = points[start : start + max(1, BALL_CHUNK // len(unfinished))]
         gap = _square_distance(queries[None, unfinished], part[None])[0]
         row, column = (gap < limit if strict else gap <= limit).nonzero(as_tuple=True)
@@ -289,6 +296,26 @@ def _ball(points: Tensor, queries: Tensor, limit: float, k: int, strict: bool) -
     first = torch.where(count == 0, fallback, found[:, 0])[:, None]
     lacks = torch.arange(k, device=device) >= count[:, None]
     return torch.where(lacks, first, found)
+
+
+def _balls_by_tree(points: Tensor, queries: Tensor, limit: float, k: int, strict: bool) -> Tensor:
+    """The same for sparse balls, whose points a k-d tree finds; float32 decides what is inside."""
+    from scipy.spatial import KDTree
+
+    tree = KDTree(points.numpy(), balanced_tree=False, compact_nodes=False)
+    wider = math.sqrt(limit) * (1 + ROUNDING)
+    nearest = tree.query(queries.numpy(), k=1)[0] * (1 + ROUNDING)
+    reach = np.zeros(len(queries)) if strict else nearest
+    members = tree.query_ball_point(queries.numpy(), np.maximum(reach, wider), return_sorted=True)
+    rows = []
+    for query, candidates in zip(queries, members):
+        index = torch.tensor(candidates, dtype=torch.long)
+        gap = _square_distance(query[None, None], points[None, index])[0, 0]
+        inside = index[gap < limit if strict else gap <= limit][:k]
+        if not len(inside):
+            inside = index.new_zeros(1) if strict else index[gap.argmin()][None]
+        rows.append(torch.cat([inside, inside[:1].expand(k - len(inside))]))
+    return torch.stack(rows)
 
 
 def _square_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -325,11 +352,9 @@ def _thread_order(n_points: int) -> np.ndarray:
     return np.lexsort((index, reverse))
 
 
-def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor | None:
-    try:
-        from scipy.spatial import KDTree
-    except ImportError:
-        return None
+def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor:
+    from scipy.spatial import KDTree
+
     neighbours = [KDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
     stacked = np.stack(neighbours).reshape(len(points), queries.shape[1], k)
     return torch.from_numpy(stacked.astype(np.int64))

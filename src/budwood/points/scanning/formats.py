@@ -23,7 +23,7 @@ from budwood.points.scanning.segments import GROUND, Segments
 
 DIGITS = 4
 FORMAT = 1
-CSV_FIELDS = (
+CSV_FIELDS: tuple[str, ...] = (
     "frame",
     "label",
     "score",
@@ -103,12 +103,23 @@ class ScannedFrame:
         Raises:
             KeyError, TypeError, ValueError: something is missing or of another kind.
         """
-        counts = [int(row[key]) for key in ("n_points", "n_in_range", "n_ground")]
+        n_points, n_in_range, n_ground = (
+            int(row[key]) for key in ("n_points", "n_in_range", "n_ground")
+        )
         boxes = tuple(_box_of(one) for one in row["boxes"])
         notices, assumed = tuple(row["notices"]), dict(row["assumed"])
         assumed["notes"] = tuple(assumed["notes"])
         pose = None if row["pose"] is None else np.array(row["pose"], dtype=float).reshape(4, 4)
-        return cls(str(row["frame"]), boxes, *counts, notices, Assumed(**assumed), pose=pose)
+        return cls(
+            str(row["frame"]),
+            boxes,
+            n_points,
+            n_in_range,
+            n_ground,
+            notices,
+            Assumed(**assumed),
+            pose=pose,
+        )
 
 
 def _box_row(box: Box) -> dict[str, Any]:

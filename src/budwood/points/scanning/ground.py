@@ -66,7 +66,7 @@ def find_ground(xyz: Array, height: float = 0.2, seed: int = 0) -> Ground | None
     np.minimum.at(lowest, cells, xyz[:, 2])
     np.maximum.at(highest, cells, xyz[:, 2])
     used = np.flatnonzero(np.isfinite(lowest))
-    centers = side * np.stack(np.unravel_index(used, shape), axis=1)
+    centers = np.stack(np.unravel_index(used, shape), axis=1).astype(np.float64) * side
     plane = _plane(centers, lowest[used], height, seed)
     if plane is None:
         return None
