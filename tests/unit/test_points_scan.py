@@ -155,6 +155,20 @@ def test_more_clusters_than_are_named():
     assert segments.notices == ("the 50 clusters of most points are named, of 400",)
 
 
+@pytest.mark.parametrize("n_points", [1, 2, 3])
+def test_frames_of_few_points(n_points):
+    xyz = np.array([[5.0, 0, 0], [5, 0.1, 0], [5.1, 0, 0.2]])[:n_points]
+    segments = segment(make_cloud(xyz), ScanConfig(min_points=2))
+    assert segments.n_clusters == int(n_points > 1)
+    assert len(segments.notices) == (1 if n_points > 1 else 2)
+
+
+def test_frames_without_end():
+    xyz = np.array([[5.0, 0, 0], [1e12, 1e12, 1e12]])
+    with pytest.raises(InputError, match=r"extends over 1e\+12 m, which is too far"):
+        segment(make_cloud(xyz), ScanConfig(max_range=None))
+
+
 def test_range():
     cloud = make_cloud([[0, 0, 0], [3, 4, 100], [5.1, 0, 0], [0.5, 0, 0]])
     assert in_range(cloud, 0, 5).xyz[:, 0].tolist() == [3, 0.5]
@@ -572,6 +586,8 @@ def test_a_run_goes_on_where_it_ended(by_shape, tmp_path, monkeypatch):
     assert cut == [str(files[3]), str(files[4])]
     with pytest.raises(OutputError, match="holds another run"):
         scan(files, config=ScanConfig(gap=0.7), **given)
+    with pytest.raises(OutputError, match="holds another run"):
+        scan(files, templates="plain", **given)
 
 
 def test_frames_of_one_name(by_shape, tmp_path):

@@ -143,7 +143,10 @@ def scan(
     )
     folder = None
     if output is not None:
-        folder = ScanFolder(output, about(namer, config, options), formats, calibration, poses)
+        settings = about(namer, config, options)
+        settings["text"] = text.id if isinstance(text, TextTower) else text and str(text)
+        settings["templates"] = templates
+        folder = ScanFolder(output, settings, formats, calibration, poses)
     found = _Scan(config, options, namer, poses, folder, on_error)(frames, batch_frames)
     return found if many else list(found)
 
@@ -183,7 +186,7 @@ def about(namer: Namer, config: ScanConfig, options: InputOptions) -> dict[str, 
     """The settings that boxes depend on, as JSON values."""
     settings = {
         "labels": list(namer.labels.given),
-        "background": len(namer.labels.texts) - namer.labels.n_given,
+        "background": list(namer.labels.texts.labels[namer.labels.n_given :]),
         "encoder": fingerprint(namer.encoder),
         "adapter": None if namer.adapter is None else namer.adapter.name,
         "threshold": round(namer.threshold, 6),

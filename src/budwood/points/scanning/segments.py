@@ -18,6 +18,8 @@ FLATTEN = 0.5
 """Heights count half where clusters are made: beams of a LiDAR are farther apart than its shots."""
 VOXELS = 3
 """Voxels along the largest gap in a cluster; clusters are made of voxels."""
+MOST_VOXELS = 2.0**62
+"""Voxels that can be numbered."""
 NEAR, MOST_GROWTH = 15.0, 2.0
 """From this distance on, metres, the largest gap grows in proportion, as the distance between shots
 does, up to so many times."""
@@ -149,7 +151,16 @@ def voxels(xyz: Array, side: float) -> tuple[Array, NDArray[np.int64]]:
     Returns:
         The mean of the points in each used cube, shape (n_used, 3), and the cube of each point,
         shape (n,).
+
+    Raises:
+        InputError: the points are so far apart that cubes cannot be numbered.
     """
+    extent = np.ptp(xyz, axis=0)
+    if np.prod(extent / side + 1) > MOST_VOXELS:
+        raise InputError(
+            f"the frame extends over {extent.max():.3g} m, which is too far for clusters; give a "
+            "range, or look for damaged coordinates"
+        )
     index = np.floor((xyz - xyz.min(axis=0)) / side).astype(np.int64)
     shape = index.max(axis=0) + 1
     keys = (index[:, 0] * shape[1] + index[:, 1]) * shape[2] + index[:, 2]
