@@ -19,6 +19,7 @@ _EXTRAS = {
     "matplotlib": "plot",
     "networkx": "points",
     "peft": "tune",
+    "pyarrow": "tune",
     "pye57": "e57",
     "pypcd4": "points",
     "scipy": "points",

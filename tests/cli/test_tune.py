@@ -467,7 +467,7 @@ def test_ls_tuners(budwood):
         (['{"question": "", "answer": "b"}'], "question must be a text"),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "line 1: messages need"),
         (['{"messages": [{"role": "bot", "content": "a"}]}'], "needs a role"),
-        (["[1]"], "line 1: is not an object"),
+        (["[1]"], "row 0: is not an object"),
         ([json.dumps({"messages": ASSISTANT_FIRST})], "line 1: the assistant speaks before"),
     ],
 )

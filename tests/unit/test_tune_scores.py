@@ -402,6 +402,22 @@ def test_the_last_turn_is_scored_after_the_whole_conversation(adapted, tmp_path)
     assert found["alone"].values[0] == pytest.approx(found["chats"].values[1], abs=1e-3)
 
 
+def test_a_call_of_a_tool_is_scored_as_it_is_written(adapted, tmp_path):
+    tokens = tiny_chat.tokenizer()
+    tokens.chat_template = tiny_chat.WITH_TOOLS
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    asked = turns(("user", "Is it cold?"))
+    row = {"messages": [*asked, {"role": "assistant", "tool_calls": [call]}], "tools": [call]}
+    file = tiny_chat.write_lines(tmp_path / "calls.jsonl", [row])
+    (found,) = run_tasks(adapted, tokens, find_tasks([str(file)], [], None, 0, 0))
+    prompt = tokens.apply_chat_template(
+        asked, tools=[call], tokenize=False, add_generation_prompt=True
+    )
+    said = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
+    total, n = by_hand(adapted, prompt, said)
+    assert found.values[0] == pytest.approx(-total, abs=1e-3) and found.weights[0] == n
+
+
 def test_conversations_that_a_task_cannot_take(adapted, data, tmp_path):
     chat = turns(("system", "S"), ("user", "U"), ("assistant", "A"))
     file = tiny_chat.write_lines(tmp_path / "gsm8k_test_part.jsonl", [{"messages": chat}])

@@ -82,7 +82,7 @@ _SHOWN_ROWS = 10
 def run(
     train: Annotated[
         list[str],
-        typer.Argument(metavar="TRAIN.jsonl…", help="Files of examples, or hub ids (NAME:CONFIG)."),
+        typer.Argument(metavar="TRAIN…", help="Files of examples, or hub ids (NAME:CONFIG)."),
     ],
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="New folder for the adapter, one run per folder.")
@@ -118,6 +118,9 @@ def run(
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     log_every: Annotated[int, typer.Option(help="Steps between rows of the history.")] = 10,
+    report_to: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Trackers: tensorboard, wandb, mlflow, ….")
+    ] = "",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.TrainingDtype = "auto",
@@ -125,9 +128,11 @@ def run(
 ) -> None:
     """Fine-tune a language model on examples, with the loss on the answers only.
 
-    Each line of a file is one of {"messages": [...]}, {"prompt": ..., "completion": ...},
-    {"question": ..., "choices": [...], "answer": index}, {"question": ..., "answer": text} and
-    {"text": ...}. Repeat the command to continue an interrupted run from its last checkpoint.
+    Files are JSON lines, JSON arrays, CSV, TSV or Parquet. A row is one of {"messages": [...]},
+    {"conversations": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "output":
+    ...}, {"question": ..., "choices": [...], "answer": index or letter}, {"question": ...,
+    "answer": text} and {"text": ...}. Ctrl-C writes a checkpoint and ends the run. Repeat the
+    command to continue an interrupted run from its last checkpoint.
 
     \b
     Examples:
@@ -157,6 +162,7 @@ def run(
         save_every=save_every,
         log_every=log_every,
         seed=seed,
+        report_to=tuple(options.listed(report_to)) if report_to else (),
     )
     be_quiet()
     with _warnings_said(), third_party_warnings_off(), progress("tune") as bar:

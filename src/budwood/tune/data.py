@@ -1,31 +1,35 @@
-"""Training and test examples from JSON lines, the hub, datasets or lists of dicts."""
+"""Training and test examples from files, the hub, datasets or lists of dicts."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from budwood import optional
-from budwood.errors import BudwoodError, InputError, UnknownNameError, first_line
-from budwood.hub import hub_or_cache
-from budwood.loading import is_file_name
+from budwood.errors import InputError, UnknownNameError
+from budwood.tune.forms import calls_of, canonical, index_of, tools_of
+from budwood.tune.sources import rows_of
 
 STYLES = ("cloze", "listed")
 """How a question with choices is asked: alone, or with its choices listed below it."""
 
 FORMATS = (
-    '{"messages": […]}, {"prompt": …, "completion": …}, {"question": …, "choices": […], '
-    '"answer": index}, {"question": …, "answer": text} or {"text": …}'
+    '{"messages": […]}, {"conversations": […]}, {"prompt": …, "completion": …}, '
+    '{"instruction": …, "output": …}, {"question": …, "choices": […], "answer": index or letter}, '
+    '{"question": …, "answer": text} or {"text": …}'
 )
 """The forms that a row can have, for error messages."""
 
 _ROLES = ("system", "user", "assistant", "tool")
-_FOR_TEMPLATES = ("tools", "functions", "documents", "chat_template_kwargs")
+_FOR_TEMPLATES = ("functions", "documents", "chat_template_kwargs")
 """Columns that chat templates can use and that are not passed on."""
+_OF_MESSAGES = {
+    "assistant": ("tool_calls", "reasoning_content", "thinking"),
+    "tool": ("name", "tool_call_id"),
+}
+"""Role → keys of its messages, beside role and content, that chat templates are given."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,10 @@ class Example:
     """One conversation or text to train on, or one question to test on.
 
     Attributes:
-        messages: dicts of ``role`` and ``content``. The last is the assistant's, and a user's
-            message comes before the first of the assistant's unless ``is_plain``.
+        messages: dicts of ``role`` and ``content``, the assistant's also of ``tool_calls`` or
+            its thoughts. The last is the assistant's, and a user's message comes before the first
+            of the assistant's unless ``is_plain``.
+        tools: schemas of the tools that the assistant may call.
         choices: all answers to choose from; empty for free answers.
         answer: index of the right choice; None without choices.
         is_plain: train on the contents as they are, without the chat template.
@@ -43,11 +49,12 @@ class Example:
         where: file and line, or dataset and row, for messages; empty if unknown.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     choices: tuple[str, ...] = ()
     answer: int | None = None
     is_plain: bool = False
     n_context: int = 0
+    tools: tuple[dict[str, Any], ...] = ()
     where: str = field(default="", compare=False)
 
     @property
@@ -57,16 +64,22 @@ class Example:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one question and its answer, without a system prompt or earlier turns."""
-        return len(self.messages) == 2
+        """Whether it is one question and its answer: no system prompt, earlier turns or tools."""
+        return len(self.messages) == 2 and not self.tools and not self.has_more_than_content
+
+    @property
+    def has_more_than_content(self) -> bool:
+        """Whether the answer has thoughts or calls of tools."""
+        return len(self.messages[-1]) > 2
 
 
 def examples_of(data: Any, style: str = "cloze") -> list[Example]:
     """Examples from whatever :func:`budwood.tune.finetune` takes as data.
 
     Args:
-        data: a path to JSON lines or a hub id, a list of these, a ``datasets.Dataset``, or a list
-            of dicts or of :class:`Example`. Every row has one of ``FORMATS``.
+        data: a path to JSON, CSV or Parquet, or a hub id, a list of these, a
+            ``datasets.Dataset``, or a list of dicts or of :class:`Example`. Every row has one of
+            ``FORMATS``.
         style: one of ``STYLES``; examples that are read already keep theirs.
 
     Raises:
@@ -98,10 +111,11 @@ def examples_of(data: Any, style: str = "cloze") -> list[Example]:
 
 
 def read_examples(source: str, style: str = "cloze", split: str = "train") -> list[Example]:
-    """Read examples from a file of JSON lines, or from a dataset on the hub.
+    """Read examples from a file, or from a dataset on the hub.
 
-    Each row has one of ``FORMATS``. The columns of ARC, OpenBookQA and BoolQ on the hub are
-    understood as well.
+    A file has JSON lines, one JSON array, or a table (``.csv``, ``.tsv``, ``.parquet``). Each row
+    has one of ``FORMATS``. The columns of ARC, OpenBookQA and BoolQ on the hub are understood as
+    well.
 
     Args:
         source: a path, or a hub id, with its configuration behind a colon if it has several.
@@ -114,10 +128,9 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
     """
     if style not in STYLES:
         raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
-    rows = _rows_of_file(Path(source)) if is_file_name(source) else _rows_of_hub(source, split)
-    examples = [_parsed(row, style, where) for where, row in rows]
+    examples = [_parsed(row, style, where) for where, row in rows_of(source, split)]
     if not examples:
-        raise InputError(f"{source} is empty; give lines such as {FORMATS}")
+        raise InputError(f"{source} is empty; give rows such as {FORMATS}")
     return examples
 
 
@@ -137,13 +150,14 @@ def example_of(row: Any, style: str = "cloze") -> Example:
     if not isinstance(row, Mapping):
         raise InputError(f"is not an object; give {FORMATS}")
     # Datasets fill the columns that a row does not have with None.
-    row = {key: value for key, value in row.items() if value is not None}
+    row = canonical({key: value for key, value in row.items() if value is not None})
+    tools = tools_of(row["tools"]) if row.get("tools") else ()
     if "messages" in row:
         _refuse_filled(row, _FOR_TEMPLATES, "the row")
-        return Example(_messages(row["messages"]))
+        return Example(_messages(row["messages"]), tools=tools)
     if "prompt" in row and "completion" in row:
         _refuse_filled(row, _FOR_TEMPLATES, "the row")
-        return _completion(row["prompt"], row["completion"])
+        return _completion(row["prompt"], row["completion"], tools)
     question = row.get("question", row.get("question_stem"))
     if question is not None:
         return _question(row, question, style)
@@ -153,9 +167,11 @@ def example_of(row: Any, style: str = "cloze") -> Example:
     raise InputError(f"has the keys {', '.join(map(str, row)) or '(none)'}; give {FORMATS}")
 
 
-def _completion(prompt: Any, completion: Any) -> Example:
+def _completion(prompt: Any, completion: Any, tools: tuple[dict[str, Any], ...]) -> Example:
     """A prompt and its completion, both as text or both as messages."""
     if isinstance(prompt, str) and isinstance(completion, str):
+        if tools:
+            raise InputError("tools need messages, and prompt and completion are texts")
         _need_text(prompt, "prompt")
         _need_text(completion, "completion")
         return Example(_turns(prompt, completion), is_plain=True)
@@ -163,7 +179,7 @@ def _completion(prompt: Any, completion: Any) -> Example:
         messages = _messages([*prompt, *completion])
         if all(message["role"] != "assistant" for message in messages[len(prompt) :]):
             raise InputError("completion has no assistant's turn, which is trained on")
-        return Example(messages, n_context=len(prompt))
+        return Example(messages, n_context=len(prompt), tools=tools)
     kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
     raise InputError(f"prompt and completion are {kinds}; give two texts or two lists of messages")
 
@@ -198,16 +214,11 @@ def _said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _messages(messages: Any) -> tuple[dict[str, str], ...]:
+def _messages(messages: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list that is not empty")
-    for message in messages:
-        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            raise InputError(f"a message needs a role, one of {', '.join(_ROLES)}")
-        others = [key for key in message if key not in ("role", "content")]
-        _refuse_filled(message, others, f"the {message['role']} message")
-        _need_text(message.get("content"), f"content of the {message['role']} message")
-    roles = [message["role"] for message in messages]
+    read = [_message(message) for message in messages]
+    roles = [message["role"] for message in read]
     if "user" not in roles or "assistant" not in roles:
         raise InputError("messages need a user's turn and an assistant's, which is trained on")
     if roles[-1] != "assistant":
@@ -217,7 +228,22 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
             "the assistant speaks before the user; chat templates want a user's turn first, so "
             "leave out the turns before it"
         )
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+    return tuple(read)
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+        raise InputError(f"a message needs a role, one of {', '.join(_ROLES)}")
+    role, content = message["role"], message.get("content")
+    known = _OF_MESSAGES.get(role, ())
+    others = [key for key in message if key not in ("role", "content", *known)]
+    _refuse_filled(message, others, f"the {role} message")
+    more = {key: message[key] for key in known if message.get(key)}
+    if "tool_calls" in more:
+        more["tool_calls"] = calls_of(more["tool_calls"])
+    if not (content in (None, "") and "tool_calls" in more):
+        _need_text(content, f"content of the {role} message")
+    return {"role": role, "content": content or "", **more}
 
 
 def _refuse_filled(row: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
@@ -225,27 +251,31 @@ def _refuse_filled(row: Mapping[str, Any], keys: Sequence[str], what: str) -> No
     filled = [key for key in keys if row.get(key) not in (None, "", [], {})]
     if filled:
         raise InputError(
-            f"{what} has {', '.join(filled)}; only role and content are understood, "
-            "so write into the content what the model should see, and leave the rest out"
+            f"{what} has {', '.join(filled)}, which is not understood, so write into the content "
+            "what the model should see, and leave the rest out"
         )
 
 
 def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
     """Choices and the index of the right one; no choices and a text for free answers."""
     choices, answer = row.get("choices"), row.get("answer", row.get("answerKey"))
+    labels = None
     if choices is None and isinstance(answer, bool):
         return ["false", "true"], int(answer)
     if choices is None:
         return [], answer
     if isinstance(choices, Mapping):  # ARC and OpenBookQA: {"text": [...], "label": [...]}
         labels, choices = list(choices["label"]), list(choices["text"])
-        answer = labels.index(answer) if answer in labels else answer
     if not isinstance(choices, list) or len(choices) < 2:
         raise InputError("choices must be a list of two or more")
     for choice in choices:
         _need_text(choice, "a choice")
+    answer = index_of(answer, choices, labels)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(f"answer {answer!r} must be an index from 0 to {len(choices) - 1}")
+        raise InputError(
+            f"answer {answer!r} must be an index from 0 to {len(choices) - 1}, the letter of a "
+            "choice, or its text"
+        )
     return choices, answer
 
 
@@ -258,44 +288,6 @@ def _need_text(value: Any, what: str) -> None:
         raise InputError(
             f"{what} has half a character, a lone surrogate, at {error.start}; write it whole"
         ) from None
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark.
-
-    Raises:
-        InputError: the file can't be read, or is not UTF-8 text.
-    """
-    try:
-        return path.expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"cannot read {path}: {reason}") from error
-
-
-def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}, line {number}", json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: is not JSON ({error})") from error
-
-
-def _rows_of_hub(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    name, _, config = source.partition(":")
-    try:
-        with hub_or_cache(name, kind="dataset", what="dataset", instead="give a file"):
-            datasets = optional.need("datasets", f"{source}, a dataset of the hub,")
-            rows = datasets.load_dataset(name, config or None, split=split)
-    except BudwoodError:
-        raise
-    except Exception as error:  # whatever the hub's client raises for what is not there
-        raise InputError(
-            f"{source} is neither a file nor a dataset to be had: {first_line(error)}"
-        ) from error
-    return ((f"{source}, row {i}", row) for i, row in enumerate(rows))
 
 
 def _reason(error: Exception) -> str:

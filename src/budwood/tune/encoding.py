@@ -143,8 +143,8 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < example.n_context:
             continue
-        prompt = render(tokenizer, messages[:i], True, example.where)
-        whole = render(tokenizer, messages[: i + 1], False, example.where)
+        prompt = render(tokenizer, messages[:i], True, example.where, example.tools)
+        whole = render(tokenizer, messages[: i + 1], False, example.where, example.tools)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise UnsupportedModelError(
                 "the chat template changes earlier turns when one is added, so the assistant's "
@@ -155,12 +155,35 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
         input_ids += asked + said + tail
         labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
         done = whole
+    _need_place(tokenizer, example, done)
     n_used = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
     return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
 
 
+def _need_place(tokenizer: Any, example: Example, rendered: str) -> None:
+    """Refuse a conversation of which the chat template leaves something out without a word."""
+    last = example.messages[-1]
+    calls = [call for message in example.messages for call in message.get("tool_calls", ())]
+    missing = [
+        *(key for key in ("reasoning_content", "thinking") if last.get(key, "") not in rendered),
+        *("tool_calls" for call in calls if call["function"]["name"] not in rendered),
+    ]
+    if example.tools and rendered == render(tokenizer, example.messages, False, example.where):
+        missing.append("tools")
+    if missing:
+        where = f"{example.where}: " if example.where else ""
+        raise InputError(
+            f"{where}the model's chat template has no place for {missing[0]}; write into the "
+            "content what the model should see"
+        )
+
+
 def render(
-    tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool, where: str = ""
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    prompt: bool,
+    where: str = "",
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Render a conversation through the chat template.
 
@@ -169,6 +192,7 @@ def render(
         messages: dicts of ``role`` and ``content``.
         prompt: continue to where the assistant begins.
         where: file and line of the conversation, for error messages.
+        tools: schemas of tools.
 
     Raises:
         InputError: the chat template refuses the conversation, such as one with a system prompt.
@@ -176,6 +200,7 @@ def render(
     try:
         return tokenizer.apply_chat_template(
             list(messages),
+            tools=list(tools) or None,
             chat_template=dated_template(tokenizer),
             tokenize=False,
             add_generation_prompt=prompt,

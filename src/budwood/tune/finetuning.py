@@ -115,12 +115,13 @@ def finetune(
     Args:
         model: a causal language model of transformers, or a hub id or directory; ``"smollm2"`` is
             SmolLM2-135M-Instruct.
-        data: a ``datasets.Dataset``, a list of dicts, a path to JSON lines, a hub id, or a list of
-            paths. Rows are ``{"messages": […]}``, ``{"prompt": …, "completion": …}`` (texts or
-            lists of messages), ``{"question": …, "choices": […], "answer": index}``,
-            ``{"question": …, "answer": text}``, ``{"text": …}``, or tokens as ``{"input_ids": …,
-            "labels": …}``. The loss is on the assistant's turns, the completion, the answer, or
-            the whole text.
+        data: a ``datasets.Dataset``, a list of dicts, a path to JSON lines, a JSON array, CSV or
+            Parquet, a hub id, or a list of these. Rows are ``{"messages": […]}``,
+            ``{"conversations": […]}``, ``{"prompt": …, "completion": …}`` (texts or lists of
+            messages), ``{"instruction": …, "output": …}``, ``{"question": …, "choices": […],
+            "answer": index or letter}``, ``{"question": …, "answer": text}``, ``{"text": …}``, or
+            tokens as ``{"input_ids": …, "labels": …}``; with messages also ``tools``. The loss is
+            on the assistant's turns, the completion, the answer, or the whole text.
         output: folder of the run, new or empty, or that of the same run; its parent must exist.
             None for the ``output_dir`` of ``args``.
         method: ``"slim"`` or another of ``budwood ls tuners``, with options as in

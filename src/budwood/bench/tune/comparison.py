@@ -20,7 +20,6 @@ from budwood.files import read_json, write_text
 from budwood.progress import ProgressBar
 from budwood.runs import RunFolder
 from budwood.tune.base_model import fingerprint_of
-from budwood.tune.data import read_text
 from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
 from budwood.tune.evaluate.divergence import CHAT, make_texts
 from budwood.tune.evaluate.scores import Score
@@ -28,6 +27,7 @@ from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, routing_r
 from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
 from budwood.tune.finetuning import FinetuneResult, finetune
 from budwood.tune.methods import is_ablation, parse_tuner
+from budwood.tune.sources import read_text
 from budwood.tune.train import fingerprint
 from budwood.tune.trainer import is_slim
 

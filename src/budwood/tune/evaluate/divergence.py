@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
-from budwood.tune.data import read_text
 from budwood.tune.encoding import (
     IGNORED,
     EncodedExample,
@@ -23,6 +22,7 @@ from budwood.tune.encoding import (
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.losses import token_kl
 from budwood.tune.self_generated import replies
+from budwood.tune.sources import read_text
 
 CHAT = "chat"
 """Name of the base model's own replies among the texts."""

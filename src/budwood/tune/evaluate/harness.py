@@ -143,8 +143,12 @@ def _row(example: Example, style: str) -> dict[str, Any]:
 
 def _conversation(example: Example, tokenizer: Any) -> dict[str, Any]:
     *before, last = example.messages
-    prompt = render(tokenizer, before, True, example.where)
-    return {"question": prompt, "answer": last["content"]}
+    prompt = render(tokenizer, before, True, example.where, example.tools)
+    if not example.has_more_than_content:
+        return {"question": prompt, "answer": last["content"]}
+    whole = render(tokenizer, example.messages, False, example.where, example.tools)
+    answer, _, _ = whole.removeprefix(prompt).partition(tokenizer.eos_token)
+    return {"question": prompt, "answer": answer}
 
 
 def _scores(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:

@@ -61,7 +61,7 @@ def find_task(
     """Find a task by its name.
 
     Args:
-        name: a shipped task, whose file is in ``data``; a file of JSON lines; or one of lm-eval's.
+        name: a shipped task, whose file is in ``data``; a file of examples; or one of lm-eval's.
         data: folder with the files of shipped tasks.
         group: ``"target"`` or ``"general"``.
         limit: number of questions to draw; 0 for all.
