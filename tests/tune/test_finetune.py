@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 from trl import SFTConfig
 from typer.testing import CliRunner
 
@@ -164,7 +167,7 @@ def test_bad_tokens_are_refused_before_a_model_is_loaded(tmp_path, data, reason)
         ([{}], r"row 0 of the data: has the keys \(none\); give"),
         ([{"prompt": "a", "completion": MESSAGES}], "prompt and completion are str and list; give"),
         ([{"prompt": "a", "completion": ""}], "completion must be a text that is not empty"),
-        ([{"text": "a", "messages": MESSAGES, "tools": [1]}], "the row has tools"),
+        ([{"text": "a", "messages": MESSAGES, "tools": [1]}], "tools must be a list of JSON"),
         (DatasetDict(train=Dataset.from_list([FORMATS["text"]])), "has the splits train; give one"),
     ],
 )
@@ -529,6 +532,90 @@ def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method):
     assert [row["loss"] for row in result.history] == [row["loss"] for row in whole.history]
     with pytest.raises(OutputError, match="holds another run .*lr 0.003 there and 0.01 here"):
         run(tmp_path / "cut", method=method, save_every=1, lr=0.01)
+
+
+def test_ctrl_c_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", method=SLIM)
+    inner, seen = trainer.check_gradients, []
+
+    def interrupts(model, step):
+        seen.append(step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        inner(model, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "check_gradients", interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", method=SLIM)
+    assert seen == [1, 2, 3] and (tmp_path / "cut" / "checkpoint-3").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    result = run(tmp_path / "cut", method=SLIM)
+    assert same(weights(whole.output), weights(result.output))
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in whole.history]
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, monkeypatch):
+    def interrupts(model, step):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "check_gradients", interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob("checkpoint-*"))
+
+
+def test_ctrl_c_in_the_last_step_is_too_late(tmp_path, monkeypatch):
+    inner = trainer.check_gradients
+
+    def interrupts(model, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        inner(model, step)
+
+    monkeypatch.setattr(trainer, "check_gradients", interrupts)
+    assert len(run(tmp_path / "out").history) == 4
+
+
+def test_checkpoints_are_written_in_time(tmp_path, monkeypatch):
+    def killed(model, step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "check_gradients", killed)
+    for seconds, there in ((0.0, True), (300.0, False)):
+        monkeypatch.setattr(trainer, "_SAVE_AT_LEAST", seconds)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / str(seconds))
+        assert (tmp_path / str(seconds) / "checkpoint-2").is_dir() == there
+
+
+def test_a_short_run_has_a_loss(tmp_path):
+    history = run(tmp_path / "out", method=SLIM, log_every=10).history
+    assert [row["step"] for row in history] == [4]
+    assert history[0]["loss"] > 0 and "identity_share" in history[0]
+
+
+def test_trackers_are_told(tmp_path, monkeypatch):
+    told = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.append(logs)
+
+    known = {**integration_utils.INTEGRATION_TO_CALLBACK, "mine": Tracker}
+    monkeypatch.setattr(integration_utils, "INTEGRATION_TO_CALLBACK", known)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["mine"])
+    run(tmp_path / "out", report_to=["mine"])
+    assert sum("loss" in logs for logs in told) == 4
+    for names, error, message in (
+        (["mime"], UnknownNameError, "unknown tracker 'mime' in report_to; known: .*mine"),
+        (["wandb"], InputError, "report_to='wandb' needs a package that is missing"),
+        ("mine", InputError, "is a string; give a list of names"),
+    ):
+        with pytest.raises(error, match=message):
+            run(tmp_path / "other", report_to=names)
 
 
 def test_a_run_goes_on_with_other_logging_and_checkpoints(tmp_path, monkeypatch):

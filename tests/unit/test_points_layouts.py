@@ -133,6 +133,8 @@ def test_archives(tmp_path):
     for names in ({"POINTS": XYZ}, {"anything": XYZ}, {"pcloud_points": XYZ, "other": x}):
         np.savez(path, **names)
         np.testing.assert_allclose(read(path).xyz, XYZ)
+    np.savez(path, xyz=XYZ, color=np.array(["#ff0000"] * len(XYZ)))
+    assert "colours are not numbers" in refused(path)
     np.savez(path, lon=x, lat=y, alt=z)
     assert "degrees are no lengths" in refused(path)
 

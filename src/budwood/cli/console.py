@@ -6,7 +6,9 @@ Rich is imported on first use, since `--help` and error messages do without it.
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _FILE_WIDTH = 200
+_LINE_EVERY = 30.0
+"""Seconds between lines of progress where there is no terminal."""
 
 
 def out() -> Console:
@@ -90,14 +94,17 @@ def working(message: str) -> Iterator[None]:
 
 @contextmanager
 def progress(message: str) -> Iterator[Progress]:
-    """Show a progress bar on standard error if that is a terminal.
+    """Show a progress bar on standard error, or a line every 30 s where that is no terminal.
 
     Yields:
         A function that moves the bar.
     """
+    console = notes()
+    if not console.is_terminal:
+        yield _spoken(message)
+        return
     from rich import progress as bars
 
-    console = notes()
     bar = bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
@@ -106,7 +113,6 @@ def progress(message: str) -> Iterator[Progress]:
         bars.TextColumn("left"),
         bars.TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(message, total=None)
@@ -116,3 +122,26 @@ def progress(message: str) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, description=shown)
 
         yield advance
+
+
+def _spoken(message: str) -> Progress:
+    """Progress in lines, for logs."""
+    began = last = time.monotonic()
+    first, before = 0, math.inf
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        nonlocal began, last, first, before
+        now = time.monotonic()
+        if done < before:  # the first part of the work, or another; a resumed run is ahead
+            began, first = now, done
+        before = done
+        if now - last < _LINE_EVERY:
+            return
+        last = now
+        left = ""
+        if done > first:
+            minutes = (now - began) / 60 / (done - first) * (total - done)
+            left = f", about {minutes:.0f} min left"
+        say(f"{message} {done}/{total}{left}{f'  {note}' if note else ''}")
+
+    return advance

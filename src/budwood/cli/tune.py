@@ -118,6 +118,9 @@ def run(
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     log_every: Annotated[int, typer.Option(help="Steps between rows of the history.")] = 10,
+    report_to: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Trackers: tensorboard, wandb, mlflow, ….")
+    ] = "",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.TrainingDtype = "auto",
@@ -128,8 +131,8 @@ def run(
     Files are JSON lines, JSON arrays, CSV, TSV or Parquet. A row is one of {"messages": [...]},
     {"conversations": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "output":
     ...}, {"question": ..., "choices": [...], "answer": index or letter}, {"question": ...,
-    "answer": text} and {"text": ...}. Repeat the command to continue an interrupted run from its
-    last checkpoint.
+    "answer": text} and {"text": ...}. Ctrl-C writes a checkpoint and ends the run. Repeat the
+    command to continue an interrupted run from its last checkpoint.
 
     \b
     Examples:
@@ -159,6 +162,7 @@ def run(
         save_every=save_every,
         log_every=log_every,
         seed=seed,
+        report_to=tuple(options.listed(report_to)) if report_to else (),
     )
     be_quiet()
     with _warnings_said(), third_party_warnings_off(), progress("tune") as bar:

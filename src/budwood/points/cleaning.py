@@ -23,8 +23,10 @@ STRAY, GROUND = "stray", "ground"
 
 BULK = 0.9
 """Fraction of the points, nearest to the middle, that says how large the object is."""
-FAR = 2.0
-"""In units of the radius of the bulk: nearer to the middle than this, no point is stray."""
+FAR, FAR_IF_SPARSE, SPARSE = 3.0, 6.0, 50
+"""In units of the radius of the bulk: nearer to the middle than this, no point is stray. Of a car
+seen from behind, few returns come from the front: sparse clouds of up to so many points get more
+room."""
 FEW = 0.02
 """Fraction of the points that a group of strays has at most."""
 FEWEST = 12
@@ -56,8 +58,8 @@ def without_strays(cloud: Cloud, seed: int = 0) -> Cloud:
     """Leave out small groups of points that lie far from the rest.
 
     A group is stray if it has at most one point or `FEW` of all, and lies farther from the middle
-    than `FAR` times the radius of the bulk, with a gap between. What is linked to the bulk by
-    steps shorter than the gap stays, such as the pole of a lamp.
+    than `FAR` times the radius of the bulk, with a gap as wide as that radius between. What is
+    linked to the bulk by shorter steps stays, such as the pole of a lamp.
 
     Args:
         cloud: one object, or a scene.
@@ -68,13 +70,14 @@ def without_strays(cloud: Cloud, seed: int = 0) -> Cloud:
         return cloud
     distance = np.linalg.norm(cloud.xyz - np.median(cloud.xyz, axis=0), axis=1)
     radius = float(np.quantile(distance, BULK))
-    outside = np.flatnonzero(distance > FAR * radius)
+    far = FAR + (FAR_IF_SPARSE - FAR) * min(1.0, SPARSE / n_points)
+    outside = np.flatnonzero(distance > far * radius)
     if radius == 0 or not len(outside):
         return cloud
-    inside = np.flatnonzero(distance <= FAR * radius)
+    inside = np.flatnonzero(distance <= far * radius)
     anchors = inside[random_points(cloud.xyz[inside], ANCHORS, seed)]
     # The spacing of that many points on a sphere of this radius, twice over.
-    gap = radius * max(1 / 3, 7 / np.sqrt(n_points))
+    gap = radius * max(1.0, 7 / np.sqrt(n_points))
     groups = _linked(cloud.xyz[np.concatenate([anchors, outside])], gap)
     sizes = np.bincount(groups)
     bulk = np.unique(groups[: len(anchors)])

@@ -43,6 +43,7 @@ class Settings:
         log_every: steps between rows of the history.
         probe_every: steps between probes; 0 for none.
         checkpointing: recompute activations in the backward pass, to save memory.
+        report_to: trackers that are told the history, such as ``"tensorboard"`` or ``"wandb"``.
 
     Raises:
         InputError: a value is of another type, or outside its range.
@@ -63,6 +64,7 @@ class Settings:
     log_every: int = 10
     probe_every: int = 0
     checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "max_length", "save_every", "log_every"):
@@ -82,6 +84,28 @@ class Settings:
         if self.schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
             raise UnknownNameError(f"unknown schedule {self.schedule!r}; known: {known}")
+        if isinstance(self.report_to, str):
+            raise InputError(f"report_to={self.report_to!r} is a string; give a list of names")
+        object.__setattr__(self, "report_to", tuple(self.report_to))
+        _check_trackers(self.report_to)
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse a tracker that transformers does not know, or that is not installed."""
+    if not names:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UnknownNameError(f"unknown tracker {name!r} in report_to; known: {known}")
+        if name not in installed:
+            raise InputError(f"report_to={name!r} needs a package that is missing; install {name}")
 
 
 def default_lr(model: Any) -> float:
@@ -127,7 +151,7 @@ def trainer_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu,
         "disable_tqdm": True,
-        "report_to": [],
+        "report_to": list(settings.report_to),
     }
     if settings.checkpointing:
         values[_checkpointing_name()] = True

@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ def train(
     Raises:
         DivergedError: the loss, a gradient or a layer's input was NaN or infinite; the message
             names the last good checkpoint.
+        KeyboardInterrupt: on Ctrl-C, after the step under way and a checkpoint; on a second one at
+            once.
         InputError: as :func:`check_trainable`, or the model is split up by FSDP1 or DeepSpeed.
         OutputError: another process is at this run, or has just finished it.
     """
@@ -123,7 +127,8 @@ def _take_steps(
 ) -> None:
     """Train to the end; where training diverges, say which checkpoint is left."""
     try:
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with _interruptible(watch):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
     except DivergedError as error:
         last = folder.last_checkpoint()
         kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
@@ -133,8 +138,33 @@ def _take_steps(
         raise DivergedError(f"{error}; {kept}; {hint}") from None
     finally:
         watch.close()
+    if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
     # Without the Trainer's mixed precision the model computes what it will when it is loaded.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def _interruptible(watch: RunWatch) -> Iterator[None]:
+    """Let Ctrl-C end training after the step under way; a second one, or one elsewhere, at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or before is not signal.default_int_handler
+    ):
+        yield  # signals are somebody else's
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if watch.interrupted:
+            signal.default_int_handler(number, frame)
+        watch.interrupted = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _save(trainer: AnswerTrainer, tokenizer: Any, folder: RunFolder) -> None:

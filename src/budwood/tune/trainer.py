@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
@@ -27,6 +28,8 @@ Probe = Callable[[Any, int], dict[str, Any]]
 
 _BATCHES_PER_POOL = 32
 """Batches that are sorted by length together."""
+_SAVE_AT_LEAST = 300.0
+"""Seconds after which a checkpoint is written, whatever ``save_every`` says."""
 _EXAMPLES_PER_TEXT = 4
 """Training examples in a pass for each self-generated text: texts are longer than answers."""
 
@@ -207,7 +210,9 @@ def check_gradients(model: nn.Module, step: int) -> None:
 
 
 class RunWatch(TrainerCallback):
-    """Writes the history, checks gradients, reports progress and takes probes.
+    """Writes the history, checks gradients, reports progress, takes probes, and ends on Ctrl-C.
+
+    A checkpoint is written every five minutes at least, and when the run is interrupted.
 
     Args:
         folder: folder of the run.
@@ -223,12 +228,15 @@ class RunWatch(TrainerCallback):
         self.progress, self.probe = progress, probe
         self.routing: dict[str, float] = {}
         self.note = ""
+        self.interrupted = False
+        self._saved_at = time.perf_counter()
         self._observer: _Observer | None = None
         before = [row["seconds"] for row in folder.history() if "seconds" in row]
         self._began = time.perf_counter() - (before[-1] if before else 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (state.global_step + 1) % self.settings.log_every == 0:
+        step = state.global_step + 1
+        if step % self.settings.log_every == 0 or step == state.max_steps:
             unwrapped = getattr(kwargs["model"], "module", kwargs["model"])
             self._observer = _Observer(unwrapped) if is_slim(unwrapped) else None
 
@@ -237,6 +245,8 @@ class RunWatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+        control.should_log |= state.global_step >= state.max_steps
+        self._save_in_time(args, control)
         _save_no_last_checkpoint(state, control)
         self.progress(state.global_step, state.max_steps, self.note)
         every = self.settings.probe_every
@@ -244,6 +254,17 @@ class RunWatch(TrainerCallback):
             step = state.global_step
             if step % every == 0 or step == state.max_steps:
                 self.take_probe(kwargs["model"], step)
+
+    def _save_in_time(self, args: Any, control: Any) -> None:
+        """Ask for a checkpoint if the last is old, or if the run is to end."""
+        late = time.perf_counter() - self._saved_at > _SAVE_AT_LEAST
+        interrupted, late = _of_main_process([self.interrupted, late])
+        self.interrupted = interrupted
+        control.should_training_stop |= interrupted
+        control.should_save |= (interrupted or late) and args.save_strategy != "no"
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _save_no_last_checkpoint(state, control)
@@ -275,6 +296,11 @@ class RunWatch(TrainerCallback):
         measured = self.probe(model, step) if self.probe else {}
         if PartialState().is_main_process:
             self.folder.note({"step": step, "probe": measured})
+
+
+def _of_main_process(flags: list[bool]) -> list[bool]:
+    """What the main process says, so that all do the same."""
+    return broadcast_object_list(flags) if PartialState().num_processes > 1 else flags
 
 
 def _save_no_last_checkpoint(state: Any, control: Any) -> None:

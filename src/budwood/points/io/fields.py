@@ -96,6 +96,8 @@ def colors_of(data: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
         return None
     else:
         rgb = data[name]
+        if rgb.dtype.kind not in "fiu":
+            return rgb  # which make_cloud refuses
         if rgb.ndim < 2 or rgb.shape[-1] == 1:
             rgb = unpack_colors(np.ravel(rgb))
         rgb = rgb[..., :3]

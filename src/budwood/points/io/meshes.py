@@ -57,9 +57,10 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     cloud = _cloud(path, _recolored(parts, recolored), options)
     if units := UNITS.get(str(scene.units)):
         cloud = cloud.assuming(units=units)
-    missing = missing_files(path)
-    note = f"{', '.join(missing[:3])} cannot be found, so its colours are not used"
-    return cloud.noting(note if missing else None)
+    if missing := missing_files(path):
+        names = ", ".join(missing[:3])
+        cloud = cloud.noting(f"{names} cannot be found, so its colours are not used")
+    return cloud
 
 
 class Draw(NamedTuple):
