@@ -108,6 +108,22 @@ def run(
     schedule: Annotated[
         str, typer.Option(help="Learning rate schedule: cosine, linear, constant, ….")
     ] = "cosine",
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="Held-out examples: measure their loss while training, and keep the adapter with "
+            "the lowest.",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between measurements; 0 for ten in a run.")
+    ] = 0,
+    patience: Annotated[
+        int,
+        typer.Option(help="End after so many measurements without a lower loss; 0 for never."),
+    ] = 0,
     max_length: Annotated[
         int, typer.Option(help="Longest example in tokens; longer ones are left out.")
     ] = 512,
@@ -143,7 +159,7 @@ def run(
     from budwood.loading import check_data_source, check_source, third_party_warnings_off
 
     need_parent(output)
-    for source in train:
+    for source in [*train, *(evaluate or [])]:
         check_data_source(source)
     check_source(model, "smollm2")
 
@@ -157,6 +173,8 @@ def run(
         accumulate=accumulate,
         warmup=warmup,
         schedule=schedule,
+        eval_every=eval_every,
+        patience=patience,
         max_length=max_length,
         checkpointing=checkpointing,
         save_every=save_every,
@@ -170,6 +188,7 @@ def run(
             model or "smollm2",
             train,
             output,
+            eval_data=evaluate,
             method=method,
             rank=rank,
             args=settings,
@@ -215,6 +234,12 @@ def _print(result: FinetuneResult, method: str) -> None:
     shown = rows[::-every][::-1]
     if shown:
         print_table(shown, COLUMNS.present_in(shown[-1]))
+    measured = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+    if result.best_step is not None:
+        say(
+            f"validation loss: {measured[0]:.3f} before training, {measured[result.best_step]:.3f} "
+            f"after step {result.best_step}, whose adapter is kept"
+        )
     say(
         f"{method} with {result.n_trained_parameters:,} trained parameters on "
         f"{result.n_examples} examples; the adapter is in {result.output}.\n"

@@ -67,6 +67,7 @@ class FinetuneResult:
         n_left_out: examples that were longer than ``max_length``.
         n_trained_parameters: parameters of the adapter.
         settings: how it was trained, with the learning rate that was used.
+        best_step: the step after which the validation loss was lowest; None without validation.
         was_complete: whether the folder held the finished run already, so nothing was trained.
     """
 
@@ -79,6 +80,7 @@ class FinetuneResult:
     n_left_out: int
     n_trained_parameters: int
     settings: Settings
+    best_step: int | None
     was_complete: bool
 
 
@@ -89,6 +91,7 @@ def finetune(
     *,
     method: str = "slim",
     rank: int = 4,
+    eval_data: Any = None,
     tokenizer: Any = None,
     args: Settings | TrainingArguments | None = None,
     style: str = "cloze",
@@ -127,6 +130,9 @@ def finetune(
         method: ``"slim"`` or another of ``budwood ls tuners``, with options as in
             ``"slim:n_experts=4+beta=2"``.
         rank: rank of the adapter, or of each expert.
+        eval_data: held-out examples, in the same forms. Their loss is measured before training and
+            every ``eval_every`` steps; the adapter with the lowest is kept, and with ``patience``
+            training ends early.
         tokenizer: of the model; None to load it by the model's ``name_or_path``.
         args: how to train: :class:`Settings`, or a ``TrainingArguments`` (such as TRL's
             ``SFTConfig``), whose fields count where they differ from their defaults.
@@ -157,14 +163,17 @@ def finetune(
     tuner = parse_tuner(method)  # these refuse bad input before a model is loaded
     need_int(1, rank=rank)
     examples = token_rows(data) if _is_encoded(data) else examples_of(data, style)
+    held_out = _held_out(eval_data, style, chosen)
     refuse_other_files(folder)
     model, tokenizer = _model_of(model, tokenizer, device, dtype, args, progress)
     check_trainable(model)
     chosen = dataclasses.replace(chosen, lr=chosen.lr or default_lr(model))
     rows, n_left_out = _encoded(examples, tokenizer, model, chosen.max_length)
+    eval_rows = _encoded(held_out, tokenizer, model, chosen.max_length)[0] if held_out else []
     tuner = tuner.fitted_to(n_supervised(rows))
     name = _name_of(model)
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
+    identity = (*identity, fingerprint(eval_rows) if eval_rows else None)
     with _attached(tuner, model, rank, chosen.seed) as adapted:
         with processes(model).main_process_first():
             run = RunFolder(folder, run_identity(*identity), WITHOUT_EFFECT)
@@ -177,6 +186,7 @@ def finetune(
         if not was_complete and run.last_checkpoint() is None:
             tuner.prepare(adapted, tokenizer, rows, texts)
         options = {**tuner.training(texts), "arguments": arguments, "probe": probe}
+        options["eval_rows"] = eval_rows
         history = train(adapted, tokenizer, rows, chosen, run, **options, progress=progress)
         result = FinetuneResult(
             model=adapted.eval(),
@@ -188,6 +198,7 @@ def finetune(
             n_left_out=n_left_out,
             n_trained_parameters=n_parameters,
             settings=chosen,
+            best_step=_best_step(history),
             was_complete=was_complete,
         )
     if record and processes(model).is_main_process and not (folder / RECORD_FILE).exists():
@@ -213,6 +224,18 @@ def _settings_of(
         kind = type(args).__name__
         raise InputError(f"args is a {kind}; give Settings or transformers' TrainingArguments")
     return settings_from(args, given)
+
+
+def _held_out(eval_data: Any, style: str, settings: Settings) -> Sequence[Any]:
+    """Held-out examples; none without validation."""
+    if eval_data is None:
+        for name in ("eval_every", "patience"):
+            if getattr(settings, name):
+                raise InputError(
+                    f"{name}={getattr(settings, name)} needs held-out examples; give eval_data"
+                )
+        return ()
+    return token_rows(eval_data) if _is_encoded(eval_data) else examples_of(eval_data, style)
 
 
 def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
@@ -351,6 +374,12 @@ def _attached(tuner: Tuner, model: Any, rank: int, seed: int) -> Iterator[Any]:
     finally:
         if use_cache is not None:
             model.config.use_cache = use_cache
+
+
+def _best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first of the steps with the lowest validation loss, the start left out."""
+    measured = [row for row in history if "eval_loss" in row and row["step"]]
+    return min(measured, key=lambda row: row["eval_loss"])["step"] if measured else None
 
 
 def _saved(model: Any, run: RunFolder) -> Any:

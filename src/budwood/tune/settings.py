@@ -42,6 +42,9 @@ class Settings:
         save_every: steps between checkpoints.
         log_every: steps between rows of the history.
         probe_every: steps between probes; 0 for none.
+        eval_every: steps between measurements of the validation loss; 0 for ten in a run.
+        patience: measurements without a lower validation loss after which training ends; 0 for
+            never.
         checkpointing: recompute activations in the backward pass, to save memory.
         report_to: trackers that are told the history, such as ``"tensorboard"`` or ``"wandb"``.
 
@@ -63,13 +66,16 @@ class Settings:
     save_every: int = 100
     log_every: int = 10
     probe_every: int = 0
+    eval_every: int = 0
+    patience: int = 0
     checkpointing: bool = False
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "max_length", "save_every", "log_every"):
             need_int(1, **{name: getattr(self, name)})
-        need_int(0, steps=self.steps, probe_every=self.probe_every)
+        for name in ("steps", "probe_every", "eval_every", "patience"):
+            need_int(0, **{name: getattr(self, name)})
         need_int(None, seed=self.seed)
         need_seed(self.seed)
         above = {"epochs": self.epochs, "max_grad_norm": self.max_grad_norm}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import threading
@@ -27,6 +28,7 @@ from budwood.tune.encoding import EncodedExample, Padded
 from budwood.tune.settings import Settings, trainer_arguments
 from budwood.tune.steps import SlimCallback
 from budwood.tune.trainer import AnswerTrainer, Probe, RunWatch, is_slim, tell_slim
+from budwood.tune.validation import KeepBest, Validation
 
 _KL_POSITIONS = 48
 """Positions of the prompt, counted from its end, at which ``kl`` compares with the base model."""
@@ -56,10 +58,12 @@ def train(
     arguments: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     probe: Probe | None = None,
+    eval_rows: Sequence[EncodedExample] = (),
 ) -> list[dict[str, Any]]:
     """Train an adapter; an interrupted run continues from its last checkpoint.
 
-    The adapter is saved in the folder when all steps are done, and checkpoints are removed.
+    The adapter is saved in the folder when all steps are done, and checkpoints are removed. With
+    ``eval_rows`` it is the one with the lowest validation loss.
 
     Args:
         model: a ``PeftModel`` whose adapter is fresh, and prepared unless the run is resumed.
@@ -75,6 +79,7 @@ def train(
             :func:`budwood.tune.settings.settings_from`.
         progress: called after each step.
         probe: called every ``settings.probe_every`` steps, before the first and after the last.
+        eval_rows: held-out examples for validation; none for no validation.
 
     Returns:
         The history: dicts with ``step`` and what was noted then.
@@ -99,6 +104,9 @@ def train(
         start = _resume_from(folder, model)
         watch = RunWatch(folder, settings, progress, probe)
         n_before = _KL_POSITIONS if kl and not texts else 0
+        every = settings.eval_every or _a_tenth(rows, settings, model)
+        validation = Validation(eval_rows, every, settings.patience)
+        keeper = KeepBest(folder, validation, Padded.of(model, tokenizer), settings.batch)
         trainer = AnswerTrainer(
             model=model,
             args=trainer_arguments(
@@ -109,16 +117,26 @@ def train(
             lengths=[len(row["input_ids"]) for row in rows],
             kl=kl,
             texts=texts,
-            callbacks=[watch, *([SlimCallback()] if is_slim(model) else [])],
+            callbacks=[
+                watch,
+                *([SlimCallback()] if is_slim(model) else []),
+                *([keeper] if eval_rows else []),
+            ],
         )
-        _check_sharding(trainer)
+        _check_sharding(trainer, bool(eval_rows))
         trainer.remove_callback(PrinterCallback)
         if start is None and probe and settings.probe_every:
             watch.take_probe(model, 0)
+        if start is None and eval_rows:
+            keeper.measure(model, 0)
         _take_steps(trainer, folder, start, watch)
         tell_slim(model, None)
+        if eval_rows:
+            keeper.restore(model)
         weaken(model, strength)
         _save(trainer, tokenizer, folder)
+        if processes(model).is_main_process:
+            keeper.drop()
     return folder.history()
 
 
@@ -183,11 +201,20 @@ def _sharding(trainer: AnswerTrainer) -> Any:
     return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
 
 
-def _check_sharding(trainer: AnswerTrainer) -> None:
+def _a_tenth(rows: Sequence[Any], settings: Settings, model: Any) -> int:
+    """A tenth of the steps of a run, at least one."""
+    per_step = settings.batch * settings.accumulate * processes(model).num_processes
+    steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / per_step))
+    return max(1, steps // 10)
+
+
+def _check_sharding(trainer: AnswerTrainer, validates: bool) -> None:
     """Refuse ways to split a model for which the saved adapter was not checked."""
     if trainer.is_deepspeed_enabled:
         raise InputError("training under DeepSpeed was not tried; launch with DDP, or with FSDP2")
     sharding = _sharding(trainer)
+    if sharding and validates:
+        raise InputError("validation under FSDP was not tried; leave eval_data out, or use DDP")
     if sharding and sharding.fsdp_version != 2:
         raise InputError("training under FSDP1 was not tried; launch with --fsdp_version 2")
 
@@ -265,6 +292,7 @@ def run_identity(
     rank: int,
     data: str,
     arguments: Mapping[str, Any] | None = None,
+    eval_data: str | None = None,
 ) -> dict[str, Any]:
     """What distinguishes a run from others, for its folder.
 
@@ -276,16 +304,22 @@ def run_identity(
         rank: of the adapter.
         data: :func:`fingerprint` of the training data.
         arguments: further arguments of the Trainer.
+        eval_data: :func:`fingerprint` of the validation data; None without.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     identity = {"model": name, "weights": fingerprint_of(model), "dtype": dtype}
     identity |= {"method": method, "rank": rank, "data": data}
+    how = dataclasses.asdict(settings)
+    if eval_data:
+        identity["eval_data"] = eval_data
+    else:  # runs of older versions have no such settings
+        how = {key: how[key] for key in how if key not in ("eval_every", "patience")}
     n_processes = processes(model).num_processes
     if n_processes > 1:
         identity["processes"] = n_processes
     if arguments:
         identity["arguments"] = json.loads(json.dumps(dict(arguments), default=str))
-    return identity | dataclasses.asdict(settings)
+    return identity | how
 
 
 def fingerprint(rows: Sequence[Any]) -> str:
