@@ -369,6 +369,23 @@ ADAPTATIONS = {
 """Ways to adapt a point encoder to sparse clouds, for `budwood points adapt`."""
 
 
+BOX_FORMATS = {
+    "json": Entry("boxes/NAME.json, a file a frame: all that is known of each object"),
+    "csv": Entry("boxes.csv: one line for each object of all frames"),
+    "kitti": Entry(
+        "kitti/NAME.txt: labels as of KITTI's object detection, unknown objects left out"
+    ),
+    "nuscenes": Entry("nuscenes.json: results as of nuScenes' detection task, unknown left out"),
+    "clusters": Entry(
+        "clusters/NAME.npy: the points of each object, with poses of several frames together: "
+        "unlabelled clouds for `budwood points adapt`"
+    ),
+    "png": Entry("views/NAME.png: the frame from above, with boxes and labels"),
+    "html": Entry("pages/NAME.html: the frame in 3D, to turn in a browser, without a server"),
+}
+"""What `budwood scan` writes into its folder."""
+
+
 def _model(family: str, summary: str, source: str = "the hub") -> Entry:
     return Entry(summary, source, {"family": family})
 

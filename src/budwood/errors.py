@@ -41,6 +41,10 @@ class OptionError(InputError, TypeError):
     """There is no such option; the message names the one that was meant."""
 
 
+class InputWarning(UserWarning):
+    """Data that can be used, but may give wrong results: coordinates in degrees, for example."""
+
+
 class OutputError(BudwoodError, OSError):
     """A result cannot be written, or would overwrite what is there."""
 

@@ -36,7 +36,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             write(part)
             part.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+        cause = error.__cause__ or error  # what drew a figure has named the temporary file
+        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise OutputError(f"cannot write {path}: {reason}") from error
 
 

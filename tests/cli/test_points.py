@@ -18,7 +18,7 @@ from budwood.points import ENCODERS, METHODS, classification
 from budwood.points.adapters.base import read_description
 from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
-from tests.points import models, sets
+from tests.points import layouts, models, sets
 
 NAMES = "ball,stick,plate"
 
@@ -104,6 +104,7 @@ def test_a_cloud_that_cannot_be_read_stops_no_other(budwood, scans, tmp_path):
     named = [str(scans / f"{i}.npy") for i in (0, 1, 3, 4, 5)]
     assert [row["cloud"] for row in told["rows"]] == named
     assert [row["cloud"] for row in told["skipped"]] == [str(scans / f"{i}.npy") for i in (2, 6)]
+    assert result.stderr.splitlines()[0] == "assumed y up (--up), columns xyz (--columns)"
     *_, nan, damaged, last = result.stderr.splitlines()
     assert "2.npy" in nan and "NaN" in nan and "6.npy" in damaged
     assert last == "budwood: error: 2 of 7 clouds have no label; see above"
@@ -140,6 +141,7 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
     assert found["params"] == 0 and found["clouds"] == 6
     assert [one["cloud"] for one in found["skipped"]] == [str(scans / "2.npy")]
     assert again.stderr.startswith(f"left out: {scans / '2.npy'}")
+    assert "assumed y up" in again.stderr and found["given"] == 6
     (tmp_path / "file").write_text("")
     refused(budwood(*command[:3], "--output", tmp_path / "file" / "x"), "is a file; give a folder")
     refused(budwood(*command[:3], "--output", tmp_path / "no" / "x"), "there is no folder")
@@ -170,8 +172,11 @@ def test_labels_that_a_method_does_not_compare(budwood, scans, tmp_path):
     command = ["points", "adapt", scans, "--labels", NAMES, "--steps", 1, "--counts", "12"]
     unused = budwood(*command, "--output", tmp_path / "a")
     assert unused.exit_code == 0
-    assert unused.stderr == "method 'sparse-lora' compares no labels; those given are not used\n"
-    assert budwood(*command, "--output", tmp_path / "b", "--method", "esp-zero").stderr == ""
+    first, second = unused.stderr.splitlines()
+    assert first == "method 'sparse-lora' compares no labels; those given are not used"
+    assert second == "assumed y up (--up), columns xyz (--columns)"
+    command += ["--output", tmp_path / "b", "--method", "esp-zero", "--up", "y", "--columns", "xyz"]
+    assert budwood(*command).stderr == ""  # nothing is assumed
 
 
 def test_only_what_is_in_a_box(budwood, tmp_path):
@@ -186,6 +191,96 @@ def test_only_what_is_in_a_box(budwood, tmp_path):
     refused(budwood(*room, "200,200,200,300,300,300"), "no point in the box; the cloud spans")
     refused(budwood(*room, "1,2,3"), "must be six numbers")
     refused(budwood(*room, "1,1,1,0,2,2"), "x0 ≤ x1")
+
+
+def test_what_is_said_about_files(budwood, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    rows = np.vstack([np.zeros((50, 3)), layouts.car(400), [[60, 60, 9]]])
+    layouts.kitti(rows).tofile(folder / "a.bin")
+    np.save(folder / "b.npy", layouts.car(100))
+    for name in ("a.md", "b.md", "c.jpg"):
+        (folder / name).write_text("")
+    command = ["classify", folder, "--labels", NAMES]
+    result = budwood(*command, "--json")
+    assert result.exit_code == 0, result.output
+    left_out, assumed = result.stderr.splitlines()
+    assert left_out == "left out: 3 files are of no known format: 2 .md, 1 .jpg"
+    assert assumed == (
+        "assumed z up (1), y up (1) (--up), columns xyz_ (1), columns xyz (1) (--columns), metres; "
+        "left out 50 rows without a return, 1 stray point (--keep-strays)"
+    )
+    one, two = json.loads(result.stdout)["rows"]
+    assert one["assumed"] == {
+        "columns": "xyz_",
+        "up": "z",
+        "units": "m",
+        "dropped": {"no return": 50, "stray": 1},
+        "notes": [],
+    }
+    assert two["assumed"]["up"] == "y" and two["assumed"]["dropped"] == {}
+    given = budwood(*command, "--up", "-y", "--columns", "xyz_", "--keep-strays", "--json")
+    assert given.exit_code == 2  # b.npy has no such columns
+    one = json.loads(given.stdout)["rows"][0]["assumed"]
+    assert one["up"] == "-y" and one["dropped"] == {"no return": 50}
+    degrees = layouts.car(100) * (1e-5, 1e-5, 1) + (8, 49, 0)
+    np.save(folder / "b.npy", degrees)
+    *_, note = budwood(*command, "--points", 9999).stderr.splitlines()
+    assert note.startswith(f"note: {folder / 'b.npy'}: the coordinates look like degrees")
+
+
+def test_ground_and_templates(budwood, tmp_path):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    ground = np.hstack([rng.uniform(-4, 4, (300, 2)) + np.array([12, 4]), np.full((300, 1), -1.9)])
+    layouts.kitti(np.vstack([layouts.car(400), ground])).tofile(tmp_path / "a.bin")
+    (tmp_path / "mine.txt").write_text("a scan of a {}\n")
+    command = ["classify", tmp_path / "a.bin", "--labels", NAMES, "--json"]
+    plain = json.loads(budwood(*command).stdout)["rows"][0]
+    found = budwood(*command, "--remove-ground", "--templates", tmp_path / "mine.txt")
+    (row,) = json.loads(found.stdout)["rows"]
+    assert row["assumed"]["dropped"] == {"ground": 300}
+    assert "left out 300 points of the ground" in found.stderr
+    assert row["scores"] != plain["scores"]
+
+
+def test_more_points_than_sprout_was_made_for(budwood, tmp_path):
+    np.save(tmp_path / "a.npy", layouts.car(1500))
+    command = ["classify", tmp_path / "a.npy", "--labels", NAMES, "--points", 1000]
+    result = budwood(*command)
+    note = "sprout was made for 480 points and gets 480, not the 1,000 asked for"
+    assert result.stderr.splitlines()[-1] == f"note: {tmp_path / 'a.npy'}: {note}"
+    assert result.stdout.splitlines()[1].split()[1] == "480"
+
+
+def test_adapting_to_clouds_of_which_few_are_dense(budwood, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for i, n_points in enumerate([8, 9, 11, 14, 30, 400]):
+        np.save(folder / f"{i}.npy", layouts.car(n_points, seed=i))
+    command = ["points", "adapt", folder, "--steps", 2, "--lr", 0.01, "--counts", "100,24,12"]
+    result = budwood(*command, "--output", tmp_path / "a", "--json")
+    found = json.loads(result.stdout)
+    assert (found["clouds"], found["given"]) == (4, 6)
+    assert found["clouds_by_points"] == {"100": 1, "24": 2, "12": 4}
+    assert "clouds with enough points for steps on 100 points: 1, 24 points: 2, 12" in result.stderr
+    result = budwood(*command, "--output", tmp_path / "b")
+    assert "to 4 of 6 clouds" in result.stdout
+
+
+def test_the_library_takes_every_option_of_the_command():
+    import inspect
+
+    from budwood.cli.classify import classify as command
+    from budwood.points import classify
+
+    written = {"plot", "table", "force", "json"}
+    renamed = {"paths": "clouds", "batch": "batch_size", "drop_invalid": "invalid"}
+    renamed |= {"keep_strays": "strays", "labels_file": "labels"}
+    options = set(inspect.signature(command).parameters) - written
+    assert {renamed.get(name, name) for name in options} <= set(
+        inspect.signature(classify).parameters
+    )
 
 
 def test_an_adapter_for_another_encoder(budwood, scans, tmp_path):
@@ -306,6 +401,14 @@ def test_bench_speed(budwood, tmp_path):
     assert rows[0]["what"] == "frozen" and rows[-1]["what"] == "groups, loop"
     assert "| frozen | 20 |" in budwood("bench", "show", tmp_path / "s.json").stdout
     assert budwood(*command).stdout.split()[:3] == ["what", "points", "clouds_per_s"]
+    two = ["--encoder", "sprout,sprout", "--paths", "--untrained", "--json"]
+    rows = json.loads(budwood(*command, *two).stdout)["rows"]
+    assert [row["what"] for row in rows] == ["classify", "classify, loop"] * 2
+    assert rows[0]["encoder"] == "sprout" and rows[1]["over_loop"] == 1
+    large = budwood(*command, "--large", 5000, "--frame")
+    assert large.stdout.split()[:3] == ["what", "points", "seconds"], large.output
+    wrong = ["--untrained", "--checkpoint", tmp_path / "x"]
+    refused(budwood(*command, *wrong), "is for one --encoder, without --untrained")
 
 
 def test_demo(budwood, tmp_path):
@@ -345,7 +448,9 @@ def test_ls(budwood):
         (["--labels", NAMES, "--encoder", "ulip3"], "did you mean 'ulip"),
         (["--labels", NAMES, "--checkpoint", "no.pt"], "no.pt"),
         (["--labels", NAMES, "--sampler", "dense"], "unknown sampler"),
-        (["--labels", NAMES, "--up", "x"], "up='x'"),
+        (["--labels", NAMES, "--up", "w"], "up='w'"),
+        (["--labels", NAMES, "--templates", "no.txt"], "'no.txt' are no file"),
+        (["--labels", NAMES, "--text", "minilmm"], "did you mean 'minilm'"),
         (["--labels", NAMES, "--columns", "xyzr"], "columns='xyzr' must have"),
         (["--labels", NAMES, "--device", "cudda"], "device 'cudda' cannot be used"),
         (["--labels", NAMES, "--adapter", "no"], "there is no adapter at no"),

@@ -63,6 +63,7 @@ COMMANDS = [
     "bench prune --keep 0.1,none",
     "bench prune-speed --method adv",
     "bench points --methods token",
+    "scan missing.bin --labels car --format kiti",
     "bench tune --data nlp --output runs --methods lra",
     "bench show missing.json",
 ]
@@ -85,7 +86,11 @@ def test_command(command):
 
 @pytest.mark.parametrize(
     "command",
-    ["classify missing.ply --labels chair,table", "points adapt missing --output adapted"],
+    [
+        "classify missing.ply --labels chair,table",
+        "points adapt missing --output adapted",
+        "scan missing.bin --labels car",
+    ],
 )
 def test_clouds_need_numpy_alone(command):
     assert HEAVY & imported_by(RUN, *command.split()) == {"numpy"}

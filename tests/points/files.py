@@ -7,9 +7,9 @@ import numpy as np
 XYZ = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
 RGB = np.random.default_rng(1).integers(0, 256, size=(200, 3)).astype(np.uint8)
 
-TABLES = ("npy", "npz", "bin", "xyz", "txt", "csv")
+TABLES = ("npy", "npz", "bin", "xyz", "txt", "csv", "pts")
 SCANS = ("las", "laz", "pcd")
-MESHES = ("ply", "off", "obj", "stl", "glb")
+MESHES = ("ply", "off", "obj", "stl", "glb", "gltf", "3mf")
 FORMATS = TABLES + SCANS + MESHES
 
 
@@ -23,6 +23,9 @@ def write_table(path):
         np.hstack([XYZ, np.ones((200, 1))]).astype("<f4").tofile(path)
     elif path.suffix == ".csv":
         np.savetxt(path, table, delimiter=",", header="x,y,z,red,green,blue", comments="")
+    elif path.suffix == ".pts":
+        rows = np.hstack([XYZ, RGB[:, :1], RGB])
+        np.savetxt(path, rows, fmt=["%.6f"] * 3 + ["%d"] * 4, header="200", comments="")
     else:
         np.savetxt(path, table)
 
@@ -48,7 +51,17 @@ def write_scan(path):
 def write_mesh(path):
     import trimesh
 
-    trimesh.creation.icosphere(subdivisions=2).export(path)
+    save_mesh(trimesh.creation.icosphere(subdivisions=2), path)
+
+
+def save_mesh(mesh, path):
+    """Write a mesh, and for .gltf the files beside it."""
+    if path.suffix != ".gltf":
+        mesh.export(path)
+        return
+    for name, content in mesh.export(file_type="gltf").items():
+        target = path if name == "model.gltf" else path.with_name(f"{path.stem}-{name}")
+        target.write_bytes(content.replace(b'"gltf_', f'"{path.stem}-gltf_'.encode()))
 
 
 def write(path):

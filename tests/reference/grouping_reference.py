@@ -77,3 +77,44 @@ def pointnet2_ball(points, query, radius, k):
             if count == k:
                 break
     return found
+
+
+def ball(points, query, radius, k):
+    """The first k by index, filled up with the first; the nearest where there is none."""
+    points = np.asarray(points, dtype=F32)
+    gaps = []
+    for p in points:
+        dx, dy, dz = np.asarray(query, dtype=F32) - p
+        gaps.append(F32(F32(dx * dx + dy * dy) + dz * dz))
+    limit = F32(F32(radius) * F32(radius))
+    found = [i for i, gap in enumerate(gaps) if gap <= limit][:k] or [int(np.argmin(gaps))]
+    return found + found[:1] * (k - len(found))
+
+
+def first_returns(points, offset, beam, azimuth):
+    """The nearest point in each cell of beam (radians) and azimuth (degrees), by index."""
+    nearest = {}
+    for i, p in enumerate(np.asarray(points) + offset):
+        distance = float(np.linalg.norm(p))
+        row = math.floor(float(np.arcsin(np.clip(p[2] / max(distance, 1e-9), -1, 1))) / beam)
+        column = math.floor(float(np.degrees(np.arctan2(p[1], p[0]))) / azimuth)
+        if (row, column) not in nearest or distance < nearest[row, column][0]:
+            nearest[row, column] = distance, i
+    return sorted(i for _, i in nearest.values())
+
+
+def lidar(points, n_points, heading, beam, azimuth):
+    """The distance is halved 24 times on a logarithmic scale, so that returns are few enough."""
+    points = np.asarray(points)
+    points = points - points.mean(axis=0)
+    points = points * (1.5 / np.ptp(points, axis=0).max())
+    low, high = 2.0, 2000.0
+    seen = first_returns(points, heading * low, beam, azimuth)
+    for _ in range(24):
+        middle = math.sqrt(low * high)
+        trial = first_returns(points, heading * middle, beam, azimuth)
+        if len(trial) > n_points:
+            low = middle
+        else:
+            seen, high = trial, middle
+    return seen

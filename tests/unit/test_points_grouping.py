@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -81,13 +80,11 @@ def test_tree_and_chunks_agree_with_brute_force(monkeypatch):
     want = nearest(xyz, queries, 9)
     monkeypatch.setattr(grouping, "CHUNK", 3000)
     assert torch.equal(nearest(xyz, queries, 9), want)
-    want_ball = ball(xyz, queries, 0.7, 9)
     monkeypatch.setattr(grouping, "CHUNK", 1 << 24)
-    assert torch.equal(ball(xyz, queries, 0.7, 9), want_ball)
     monkeypatch.setattr(grouping, "TREE_ABOVE", 1)
     assert torch.equal(nearest(xyz, queries, 9), want)
     assert nearest(xyz, queries, 1).shape == (2, 40, 1)
-    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    monkeypatch.setattr(grouping, "is_installed", lambda package: False)
     assert torch.equal(nearest(xyz, queries, 9), want)
 
 
@@ -100,11 +97,29 @@ def test_distances_survive_a_far_origin():
 
 @pytest.mark.parametrize("k", [1, 4, 30])
 @pytest.mark.parametrize("radius", [0.05, 0.6, 9.0])
-def test_strict_ball_agrees_with_pointnet2(k, radius):
+@pytest.mark.parametrize("tree_after", [0, 1 << 21])
+def test_strict_ball_agrees_with_pointnet2(k, radius, tree_after, monkeypatch):
+    monkeypatch.setattr(grouping, "BALL_TREE_AFTER", tree_after)
     xyz, queries = cloud(25, 2, seed=1), cloud(6, 2, seed=2)
     got = ball(xyz, queries, radius, k, strict=True)
     want = [
         [reference.pointnet2_ball(p.tolist(), q.tolist(), radius, k) for q in qs]
+        for p, qs in zip(xyz, queries)
+    ]
+    assert got.tolist() == want
+
+
+@pytest.mark.parametrize("k", [1, 4, 30])
+@pytest.mark.parametrize("radius", [0.05, 0.6, 9.0])
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 21])
+@pytest.mark.parametrize("tree_after", [0, 5, 1 << 21])
+def test_ball_agrees_with_reference(k, radius, at_once, tree_after, monkeypatch):
+    monkeypatch.setattr(grouping, "BALL_CHUNK", at_once)
+    monkeypatch.setattr(grouping, "BALL_TREE_AFTER", tree_after)
+    xyz, queries = cloud(25, 2, seed=1, grid=2.0), cloud(6, 2, seed=2)
+    got = ball(xyz, queries, radius, k)
+    want = [
+        [reference.ball(p.tolist(), q.tolist(), radius, k) for q in qs]
         for p, qs in zip(xyz, queries)
     ]
     assert got.tolist() == want

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from budwood.errors import InputError, UnknownNameError
+from budwood.points import sampling
+from budwood.points.axes import to_up
 from budwood.points.io import make_cloud
 from budwood.points.sampling import (
     SAMPLERS,
@@ -14,10 +16,11 @@ from budwood.points.sampling import (
     normalize,
     random_points,
     sample,
-    to_up,
     visible_points,
+    voxel_points,
     without_duplicates,
 )
+from tests.reference import grouping_reference as reference
 
 
 def ball(n=3000, seed=0):
@@ -74,6 +77,51 @@ def test_lidar_sees_one_side_in_lines():
     assert len(heights) == len(seen)
 
 
+@pytest.mark.parametrize("n_points", [1, 9, 60, 900])
+def test_lidar_agrees_with_reference(n_points):
+    xyz = ball(300, seed=4) * (1, 0.5, 0.8)
+    xyz[100:120] = xyz[:20]  # at the same distance: the lower index
+    angle = np.random.default_rng(3).uniform(0, 2 * np.pi)
+    heading = np.array([np.cos(angle), np.sin(angle), 0.0])
+    want = reference.lidar(xyz, n_points, heading, np.radians(26.9) / 63, 0.2)
+    got = lidar_points(xyz, n_points, seed=3, up="z")
+    if len(want) > n_points:
+        assert len(got) == n_points and set(got) <= set(want)
+    else:
+        assert got.tolist() == want
+
+
+@pytest.mark.parametrize("name", ["farthest", "lidar"])
+def test_large_clouds_are_thinned_to_voxels(name, monkeypatch):
+    monkeypatch.setattr(sampling, "FARTHEST_POOL", 2000)
+    monkeypatch.setattr(sampling, "LIDAR_POOL", 2000)
+    xyz = ball(5000)
+    got = SAMPLERS.get(name)(xyz, 60)
+    assert 30 < len(got) <= 60 and len(set(got.tolist())) == len(got)
+    if name == "farthest":
+        chosen = xyz[got]
+        gaps = np.linalg.norm(chosen[:, None] - chosen[None], axis=2) + 9 * np.eye(60)
+        assert gaps.min() > 0.2
+    for odd in (np.zeros((5000, 3)), np.repeat(ball(3), 2000, axis=0)):
+        assert 1 <= len(SAMPLERS.get(name)(odd, 60)) <= 60
+
+
+@pytest.mark.parametrize("least", [1, 50, 700, 5000])
+@pytest.mark.parametrize("stretch", [(1, 1, 1), (1, 1, 0), (1, 0, 0)])
+def test_voxels(least, stretch):
+    xyz = ball(2000, seed=1) * stretch + 4e6
+    got = voxel_points(xyz, least)
+    assert np.array_equal(got, np.unique(got)) and min(least, 1900) <= len(got) <= 2000
+    if least == 50:
+        assert len(got) < 1000
+        # All places are represented.
+        gaps = np.linalg.norm(xyz[:, None] - xyz[got][None], axis=2).min(axis=1)
+        assert gaps.max() < 1.0
+    assert voxel_points(np.full((9, 3), 2.0), 4).tolist() == [0]
+    doubled = np.repeat(ball(3), 2000, axis=0)
+    assert voxel_points(doubled, 4).tolist() == [0, 2000, 4000]
+
+
 def test_visible_points_are_near():
     xyz = ball()
     indices = visible_points(xyz, 3000, seed=2, hidden=0.75)
@@ -92,22 +140,13 @@ def test_normalize():
     assert normalize(make_cloud(np.full((4, 3), 7.0))).xyz.tolist() == [[0.0] * 3] * 4
 
 
-def test_axes_turn_and_do_not_mirror():
-    eye = np.eye(3)
-    for current, wanted in (("y", "z"), ("z", "y")):
-        turned = to_up(eye, current, wanted)
-        assert np.linalg.det(turned) == pytest.approx(1)
-        assert turned["xyz".index(current)]["xyz".index(wanted)] == 1
-        assert np.array_equal(to_up(turned, wanted, current), eye)
-        assert np.array_equal(to_up(eye, current, current), eye)
-    with pytest.raises(InputError, match="give 'y' or 'z'"):
-        to_up(eye, "x", "y")
-
-
 def test_duplicates():
     xyz = ball(6)
     doubled = make_cloud(np.vstack([xyz, xyz[::-1], xyz[:2]]))
     assert np.array_equal(without_duplicates(doubled).xyz, xyz)
+    grid = make_cloud(np.random.default_rng(0).integers(-2, 2, (500, 3)) * -0.5)
+    _, first = np.unique(grid.xyz, axis=0, return_index=True)
+    assert np.array_equal(without_duplicates(grid).xyz, grid.xyz[np.sort(first)])
 
 
 def test_refusals():

@@ -44,7 +44,7 @@ def encoder_rows(encoder: PointEncoder, n_points: int, batch: int, repeats: int)
         runs |= {f"fca {init}": adapter, f"fca {init}, fused": adapter.fuse().eval()}
     runs["lora"] = make_adapter("lora", encoder)
     with torch.inference_mode():
-        clocks = {name: _clock(functools.partial(run, xyz)) for name, run in runs.items()}
+        clocks = {name: clock(functools.partial(run, xyz)) for name, run in runs.items()}
         times = side_by_side(clocks, repeats)
     return [
         {
@@ -70,7 +70,7 @@ def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -
         "groups": lambda: by_distance(xyz),
         "groups, loop": lambda: [looped_groups(cloud.numpy(), n_groups, k) for cloud in xyz],
     }
-    times = side_by_side({name: _clock(run) for name, run in runs.items()}, repeats)
+    times = side_by_side({name: clock(run) for name, run in runs.items()}, repeats)
     return [
         {
             "what": name,
@@ -105,5 +105,6 @@ def looped_groups(xyz: np.ndarray, n_groups: int, k: int) -> tuple[np.ndarray, n
     return np.array(centers), np.stack(members)
 
 
-def _clock(run: Callable[[], Any]) -> Callable[[int], float]:
+def clock(run: Callable[[], Any]) -> Callable[[int], float]:
+    """A run whose time is taken, for :func:`budwood.timing.side_by_side`."""
     return lambda _: seconds(run)

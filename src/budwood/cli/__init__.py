@@ -14,6 +14,7 @@ from budwood.cli.compare import compare
 from budwood.cli.errors import Commands
 from budwood.cli.prune import prune
 from budwood.cli.report import report
+from budwood.cli.scan import scan
 
 app = typer.Typer(
     name="budwood",
@@ -29,6 +30,7 @@ app.add_typer(
     tune.app, name="tune", short_help="Fine-tune a language model so that it forgets little."
 )
 app.command("classify")(classify)
+app.command("scan")(scan)
 app.add_typer(points.app, name="points")
 app.add_typer(ls.app, name="ls")
 app.command("report", short_help="Write benchmark records as one HTML page.")(report)
@@ -46,6 +48,7 @@ def root(
     prune     a vision-language model answers from a tenth of its visual tokens
     tune      a language model learns a task and forgets little of what it knew
     classify  objects of a few dozen points get labels from your own list
+    scan      the objects in frames of a LiDAR or depth camera get boxes and labels
 
     Everything runs offline on embedded models; --model takes your own. Bad input ends with one
     line on standard error and exit code 2.

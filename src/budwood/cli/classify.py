@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from budwood.cli import clouds, options
+from budwood.cli.assumed import json_of, say_assumed
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.output import reserve, reserve_picture
-from budwood.errors import InputError
+from budwood.errors import InputError, InputWarning
 from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
@@ -33,10 +35,14 @@ def classify(
     labels: clouds.Labels = None,
     labels_file: clouds.LabelsFile = None,
     embeddings: clouds.Embeddings = None,
+    text: clouds.Text = None,
+    templates: clouds.Templates = "points64",
     points: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Points to keep of each cloud; default: as many as the encoder knows."
+            min=2,
+            help="Points to keep of each cloud; default, and most: as many as the encoder was made "
+            "for.",
         ),
     ] = None,
     adapter: Annotated[
@@ -48,10 +54,12 @@ def classify(
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
     sampler: clouds.Sampler = "random",
-    up: clouds.Up = "y",
+    up: clouds.Up = "auto",
     columns: clouds.Columns = None,
     box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
+    keep_strays: clouds.KeepStrays = False,
+    remove_ground: clouds.RemoveGround = False,
     seed: options.Seed = 0,
     top: Annotated[int, typer.Option(min=1, help="Labels to show for each cloud.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Clouds at once.")] = 32,
@@ -67,8 +75,9 @@ def classify(
 ) -> None:
     """Classify point clouds with labels in words.
 
-    Scores are probabilities over the labels given. Clouds that cannot be read are listed at the
-    end, after the labels of the others, and the exit code is 2.
+    Scores are probabilities over the labels given. What was assumed about the files (columns, the
+    axis that points up, units) and the points left out are said in a line. Clouds that cannot be
+    read are listed at the end, after the labels of the others, and the exit code is 2.
 
     \b
     Examples:
@@ -79,7 +88,8 @@ def classify(
 
     given = clouds.labels_of(labels, labels_file, embeddings)
     how = {"points": points, "sampler": sampler, "seed": seed}
-    how |= clouds.reading_of(columns, box, drop_invalid, up)
+    reading = clouds.reading_of(columns, box, drop_invalid, up, keep_strays, remove_ground)
+    how |= reading
     inputs = InputOptions(**how)
     files = clouds.files_of(paths, labels_file, table)
     _reserve(files, table, plot, force)
@@ -91,7 +101,7 @@ def classify(
     if adapter is not None:
         read_description(adapter)  # before the encoder and the text model are loaded
     model = clouds.load(encoder, checkpoint, device)
-    texts = clouds.embed(model, given, embeddings)
+    texts = clouds.embed(model, given, embeddings, text, templates)
     skipped = clouds.Skipped()
     found = classify_clouds(
         iter(files),
@@ -104,12 +114,14 @@ def classify(
         **how,
     )
     rankings: list[Ranking] = []
-    with progress("clouds") as advance:
+    with progress("clouds") as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # say_assumed says it
         for ranking in found:
             rankings.append(ranking)
             advance(len(rankings) + len(skipped), len(files))
     if not rankings:
         raise InputError(skipped.rows[0]["reason"])
+    say_assumed({one.source: one.assumed for one in rankings if one.assumed}, reading)
     if table:
         write_whole(table, lambda part: _write_csv(rankings, part))
         say(f"wrote {table}")
@@ -148,6 +160,7 @@ def _rows(rankings: list[Ranking]) -> list[dict[str, Any]]:
             "n_points": ranking.n_points,
             "names": list(ranking.labels),
             "scores": [round(score, 6) for score in ranking.scores],
+            "assumed": json_of(ranking.assumed),
         }
         for ranking in rankings
     ]

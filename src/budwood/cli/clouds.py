@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from budwood.cli.console import working
+from budwood.cli.console import say, working
 from budwood.cli.models import be_quiet
 from budwood.errors import InputError
 
@@ -18,8 +18,8 @@ Clouds = Annotated[
     list[Path],
     typer.Argument(
         metavar="CLOUD…",
-        help="Files or folders of .ply .pcd .las .laz .npy .npz .bin .xyz .txt .csv .off .obj "
-        ".stl .glb; meshes are sampled.",
+        help="Files or folders of .ply .pcd .las .laz .e57 .bin .pts .npy .npz .xyz .txt .csv "
+        ".off .obj .stl .glb .gltf .3mf; meshes are sampled.",
     ),
 ]
 Labels = Annotated[
@@ -42,7 +42,14 @@ Checkpoint = Annotated[
 Sampler = Annotated[
     str, typer.Option(help="How points are chosen: random, farthest, lidar or occluded.")
 ]
-Up = Annotated[str, typer.Option(help="The axis that points up in the files: y or z.")]
+Up = Annotated[
+    str,
+    typer.Option(
+        metavar="AXIS",
+        help="The axis that points up in the files: x, -x, y, -y, z or -z; auto: z in scans (.pcd "
+        ".las .laz .e57 .bin, Leica's .pts) and .3mf, y in the others.",
+    ),
+]
 Columns = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +63,34 @@ Box = Annotated[
     ),
 ]
 DropInvalid = Annotated[
-    bool, typer.Option("--drop-invalid", help="Leave out points with NaN or infinite coordinates.")
+    bool,
+    typer.Option(
+        "--drop-invalid",
+        help="Leave out points of which one or two coordinates are NaN or infinite; rows of NaN or "
+        "zeros, which are beams without a return, are always left out.",
+    ),
+]
+KeepStrays = Annotated[
+    bool, typer.Option("--keep-strays", help="Keep the few points that lie far from all others.")
+]
+RemoveGround = Annotated[
+    bool, typer.Option("--remove-ground", help="Leave out the ground: the lowest large plane.")
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|DIR|FILE",
+        help="Text model instead of the encoder's: minilm, bigg, clip-l14, clip-b32, eva02-e or "
+        "ulip, a directory, or a checkpoint of ULIP or open_clip.",
+    ),
+]
+Templates = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Sentences around labels: points64, short or plain, or a text file with a sentence a "
+        "line and {} where the label goes.",
+    ),
 ]
 
 
@@ -66,7 +100,7 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
     Raises:
         InputError: none or several options, an unreadable file, or an empty or repeated label.
     """
-    from budwood.points.labels import check_labels
+    from budwood.points.labels import check_labels, read_lines
 
     given = [option for option in (labels, file, embeddings) if option is not None]
     if len(given) != 1:
@@ -75,16 +109,13 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
         return list(check_labels(labels.split(",")))
     if file is None:
         return None
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a UTF-8 text"
-        raise InputError(f"cannot read {file}: {reason}") from None
-    return list(check_labels([line for line in lines if line.strip()]))
+    return list(check_labels(read_lines(file)))
 
 
 def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
     """Files to read: those given, and those in folders that no other option names.
+
+    Says how many files in folders are of no known format.
 
     Args:
         paths: files and folders.
@@ -94,22 +125,35 @@ def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
         InputError: a path does not exist, or there is nothing to read.
     """
     from budwood.points import find_files
+    from budwood.points.inputs import left_out_note
+    from budwood.points.io import unknown_files
 
     given = {path.resolve() for path in paths}
     taken = {path.resolve() for path in others if path is not None} - given
     files = [file for file in find_files(paths) if file.resolve() not in taken]
     if not files:
         raise InputError(f"{paths[0]} has no clouds apart from the files that other options name")
+    if unknown := unknown_files(paths):
+        say(f"left out: {left_out_note(unknown)}")
     return files
 
 
-def reading_of(columns: str | None, box: str | None, drop_invalid: bool, up: str) -> dict[str, Any]:
+def reading_of(
+    columns: str | None,
+    box: str | None,
+    drop_invalid: bool,
+    up: str,
+    keep_strays: bool,
+    remove_ground: bool,
+) -> dict[str, Any]:
     """The options of reading, as `classify` and `adapt` of the library take them."""
     return {
         "columns": columns,
         "box": None if box is None else box.split(","),
         "invalid": "drop" if drop_invalid else "error",
         "up": up,
+        "strays": "keep" if keep_strays else "drop",
+        "remove_ground": remove_ground,
     }
 
 
@@ -122,14 +166,20 @@ def load(encoder: str, checkpoint: Path | None, device: str) -> PointEncoder:
 
 
 def embed(
-    encoder: PointEncoder, labels: list[str] | None, embeddings: Path | None = None
+    encoder: PointEncoder,
+    labels: list[str] | None,
+    embeddings: Path | None = None,
+    text: str | None = None,
+    templates: str = "points64",
 ) -> TextEmbeddings:
     """Embed labels in the space of an encoder, by its text model or from a file."""
     from budwood.points.text import embed_labels_for
 
     with working("embedding the labels"):
         be_quiet()
-        return embed_labels_for(encoder, labels, embeddings=embeddings)
+        return embed_labels_for(
+            encoder, labels, embeddings=embeddings, text=text, templates=templates
+        )
 
 
 class Skipped:

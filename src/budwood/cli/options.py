@@ -26,7 +26,7 @@ def _checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
     return callback
 
 
-def _each(check: Callable[[str], object]) -> Callable[[str], str]:
+def each(check: Callable[[str], object]) -> Callable[[str], str]:
     """The same for every item of a list with commas."""
     return _checked(lambda text: [check(item) for item in listed(text)])
 
@@ -98,7 +98,7 @@ Method = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        callback=_each(_check_method),
+        callback=each(_check_method),
         metavar="NAME[:KEY=VALUE+…],…",
         help="Pruning methods; see `budwood ls methods`.",
     ),
@@ -106,7 +106,7 @@ Methods = Annotated[
 BenchMethods = Annotated[
     str,
     typer.Option(
-        callback=_each(_check_bench_method),
+        callback=each(_check_bench_method),
         metavar="NAME[:KEY=VALUE+…],…",
         help=f"Pruning methods; see `budwood ls methods`. Or inside the LLM: "
         f"{', '.join(catalogue.INSIDE_METHODS)}.",
@@ -123,7 +123,7 @@ Tuner = Annotated[
 Tuners = Annotated[
     str,
     typer.Option(
-        callback=_each(_check_tuner),
+        callback=each(_check_tuner),
         metavar="NAME[:KEY=VALUE+…],…",
         help="Methods to compare; see `budwood ls tuners`.",
     ),
@@ -131,7 +131,7 @@ Tuners = Annotated[
 Adaptations = Annotated[
     str,
     typer.Option(
-        callback=_each(_ADAPTATIONS.check),
+        callback=each(_ADAPTATIONS.check),
         metavar="NAME,…",
         help="Some of `budwood ls adaptations`.",
     ),
@@ -151,7 +151,7 @@ Keep = Annotated[
 Keeps = Annotated[
     str,
     typer.Option(
-        callback=_each(keep_of),
+        callback=each(keep_of),
         metavar="N|FRACTION,…",
         help="Budgets: counts of visual tokens, or fractions in (0, 1].",
     ),
@@ -160,7 +160,7 @@ Question = Annotated[
     str,
     typer.Option(
         "--question",
-        callback=_each(_check_question),
+        callback=each(_check_question),
         metavar="current|all|turn",
         help="Text that tokens are chosen by. current: the user's last turn; turn: the picture's "
         "own turn; all: everything after the picture, as published.",
@@ -169,7 +169,7 @@ Question = Annotated[
 Questions = Annotated[
     str,
     typer.Option(
-        callback=_each(_check_question),
+        callback=each(_check_question),
         metavar="NAME,…",
         help="One or more of current, turn and all; see `budwood prune --help`.",
     ),

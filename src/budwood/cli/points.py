@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from budwood.cli import clouds, demo_points, options
+from budwood.cli.assumed import json_of, say_assumed
 from budwood.cli.console import out, print_json, progress, say
 from budwood.cli.models import be_quiet
-from budwood.errors import InputError
+from budwood.errors import InputError, InputWarning
 from budwood.files import need_parent
 
 app = typer.Typer(rich_markup_mode=None)
@@ -42,6 +44,8 @@ def adapt(
     labels: clouds.Labels = None,
     labels_file: clouds.LabelsFile = None,
     embeddings: clouds.Embeddings = None,
+    text: clouds.Text = None,
+    templates: clouds.Templates = "points64",
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
     method: options.Adaptation = "sparse-lora",
@@ -52,10 +56,12 @@ def adapt(
         str, typer.Option(metavar="N,…", help="Numbers of points to adapt to.")
     ] = "1024,256,128,64,32",
     sampler: clouds.Sampler = "random",
-    up: clouds.Up = "y",
+    up: clouds.Up = "auto",
     columns: clouds.Columns = None,
     box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
+    keep_strays: clouds.KeepStrays = False,
+    remove_ground: clouds.RemoveGround = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -74,7 +80,7 @@ def adapt(
     """
     from budwood.points import InputOptions
 
-    reading = clouds.reading_of(columns, box, drop_invalid, up)
+    reading = clouds.reading_of(columns, box, drop_invalid, up, keep_strays, remove_ground)
     InputOptions(sampler=sampler, **reading)
     need_parent(output)
     files = clouds.files_of(paths, labels_file)
@@ -97,7 +103,8 @@ def adapt(
     skipped = clouds.Skipped()
     be_quiet()
     try:
-        with progress("steps") as advance:
+        with progress("steps") as advance, warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)  # said below
             adapter = adapt_encoder(
                 files,
                 texts,
@@ -106,6 +113,8 @@ def adapt(
                 checkpoint=checkpoint,
                 device=device,
                 output=output,
+                text=text,
+                templates=templates,
                 on_error=skipped,
                 progress=advance,
                 **reading,
@@ -116,14 +125,23 @@ def adapt(
         raise
     for row in skipped.rows:
         say(f"left out: {row['reason']}")
-    n_clouds = len(files) - len(skipped)
+    usage = adapter.usage
+    assert usage is not None  # adapt() sets it
+    say_assumed(usage.assumed, reading)
+    if usage.n_used < usage.n_clouds:
+        counts = ", ".join(f"{n:,} points: {n_clouds}" for n, n_clouds in usage.by_count.items())
+        say(f"clouds with enough points for steps on {counts}")
     name = adapter.encoder.name
     n_params = sum(p.numel() for p in adapter.parameters())
     if json:
-        about = {"encoder": name, "method": method, "clouds": n_clouds, "params": n_params}
+        about = {"encoder": name, "method": method, "clouds": usage.n_used}
+        about |= {"given": usage.n_clouds, "clouds_by_points": usage.by_count, "params": n_params}
+        about |= {"assumed": {cloud: json_of(one) for cloud, one in usage.assumed.items()}}
         print_json(about | {"steps": steps, "output": str(output), "skipped": skipped.rows})
     else:
+        of = "" if usage.n_used == usage.n_clouds else f" of {usage.n_clouds}"
         out().print(
-            f"adapted {name} by {method} to {n_clouds} clouds: {n_params:,} parameters in {output}",
+            f"adapted {name} by {method} to {usage.n_used}{of} clouds: {n_params:,} parameters in "
+            f"{output}",
             markup=False,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +20,19 @@ import torch
 from torch import Tensor
 
 from budwood.checks import need_at_least, need_positive, need_seed
-from budwood.errors import DivergedError, InputError
+from budwood.errors import DivergedError, InputError, InputWarning
 from budwood.points.adapters import Adapter, make_adapter
-from budwood.points.adapters.base import check_folder
+from budwood.points.adapters.base import Usage, check_folder
 from budwood.points.batches import SparseSampler, encode
 from budwood.points.distill import Curriculum, Objective
 from budwood.points.encoders import PointEncoder, as_encoder
 from budwood.points.encoders.base import PreparedCloud
-from budwood.points.inputs import CloudLike, InputOptions, OnError, prepare_each
+from budwood.points.inputs import CloudLike, InputOptions, OnError, Prepared, prepare_each
+from budwood.points.io import Assumed
 from budwood.points.methods import METHODS, Method
 from budwood.points.sampling import SAMPLERS
 from budwood.points.text import TextEmbeddings, embed_labels_for
+from budwood.points.towers import TextTower
 from budwood.points.unfinished import Unfinished, digest
 from budwood.progress import Progress, silent
 
@@ -102,10 +105,14 @@ def adapt(
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     output: str | os.PathLike[str] | None = None,
-    up: str = "y",
+    up: str = "auto",
     columns: str | None = None,
     box: Sequence[float] | None = None,
     invalid: str = "error",
+    strays: str = "drop",
+    remove_ground: bool = False,
+    text: str | TextTower | None = None,
+    templates: str | Sequence[str] = "points64",
     on_error: OnError | None = None,
     progress: Progress = silent,
 ) -> Adapter:
@@ -131,16 +138,23 @@ def adapt(
         checkpoint: a local file for a named encoder.
         device: where a named encoder runs, such as ``"cuda"``, or ``"auto"``; default the CPU.
         output: a folder for the adapter. An unfinished run with the same settings there is resumed.
-        up: ``"y"`` or ``"z"``: the axis of the clouds that points up.
+        up: the axis of the clouds that points up; as for :func:`budwood.points.classify`, and so
+            are ``columns``, ``box``, ``invalid``, ``strays`` and ``remove_ground``.
         columns: letters of the columns of tables and arrays, such as ``"xyz_rgb"``.
         box: x0, y0, z0, x1, y1, z1 in the units of the file: keep the points inside.
-        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates.
+        invalid: ``"error"`` or ``"drop"``, for points of which one or two coordinates are NaN or
+            infinite.
+        strays: ``"drop"`` or ``"keep"``, for a few points far from all others.
+        remove_ground: leave out the ground, the lowest large plane.
+        text: a text tower instead of the encoder's, for a method that compares labels.
+        templates: a name in ``TEMPLATES``, or sentences with ``{}``.
         on_error: called with the name of a cloud that cannot be used and the error; the cloud is
             left out. Default: raise the error.
         progress: called after each step.
 
     Returns:
-        The adapter, in evaluation mode.
+        The adapter, in evaluation mode. Its ``usage`` tells how many clouds had enough points for
+        which steps; a warning tells of those that had enough for none.
 
     Raises:
         InputError: no clouds, or unusable ones; fewer than two labels for a method that compares
@@ -151,21 +165,35 @@ def adapt(
             be written to.
     """
     config = config or AdaptConfig()
-    inputs = InputOptions(up=up, columns=columns, box=box, invalid=invalid, seed=config.seed)
+    inputs = InputOptions(
+        up=up,
+        columns=columns,
+        box=box,
+        invalid=invalid,
+        strays=strays,
+        remove_ground=remove_ground,
+        seed=config.seed,
+    )
     if output is not None:
         check_output(output, config)
     if config.resolved.compares_labels:
         _check_labels(labels, config)
     encoder = as_encoder(encoder, checkpoint, device)
-    texts = embed_labels_for(encoder, labels) if config.resolved.compares_labels else None
-    prepared = _prepared(clouds, encoder, inputs, on_error)
+    texts = None
+    if config.resolved.compares_labels:
+        texts = embed_labels_for(encoder, labels, text=text, templates=templates)
+    named = _prepared(clouds, encoder, inputs, on_error)
+    prepared = [one.cloud for one in named]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         adapter = make_adapter(config.resolved.adapter, encoder, **config.resolved.options)
     unfinished = None
     if output is not None:
         unfinished = Unfinished(Path(output), digest(config, adapter, texts, prepared))
-    _Adaptation(adapter, config, prepared, texts, unfinished).run(progress)
+    adaptation = _Adaptation(adapter, config, prepared, texts, unfinished)
+    adapter.usage = adaptation.usage({one.source: one.assumed for one in named if one.assumed})
+    _warn_of_unused(adapter.usage)
+    adaptation.run(progress)
     if output is not None and unfinished is not None:
         adapter.save(output)
         unfinished.remove()
@@ -190,10 +218,20 @@ def _check_labels(labels: Sequence[str] | TextEmbeddings | None, config: AdaptCo
         )
 
 
+def _warn_of_unused(usage: Usage) -> None:
+    if usage.n_used < usage.n_clouds:
+        warnings.warn(
+            f"{usage.n_clouds - usage.n_used} of {usage.n_clouds} clouds have too few points for "
+            f"steps on {min(usage.by_count)}, and are not used",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
 def _prepared(
     clouds: Any, encoder: PointEncoder, options: InputOptions, on_error: OnError | None
-) -> list[PreparedCloud]:
-    prepared = [cloud for _, cloud in prepare_each(clouds, encoder, options, on_error)]
+) -> list[Prepared]:
+    prepared = [*prepare_each(clouds, encoder, options, on_error)]
     if not prepared:
         raise InputError("there are no clouds to adapt to; give at least one")
     return prepared
@@ -220,6 +258,11 @@ class _Adaptation:
         self.objective, self.lr = method.objective, method.lr
         self.unfinished = unfinished
         self.step = 0
+
+    def usage(self, assumed: Mapping[str, Assumed]) -> Usage:
+        """How many clouds have enough points for the steps."""
+        by_count = {n: self.sparse.n_available(n) for n in self.curriculum.counts}
+        return Usage(len(self.clouds), by_count[min(by_count)], by_count, assumed)
 
     def run(self, progress: Progress) -> None:
         """Estimate statistics, then train."""

@@ -77,7 +77,11 @@ class SparseSampler:
 
     def available(self, counts: Sequence[int]) -> tuple[int, ...]:
         """The numbers of points that at least one cloud has."""
-        return tuple(n for n in counts if NEARLY * n <= self.sizes.max())
+        return tuple(n for n in counts if self.n_available(n))
+
+    def n_available(self, n_points: int) -> int:
+        """How many clouds have this many points, or nearly."""
+        return int((self.sizes >= NEARLY * n_points).sum())
 
     def choose(self, n_points: int, n_clouds: int, rng: np.random.Generator) -> np.ndarray:
         """Draw indices of at most ``n_clouds`` clouds that have ``n_points`` points, or nearly."""

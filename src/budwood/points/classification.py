@@ -18,8 +18,15 @@ from budwood.points.adapters import Adapter, load_adapter
 from budwood.points.adapters.base import read_description
 from budwood.points.batches import encode
 from budwood.points.encoders import PointEncoder, as_encoder
-from budwood.points.encoders.base import PreparedCloud
-from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, prepare_each
+from budwood.points.inputs import (
+    CloudLike,
+    InputOptions,
+    OnError,
+    Prepared,
+    is_one_cloud,
+    prepare_each,
+)
+from budwood.points.io import Assumed
 from budwood.points.text import TextEmbeddings, embed_labels_for
 from budwood.points.towers import TextTower
 
@@ -33,12 +40,15 @@ class Ranking:
         labels: labels, best first.
         scores: their probabilities among all labels, by the encoder's ``logit_scale``.
         n_points: points that were encoded.
+        assumed: what was assumed about the file or array, and which points were left out; None for
+            a cloud that was given prepared.
     """
 
     source: str
     labels: tuple[str, ...]
     scores: tuple[float, ...]
     n_points: int
+    assumed: Assumed | None = None
 
     @property
     def best(self) -> str:
@@ -72,10 +82,12 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     adapter: str | os.PathLike[str] | Adapter | None = None,
     points: int | None = None,
     sampler: str = "random",
-    up: str = "y",
+    up: str = "auto",
     columns: str | None = None,
     box: Sequence[float] | None = None,
     invalid: str = "error",
+    strays: str = "drop",
+    remove_ground: bool = False,
     seed: int = 0,
     top: int | None = None,
     text: str | TextTower | None = None,
@@ -105,15 +117,21 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
         device: where a named encoder runs, such as ``"cuda"``, or ``"auto"``; default the CPU.
         adapter: a folder that an adapter was saved to, or an adapter.
         points: points to keep of each cloud, 2 or more; default all, up to as many as in the
-            encoder's training.
+            encoder's training, which is the most in any case.
         sampler: how they are chosen, a name in ``SAMPLERS``.
-        up: ``"y"`` or ``"z"``: the axis of the clouds that points up.
-        columns: letters of the columns of tables and arrays, such as ``"xyz_rgb"``.
+        up: the axis of the clouds that points up, in ``AXES``; ``"auto"``: by the format of the
+            file, z for scans, y for meshes, arrays and text.
+        columns: letters of the columns of tables and arrays, such as ``"xyz_rgb"``; default: by
+            their names or values.
         box: x0, y0, z0, x1, y1, z1 in the units of the file: keep the points inside.
-        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates.
+        invalid: ``"error"``, or ``"drop"`` to leave out points of which one or two coordinates are
+            NaN or infinite. Beams without a return (rows of NaN or zeros) are always left out.
+        strays: ``"drop"`` or ``"keep"``, for a few points far from all others.
+        remove_ground: leave out the ground, the lowest large plane.
         seed: of sampling, 0 or more.
         top: labels to return of each cloud; default all.
-        text: a text tower instead of the encoder's.
+        text: a text tower instead of the encoder's: a name in ``TOWERS``, a model's directory, a
+            checkpoint, or a tower.
         embeddings: a file with embeddings of the labels, instead of ``labels``.
         templates: a name in ``TEMPLATES``, or sentences with ``{}``.
         batch_size: clouds at once.
@@ -130,19 +148,9 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
         ShapeError: embeddings of another width than the encoder's features.
         UnsupportedModelError: an adapter or a checkpoint for another encoder.
     """
-    options = InputOptions(points, sampler, up, columns, box, invalid, seed)
+    options = InputOptions(points, sampler, up, columns, box, invalid, strays, remove_ground, seed)
     need_at_least(1, top=1 if top is None else top, batch_size=batch_size)
-    if isinstance(adapter, (str, os.PathLike)):
-        read_description(adapter)  # before the encoder is loaded
-    elif encoder is None and adapter is not None:
-        encoder = adapter.encoder
-    model = as_encoder(encoder or "sprout", checkpoint, device)
-    if isinstance(adapter, (str, os.PathLike)):
-        adapter = load_adapter(adapter, model)
-    elif adapter is not None and adapter.encoder is not model:
-        raise UnsupportedModelError(
-            f"the adapter was made around another {adapter.encoder.name} encoder; pass that encoder"
-        )
+    model, adapter = load_adapted(encoder, checkpoint, device, adapter)
     classes = embed_labels_for(model, labels, embeddings=embeddings, text=text, templates=templates)
     prepared = prepare_each(clouds, model, options, on_error)
     rankings = _rankings(prepared, classes, model, adapter, top, batch_size)
@@ -153,8 +161,29 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     return list(rankings)
 
 
+def load_adapted(
+    encoder: str | PointEncoder | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | os.PathLike[str] | Adapter | None = None,
+) -> tuple[PointEncoder, Adapter | None]:
+    """An encoder and the adapter around it; arguments and errors as of :func:`classify`."""
+    if isinstance(adapter, (str, os.PathLike)):
+        read_description(adapter)  # before the encoder is loaded
+    elif encoder is None and adapter is not None:
+        encoder = adapter.encoder
+    model = as_encoder(encoder or "sprout", checkpoint, device)
+    if isinstance(adapter, (str, os.PathLike)):
+        return model, load_adapter(adapter, model)
+    if adapter is not None and adapter.encoder is not model:
+        raise UnsupportedModelError(
+            f"the adapter was made around another {adapter.encoder.name} encoder; pass that encoder"
+        )
+    return model, adapter
+
+
 def _rankings(
-    clouds: Iterator[tuple[str, PreparedCloud]],
+    clouds: Iterator[Prepared],
     classes: TextEmbeddings,
     encoder: PointEncoder,
     adapter: Adapter | None,
@@ -164,15 +193,16 @@ def _rankings(
     """Rank the labels of prepared clouds, batch by batch."""
     at_once = None if adapter is not None and adapter.transductive else batch_size
     while batch := list(itertools.islice(clouds, at_once)):
-        features = encode(encoder, [cloud for _, cloud in batch], adapter, batch_size)
+        features = encode(encoder, [one.cloud for one in batch], adapter, batch_size)
         vectors = classes.vectors
         if adapter is not None:
             vectors = adapter.adapted_text(vectors, features)
         probabilities = score(features, vectors, encoder.logit_scale)
-        for (source, (xyz, _)), row in zip(batch, probabilities):
+        for prepared, row in zip(batch, probabilities):
             order = row.argsort(descending=True, stable=True)[:top].tolist()
             labels = tuple(classes.labels[i] for i in order)
-            yield Ranking(source, labels, tuple(row[order].tolist()), len(xyz))
+            scores, n_points = tuple(row[order].tolist()), len(prepared.cloud[0])
+            yield Ranking(prepared.source, labels, scores, n_points, prepared.assumed)
 
 
 def score(features: Tensor, vectors: Tensor, logit_scale: float) -> Tensor:

@@ -7,6 +7,7 @@ groups follow the number of points.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,16 @@ import torch
 from torch import Tensor
 
 from budwood.errors import InputError, ShapeError
+from budwood.optional import is_installed
 
 CHUNK = 1 << 24
 """Distances in memory at once when neighbours are searched by brute force."""
+BALL_CHUNK = 1 << 18
+"""The same when balls are searched."""
+BALL_TREE_AFTER = 1 << 16
+"""On a CPU, balls that have found too few of so many points are left to a k-d tree."""
+ROUNDING = 1e-5
+"""Relative error of float32 distances at most, for candidates among which they decide."""
 SPARSE_POWER, SPARSE_OVERLAP = 0.4, 4.0
 """The rule for sparse clouds: the power of k, and the number of groups that a point is in. Chosen
 on validation clouds, with sprout frozen."""
@@ -141,17 +149,18 @@ def farthest_points(xyz: Tensor, n_samples: int, start: int = 0) -> Tensor:
     batch, n_points, _ = xyz.shape
     if not 1 <= n_samples <= n_points or not 0 <= start < n_points:
         raise ShapeError(f"{n_samples} samples from point {start} of {n_points}: out of range")
-    points = xyz.detach().float()
+    axes = [axis.contiguous() for axis in xyz.detach().float().unbind(-1)]
     rows = torch.arange(batch, device=xyz.device)
     chosen = torch.empty(batch, n_samples, dtype=torch.long, device=xyz.device)
-    distance = torch.full((batch, n_points), torch.inf, device=xyz.device)
     last = torch.full((batch,), start, dtype=torch.long, device=xyz.device)
+    distance = torch.full_like(axes[0], torch.inf)
+    gap, spare = torch.empty_like(distance), torch.empty_like(distance)
     for i in range(n_samples):
         chosen[:, i] = last
-        gap = (points - points[rows, last][:, None]).square().sum(-1)
-        distance = torch.minimum(distance, gap)
+        _square_gaps(axes, [axis[rows, last, None] for axis in axes], gap, spare)
+        torch.minimum(distance, gap, out=distance)
         distance[rows, last] = -1.0  # never again, even if all others lie at one place
-        last = _first_max(distance)
+        last = distance.argmax(dim=1)
     return chosen
 
 
@@ -174,23 +183,22 @@ def farthest_points_pointnet2(xyz: Tensor, n_samples: int) -> Tensor:
     check_points(xyz)
     if n_samples < 1:
         raise ShapeError(f"{n_samples} samples: give 1 or more")
-    points = xyz.detach().float()
-    batch, n_points, _ = points.shape
+    batch, n_points, _ = xyz.shape
     order = torch.from_numpy(_thread_order(n_points)).to(xyz.device)
-    points = points[:, order]
-    x, y, z = points.unbind(-1)
-    skipped = x * x + y * y + z * z <= 1e-3
-    distance = torch.full((batch, n_points), 1e10, device=xyz.device)
+    axes = [axis.contiguous() for axis in xyz.detach().float()[:, order].unbind(-1)]
+    gap, spare = torch.empty_like(axes[0]), torch.empty_like(axes[0])
+    _square_gaps(axes, [torch.zeros(1, 1, device=xyz.device)] * 3, gap, spare)
+    skipped = gap <= 1e-3
+    distance = torch.full_like(gap, 1e10).masked_fill(skipped, -1.0)
     rows = torch.arange(batch, device=xyz.device)
     last = torch.full((batch,), int((order == 0).nonzero()), device=xyz.device)
     first = last.clone()
     chosen = torch.empty(batch, n_samples, dtype=torch.long, device=xyz.device)
     for i in range(n_samples):
         chosen[:, i] = order[last]
-        dx, dy, dz = (c - c[rows, last][:, None] for c in (x, y, z))
-        distance = torch.minimum(distance, dx * dx + dy * dy + dz * dz)
-        last = _first_max(distance.masked_fill(skipped, -1.0))
-        last = torch.where(skipped.all(1), first, last)
+        _square_gaps(axes, [axis[rows, last, None] for axis in axes], gap, spare)
+        torch.minimum(distance, gap, out=distance)
+        last = torch.where(skipped.all(1), first, distance.argmax(dim=1))
     return chosen
 
 
@@ -213,10 +221,8 @@ def nearest(xyz: Tensor, queries: Tensor, k: int) -> Tensor:
     if not 1 <= k <= n_points:
         raise ShapeError(f"k={k} neighbours of {n_points} points: out of range")
     points, queries = xyz.detach().float(), queries.detach().float()
-    if xyz.device.type == "cpu" and n_points >= TREE_ABOVE:
-        by_tree = _nearest_by_tree(points, queries, k)
-        if by_tree is not None:
-            return by_tree
+    if xyz.device.type == "cpu" and n_points >= TREE_ABOVE and is_installed("scipy"):
+        return _nearest_by_tree(points, queries, k)
     step = max(1, CHUNK // (points.shape[0] * n_points))
     parts = [
         # |a|² − 2ab + |b|² would round away the small distances that decide.
@@ -247,34 +253,93 @@ def ball(xyz: Tensor, queries: Tensor, radius: float, k: int, strict: bool = Fal
     """
     check_points(xyz)
     points, queries = xyz.detach().float(), queries.detach().float()
-    n_points = points.shape[1]
-    step = max(1, CHUNK // (points.shape[0] * n_points))
     limit = torch.tensor(radius, dtype=torch.float32).square().item()
-    index = torch.arange(n_points, device=xyz.device)
-    parts = []
-    for part in queries.split(step, dim=1):
-        gap = _square_distance(part, points)
-        inside = gap < limit if strict else gap <= limit
-        ranked = torch.where(inside, index, n_points).sort(dim=-1).values[..., :k]
-        fallback = torch.zeros_like(ranked[..., :1]) if strict else gap.argmin(-1, keepdim=True)
-        first = torch.where(ranked[..., :1] == n_points, fallback, ranked[..., :1])
-        filled = torch.where(ranked == n_points, first, ranked)
-        lacking = k - filled.shape[-1]
-        parts.append(torch.cat([filled, first.expand(-1, -1, lacking)], dim=-1))
-    return torch.cat(parts, dim=1)
+    return torch.stack([_ball(p, q, limit, k, strict) for p, q in zip(points, queries)])
+
+
+def _ball(points: Tensor, queries: Tensor, limit: float, k: int, strict: bool) -> Tensor:
+    """The same for one cloud and the square of the radius, shape (n_queries, k).
+
+    Points are looked through by index, some at once, and queries that have found k are done: in a
+    dense cloud that takes a small part of it.
+    """
+    device, n_queries = points.device, len(queries)
+    found = torch.zeros(n_queries, k, dtype=torch.long, device=device)
+    count = torch.zeros(n_queries, dtype=torch.long, device=device)
+    closest = torch.full((n_queries,), torch.inf, device=device)
+    fallback = torch.zeros(n_queries, dtype=torch.long, device=device)
+    unfinished = torch.arange(n_queries, device=device)
+    start = 0
+    while start < len(points) and len(unfinished):
+        if start >= BALL_TREE_AFTER and device.type == "cpu" and is_installed("scipy"):
+            found[unfinished] = _balls_by_tree(points, queries[unfinished], limit, k, strict)
+            count[unfinished] = k
+            break
+        part = points[start : start + max(1, BALL_CHUNK // len(unfinished))]
+        gap = _square_distance(queries[None, unfinished], part[None])[0]
+        row, column = (gap < limit if strict else gap <= limit).nonzero(as_tuple=True)
+        here = torch.bincount(row, minlength=len(unfinished))
+        before = count[unfinished]
+        place = torch.arange(len(row), device=device) + (before + here - here.cumsum(0))[row]
+        kept = place < k
+        found[unfinished[row[kept]], place[kept]] = column[kept] + start
+        if not strict:
+            empty = (before + here == 0).nonzero()[:, 0]
+            least = gap[empty].min(dim=1)
+            nearer = least.values < closest[unfinished[empty]]
+            lacking = unfinished[empty[nearer]]
+            closest[lacking] = least.values[nearer]
+            fallback[lacking] = least.indices[nearer] + start
+        count[unfinished] = before + here
+        unfinished = unfinished[before + here < k]
+        start += len(part)
+    first = torch.where(count == 0, fallback, found[:, 0])[:, None]
+    lacks = torch.arange(k, device=device) >= count[:, None]
+    return torch.where(lacks, first, found)
+
+
+def _balls_by_tree(points: Tensor, queries: Tensor, limit: float, k: int, strict: bool) -> Tensor:
+    """The same for sparse balls, whose points a k-d tree finds; float32 decides what is inside."""
+    from scipy.spatial import KDTree
+
+    tree = KDTree(points.numpy(), balanced_tree=False, compact_nodes=False)
+    wider = math.sqrt(limit) * (1 + ROUNDING)
+    nearest = tree.query(queries.numpy(), k=1)[0] * (1 + ROUNDING)
+    reach = np.zeros(len(queries)) if strict else nearest
+    members = tree.query_ball_point(queries.numpy(), np.maximum(reach, wider), return_sorted=True)
+    rows = []
+    for query, candidates in zip(queries, members):
+        index = torch.tensor(candidates, dtype=torch.long)
+        gap = _square_distance(query[None, None], points[None, index])[0, 0]
+        inside = index[gap < limit if strict else gap <= limit][:k]
+        if not len(inside):
+            inside = index.new_zeros(1) if strict else index[gap.argmin()][None]
+        rows.append(torch.cat([inside, inside[:1].expand(k - len(inside))]))
+    return torch.stack(rows)
 
 
 def _square_distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances, summed as x, y, z, shape (batch, n_a, n_b)."""
-    dx, dy, dz = (a[..., i, None] - b[:, None, :, i] for i in range(3))
-    return dx * dx + dy * dy + dz * dz
+    ours, theirs = a[:, :, None].unbind(-1), b[:, None].unbind(-1)
+    out, spare = (a.new_empty(len(a), a.shape[1], b.shape[1]) for _ in range(2))
+    _square_gaps(ours, theirs, out, spare)
+    return out
 
 
-def _first_max(values: Tensor) -> Tensor:
-    """The lowest index of the maximum of each row; argmax may return any of several."""
-    at_top = values == values.max(dim=1, keepdim=True).values
-    index = torch.arange(values.shape[1], device=values.device)
-    return torch.where(at_top, index, values.shape[1]).min(dim=1).values
+def _square_gaps(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], out: Tensor, spare: Tensor
+) -> None:
+    """Squared distances, summed as x, y, z, without new memory.
+
+    Args:
+        ours: x, y and z of points.
+        theirs: x, y and z of others, in shapes that broadcast with those.
+        out: where the distances go, of the shape that results.
+        spare: is overwritten, same shape.
+    """
+    torch.sub(ours[0], theirs[0], out=out).square_()
+    for mine, other in zip(ours[1:], theirs[1:]):
+        out += torch.sub(mine, other, out=spare).square_()
 
 
 def _thread_order(n_points: int) -> np.ndarray:
@@ -287,11 +352,9 @@ def _thread_order(n_points: int) -> np.ndarray:
     return np.lexsort((index, reverse))
 
 
-def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor | None:
-    try:
-        from scipy.spatial import KDTree
-    except ImportError:
-        return None
+def _nearest_by_tree(points: Tensor, queries: Tensor, k: int) -> Tensor:
+    from scipy.spatial import KDTree
+
     neighbours = [KDTree(p.numpy()).query(q.numpy(), k=k)[1] for p, q in zip(points, queries)]
     stacked = np.stack(neighbours).reshape(len(points), queries.shape[1], k)
     return torch.from_numpy(stacked.astype(np.int64))

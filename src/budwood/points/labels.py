@@ -6,7 +6,9 @@ the lines of the original file as ``templates`` to reproduce published numbers t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from budwood.errors import InputError
 
@@ -90,6 +92,20 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a UTF-8 text"
+        raise InputError(f"cannot read {path}: {reason}") from None
+    return [line for line in lines if line.strip()]
+
+
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Return labels without surrounding or repeated blanks.
 
@@ -115,17 +131,21 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """Return the sentences of a set of templates.
 
     Args:
-        templates: a name in ``TEMPLATES``, or sentences with ``{}`` where the label goes.
+        templates: a name in ``TEMPLATES``, a text file with a sentence a line, or sentences; each
+            has ``{}`` where the label goes.
 
     Raises:
         InputError: an unknown name, no sentence at all, or one without ``{}``.
     """
-    if isinstance(templates, str):
-        if templates not in TEMPLATES:
-            known = ", ".join(TEMPLATES)
-            raise InputError(f"templates {templates!r} are unknown; known: {known}")
+    if isinstance(templates, str) and templates in TEMPLATES:
         return TEMPLATES[templates]
-    sentences = tuple(templates)
+    if isinstance(templates, (str, os.PathLike)):
+        if not Path(templates).is_file():
+            known = ", ".join(TEMPLATES)
+            raise InputError(f"templates {str(templates)!r} are no file; names: {known}")
+        sentences = tuple(read_lines(templates))
+    else:
+        sentences = tuple(templates)
     if not sentences:
         raise InputError("templates are empty; give at least '{}'")
     for sentence in sentences:

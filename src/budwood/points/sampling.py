@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budwood.errors import InputError
+from budwood.points.axes import to_up
 from budwood.points.io.cloud import Array, Cloud
 from budwood.registry import Registry
 
@@ -20,7 +21,11 @@ Indices = NDArray[np.int64]
 LEAST_EXTENT, MOST_EXTENT = 1e-15, 1e15
 """Range of a cloud's extent, in the units of the file, whose squares float32 can hold."""
 FARTHEST_POOL = 65_536
-"""Clouds above this many points are thinned at random before farthest-point sampling."""
+"""Clouds above this many points are thinned to a point a voxel before farthest-point sampling."""
+LIDAR_POOL = 131_072
+"""The same before the simulation of a LiDAR."""
+MOST_VOXELS = 1 << 20
+"""Voxels along the longest side of a cloud at most."""
 
 
 def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
@@ -44,8 +49,8 @@ def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
 def far_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
     """Pick points far apart, starting at a random one; arguments as in :func:`random_points`.
 
-    Deviation: above `FARTHEST_POOL` points the cloud is thinned at random first, since the cost
-    grows with the product of n and ``n_points``.
+    Deviation: above `FARTHEST_POOL` points the cloud is thinned to a point a voxel first, at least
+    four for each point wanted, since the cost grows with the product of n and ``n_points``.
     """
     import torch
 
@@ -54,7 +59,11 @@ def far_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
     check_draw(n_points, seed)
     if len(xyz) <= n_points:
         return np.arange(len(xyz))
-    pool = random_points(xyz, max(FARTHEST_POOL, 4 * n_points), seed)
+    pool = np.arange(len(xyz))
+    if len(xyz) > FARTHEST_POOL:
+        pool = voxel_points(xyz, max(FARTHEST_POOL // 4, 4 * n_points))
+    if len(pool) < n_points:  # most points coincide
+        return random_points(xyz, n_points, seed)
     start = int(np.random.default_rng(seed).integers(len(pool)))
     centred = torch.from_numpy(xyz[pool] - xyz[pool].mean(axis=0)).float()
     picked = farthest_points(centred[None], n_points, start=start)[0].numpy()
@@ -75,7 +84,8 @@ def lidar_points(
 
     A simulation of ours, with the beams of a Velodyne HDL-64E. The object is put at the distance
     at which it gives that many returns. In each cell of beam and azimuth, the nearest point is
-    seen. Unlike random samples, the points lie in lines and on the near side.
+    seen. Unlike random samples, the points lie in lines and on the near side. Above `LIDAR_POOL`
+    points, the cloud is thinned to a point a voxel first.
 
     Args:
         xyz: shape (n, 3); its extent counts as 1.5 m, about that of furniture.
@@ -84,11 +94,12 @@ def lidar_points(
         beams: number of beams.
         elevation: lowest and highest beam, degrees; the object is in the middle of the beams.
         azimuth_step: angle between shots, degrees.
-        up: ``"y"`` or ``"z"``, the axis that points up.
+        up: the axis that points up, in ``AXES``.
     """
     check_draw(n_points, seed)
     rng = np.random.default_rng(seed)
-    points = to_up(xyz, up, "z")
+    pool = voxel_points(xyz, LIDAR_POOL // 2) if len(xyz) > LIDAR_POOL else np.arange(len(xyz))
+    points = to_up(xyz[pool], up, "z")
     points = points - points.mean(axis=0)
     extent = float(np.ptp(points, axis=0).max())
     points = points * (1.5 / extent if extent > 0 else 1.0)
@@ -96,13 +107,15 @@ def lidar_points(
     heading = np.array([math.cos(angle), math.sin(angle), 0.0])
     steps = (math.radians(elevation[1] - elevation[0]) / max(1, beams - 1), azimuth_step)
     low, high = 2.0, 2000.0
-    seen = _first_returns(points, heading * low, steps)
+    distance = low
     for _ in range(24):  # returns fall with distance: bisection on its logarithm
         middle = math.sqrt(low * high)
-        trial = _first_returns(points, heading * middle, steps)
-        low, high = (middle, high) if len(trial) > n_points else (low, middle)
-        if len(trial) <= n_points:
-            seen = trial
+        cells, _ = _shots(points + heading * middle, steps)
+        if len(np.unique(cells)) > n_points:
+            low = middle
+        else:
+            distance = high = middle
+    seen = pool[_first_returns(points + heading * distance, steps)]
     if len(seen) > n_points:
         seen = seen[random_points(xyz[seen], n_points, seed)]
     return seen
@@ -151,8 +164,38 @@ def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -
 
 def without_duplicates(cloud: Cloud) -> Cloud:
     """Keep the first of all points at the same place."""
-    _, first = np.unique(cloud.xyz, axis=0, return_index=True)
-    return cloud if len(first) == len(cloud) else cloud.take(np.sort(first))
+    order = np.lexsort(cloud.xyz.T)
+    ranked = cloud.xyz[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    return cloud if first.all() else cloud.take(np.sort(order[first]))
+
+
+def voxel_points(xyz: Array, least: int) -> Indices:
+    """Thin a cloud: keep the first point in each voxel that has any.
+
+    The voxels are cubes. They are made smaller until ``least`` of them have points, or, where
+    points coincide, until there are `MOST_VOXELS` along the longest side.
+
+    Args:
+        xyz: shape (n, 3).
+        least: points to keep at least, if there are so many places.
+
+    Returns:
+        Sorted indices.
+    """
+    low, extent = xyz.min(axis=0), float(np.ptp(xyz, axis=0).max())
+    if extent == 0 or len(xyz) <= least:
+        return np.arange(len(xyz)) if extent else np.zeros(1, dtype=np.int64)
+    along = round(least ** (1 / 3)) + 1
+    while True:
+        index = ((xyz - low) * (along / extent)).astype(np.int64).clip(max=along - 1)
+        keys = (index[:, 0] * along + index[:, 1]) * along + index[:, 2]
+        n_used = len(np.unique(keys))
+        if n_used >= least or along == MOST_VOXELS:
+            return np.sort(np.unique(keys, return_index=True)[1])
+        # The points of a surface are in a number of voxels that grows with the square.
+        along = min(MOST_VOXELS, math.ceil(along * max(1.3, math.sqrt(least / n_used))))
 
 
 def normalize(cloud: Cloud) -> Cloud:
@@ -196,43 +239,20 @@ def check_extent(cloud: Cloud) -> None:
         )
 
 
-def check_up(axis: str) -> None:
-    """Refuse an unknown name of the upward axis.
-
-    Raises:
-        InputError: it is neither ``"y"`` nor ``"z"``.
-    """
-    if axis not in ("y", "z"):
-        raise InputError(f"up={axis!r} is unknown; give 'y' or 'z'")
-
-
-def to_up(xyz: Array, current: str, wanted: str) -> Array:
-    """Rotate a cloud so that another axis points up, without mirroring it.
-
-    Args:
-        xyz: shape (n, 3).
-        current: ``"y"`` or ``"z"``, the axis that points up.
-        wanted: the axis that points up in the result.
-
-    Raises:
-        InputError: another axis.
-    """
-    check_up(current)
-    check_up(wanted)
-    if current == wanted:
-        return xyz
-    x, y, z = xyz[:, 0], xyz[:, 1], xyz[:, 2]
-    return np.stack((x, -z, y) if wanted == "z" else (x, z, -y), axis=1)
-
-
-def _first_returns(points: Array, offset: Array, steps: tuple[float, float]) -> Indices:
-    moved = points + offset
-    distance = np.linalg.norm(moved, axis=1)
-    polar = np.arcsin((moved[:, 2] / np.maximum(distance, 1e-9)).clip(-1, 1))
+def _shots(points: Array, steps: tuple[float, float]) -> tuple[Indices, Array]:
+    """The number of the shot (beam and azimuth) that hits each point, and the distance of it."""
+    distance = np.linalg.norm(points, axis=1)
+    polar = np.arcsin((points[:, 2] / np.maximum(distance, 1e-9)).clip(-1, 1))
     rows = np.floor(polar / steps[0])
-    columns = np.floor(np.degrees(np.arctan2(moved[:, 1], moved[:, 0])) / steps[1])
-    order = np.lexsort((distance, columns, rows))
-    cells = np.stack([rows[order], columns[order]], axis=1)
+    columns = np.floor(np.degrees(np.arctan2(points[:, 1], points[:, 0])) / steps[1])
+    width = columns.max() - columns.min() + 1
+    return (rows * width + columns).astype(np.int64), distance
+
+
+def _first_returns(points: Array, steps: tuple[float, float]) -> Indices:
+    """The nearest point of each shot that hits one."""
+    shots, distance = _shots(points, steps)
+    order = np.lexsort((distance, shots))
     first = np.ones(len(order), dtype=bool)
-    first[1:] = (cells[1:] != cells[:-1]).any(axis=1)
+    first[1:] = shots[order[1:]] != shots[order[:-1]]
     return np.sort(order[first])

@@ -19,7 +19,7 @@ from torch import Tensor
 from budwood.errors import InputError, OutputError, ShapeError, first_line
 from budwood.files import cache_folder, need_parent, write_whole
 from budwood.points.labels import check_labels, resolve_templates
-from budwood.points.towers import TOWERS, TextTower
+from budwood.points.towers import TOWERS, TextTower, text_tower
 
 if TYPE_CHECKING:
     from budwood.points.encoders.base import PointEncoder
@@ -50,7 +50,7 @@ class TextEmbeddings:
 
 def embed_labels(
     labels: Sequence[str],
-    tower: str | TextTower = "minilm",
+    tower: str | os.PathLike[str] | TextTower = "minilm",
     templates: str | Sequence[str] = "points64",
     *,
     center: Tensor | None = None,
@@ -62,8 +62,10 @@ def embed_labels(
 
     Args:
         labels: distinct labels.
-        tower: a name in ``TOWERS``, or a tower.
-        templates: a name in ``TEMPLATES``, or sentences with ``{}``.
+        tower: a name in ``TOWERS``, a model's directory or a checkpoint (see
+            :func:`budwood.points.towers.text_tower`), or a tower.
+        templates: a name in ``TEMPLATES``, a text file with a sentence a line, or sentences; each
+            has ``{}`` where the label goes.
         center: subtracted from the averages before the last normalisation, shape (d,); ours, for
             towers whose embeddings all point in similar directions, such as MiniLM.
         cache: keep the averages under ``$BUDWOOD_CACHE`` (default ``~/.cache/budwood``).
@@ -75,11 +77,14 @@ def embed_labels(
     """
     labels = check_labels(labels)
     sentences = resolve_templates(templates)
-    make = TOWERS.get(tower) if isinstance(tower, str) else lambda: tower
-    key = _cache_key(tower if isinstance(tower, str) else tower.id, sentences, labels)
+    if isinstance(tower, (str, os.PathLike)) and tower not in TOWERS:
+        tower = text_tower(tower)
+    name = tower.id if isinstance(tower, TextTower) else str(tower)
+    key = _cache_key(name, sentences, labels)
     vectors = _read_cache(key, len(labels)) if cache else None
     if vectors is None:
-        vectors = average_embeddings(labels, make(), sentences)
+        made: TextTower = tower if isinstance(tower, TextTower) else TOWERS.get(name)()
+        vectors = average_embeddings(labels, made, sentences)
         if cache:
             _write_cache(key, vectors)
     if center is not None:
@@ -92,7 +97,7 @@ def embed_labels_for(
     labels: Sequence[str] | TextEmbeddings | None = None,
     *,
     embeddings: str | os.PathLike[str] | None = None,
-    text: str | TextTower | None = None,
+    text: str | os.PathLike[str] | TextTower | None = None,
     templates: str | Sequence[str] = "points64",
 ) -> TextEmbeddings:
     """Embed labels in the space of an encoder's features.
@@ -101,8 +106,8 @@ def embed_labels_for(
         encoder: whose text tower is used.
         labels: distinct labels, or embeddings of them, which are checked and returned.
         embeddings: a file written by :func:`save_embeddings`, instead of ``labels``.
-        text: a text tower instead of the encoder's.
-        templates: a name in ``TEMPLATES``, or sentences with ``{}``.
+        text: a text tower instead of the encoder's; as ``tower`` of :func:`embed_labels`.
+        templates: as there.
 
     Raises:
         InputError: neither labels nor a file, both, or unusable ones.

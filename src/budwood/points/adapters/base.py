@@ -28,6 +28,7 @@ from budwood.points.adapters.statistics import BatchStatistics
 from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block
 from budwood.points.grouping import check_points
+from budwood.points.io.cloud import Assumed
 
 FILE = "adapter.safetensors"
 FORMAT = 1
@@ -62,6 +63,23 @@ class AdapterConfig:
             raise InputError(f"fade={self.fade} must be 0, or from 1 to below {FULLY_AT}")
 
 
+@dataclass(frozen=True)
+class Usage:
+    """The clouds that an adapter was adapted with.
+
+    Attributes:
+        n_clouds: usable clouds that were given.
+        n_used: those with enough points for some step.
+        by_count: number of points of a step → clouds that have as many, or nearly.
+        assumed: what was assumed about each cloud, by its name.
+    """
+
+    n_clouds: int
+    n_used: int
+    by_count: Mapping[int, int]
+    assumed: Mapping[str, Assumed]
+
+
 class Adapter(nn.Module, ABC):
     """Parameters beside a frozen encoder.
 
@@ -72,6 +90,7 @@ class Adapter(nn.Module, ABC):
         Config: class of its options.
         encoder: what it adapts.
         transductive: the label of a cloud depends on the other clouds of the call.
+        usage: the clouds it was adapted with; None if it was loaded, or not adapted.
 
     Args:
         encoder: kept in evaluation mode and never written to.
@@ -82,6 +101,7 @@ class Adapter(nn.Module, ABC):
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
     transductive: ClassVar[bool] = False
     encoder: PointEncoder
+    usage: Usage | None = None
 
     def __init__(self, encoder: PointEncoder, config: AdapterConfig | None = None) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.errors import InputError, ShapeError
+from budwood.points.axes import AUTO, to_up
 from budwood.points.encoders.blocks import Block
 from budwood.points.grouping import Grouping, check_points
 from budwood.points.io.cloud import Cloud
@@ -21,7 +22,6 @@ from budwood.points.sampling import (
     check_extent,
     normalize,
     sample,
-    to_up,
     without_duplicates,
 )
 
@@ -160,7 +160,7 @@ class PointEncoder(nn.Module, ABC):
         cloud: Cloud,
         n_points: int | None = None,
         *,
-        up: str = "y",
+        up: str = AUTO,
         sampler: str = "random",
         seed: int = 0,
     ) -> PreparedCloud:
@@ -170,8 +170,9 @@ class PointEncoder(nn.Module, ABC):
 
         Args:
             cloud: as read.
-            n_points: points to keep, 2 or more; default as many as in training.
-            up: ``"y"`` or ``"z"``: the axis of the cloud that points up.
+            n_points: points to keep, 2 or more; default as many as in training, and no more than
+                that are ever kept.
+            up: the axis of the cloud that points up, in ``AXES``; ``"auto"``: the cloud's own.
             sampler: a name in ``SAMPLERS``.
             seed: seed of the sampling, 0 or more.
 
@@ -184,13 +185,15 @@ class PointEncoder(nn.Module, ABC):
         """
         wanted = self.preparation.n_points if n_points is None else n_points
         check_draw(wanted, seed, least=2)
+        wanted = min(wanted, self.preparation.n_points)
         cloud = without_duplicates(sample(cloud, MOST_SORTED, "random", seed))
         if len(cloud) == 1:
             raise InputError(
                 f"{cloud.source} has only one point, or all at the same place: there is no shape"
             )
         check_extent(cloud)
-        turned = Cloud(to_up(cloud.xyz, up, "y"), cloud.rgb, cloud.source)
+        axis = (cloud.assumed.up or "y") if up == AUTO else up
+        turned = Cloud(to_up(cloud.xyz, axis, "y"), cloud.rgb, cloud.source)
         cloud = normalize(sample(turned, wanted, sampler, seed))
         xyz = torch.from_numpy(cloud.xyz).float()
         keep_colors = self.preparation.color and cloud.rgb is not None

@@ -7,6 +7,7 @@ import collections
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,13 @@ UNUSED = re.compile(
 )
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint, with its tensors on the CPU, without running any code in it.
 
     Args:
         path: a .safetensors file, or a torch file of tensors and plain containers.
+        mapped: leave the tensors in the file until they are used, where its layout allows that, so
+            that a part of a large one fits into memory.
 
     Raises:
         InputError: there is no such file, it is truncated, or reading it could run code.
@@ -59,7 +62,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             return load_file(file)
         with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(file)  # older ones are pickles
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it needs {wanted[1]}, and loading that could run code" if wanted else "damaged"

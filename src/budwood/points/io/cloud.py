@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,34 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
 
 Array = NDArray[np.float64]
+
+
+NO_RETURN, INVALID = "no return", "invalid"
+"""Reasons to leave a point out: a beam without a return, and damaged coordinates."""
+DEGREES = (
+    "the coordinates look like degrees of longitude and latitude, so the shape is squeezed; "
+    "project them to metres first, for example to UTM"
+)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What was assumed about a cloud, since its file does not say, and which points were left out.
+
+    Attributes:
+        columns: letters of the columns of a table, such as ``"xyz_"``; None where they have names.
+        up: the axis that points up, in ``AXES``; by the format of the file, or as given. None:
+            unknown, as in an array; y is taken.
+        units: of the coordinates, by the format: ``"m"``, ``"mm"`` or ``"degrees"``; None: unknown.
+        dropped: number of points that were left out, by reason.
+        notes: what may make the result wrong, each in a few words.
+    """
+
+    columns: str | None = None
+    up: str | None = None
+    units: str | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +53,13 @@ class Cloud:
             would round map coordinates to metres.
         rgb: colours in [0, 1], float32, shape (n_points, 3); None without colours.
         source: where it came from, for messages.
+        assumed: what was assumed when it was read, the upward axis among others.
     """
 
     xyz: Array
     rgb: NDArray[np.float32] | None = None
     source: str = "cloud"
+    assumed: Assumed = Assumed()
 
     def __len__(self) -> int:
         return len(self.xyz)
@@ -38,6 +69,27 @@ class Cloud:
         rgb = None if self.rgb is None else self.rgb[indices]
         return replace(self, xyz=self.xyz[indices], rgb=rgb)
 
+    def without(self, points: NDArray[np.bool_], reason: str) -> Cloud:
+        """The other points; ``assumed.dropped`` tells how many were left out, and why.
+
+        Args:
+            points: which to leave out, shape (n_points,).
+            reason: such as ``"stray"``.
+        """
+        n_out = int(points.sum())
+        if not n_out:
+            return self
+        dropped = {**self.assumed.dropped, reason: n_out}
+        return self.take(np.flatnonzero(~points)).assuming(dropped=dropped)
+
+    def assuming(self, **changes: Any) -> Cloud:
+        """The same points, with other values in ``assumed``."""
+        return replace(self, assumed=replace(self.assumed, **changes))
+
+    def noting(self, note: str | None) -> Cloud:
+        """The same points, with one more note in ``assumed``; None adds nothing."""
+        return self if note is None else self.assuming(notes=(*self.assumed.notes, note))
+
 
 def make_cloud(
     xyz: object,
@@ -45,35 +97,73 @@ def make_cloud(
     *,
     source: str = "cloud",
     invalid: str = "error",
+    columns: str | None = None,
 ) -> Cloud:
     """Check arrays and make a cloud of them.
+
+    Beams without a return are left out, and counted in ``assumed.dropped``: rows of three NaN or
+    infinite coordinates, and rows of zeros where there are several among others.
 
     Args:
         xyz: coordinates, shape (n_points, 3), n_points ≥ 1.
         rgb: colours, same shape: floats in 0…1, or integers or floats in 0…255 or 0…65535.
         source: where it came from, for messages.
-        invalid: ``"error"``, or ``"drop"`` to leave out points with NaN or infinite coordinates,
-            which some scanners write for beams without a return.
+        invalid: ``"error"``, or ``"drop"`` to leave out points of which one or two coordinates are
+            NaN or infinite as well.
+        columns: letters of the table's columns, for ``assumed``.
 
     Raises:
         InputError: wrong shape, no points, or NaN and infinite coordinates.
+    """
+    points = as_points(xyz, source)
+    finite = np.isfinite(points)
+    empty = ~finite.any(axis=1)
+    origin = ~points.any(axis=1)
+    if origin.sum() > 1 and not (origin | empty).all():
+        empty |= origin
+    bad = ~finite.all(axis=1) & ~empty
+    if bad.any() and invalid != "drop":
+        raise not_finite(int(bad.sum()), len(points), source)
+    kept = np.asarray(~(empty | bad))
+    if not kept.any():
+        raise InputError(f"{source}: all {len(points)} points have NaN or infinite coordinates")
+    colors = None if rgb is None else unit_colors(rgb, kept, source)
+    counts = {NO_RETURN: int(empty.sum()), INVALID: int(bad.sum())}
+    dropped = {reason: n for reason, n in counts.items() if n}
+    cloud = Cloud(points[kept] if dropped else points, colors, source, Assumed(columns=columns))
+    return cloud.assuming(dropped=dropped).noting(DEGREES if _in_degrees(cloud.xyz) else None)
+
+
+def as_points(xyz: object, source: str) -> Array:
+    """Coordinates as float64, shape (n_points, 3).
+
+    Raises:
+        InputError: wrong shape, no numbers, or no points.
     """
     points = _floats(xyz, "coordinates", source)
     if points.ndim != 2 or points.shape[1] != 3:
         raise InputError(f"{source}: points have shape {points.shape}, expected (n_points, 3)")
     if len(points) == 0:
         raise InputError(f"{source} has no points")
-    finite = np.asarray(np.isfinite(points).all(axis=1))
-    n_bad = int((~finite).sum())
-    if n_bad and invalid != "drop":
-        raise InputError(
-            f"{source}: {n_bad} of {len(points)} points have NaN or infinite coordinates; "
-            "clean the file, or leave them out with invalid='drop' (--drop-invalid)"
-        )
-    if n_bad == len(points):
-        raise InputError(f"{source}: all {n_bad} points have NaN or infinite coordinates")
-    colors = None if rgb is None else unit_colors(rgb, finite, source)
-    return Cloud(points[finite] if n_bad else points, colors, source)
+    return points
+
+
+def not_finite(n_bad: int, n_points: int, source: str) -> InputError:
+    """The error for NaN or infinite coordinates."""
+    return InputError(
+        f"{source}: {n_bad} of {n_points} points have NaN or infinite coordinates; "
+        "clean the file, or leave them out with invalid='drop' (--drop-invalid)"
+    )
+
+
+def _in_degrees(xyz: Array) -> bool:
+    """Whether x and y look like degrees and z like metres, by their ranges and extents."""
+    low, high = xyz.min(axis=0), xyz.max(axis=0)
+    on_earth = (np.maximum(-low, high) <= (180.0, 90.0, 1e4)).all()
+    extent = high - low
+    width = extent[:2].max()
+    away = np.abs((low + high)[:2] / 2).max() > 1.0
+    return bool(on_earth and away and extent[2] > 0.5 and 0 < width < 1e-3 * extent[2])
 
 
 def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np.float32]:

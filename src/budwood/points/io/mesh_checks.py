@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import re
 import struct
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from budwood.errors import InputError
+from budwood.errors import InputError, first_line
+from budwood.optional import is_installed
+from budwood.points.io.fields import letters_of
+from budwood.points.io.mesh_files import gltf_files, gltf_json
+from budwood.points.io.ply_header import PLY_BYTES, PLY_WHOLE, PlyElement, ply_elements, ply_header
 
-# Bytes of the .ply types that take more than one; integers first.
-PLY_WHOLE = {
-    **dict.fromkeys(("short", "ushort", "int16", "uint16"), 2),
-    **dict.fromkeys(("int", "uint", "int32", "uint32"), 4),
-}
-PLY_BYTES = {
-    **PLY_WHOLE,
-    **dict.fromkeys(("float", "float32"), 4),
-    **dict.fromkeys(("double", "float64"), 8),
-}
-PLY_COLORS = ("red", "green", "blue")
+COMPRESSIONS = {"KHR_draco_mesh_compression": "DracoPy", "EXT_meshopt_compression": None}
+"""Compressed meshes in glTF, and the packages by which trimesh reads them."""
 
 
 def check_stl(path: Path) -> None:
@@ -51,6 +45,7 @@ def check_glb(path: Path) -> None:
     declared = struct.unpack("<I", head[8:])[0]
     if path.stat().st_size < declared:
         raise InputError(f"{path} is truncated: {path.stat().st_size} of {declared} bytes")
+    _check_compression(path)
 
 
 def check_obj(path: Path) -> None:
@@ -82,35 +77,11 @@ def check_off(path: Path) -> None:
         raise InputError(f"{path} is truncated: {n_rows} of {wanted} rows")
 
 
-@dataclass
-class PlyElement:
-    """An element of a .ply header.
-
-    Attributes:
-        name: such as ``"vertex"``.
-        n_rows: how many the file declares.
-        names: of the properties.
-        properties: type of each value, or of the length where ``is_list``.
-        is_list: whether each property is a list.
-    """
-
-    name: str
-    n_rows: int
-    names: list[str] = field(default_factory=list)
-    properties: list[str] = field(default_factory=list)
-    is_list: list[bool] = field(default_factory=list)
-
-    def wide_colors(self) -> list[str]:
-        """Types of colours that are integers of more than 8 bits, which trimesh cuts to 8."""
-        types = zip(self.names, self.properties)
-        return [kind for name, kind in types if name in PLY_COLORS and kind in PLY_WHOLE]
-
-
 def check_ply(path: Path) -> None:
     """Check the properties, and the rows of an ASCII file or the least size of a binary one."""
     with path.open("rb") as file:
-        header = _ply_header(path, file)
-        elements = _ply_elements(path, header)
+        header = ply_header(path, file)
+        elements = ply_elements(path, header)
         _check_ply_properties(path, elements)
         if any(words[:2] == ["format", "ascii"] for words in header):
             _check_ply_rows(path, file, [element for element in elements if element.n_rows])
@@ -123,19 +94,12 @@ def check_ply(path: Path) -> None:
         raise InputError(f"{path} is truncated: {left} of {least} bytes or more")
 
 
-def has_wide_colors(path: Path) -> bool:
-    """Whether the points of a .ply have colours of more than 8 bits."""
-    with path.open("rb") as file:
-        elements = _ply_elements(path, _ply_header(path, file))
-    return any(element.name == "vertex" and element.wide_colors() for element in elements)
-
-
 def _check_ply_properties(path: Path, elements: list[PlyElement]) -> None:
     for element in elements:
-        if element.name == "vertex" and not {"x", "y", "z"} <= set(element.names):
+        if element.name == "vertex" and not set("xyz") <= set(letters_of(element.names)):
             names = ", ".join(element.names)[:60] or "none"
             raise InputError(f"{path} has no x, y and z; the properties of its points are {names}")
-        wide = element.wide_colors()
+        wide = [kind for kind in element.color_types() if kind in PLY_WHOLE]
         if element.name == "face" and wide:
             raise InputError(f"{path} has colours of faces as {wide[0]}; write them as uchar")
 
@@ -158,35 +122,39 @@ def _check_ply_rows(path: Path, file: BinaryIO, elements: list[PlyElement]) -> N
         raise InputError(f"{path} is truncated: its last row has {len(values)} of {at} values")
 
 
-def _ply_header(path: Path, file: BinaryIO) -> list[list[str]]:
-    """Read the header: the words of each line."""
-    header = []
-    for line in iter(file.readline, b""):
-        header.append(line.decode("latin-1").split())
-        if header[-1] == ["end_header"]:
-            return header
-    raise InputError(f"{path} is truncated or no PLY file: its header does not end")
+def check_gltf(path: Path) -> None:
+    """Check that the JSON is whole, and the buffers are there."""
+    _check_compression(path)
+    for name in gltf_files(path, "buffers"):
+        if not (path.parent / name).is_file():
+            raise InputError(f"{path} needs {name}, which is not beside it")
 
 
-def _ply_elements(path: Path, header: list[list[str]]) -> list[PlyElement]:
-    elements: list[PlyElement] = []
-    for words in header:
-        if words[:1] == ["element"]:
-            if len(words) != 3 or not re.fullmatch("[0-9]+", words[2]):
-                raise InputError(f"{path} is damaged: its header has {' '.join(words)[:60]!r}")
-            elements.append(PlyElement(words[1], int(words[2])))
-        elif words[:1] == ["property"] and len(words) > 2 and elements:
-            is_list = words[1] == "list"
-            elements[-1].names.append(words[-1])
-            elements[-1].is_list.append(is_list)
-            elements[-1].properties.append(words[2] if is_list else words[1])
-    return elements
+def _check_compression(path: Path) -> None:
+    required = gltf_json(path).get("extensionsRequired", [])
+    for extension, package in COMPRESSIONS.items():
+        if extension in required and (package is None or not is_installed(package)):
+            way_out = f"install {package} (pip install {package}), or " if package else ""
+            raise InputError(f"{path} is compressed ({extension}); {way_out}save it uncompressed")
+
+
+def check_3mf(path: Path) -> None:
+    """Check that the archive is whole and has a model."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.lower() for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise InputError(f"{path} is truncated or no 3MF file: {first_line(error)}") from None
+    if not any(name.endswith(".model") for name in names):
+        raise InputError(f"{path} is no 3MF file: it has no 3dmodel.model")
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
     ".stl": check_stl,
     ".off": check_off,
     ".glb": check_glb,
+    ".gltf": check_gltf,
+    ".3mf": check_3mf,
     ".obj": check_obj,
     ".ply": check_ply,
 }

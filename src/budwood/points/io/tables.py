@@ -1,120 +1,136 @@
-"""Tables and arrays: .npy, .npz, .bin, .xyz, .txt, .csv."""
+"""Tables and arrays: .npy, .npz, .xyz, .txt, .csv, .pts. Bare float32 tables are in ``bins``."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from budwood.errors import InputError, first_line
 from budwood.points.io.cloud import Cloud, ReadOptions, are_columns, make_cloud
+from budwood.points.io.columns import split_columns
+from budwood.points.io.fields import (
+    LON_LAT,
+    RGB_NAMES,
+    XYZ_NAMES,
+    colors_of,
+    from_fields,
+    letter_of,
+    letters_of,
+    named,
+    no_coordinates,
+)
 
-KITTI_COLUMNS = 4
 TEXT = "utf-8-sig"  # UTF-8 with or without a byte-order mark, which spreadsheets write
-AUTOMATIC = {3: "xyz", 4: "xyz_"}
-XYZ_KEYS = ("xyz", "points", "pc", "pointcloud", "coords", "arr_0")
-RGB_KEYS = ("rgb", "colors", "color", "colours")
-HEADERS = {"x": "x", "y": "y", "z": "z", "red": "r", "green": "g", "blue": "b"}
+LEICA_COLUMNS = {7: "xyz_rgb"}
 
 
-def split_columns(table: NDArray[Any], columns: str | None, source: str) -> tuple[Any, Any]:
-    """Split a table into coordinates and colours.
+def cloud_of(
+    table: NDArray[Any], source: str, columns: str | None = None, invalid: str = "error"
+) -> Cloud:
+    """Make a cloud of an array.
 
     Args:
-        table: shape (n_points, n_columns).
-        columns: one letter a column: x, y, z, r, g, b, or ``_`` for a column to leave out. None: 3
-            columns are xyz, 4 are xyz and an intensity, 6 are xyzrgb; if one of the last three
-            has negative values, they are normals and left out.
+        table: shape (n_points, n_columns), or structured with named fields.
         source: for messages.
-
-    Returns:
-        xyz and rgb (or None), shape (n_points, 3).
+        columns: letters of the columns; None: by the names of the fields, or by the values.
+        invalid: as in :func:`make_cloud`.
 
     Raises:
-        InputError: no numbers, or a number of columns that ``columns`` does not fit.
+        InputError: no coordinates, a column too many or few, or as :func:`make_cloud`.
     """
-    if table.dtype.kind not in "fiu":
-        raise InputError(f"{source} holds {table.dtype}, expected numbers")
-    if table.ndim != 2:
-        raise InputError(f"{source} has shape {table.shape}, expected (n_points, n_columns)")
-    width = table.shape[1]
-    if columns is None:
-        if width == 6:
-            columns = "xyz___" if (table[:, 3:] < 0).any() else "xyzrgb"
-        elif width not in AUTOMATIC:
-            raise InputError(
-                f"{source} has {width} columns; 3 (xyz), 4 (xyz, intensity) and 6 (xyz, rgb or "
-                "normals) are understood, name others with columns='xyz_rgb'"
-            )
-        else:
-            columns = AUTOMATIC[width]
-    if len(columns) != width:
-        raise InputError(f"{source} has {width} columns, columns={columns!r} names {len(columns)}")
-    xyz = table[:, [columns.index(letter) for letter in "xyz"]]
-    colored = all(letter in columns for letter in "rgb")
-    return xyz, table[:, [columns.index(letter) for letter in "rgb"]] if colored else None
+    if table.dtype.names is None:
+        xyz, rgb, columns, note = split_columns(table, columns, source)
+        cloud = make_cloud(xyz, rgb, source=source, invalid=invalid, columns=columns)
+        return cloud.noting(note)
+    flat = table.ravel()
+    fields = {name: flat[name] for name in table.dtype.names}
+    xyz, rgb = from_fields(fields, source)
+    return make_cloud(xyz[:, :3], rgb, source=source, invalid=invalid)
 
 
 def read_npy(path: Path, options: ReadOptions) -> Cloud:
-    """Read an array of shape (n_points, n_columns); pickled objects are refused."""
+    """Read an array, plain or structured; pickled objects are refused."""
     with _numpy_errors(path):
         table = np.load(path, allow_pickle=False)
     if not isinstance(table, np.ndarray):
         table.close()
         raise InputError(f"{path} is an archive of arrays, not one array; rename it to .npz")
-    return _from_table(table, path, options)
+    return cloud_of(table, str(path), options.columns, options.invalid)
 
 
 def read_npz(path: Path, options: ReadOptions) -> Cloud:
-    """Read the array under a name in ``XYZ_KEYS``, and colours under one in ``RGB_KEYS``."""
+    """Read the array under a name in ``XYZ_NAMES``, or arrays x, y and z, with their colours.
+
+    An archive of a single array needs no such name.
+    """
     if not zipfile.is_zipfile(path):  # numpy would leave such a file open
         raise InputError(f"{path} is truncated or no .npz file")
     with _numpy_errors(path), np.load(path, allow_pickle=False) as arrays:
-        name = next((key for key in XYZ_KEYS if key in arrays), None)
-        if name is None:
-            known = ", ".join(XYZ_KEYS)
-            raise InputError(f"{path} holds {', '.join(arrays.files)}; expected one of {known}")
-        color = next((key for key in RGB_KEYS if key in arrays), None)
-        table, rgb = arrays[name], None if color is None else arrays[color]
-    if rgb is None:
-        return _from_table(table, path, options)
-    xyz, _ = split_columns(table, options.columns, str(path))
-    return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
-
-
-def read_bin(path: Path, options: ReadOptions) -> Cloud:
-    """Read KITTI's format: float32 x, y, z, reflectance, point after point."""
-    width = KITTI_COLUMNS if options.columns is None else len(options.columns)
-    size = path.stat().st_size
-    if size % (4 * width):
-        raise InputError(
-            f"{path} has {size} bytes, not a multiple of {4 * width} ({width} float32 a point): "
-            "truncated, or of other columns"
-        )
-    return _from_table(np.fromfile(path, dtype="<f4").reshape(-1, width), path, options)
+        names = arrays.files
+        letters = set(letters_of(names))
+        name = names[0] if len(names) == 1 else named(names, XYZ_NAMES)
+        if name is None and not set("xyz") <= letters:
+            raise no_coordinates(names, str(path))
+        color = named(names, RGB_NAMES)
+        wanted = [*letters_of(names).values(), color, name]
+        data = {key: arrays[key] for key in wanted if key is not None}
+    rgb = colors_of(data)
+    if name is None:
+        xyz, _ = from_fields(data, str(path))
+        return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+    if rgb is None or data[name].dtype.names is not None:
+        return cloud_of(data[name], str(path), options.columns, options.invalid)
+    xyz, _, columns, _ = split_columns(data[name], options.columns, str(path))
+    return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid, columns=columns)
 
 
 def read_text(path: Path, options: ReadOptions) -> Cloud:
     """Read rows of numbers, separated by blanks, commas or semicolons; # starts a comment.
 
-    An integer alone in the first line is the number of rows, as in some .xyz files.
+    A header, in a comment or not, names the columns. An integer alone in the first line is the
+    number of rows, as in some .xyz files.
     """
     layout = _layout(path, options.columns)
+    table = _table(path, path, layout, layout.skip)
+    _check_count(path, layout.n_points, table)
+    cloud = cloud_of(table, str(path), layout.letters, options.invalid)
+    return cloud.assuming(columns=None) if layout.has_names else cloud
+
+
+def read_pts(path: Path, options: ReadOptions) -> Cloud:
+    """Read .pts: Leica's scans, a number of rows before each, z up; or ShapeNet's bare rows."""
+    layout = _layout(path, options.columns)
+    if layout.n_points is None:
+        return read_text(path, options)
+    counts: list[int] = []
+    with path.open(encoding=TEXT) as file:
+        table = _table(path, _rows(file, counts), layout)
+    _check_count(path, sum(counts), table)
+    columns = options.columns or LEICA_COLUMNS.get(table.shape[1])
+    return cloud_of(table, str(path), columns, options.invalid).assuming(up="z", units="m")
+
+
+def _table(
+    path: Path, rows: Path | Iterator[str], layout: _Layout, skip: int = 0
+) -> NDArray[np.float64]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of a file without data: checked below
             table = np.loadtxt(
-                path,
+                rows,
                 delimiter=layout.separator,
-                skiprows=layout.skip,
+                skiprows=skip,
+                usecols=layout.used,
                 ndmin=2,
                 encoding=TEXT,
             )
@@ -122,12 +138,24 @@ def read_text(path: Path, options: ReadOptions) -> Cloud:
         raise InputError(f"{path} is not a table of numbers: {first_line(error)}") from None
     if table.size == 0:
         raise InputError(f"{path} has no points")
-    if layout.n_points is not None and len(table) != layout.n_points:
+    return table
+
+
+def _check_count(path: Path, declared: int | None, table: NDArray[Any]) -> None:
+    if declared is not None and len(table) != declared:
         raise InputError(
-            f"{path} declares {layout.n_points} points in its first line and has {len(table)}: "
+            f"{path} declares {declared} points in its first line and has {len(table)}: "
             "truncated, or of another format"
         )
-    return _from_table(table, path, replace(options, columns=layout.columns))
+
+
+def _rows(file: TextIO, counts: list[int]) -> Iterator[str]:
+    """The lines of a .pts file but for those that count rows, which go to ``counts``."""
+    for line in file:
+        if line.strip().isdecimal():
+            counts.append(int(line))
+        else:
+            yield line
 
 
 @dataclass(frozen=True)
@@ -139,12 +167,28 @@ class _Layout:
         skip: lines to skip.
         columns: letters of the columns, as given or by the header; None without either.
         n_points: how many the first line declares; None if it does not.
+        has_names: whether the columns are named in the file.
+        has_words: whether other columns may hold text.
     """
 
     separator: str | None
     skip: int
     columns: str | None = None
     n_points: int | None = None
+    has_names: bool = False
+    has_words: bool = False
+
+    @property
+    def used(self) -> list[int] | None:
+        """The columns to read; None for all."""
+        if not self.has_words or self.columns is None:
+            return None
+        return [at for at, letter in enumerate(self.columns) if letter != "_"]
+
+    @property
+    def letters(self) -> str | None:
+        """Letters of the columns that are read."""
+        return self.columns.replace("_", "") if self.used and self.columns else self.columns
 
 
 def _layout(path: Path, columns: str | None) -> _Layout:
@@ -152,23 +196,43 @@ def _layout(path: Path, columns: str | None) -> _Layout:
         head = list(itertools.islice(file, 100))
     if any("\0" in line for line in head):
         raise InputError(f"{path} is binary, not a table of numbers")
-    skip = 0
-    first = ""
-    for line in head:
-        first = line.split("#")[0].strip()
-        if first:
-            break
-        skip += 1
+    skip, first, comment = _first_line(head)
     separator = next((mark for mark in ",;" if mark in first), None)
-    fields = [field.strip().strip("\"'").lower() for field in first.split(separator)]
+    fields = [field.strip() for field in first.split(separator)]
+    numbers = [_is_number(field) for field in fields]
     if len(fields) == 1 and fields[0].isdecimal():
         return _Layout(separator, skip + 1, columns, int(fields[0]))
-    if all(_is_number(field) for field in fields):
-        return _Layout(separator, skip, columns)
-    if columns is not None:
+    if all(numbers):
+        names = None if columns else _commented(comment, len(fields))
+        return _Layout(separator, skip, columns or names, has_names=names is not None)
+    if columns is None:
+        columns = _header(path, first, fields)
+        return _Layout(separator, skip + 1, columns, has_names=True, has_words=True)
+    if not any(numbers):
         return _Layout(separator, skip + 1, columns)
-    names = [HEADERS.get(field.removeprefix("//"), field) for field in fields]
-    columns = "".join(name if name in tuple("xyzrgb") else "_" for name in names)
+    if len(columns) != len(fields):
+        raise InputError(
+            f"{path} has {len(fields)} columns, columns={columns!r} names {len(columns)}"
+        )
+    return _Layout(separator, skip, columns, has_words=True)
+
+
+def _first_line(head: list[str]) -> tuple[int, str, str]:
+    """Lines before the first that is no comment, that line, and the last comment up to it."""
+    comment = ""
+    for skip, line in enumerate(head):
+        first, _, remark = line.partition("#")
+        comment = remark.strip() or comment
+        if first.strip():
+            return skip, first.strip(), comment
+    return len(head), "", comment
+
+
+def _header(path: Path, first: str, fields: list[str]) -> str:
+    """Letters of the columns that a header names."""
+    columns = "".join(letter_of(field) or "_" for field in fields)
+    if all(named(fields, spellings) for spellings in LON_LAT):
+        raise no_coordinates(fields, str(path))
     if not all(letter in columns for letter in "xyz"):
         raise InputError(f"{path}: its header {first[:60]!r} names no columns x, y and z")
     if not are_columns(columns):
@@ -176,7 +240,14 @@ def _layout(path: Path, columns: str | None) -> _Layout:
             f"{path}: its header {first[:60]!r} must name x, y, z once and r, g, b once or not at "
             "all; correct it, or name the columns with columns='xyz_rgb'"
         )
-    return _Layout(separator, skip + 1, columns)
+    return columns
+
+
+def _commented(comment: str, width: int) -> str | None:
+    """Letters of the columns that a comment above the rows names; None if it names none."""
+    names = re.split(r"[\s,;]+", comment)
+    columns = "".join(letter_of(name) or "_" for name in names)
+    return columns if len(names) == width and are_columns(columns) else None
 
 
 def _is_number(text: str) -> bool:
@@ -185,11 +256,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _from_table(table: NDArray[Any], path: Path, options: ReadOptions) -> Cloud:
-    xyz, rgb = split_columns(table, options.columns, str(path))
-    return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
 
 
 @contextlib.contextmanager

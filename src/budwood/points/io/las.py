@@ -1,4 +1,4 @@
-"""Scans: .las and .laz by laspy, .pcd by pypcd4."""
+"""Scans and airborne surveys: .las and .laz, by laspy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from budwood.errors import InputError
 from budwood.optional import need
@@ -17,6 +16,11 @@ from budwood.points.io.cloud import Cloud, ReadOptions, damaged, make_cloud
 # Bytes of the headers of LAS 1.4 and of the oldest, and of a record before and behind the points.
 LAS_HEADER, LAS_HEADER_MIN = 375, 227
 LAS_RECORD, LAS_LATE_RECORD = 54, 60
+MODEL_TYPE, GEOGRAPHIC_TYPE, GEOGRAPHIC = 1024, 2048, 2  # GeoTIFF keys, and a value of the first
+IN_DEGREES = (
+    "its coordinate system is of degrees, so the shape is squeezed; project it to metres first, "
+    "for example to UTM"
+)
 LAZ_VARIABLE = 2**32 - 1  # chunks of different numbers of points
 LAZ_CHUNK_MAX = 2**24  # points; writers take 50,000
 
@@ -29,6 +33,7 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
         with laspy.open(path) as reader:
             _check_points(path, reader.header)
             data = reader.read()
+            in_degrees = _is_geographic(reader.header)
         xyz = np.stack([np.asarray(data.x), np.asarray(data.y), np.asarray(data.z)], axis=1)
         names = set(data.point_format.dimension_names)
         rgb = None
@@ -43,45 +48,22 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
         raise InputError(f"{path} is truncated: {len(xyz)} of {n_declared} points")
     if rgb is not None and not rgb.any():
         rgb = None  # the point format has colours, but the writer filled in none
-    return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+    cloud = make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+    if not in_degrees:
+        return cloud
+    return cloud.assuming(units="degrees", notes=(IN_DEGREES,))
 
 
-def read_pcd(path: Path, options: ReadOptions) -> Cloud:
-    """Read PCD, ascii and binary; an ``rgb`` or ``rgba`` field is unpacked."""
-    pypcd4 = need("pypcd4", "reading .pcd")
-    try:
-        data = pypcd4.PointCloud.from_path(path)
-        fields = data.fields
-        if not {"x", "y", "z"} <= set(fields):
-            raise InputError(f"{path} has fields {', '.join(fields)}; expected x, y and z")
-        xyz = data.numpy(("x", "y", "z"))
-        name = next((name for name in ("rgb", "rgba") if name in fields), None)
-        rgb = None if name is None else unpack_colors(data.pc_data[name])
-        n_declared = data.points
-    except InputError:
-        raise
-    except Exception as error:
-        raise damaged(path, error) from None
-    if len(xyz) != n_declared:
-        raise InputError(f"{path} is truncated: {len(xyz)} of {n_declared} points")
-    return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
-
-
-def unpack_colors(packed: NDArray[Any]) -> NDArray[np.uint8]:
-    """Unpack colours of PCD: 0xRRGGBB or 0xAARRGGBB in the bits of a float, or in an integer.
-
-    Args:
-        packed: shape (n_points,).
-
-    Returns:
-        red, green and blue, shape (n_points, 3).
-    """
-    packed = np.atleast_1d(packed)
-    if packed.dtype.kind == "f":
-        bits = packed.astype(np.float32).view(np.uint32)
-    else:
-        bits = packed.astype(np.uint32)
-    return np.stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255], axis=1).astype(np.uint8)
+def _is_geographic(header: Any) -> bool:
+    """Whether the coordinate system is one of degrees, by its GeoTIFF keys or its WKT."""
+    for record in (*header.vlrs, *(header.evlrs or ())):
+        keys = {key.id: key.value_offset for key in getattr(record, "geo_keys", ())}
+        if keys.get(MODEL_TYPE, GEOGRAPHIC if GEOGRAPHIC_TYPE in keys else 0) == GEOGRAPHIC:
+            return True
+        text = str(getattr(record, "string", "")).upper()
+        if "GEOGC" in text and "PROJC" not in text:  # GEOGCS or GEOGCRS, PROJCS or PROJCRS
+            return True
+    return False
 
 
 # Compare what a LAS or LAZ header declares with the size of the file. laspy and lazrs trust the

@@ -1,0 +1,196 @@
+"""The folder of a scan: a file a frame, so that what is finished stays and is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from budwood import catalogue
+from budwood.errors import InputError, OutputError
+from budwood.figures import need_matplotlib
+from budwood.files import need_parent, write_text, write_whole
+from budwood.points.scanning.formats import (
+    ScannedFrame,
+    csv_text,
+    json_text,
+    kitti_text,
+    nuscenes_results,
+    read_frame,
+)
+from budwood.points.scanning.poses import Poses, read_calibration, stem
+from budwood.points.scanning.views import draw_from_above, need_plotly, write_page
+from budwood.registry import Registry
+from budwood.runs import RunFolder
+
+NPY_HEADER = 128
+"""Bytes before the points in a .npy file."""
+BOX_FORMATS = Registry("box format", catalogue.BOX_FORMATS)
+
+
+class ScanFolder:
+    """A folder with the boxes of frames.
+
+    ``boxes/NAME.json`` is written last of a frame's files: a frame that has it is finished.
+
+    Args:
+        path: a new folder, or one of an earlier run with the same settings.
+        settings: what the boxes depend on, as JSON values.
+        formats: names in ``BOX_FORMATS``; ``"json"`` is always written.
+        calibration: KITTI's, for labels in its format.
+        poses: of the frames, for nuScenes' format.
+
+    Raises:
+        InputError: an unusable calibration.
+        MissingPackageError: a package for a format is not installed.
+        OutputError: the folder holds another run or other files, or can't be written.
+        UnknownNameError: no such format.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: dict[str, Any],
+        formats: Sequence[str] = ("json",),
+        calibration: str | os.PathLike[str] | None = None,
+        poses: Poses | None = None,
+    ) -> None:
+        check_formats(formats)
+        self.path, self.formats, self.poses = Path(path), frozenset(formats), poses
+        self.camera = {} if calibration is None else read_calibration(calibration)
+        need_parent(self.path)
+        self._run = RunFolder(self.path, settings | {"poses": poses is not None})
+        self._names: dict[str, str] = {}
+        self._order: list[str] = []
+        self._n_done = 0
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """Lock the folder against other processes."""
+        return self._run.claimed()
+
+    def finished(self, source: str, item: Any) -> ScannedFrame | None:
+        """The frame as an earlier run left it; None if it has to be scanned.
+
+        Args:
+            source: name of the frame.
+            item: what it is read from; a file of another size is another frame.
+        """
+        name = self._name(source)
+        self._order.append(name)
+        try:
+            frame, row = read_frame(self._file(name))
+        except InputError:
+            return None
+        if row.get("bytes") != _size(item):
+            return None
+        self._n_done += 1
+        return frame
+
+    def write(self, frame: ScannedFrame) -> None:
+        """Write the files of a frame.
+
+        Raises:
+            OutputError: one cannot be written; the message says what stays.
+        """
+        name = self._name(frame.source)
+        try:
+            self._write_others(frame, name)
+            text = json_text(frame, bytes=_size(frame.source))
+            write_text(self._file(name), text)
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; finished frames stay ({self._n_done:,}): make room and give the same "
+                "command again"
+            ) from error
+        self._n_done += 1
+
+    def finish(self) -> None:
+        """Write the tables of all frames, and mark the run as complete."""
+        if "csv" in self.formats:
+            write_text(self.path / "boxes.csv", csv_text(self._frames()))
+        if "nuscenes" in self.formats:
+            tokens = {} if self.poses is None else self.poses.tokens
+            results = nuscenes_results(self._frames(), tokens)
+            write_text(self.path / "nuscenes.json", json.dumps(results))
+        self._run.complete()
+
+    def _write_others(self, frame: ScannedFrame, name: str) -> None:
+        if "kitti" in self.formats:
+            text = kitti_text(frame, self.camera.get("Tr"), self.camera.get("P"))
+            write_text(self.path / "kitti" / f"{name}.txt", text)
+        if "clusters" in self.formats:
+            self._write_clusters(frame, name)
+        if "png" in self.formats:
+            file = self.path / "views" / f"{name}.png"
+            write_whole(file, lambda part: draw_from_above(frame, part))
+        if "html" in self.formats:
+            file = self.path / "pages" / f"{name}.html"
+            write_whole(file, lambda part: write_page(frame, part))
+
+    def _write_clusters(self, frame: ScannedFrame, name: str) -> None:
+        """Write the points of each object, of an object in several frames those of the densest."""
+        for i, (box, xyz) in enumerate(zip(frame.boxes, frame.clusters)):
+            called = f"{name}-{i:04}" if box.track is None else f"object-{box.track:06}"
+            file = self.path / "clusters" / f"{called}.npy"
+            points = xyz.astype(np.float32)
+            denser = box.track is None or (_size(file) or 0) - NPY_HEADER < points.nbytes
+            if denser:
+                write_whole(file, lambda part, points=points: np.save(part, points))
+
+    def _frames(self) -> Iterator[ScannedFrame]:
+        """The finished frames, in the order of the run."""
+        for name in self._order:
+            file = self._file(name)
+            if file.is_file():
+                yield read_frame(file)[0]
+
+    def _file(self, name: str) -> Path:
+        return self.path / "boxes" / f"{name}.json"
+
+    def _name(self, source: str) -> str:
+        """The name of a frame's files: that of its file, with its folders' where it is taken."""
+        if source not in self._names:
+            parts = [*Path(source).parts[:-1], stem(Path(source))]
+            name = parts.pop()
+            while self._is_taken(name, source) and parts:
+                name = f"{parts.pop()}_{name}".replace(os.sep, "_")
+            if self._is_taken(name, source):
+                raise InputError(f"two frames are called {source}; give each one name")
+            self._names[source] = name
+        return self._names[source]
+
+    def _is_taken(self, name: str, source: str) -> bool:
+        """Whether another frame has a name, in this run or in an earlier one."""
+        if name in self._names.values():
+            return True
+        try:
+            return read_frame(self._file(name))[0].source != source
+        except InputError:
+            return False
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Check names of formats and the packages that they need, before slow work.
+
+    Raises:
+        UnknownNameError: no such format.
+        MissingPackageError: a package is not installed.
+    """
+    for name in formats:
+        BOX_FORMATS.check(name)
+    if "png" in formats:
+        need_matplotlib()
+    if "html" in formats:
+        need_plotly()
+
+
+def _size(item: Any) -> int | None:
+    """Bytes of a file; None for other things."""
+    if isinstance(item, (str, os.PathLike)) and Path(item).is_file():
+        return Path(item).stat().st_size
+    return None

@@ -1,0 +1,207 @@
+"""Where the sensor was in each frame: poses of KITTI odometry and of nuScenes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from budwood.errors import InputError, first_line
+from budwood.files import read_json
+from budwood.optional import need
+from budwood.points.accumulation import rigid_motions
+from budwood.points.io import READERS
+from budwood.points.io.cloud import Array
+
+CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+"""From a LiDAR (x forward, y left, z up) to a camera at the same place (x right, y down)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Poses:
+    """Where the sensor was.
+
+    Attributes:
+        matrices: from the sensor's frame to the world's, one a frame, shape (n_frames, 4, 4).
+        tokens: name of a frame's file → its sample token in nuScenes; empty for other sources.
+        notices: what was assumed.
+    """
+
+    matrices: Array
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+def read_poses(
+    path: str | os.PathLike[str],
+    frames: Sequence[str | os.PathLike[str]],
+    calibration: str | os.PathLike[str] | None = None,
+) -> Poses:
+    """Read the poses of frames.
+
+    Args:
+        path: a text file of KITTI odometry (12 numbers a line, camera to world, a line a frame),
+            or a folder with nuScenes' tables ``sample_data.json``, ``ego_pose.json`` and
+            ``calibrated_sensor.json``.
+        frames: files of the frames, in order of time. If a KITTI file has more lines, the number
+            in the name of a frame is its line.
+        calibration: KITTI's ``calib.txt``; default the one beside the folder of the frames, or,
+            without one, a camera at the place of the LiDAR.
+
+    Raises:
+        InputError: no such file, something else in it, or poses that do not match the frames.
+    """
+    source, files = Path(path), [Path(frame) for frame in frames]
+    if not source.exists():
+        raise InputError(f"poses {source} do not exist")
+    return _nuscenes(source, files) if source.is_dir() else _kitti(source, files, calibration)
+
+
+def check_poses(poses: Any, n_frames: int, source: str = "the poses given") -> Array:
+    """Check that an array is a pose for each frame.
+
+    Returns:
+        Float64, shape (n_frames, 4, 4).
+
+    Raises:
+        InputError: another shape, another number of frames, or no rotation in one of them.
+    """
+    try:
+        moves = rigid_motions(poses, n_frames)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return np.concatenate([moves, np.tile([[[0.0, 0, 0, 1]]], (n_frames, 1, 1))], axis=1)
+
+
+def _kitti(path: Path, frames: list[Path], calibration: str | os.PathLike[str] | None) -> Poses:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy warns of a file without numbers
+            rows = np.loadtxt(path, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read poses {path}: {first_line(error)}") from None
+    if rows.shape[1] != 12:
+        raise InputError(
+            f"{path} has {rows.shape[1]} numbers a line; poses of KITTI odometry have 12"
+        )
+    if len(rows) != len(frames):
+        rows = rows[_lines(path, len(rows), frames)]
+    matrices = np.tile(np.eye(4), (len(rows), 1, 1))
+    matrices[:, :3] = rows.reshape(-1, 3, 4)
+    file = _calibration(frames, calibration)
+    if file is None:
+        note = (
+            "poses are read as those of a camera at the place of the LiDAR: there is no calib.txt"
+        )
+        return Poses(check_poses(matrices @ CAMERA, len(frames), str(path)), notices=(note,))
+    return Poses(check_poses(matrices @ read_calibration(file)["Tr"], len(frames), str(path)))
+
+
+def _lines(path: Path, n_lines: int, frames: list[Path]) -> list[int]:
+    """The line of each frame, by the number in its name."""
+    numbers = [stem(frame) for frame in frames]
+    if all(number.isdecimal() and int(number) < n_lines for number in numbers):
+        return [int(number) for number in numbers]
+    raise InputError(
+        f"{path} has {n_lines} poses, and there are {len(frames)} frames; give the frames of the "
+        "poses, or frames whose names are the numbers of their lines"
+    )
+
+
+def _calibration(frames: list[Path], given: str | os.PathLike[str] | None) -> Path | None:
+    if given is not None:
+        return Path(given)
+    beside = frames[0].absolute().parent.parent / "calib.txt"
+    return beside if beside.is_file() else None
+
+
+def read_calibration(path: str | os.PathLike[str]) -> dict[str, Array]:
+    """Read a calibration of KITTI, of odometry or of object detection.
+
+    Returns:
+        ``Tr``: from the LiDAR to the (rectified) camera, shape (4, 4); ``P``: the left colour
+        camera's projection, shape (3, 4), where the file has it.
+
+    Raises:
+        InputError: the file cannot be read, or has no ``Tr`` or ``Tr_velo_to_cam``.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        parts = [line.partition(":") for line in lines if ":" in line]
+        values = {key.strip(): np.array(text.split(), dtype=float) for key, _, text in parts}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is no calibration of KITTI: {error}") from None
+    name = next((key for key in ("Tr_velo_to_cam", "Tr") if key in values), None)
+    if name is None or values[name].size != 12:
+        raise InputError(f"{path} is no calibration of KITTI: it has no Tr of 12 numbers")
+    found = {"Tr": _square(values[name])}
+    rectify = values.get("R0_rect")
+    if rectify is not None and rectify.size == 9:
+        turn = np.eye(4)
+        turn[:3, :3] = rectify.reshape(3, 3)
+        found["Tr"] = turn @ found["Tr"]
+    if values.get("P2", np.empty(0)).size == 12:
+        found["P"] = values["P2"].reshape(3, 4)
+    return found
+
+
+def _square(numbers: Array) -> Array:
+    return np.vstack([numbers.reshape(3, 4), [0, 0, 0, 1]])
+
+
+def _nuscenes(folder: Path, frames: list[Path]) -> Poses:
+    shots = {Path(row["filename"]).name: row for row in _table(folder, "sample_data", "filename")}
+    missing = [frame for frame in frames if frame.name not in shots]
+    if missing:
+        raise InputError(
+            f"{folder} has no sample_data of {missing[0].name} and {len(missing) - 1} more of "
+            f"{len(frames)} frames: it is of another recording"
+        )
+    tables = {name: _by_token(folder, name) for name in ("ego_pose", "calibrated_sensor")}
+    rows = [shots[frame.name] for frame in frames]
+    try:
+        matrices = [
+            _rigid(tables["ego_pose"][row["ego_pose_token"]])
+            @ _rigid(tables["calibrated_sensor"][row["calibrated_sensor_token"]])
+            for row in rows
+        ]
+        tokens = {frame.name: str(row["sample_token"]) for frame, row in zip(frames, rows)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder} holds no complete tables of nuScenes: {error}") from None
+    return Poses(check_poses(matrices, len(frames), str(folder)), tokens)
+
+
+def _by_token(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    return {row["token"]: row for row in _table(folder, name, "token")}
+
+
+def _table(folder: Path, name: str, key: str) -> list[dict[str, Any]]:
+    rows = read_json(folder / f"{name}.json")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and key in row for row in rows):
+        raise InputError(f"{folder / name}.json is no table of nuScenes")
+    return rows
+
+
+def _rigid(row: dict[str, Any]) -> Array:
+    """The matrix of a rotation (a quaternion w, x, y, z) and a translation."""
+    transform = need("scipy.spatial.transform", "reading poses")
+    w, x, y, z = row["rotation"]
+    matrix = np.eye(4)
+    matrix[:3, :3] = transform.Rotation.from_quat([x, y, z, w]).as_matrix()
+    matrix[:3, 3] = row["translation"]
+    return matrix
+
+
+def stem(path: Path) -> str:
+    """The name of a file without its suffixes: nuScenes writes ``.pcd.bin``."""
+    name = path.name
+    while (suffix := Path(name).suffix).lower() in READERS:
+        name = name.removesuffix(suffix)
+    return name

@@ -1,0 +1,152 @@
+"""`budwood scan` on simulated frames, with a tiny random sprout and words that no tower embeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from budwood.bench.frames import Placed, sweep
+from budwood.points.data import write_clouds
+from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
+from tests.points import models, sets
+
+pytest.importorskip("sklearn")
+LABELS = ["--labels", "car,pedestrian"]
+SCENE = [Placed("car", 8, 4, 1.2), Placed("pedestrian", 6, -3)]
+
+
+@pytest.fixture(autouse=True)
+def tiny_sprout(tmp_path, monkeypatch):
+    config = SproutConfig(dim=16, depth=2, n_heads=2, embed_dim=12, n_groups=8, k=6, group_width=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+    given = sets.clouds()
+    write_clouds(data / "all.npz", given.xyz, given.about)
+    monkeypatch.setattr("budwood.points.data.FOLDER", data)
+    monkeypatch.setattr("budwood.points.data.FILES", ("all.npz",))
+
+
+@pytest.fixture
+def frames(tmp_path):
+    folder = tmp_path / "velodyne"
+    folder.mkdir()
+    for i in range(3):
+        xyz, _ = sweep(SCENE, shots=400, at=(1.0 * i, 0), seed=i)
+        np.column_stack([xyz, np.zeros(len(xyz))]).astype("<f4").tofile(folder / f"{i:06}.bin")
+    return folder
+
+
+def refused(result, *fragments):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("budwood: error: "), result.stderr
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def test_one_frame(budwood, frames, tmp_path):
+    command = ["scan", frames / "000000.bin", *LABELS, "--threshold", 0]
+    files = ["--plot", tmp_path / "above.png", "--csv", tmp_path / "boxes.csv"]
+    result = budwood(*command, *files)
+    assert result.exit_code == 0, result.output
+    head, *rows = result.stdout.splitlines()
+    assert head.split()[:4] == ["frame", "label", "score", "points"] and len(rows) == 2
+    assert "1 frames, 2 objects with labels, 0 unknown" in result.stderr
+    with Image.open(tmp_path / "above.png") as picture:
+        assert picture.format == "PNG"
+    with (tmp_path / "boxes.csv").open() as file:
+        boxes = list(csv.DictReader(file))
+    (found,) = json.loads(budwood(*command, "--json").stdout)["frames"]
+    assert [box["label"] for box in found["boxes"]] == [box["label"] for box in boxes]
+    assert np.hypot(*np.subtract(found["boxes"][0]["center"][:2], (8, 4))) < 1.2
+    refused(budwood(*command, *files), "exists; choose another name")
+
+
+def test_the_threshold_is_calibrated_once(budwood, frames, tmp_path, monkeypatch):
+    command = ["scan", frames / "000000.bin", *LABELS, "--json"]
+    first = budwood(*command)
+    assert first.exit_code == 0, first.output
+    (file,) = (tmp_path / "cache" / "scan").iterdir()
+    assert 0 <= json.loads(file.read_text())["threshold"] <= 1
+    monkeypatch.delattr("budwood.points.scanning.rejection.calibrate")
+    assert budwood(*command).stdout == first.stdout
+    file.write_text(json.dumps({"threshold": 1.0}))
+    rows = json.loads(budwood(*command).stdout)["frames"][0]["boxes"]
+    assert {row["label"] for row in rows} == {"unknown"}
+    assert {row["best"] for row in rows} <= {"car", "pedestrian"}
+
+
+def test_a_folder_with_poses(budwood, frames, tmp_path):
+    lines = [f"1 0 0 0 0 1 0 0 0 0 1 {i}" for i in range(3)]  # a camera looks along z
+    (tmp_path / "00.txt").write_text("\n".join(lines))
+    command = ["scan", frames, *LABELS, "--poses", tmp_path / "00.txt"]
+    command += ["--output", tmp_path / "found", "--format", "json,csv,kitti,nuscenes,png"]
+    result = budwood(*command)
+    assert result.exit_code == 0, result.output
+    found = tmp_path / "found"
+    assert {path.name for path in found.iterdir()} >= {
+        "boxes",
+        "boxes.csv",
+        "kitti",
+        "nuscenes.json",
+        "run.json",
+        "views",
+    }
+    last = json.loads((found / "boxes" / "000002.json").read_text())
+    assert sorted(box["track"] for box in last["boxes"]) == [0, 1]
+    again = json.loads(budwood(*command, "--json").stdout)
+    assert [frame["boxes"] for frame in again["frames"]][2] == last["boxes"]
+    refused(budwood(*command[:-4], "--output", found, "--gap", 0.5), "holds another run")
+    (tmp_path / "00.txt").write_text(lines[0])
+    refused(budwood(*command[:4], *command[4:6]), "has 1 poses, and there are 3 frames")
+
+
+def test_frames_that_cannot_be_read(budwood, frames):
+    (frames / "000001.bin").write_bytes(b"1234567")
+    result = budwood("scan", frames, *LABELS, "--json")
+    assert result.exit_code == 2
+    found = json.loads(result.stdout)
+    assert len(found["frames"]) == 2 and "000001.bin" in found["skipped"][0]["cloud"]
+    assert result.stderr.splitlines()[-1].endswith("1 of 3 frames have no boxes; see above")
+    refused(budwood("scan", frames / "000001.bin", *LABELS), "000001.bin")
+
+
+def test_frames_out_of_range(budwood, tmp_path):
+    xyz = np.random.default_rng(0).normal(size=(500, 3))
+    xyz += np.array([500_000, 5_000_000, 30])
+    np.save(tmp_path / "map.npy", xyz)
+    command = ["scan", tmp_path / "map.npy", *LABELS]
+    refused(budwood(*command), "has no point at 0 to 60 m from the sensor", "map coordinates")
+    assert budwood(*command, "--range", 0, "--threshold", 0).exit_code == 0
+
+
+def test_bad_input(budwood, frames, tmp_path):
+    one = frames / "000000.bin"
+    refused(budwood("scan", one), "give one of --labels")
+    refused(budwood("scan", one, "--labels", "car,,bus"), "label 2 of 3 is empty")
+    refused(budwood("scan", tmp_path / "no.bin", *LABELS), "does not exist")
+    refused(budwood("scan", one, *LABELS, "--gap", 0), "gap=0")
+    refused(budwood("scan", one, *LABELS, "--format", "csv"), "what to write into --output")
+    output = ["--output", tmp_path / "found"]
+    refused(budwood("scan", one, *LABELS, *output, "--format", "jsn"), "did you mean 'json'")
+    refused(budwood("scan", frames, *LABELS, "--plot", tmp_path / "a.png"), "show one frame")
+    refused(budwood("scan", one, *LABELS, "--page", tmp_path / "a.png"), "must end in .html")
+    same = ["--csv", tmp_path / "a.png", "--plot", tmp_path / "a.png"]
+    refused(budwood("scan", one, *LABELS, *same), "must be different files")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    refused(budwood("scan", one, *LABELS, "--output", tmp_path / "mine"), "holds no run of budwood")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    refused(budwood("scan", one, *LABELS, "--poses", tmp_path / "no.txt"), "do not exist")

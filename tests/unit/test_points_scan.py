@@ -1,0 +1,668 @@
+"""Frames to named boxes: each step on simulated frames, and the whole way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from budwood.bench.frames import HEIGHT, Placed, street, sweep
+from budwood.errors import InputError, OutputError, UnknownNameError
+from budwood.points import ScanConfig, ScannedFrame, draw_from_above, scan, write_page
+from budwood.points.io import make_cloud
+from budwood.points.scanning import folder as folders
+from budwood.points.scanning import naming, pipeline
+from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
+from budwood.points.scanning.formats import csv_text, kitti_text, nuscenes_results
+from budwood.points.scanning.ground import find_ground
+from budwood.points.scanning.naming import batched_count
+from budwood.points.scanning.poses import CAMERA, check_poses, read_poses, stem
+from budwood.points.scanning.rejection import best_threshold, known_mass, with_background
+from budwood.points.scanning.segments import cluster_points, in_range, segment
+from budwood.points.scanning.tracks import Tracker
+from tests.points import models, sets
+
+pytest.importorskip("sklearn")
+LABELS = ("car", "pedestrian")
+SCENE = [Placed("car", 8, 4, 1.2), Placed("pedestrian", 6, -3), Placed("car", -12, -5, -0.2)]
+
+
+def frame(scene=SCENE, shots=700, **options):
+    return sweep(scene, shots=shots, **options)
+
+
+def write(path, xyz):
+    np.column_stack([xyz, np.zeros(len(xyz))]).astype("<f4").tofile(path)
+    return path
+
+
+@pytest.fixture
+def by_shape(monkeypatch):
+    """An encoder that tells what lies from what stands; returns a tiny one for its sizes."""
+    model = models.make("sprout")
+
+    def encode(encoder, clouds, adapter=None, batch_size=32):
+        features = torch.zeros(len(clouds), model.embed_dim)
+        for row, (xyz, _) in zip(features, clouds):
+            wide, high = np.ptp(xyz[:, [0, 2]].numpy(), axis=0).max(), np.ptp(xyz[:, 1].numpy())
+            row[int(high > wide)] = 1.0
+        return features
+
+    monkeypatch.setattr(naming, "encode", encode)
+    return model
+
+
+def texts(model, labels=LABELS):
+    from budwood.points import TextEmbeddings
+
+    return TextEmbeddings(tuple(labels), torch.eye(model.embed_dim)[: len(labels)])
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.08, -0.15])
+def test_ground_is_found_level_and_tilted(slope):
+    xyz, hit = frame(street(), slope=slope)
+    found = find_ground(xyz)
+    assert found.is_ground[hit == -1].mean() > 0.97
+    # The lowest 20 cm of objects go with it.
+    tall = (hit >= 0) & (xyz[:, 2] + HEIGHT - slope * xyz[:, 0] > 0.35)
+    assert found.is_ground[tall].mean() < 0.01
+    is_road = hit == -1
+    truth = slope * xyz[is_road, 0] - HEIGHT
+    np.testing.assert_allclose(found.height[is_road], truth, atol=0.3)
+
+
+def test_ground_on_hills():
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(-40, 40, (40_000, 2))
+    hills = 2 * np.sin(xy[:, 0] / 20) + np.cos(xy[:, 1] / 15)
+    box = rng.uniform((5, 5, 0.4), (9, 7, 1.5), (800, 3))
+    box[:, 2] += 2 * np.sin(7 / 20) + np.cos(6 / 15)
+    found = find_ground(np.vstack([np.column_stack([xy, hills]), box]))
+    assert found.is_ground[:40_000].mean() > 0.95 and found.is_ground[40_000:].mean() < 0.1
+
+
+def test_frames_without_ground():
+    cars, _ = frame(ground=False)
+    assert find_ground(cars) is None
+    wall = np.random.default_rng(0).uniform((0, 0, 0), (30, 0.1, 4), (3000, 3))
+    assert find_ground(wall) is None
+    segments = segment(make_cloud(cars), ScanConfig())
+    assert segments.ground is None and segments.n_clusters == 3
+    assert segments.notices == ("no ground was found, and none removed",)
+    without = segment(make_cloud(cars), ScanConfig(ground=False))
+    assert without.notices == () and without.n_clusters == 3
+
+
+def test_each_object_is_a_cluster():
+    xyz, hit = frame()
+    segments = segment(make_cloud(xyz), ScanConfig(max_range=None))
+    assert segments.n_clusters == 3 and segments.notices == ()
+    sizes = [len(members) for members in segments.members()]
+    assert sizes == sorted(sizes, reverse=True)
+    for members in segments.members():
+        of, counts = np.unique(hit[members], return_counts=True)
+        assert of[counts.argmax()] >= 0 and counts.max() / len(members) > 0.99
+
+
+def test_clusters_are_those_of_dbscan():
+    from sklearn.cluster import DBSCAN
+
+    xyz = np.random.default_rng(1).uniform(0, 6, (300, 3))
+    got = cluster_points(xyz, 0.6, 1)
+    # Voxels of a third of the gap blur distances a little: those between do not decide here.
+    flat = xyz * (1, 1, 0.5)
+    strict, loose = (DBSCAN(eps=gap, min_samples=1).fit(flat).labels_ for gap in (0.3, 0.9))
+    for i in range(0, 300, 7):
+        assert (got[strict == strict[i]] == got[i]).all()
+        assert (loose[got == got[i]] == loose[i]).all()
+    counts = np.bincount(got)
+    assert (np.diff(counts) <= 0).all()
+    few = cluster_points(xyz, 0.6, 4)
+    assert few.max() + 1 == (counts >= 4).sum() and (few == -1).sum() == counts[counts < 4].sum()
+    assert len(cluster_points(np.empty((0, 3)), 0.6, 1)) == 0
+
+
+def test_gaps_grow_with_the_distance():
+    pair = np.array([[0, 0, 0], [0, 1.0, 0]])
+    counts = [len(set(cluster_points(pair + np.array([x, 0, 0]), 0.6, 1))) for x in (5, 14, 26, 50)]
+    assert counts == [2, 2, 1, 1]
+    far = np.array([[90, 0, 0], [90, 1.5, 0]])
+    assert len(set(cluster_points(far, 0.6, 1))) == 2
+
+
+def test_clusters_that_are_left_out():
+    long = np.column_stack([np.arange(0, 30, 0.1), np.full(300, 5.0), np.zeros(300)])
+    one_place, small = np.full((40, 3), 3.0), np.random.default_rng(0).normal(size=(30, 3)) * 0.1
+    cloud = make_cloud(np.vstack([long, one_place, small - 8]))
+    segments = segment(cloud, ScanConfig(ground=False))
+    assert segments.n_clusters == 1 and segments.notices == (
+        "clusters with all points at one place, left out: 1",
+        "clusters longer than 20 m, left out: 1",
+    )
+    nothing = segment(cloud, ScanConfig(ground=False, min_points=2000))
+    assert nothing.n_clusters == 0 and nothing.notices[-1] == "no cluster has 2000 points"
+
+
+def test_more_clusters_than_are_named():
+    places = np.stack(np.meshgrid(*[np.arange(1.0, 40, 2)] * 2, [0.0]), axis=-1).reshape(-1, 3)
+    xyz = np.repeat(places, 5, axis=0) + np.random.default_rng(0).normal(size=(2000, 3)) * 0.05
+    segments = segment(make_cloud(xyz), ScanConfig(ground=False, min_points=3, max_clusters=50))
+    assert segments.n_clusters == 50 and (segments.cluster >= 0).sum() == 250
+    assert segments.notices == ("the 50 clusters of most points are named, of 400",)
+
+
+@pytest.mark.parametrize("n_points", [1, 2, 3])
+def test_frames_of_few_points(n_points):
+    xyz = np.array([[5.0, 0, 0], [5, 0.1, 0], [5.1, 0, 0.2]])[:n_points]
+    segments = segment(make_cloud(xyz), ScanConfig(min_points=2))
+    assert segments.n_clusters == int(n_points > 1)
+    assert len(segments.notices) == (1 if n_points > 1 else 2)
+
+
+def test_frames_without_end():
+    xyz = np.array([[5.0, 0, 0], [1e12, 1e12, 1e12]])
+    with pytest.raises(InputError, match=r"extends over 1e\+12 m, which is too far"):
+        segment(make_cloud(xyz), ScanConfig(max_range=None))
+
+
+def test_range():
+    cloud = make_cloud([[0, 0, 0], [3, 4, 100], [5.1, 0, 0], [0.5, 0, 0]])
+    assert in_range(cloud, 0, 5).xyz[:, 0].tolist() == [3, 0.5]
+    assert in_range(cloud, 1, None).xyz[:, 0].tolist() == [3, 5.1]
+    with pytest.raises(InputError, match=r"no point at 0 to 60 m.*x spans 400000 to 400000"):
+        in_range(make_cloud([[4e5, 5e6, 3], [4e5, 5e6, 4]], source="map.las"), 0, 60)
+
+
+def test_boxes():
+    rng = np.random.default_rng(0)
+    sides, yaw = np.array([4.2, 1.8, 1.5]), 0.7
+    local = rng.uniform(-0.5, 0.5, (4000, 3)) * sides
+    c, s = math.cos(yaw), math.sin(yaw)
+    xyz = local @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + (10, -4, 0.2)
+    box = fit_box(xyz)
+    np.testing.assert_allclose(box.center, (10, -4, 0.2), atol=0.03)
+    np.testing.assert_allclose(box.size, sides, atol=0.05)
+    assert box.yaw == pytest.approx(yaw, abs=0.02)
+    corners = box.corners()
+    np.testing.assert_allclose(corners.mean(axis=0), box.center)
+    np.testing.assert_allclose(np.linalg.norm(corners[0] - corners[1]), box.size[0])
+    np.testing.assert_allclose(np.linalg.norm(corners[1] - corners[2]), box.size[1])
+    assert (corners[:4, 2] < corners[4:, 2]).all()
+    along = corners[0, :2] - corners[1, :2]
+    assert math.atan2(along[1], along[0]) == pytest.approx(box.yaw)
+    low = fit_box(xyz, ground=-0.9)
+    assert low.center[2] - low.size[2] / 2 == pytest.approx(-0.9)
+    assert low.center[2] + low.size[2] / 2 == pytest.approx(box.center[2] + box.size[2] / 2)
+    assert fit_box(xyz, ground=-3.0).size == box.size
+
+
+@pytest.mark.parametrize(
+    ("points", "length", "yaw"),
+    [
+        ([[0, 0, 0], [0, 2, 1]], 2, math.pi / 2),
+        ([[0, 0, 0], [1, 1, 0], [3, 3, 0]], 3 * math.sqrt(2), math.pi / 4),
+        ([[0, 0, 0], [-2, 2, 1]], 2 * math.sqrt(2), -math.pi / 4),
+        ([[5, 5, 0], [5, 5, 1], [5, 5, 2]], 0.01, 0),
+    ],
+)
+def test_boxes_of_points_on_a_line(points, length, yaw):
+    box = fit_box(np.array(points, dtype=float))
+    assert box.size[0] == pytest.approx(length) and box.size[1] == 0.01
+    assert box.yaw == pytest.approx(yaw)
+
+
+def test_numbers_of_points_that_make_batches():
+    counts = [batched_count(n) for n in range(2, 2000)]
+    assert all(0.8 * n <= count <= n for n, count in enumerate(counts, 2))
+    assert len(set(counts)) < 40 and batched_count(1024) == 1024
+
+
+def test_threshold():
+    values = np.array([0.1, 0.2, 0.4, 0.6, 0.9])
+    assert best_threshold(values, values > 0.3) == pytest.approx(0.3)
+    assert best_threshold(values, np.array([0, 1, 0, 1, 1], bool)) == pytest.approx(0.5)
+    assert best_threshold(values, values < 0.3) == 0
+    assert best_threshold(values, values < 2) == best_threshold(values, values > 2) == 0
+
+
+def test_background_without_what_is_asked_for():
+    model = models.make("sprout")
+    given = texts(model, ("car", "tree"))
+    around = sets.texts(model.embed_dim, ("Tree", "wall", "auto", "noise"))
+    around.vectors[2] = given.vectors[0]
+    labels = with_background(given, around)
+    assert labels.texts.labels == ("car", "tree", "wall", "noise") and labels.given == given.labels
+    vectors = labels.texts.vectors
+    mass = known_mass(torch.stack([vectors[0], vectors[2]]), labels, 50.0)
+    assert mass[0] > 0.99 and mass[1] < 0.01
+    assert with_background(given, None).texts is given
+
+
+def test_objects_get_their_names(by_shape):
+    xyz, _ = frame()
+    (found,) = scan(xyz, texts(by_shape), encoder=by_shape)
+    assert [box.label for box in found.boxes] == ["car", "car", "pedestrian"]
+    assert found.n_points == len(xyz) and found.n_ground > len(xyz) / 2
+    assert found.n_in_range == (np.hypot(xyz[:, 0], xyz[:, 1]) <= 60).sum()
+    for box, place in zip(found.boxes, (SCENE[0], SCENE[2], SCENE[1])):
+        assert np.hypot(box.center[0] - place.x, box.center[1] - place.y) < 1.2
+        assert box.center[2] - box.size[2] / 2 == pytest.approx(-HEIGHT, abs=0.15)
+        assert box.track is None and 0.8 * box.n_points <= box.n_used <= box.n_points
+        assert box.is_known and box.known == pytest.approx(1)
+    turned = np.column_stack([xyz[:, 0], xyz[:, 2], -xyz[:, 1]])
+    (again,) = scan(turned, texts(by_shape), encoder=by_shape, up="y")
+    for one, other in zip(found.boxes, again.boxes):
+        np.testing.assert_allclose(one.center, other.center)
+
+
+def test_objects_like_the_background_are_unknown(by_shape):
+    xyz, _ = frame()
+    background = texts(by_shape, ("car", "pole"))
+    background = type(background)(("wall", "pole"), torch.eye(by_shape.embed_dim)[[2, 1]])
+    given = texts(by_shape, ("car",))
+    (found,) = scan(xyz, given, ScanConfig(threshold=0.5), encoder=by_shape, background=background)
+    assert [box.label for box in found.boxes] == ["car", "car", UNKNOWN]
+    assert [box.best for box in found.boxes] == ["car"] * 3 and found.boxes[2].known < 0.5
+    (all_named,) = scan(
+        xyz, given, ScanConfig(threshold=0), encoder=by_shape, background=background
+    )
+    assert {box.label for box in all_named.boxes} == {"car"}
+
+
+def test_lists_and_iterators(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    files = [write(tmp_path / f"{i}.bin", xyz) for i in range(5)]
+    whole = scan(files, texts(by_shape), encoder=by_shape)
+    assert [one.source for one in whole] == [str(file) for file in files]
+    lazy = scan(iter(files), texts(by_shape), encoder=by_shape, batch_frames=2)
+    assert not isinstance(lazy, list) and len(list(lazy)) == 5
+    assert len(scan(tmp_path, texts(by_shape), encoder=by_shape)) == 5
+    with pytest.raises(InputError, match="there are no frames"):
+        scan([], texts(by_shape), encoder=by_shape)
+    files[1].write_bytes(b"123")
+    refused = []
+    kept = scan(files, texts(by_shape), encoder=by_shape, on_error=lambda *a: refused.append(a[0]))
+    assert len(kept) == 4 and refused == [str(files[1])]
+    with pytest.raises(InputError, match=r"1\.bin"):
+        scan(files, texts(by_shape), encoder=by_shape)
+
+
+def test_bad_labels_and_settings(by_shape):
+    xyz, _ = frame(shots=50)
+    for labels in ([], ["car", ""], ["car", "Car"], "car"):
+        with pytest.raises(InputError):
+            scan(xyz, labels, encoder=by_shape)
+    for wrong in (
+        {"max_range": 0},
+        {"min_range": -1},
+        {"min_range": 70},
+        {"gap": 0},
+        {"gap": math.nan},
+        {"min_points": 1},
+        {"max_clusters": 0},
+        {"threshold": 1.5},
+        {"window": 0},
+        {"points": 1},
+        {"seed": -1},
+        {"ground": 1},
+        {"ground_height": math.inf},
+    ):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            ScanConfig(**wrong)
+    with pytest.raises(UnknownNameError, match="did you mean 'kitti'"):
+        scan(xyz, texts(by_shape), encoder=by_shape, output="x", formats=["kiti"])
+
+
+# Poses
+
+
+def pose(x, y=0.0, yaw=0.0):
+    c, s = math.cos(yaw), math.sin(yaw)
+    return np.array([[c, -s, 0, x], [s, c, 0, y], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+def kitti_line(matrix):
+    return " ".join(f"{x:.9g}" for x in matrix[:3].ravel())
+
+
+def test_poses_of_kitti(tmp_path):
+    wanted = np.stack([pose(i, 0.1 * i, 0.05 * i) for i in range(4)])
+    frames = [tmp_path / "velodyne" / f"{i:06}.bin" for i in range(4)]
+    path = tmp_path / "00.txt"
+    path.write_text("\n".join(kitti_line(one @ np.linalg.inv(CAMERA)) for one in wanted))
+    found = read_poses(path, frames)
+    np.testing.assert_allclose(found.matrices, wanted, atol=1e-6)
+    assert "no calib.txt" in found.notices[0]
+    np.testing.assert_allclose(read_poses(path, frames[1:3]).matrices, wanted[1:3], atol=1e-6)
+    calibration = CAMERA.copy()
+    calibration[:3, 3] = (0.1, -0.2, -0.3)
+    path.write_text("\n".join(kitti_line(one @ np.linalg.inv(calibration)) for one in wanted))
+    (tmp_path / "calib.txt").write_text(f"P2: 1 2 3\nTr: {kitti_line(calibration)}\n")
+    beside = read_poses(path, frames)
+    np.testing.assert_allclose(beside.matrices, wanted, atol=1e-6)
+    assert beside.notices == ()
+    with pytest.raises(InputError, match="has 4 poses, and there are 2 frames"):
+        read_poses(path, ["a.bin", "b.bin"])
+    with pytest.raises(InputError, match="has 4 poses, and there are 1 frames"):
+        read_poses(path, ["000007.bin"])
+    for text, reason in (("1 2 3\n", "have 12"), ("", "12"), ("a b\n", "cannot read")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=reason):
+            read_poses(path, frames)
+    path.write_text("\n".join([kitti_line(np.eye(4))] * 3 + [" ".join(["2"] * 12)]))
+    with pytest.raises(InputError, match="pose 4 is no rotation"):
+        read_poses(path, frames)
+    with pytest.raises(InputError, match="do not exist"):
+        read_poses(tmp_path / "no", frames)
+    (tmp_path / "calib.txt").write_text("P2: 1 2 3\n")
+    path.write_text("\n".join([kitti_line(np.eye(4))] * 4))
+    with pytest.raises(InputError, match="no calibration of KITTI"):
+        read_poses(path, frames)
+
+
+def test_poses_of_nuscenes(tmp_path):
+    half = math.sqrt(0.5)
+    tables = {
+        "sample_data": [
+            {
+                "filename": f"samples/LIDAR_TOP/{name}.pcd.bin",
+                "sample_token": f"s-{name}",
+                "ego_pose_token": "e",
+                "calibrated_sensor_token": "c",
+            }
+            for name in ("one", "two")
+        ],
+        "ego_pose": [{"token": "e", "rotation": [half, 0, 0, half], "translation": [5, 0, 0]}],
+        "calibrated_sensor": [{"token": "c", "rotation": [1, 0, 0, 0], "translation": [1, 0, 2]}],
+    }
+    for name, rows in tables.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = read_poses(tmp_path, [Path("a/one.pcd.bin"), Path("a/two.pcd.bin")])
+    np.testing.assert_allclose(found.matrices[0] @ (1, 0, 0, 1), (5, 2, 2, 1), atol=1e-9)
+    assert found.tokens == {"one.pcd.bin": "s-one", "two.pcd.bin": "s-two"}
+    assert stem(Path("a/one.pcd.bin")) == "one" and stem(Path("1.5.BIN")) == "1.5"
+    with pytest.raises(InputError, match="no sample_data of other.bin"):
+        read_poses(tmp_path, ["other.bin"])
+    (tmp_path / "ego_pose.json").write_text("[]")
+    with pytest.raises(InputError, match="no complete tables"):
+        read_poses(tmp_path, ["one.pcd.bin"])
+    (tmp_path / "sample_data.json").write_text("{}")
+    with pytest.raises(InputError, match="no table of nuScenes"):
+        read_poses(tmp_path, ["one.pcd.bin"])
+
+
+def test_arrays_of_poses():
+    assert check_poses([np.eye(4)] * 2, 2).shape == (2, 4, 4)
+    mirrored = np.diag([1.0, 1, -1, 1])
+    for wrong, reason in (
+        (np.eye(4), "shape"),
+        ([np.eye(4)], "1 poses for 2 frames"),
+        ([np.eye(4), np.nan * np.eye(4)], "pose 2"),
+        ([mirrored, np.eye(4)], "pose 1"),
+        ("abc", "not numbers"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_poses(wrong, 2)
+
+
+def test_objects_are_followed():
+    rng = np.random.default_rng(0)
+    car = rng.uniform(-1, 1, (50, 3)) + np.array([10, 3, 0])
+    person = rng.uniform(-0.3, 0.3, (30, 3))
+    tracker = Tracker(window=3)
+    for i in range(5):
+        place = pose(2.0 * i, yaw=0.1 * i)
+        back = np.linalg.inv(place)
+        walked = person + np.array([6, -2 + 1.2 * i, 0])
+        clusters = [xyz @ back[:3, :3].T + back[:3, 3] for xyz in (walked, car)][:: (-1) ** i]
+        found = tracker.update(clusters, place)[:: (-1) ** i]
+        assert [number for number, _ in found] == [0, 1]
+        assert len(found[1][1]) == 50 * min(i + 1, 3)
+        # Standing: all points at the same places in this sensor's frame. Walking: about its middle.
+        np.testing.assert_allclose(
+            np.ptp(found[1][1], axis=0), np.ptp(clusters[:: (-1) ** i][1], axis=0)
+        )
+        np.testing.assert_allclose(
+            np.ptp(found[0][1], axis=0), np.ptp(clusters[:: (-1) ** i][0], axis=0)
+        )
+    assert tracker.n_followed == tracker.n_possible == 8
+    assert [number for number, _ in tracker.update([car + 100], np.eye(4))] == [2]
+    for _ in range(4):
+        tracker.update([], np.eye(4))
+    assert [number for number, _ in tracker.update([car], np.eye(4))] == [3]
+    other = Tracker(window=3)
+    other.reserve([4, None])
+    assert [n for n, _ in other.update([car, person], np.eye(4), [7, None])] == [7, 8]
+    assert [n for n, _ in other.update([car, person + 50], np.eye(4))] == [7, 9]
+
+
+def drive(n=4, shots=400):
+    """Frames of a sensor that drives past the scene, and its poses."""
+    frames = [frame(shots=shots, at=(2.0 * i, 0.0), seed=i)[0] for i in range(n)]
+    return frames, np.stack([pose(2.0 * i) for i in range(n)])
+
+
+def test_poses_accumulate_points(by_shape):
+    frames, poses = drive()
+    found = scan(frames, texts(by_shape), ScanConfig(window=2), encoder=by_shape, poses=poses)
+    first, last = found[0], found[-1]
+    tracks = {box.track: box for box in first.boxes}
+    assert sorted(tracks) == [0, 1, 2] == sorted(box.track for box in last.boxes)
+    for box in last.boxes:
+        assert box.n_used > box.n_points or box.n_used == by_shape.preparation.n_points
+        moved = np.subtract(box.center, tracks[box.track].center)
+        assert moved[0] == pytest.approx(-6, abs=1.5) and box.label == tracks[box.track].label
+    assert all(one.notices == () for one in found)
+
+
+def test_clusters_for_adaptation(by_shape, tmp_path):
+    frames, poses = drive()
+    given = {"labels": texts(by_shape), "encoder": by_shape, "formats": ["clusters"]}
+    found = scan(frames, poses=poses, output=tmp_path / "a", **given)
+    files = sorted((tmp_path / "a" / "clusters").iterdir())
+    assert [file.name for file in files] == [f"object-{i:06}.npy" for i in range(3)]
+    sizes = [len(np.load(file)) for file in files]
+    for number, size in enumerate(sizes):
+        views = [
+            len(xyz)
+            for one in found
+            for box, xyz in zip(one.boxes, one.clusters)
+            if box.track == number
+        ]
+        assert size == max(views) and len(views) == 4
+    (alone,) = scan(frames[0], output=tmp_path / "b", **given)
+    files = sorted((tmp_path / "b" / "clusters").iterdir())
+    assert [len(np.load(file)) for file in files] == [box.n_points for box in alone.boxes]
+
+
+def test_poses_of_other_frames_are_doubted(by_shape):
+    frames, poses = drive()
+    poses[:, 0, 3] *= 20
+    found = scan(frames, texts(by_shape), encoder=by_shape, poses=poses)
+    assert "the poses may be those of other frames" in found[-1].notices[-1]
+    with pytest.raises(InputError, match="4 poses for 3 frames"):
+        scan(frames[:3], texts(by_shape), encoder=by_shape, poses=poses)
+
+
+# Formats
+
+
+def box(label="car", center=(10.0, 2.0, -0.9), size=(4.0, 1.8, 1.6), yaw=0.0, **other):
+    about = {"score": 0.8, "known": 0.9, "best": "car", "n_points": 50, "n_used": 48} | other
+    return Box(center, size, yaw, label, **about)
+
+
+def scanned(*boxes, source="a/000003.bin", **other):
+    return ScannedFrame(source, boxes, 100, 90, 40, ("a notice",), **other)
+
+
+def test_json_keeps_everything():
+    one = scanned(box(track=4), box(UNKNOWN), pose=pose(3.0))
+    again = ScannedFrame.from_json(json.loads(json.dumps(one.as_json())))
+    assert again.boxes == one.boxes and again.notices == one.notices
+    assert again.known == one.boxes[:1] and np.array_equal(again.pose, one.pose)
+    assert again.as_json() == one.as_json()
+
+
+def test_csv():
+    text = csv_text([scanned(box("traffic cone", track=2), box(UNKNOWN)), scanned()])
+    head, first, second = text.splitlines()
+    assert head.startswith("frame,label,score,known,best,x,y,z,length,width,height,yaw,n_points")
+    assert first == "a/000003.bin,traffic cone,0.8,0.9,car,10.0,2.0,-0.9,4.0,1.8,1.6,0.0,50,48,2"
+    assert second.split(",")[1] == UNKNOWN and second.endswith(",")
+
+
+def test_kitti_labels():
+    line, other = kitti_text(
+        scanned(box(), box(UNKNOWN), box("person sitting", yaw=math.pi / 2))
+    ).splitlines()
+    kind, truncated, occluded, alpha, *numbers, score = line.split()
+    assert (kind, truncated, occluded, score) == ("Car", "-1", "-1", "0.8000")
+    # Ahead of the camera, 2 m to the left, its bottom 1.7 m below; facing away: −90°.
+    left, top, right, bottom, h, w, length, x, y, z, angle = map(float, numbers)
+    assert (left, top, right, bottom) == (-1, -1, -1, -1)
+    assert (h, w, length, x, y, z) == (1.6, 1.8, 4.0, -2.0, 1.7, 10.0)
+    assert angle == pytest.approx(-math.pi / 2, abs=0.01)
+    assert float(alpha) == pytest.approx(angle - math.atan2(x, z), abs=0.01)
+    assert other.startswith("Person_sitting ")
+    assert abs(float(other.split()[14])) in (pytest.approx(0, abs=0.01), pytest.approx(3.14))
+    projection = np.array([[700.0, 0, 600, 0], [0, 700, 180, 0], [0, 0, 1, 0]])
+    seen = kitti_text(scanned(box()), CAMERA, projection).split()
+    left, top, right, bottom = map(float, seen[4:8])
+    assert left < 600 - 700 * 2 / 10 < right and top < 180 + 700 * 0.9 / 10 < bottom
+    behind = kitti_text(scanned(box(center=(-10.0, 0, 0))), CAMERA, projection).split()
+    assert behind[4:8] == ["-1.00"] * 4
+
+
+def test_nuscenes_results():
+    one = scanned(box(yaw=0.2), box(UNKNOWN), pose=pose(100.0, 5.0, math.pi / 2))
+    found = nuscenes_results([one, scanned(source="b.pcd.bin")], {"000003.bin": "token"})
+    assert found["meta"]["use_lidar"] and not found["meta"]["use_camera"]
+    assert found["results"]["b"] == []
+    (row,) = found["results"]["token"]
+    assert row["translation"] == [98.0, 15.0, -0.9] and row["size"] == [1.8, 4.0, 1.6]
+    angle = math.pi / 2 + 0.2
+    wanted = [math.cos(angle / 2), 0, 0, math.sin(angle / 2)]
+    np.testing.assert_allclose(row["rotation"], wanted, atol=1e-5)
+    assert row["detection_name"] == "car" and row["sample_token"] == "token"
+
+
+# The folder of a run
+
+
+def spied(monkeypatch):
+    cut = []
+    inner = pipeline.segment
+    monkeypatch.setattr(
+        pipeline, "segment", lambda cloud, config: cut.append(cloud.source) or inner(cloud, config)
+    )
+    return cut
+
+
+def test_a_run_goes_on_where_it_ended(by_shape, tmp_path, monkeypatch):
+    xyz, _ = frame(shots=300)
+    files = [write(tmp_path / f"{i}.bin", xyz) for i in range(5)]
+    cut = spied(monkeypatch)
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
+    partial = scan(iter(files), batch_frames=1, formats=["csv"], **given)
+    begun = [next(partial) for _ in range(2)]
+    partial.close()
+    assert sorted(p.name for p in (tmp_path / "found/boxes").iterdir()) == ["0.json", "1.json"]
+    cut.clear()
+    found = scan(files, formats=["json", "csv", "kitti", "nuscenes"], **given)
+    assert cut == [str(file) for file in files[2:]]
+    assert found[0].as_json() == begun[0].as_json() and found[0].segments is None
+    assert len((tmp_path / "found/boxes.csv").read_text().splitlines()) == 1 + 5 * 3
+    assert len(json.loads((tmp_path / "found/nuscenes.json").read_text())["results"]) == 5
+    assert json.loads((tmp_path / "found/run.json").read_text())["status"] == "complete"
+    cut.clear()
+    (tmp_path / "found/boxes/3.json").write_text("{")
+    write(files[4], xyz[:-5])
+    scan(files, **given)
+    assert cut == [str(files[3]), str(files[4])]
+    with pytest.raises(OutputError, match="holds another run"):
+        scan(files, config=ScanConfig(gap=0.7), **given)
+    with pytest.raises(OutputError, match="holds another run"):
+        scan(files, templates="plain", **given)
+
+
+def test_frames_of_one_name(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(write(tmp_path / name / "0.bin", xyz[: len(xyz) - len(files) * 9]))
+    scan(files[:1], **given)
+    first = (tmp_path / "found/boxes/0.json").read_text()
+    scan(files[::-1], **given)
+    assert (tmp_path / "found/boxes/0.json").read_text() == first
+    assert sorted(p.name for p in (tmp_path / "found/boxes").iterdir()) == ["0.json", "b_0.json"]
+
+
+def test_a_full_disk_keeps_what_is_finished(by_shape, tmp_path, monkeypatch):
+    xyz, _ = frame(shots=300)
+    files = [write(tmp_path / f"{i}.bin", xyz) for i in range(4)]
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
+    inner = folders.write_text
+
+    def full(path, text):
+        if path.name == "2.json":
+            raise OutputError(f"cannot write {path}: No space left on device")
+        inner(path, text)
+
+    monkeypatch.setattr(folders, "write_text", full)
+    with pytest.raises(OutputError, match="No space left on device; finished frames stay"):
+        scan(files, **given)
+    monkeypatch.setattr(folders, "write_text", inner)
+    cut = spied(monkeypatch)
+    assert len(scan(files, **given)) == 4 and cut == [str(file) for file in files[2:]]
+
+
+def test_numbers_of_objects_go_on_with_a_run(by_shape, tmp_path, monkeypatch):
+    frames, poses = drive(5)
+    files = [write(tmp_path / f"{i}.bin", xyz) for i, xyz in enumerate(frames)]
+    given = {"labels": texts(by_shape), "encoder": by_shape, "config": ScanConfig(window=2)}
+    whole = scan(files, poses=poses, output=tmp_path / "whole", **given)
+    partial = scan(iter(files), poses=poses, output=tmp_path / "part", batch_frames=1, **given)
+    for _ in range(3):
+        next(partial)
+    partial.close()
+    cut = spied(monkeypatch)
+    found = scan(files, poses=poses, output=tmp_path / "part", **given)
+    assert cut == [str(file) for file in files[1:]]  # the window before the first, and the rest
+    assert [one.as_json()["boxes"] for one in found] == [one.as_json()["boxes"] for one in whole]
+
+
+# Views
+
+
+def test_the_frame_from_above(by_shape, tmp_path):
+    from PIL import Image
+
+    xyz, _ = frame()
+    (found,) = scan(xyz, texts(by_shape), encoder=by_shape)
+    draw_from_above(found, tmp_path / "above.png")
+    with Image.open(tmp_path / "above.png") as picture:
+        assert picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 50
+    with pytest.raises(InputError, match="has no points: it was finished"):
+        draw_from_above(scanned(box()), tmp_path / "no.png")
+
+
+def test_the_page(by_shape, tmp_path):
+    pytest.importorskip("plotly")
+    xyz, _ = frame()
+    (found,) = scan(xyz, texts(by_shape), encoder=by_shape)
+    write_page(found, tmp_path / "frame.html")
+    page = (tmp_path / "frame.html").read_text(encoding="utf-8")
+    assert "car (2)" in page and "pedestrian (1)" in page
+    assert '<script src="http' not in page and len(page) > 1_000_000
+    nothing = frame([], shots=300)[0]
+    (empty,) = scan(nothing, texts(by_shape), encoder=by_shape)
+    assert empty.boxes == () and empty.notices == ("no cluster has 10 points",)
+    write_page(empty, tmp_path / "empty.html")
+    draw_from_above(empty, tmp_path / "empty.png")
