@@ -534,6 +534,15 @@ def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method):
         run(tmp_path / "cut", method=method, save_every=1, lr=0.01)
 
 
+@pytest.fixture
+def sigint():
+    """Python's own handling of Ctrl-C, which workers of pytest-xdist switch off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", method=SLIM)
     inner, seen = trainer.check_gradients, []
@@ -555,6 +564,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
     assert [row["loss"] for row in result.history] == [row["loss"] for row in whole.history]
 
 
+@pytest.mark.usefixtures("sigint")
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, monkeypatch):
     def interrupts(model, step):
         for _ in range(2):
@@ -566,6 +576,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, monkeypatch):
     assert not list((tmp_path / "cut").glob("checkpoint-*"))
 
 
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_in_the_last_step_is_too_late(tmp_path, monkeypatch):
     inner = trainer.check_gradients
 

@@ -15,6 +15,7 @@ BUILTINS = {
     "ShapeError": ValueError,
     "BudgetError": ValueError,
     "InputError": ValueError,
+    "OptionError": TypeError,
     "OutputError": OSError,
     "DivergedError": ArithmeticError,
     "MissingPackageError": ImportError,
@@ -33,4 +34,4 @@ def test_each_error_is_also_a_builtin(name, builtin):
 
 def test_no_error_is_forgotten_here():
     defined = {name for name, _ in inspect.getmembers(errors, inspect.isclass)}
-    assert defined == {*BUILTINS, "BudwoodError"}
+    assert defined == {*BUILTINS, "BudwoodError", "InputWarning"}

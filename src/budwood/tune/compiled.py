@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from budwood.tune.autograd import Side
-
-if TYPE_CHECKING:
-    from budwood.tune.state import InputStatistics
 
 _OBJECTS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -47,7 +44,7 @@ class Noting(Protocol):
 
 
 def distance_in_graph(
-    statistics: InputStatistics, x: Tensor, keep: Tensor | None, *, gather: bool, training: bool
+    statistics: Any, x: Tensor, keep: Tensor | None, *, gather: bool, training: bool
 ) -> tuple[Tensor, Tensor]:
     """Measure distances inside a graph.
 
@@ -69,7 +66,7 @@ def distance_in_graph(
     return torch.ops.budwood.slim_distance(flat, keep, statistics.handle, size, training)
 
 
-def last_in_graph(statistics: InputStatistics, x: Tensor) -> Tensor:
+def last_in_graph(statistics: Any, x: Tensor) -> Tensor:
     """Return the distances that the first layer of a block has measured in this graph.
 
     Args:
@@ -116,7 +113,7 @@ def used_in_graph(
 def _distance(
     x: Tensor, keep: Tensor | None, handle: Tensor, size: int, training: bool
 ) -> tuple[Tensor, Tensor]:
-    statistics: InputStatistics = _OBJECTS[int(handle)]
+    statistics: Any = _OBJECTS[int(handle)]
     distance, moments = statistics.measured(x, keep, gather=size > 0, training=training)
     flat = x.new_zeros(size, dtype=torch.float32)
     if moments is not None:

@@ -192,7 +192,7 @@ def tell_slim(model: nn.Module, labels: Tensor | None) -> None:
 def is_slim(model: Any) -> bool:
     """Whether the active adapter is SLIM's."""
     config = getattr(model, "active_peft_config", None)
-    return str(getattr(config, "peft_type", "")) == "SLIM"
+    return getattr(config, "peft_type", None) == "SLIM"
 
 
 def check_gradients(model: nn.Module, step: int) -> None:
