@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -17,6 +18,12 @@ from budwood.errors import InputError, OutputError, first_line
 def cache_folder() -> Path:
     """Where budwood keeps what it can make again: ``$BUDWOOD_CACHE``, or ``~/.cache/budwood``."""
     return Path(os.environ.get("BUDWOOD_CACHE") or Path.home() / ".cache" / "budwood")
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that identify a JSON value; what is no JSON counts as its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,15 +9,7 @@ import pytest
 from PIL import Image
 
 from budwood import records
-
-
-def refused(result, *fragments: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("budwood: error: ")
-    for fragment in fragments:
-        assert fragment in lines[0]
+from tests.refusals import refused
 
 
 def png_of_size(path, width: int, height: int):

@@ -9,38 +9,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from budwood import records
 from budwood.bench import points as bench
 from budwood.points import ENCODERS, METHODS, classification
 from budwood.points.adapters.base import read_description
-from budwood.points.data import write_clouds
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
-from tests.points import layouts, models, sets
+from tests.points import layouts, sets, shipped
+from tests.refusals import refused
 
 NAMES = "ball,stick,plate"
 
 
 @pytest.fixture(autouse=True)
 def tiny_sprout(tmp_path, monkeypatch):
-    """Sprout's weights, its tower and the clouds that ship, all small."""
-    config = SproutConfig(
-        dim=16, depth=2, n_heads=2, embed_dim=12, n_points=480, n_groups=8, k=6, group_width=8
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
-    monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", tmp_path / "tiny.safetensors")
-    monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
-    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "data"
-    data.mkdir()
-    given = sets.clouds()
-    write_clouds(data / "all.npz", given.xyz, given.about)
-    monkeypatch.setattr("budwood.points.data.FOLDER", data)
-    monkeypatch.setattr("budwood.points.data.FILES", ("all.npz",))
+    shipped.tiny(tmp_path, monkeypatch, n_points=480)
 
 
 @pytest.fixture
@@ -51,15 +35,6 @@ def scans(tmp_path):
     for i, xyz in enumerate(given.xyz[:7]):
         np.save(folder / f"{i}.npy", xyz.astype(float))
     return folder
-
-
-def refused(result, *fragments):
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("budwood: error: "), result.stderr
-    for fragment in fragments:
-        assert fragment in lines[0]
 
 
 def test_classify(budwood, scans, tmp_path):

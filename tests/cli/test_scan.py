@@ -7,13 +7,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from budwood.bench.frames import Placed, sweep
-from budwood.points.data import write_clouds
-from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
-from tests.points import models, sets
+from tests.points import shipped
+from tests.refusals import refused
 
 pytest.importorskip("sklearn")
 LABELS = ["--labels", "car,pedestrian"]
@@ -22,19 +20,7 @@ SCENE = [Placed("car", 8, 4, 1.2), Placed("pedestrian", 6, -3)]
 
 @pytest.fixture(autouse=True)
 def tiny_sprout(tmp_path, monkeypatch):
-    config = SproutConfig(dim=16, depth=2, n_heads=2, embed_dim=12, n_groups=8, k=6, group_width=8)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_sprout(Sprout(config), tmp_path / "tiny.safetensors")
-    monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", tmp_path / "tiny.safetensors")
-    monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
-    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "data"
-    data.mkdir()
-    given = sets.clouds()
-    write_clouds(data / "all.npz", given.xyz, given.about)
-    monkeypatch.setattr("budwood.points.data.FOLDER", data)
-    monkeypatch.setattr("budwood.points.data.FILES", ("all.npz",))
+    shipped.tiny(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -45,15 +31,6 @@ def frames(tmp_path):
         xyz, _ = sweep(SCENE, shots=400, at=(1.0 * i, 0), seed=i)
         np.column_stack([xyz, np.zeros(len(xyz))]).astype("<f4").tofile(folder / f"{i:06}.bin")
     return folder
-
-
-def refused(result, *fragments):
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("budwood: error: "), result.stderr
-    for fragment in fragments:
-        assert fragment in lines[0]
 
 
 def test_one_frame(budwood, frames, tmp_path):

@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from budwood import records
 from tests import tiny_chat
-from tests.cli.test_bad_input import refused
+from tests.killed import killed_at
+from tests.refusals import refused
 
 QUICK = ["--batch", 4, "--max-length", 300, "--log-every", 2, "--lr", "3e-3"]
 SMALL = ["--windows", 2, "--prompts", 3]
@@ -239,23 +240,16 @@ def test_eval(tuned, budwood, lm_dir, data, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", SLIM])
 def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method):
-    from budwood.tune import train, trainer
+    from budwood.tune import train
 
     whole = [*command(lm_dir, data, tmp_path / "a", method=method), "--save-every", 2, "--json"]
     expected = json.loads(budwood(*whole).stdout)["history"]
     again = [*command(lm_dir, data, tmp_path / "b", method=method), "--save-every", 2, "--json"]
-    check = trainer.check_gradients
-
-    def killed(model, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        check(model, step)
 
     def killed_in_the_end(*args):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "check_gradients", killed)
+    with killed_at(5):
         result = budwood(*again)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "budwood: interrupted"

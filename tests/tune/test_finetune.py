@@ -29,6 +29,7 @@ from budwood.tune.loading import load_adapter
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.self_generated import cached_texts
 from tests import tiny_chat
+from tests.killed import killed_at
 
 TOKENS = tiny_chat.tokenizer()
 QUICK = {"rank": 2, "steps": 4, "batch": 4, "lr": 3e-3, "log_every": 1, "max_length": 300}
@@ -513,19 +514,10 @@ def test_slim_is_the_recommended_config(tmp_path, n_rows):
 
 
 @pytest.mark.parametrize("method", ["lora", SLIM])
-def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method):
+def test_an_interrupted_run_continues_bit_equal(tmp_path, method):
     whole = run(tmp_path / "whole", method=method, save_every=1)
-    inner = trainer.check_gradients
-
-    def killed(model, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        inner(model, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "check_gradients", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", method=method, save_every=1)
+    with killed_at(3), pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", method=method, save_every=1)
     assert (tmp_path / "cut" / "checkpoint-2").is_dir()
     result = run(tmp_path / "cut", method=method, save_every=1)
     assert not result.was_complete and same(weights(whole.output), weights(result.output))
@@ -590,14 +582,9 @@ def test_ctrl_c_in_the_last_step_is_too_late(tmp_path, monkeypatch):
 
 
 def test_checkpoints_are_written_in_time(tmp_path, monkeypatch):
-    def killed(model, step):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "check_gradients", killed)
     for seconds, there in ((0.0, True), (300.0, False)):
         monkeypatch.setattr(trainer, "_SAVE_AT_LEAST", seconds)
-        with pytest.raises(KeyboardInterrupt):
+        with killed_at(3), pytest.raises(KeyboardInterrupt):
             run(tmp_path / str(seconds))
         assert (tmp_path / str(seconds) / "checkpoint-2").is_dir() == there
 

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from budwood.cli import app
 from budwood.errors import InputError, OutputError
-from budwood.tune import finetune, trainer, validation
+from budwood.tune import finetune, validation
 from budwood.tune.data import example_of
 from budwood.tune.encoding import Padded, encode
 from budwood.tune.losses import answer_loss
 from budwood.tune.validation import validation_loss
 from tests import tiny_chat
+from tests.killed import killed_at
 
 TOKENS = tiny_chat.tokenizer()
 DRAW = random.Random(0)
@@ -94,19 +95,10 @@ def test_measuring_changes_no_weight(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", SLIM])
 @pytest.mark.parametrize("save_every", [1, 100])
-def test_an_interrupted_run_continues_bit_equal(tmp_path, monkeypatch, method, save_every):
+def test_an_interrupted_run_continues_bit_equal(tmp_path, method, save_every):
     whole = run(tmp_path / "whole", method)
-    inner = trainer.check_gradients
-
-    def killed(model, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        inner(model, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "check_gradients", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", method, save_every=save_every)
+    with killed_at(5), pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", method, save_every=save_every)
     result = run(tmp_path / "cut", method, save_every=save_every)
     assert measured(result) == measured(whole) and result.best_step == whole.best_step
     assert same(weights(result), weights(whole))

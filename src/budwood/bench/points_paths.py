@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from budwood.bench.frames import street, sweep
-from budwood.bench.points_speed import clock
+from budwood.bench.points_speed import clock, rate_rows
 from budwood.points.classification import classify, score
 from budwood.points.encoders import PointEncoder
 from budwood.points.grouping import ball, farthest_points
@@ -52,15 +52,8 @@ def path_rows(encoder: PointEncoder, n_points: int, n_clouds: int, repeats: int)
         ours = functools.partial(classify, files, texts, encoder=encoder, points=n_points)
         runs = {"classify": ours, "classify, loop": lambda: looped(files, texts, encoder, n_points)}
         times = side_by_side({name: clock(run) for name, run in runs.items()}, repeats)
-    return [
-        {
-            "what": name,
-            "points": n_points,
-            "clouds_per_s": n_clouds / statistics.median(elapsed),
-            "over_loop": median_ratio(times["classify, loop"], elapsed),
-        }
-        for name, elapsed in times.items()
-    ]
+    ratio = {name: median_ratio(times["classify, loop"], mine) for name, mine in times.items()}
+    return rate_rows(times, n_points, n_clouds, over_loop=ratio)
 
 
 def looped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,8 @@ def encoder_rows(encoder: PointEncoder, n_points: int, batch: int, repeats: int)
     with torch.inference_mode():
         clocks = {name: clock(functools.partial(run, xyz)) for name, run in runs.items()}
         times = side_by_side(clocks, repeats)
-    return [
-        {
-            "what": name,
-            "points": n_points,
-            "clouds_per_s": batch / statistics.median(elapsed),
-            "over_frozen": median_ratio(elapsed, times["frozen"]),
-        }
-        for name, elapsed in times.items()
-    ]
+    ratio = {name: median_ratio(elapsed, times["frozen"]) for name, elapsed in times.items()}
+    return rate_rows(times, n_points, batch, over_frozen=ratio)
 
 
 def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -> list[Row]:
@@ -71,12 +64,30 @@ def grouping_rows(grouping: Grouping, n_points: int, batch: int, repeats: int) -
         "groups, loop": lambda: [looped_groups(cloud.numpy(), n_groups, k) for cloud in xyz],
     }
     times = side_by_side({name: clock(run) for name, run in runs.items()}, repeats)
+    ratio = {name: median_ratio(times["groups, loop"], mine) for name, mine in times.items()}
+    return rate_rows(times, n_points, batch, over_loop=ratio)
+
+
+def rate_rows(
+    times: Mapping[str, Sequence[float]],
+    n_points: int,
+    n_clouds: int,
+    **ratios: Mapping[str, float],
+) -> list[Row]:
+    """Rows with ``what, points, clouds_per_s`` and the ratios.
+
+    Args:
+        times: what was run → seconds of each round.
+        n_points: of each cloud.
+        n_clouds: of a round.
+        ratios: name → what was run → value.
+    """
     return [
         {
             "what": name,
             "points": n_points,
-            "clouds_per_s": batch / statistics.median(elapsed),
-            "over_loop": median_ratio(times["groups, loop"], elapsed),
+            "clouds_per_s": n_clouds / statistics.median(elapsed),
+            **{key: values[name] for key, values in ratios.items()},
         }
         for name, elapsed in times.items()
     ]

@@ -67,6 +67,12 @@ SHAPES = {
 """Published shapes by name."""
 
 
+def _published(name: str) -> Published:
+    if name not in SHAPES:
+        raise UnknownNameError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
 @dataclass(frozen=True)
 class Shape:
     """The size of a model of a published shape.
@@ -91,11 +97,9 @@ class Shape:
     vision_width: int = 1024
 
     def __post_init__(self) -> None:
-        if self.name not in SHAPES:
-            raise UnknownNameError(f"unknown shape {self.name!r}; known: {', '.join(SHAPES)}")
+        published = _published(self.name)
         need_at_least(1, layers=self.layers)
         need_at_least(2, vision_layers=self.vision_layers)
-        published = SHAPES[self.name]
         widths = (("width", published.head), ("vision_width", published.vision_head))
         for name, head in widths:
             given = getattr(self, name)
@@ -111,9 +115,8 @@ class Shape:
         cls, name: str, layers: int, width: int, vision_layers: int, vision_width: int
     ) -> Shape:
         """A shape whose widths are rounded down to whole heads, at least one."""
-        if name not in SHAPES:
-            raise UnknownNameError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
-        heads = SHAPES[name].head, SHAPES[name].vision_head
+        published = _published(name)
+        heads = published.head, published.vision_head
         width, vision_width = (
             max(1, given // head) * head for given, head in zip((width, vision_width), heads)
         )

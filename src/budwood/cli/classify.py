@@ -134,10 +134,7 @@ def classify(
         print_json({**about, "rows": _rows(rankings), "skipped": skipped.rows})
     else:
         _print(rankings)
-    if skipped:
-        for row in skipped.rows:
-            say(f"skipped: {row['reason']}")
-        raise InputError(f"{len(skipped)} of {len(files)} clouds have no label; see above")
+    skipped.refuse(len(files), "clouds have no label")
 
 
 def _reserve(files: list[Path], table: Path | None, plot: Path | None, force: bool) -> None:

@@ -193,3 +193,19 @@ class Skipped:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def refuse(self, n_files: int, what: str) -> None:
+        """End with the reasons, after the results of the others; nothing happens without any.
+
+        Args:
+            n_files: how many there were in all.
+            what: what they lack, such as ``"clouds have no label"``.
+
+        Raises:
+            InputError: something was skipped.
+        """
+        if not self.rows:
+            return
+        for row in self.rows:
+            say(f"skipped: {row['reason']}")
+        raise InputError(f"{len(self)} of {n_files} {what}; see above")

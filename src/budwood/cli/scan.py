@@ -210,10 +210,7 @@ def scan(
         print_json({"encoder": model.name, "frames": rows, "skipped": skipped.rows})
     else:
         _print(frames, output)
-    if skipped:
-        for row in skipped.rows:
-            say(f"skipped: {row['reason']}")
-        raise InputError(f"{len(skipped)} of {len(files)} frames have no boxes; see above")
+    skipped.refuse(len(files), "frames have no boxes")
 
 
 def _reserve(

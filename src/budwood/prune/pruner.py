@@ -336,8 +336,7 @@ class Pruner:
         held: CachedPrompt | None,
     ) -> dict[str, Any]:
         """Drop the pictures from the inputs, and cut every tensor with an entry per token."""
-        consumed = {name for kind in self.family.kinds for name in kind.encoder_inputs}
-        shorter = {name: value for name, value in inputs.items() if name not in consumed}
+        shorter = self.family.without_pictures(inputs)
         for name, fill in {"input_ids": pad, **FILLS}.items():
             if shorter.get(name) is not None:
                 shorter[name] = pruned.take(shorter[name], fill)

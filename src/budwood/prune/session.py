@@ -330,7 +330,7 @@ class PruneSession:
         family, ids, mask = self.pruner.family, kwargs["input_ids"], kwargs["attention_mask"]
         n_cached = length_of(kwargs["past_key_values"])
         held = cached.held(ids, mask, n_cached, [visuals.token_id for visuals in family.kinds])
-        fresh, consumed, is_new = ids[:, held.n_seen :], set[str](), False
+        fresh, is_new = ids[:, held.n_seen :], False
         for visuals in family.kinds:
             n_new = int((fresh == visuals.token_id).sum())
             if n_new and not visuals.given(kwargs):
@@ -339,14 +339,14 @@ class PruneSession:
                     f"is given; give all {visuals.kind}s of the conversation, or only the new ones"
                 )
             is_new |= n_new > 0
-            consumed.update(visuals.encoder_inputs)
         if is_new:
             return self._cut(kwargs, pad, held)
         self._calls.last = Call(n_cached_images=held.n_all)
         prompt = held.extended(ids, mask)
-        dropped = {*consumed, "mm_token_type_ids", "token_type_ids"}
-        given = {**kwargs, **prompt.inputs}
-        return {name: value for name, value in given.items() if name not in dropped}, prompt
+        given = family.without_pictures({**kwargs, **prompt.inputs})
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            given.pop(name, None)
+        return given, prompt
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         refuse_unknown_video(kwargs, self.model)

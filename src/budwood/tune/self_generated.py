@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
-from budwood.files import read_json, write_text
+from budwood.files import digest, read_json, write_text
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import fingerprint_of
 from budwood.tune.encoding import (
@@ -104,7 +103,7 @@ def cached_texts(
     """
     made_with = {
         "model": fingerprint_of(innermost(model)),
-        "tokenizer": _digest(tokenizer.get_vocab()),
+        "tokenizer": digest(tokenizer.get_vocab()),
         "n": n_texts,
     }
     if not file.exists():
@@ -130,10 +129,6 @@ def _texts_of(saved: Any, file: Path, made_with: dict[str, Any]) -> list[Encoded
                 "give another file, or remove it"
             )
     return token_rows(saved.get("texts") or [], f"the texts in {file}")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def replies(

@@ -21,6 +21,7 @@ from budwood.files import read_json, write_text
 from budwood.runs import RunFolder
 from budwood.tune.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.losses import answer_loss
+from budwood.tune.observe import evaluating
 from budwood.tune.trainer import save_adapter
 
 _BEST, _NOTE = "best", "validation.json"
@@ -42,10 +43,8 @@ def validation_loss(
     """
     here = PartialState()
     mine = list(rows[here.process_index :: here.num_processes])
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     total = 0.0
-    try:
+    with evaluating(model):
         for start in range(0, len(mine), batch):
             inputs = {
                 name: value.to(model.device) if isinstance(value, torch.Tensor) else value
@@ -53,9 +52,6 @@ def validation_loss(
             }
             labels = inputs.pop("labels")
             total += float(answer_loss(model(**inputs).logits, labels, 1))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     totals = gather_object([total]) if here.num_processes > 1 else [total]
     return sum(totals) / n_supervised(rows)
 

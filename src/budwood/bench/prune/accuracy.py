@@ -21,7 +21,7 @@ from budwood.errors import InputError
 from budwood.evaluate.scenes import normalise
 from budwood.progress import Progress, silent
 from budwood.prune.chat import Turns, prepare
-from budwood.prune.inside import SCHEDULES, attach_inside
+from budwood.prune.inside import attach_inside
 from budwood.prune.latency import FirstToken, generate_timed
 from budwood.prune.session import attach
 from budwood.sprout.questions import Question, chats
@@ -169,8 +169,7 @@ def measure(
             return generate_timed(model, inputs, max_new_tokens=1).first
         if run_.variant.inside:
             assert run_.keep is not None
-            schedule = SCHEDULES.get(run_.variant.method)(average=False)
-            with attach_inside(model, method=schedule, keep=run_.keep):
+            with attach_inside(model, method=run_.variant.schedule, keep=run_.keep):
                 return generate_timed(model, inputs, max_new_tokens=1).first
         options: dict[str, Any] = {**run_.variant.options, "keep": run_.keep, "timing": True}
         with attach(model, processor=processor, **options) as session:

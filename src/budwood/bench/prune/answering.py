@@ -22,7 +22,7 @@ from budwood.caches import cache_of, name_for
 from budwood.prune.chat import GREEDY, Turns, answers, prepare
 from budwood.prune.encoded import Encoded, encode
 from budwood.prune.families import Family, family_of
-from budwood.prune.inside import SCHEDULES, attach_inside
+from budwood.prune.inside import Schedule, attach_inside
 from budwood.prune.selection import resolve_method
 from budwood.prune.session import attach
 from budwood.unwrap import innermost
@@ -149,7 +149,7 @@ def answer(sheet: Sheet, variant: Variant, *, keep: int | float, seed: int) -> A
         seed: for methods that draw.
     """
     if variant.inside:
-        return _answer_inside(sheet, variant.method, keep)
+        return _answer_inside(sheet, variant.schedule, keep)
     method = resolve_method(variant.method)
     options = {**variant.options, "keep": keep, "seed": seed, "processor": sheet.processor}
     encoded = sheet.encoded(method.whole_crops)
@@ -201,24 +201,17 @@ def _answer_shared(sheet: Sheet, encoded: Encoded, options: Mapping[str, Any]) -
     return Answered(texts, n_visual, n_kept)
 
 
-def _answer_inside(sheet: Sheet, method: str, keep: int | float) -> Answered:
-    """Prune inside the LLM, one question at a time. The budget is what is left, as papers count."""
+def _answer_inside(sheet: Sheet, schedule: Schedule, keep: int | float) -> Answered:
+    """Prune inside the LLM, one question at a time."""
     texts, n_kept = [], []
-    schedule = SCHEDULES.get(method)(average=False)
     for row, picture in enumerate(sheet.which):
         features = sheet.encoded().features[picture]
         given = {"mm_encoder_outputs": {sheet.family.kind: sheet.family.outputs([features])}}
         with attach_inside(sheet.model, method=schedule, keep=keep) as session:
-            texts += sheet.generate(_without_pictures(sheet.family, sheet.alone(row)) | given)
+            texts += sheet.generate(sheet.family.without_pictures(sheet.alone(row)) | given)
         assert session.report is not None
         n_kept.append(session.report.average)
     return Answered(texts, sheet.n_visual, n_kept)
-
-
-def _without_pictures(family: Family, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs without what goes to the vision encoder."""
-    consumed = {name for kind in family.kinds for name in kind.encoder_inputs}
-    return {name: value for name, value in inputs.items() if name not in consumed}
 
 
 @torch.no_grad()

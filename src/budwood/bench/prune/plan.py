@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnknownNameError
 from budwood.prune.budget import Budget
-from budwood.prune.inside import SCHEDULES
+from budwood.prune.inside import SCHEDULES, Schedule
 from budwood.prune.methods import METHODS
 from budwood.prune.question import PUBLISHED, QUESTIONS
 from budwood.prune.selection import resolve_method
@@ -32,6 +32,11 @@ class Variant:
     def inside(self) -> bool:
         """Whether it prunes inside the LLM, and not before it."""
         return self.method in SCHEDULES
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of a method inside the LLM. The budget is what is left in the end, as papers count."""
+        return SCHEDULES.get(self.method)(average=False)
 
     @property
     def options(self) -> dict[str, str]:

@@ -76,17 +76,17 @@ def _shorter_side(box: Box) -> int:
 
 
 def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> Row:
-    time = outcome.times[run]
+    time, best = outcome.times[run], _best_other(run, outcome, config)
     row: Row = {
         "method": run.method,
         "keep": 1.0 if run.keep is None else run.keep,
         "question": run.variant.question if run.variant else None,
         "n_visual": _mean(outcome.n_visual),
         "n_kept": _mean(outcome.n_kept[run]),
-        "best": best.method if (best := _best_other(run, outcome, config)) else None,
+        "best": best.method if best else None,
     }
     for group, belongs in GROUPS.items():
-        row |= _scores(run, outcome, config, draws, group, belongs)
+        row |= _scores(run, best, outcome, config, draws, group, belongs)
     for name, belongs in _parts(config).items():
         counted = [belongs(asked) for asked in outcome.asked]
         row[f"accuracy_{name}"] = _accuracy(outcome.right[run], counted)
@@ -102,6 +102,7 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
 
 def _scores(
     run: Run,
+    best: Run | None,
     outcome: Outcome,
     config: Config,
     draws: PairedBootstrap,
@@ -121,7 +122,7 @@ def _scores(
     others = {
         "difference": config.reference_run(run.keep) if run.variant else None,
         "question_difference": config.first_question(run),
-        "best_difference": _best_other(run, outcome, config),
+        "best_difference": best,
     }
     for name, other in others.items():
         values[name] = (None, None, None)

@@ -71,7 +71,6 @@ def bench_points_speed(
     if checkpoint is not None and (untrained or len(names) > 1):
         raise InputError("--checkpoint is for one --encoder, without --untrained")
     results = Results(out, force, json)
-    rows = []
     rows: list[records.Row] = []
     with working("measuring"):
         for name in names:

@@ -269,6 +269,11 @@ class Family(Visuals):
         """What a call has to prune: images, videos, or both."""
         return [visuals for visuals in self.kinds if visuals.given(inputs)]
 
+    def without_pictures(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call without what goes to the vision encoder."""
+        consumed = {name for kind in self.kinds for name in kind.encoder_inputs}
+        return {name: value for name, value in inputs.items() if name not in consumed}
+
     def has_whole_video(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call has a video that goes to the LLM unpruned."""
         return self.videos is None and inputs.get("pixel_values_videos") is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from budwood.checks import need_seed
 from budwood.prune.methods.base import Extras, Method, Selection
-from budwood.prune.methods.scores import evenly_spaced
+from budwood.prune.methods.scores import evenly_spaced, middle
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ class Overview(Method):
         start, rows, columns = _overview(extras, len(visual))
         size = rows * columns
         if keep < size:
-            cells = [start + cell for cell in _even_grid(rows, columns, keep)]
-            return Selection(torch.tensor(cells, device=visual.device))
+            return Selection(start + _even_grid(rows, columns, keep, visual.device))
         tokens = torch.arange(len(visual), device=visual.device)
         others = torch.cat((tokens[:start], tokens[start + size :]))
         more = others[evenly_spaced(len(others), keep - size, visual.device)]
@@ -123,18 +122,11 @@ def _overview(extras: Extras | None, n_visual: int) -> tuple[int, int, int]:
     return best
 
 
-def _even_grid(rows: int, columns: int, keep: int) -> list[int]:
+def _even_grid(rows: int, columns: int, keep: int, device: torch.device) -> Tensor:
     """``keep`` of the cells of a raster, at even distances in both dimensions."""
     n_rows = max(math.ceil(keep / columns), round(math.sqrt(keep * rows / columns)))
     n_rows = min(n_rows, rows, keep)
-    ends = [keep * i // n_rows for i in range(n_rows + 1)]
-    return [
-        row * columns + column
-        for row, begin, end in zip(_even(rows, n_rows), ends, ends[1:])
-        for column in _even(columns, end - begin)
-    ]
-
-
-def _even(n: int, keep: int) -> list[int]:
-    """What :func:`evenly_spaced` gives, as a list."""
-    return [(2 * i + 1) * n // (2 * keep) for i in range(keep)]
+    tokens = torch.arange(keep, device=device)
+    i = ((tokens + 1) * n_rows - 1) // keep  # the row that each goes to
+    begin, end = keep * i // n_rows, keep * (i + 1) // n_rows
+    return middle(i, rows, n_rows) * columns + middle(tokens - begin, columns, end - begin)

@@ -151,7 +151,12 @@ def ranks(order: Tensor) -> Tensor:
 
 def evenly_spaced(n: int, keep: int, device: torch.device) -> Tensor:
     """The middles of ``keep`` equal stretches of 0…n−1: sorted, distinct, int64, shape (keep,)."""
-    return (2 * torch.arange(keep, device=device) + 1) * n // (2 * keep)
+    return middle(torch.arange(keep, device=device), n, keep)
+
+
+def middle(i: Tensor, n: int | Tensor, n_parts: int | Tensor) -> Tensor:
+    """The middle of stretch ``i`` of ``n_parts`` equal stretches of 0…n−1."""
+    return (2 * i + 1) * n // (2 * n_parts)
 
 
 def best_split(log_text: Tensor, saliency: Tensor) -> Tensor:

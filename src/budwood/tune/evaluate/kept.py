@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
-from budwood.files import cache_folder, read_json, write_text
+from budwood.files import cache_folder, digest, read_json, write_text
 
 _HERE = Path(__file__).parent
 _PACKAGES = ("budwood", "torch", "transformers", "lm_eval")
@@ -50,7 +49,7 @@ class Kept:
         """
         if self.folder is None:
             return make()
-        file = self.folder / f"{_digest({**self.identity, **what})}.json"
+        file = self.folder / f"{digest({**self.identity, **what})}.json"
         try:
             value = read_json(file)
             self.n_found += 1
@@ -71,13 +70,13 @@ def base_identity(model: Any, tokenizer: Any) -> dict[str, Any]:
         tokenizer: of the model.
     """
     return {
-        "weights": _digest(_sums(model)),
+        "weights": digest(_sums(model)),
         "config": model.config.to_json_string(),
         "device": model.device.type,
-        "vocabulary": _digest(sorted(tokenizer.get_vocab().items())),
+        "vocabulary": digest(sorted(tokenizer.get_vocab().items())),
         "template": getattr(tokenizer, "chat_template", None),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "code": _digest([(_HERE / f"{name}.py").read_text() for name in _CODE]),
+        "code": digest([(_HERE / f"{name}.py").read_text() for name in _CODE]),
     }
 
 
@@ -105,8 +104,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
