@@ -8,7 +8,7 @@ the questions begin to differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from budwood.prune.chat import GREEDY, Turns, answers, prepare
 from budwood.prune.encoded import Encoded, encode
 from budwood.prune.families import Family, family_of
 from budwood.prune.inside import Schedule, attach_inside
+from budwood.prune.report import ImageReport
 from budwood.prune.selection import resolve_method
 from budwood.prune.session import attach
 from budwood.unwrap import innermost
@@ -167,38 +168,53 @@ def answer_full(sheet: Sheet) -> Answered:
     """Answer with all visual tokens; questions about a picture share what they can."""
     if not sheet.can_share:
         return Answered(sheet.generate(sheet.inputs), sheet.n_visual, list(sheet.n_visual))
-    texts = [""] * len(sheet.which)
-    for picture, rows in sheet.rows.items():
-        prompts = sheet.prompts[picture]
-        n_shared = _n_common(prompts)
-        outputs = {sheet.family.kind: sheet.family.outputs([sheet.encoded().features[picture]])}
-        shared = _after_prefix(
-            sheet, prompts[0][:n_shared], outputs, [prompt[n_shared:] for prompt in prompts]
-        )
-        for row, text in zip(rows, sheet.generate(shared)):
-            texts[row] = text
-    return Answered(texts, sheet.n_visual, list(sheet.n_visual))
+
+    def begin(picture: int, n_shared: int) -> tuple[Tensor, Mapping[str, Any]]:
+        features = sheet.encoded().features[picture]
+        outputs = {sheet.family.kind: sheet.family.outputs([features])}
+        return sheet.prompts[picture][0][:n_shared], outputs
+
+    return Answered(_texts(sheet, begin), sheet.n_visual, list(sheet.n_visual))
 
 
 def _answer_shared(sheet: Sheet, encoded: Encoded, options: Mapping[str, Any]) -> Answered:
     """Prune each picture once for all questions about it."""
-    texts, n_visual, n_kept = ([None] * len(sheet.which) for _ in range(3))
+    reports: dict[int, ImageReport] = {}
+
+    def begin(picture: int, n_shared: int) -> tuple[Tensor, Mapping[str, Any]]:
+        with attach(sheet.model, encoded=encoded.pick([picture]), **options) as session:
+            cut = session.pruner.cut(sheet.alone(sheet.rows[picture][0]), sheet.pad)
+        (reports[picture],) = cut.report
+        prefix = cut.inputs["input_ids"][0, cut.origin[0] < n_shared]
+        return prefix, cut.inputs["mm_encoder_outputs"]
+
+    texts = _texts(sheet, begin)
+    return Answered(
+        texts,
+        [reports[picture].n_before for picture in sheet.which],
+        [reports[picture].n_after for picture in sheet.which],
+    )
+
+
+def _texts(
+    sheet: Sheet, begin: Callable[[int, int], tuple[Tensor, Mapping[str, Any]]]
+) -> list[str]:
+    """Answers, where the questions about a picture share the beginning of their prompts.
+
+    Args:
+        sheet: the questions.
+        begin: gives the token ids of a picture's beginning, and its encoder outputs, from the
+            number of the picture and the length of the beginning before pruning.
+    """
+    texts = [""] * len(sheet.which)
     for picture, rows in sheet.rows.items():
         prompts = sheet.prompts[picture]
         n_shared = _n_common(prompts)
-        with attach(sheet.model, encoded=encoded.pick([picture]), **options) as session:
-            cut = session.pruner.cut(sheet.alone(rows[0]), sheet.pad)
-        prefix = cut.inputs["input_ids"][0, cut.origin[0] < n_shared]
-        shared = _after_prefix(
-            sheet,
-            prefix,
-            cut.inputs["mm_encoder_outputs"],
-            [prompt[n_shared:] for prompt in prompts],
-        )
+        rests = [prompt[n_shared:] for prompt in prompts]
+        shared = _after_prefix(sheet, *begin(picture, n_shared), rests)
         for row, text in zip(rows, sheet.generate(shared)):
-            texts[row], n_visual[row] = text, cut.report[0].n_before
-            n_kept[row] = cut.report[0].n_after
-    return Answered(texts, n_visual, n_kept)
+            texts[row] = text
+    return texts
 
 
 def _answer_inside(sheet: Sheet, schedule: Schedule, keep: int | float) -> Answered:
