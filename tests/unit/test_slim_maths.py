@@ -13,6 +13,7 @@ from budwood.tune.distance import (
     measure_along,
     measure_whitened,
     random_directions,
+    unseen_distances,
     whitener,
 )
 from budwood.tune.equations import (
@@ -166,6 +167,23 @@ def test_discriminant_is_the_reference(n):
     assert close(direction, expected[0]) and close(offset, expected[1])
     sides = [(x @ direction - offset).mean() for x in (own, other)]
     assert sides[0] < 0 < sides[1] and torch.isclose(-sides[0], sides[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("n", [80, 4000])
+def test_unseen_data_lie_where_left_out_data_did(n):
+    torch.manual_seed(0)
+    mixed = torch.randn(48, 48) / 48**0.5
+    training, fresh = torch.randn(n, 48) @ mixed, torch.randn(4000, 48) @ mixed
+    other = torch.randn(2000, 48) @ mixed + 0.2
+    shift, stretch = unseen_distances(training, other)
+    direction, offset = discriminant(training, other)
+    known, unseen = training @ direction - offset, fresh @ direction - offset
+    scaled = (unseen - known.mean()) / known.std()
+    assert (scaled.mean() > 0.3) == (n == 80)  # without it, few examples mislead
+    assert abs((scaled.mean() - shift) / stretch) < 0.35
+    assert 0.7 < scaled.std() / stretch < 1.3
+    if n == 4000:
+        assert shift < 0.15 and stretch < 1.1
 
 
 def test_discriminant_is_the_difference_of_squared_mahalanobis_distances():

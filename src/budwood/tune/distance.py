@@ -32,6 +32,8 @@ RIDGE = 1e-3
 """Added to the variances, about 1, of a covariance that is inverted."""
 LEAST_RIDGE = 1e-5
 """The same as a fraction of the largest variance: the precision of float32."""
+FOLDS = 4
+"""Parts of the training data that are held out in turn, to see how far unseen data would lie."""
 DISCRIMINANT_RIDGE = 0.1
 """Added to variances of about 1: a full covariance would need more tokens than there are."""
 
@@ -182,6 +184,33 @@ def discriminant(training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     direction = _solve(spread, centres[1] - centres[0]) * scale
     middle = mean + (centres[0] + centres[1]) / 2 / scale
     return direction, middle @ direction
+
+
+def unseen_distances(training: Tensor, other: Tensor, n_folds: int = FOLDS) -> tuple[float, float]:
+    """Find where training data would lie that a discriminant was not fitted to.
+
+    Ours. A discriminant that is fitted to few tokens has them far on their own side; other tokens
+    of the same kind lie between them and other text. Parts of the training data are left out in
+    turn, and measured with the discriminant of the rest.
+
+    Args:
+        training: tokens of the training data, float32, shape (n_training, d_in); those of a row
+            next to each other, and rows in random order.
+        other: tokens of other text, float32, shape (n_other, d_in).
+        n_folds: parts.
+
+    Returns:
+        Mean and standard deviation of the distances of left-out tokens, in standard deviations of
+        those that were fitted to: at least 0 and 1, which they approach with more data.
+    """
+    folds, scaled = training.tensor_split(n_folds), []
+    for i, held_out in enumerate(folds):
+        fitted = torch.cat([fold for j, fold in enumerate(folds) if j != i])
+        direction, offset = discriminant(fitted, other)
+        known, unseen = fitted @ direction - offset, held_out @ direction - offset
+        scaled.append((unseen - known.mean()) / (known.std(correction=0) + 1e-12))
+    all_scaled = torch.cat(scaled)
+    return max(0.0, float(all_scaled.mean())), max(1.0, float(all_scaled.std(correction=0)))
 
 
 def measure_along(

@@ -143,7 +143,11 @@ class InputStatistics(_Kept):
         if self.steps < 2:
             return None, moments
         margin = self.config.margin_of(training)
-        return standardised_distance(raw, self.distance_mean, self.distance_var, margin), moments
+        return standardised_distance(raw, *self.distribution(), margin), moments
+
+    def distribution(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the distances of data like the training data, each of shape ()."""
+        return self.distance_mean, self.distance_var
 
     def last_distance(self, n_tokens: int) -> Tensor | None:
         """Return the distances that the first layer of the block has just measured.
@@ -354,9 +358,12 @@ class DiscriminantStatistics(InputStatistics):
     direction: Tensor
     offset: Tensor
     n_fitted: Tensor
+    unseen: Tensor
 
     def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
         super().__init__(config, d_in, key)
+        # Adapters of format 2 lack it.
+        self.register_buffer("unseen", torch.tensor([0.0, 1.0], dtype=torch.float32))
         self.register_buffer("direction", torch.zeros(d_in, dtype=torch.float32))
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("n_fitted", torch.zeros((), dtype=torch.int64))
@@ -366,11 +373,31 @@ class DiscriminantStatistics(InputStatistics):
         """Whether there is a direction; waits for the device only after a change."""
         return self.derived("fitted", lambda: int(self.n_fitted) > 0, self.n_fitted)
 
-    def set_direction(self, direction: Tensor, offset: Tensor, n_tokens: int) -> None:
-        """Store what :func:`budwood.tune.distance.discriminant` fitted to some tokens."""
+    def set_direction(
+        self,
+        direction: Tensor,
+        offset: Tensor,
+        n_tokens: int,
+        unseen: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        """Store what was fitted to some tokens.
+
+        Args:
+            direction: of :func:`budwood.tune.distance.discriminant`.
+            offset: its offset.
+            n_tokens: tokens.
+            unseen: of :func:`budwood.tune.distance.unseen_distances`.
+        """
+        self.unseen.copy_(torch.tensor(unseen))
         self.direction.copy_(direction)
         self.offset.copy_(offset)
         self.n_fitted.fill_(n_tokens)
+
+    def distribution(self) -> tuple[Tensor, Tensor]:
+        # The training data were fitted to, so that data like them lie further out.
+        shift, stretch = self.unseen
+        mean = self.distance_mean + shift * self.distance_var.sqrt()
+        return mean, self.distance_var * stretch.square()
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
