@@ -9,11 +9,11 @@ import torch
 
 from budwood.tune.distance import (
     discriminant,
+    free_space,
     measure,
     measure_along,
     measure_whitened,
     random_directions,
-    unseen_distances,
     whitener,
 )
 from budwood.tune.equations import (
@@ -169,21 +169,21 @@ def test_discriminant_is_the_reference(n):
     assert sides[0] < 0 < sides[1] and torch.isclose(-sides[0], sides[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("n", [80, 4000])
-def test_unseen_data_lie_where_left_out_data_did(n):
+def test_space_is_free_up_to_half_of_where_other_text_begins():
     torch.manual_seed(0)
-    mixed = torch.randn(48, 48) / 48**0.5
-    training, fresh = torch.randn(n, 48) @ mixed, torch.randn(4000, 48) @ mixed
-    other = torch.randn(2000, 48) @ mixed + 0.2
-    shift, stretch = unseen_distances(training, other)
-    direction, offset = discriminant(training, other)
-    known, unseen = training @ direction - offset, fresh @ direction - offset
-    scaled = (unseen - known.mean()) / known.std()
-    assert (scaled.mean() > 0.3) == (n == 80)  # without it, few examples mislead
-    assert abs((scaled.mean() - shift) / stretch) < 0.35
-    assert 0.7 < scaled.std() / stretch < 1.3
-    if n == 4000:
-        assert shift < 0.15 and stretch < 1.1
+    training, other = torch.randn(3000, 6), torch.randn(2000, 6)
+    other[:, 0] += 12
+    # In standard deviations of the training data, 2 % of the other text lie within 12 - 2.05.
+    assert free_space(training, other) == pytest.approx((12 - 2.05) / 2, rel=0.03)
+    assert free_space(training, other - 10.5) == 1  # they overlap
+
+
+def test_few_tokens_leave_space_and_many_do_not():
+    torch.manual_seed(0)
+    mixed = torch.randn(64, 64) / 8
+    other = torch.randn(600, 64) @ mixed + 0.3
+    few, many = (torch.randn(n, 64) @ mixed for n in (12, 4000))
+    assert free_space(few, other) > 1.5 > free_space(many, other) + 0.3
 
 
 def test_discriminant_is_the_difference_of_squared_mahalanobis_distances():

@@ -23,7 +23,7 @@ FORMAT = 3
 """Version of the saved format. It rises when an older reader would misread an adapter.
 
 1: weights are ``slim_in`` and ``slim_out``. 2: they are ``slim_in.weight`` and ``slim_out.weight``.
-3: discriminants know where unseen data lie (``unseen``).
+3: discriminants know how much space other text leaves (``stretch``).
 """
 CHOICES = {
     "distance": ("max", "rms", "whitened", "discriminant"),

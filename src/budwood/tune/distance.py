@@ -32,8 +32,8 @@ RIDGE = 1e-3
 """Added to the variances, about 1, of a covariance that is inverted."""
 LEAST_RIDGE = 1e-5
 """The same as a fraction of the largest variance: the precision of float32."""
-FOLDS = 4
-"""Parts of the training data that are held out in turn, to see how far unseen data would lie."""
+BEGINS = 0.02
+"""Fraction of other text that may lie nearer than where it is said to begin."""
 DISCRIMINANT_RIDGE = 0.1
 """Added to variances of about 1: a full covariance would need more tokens than there are."""
 
@@ -186,31 +186,30 @@ def discriminant(training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return direction, middle @ direction
 
 
-def unseen_distances(training: Tensor, other: Tensor, n_folds: int = FOLDS) -> tuple[float, float]:
-    """Find where training data would lie that a discriminant was not fitted to.
+def free_space(training: Tensor, other: Tensor) -> float:
+    """Find how far one may go from the training data before other text begins.
 
-    Ours. A discriminant that is fitted to few tokens has them far on their own side; other tokens
-    of the same kind lie between them and other text. Parts of the training data are left out in
-    turn, and measured with the discriminant of the rest.
+    Ours. With few examples other text lies tens of standard deviations away from the training data,
+    and questions that are asked in new words lie between, much nearer. A margin in standard
+    deviations would leave them out. With much data both kinds overlap, and there is no such space.
+    Other text is measured half by half, with the discriminant of the training data and the other
+    half, since what was fitted to lies too far out.
 
     Args:
-        training: tokens of the training data, float32, shape (n_training, d_in); those of a row
-            next to each other, and rows in random order.
-        other: tokens of other text, float32, shape (n_other, d_in).
-        n_folds: parts.
+        training: tokens of the training data, float32, shape (n_training, d_in).
+        other: tokens of other text, at least 2, float32, shape (n_other, d_in).
 
     Returns:
-        Mean and standard deviation of the distances of left-out tokens, in standard deviations of
-        those that were fitted to: at least 0 and 1, which they approach with more data.
+        Half of the distance at which ``BEGINS`` of the other text lie within, from the mean of the
+        training data and in their standard deviations; at least 1.
     """
-    folds, scaled = training.tensor_split(n_folds), []
-    for i, held_out in enumerate(folds):
-        fitted = torch.cat([fold for j, fold in enumerate(folds) if j != i])
-        direction, offset = discriminant(fitted, other)
-        known, unseen = fitted @ direction - offset, held_out @ direction - offset
-        scaled.append((unseen - known.mean()) / (known.std(correction=0) + 1e-12))
-    all_scaled = torch.cat(scaled)
-    return max(0.0, float(all_scaled.mean())), max(1.0, float(all_scaled.std(correction=0)))
+    halves, scaled = other.tensor_split(2), []
+    for half, rest in (halves, halves[::-1]):
+        direction, offset = discriminant(training, rest)
+        near, far = training @ direction - offset, half @ direction - offset
+        scaled.append((far - near.mean()) / (near.std(correction=0) + 1e-12))
+    begins = float(torch.cat(scaled).sort().values[int(BEGINS * len(other))])
+    return max(1.0, begins / 2)
 
 
 def measure_along(

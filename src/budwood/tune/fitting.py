@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
-from budwood.tune.distance import discriminant, unseen_distances
+from budwood.tune.distance import discriminant, free_space
 from budwood.tune.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.observe import evaluating
 from budwood.tune.self_generated import self_generate
@@ -86,7 +86,7 @@ def fit_discriminant(
     inputs = [tuple(survey.inputs_of(layer) for survey in surveys) for layer in fresh]
     fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
     for layer, texts, direction in zip(fresh, inputs, fitted):
-        layer.set_direction(*direction, sum(map(len, texts)), unseen_distances(*texts))
+        layer.set_direction(*direction, sum(map(len, texts)), free_space(*texts))
     return n_supervised(rows), n_supervised(other)
 
 
@@ -152,7 +152,7 @@ def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
 
 
 def _draw(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
-    """Draw rows until there are enough rows and tokens, in random order."""
+    """Draw rows until there are enough rows and tokens; they stay in their order."""
     drawn: list[int] = []
     n_tokens = 0
     for i in random.Random(seed).sample(range(len(rows)), len(rows)):
@@ -160,7 +160,7 @@ def _draw(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
             break
         drawn.append(i)
         n_tokens += n_supervised([rows[i]])
-    return [rows[i] for i in drawn]
+    return [rows[i] for i in sorted(drawn)]
 
 
 def _read(

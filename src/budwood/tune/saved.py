@@ -60,7 +60,7 @@ def check_safetensors(path: Path) -> None:
         ) from None
 
 
-LATER_STATE = ".unseen"
+LATER_STATE = ".stretch"
 """How the names of buffers end that adapters of format 2 lack, and that then keep their default."""
 OLD_WEIGHTS = (".slim_in", ".slim_out")
 """How the names of weights end in format 1."""

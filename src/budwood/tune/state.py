@@ -358,12 +358,12 @@ class DiscriminantStatistics(InputStatistics):
     direction: Tensor
     offset: Tensor
     n_fitted: Tensor
-    unseen: Tensor
+    stretch: Tensor
 
     def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
         super().__init__(config, d_in, key)
         # Adapters of format 2 lack it.
-        self.register_buffer("unseen", torch.tensor([0.0, 1.0], dtype=torch.float32))
+        self.register_buffer("stretch", torch.ones((), dtype=torch.float32))
         self.register_buffer("direction", torch.zeros(d_in, dtype=torch.float32))
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("n_fitted", torch.zeros((), dtype=torch.int64))
@@ -378,7 +378,7 @@ class DiscriminantStatistics(InputStatistics):
         direction: Tensor,
         offset: Tensor,
         n_tokens: int,
-        unseen: tuple[float, float] = (0.0, 1.0),
+        stretch: float = 1.0,
     ) -> None:
         """Store what was fitted to some tokens.
 
@@ -386,18 +386,16 @@ class DiscriminantStatistics(InputStatistics):
             direction: of :func:`budwood.tune.distance.discriminant`.
             offset: its offset.
             n_tokens: tokens.
-            unseen: of :func:`budwood.tune.distance.unseen_distances`.
+            stretch: of :func:`budwood.tune.distance.free_space`.
         """
-        self.unseen.copy_(torch.tensor(unseen))
+        self.stretch.fill_(stretch)
         self.direction.copy_(direction)
         self.offset.copy_(offset)
         self.n_fitted.fill_(n_tokens)
 
     def distribution(self) -> tuple[Tensor, Tensor]:
-        # The training data were fitted to, so that data like them lie further out.
-        shift, stretch = self.unseen
-        mean = self.distance_mean + shift * self.distance_var.sqrt()
-        return mean, self.distance_var * stretch.square()
+        # As wide as the space that other text leaves free.
+        return self.distance_mean, self.distance_var * self.stretch.square()
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
