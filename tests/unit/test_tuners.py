@@ -262,7 +262,7 @@ def test_rewinding_goes_back_to_the_base_model_for_a_while(name):
     adapted = attach(tuner, model, 4, seed=0)
     named = dict(adapted.named_parameters())
     start = {key: p.detach().clone() for key, p in named.items() if p.requires_grad}
-    tuner.prepare(adapted, tiny_chat.tokenizer(), texts, texts)
+    tuner.prepare(adapted, tiny_chat.tokenizer(), texts, texts if tuner.n_texts else ())
     trained = {key: named[key] for key in start}
     optimiser = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
     for _ in range(4):

@@ -61,7 +61,7 @@ def check_safetensors(path: Path) -> None:
 
 
 LATER_STATE = ".stretch"
-"""How the names of buffers end that adapters of format 2 lack, and that then keep their default."""
+"""How the names of buffers end that adapters of format 2 lack; they had 1 throughout."""
 OLD_WEIGHTS = (".slim_in", ".slim_out")
 """How the names of weights end in format 1."""
 
@@ -71,6 +71,19 @@ def present_names(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         f"{key}.weight" if key.endswith(OLD_WEIGHTS) else key: value for key, value in saved.items()
     }
+
+
+def with_later_state(
+    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Add to a saved adapter the buffers that formats 1 and 2 lack.
+
+    Args:
+        saved: key to tensor in the file.
+        expected: key to tensor in the model.
+    """
+    later = [key for key in expected if key.endswith(LATER_STATE) and key not in saved]
+    return {**saved, **{key: torch.ones((), dtype=torch.float32) for key in later}}
 
 
 def register_old_names() -> None:
@@ -100,7 +113,7 @@ def check_state(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     Raises:
         InputError: keys are missing, shapes differ, or values are NaN or infinite.
     """
-    missing = [key for key in expected if key not in saved and not key.endswith(LATER_STATE)]
+    missing = [key for key in expected if key not in saved]
     if missing:
         raise InputError(
             f"the adapter lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]!r}; "
