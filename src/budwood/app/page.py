@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from budwood import optional
-from budwood.app import prune_tab
+from budwood.app import points_tab, prune_tab, tune_tab
 from budwood.app.models import Models, Sources
 from budwood.app.uploads import MAX_FILE
 from budwood.errors import InputError
@@ -33,7 +33,11 @@ CSS = """
 .budwood-figure {margin: 0; max-width: 520px}
 .budwood-figure img {width: 100%; height: auto; border-radius: 6px}
 .budwood-figure figcaption {padding-top: .3em}
-.budwood-grid {display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr))}
+.budwood-tokens {line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere}
+.budwood-tokens span {color: #111; border-radius: 3px; padding: .1em 0}
+.budwood-scale {display: inline-block; width: 8em; height: .8em; border-radius: 3px; margin: 0 .5em}
+.budwood-grid {display: grid; gap: 1em; grid-template-columns: 
+  repeat(auto-fill, minmax(200px, 1fr))}
 footer {display: none !important}
 """
 
@@ -66,7 +70,11 @@ def build(sources: Sources | None = None) -> Any:
     return page
 
 
-TABS: dict[str, Callable[[Any, Models, Any], None]] = {"Prune": prune_tab.fill}
+TABS: dict[str, Callable[[Any, Models, Any], None]] = {
+    "Prune": prune_tab.fill,
+    "Points": points_tab.fill,
+    "Tune": tune_tab.fill,
+}
 """Of the page, in order."""
 
 

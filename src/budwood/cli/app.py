@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,14 @@ from budwood.loading import SPROUT, check_source
 
 def app(
     model: options.Model = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter of the Points tab, by `budwood points adapt`."),
+    ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|ID", help="Adapter of the Tune tab, by `budwood tune`."),
+    ] = None,
     host: Annotated[
         str,
         typer.Option(
@@ -45,7 +54,8 @@ def app(
     from budwood.cli.models import be_quiet
 
     be_quiet()
+    sources = Sources(model, adapter and str(adapter), tuned, device, dtype)
     with working("starting"):
-        page = serve(Sources(model, device, dtype), host=host, port=port, blocking=False)
+        page = serve(sources, host=host, port=port, blocking=False)
     say(f"serving at {page.local_url} (Ctrl-C stops it)")
     page.block_thread()

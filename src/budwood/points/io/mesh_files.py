@@ -52,6 +52,16 @@ def gltf_files(path: Path, kind: str) -> list[str]:
     return [unquote(uri) for uri in uris if isinstance(uri, str) and not uri.startswith("data:")]
 
 
+def named_files(path: Path) -> list[str]:
+    """The files that a mesh itself names, there or not: buffers, materials and textures."""
+    suffix = path.suffix.lower()
+    if suffix == ".gltf":
+        return gltf_files(path, "buffers") + gltf_files(path, "images")
+    if suffix == ".obj":
+        return _named(path, "mtllib ")
+    return _ply_textures(path) if suffix == ".ply" else []
+
+
 def missing_files(path: Path) -> list[str]:
     """The materials and textures that a mesh names and that are not there."""
     names = {".obj": _obj_files, ".gltf": _gltf_images, ".ply": _ply_textures}.get(
