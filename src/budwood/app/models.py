@@ -118,8 +118,8 @@ class Models:
     def _load_tuned(self) -> Loaded:
         if self.sources.tuned is None:
             raise InputError(
-                "there is no tuned model; make one with `budwood tune DATA --output DIR`, and start "
-                "the page with --tuned DIR"
+                "there is no tuned model; make one with `budwood tune DATA --output DIR`, and "
+                "start the page with --tuned DIR"
             )
         from budwood.tune.loading import load_adapted
 
@@ -163,6 +163,7 @@ class Points:
             return
         from budwood.points import adapt, load_clouds
 
+        cache_folder().mkdir(parents=True, exist_ok=True)
         dense = list(load_clouds().where(use="adapt").xyz)
         self.adapter = adapt(
             dense, None, self.encoder, self._config(), output=self._folder(), progress=progress

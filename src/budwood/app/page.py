@@ -25,9 +25,10 @@ POLICY = (
 CSS = """
 .budwood-table {border-collapse: collapse; width: 100%}
 .budwood-table caption {text-align: left; font-weight: 600; padding-bottom: .4em}
-.budwood-table th, .budwood-table td {text-align: left; vertical-align: top; border: 0 !important;
-  padding: .3em .8em .3em 0 !important}
+.budwood-table, .budwood-table * {border: 0 !important}
 .budwood-table tr {border-bottom: 1px solid var(--border-color-primary) !important}
+.budwood-table th, .budwood-table td {text-align: left; vertical-align: top;
+  padding: .3em .8em .3em 0 !important}
 .budwood-table th[scope=row] {white-space: nowrap}
 .budwood-scroll {overflow-x: auto}
 .budwood-figure {margin: 0; max-width: 520px}
@@ -36,7 +37,7 @@ CSS = """
 .budwood-tokens {line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere}
 .budwood-tokens span {color: #111; border-radius: 3px; padding: .1em 0}
 .budwood-scale {display: inline-block; width: 8em; height: .8em; border-radius: 3px; margin: 0 .5em}
-.budwood-grid {display: grid; gap: 1em; grid-template-columns: 
+.budwood-grid {display: grid; gap: 1em; grid-template-columns:
   repeat(auto-fill, minmax(200px, 1fr))}
 footer {display: none !important}
 """

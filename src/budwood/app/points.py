@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,7 @@ def _read(file: str, options: InputOptions) -> Cloud:
 
     with uploaded(file):
         check_cloud_file(Path(file))
-        return options.read(file)
+        return replace(options.read(file), source=Path(file).name)
 
 
 def _figure(xyz: Any, title: str) -> Any:

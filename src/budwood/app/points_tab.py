@@ -90,7 +90,7 @@ def _frame(gr: Any, models: Models) -> None:
 
 
 def _file(gr: Any, label: str) -> Any:
-    return gr.File(label=label, file_types=[*points.SUFFIXES], type="filepath", height=120)
+    return gr.File(label=label, file_types=[*points.SUFFIXES], type="filepath", height=140)
 
 
 def _event() -> dict[str, Any]:

@@ -68,14 +68,15 @@ def reply(models: Models, prompt: str, n_tokens: float) -> str:
     return markup.status(markup.grid([f"<div>{left}</div>", f"<div>{right}</div>"]))
 
 
-def curve(file: str | None) -> Any:
+def curve(file: str | None) -> tuple[Any, str]:
     """Draw learning against forgetting, from a record of ``budwood bench tune``.
 
     Args:
         file: the uploaded record.
 
     Returns:
-        A figure of plotly: a point for each row, a line for each method with several.
+        A figure of plotly: a point for each row, a line for each method with several; and HTML with
+        a table of the same numbers.
 
     Raises:
         BudwoodError: there is no file, or it is no such record.
@@ -101,9 +102,12 @@ def curve(file: str | None) -> Any:
         xaxis_title=f"forgetting: {FORGETTING[x]}",
         yaxis_title=f"learning: {LEARNING[y]}",
         margin={"t": 20},
+        template="plotly_white",
         legend={"orientation": "h", "y": -0.25},
     )
-    return figure
+    heads = ("method", LEARNING[y], FORGETTING[x])
+    cells = [(str(row["method"]), f"{100 * row[y]:.1f}", f"{row[x]:.2f}") for row in rows]
+    return figure, markup.status(markup.table("Numbers of the record", heads, cells))
 
 
 def _generate(loaded: Loaded, tokens: Any, n_new: int) -> Any:

@@ -36,7 +36,9 @@ def fill(gr: Any, models: Models, page: Any) -> None:
 
     with gr.Accordion("Learning against forgetting, from a record", open=True):
         record = gr.File(
-            label="Record of budwood bench tune (JSON)", file_types=[".json"], height=120
+            label="Record of budwood bench tune (JSON)", file_types=[".json"], height=140
         )
         figure = gr.Plot(label="Learning against forgetting")
-        record.upload(toasting(gr, tune.curve), record, figure, api_visibility="private")
+        numbers = gr.HTML("", label="Numbers of the record")
+        curve = toasting(gr, tune.curve)
+        record.upload(curve, record, [figure, numbers], api_visibility="private")
