@@ -10,6 +10,11 @@ import urllib.request
 import numpy as np
 import pytest
 
+from budwood.app import Sources, points, serve
+from tests import tiny_vlm
+from tests.app import parts
+from tests.points import shipped
+
 pytest.importorskip("gradio", reason="gradio is not installed (make test-app)")
 browsers = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (make test-app)"
@@ -18,14 +23,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("there is no chromium on PATH", allow_module_level=True)
 
-from budwood.app import Sources, points, serve
-from tests import tiny_vlm
-from tests.app import parts
-from tests.points import shipped
-
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 WAIT = 120_000
 """Milliseconds at most for a step; tiny models need a second, a busy machine many."""
 UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, button, [role=tab]')]

@@ -13,7 +13,7 @@ from budwood.cli.console import say, working
 from budwood.loading import SPROUT, check_source
 
 
-def app(
+def page(
     model: options.Model = None,
     adapter: Annotated[
         Path | None,
@@ -56,6 +56,6 @@ def app(
     be_quiet()
     sources = Sources(model, adapter and str(adapter), tuned, device, dtype)
     with working("starting"):
-        page = serve(sources, host=host, port=port, blocking=False)
-    say(f"serving at {page.local_url} (Ctrl-C stops it)")
-    page.block_thread()
+        served = serve(sources, host=host, port=port, blocking=False)
+    say(f"serving at {served.local_url} (Ctrl-C stops it)")
+    served.block_thread()
