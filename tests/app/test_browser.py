@@ -81,7 +81,7 @@ def page(context, address):
     page = context.new_page()
     page.on("request", lambda request: asked.append(request.url))
     page.goto(url)
-    page.get_by_label("Question").wait_for()
+    page.wait_for_function("document.querySelector('textarea')?.value.endsWith('?')")
     yield page
     page.close()
     assert [one for one in asked if not one.startswith((url, "data:", "blob:"))] == []
@@ -97,7 +97,6 @@ def upload(page, label, file):
 
 
 def test_prune(page):
-    page.wait_for_function("document.querySelector('textarea')?.value.endsWith('?')")
     page.get_by_role("button", name="Answer").click()
     page.get_by_role("table", name="Answers, and time to the first token").wait_for()
     assert page.get_by_role("img", name="the layer kept").is_visible()
@@ -109,7 +108,6 @@ def test_prune(page):
 
 
 def test_a_question_by_keyboard(page):
-    page.wait_for_function("document.querySelector('textarea')?.value.endsWith('?')")
     page.get_by_label("Question").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("Is it red ?")
@@ -123,7 +121,7 @@ def test_errors_are_toasts(page, address, tmp_path):
     page.get_by_text("the question is empty; ask something about the picture").wait_for()
     open_tab(page, "Points")
     (tmp_path / "<b>x.ply").write_text("no cloud")
-    upload(page, "Cloud", tmp_path / "<b>x.ply")
+    upload(page, "Cloud (instead", tmp_path / "<b>x.ply")
     page.get_by_test_id("toast-text").filter(has_text="x.ply").wait_for()
     said = page.get_by_test_id("toast-text").last.inner_text()
     assert str(address[1]) not in said and "/" not in said
@@ -131,13 +129,13 @@ def test_errors_are_toasts(page, address, tmp_path):
 
 def test_points(page, address):
     open_tab(page, "Points")
-    upload(page, "Cloud", parts.cloud(address[1]))
+    upload(page, "Cloud (instead", parts.cloud(address[1]))
     page.get_by_role("columnheader", name="before adaptation").wait_for()
     page.locator(".js-plotly-plot:visible").first.wait_for()
     page.get_by_role("button", name="Adapt the encoder").click()
     page.get_by_role("columnheader", name="after", exact=True).wait_for()
     open_tab(page, "A frame of a sensor")
-    upload(page, "Frame", address[1] / "frame.npy")
+    upload(page, "Frame (without", address[1] / "frame.npy")
     page.get_by_role("button", name="Find the objects").click()
     page.get_by_role("table", name=f"{len(points.ROOM)} objects").wait_for()
 
