@@ -26,6 +26,7 @@ _EXTRAS = {
     "pypcd4": "points",
     "scipy": "points",
     "sklearn": "points",
+    "starlette": "app",
     "trimesh": "points",
     "yaml": "tune",
 }

@@ -145,9 +145,7 @@ def _free_port(host: str) -> int:
 
 def _policy() -> Any:
     """Middleware that sends the content security policy with every response."""
-    from starlette.middleware import Middleware
-
-    return Middleware(_Policy)
+    return optional.need("starlette.middleware", "the page").Middleware(_Policy)
 
 
 class _Policy:

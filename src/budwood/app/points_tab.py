@@ -67,7 +67,10 @@ def _object(gr: Any, models: Models) -> None:
     def adapted(
         file: str | None, example: str, labels: str, n_points: float, up: str, progress: Any = bar
     ) -> Any:  # gradio finds its bar by the default
-        points.adapt(models, lambda done, total, _="": progress((done, total), unit="steps"))
+        def advance(done: int, total: int, note: str = "") -> None:
+            progress((done, total), unit="steps")
+
+        points.adapt(models, advance)
         return named(file, example, labels, n_points, up)
 
     adapt.click(toasting(gr, adapted), inputs, [figure, ranked, note], **_event())

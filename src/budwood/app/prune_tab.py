@@ -61,7 +61,7 @@ def fill(gr: Any, models: Models, page: Any) -> None:
     chosen: dict[str, Any] = {"fn": toasting(gr, prune.example), "inputs": example}
     example.input(**chosen, outputs=[picture, question], api_visibility="private")
     page.load(**chosen, outputs=[picture, question], api_visibility="private")
-    asked = toasting(gr, partial(_answer, models))
+    asked = toasting(gr, partial(_answer, gr, models))
     gr.on(
         [ask.click, question.submit, percent.release],
         asked,
@@ -87,11 +87,15 @@ def fill(gr: Any, models: Models, page: Any) -> None:
 
 
 def _answer(
-    models: Models, picture: str | None, question: str, method: str, percent: float, layer: str
+    gr: Any,
+    models: Models,
+    picture: str | None,
+    question: str,
+    method: str,
+    percent: float,
+    layer: str,
 ) -> tuple[str, dict[str, str], Any, str]:
     """The outputs of the tab; of a layer that the method lacks, the kept tokens."""
-    import gradio as gr
-
     answered = prune.answer(models, picture, question, method, percent)
     layer = layer if layer in answered.layers else LAYER
     choices = gr.Radio(choices=[*answered.layers], value=layer)
