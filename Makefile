@@ -67,7 +67,7 @@ test-versions: .venvs/oldest/.installed .venvs/newest/.installed
 	.venvs/oldest/bin/python -m pytest $(MODEL_TESTS)
 	.venvs/newest/bin/python -m pytest $(MODEL_TESTS)
 
-# vLLM in an environment of its own, and each test file in a process of its own.
+# vLLM in an environment of its own. It warns a lot; warnings are errors in the rest of the suite.
 VLLM := .venv-vllm
 
 $(VLLM)/.installed: pyproject.toml tests/vllm/environment.py tests/vllm/requirements.txt
@@ -77,7 +77,7 @@ $(VLLM)/.installed: pyproject.toml tests/vllm/environment.py tests/vllm/requirem
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest tests/vllm -W default --timeout 600
 
 # lmms-eval without its fifty dependencies, apart from the environment: it wants an older filelock.
 LMMS := build/lmms

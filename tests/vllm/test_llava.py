@@ -96,7 +96,7 @@ def test_encoding_goes_in_batches(llm, processor):
     """A step may schedule more images than the encoder's budget, since it counts kept tokens."""
     model = tiny.model_of(llm)
     layouts = model._layouts({}, 5)
-    assert [which for which in model._batches(layouts)] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(model._batches(layouts)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
 def test_a_question_left_out_of_the_hash_is_noticed(llm, processor, monkeypatch):

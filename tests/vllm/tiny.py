@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,19 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from budwood.prune import attach
 from budwood.serve.vllm import served_name
@@ -105,6 +117,71 @@ def save_llava_next(folder: Path) -> Path:
     return save(LlavaNextForConditionalGeneration(config), processor, folder)
 
 
+QWEN_VISION = {
+    "depth": 4,
+    "hidden_size": 48,
+    "intermediate_size": 20,
+    "num_heads": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": TEXT["hidden_size"],
+    "initializer_range": 0.3,
+}
+QWEN2_VISION = QWEN_VISION | {
+    "embed_dim": 48,
+    "hidden_size": TEXT["hidden_size"],
+    "mlp_ratio": 2,
+}
+QWEN25_VISION = QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [0, 2]}
+QWEN3_VISION = QWEN_VISION | {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 25}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+MARKERS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+QWEN_IMAGE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+QWENS = {
+    "qwen2_vl": (Qwen2VLConfig, QWEN2_VISION, Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        QWEN25_VISION,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+    ),
+    "qwen3_vl": (Qwen3VLConfig, QWEN3_VISION, Qwen3VLForConditionalGeneration, Qwen3VLProcessor),
+}
+
+
+def save_qwen(folder: Path, kind: str) -> Path:
+    """A Qwen-VL; a picture of 8·h × 8·w pixels has h × w tokens."""
+    torch.manual_seed(0)
+    make_config, vision, model, processor = QWENS[kind]
+    tokens = tokenizer()
+    tokens.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
+    ids = {name: tokens.convert_tokens_to_ids(token) for name, token in MARKERS.items()}
+    text = TEXT | {
+        "vocab_size": len(tokens),
+        "rope_parameters": MROPE,
+        "tie_word_embeddings": False,
+    }
+    if kind != "qwen3_vl":
+        text.pop("head_dim")
+    config = make_config(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    sizes["size"] = {"shortest_edge": 64, "longest_edge": 16384}
+    videos = Qwen3VLVideoProcessor if kind == "qwen3_vl" else Qwen2VLVideoProcessor
+    made = processor(
+        Qwen2VLImageProcessorPil(**sizes),
+        tokens,
+        videos(**sizes),
+        chat_template=TEMPLATE.replace("<image>", QWEN_IMAGE),
+    )
+    return save(model(config), made, folder)
+
+
 def picture(seed: int, height: int = SIDE, width: int = SIDE) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -125,6 +202,10 @@ def settings(architecture: str, **pruning: Any) -> dict[str, Any]:
     return {"architectures": [served_name(architecture)], "budwood": pruning}
 
 
+def is_qwen(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text())["model_type"].startswith("qwen")
+
+
 @contextmanager
 def engine(folder: Path, overrides: dict[str, Any] | None = None, **options: Any):
     """A vLLM engine in this process."""
@@ -132,7 +213,10 @@ def engine(folder: Path, overrides: dict[str, Any] | None = None, **options: Any
     from vllm.distributed import cleanup_dist_env_and_memory
 
     given = {"max_model_len": 512, "block_size": 32, "dtype": "float32", "seed": 0}
-    given |= {"enforce_eager": True, "limit_mm_per_prompt": {"image": 4}}
+    given |= {
+        "enforce_eager": True,
+        "limit_mm_per_prompt": {"image": 4, **({"video": 0} if is_qwen(folder) else {})},
+    }
     llm = LLM(str(folder), hf_overrides=overrides or {}, **{**given, **options})
     try:
         yield llm
@@ -191,6 +275,3 @@ def attached(
             kept += [image.kept.tolist() for image in session.report]
         answers.append(out[0, inputs["input_ids"].shape[1] :].tolist())
     return kept, answers
-
-
-Saver = Callable[[Path], Path]
