@@ -222,7 +222,9 @@ A name such as ``llava-pixtral`` has the tower's ``model_type`` as well, where t
 
 
 def _served(architecture: str, target: str) -> Entry:
-    return Entry("", facts={"architecture": architecture}, target=f"budwood.serve.vllm.{target}")
+    summary = f"{architecture} with pruned images, in vLLM."
+    facts = {"architecture": architecture}
+    return Entry(summary, facts=facts, target=f"budwood.serve.vllm.{target}")
 
 
 SERVED = {

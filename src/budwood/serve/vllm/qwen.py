@@ -89,6 +89,11 @@ class _PrunesGrids(PrunesImages):
                 f"pipeline_parallel_size={n_stages}: later stages do not see where this model's "
                 "kept tokens are; use --tensor-parallel-size or --data-parallel-size"
             )
+        if vllm_config.speculative_config is not None:
+            raise UnsupportedModelError(
+                "a drafting model does not see where this model's kept tokens are; leave "
+                "--speculative-config out"
+            )
         if vllm_config.model_config.get_multimodal_config().video_pruning_rate:
             raise UnsupportedModelError(
                 "video_pruning_rate moves positions as well; leave --video-pruning-rate out"
