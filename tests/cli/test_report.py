@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from budwood import records
+from budwood.bench.prune import examples
+from budwood.sprout import balanced
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -93,8 +95,6 @@ def test_bad_input(budwood, tmp_path):
 
 def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):
     """Where counts and fractions are mixed, 0.5 is more than 16."""
-    from budwood.bench.prune import examples
-
     given = {}
 
     def noted(*args, **kwargs):
@@ -109,6 +109,18 @@ def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):
     with pytest.raises(InterruptedError):
         examples.examples_of(None, None, record, 1, 6)
     assert given["keep"] == 16
+
+
+def test_examples_of_a_high_resolution_record_are_of_its_scenes(monkeypatch):
+    def noted(*args, **kwargs):
+        raise InterruptedError(args[2].size)
+
+    monkeypatch.setattr(examples, "compare_methods", noted)
+    record = records.read(RESULTS / "prune.json")
+    record.config["high_resolution"] = True
+    size = balanced(record.config["seed"], 1, high_resolution=True)[0][0].image.size
+    with pytest.raises(InterruptedError, match=re.escape(str(size))):
+        examples.examples_of(None, None, record, 1, 6)
 
 
 def test_examples_show_what_the_records_methods_keep(budwood, tmp_path):

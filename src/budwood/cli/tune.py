@@ -18,6 +18,7 @@ from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
+from budwood.cli.tune_push import push, upload
 from budwood.errors import InputError
 from budwood.files import need_parent
 
@@ -49,6 +50,7 @@ class _RunByDefault(TyperGroup):
 
 app = typer.Typer(rich_markup_mode=None, cls=_RunByDefault)
 app.command("eval", short_help="Score an adapter and its base model.")(tune_eval)
+app.command("push", short_help="Put an adapter on the hub.")(push)
 app.command("export-lora", short_help="Write an ordinary LoRA from an adapter.")(export_lora)
 
 
@@ -137,6 +139,10 @@ def run(
     report_to: Annotated[
         str, typer.Option(metavar="NAME,…", help="Trackers: tensorboard, wandb, mlflow, ….")
     ] = "",
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="ID", help="Put the adapter on the hub at the end."),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: tune_options.TrainingDtype = "auto",
@@ -162,6 +168,8 @@ def run(
     for source in [*train, *(evaluate or [])]:
         check_data_source(source)
     check_source(model, "smollm2")
+    if push_to:
+        _check_push(push_to, model)
 
     from budwood.tune import Settings, finetune
 
@@ -199,10 +207,25 @@ def run(
         )
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes speaks
+    if push_to:
+        upload(output, push_to)
     if json:
         print_json(_summary(result, method, rank))
     else:
         _print(result, method)
+
+
+def _check_push(repo_id: str, model: str | None) -> None:
+    """Refuse before the training what could not be pushed after it."""
+    from budwood.loading import is_path
+    from budwood.tune.publish import check_hub
+
+    if model and is_path(model):
+        raise InputError(
+            f"--push-to-hub with the local base model {model}, which nobody else can load; train "
+            "without it, then `budwood tune push ADAPTER ID --base HUB_ID`"
+        )
+    check_hub(repo_id)
 
 
 @contextmanager

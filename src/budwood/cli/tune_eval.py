@@ -125,7 +125,7 @@ def tune_eval(
         seed=seed,
         config={
             "model": loaded.name,
-            "adapter": Path(adapter).name,
+            "adapter": Path(adapter).resolve().name,
             "dtype": loaded.dtype,
             "style": style,
             "limit": limit,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from budwood.tune.finetuning import FinetuneResult, finetune
     from budwood.tune.fitting import fit_discriminant
     from budwood.tune.loading import load_adapted
+    from budwood.tune.publish import push_to_hub
     from budwood.tune.settings import Settings
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "fit_discriminant",
     "load_adapted",
     "observe",
+    "push_to_hub",
     "tell_labels",
 ]
 
@@ -62,6 +64,7 @@ __getattr__, __dir__, _ = lazy_exports(
         "finetune": "finetuning",
         "fit_discriminant": "fitting",
         "load_adapted": "loading",
+        "push_to_hub": "publish",
     },
 )
 

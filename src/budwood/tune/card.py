@@ -6,7 +6,11 @@ from pathlib import Path
 
 CARD_FILE = "README.md"
 HEADING = "## Load this adapter"
-_LINES = f"""{HEADING}
+
+
+def loading_lines(adapter: str = "this folder or hub id") -> str:
+    """The section, for an adapter of this name."""
+    return f"""{HEADING}
 
 PEFT knows the type SLIM once `budwood.tune` is imported; without that line it stops with
 `KeyError: 'SLIM'`. Install it with `pip install "budwood[tune]"`.
@@ -15,10 +19,8 @@ PEFT knows the type SLIM once `budwood.tune` is imported; without that line it s
 import budwood.tune  # before the adapter is loaded
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("this folder or hub id")
-```
-
-"""
+model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")
+```"""
 
 
 def say_how_to_load(folder: Path) -> None:
@@ -45,5 +47,5 @@ def _inserted(text: str) -> str:
     """The card with our part in front of its second heading, or at its end."""
     place = text.find("\n## ")
     if place < 0:
-        return f"{text.rstrip()}\n\n{_LINES}"
-    return text[: place + 1] + _LINES + text[place + 1 :]
+        return f"{text.rstrip()}\n\n{loading_lines()}\n\n"
+    return f"{text[: place + 1]}{loading_lines()}\n\n{text[place + 1 :]}"

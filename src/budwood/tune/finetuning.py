@@ -22,6 +22,7 @@ from budwood.loading import (
     SMOLLM2_ID,
     Loaded,
     bare_name,
+    is_file_name,
     is_path,
     load_language_model,
 )
@@ -202,7 +203,7 @@ def finetune(
             was_complete=was_complete,
         )
     if record and processes(model).is_main_process and not (folder / RECORD_FILE).exists():
-        _write_record(result, method, rank)
+        _write_record(result, method, rank, _data_names(data))
     return result
 
 
@@ -399,9 +400,19 @@ def _texts(
         return cached_texts(file, adapted, tokenizer, tuner.n_texts, progress)
 
 
-def _write_record(result: FinetuneResult, method: str, rank: int) -> None:
+def _data_names(data: Any) -> list[str]:
+    """Hub ids, and files without their folders; none for data that were given as objects."""
+    given = data if isinstance(data, (list, tuple)) else [data]
+    if not all(isinstance(one, (str, os.PathLike)) for one in given):
+        return []
+    names = [os.fspath(one) for one in given]
+    return [Path(name).name if is_file_name(name) else name for name in names]
+
+
+def _write_record(result: FinetuneResult, method: str, rank: int, data: list[str]) -> None:
     config = {"model": result.model_name, "method": method, "rank": rank}
     config |= {"params": result.n_trained_parameters, "n_examples": result.n_examples}
+    config |= {"data": data}
     config |= dataclasses.asdict(result.settings)
     record = records.new_record("tune", result.history, seed=result.settings.seed, config=config)
     records.write(record, result.output / RECORD_FILE)

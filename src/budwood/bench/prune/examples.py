@@ -37,7 +37,9 @@ def examples_of(
     options = {"keep": fewest["keep"], "seed": config["seed"]}
     options |= {"question": texts[0]} if texts else {}
     made = []
-    for place, (scene, questions) in enumerate(balanced(config["seed"], number, config["split"])):
+    large = config.get("high_resolution", False)  # records from before it lack it
+    drawn = balanced(config["seed"], number, config["split"], large)
+    for place, (scene, questions) in enumerate(drawn):
         question = questions[place % len(questions)]
         full, compared = compare_methods(
             model,
