@@ -14,7 +14,8 @@ def register() -> None:
 
     What is behind a name is imported when a model asks for it.
     """
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+    # pyright takes vllm for this package.
+    from vllm import ModelRegistry  # pyright: ignore[reportAttributeAccessIssue]
 
     known = ModelRegistry.get_supported_archs()
     for entry in catalogue.SERVED.values():

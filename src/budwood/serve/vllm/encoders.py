@@ -2,7 +2,7 @@
 
 Under tensor parallelism each rank has some of the heads; :func:`mean_over_ranks` makes the mean.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -72,23 +72,14 @@ class RotatedRecorder(Recorder):
         return packed_attention(queries, keys, n_heads, scale, lengths)
 
 
-def mean_over_ranks(
-    scores: Tensor,
-    n_ranks: int | None = None,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+def mean_over_ranks(scores: Tensor, n_ranks: int, all_reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean over all heads, of means over the heads of each rank, which all have as many.
 
     Args:
         scores: of this rank, any shape.
-        n_ranks: of tensor parallelism; by default vLLM's.
-        all_reduce: sums a tensor over them; by default vLLM's.
+        n_ranks: of tensor parallelism.
+        all_reduce: sums a tensor over them.
     """
-    if n_ranks is None or all_reduce is None:
-        from vllm import distributed
-
-        n_ranks = distributed.get_tensor_model_parallel_world_size()
-        all_reduce = distributed.tensor_model_parallel_all_reduce
     return scores if n_ranks == 1 else all_reduce(scores) / n_ranks
 
 

@@ -9,6 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 
 from budwood.errors import UnsupportedModelError
 from budwood.prune.families.base import Layout
@@ -126,7 +130,9 @@ class PrunesImages:
     def _pruned(
         self, features: Tensor, layout: Layout, scores: Tensor | None, question: Tensor, count: Any
     ) -> Tensor:
-        scores = None if scores is None else mean_over_ranks(scores)
+        if scores is not None:
+            n_ranks = get_tensor_model_parallel_world_size()
+            scores = mean_over_ranks(scores, n_ranks, tensor_model_parallel_all_reduce)
         selection = self.choose(features, layout, scores, question, int(count))
         kept = layout.kept(selection.indices)
         return self.marked(features[kept], layout, kept)

@@ -188,7 +188,7 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _shorter(self, replacement: Any, items: Any, number: int) -> Any:
         """The placeholders of an image, less those of its dropped tokens."""
-        full = replacement(number) if callable(replacement) else replacement
+        full: Any = replacement(number) if callable(replacement) else replacement
         image = items["image"][number]
         if PLACEHOLDERS not in image:
             return full

@@ -187,9 +187,8 @@ class _PrunesGrids(PrunesImages):
             place = feature.mm_position
             start = place.offset + n_more
             image = feature.data
-            is_pruned = image is not None and PLACEHOLDERS in image
             n_whole = place.length
-            if is_pruned:
+            if image is not None and PLACEHOLDERS in image:
                 n_whole = type(self).layout(self.config, image.get_data()).n_placeholders
                 token = input_tokens[place.offset]
                 whole[start : start + place.length] = [token] * n_whole
