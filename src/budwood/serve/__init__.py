@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from budwood.serve.launch import run as run
     from budwood.serve.settings import Settings as Settings
 
-KEY = "budwood"
-"""Where a model's configuration has the settings: ``{"budwood": {"keep": 64}}``."""
-
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {

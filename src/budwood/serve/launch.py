@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from budwood import catalogue
 from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
-from budwood.serve import KEY
-from budwood.serve.vllm import served_name
+from budwood.serve.vllm import KEY, served_name
 
 if TYPE_CHECKING:
     from budwood.serve.settings import Settings

@@ -14,7 +14,7 @@ from budwood.prune.budget import Budget
 from budwood.prune.methods.base import Method
 from budwood.prune.question import Question
 from budwood.prune.selection import resolve_method
-from budwood.serve import KEY
+from budwood.serve.vllm import KEY
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from budwood import catalogue
 
+KEY = "budwood"
+"""Where a model's configuration has the settings: ``{"budwood": {"keep": 64}}``."""
+
 
 def register() -> None:
     """Tell vLLM of the architectures; called by vLLM in each of its processes, harmless twice.
