@@ -221,6 +221,22 @@ A name such as ``llava-pixtral`` has the tower's ``model_type`` as well, where t
 """
 
 
+def _served(architecture: str, target: str) -> Entry:
+    summary = f"{architecture} with pruned images, in vLLM."
+    facts = {"architecture": architecture}
+    return Entry(summary, facts=facts, target=f"budwood.serve.vllm.{target}")
+
+
+SERVED = {
+    "llava": _served("LlavaForConditionalGeneration", "llava:BudwoodLlava"),
+    "llava_next": _served("LlavaNextForConditionalGeneration", "llava:BudwoodLlavaNext"),
+    "qwen2_vl": _served("Qwen2VLForConditionalGeneration", "qwen:BudwoodQwen2VL"),
+    "qwen2_5_vl": _served("Qwen2_5_VLForConditionalGeneration", "qwen:BudwoodQwen25VL"),
+    "qwen3_vl": _served("Qwen3VLForConditionalGeneration", "qwen:BudwoodQwen3VL"),
+}
+"""Families that the plugin for vLLM serves, by ``config.model_type``."""
+
+
 def _tuner(summary: str, kind: str = "method") -> Entry:
     return Entry(summary, facts={"kind": kind})
 
