@@ -83,9 +83,8 @@ def test_alpha_is_a_number_once_the_config_is_made(alpha):
     ("n_tokens", "distance", "n_directions", "margin"),
     [
         (0, "whitened", 8, 1.5),
-        (63, "whitened", 8, 1.5),
-        (160, "discriminant", 16, 1.0),
-        (1279, "discriminant", 127, 1.0),
+        (160, "whitened", 16, 1.5),
+        (1279, "whitened", 127, 1.5),
         (1280, "discriminant", 128, 1.0),
         (10**6, "discriminant", 128, 1.0),
     ],
@@ -96,7 +95,6 @@ def test_the_recommended_config_follows_the_amount_of_data(
     config = SlimConfig.recommended(n_tokens)
     assert (config.r, config.alpha, config.task_type) == (4, 8.0, "CAUSAL_LM")
     assert (config.distance, config.n_directions) == (distance, n_directions)
-    assert config.merging == (n_tokens >= 1280)
     assert (config.margin_of(training=True), config.margin_of(training=False)) == (1.5, margin)
 
 

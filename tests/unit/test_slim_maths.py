@@ -9,7 +9,6 @@ import torch
 
 from budwood.tune.distance import (
     discriminant,
-    free_space,
     measure,
     measure_along,
     measure_whitened,
@@ -167,24 +166,6 @@ def test_discriminant_is_the_reference(n):
     assert close(direction, expected[0]) and close(offset, expected[1])
     sides = [(x @ direction - offset).mean() for x in (own, other)]
     assert sides[0] < 0 < sides[1] and torch.isclose(-sides[0], sides[1], rtol=1e-3)
-
-
-def test_space_is_free_up_to_half_of_where_other_text_begins():
-    torch.manual_seed(0)
-    training, other = torch.randn(3000, 6), torch.randn(2000, 6)
-    other[:, 0] += 12
-    # In standard deviations of the training data, 2 % of the other text lie within 12 - 2.05.
-    assert free_space(training, other) == pytest.approx((12 - 2.05) / 2, rel=0.03)
-    other[:, 0] -= 10.5
-    assert free_space(training, other) == 1  # they overlap
-
-
-def test_few_tokens_leave_more_space_than_many():
-    torch.manual_seed(0)
-    mixed = torch.randn(64, 64) / 8
-    other = torch.randn(600, 64) @ mixed + 0.3
-    few, many = (torch.randn(n, 64) @ mixed for n in (12, 4000))
-    assert free_space(few, other) > 2 * free_space(many, other)
 
 
 def test_discriminant_is_the_difference_of_squared_mahalanobis_distances():

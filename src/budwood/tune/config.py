@@ -19,11 +19,10 @@ from budwood.checks import need_int, need_number
 from budwood.errors import InputError, OptionError, UnknownNameError
 from budwood.tune.card import say_how_to_load
 
-FORMAT = 3
+FORMAT = 2
 """Version of the saved format. It rises when an older reader would misread an adapter.
 
 1: weights are ``slim_in`` and ``slim_out``. 2: they are ``slim_in.weight`` and ``slim_out.weight``.
-3: discriminants know how much space other text leaves (``stretch``).
 """
 CHOICES = {
     "distance": ("max", "rms", "whitened", "discriminant"),
@@ -46,10 +45,6 @@ TOKENS_PER_DIRECTION = 10
 """Supervised tokens for each direction of the whitened distance; fewer would overfit it."""
 FEWEST_DIRECTIONS = 8
 """Directions of the whitened distance for the smallest data sets."""
-PLENTY = 1_280
-"""Supervised tokens from which dynamic merging is used, and the adapter weakened after training."""
-FEWEST_FITTED = 64
-"""Supervised tokens from which the distance is the discriminant."""
 MARGIN_INFERENCE = 1.0
 """Margin at inference that goes with the discriminant."""
 LORA_NAMES = {
@@ -277,10 +272,9 @@ class SlimConfig(PeftConfig):
     def recommended(cls, n_supervised_tokens: int, *, r: int = 4, **options: Any) -> SlimConfig:
         """Make the config that ``finetune``, ``budwood tune`` and the benchmark's SLIM row train.
 
-        From 64 supervised tokens on the distance is the discriminant, with a margin of 1.0 at
-        inference; below that it is the whitened one with a direction for every ten tokens. Dynamic
-        merging begins at 1,280 supervised tokens: its expectation at inference halves what a short
-        run has learnt.
+        From 1,280 supervised tokens on the distance is the discriminant, with a margin of 1.0 at
+        inference. Below that it is the whitened one with a direction for every ten tokens: beside
+        few examples, other examples of the same task would look like other text.
 
         Args:
             n_supervised_tokens: tokens of one pass over the training data whose label is not −100.
@@ -296,12 +290,11 @@ class SlimConfig(PeftConfig):
         need_int(0, n_supervised_tokens=n_supervised_tokens)
         wanted = n_supervised_tokens // TOKENS_PER_DIRECTION
         n_directions = min(cls.n_directions, max(FEWEST_DIRECTIONS, wanted))
-        fitted = n_supervised_tokens >= FEWEST_FITTED
+        enough = n_directions == cls.n_directions
         defaults: dict[str, Any] = {
             "task_type": "CAUSAL_LM",
             "n_directions": n_directions,
-            "distance": "discriminant" if fitted else "whitened",
-            "merging": n_supervised_tokens >= PLENTY,
+            "distance": "discriminant" if enough else "whitened",
         }
         merged = {**defaults, **options}
         if merged["distance"] == "discriminant" and "margin" not in merged:

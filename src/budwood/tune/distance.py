@@ -32,8 +32,6 @@ RIDGE = 1e-3
 """Added to the variances, about 1, of a covariance that is inverted."""
 LEAST_RIDGE = 1e-5
 """The same as a fraction of the largest variance: the precision of float32."""
-BEGINS = 0.02
-"""Fraction of other text that may lie nearer than where it is said to begin."""
 DISCRIMINANT_RIDGE = 0.1
 """Added to variances of about 1: a full covariance would need more tokens than there are."""
 
@@ -184,32 +182,6 @@ def discriminant(training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     direction = _solve(spread, centres[1] - centres[0]) * scale
     middle = mean + (centres[0] + centres[1]) / 2 / scale
     return direction, middle @ direction
-
-
-def free_space(training: Tensor, other: Tensor) -> float:
-    """Find how far one may go from the training data before other text begins.
-
-    Ours. With few examples other text lies tens of standard deviations away from the training data,
-    and questions that are asked in new words lie between, much nearer. A margin in standard
-    deviations would leave them out. With much data both kinds overlap, and there is no such space.
-    Other text is measured half by half, with the discriminant of the training data and the other
-    half, since what was fitted to lies too far out.
-
-    Args:
-        training: tokens of the training data, float32, shape (n_training, d_in).
-        other: tokens of other text, at least 2, float32, shape (n_other, d_in).
-
-    Returns:
-        Half of the distance at which ``BEGINS`` of the other text lie within, from the mean of the
-        training data and in their standard deviations; at least 1.
-    """
-    halves, scaled = other.tensor_split(2), []
-    for half, rest in (halves, halves[::-1]):
-        direction, offset = discriminant(training, rest)
-        near, far = training @ direction - offset, half @ direction - offset
-        scaled.append((far - near.mean()) / (near.std(correction=0) + 1e-12))
-    begins = float(torch.cat(scaled).sort().values[int(BEGINS * len(other))])
-    return max(1.0, begins / 2)
 
 
 def measure_along(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
-from budwood.tune.distance import discriminant, free_space
+from budwood.tune.distance import discriminant
 from budwood.tune.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.observe import evaluating
 from budwood.tune.self_generated import self_generate
@@ -86,7 +86,7 @@ def fit_discriminant(
     inputs = [tuple(survey.inputs_of(layer) for survey in surveys) for layer in fresh]
     fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
     for layer, texts, direction in zip(fresh, inputs, fitted):
-        layer.set_direction(*direction, sum(map(len, texts)), free_space(*texts))
+        layer.set_direction(*direction, sum(map(len, texts)))
     return n_supervised(rows), n_supervised(other)
 
 

@@ -7,19 +7,18 @@ summary in ``budwood.catalogue``.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from budwood import catalogue
 from budwood.checks import need_int
-from budwood.errors import BudwoodError, InputError, UnsupportedModelError
+from budwood.errors import BudwoodError, InputError
 from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
 from budwood.spec import parse_spec
-from budwood.tune.config import PLENTY, SlimConfig
-from budwood.tune.encoding import EncodedExample, tokens_before_request
+from budwood.tune.config import SlimConfig
+from budwood.tune.encoding import EncodedExample
 from budwood.tune.fitting import N_TEXTS, fit_discriminant
 from budwood.tune.peers import Corda, Oft, Osf
 from budwood.tune.tuners import (
@@ -33,11 +32,7 @@ from budwood.tune.tuners import (
     Tuner,
 )
 
-STRENGTH = 0.7
-"""Adapter strength of SLIM after training on enough data."""
-FEWER_TEXTS = 64
-"""Self-generated texts beside few examples, which take half as long to write."""
-_MANY = 10**6
+_PLENTY = 10**6
 """Supervised tokens that a SLIM tuner counts on until it is fitted to the data."""
 
 
@@ -48,20 +43,16 @@ class Slim(Tuner):
     Attributes:
         texts: self-generated texts that the discriminant tells the training data from. 0 for the
             whitened distance, None to decide by the amount of data.
-        strength: ours, as of any tuner. None for 0.7, which forgets less and costs nothing, and
-            for 1 with few examples, of which too little would be left.
+        strength: ours, as of any tuner: on validation data it forgets less and costs nothing.
         n_supervised_tokens: amount of training data, set by :meth:`fitted_to`.
     """
 
     texts: int | None = None
-    strength: float | None = None  # type: ignore[assignment]
-    n_supervised_tokens: int = _MANY
+    strength: float = 0.7
+    n_supervised_tokens: int = _PLENTY
 
     def __post_init__(self) -> None:
-        if self.strength is not None:
-            super().__post_init__()
-        else:
-            dataclasses.replace(self, strength=1.0)  # checks the others
+        super().__post_init__()
         if self.texts is not None:
             need_int(0, texts=self.texts)
         config = self.config(1, None, 0)  # refuses unknown options before a model is loaded
@@ -88,29 +79,11 @@ class Slim(Tuner):
     def fitted_to(self, n_supervised_tokens: int) -> Slim:
         return dataclasses.replace(self, n_supervised_tokens=n_supervised_tokens)
 
-    def suited_to(self, tokenizer: Any) -> Slim:
-        if self.texts is not None or not 0 < self.n_texts < N_TEXTS or "distance" in self.extra:
-            return self
-        try:
-            tokens_before_request(tokenizer)
-        except UnsupportedModelError as error:
-            warnings.warn(f"SLIM takes the whitened distance, since {error}", stacklevel=3)
-            return dataclasses.replace(self, texts=0)
-        return self
-
     @property
     def n_texts(self) -> int:
         if not _needs_texts(self.config(1, None, 0)):
             return 0
-        if self.texts is not None:
-            return self.texts
-        return N_TEXTS if self.n_supervised_tokens >= PLENTY else FEWER_TEXTS
-
-    def training(self, texts: Sequence[EncodedExample]) -> dict[str, Any]:
-        strength = self.strength
-        if strength is None:
-            strength = STRENGTH if self.n_supervised_tokens >= PLENTY else 1.0
-        return super().training(texts) | {"strength": strength}
+        return N_TEXTS if self.texts is None else self.texts
 
     def prepare(
         self,

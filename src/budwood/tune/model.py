@@ -25,12 +25,7 @@ from budwood.tune.fused import SlimExperts, around, check_fused, is_fused
 from budwood.tune.layer import REFUSAL, SlimLinear
 from budwood.tune.mixed import rows_by_adapter
 from budwood.tune.passes import SharedStatistics
-from budwood.tune.saved import (
-    check_state,
-    present_names,
-    register_old_names,
-    with_later_state,
-)
+from budwood.tune.saved import check_state, present_names, register_old_names
 from budwood.tune.steps import TENSORS, SlimLayer, StepKeeper, forget, layers_of
 from budwood.tune.targets import (
     LEADERS,
@@ -267,9 +262,8 @@ class SlimModel(BaseTuner):
         # A module that stands in two places is in the file once.
         saved = {id(expected[key]): value for key, value in mapped.items() if key in expected}
         repeated = {key: saved[id(v)] for key, v in expected.items() if id(v) in saved}
-        whole = with_later_state(repeated | mapped, expected)
-        check_state(whole, expected)
-        return whole
+        check_state(repeated | mapped, expected)
+        return repeated | mapped
 
     def _keeper(self) -> StepKeeper:
         layers = layers_of(self.model)

@@ -60,8 +60,6 @@ def check_safetensors(path: Path) -> None:
         ) from None
 
 
-LATER_STATE = ".stretch"
-"""How the names of buffers end that adapters of format 2 lack; they had 1 throughout."""
 OLD_WEIGHTS = (".slim_in", ".slim_out")
 """How the names of weights end in format 1."""
 
@@ -71,19 +69,6 @@ def present_names(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         f"{key}.weight" if key.endswith(OLD_WEIGHTS) else key: value for key, value in saved.items()
     }
-
-
-def with_later_state(
-    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Add to a saved adapter the buffers that formats 1 and 2 lack.
-
-    Args:
-        saved: key to tensor in the file.
-        expected: key to tensor in the model.
-    """
-    later = [key for key in expected if key.endswith(LATER_STATE) and key not in saved]
-    return {**saved, **{key: torch.ones((), dtype=torch.float32) for key in later}}
 
 
 def register_old_names() -> None:

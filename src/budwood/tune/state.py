@@ -143,11 +143,7 @@ class InputStatistics(_Kept):
         if self.steps < 2:
             return None, moments
         margin = self.config.margin_of(training)
-        return standardised_distance(raw, *self.distribution(), margin), moments
-
-    def distribution(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the distances of data like the training data, each of shape ()."""
-        return self.distance_mean, self.distance_var
+        return standardised_distance(raw, self.distance_mean, self.distance_var, margin), moments
 
     def last_distance(self, n_tokens: int) -> Tensor | None:
         """Return the distances that the first layer of the block has just measured.
@@ -358,12 +354,9 @@ class DiscriminantStatistics(InputStatistics):
     direction: Tensor
     offset: Tensor
     n_fitted: Tensor
-    stretch: Tensor
 
     def __init__(self, config: SlimConfig, d_in: int, key: str) -> None:
         super().__init__(config, d_in, key)
-        # Adapters of format 2 lack it.
-        self.register_buffer("stretch", torch.ones((), dtype=torch.float32))
         self.register_buffer("direction", torch.zeros(d_in, dtype=torch.float32))
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("n_fitted", torch.zeros((), dtype=torch.int64))
@@ -373,29 +366,11 @@ class DiscriminantStatistics(InputStatistics):
         """Whether there is a direction; waits for the device only after a change."""
         return self.derived("fitted", lambda: int(self.n_fitted) > 0, self.n_fitted)
 
-    def set_direction(
-        self,
-        direction: Tensor,
-        offset: Tensor,
-        n_tokens: int,
-        stretch: float = 1.0,
-    ) -> None:
-        """Store what was fitted to some tokens.
-
-        Args:
-            direction: of :func:`budwood.tune.distance.discriminant`.
-            offset: its offset.
-            n_tokens: tokens.
-            stretch: of :func:`budwood.tune.distance.free_space`.
-        """
-        self.stretch.fill_(stretch)
+    def set_direction(self, direction: Tensor, offset: Tensor, n_tokens: int) -> None:
+        """Store what :func:`budwood.tune.distance.discriminant` fitted to some tokens."""
         self.direction.copy_(direction)
         self.offset.copy_(offset)
         self.n_fitted.fill_(n_tokens)
-
-    def distribution(self) -> tuple[Tensor, Tensor]:
-        # As wide as the space that other text leaves free.
-        return self.distance_mean, self.distance_var * self.stretch.square()
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None

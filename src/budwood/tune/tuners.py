@@ -71,10 +71,6 @@ class Tuner:
         """
         return self
 
-    def suited_to(self, tokenizer: Any) -> Tuner:
-        """The tuner for a tokenizer, whose chat template may not allow self-generated text."""
-        return self
-
     def ranks(self, model: Any) -> Sequence[int]:
         """The ranks that there are, in rising order; none for all."""
         return ()
