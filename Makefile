@@ -7,20 +7,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions test-lmms test-app docs plots lint format clean
+.PHONY: help venv demo test test-versions test-vllm test-lmms test-app docs plots lint format clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
 	@echo "make demo    all three abilities on embedded models, in three minutes"
 	@echo "make test    the whole test suite"
 	@echo "make test-versions  the tests of models, on the oldest and the newest transformers"
+	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
 	@echo "make format  let ruff put right what it can"
-	@echo "make clean   remove $(VENV), .venvs and caches"
+	@echo "make clean   remove $(VENV), .venvs, $(VLLM) and caches"
 
 venv: $(STAMP)
 
@@ -67,6 +68,18 @@ test-versions: .venvs/oldest/.installed .venvs/newest/.installed
 	.venvs/oldest/bin/python -m pytest $(MODEL_TESTS)
 	.venvs/newest/bin/python -m pytest $(MODEL_TESTS)
 
+# vLLM in an environment of its own. It warns a lot; warnings are errors in the rest of the suite.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: pyproject.toml tests/vllm/environment.py tests/vllm/requirements.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python tests/vllm/environment.py
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm -W default --timeout 600
+
 # lmms-eval without its fifty dependencies, apart from the environment: it wants an older filelock.
 LMMS := build/lmms
 
@@ -108,4 +121,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venvs .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) .venvs $(VLLM) .pytest_cache .ruff_cache build dist site

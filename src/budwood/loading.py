@@ -296,11 +296,28 @@ def _opened(source: str) -> Iterator[str]:
         raise InputError(f"cannot load model {source}: {first_line(error)}") from error
 
 
-def _has_vision(source: str) -> bool:
+def config_of(source: str) -> Any:
+    """Read a model's configuration alone.
+
+    Args:
+        source: hub id or directory.
+
+    Raises:
+        InputError: there is no such model, or it is an embedded one, or the hub does not answer.
+    """
+    if source in (SPROUT, SMOLLM2):
+        raise InputError(
+            f"{source} is embedded in budwood and has no directory; write it to one with "
+            "model.save_pretrained() and processor.save_pretrained()"
+        )
     with _opened(source) as folder:
         from transformers import AutoConfig
 
-        return hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+        return AutoConfig.from_pretrained(folder)
+
+
+def _has_vision(source: str) -> bool:
+    return hasattr(config_of(source), "vision_config")
 
 
 def _sprout(dtype: Any) -> tuple[Any, Any]:

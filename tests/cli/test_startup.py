@@ -66,6 +66,10 @@ COMMANDS = [
     "scan missing.bin --labels car --format kiti",
     "bench tune --data nlp --output runs --methods lra",
     "bench show missing.json",
+    "bench serve nonsense",
+    "serve missing",
+    "serve missing --keep 0",
+    "serve missing --method adv",
 ]
 
 

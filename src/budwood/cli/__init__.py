@@ -16,6 +16,7 @@ from budwood.cli.page import page
 from budwood.cli.prune import prune
 from budwood.cli.report import report
 from budwood.cli.scan import scan
+from budwood.cli.serve import PASSED_ON, serve
 
 app = typer.Typer(
     name="budwood",
@@ -27,6 +28,11 @@ app = typer.Typer(
 app.command("demo", short_help="See pruning at work, offline, in half a minute.")(demo.demo)
 app.command("prune", short_help="Ask about a picture with all visual tokens and with few.")(prune)
 app.command("compare", short_help="Compare several pruning methods on one picture.")(compare)
+app.command(
+    "serve",
+    short_help="Serve a model with pruned images, through vLLM.",
+    context_settings=PASSED_ON,
+)(serve)
 app.add_typer(
     tune.app, name="tune", short_help="Fine-tune a language model so that it forgets little."
 )

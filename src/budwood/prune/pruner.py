@@ -158,7 +158,7 @@ class Pruner:
                 self._select(number, one, budget, *three)
                 for number, (one, budget, three) in enumerate(zip(found, budgets, signals))
             ]
-        kept = [_all_kept(one.layout, choice.indices) for one, choice in zip(found, chosen)]
+        kept = [one.layout.kept(choice.indices) for one, choice in zip(found, chosen)]
         device = inputs["input_ids"].device
         places = [_places(one.layout, indices, device) for one, indices in zip(found, kept)]
         placed = [one.placed for one in found]
@@ -465,15 +465,6 @@ def _beside(
     text = None if text is None else text.to(visual.device)
     saliency = None if saliency is None else saliency.to(visual.device)
     return visual, text, saliency
-
-
-def _all_kept(layout: Layout, indices: Tensor) -> Tensor:
-    """Features that go to the LLM: the chosen candidates and those that always stay."""
-    if layout.candidates is None:
-        return indices
-    chosen = layout.candidates.to(indices.device, non_blocking=True)[indices]
-    fixed = layout.fixed.to(indices.device, non_blocking=True)
-    return torch.cat((chosen, fixed)).sort().values
 
 
 def _left(image: Tensor, layout: Layout, selection: Selection, kept: Tensor) -> Tensor:

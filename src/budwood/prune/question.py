@@ -174,8 +174,29 @@ class Question:
         cls, rule: QuestionRule, model: Any, wrapping: Collection[int], processor: Any = None
     ) -> Question:
         """With the special tokens of a model, and of its processor where one is at hand."""
+        configs = (model.generation_config, model.config.get_text_config())
+        return cls.for_configs(rule, configs, wrapping, processor, model.config.image_token_id)
+
+    @classmethod
+    def for_configs(
+        cls,
+        rule: QuestionRule,
+        configs: Sequence[Any],
+        wrapping: Collection[int],
+        processor: Any,
+        image_token_id: int,
+    ) -> Question:
+        """The same with the configurations alone.
+
+        Args:
+            rule: a name in ``budwood.catalogue.QUESTIONS``, or a function.
+            configs: for generation and of the language model; None counts as empty.
+            wrapping: tokens around and inside images.
+            processor: the model's; None if there is none at hand.
+            image_token_id: the placeholder of an image.
+        """
         ends: set[int] = set()
-        for config in (model.generation_config, model.config.get_text_config()):
+        for config in configs:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value = getattr(config, name, None)
                 ends.update(value if isinstance(value, list) else [] if value is None else [value])
@@ -183,7 +204,7 @@ class Question:
             return cls(rule, ends, wrapping)
         tokenizer = getattr(processor, "tokenizer", processor)
         ends.update(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
-        return cls(rule, ends, wrapping, Scaffold.of(processor, model.config.image_token_id))
+        return cls(rule, ends, wrapping, Scaffold.of(processor, image_token_id))
 
     def positions(
         self,

@@ -78,6 +78,39 @@ def received_attention(
     return received / (n_heads * n_asked)
 
 
+def packed_attention(
+    queries: Tensor,
+    keys: Tensor,
+    n_heads: int,
+    scale: float,
+    lengths: Sequence[int],
+    read: Callable[[Tensor, Any], Tensor] = lambda x, rows: x[rows],
+) -> list[Tensor]:
+    """Compute :func:`received_attention` in a sequence that packs images of any size.
+
+    Args:
+        queries: projected queries, shape (n_patches, n_heads · d_head).
+        keys: projected keys, same shape.
+        n_heads: attention heads.
+        scale: factor on the logits, usually d_head ** -0.5.
+        lengths: patches of each image, in the order of the sequence; each attends to itself alone.
+        read: takes rows of queries or keys, such as with a rotation.
+
+    Returns:
+        Mean attention probability, one tensor per image, float32, shape (length,).
+    """
+    scores, start = [], 0
+    for length, count in _of_equal_length(lengths):
+        asked = strided(length, keys.device)
+        first = start + length * torch.arange(count, device=keys.device)[:, None]
+        images = slice(start, start + count * length)
+        q = read(queries, (first + asked).flatten()).view(count, len(asked), -1)
+        k = read(keys, images).view(count, length, -1)
+        scores += received_attention(q, k, n_heads, scale).unbind()
+        start = images.stop
+    return scores
+
+
 def strided(n_tokens: int, device: torch.device, n_queries: int = N_QUERIES) -> Tensor:
     """Sample queries evenly, so that the cost grows with N and not with N².
 
@@ -156,11 +189,13 @@ class Recorder(ExitStack):
             undo.pop_all()
         return self
 
-    def on_output(self, module: nn.Module, name: str, first_token_only: bool = False) -> None:
-        """Remember what ``module`` returns, without its gradient."""
+    def on_output(
+        self, module: nn.Module, name: str, part: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        """Remember what ``module`` returns, or a part of it, without its gradient."""
 
-        def record(_args: Any, output: Tensor) -> None:
-            self._seen[name] = output[:, 0].detach() if first_token_only else output.detach()
+        def record(_args: Any, output: Any) -> None:
+            self._seen[name] = (part(output) if part else output).detach()
 
         hook = _Hook(self, record)
         self.callback(module.register_forward_hook(hook).remove)
@@ -229,7 +264,7 @@ class ClsRecorder(Recorder):
         self._query, self._keys = query, keys
 
     def watch(self) -> None:
-        self.on_output(getattr(self.module, self._query), "query", first_token_only=True)
+        self.on_output(getattr(self.module, self._query), "query", lambda output: output[:, 0])
         self.on_output(getattr(self.module, self._keys), "keys")
 
     def saliency(self) -> Tensor:
@@ -309,18 +344,12 @@ class PackedRecorder(Recorder):
             lengths: patches of each, in the order of the sequence; each attends to itself alone.
         """
         n_heads, scale = self.module.num_heads, self.module.scaling
-        queries, keys = self.projected()
         cos, sin = self.seen("position_embeddings")
-        scores, start = [], 0
-        for length, count in _of_equal_length(lengths):
-            asked = strided(length, keys.device)
-            first = start + length * torch.arange(count, device=keys.device)[:, None]
-            rows, images = (first + asked).flatten(), slice(start, start + count * length)
-            q = rotate(queries[rows], cos[rows], sin[rows], n_heads).view(count, len(asked), -1)
-            k = rotate(keys[images], cos[images], sin[images], n_heads).view(count, length, -1)
-            scores += received_attention(q, k, n_heads, scale).unbind()
-            start = images.stop
-        return scores
+
+        def turned(x: Tensor, rows: Tensor | slice) -> Tensor:
+            return rotate(x[rows], cos[rows], sin[rows], n_heads)
+
+        return packed_attention(*self.projected(), n_heads, scale, lengths, turned)
 
     def projected(self) -> tuple[Tensor, Tensor]:
         """Queries and keys of all images before the rotation, shape (n_patches, width) each."""

@@ -9,7 +9,15 @@ import typer
 
 from budwood import records
 from budwood.cli import options, tune_eval
-from budwood.cli.bench import points, points_speed, prune, prune_speed, tune, tune_speed
+from budwood.cli.bench import (
+    points,
+    points_speed,
+    prune,
+    prune_speed,
+    serve,
+    tune,
+    tune_speed,
+)
 from budwood.cli.console import say
 from budwood.cli.output import reserve_picture
 from budwood.errors import InputError, UnknownNameError
@@ -23,6 +31,7 @@ app.command("points")(points.bench_points)
 app.command("points-speed")(points_speed.bench_points_speed)
 app.command("tune")(tune.bench_tune)
 app.command("tune-speed")(tune_speed.bench_tune_speed)
+app.command("serve")(serve.bench_serve)
 
 COLUMNS = {
     "bench prune": prune.COLUMNS,
@@ -32,6 +41,7 @@ COLUMNS = {
     "bench tune": tune.COLUMNS,
     "bench tune run": tune.COLUMNS_OF_RUNS,
     "bench tune-speed": tune_speed.COLUMNS,
+    "bench serve": serve.COLUMNS,
     "tune eval": tune_eval.COLUMNS,
 }
 """Columns of each kind of record, by its name."""

@@ -80,6 +80,21 @@ class Layout:
         """Placeholders of each piece, also of a single one."""
         return self.runs or (self.n_placeholders,)
 
+    def kept(self, indices: Tensor) -> Tensor:
+        """Features that go to the LLM: the chosen candidates and those that always stay.
+
+        Args:
+            indices: chosen candidates, increasing, int64, shape (n_kept,), on any device.
+
+        Returns:
+            Increasing, on the same device, int64, shape (n_kept + n_fixed,).
+        """
+        if self.candidates is None:
+            return indices
+        chosen = self.candidates.to(indices.device, non_blocking=True)[indices]
+        fixed = self.fixed.to(indices.device, non_blocking=True)
+        return torch.cat((chosen, fixed)).sort().values
+
     def ordered(self, scores: Tensor) -> Tensor:
         """Move scores, or other values, from the encoder's order into the LLM's.
 
@@ -281,8 +296,7 @@ class Family(Visuals):
     @property
     def wrapping_ids(self) -> frozenset[int]:
         """Special tokens around an image, which neither are text nor end a turn."""
-        ids = (getattr(self.model.config, name, None) for name in _WRAPPING)
-        return frozenset(i for i in ids if i is not None)
+        return wrapping_ids(self.model.config)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).
@@ -324,6 +338,12 @@ class Family(Visuals):
             image_size: height and width of the picture in pixels.
         """
         return WHOLE
+
+
+def wrapping_ids(config: Any) -> frozenset[int]:
+    """Special tokens around the images of a model with this configuration."""
+    ids = (getattr(config, name, None) for name in _WRAPPING)
+    return frozenset(i for i in ids if i is not None)
 
 
 def one_by_one(features: Sequence[Tensor]) -> BaseModelOutputWithPooling:

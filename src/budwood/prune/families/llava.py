@@ -37,7 +37,7 @@ class Llava(Family):
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         # "full" keeps [CLS] among the features. It is not a patch, so not a candidate.
         with_cls = self.tower.has_cls and not self.tower.drops_first(inputs)
-        return [_layout(len(image), self.tower.side, with_cls) for image in features]
+        return [one_crop_layout(len(image), self.tower.side, with_cls) for image in features]
 
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         # A tower without [CLS] under "default" loses its first patch, so count from the end.
@@ -54,7 +54,14 @@ class Llava(Family):
 
 
 @lru_cache(maxsize=16)
-def _layout(n_features: int, side: int, with_cls: bool) -> Layout:
+def one_crop_layout(n_features: int, side: int, with_cls: bool) -> Layout:
+    """One square of patches.
+
+    Args:
+        n_features: tokens that the image takes; one less than side² where the first is dropped.
+        side: patches along a side of the square.
+        with_cls: the first feature is [CLS], which always stays.
+    """
     n_candidates = n_features - with_cls
     complete = n_candidates == side * side
     return Layout(

@@ -112,9 +112,7 @@ class QwenVL(Family):
             ]
             scores = torch.cat(recorder.saliency(lengths))
         units = scores.view(-1, unit)
-        merged = units.amax(1) if self.patches == "max" else units.mean(1)
-        per_visual = merged.split([layout.n_candidates for layout in layouts])
-        return [layout.ordered(scores) for scores, layout in zip(per_visual, layouts, strict=True)]
+        return ordered_units(units.amax(1) if self.patches == "max" else units.mean(1), layouts)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         kinds = self._token_types(inputs, ids, mask)
@@ -158,6 +156,12 @@ class QwenVL(Family):
 
     def release(self) -> None:
         self.model.model.rope_deltas = self._deltas_before
+
+
+def ordered_units(scores: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+    """Scores of the merged tokens of packed visuals, in the LLM's order, one tensor per visual."""
+    per_visual = scores.split([layout.n_candidates for layout in layouts])
+    return [layout.ordered(some) for some, layout in zip(per_visual, layouts, strict=True)]
 
 
 @lru_cache(maxsize=256)

@@ -37,9 +37,20 @@ class Qwen25VL(QwenVL):
         return max(self._full_blocks)
 
     def layout(self, frames: int, rows: int, columns: int) -> Layout:
-        config = self.vision
-        window = config.window_size // config.spatial_merge_size // config.patch_size
-        return frames_layout(frames, rows, columns, _place_in_windows(rows, columns, window))
+        return windowed_layout(frames, rows, columns, self.vision)
+
+
+def windowed_layout(frames: int, rows: int, columns: int, vision: Any) -> Layout:
+    """Frames whose merged tokens the encoder has window by window.
+
+    Args:
+        frames: 1 for an image.
+        rows: merged tokens along the height.
+        columns: merged tokens along the width.
+        vision: the vision tower's configuration.
+    """
+    window = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    return frames_layout(frames, rows, columns, _place_in_windows(rows, columns, window))
 
 
 @lru_cache(maxsize=256)

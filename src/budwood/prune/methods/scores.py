@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,12 +67,27 @@ class Common:
         return common
 
     @classmethod
-    @torch.no_grad()
     def _of_embeddings(cls, embed: Any) -> Common:
-        ids = torch.linspace(0, embed.num_embeddings - 1, min(_N_WORDS, embed.num_embeddings))
         device = embed.weight.device
         # Offloaded weights are "meta": accelerate moves the input.
-        return cls.of(embed(ids.long().to("cpu" if device.type == "meta" else device)))
+        return cls.of_vocabulary(
+            embed, embed.num_embeddings, "cpu" if device.type == "meta" else device
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def of_vocabulary(
+        cls, embed: Callable[[Tensor], Tensor], n_words: int, device: torch.device | str
+    ) -> Common:
+        """Compute it from words spread evenly over a vocabulary.
+
+        Args:
+            embed: token ids → input embeddings.
+            n_words: words of the vocabulary.
+            device: where the ids go.
+        """
+        ids = torch.linspace(0, n_words - 1, min(_N_WORDS, n_words))
+        return cls.of(embed(ids.long().to(device)))
 
     def without(self, x: Tensor) -> Tensor:
         """Remove from embeddings (n, d_model) their parts along the directions."""

@@ -1,0 +1,33 @@
+"""A plugin for vLLM: images are pruned by the question before the language model sees them.
+
+vLLM finds it by itself. It adds architectures of new names, so that installing it changes nothing;
+``budwood serve MODEL --keep 0.1`` writes the line that asks for one.
+"""
+
+from __future__ import annotations
+
+from budwood import catalogue
+
+KEY = "budwood"
+"""Where a model's configuration has the settings: ``{"budwood": {"keep": 64}}``."""
+
+
+def register() -> None:
+    """Tell vLLM of the architectures; called by vLLM in each of its processes, harmless twice.
+
+    What is behind a name is imported when a model asks for it.
+    """
+    # pyright takes vllm for this package.
+    from vllm import ModelRegistry  # pyright: ignore[reportAttributeAccessIssue]
+
+    known = ModelRegistry.get_supported_archs()
+    for entry in catalogue.SERVED.values():
+        assert entry.target is not None
+        name = served_name(entry.facts["architecture"])
+        if name not in known:
+            ModelRegistry.register_model(name, entry.target)
+
+
+def served_name(architecture: str) -> str:
+    """The pruning architecture's name, of transformers' own."""
+    return f"Budwood{architecture}"

@@ -1,0 +1,105 @@
+"""LLaVA and LLaVA-NeXT in vLLM."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from budwood.prune.families.base import Layout
+from budwood.serve.vllm.encoders import FusedRecorder, last_layer
+from budwood.serve.vllm.layouts import has_cls, llava_layout, llava_next_layout
+from budwood.serve.vllm.modeling import PrunesImages
+from budwood.serve.vllm.processing import PruningProcessor, UnprunedBudget
+
+_TOWER = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."
+    }
+)
+"""transformers 5.23 saves a tower without the ``vision_model.`` that vLLM expects."""
+
+
+class LlavaInfo(UnprunedBudget, LlavaProcessingInfo):
+    """Encoding costs all patches."""
+
+
+class LlavaNextInfo(UnprunedBudget, LlavaNextProcessingInfo):
+    """Encoding costs all patches of all crops."""
+
+
+class LlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
+    """Fewer placeholders an image."""
+
+    layout = staticmethod(llava_layout)
+
+
+class LlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
+    """Fewer placeholders an image; newlines stay."""
+
+    layout = staticmethod(llava_next_layout)
+
+
+class _PrunesCrops(PrunesImages):
+    """A CLIP or SigLIP tower that sees crops."""
+
+    def recorder(self) -> FusedRecorder:
+        tower = self.vision_tower.vision_model
+        index, depth = self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers
+        layer = last_layer(tower.encoder.layers, index, depth)
+        return FusedRecorder(layer.self_attn, has_cls(self.config))
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaProcessor, info=LlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class BudwoodLlava(_PrunesCrops, LlavaForConditionalGeneration):
+    """``LlavaForConditionalGeneration`` with pruned images."""
+
+    layout = staticmethod(llava_layout)
+    hf_to_vllm_mapper: ClassVar[Any] = LlavaForConditionalGeneration.hf_to_vllm_mapper | _TOWER
+
+    def saliency(
+        self, recorder: FusedRecorder, inputs: Mapping[str, Any], layouts: Sequence[Layout]
+    ) -> list[Tensor]:
+        # A tower without [CLS] under "default" loses its first patch, so count from the end.
+        scores = recorder.saliency()
+        return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class BudwoodLlavaNext(_PrunesCrops, LlavaNextForConditionalGeneration):
+    """``LlavaNextForConditionalGeneration`` with pruned images."""
+
+    layout = staticmethod(llava_next_layout)
+    per_image = ("image_sizes",)
+    hf_to_vllm_mapper: ClassVar[Any] = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _TOWER
+
+    def saliency(
+        self, recorder: FusedRecorder, inputs: Mapping[str, Any], layouts: Sequence[Layout]
+    ) -> list[Tensor]:
+        # A batch of the processor pads images to as many crops as the largest has.
+        per_image = recorder.saliency().split([len(crops) for crops in inputs["pixel_values"]])
+        return [
+            layout.ordered(crops[: layout.n_crops].flatten())
+            for crops, layout in zip(per_image, layouts, strict=True)
+        ]

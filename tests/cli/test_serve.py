@@ -1,0 +1,152 @@
+"""`budwood serve`: the line for vLLM, what it refuses, and that no process is left behind."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from budwood.errors import InputError, MissingPackageError
+from budwood.serve import launch
+
+
+def overrides_of(text: str) -> dict:
+    words = shlex.split(text)
+    return json.loads(words[words.index("--hf-overrides") + 1])
+
+
+def test_dry_run_prints_the_line(budwood, next_dir):
+    done = budwood("serve", next_dir, "--keep", "0.25", "--dry-run", "--port", "9000", "-tp", "2")
+    assert done.exit_code == 0, done.output
+    words = shlex.split(done.stdout)
+    assert words[:3] == ["vllm", "serve", str(next_dir)]
+    assert words[-4:] == ["--port", "9000", "-tp", "2"]
+    assert overrides_of(done.stdout) == {
+        "architectures": ["BudwoodLlavaNextForConditionalGeneration"],
+        "budwood": {"keep": 0.25, "method": "adav", "question": "current", "seed": 0},
+    }
+
+
+def test_a_count_stays_a_count(budwood, model_dir):
+    done = budwood("serve", model_dir, "--keep", "5", "--method", "adav:reserve=0.1", "--dry-run")
+    assert overrides_of(done.stdout)["budwood"] == {
+        "keep": 5,
+        "method": "adav:reserve=0.1",
+        "question": "current",
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--keep", "0"], "below 1"),
+        (["--keep", "1.5"], "outside"),
+        (["--method", "visionzip"], "merges tokens, which is not served"),
+        (["--method", "adav-official"], "reads whole crops, which is not served"),
+        (["--method", "adv"], "unknown method"),
+        (["--question", "turns"], "unknown question"),
+        (["--hf-overrides", "{}"], "is written by budwood serve"),
+        (["--mm_encoder_tp_mode=data"], "leave it out"),
+    ],
+)
+def test_bad_input_is_one_line(budwood, model_dir, options, reason):
+    done = budwood("serve", model_dir, "--dry-run", *options)
+    assert done.exit_code == 2
+    assert reason in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_model_without_vision_is_refused(budwood, blind_dir):
+    done = budwood("serve", blind_dir, "--dry-run")
+    assert done.exit_code == 2 and "is not served; known: llava, " in done.stderr
+
+
+def test_an_embedded_model_is_refused(budwood):
+    done = budwood("serve", "sprout", "--dry-run")
+    assert done.exit_code == 2 and "has no directory" in done.stderr
+
+
+def test_stages_of_a_model_with_m_rope_are_refused():
+    with pytest.raises(ValueError, match="--pipeline-parallel-size 2 does not work"):
+        launch._check_options("qwen2_5_vl", ["-pp=2"])
+    launch._check_options("llava", ["-pp=2"])
+    launch._check_options("qwen2_5_vl", ["--pipeline_parallel_size", "1"])
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "serving needs vllm: pip install 'vllm>=0.32,<0.34'"),
+        ("0.31.9", "vllm 0.31.9 is too old"),
+        ("0.34.0rc1", "vllm 0.34.0rc1 is too new"),
+        ("1.0", "too new"),
+    ],
+)
+def test_other_versions_are_refused(monkeypatch, version, reason):
+    monkeypatch.setattr(launch, "vllm_version", lambda: version)
+    with pytest.raises(MissingPackageError, match=reason.replace("(", r"\(")):
+        launch.check_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1+cpu"])
+def test_known_versions_are_fine(monkeypatch, version):
+    monkeypatch.setattr(launch, "vllm_version", lambda: version)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    launch.check_vllm()
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(InputError, match="keeps vLLM from loading budwood"):
+        launch.check_vllm()
+
+
+SERVER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+PARENT = """
+import subprocess, sys
+from budwood.serve import launch
+real = subprocess.Popen
+launch.subprocess.Popen = lambda command, **more: real([sys.executable, "-c", sys.argv[1]], **more)
+launch.run(launch.Line("model", {}))
+"""
+
+
+def test_no_process_is_left_behind():
+    command = [sys.executable, "-c", PARENT, SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert is_running(child)
+        parent.send_signal(signal.SIGTERM)
+        parent.wait(30)
+    until = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_that_does_not_start_is_one_line(monkeypatch):
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        launch.subprocess,
+        "Popen",
+        lambda _, **more: real([sys.executable, "-c", "exit(3)"], **more),
+    )
+    with pytest.raises(InputError, match="vllm serve ended with exit code 3"):
+        launch.run(launch.Line("model", {}))
