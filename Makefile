@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions test-vllm test-lmms docs plots lint format clean
+.PHONY: help venv demo test test-versions test-vllm test-lmms test-app docs plots lint format clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-versions  the tests of models, on the oldest and the newest transformers"
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
+	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
@@ -89,6 +90,20 @@ $(LMMS)/.installed: $(STAMP)
 
 test-lmms: $(LMMS)/.installed
 	PYTHONPATH=$(LMMS) $(BIN)/python -m pytest tests/ecosystem/test_lmms_eval.py
+
+# Gradio wants an older Pillow than the one that everything else is tested with, so it goes into an
+# environment of its own, on top of the other one. Chromium is the system's.
+.venvs/app/.installed: $(STAMP)
+	test -x .venvs/app/bin/python || $(BIN)/python -m venv .venvs/app
+	$(BIN)/python -c 'import sysconfig; \
+		print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venvs/app/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	grep -vi '^pillow==' constraints.txt > .venvs/app/constraints.txt
+	.venvs/app/bin/python -m pip install -c .venvs/app/constraints.txt 'gradio>=6,<7' playwright
+	@touch $@
+
+test-app: .venvs/app/.installed
+	.venvs/app/bin/python -m pytest tests/app
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -336,8 +336,8 @@ ENCODERS = {
 """Point encoders: the text tower that each is aligned with, and where its weights are."""
 
 
-def _adaptation(name: str, summary: str, source: str) -> Entry:
-    return Entry(summary, source, target=f"budwood.points.methods:{name}")
+def _adaptation(name: str, summary: str, source: str, sees: str = "one") -> Entry:
+    return Entry(summary, source, {"sees": sees}, f"budwood.points.methods:{name}")
 
 
 _ESP_ZERO = "ESP-Zero, arXiv 2404.19639 (a reconstruction)"
@@ -357,6 +357,19 @@ ADAPTATIONS = {
         "T3A",
         "training-free: class embeddings move towards the most certain clouds",
         "T3A, NeurIPS 2021",
+        "all",
+    ),
+    "uni-adapter": _adaptation(
+        "UNI_ADAPTER",
+        "training-free: prototypes of each label from the clouds so far, smoothed on a graph",
+        "Uni-Adapter, AAAI 2026, arXiv 2511.15311",
+        "earlier",
+    ),
+    "point-cache": _adaptation(
+        "POINT_CACHE",
+        "training-free: the most certain clouds so far vote for their labels, whole and in parts",
+        "Point-Cache, CVPR 2025, arXiv 2503.12150",
+        "earlier",
     ),
     "vpt-shallow": _adaptation("VPT_SHALLOW", "prompts before all blocks", "VPT, arXiv 2203.12119"),
     "vpt-deep": _adaptation("VPT_DEEP", "prompts in each block", "VPT, arXiv 2203.12119"),
@@ -382,7 +395,8 @@ ADAPTATIONS = {
         "ours, after ESP-Zero and WiSE-FT, arXiv 2109.01903",
     ),
 }
-"""Ways to adapt a point encoder to sparse clouds, for `budwood points adapt`."""
+"""Ways to adapt a point encoder to sparse clouds, for `budwood points adapt`. ``sees`` says which
+clouds of a call a label depends on: that one alone, the earlier ones too, or all."""
 
 
 BOX_FORMATS = {

@@ -13,6 +13,7 @@ _EXTRAS = {
     "datasets": "tune",
     "filelock": "tune",
     "gguf": "sprout",
+    "gradio": "app",
     "laspy": "points",
     "lm_eval": "tune",
     "lxml": "points",
@@ -25,6 +26,7 @@ _EXTRAS = {
     "pypcd4": "points",
     "scipy": "points",
     "sklearn": "points",
+    "starlette": "app",
     "trimesh": "points",
     "yaml": "tune",
 }
@@ -51,18 +53,19 @@ def need(package: str, what: str) -> Any:
         raise missing_package(package, what, error) from error
 
 
-def check(package: str, what: str) -> None:
+def check(package: str, what: str, extra: str | None = None) -> None:
     """Fail before slow work if an optional package is not installed; import nothing.
 
     Args:
         package: its import name.
         what: what needs it, for the message.
+        extra: of budwood that the message names, where several install the package.
 
     Raises:
         MissingPackageError: it is not installed.
     """
     if not is_installed(package):
-        raise missing_package(package, what)
+        raise missing_package(package, what, extra=extra)
 
 
 def is_installed(package: str) -> bool:
@@ -71,7 +74,7 @@ def is_installed(package: str) -> bool:
 
 
 def missing_package(
-    package: str, what: str, error: BaseException | None = None
+    package: str, what: str, error: BaseException | None = None, extra: str | None = None
 ) -> MissingPackageError:
     """The error for a package that is not installed, with the line that installs it.
 
@@ -79,9 +82,10 @@ def missing_package(
         package: its import name.
         what: what needs it, in the singular: ``"drawing a plot"``.
         error: what went wrong; its message is shown unless it says just that.
+        extra: as of :func:`check`.
     """
     package = package.partition(".")[0]
-    command = _COMMANDS.get(package) or f"pip install 'budwood[{_EXTRAS[package]}]'"
+    command = _COMMANDS.get(package) or f"pip install 'budwood[{extra or _EXTRAS[package]}]'"
     says_more = error is not None and getattr(error, "name", None) != package
     reason = f" ({first_line(error)})" if error is not None and says_more else ""
     return MissingPackageError(f"{what} needs {package}{reason}: {command}")

@@ -80,7 +80,7 @@ def test_question_span_changes_the_choice(budwood, picture, model_dir):
 
 
 def test_picture_is_turned_as_the_camera_says(tmp_path):
-    from budwood.cli.pictures import read_picture
+    from budwood.pictures import read_picture
 
     picture = Image.new("RGB", (30, 20))
     exif = picture.getexif()

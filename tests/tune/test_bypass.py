@@ -8,6 +8,7 @@ import torch
 from budwood.tune import SlimLinear, observe
 from budwood.tune import layer as layer_module
 from budwood.tune.equations import l1_slopes
+from budwood.tune.observe import identity_by_token
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 
@@ -37,6 +38,17 @@ def test_a_batch_that_bypasses_is_the_base_models(away, padding):
         found = logits(away, data)
     assert seen.mean("bypassed_share") == 1 and seen.mean("identity_share") == 1
     assert torch.equal(found, logits(tiny.llama(), data))
+
+
+def test_identity_by_token(away):
+    tokens = tiny.batch(padding=None)["input_ids"][0]
+    model = tiny.slim().eval()
+    with observe(model) as seen:
+        model(input_ids=tokens[None])
+    shares = identity_by_token(model, tokens)
+    assert shares.shape == tokens.shape and shares.std() > 0
+    assert shares.mean().item() == pytest.approx(seen.mean("identity_share"))
+    assert torch.equal(identity_by_token(away, tokens), torch.ones(len(tokens)).double())
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from budwood import catalogue
-from budwood.points import ENCODERS
+from budwood.points import ADAPTERS, ENCODERS
 from budwood.points import METHODS as ADAPTATIONS
 from budwood.prune import FAMILIES, METHODS
 from budwood.tune.methods import METHODS as TUNERS
@@ -42,6 +42,11 @@ def test_pruning_methods():
         assert entry.facts["reads"] == (reads or "nothing")
         assert entry.facts["merges"] == ("yes" if method.merges else "no")
         assert entry.source == method.source
+
+
+def test_adaptations_say_what_they_see():
+    for name, entry in catalogue.ADAPTATIONS.items():
+        assert entry.facts["sees"] == ADAPTERS.get(ADAPTATIONS.get(name).adapter).sees
 
 
 def test_encoders():

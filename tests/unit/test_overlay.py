@@ -11,7 +11,7 @@ from budwood.errors import InputError
 from budwood.prune import attach
 from budwood.prune.chat import prepare
 from budwood.prune.methods.base import Split
-from budwood.prune.overlay import PANEL, draw, draw_methods
+from budwood.prune.overlay import PANEL, draw, draw_methods, layers
 from budwood.prune.report import ImageReport
 
 
@@ -67,6 +67,17 @@ def test_maps_follow_their_scores():
         shades = torch.tensor([pixels(drawn, *where, panel).mean() for where in order])
         assert torch.equal(shades.argsort(), given.argsort())
     assert draw(image, report(QUARTERS, [1], relevance=scores)).width == 2 * PANEL + 3 * 16
+
+
+def test_layers_are_the_panels_of_the_sheet():
+    image = Image.new("RGB", (80, 40), (200, 100, 40))
+    one = report(QUARTERS, [1], relevance=torch.rand(4))
+    found, sheet = layers(image, one), draw(image, one)
+    assert [*found] == ["kept", "relevance"]
+    for panel, drawn in enumerate(found.values()):
+        left = LEFT + panel * (PANEL + 16)
+        part = sheet.crop((left, TOP, left + drawn.width, TOP + drawn.height))
+        assert np.array_equal(np.asarray(part), np.asarray(drawn))
 
 
 def test_what_the_model_never_saw_is_hatched():

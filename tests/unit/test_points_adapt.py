@@ -442,8 +442,11 @@ def test_bad_input():
         adapt([Cloud(np.zeros((5, 3)))], sets.texts(model.embed_dim), model, config)
 
 
+NOT_TRAINED = ("frozen", "adabn", "t3a", "uni-adapter", "point-cache")
+
+
 def test_methods_without_an_objective():
     for name in METHODS:
         method = METHODS.get(name)
         assert isinstance(method, Method)
-        assert (method.objective is None) == (method.adapter in ("frozen", "adabn", "t3a"))
+        assert (method.objective is None) == (method.adapter in NOT_TRAINED)

@@ -14,10 +14,12 @@ from budwood.points.adapters import ADAPTERS, fingerprint, load_adapter, make_ad
 from budwood.points.adapters.base import FILE
 from budwood.points.adapters.training_free import t3a_text
 from budwood.points.encoders.blocks import Attention, Context
+from budwood.points.logits import cosine_logits
 from tests.points import models
 
 NAMES = [name for name in ADAPTERS if name != "fused"]
 START_FROZEN = {"frozen": {}, "lora": {}, "tent": {}, "full": {}, "adabn": {}, "t3a": {}}
+START_FROZEN |= {"uni-adapter": {}, "point-cache": {}}
 START_FROZEN["fca"] = {"init": "closed"}
 
 
@@ -67,7 +69,8 @@ def test_contract(name, encoder, tmp_path):
         train(adapter)
         assert not torch.equal(adapter(xyz, rgb), frozen)
     else:
-        assert torch.equal(adapter(xyz, rgb), frozen) == (name == "frozen")
+        streams = ("uni-adapter", "point-cache")  # without statistics of their own
+        assert torch.equal(adapter(xyz, rgb), frozen) == (name in ("frozen", *streams))
     assert_untouched(model, before)
     assert torch.equal(model(xyz, rgb), frozen)
     adapter.save(tmp_path / "a")
@@ -319,11 +322,13 @@ def test_names_lean_on_the_surest_clouds():
 def test_t3a_alone_changes_names(tmp_path):
     model = models.make("sprout")
     names, features = torch.eye(model.embed_dim)[:4], torch.randn(9, model.embed_dim)
+    plain = cosine_logits(features, names, model.logit_scale)
     for other in ("adabn", "lora", "fca"):
-        assert make_adapter(other, model).adapted_text(names, features) is names
+        assert torch.equal(make_adapter(other, model).scorer(names)(features), plain)
     make_adapter("t3a", model, n_keep=2).save(tmp_path)
     expected = t3a_text(names, features, model.logit_scale, 2)
-    assert torch.equal(load_adapter(tmp_path, model).adapted_text(names, features), expected)
+    wanted = cosine_logits(features, expected, model.logit_scale)
+    assert torch.equal(load_adapter(tmp_path, model).scorer(names)(features), wanted)
     assert not torch.allclose(expected, names, atol=1e-2)
 
 

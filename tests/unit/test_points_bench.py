@@ -135,12 +135,11 @@ def test_groups_without_clouds_are_empty():
 
 
 def test_top_k():
-    features = torch.tensor([[2.0, 0.1], [0.1, 3.0], [-1.0, -0.9]])
-    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    assert top_k(features, vectors, torch.tensor([0, 1, 2]), 1) == 1
-    assert top_k(features, vectors, torch.tensor([1, 1, 0]), 1) == pytest.approx(1 / 3)
-    assert top_k(features, vectors, torch.tensor([1, 0, 0]), 2) == pytest.approx(2 / 3)
-    assert top_k(features, vectors, torch.tensor([1, 0, 0]), 9) == 1
+    logits = torch.tensor([[2.0, 0.1, -2.0], [0.1, 3.0, 0.0], [-1.0, -0.9, 1.0]])
+    assert top_k(logits, torch.tensor([0, 1, 2]), 1) == 1
+    assert top_k(logits, torch.tensor([1, 1, 0]), 1) == pytest.approx(1 / 3)
+    assert top_k(logits, torch.tensor([1, 0, 0]), 2) == pytest.approx(2 / 3)
+    assert top_k(logits, torch.tensor([1, 0, 0]), 9) == 1
 
 
 def test_a_loop_makes_the_same_groups():

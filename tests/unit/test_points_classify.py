@@ -26,7 +26,6 @@ from budwood.errors import (
 from budwood.points import classify as classify_clouds
 from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings, towers
 from budwood.points.batches import encode
-from budwood.points.classification import score
 from budwood.points.clip_tokens import clip_tokenizer
 from budwood.points.encoders import ENCODERS
 from budwood.points.encoders.checkpoints import read_checkpoint
@@ -488,7 +487,7 @@ def test_t3a_looks_at_all_clouds_first():
     assert [one.scores for one in together] != [one.scores for one in alone]
     prepared = [encoder.prepare(one, 40) for one in shapes()]
     features = encode(encoder, prepared, adapter, 3)
-    wanted = score(features, adapter.adapted_text(words.vectors, features), encoder.logit_scale)
+    wanted = adapter.scorer(words.vectors)(features).softmax(-1)
     for ranking, row in zip(together, wanted, strict=True):
         assert dict(zip(ranking.labels, ranking.scores)) == dict(zip(LABELS, row.tolist()))
 

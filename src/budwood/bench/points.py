@@ -2,6 +2,11 @@
 
 Every method gets the same clouds. A row is one method at one density: the mean over seeds, each of
 which draws the points of the test clouds and all randomness of training.
+
+The test clouds of a group come one by one, in an order that the seed draws and that knows no
+labels. A method that sees earlier clouds answers for each before it gets the next, and begins with
+nothing for each row, group and seed; with ``warm_up`` it sees the clouds for adaptation before, at
+the same density, and is not asked about them. One that sees all gets them at once.
 """
 
 from __future__ import annotations
@@ -14,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from budwood.checks import need_at_least
@@ -38,6 +43,9 @@ RATES = (0.3, 1.0, 3.0)
 TUNED_AT = (128, 64, 32)
 """The rate with the best mean accuracy on validation clouds of these numbers of points wins."""
 
+ORDER = 1
+"""With a row's seed, the seed of the order in which test clouds come."""
+
 Row = dict[str, Any]
 
 
@@ -57,6 +65,7 @@ class BenchConfig:
         curriculum: of all methods; those that fade in skip counts at which they have no effect.
         tune: choose each learning rate on validation clouds of seen classes, with an extra seed;
             otherwise the methods' defaults are used.
+        warm_up: methods that see other clouds see those for adaptation before the test clouds.
     """
 
     methods: tuple[str, ...]
@@ -68,6 +77,7 @@ class BenchConfig:
     sampler: str = "random"
     curriculum: Curriculum = dataclasses.field(default_factory=Curriculum)
     tune: bool = False
+    warm_up: bool = False
 
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -107,7 +117,7 @@ def run(
         keep: called with all rows so far, those of ``begun`` too, after each method.
 
     Returns:
-        Rows with ``method, sampler, points, seeds, params, seconds, lr``, and for each group
+        Rows with ``method, sees, sampler, points, seeds, params, seconds, lr``, and for each group
         ``…_top1, …_top5`` and ``…_std``, the standard deviation of top-1 over seeds (None for one
         seed); None throughout for a group without test clouds.
 
@@ -116,7 +126,7 @@ def run(
     """
     if config.tune and not len(clouds.where(use="val")):
         raise InputError("tuning needs clouds for validation, and there are none")
-    evaluation = _Evaluation(clouds, texts, encoder)
+    evaluation = _Evaluation(clouds, texts, encoder, config.warm_up)
     rows = {name: [row for row in begun if row["method"] == name] for name in config.methods}
     grouping = encoder.grouping
     try:
@@ -152,13 +162,14 @@ class Trial:
 class _Evaluation:
     """Test clouds by group, and the accuracy of trials on sparse samples of them."""
 
-    def __init__(self, clouds: CloudSet, texts: TextEmbeddings, encoder: PointEncoder) -> None:
-        self.encoder, self.texts = encoder, texts
+    def __init__(
+        self, clouds: CloudSet, texts: TextEmbeddings, encoder: PointEncoder, warm_up: bool
+    ) -> None:
+        self.encoder, self.texts, self.warm_up = encoder, texts, warm_up
         self.grouping = encoder.grouping
         self.parts = {group: clouds.where(group=group, use="test") for group in GROUPS}
-        self.parts["val"] = clouds.where(use="val")
+        self.parts |= {use: clouds.where(use=use) for use in ("val", "adapt")}
         self.dense = {name: self._prepared(part) for name, part in self.parts.items()}
-        self.adapting = self._prepared(clouds.where(use="adapt"))
         self.seen_texts = texts.only(clouds.where(group="seen").classes)
         self._samples: dict[tuple[str, str, int, int], list[PreparedCloud]] = {}
 
@@ -166,13 +177,19 @@ class _Evaluation:
         self, trial: Trial, part: str, sampler: str, n_points: int, seed: int
     ) -> tuple[float, float]:
         """Top-1 and top-5 among the classes of a part."""
-        clouds = self.parts[part]
-        samples = self.samples(part, sampler, n_points, seed)
-        features = encode(self.encoder, samples, trial.adapter)
+        clouds, adapter = self.parts[part], trial.adapter
+        rng = np.random.default_rng([seed, ORDER])
+        order = rng.permutation(len(clouds))
+        tested = self.samples(part, sampler, n_points, seed)
+        stream = [tested[i] for i in order]
+        if self.warm_up and adapter.sees != "one":
+            before = self.samples("adapt", sampler, n_points, seed)
+            stream = [*(before[i] for i in rng.permutation(len(before))), *stream]
         texts = self.texts.only(clouds.classes)
-        vectors = trial.adapter.adapted_text(texts.vectors, features)
-        truth = torch.tensor([texts.labels.index(label) for label in clouds.labels])
-        return top_k(features, vectors, truth, 1), top_k(features, vectors, truth, 5)
+        described = encode(self.encoder, stream, adapter)
+        logits = adapter.scorer(texts.vectors)(described)[-len(tested) :]
+        truth = torch.tensor([texts.labels.index(clouds.labels[i]) for i in order])
+        return top_k(logits, truth, 1), top_k(logits, truth, 5)
 
     def samples(self, part: str, sampler: str, n_points: int, seed: int) -> list[PreparedCloud]:
         """Sparse samples of the clouds of a part, the same for every method."""
@@ -198,6 +215,7 @@ def _rows_of(name: str, config: BenchConfig, evaluation: _Evaluation) -> list[Ro
     lr = _tuned_rate(name, config, evaluation) if config.tune and method.objective else None
     trials = [_try(name, seed, lr, config, evaluation) for seed in range(config.seeds)]
     about_trials = {
+        "sees": trials[0].adapter.sees,
         "params": sum(p.numel() for p in trials[0].adapter.parameters()),
         "seeds": len(trials),
         "seconds": round(statistics.fmean(trial.seconds for trial in trials), 1),
@@ -228,7 +246,7 @@ def _try(
         curriculum=config.curriculum,
     )
     start = time.perf_counter()
-    adapter = adapt(evaluation.adapting, evaluation.seen_texts, evaluation.encoder, settings)
+    adapter = adapt(evaluation.dense["adapt"], evaluation.seen_texts, evaluation.encoder, settings)
     seconds = time.perf_counter() - start
     method = settings.resolved
     return Trial(method, adapter, method.lr if method.objective else None, seconds)
@@ -261,17 +279,15 @@ def _accuracies(
     return row
 
 
-def top_k(features: Tensor, vectors: Tensor, truth: Tensor, k: int) -> float:
-    """Fraction of features whose true class is among the k nearest.
+def top_k(logits: Tensor, truth: Tensor, k: int) -> float:
+    """Fraction of clouds whose true class is among the k best.
 
     Args:
-        features: shape (n, d).
-        vectors: text embeddings of the classes, of length 1, shape (n_classes, d).
+        logits: shape (n, n_classes).
         truth: index of the true class of each, shape (n,).
         k: all classes count if there are fewer.
     """
-    cosines = F.normalize(features, dim=-1) @ vectors.T
-    best = cosines.topk(min(k, len(vectors)), dim=-1).indices
+    best = logits.topk(min(k, logits.shape[1]), dim=-1).indices
     return (best == truth[:, None]).any(-1).float().mean().item()
 
 

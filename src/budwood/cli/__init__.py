@@ -12,6 +12,7 @@ from budwood.cli import bench, demo, ls, points, tune
 from budwood.cli.classify import classify
 from budwood.cli.compare import compare
 from budwood.cli.errors import Commands
+from budwood.cli.page import page
 from budwood.cli.prune import prune
 from budwood.cli.report import report
 from budwood.cli.scan import scan
@@ -40,6 +41,7 @@ app.command("scan")(scan)
 app.add_typer(points.app, name="points")
 app.add_typer(ls.app, name="ls")
 app.command("report", short_help="Write benchmark records as one HTML page.")(report)
+app.command("app", short_help="Serve a page that shows all three abilities.")(page)
 app.add_typer(bench.app, name="bench", short_help="Run benchmarks and print their tables.")
 
 

@@ -85,13 +85,15 @@ def encoders(json: options.Json = False) -> None:
 
 @app.command()
 def adaptations(json: options.Json = False) -> None:
-    """Ways to adapt a point encoder to sparse clouds, and their source.
+    """Ways to adapt a point encoder to sparse clouds, what each label depends on, and their source.
+
+    Most see one cloud at a time. Some also see the earlier clouds of a call, or all of them.
 
     \b
     Example:
       budwood ls adaptations
     """
-    _show("adaptations", catalogue.ADAPTATIONS, ("description", "source"), json)
+    _show("adaptations", catalogue.ADAPTATIONS, ("sees", "description", "source"), json)
 
 
 def _show(title: str, entries: Mapping[str, Entry], columns: tuple[str, ...], json: bool) -> None:

@@ -11,9 +11,9 @@ from budwood.cli import options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
-from budwood.cli.pictures import read_picture
 from budwood.files import write_whole
 from budwood.loading import SPROUT, check_source
+from budwood.pictures import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image

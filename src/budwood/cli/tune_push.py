@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from budwood.cli.console import say, working
+from budwood.cli import options
+from budwood.cli.console import print_json, say, working
 
 
 def push(
@@ -30,6 +31,7 @@ def push(
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
+    json: options.Json = False,
 ) -> None:
     """Put an adapter on the Hugging Face hub.
 
@@ -41,10 +43,12 @@ def push(
       budwood tune eval tuned --target test.jsonl --out scores.json
       budwood tune push tuned me/tuned --scores scores.json
     """
-    upload(adapter, repo_id, scores=scores, base_model=base, private=private or None)
+    address = upload(adapter, repo_id, scores=scores, base_model=base, private=private or None)
+    if json:
+        print_json({"adapter": str(adapter), "id": repo_id, "address": address})
 
 
-def upload(adapter: Path, repo_id: str, **options: Any) -> None:
+def upload(adapter: Path, repo_id: str, **options: Any) -> str:
     """Push, and say where it is."""
     from budwood.cli.models import be_quiet
     from budwood.tune.publish import push_to_hub
@@ -53,3 +57,4 @@ def upload(adapter: Path, repo_id: str, **options: Any) -> None:
     with working(f"pushing to {repo_id}"):
         address = push_to_hub(adapter, repo_id, **options)
     say(f"the adapter is at {address}")
+    return address

@@ -34,7 +34,8 @@ def encode(
         batch_size: clouds at once.
 
     Returns:
-        Features, not normalised, on the CPU, shape (n_clouds, embed_dim).
+        Features, not normalised, on the CPU, shape (n_clouds, embed_dim); with an adapter what its
+        :meth:`Adapter.describe` returns, shape (n_clouds, adapter.width).
 
     Raises:
         InputError: some are NaN or infinite.
@@ -43,8 +44,8 @@ def encode(
     groups: dict[tuple[int, bool], list[int]] = {}
     for i, (xyz, rgb) in enumerate(clouds):
         groups.setdefault((len(xyz), rgb is not None), []).append(i)
-    features = torch.empty(len(clouds), encoder.embed_dim)
-    run = encoder if adapter is None else adapter
+    features = torch.empty(len(clouds), encoder.embed_dim if adapter is None else adapter.width)
+    run = encoder if adapter is None else adapter.describe
     with torch.inference_mode():
         for (_, colored), members in groups.items():
             for start in range(0, len(members), batch_size):

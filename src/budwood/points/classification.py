@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from budwood.checks import need_at_least
@@ -27,6 +26,7 @@ from budwood.points.inputs import (
     prepare_each,
 )
 from budwood.points.io import Assumed
+from budwood.points.logits import cosine_logits
 from budwood.points.text import TextEmbeddings, embed_labels_for
 from budwood.points.towers import TextTower
 
@@ -101,7 +101,8 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     Like the pipelines of transformers, it returns a list for one cloud or a list of them, and an
     iterator for an iterator, such as a generator or ``iter(paths)``. The iterator reads
     ``batch_size`` clouds, yields their rankings, and goes on: memory stays bounded for any number
-    of clouds. (A transductive adapter, such as T3A, needs all clouds before it labels the first.)
+    of clouds. Some adapters look at other clouds of the call: Uni-Adapter and Point-Cache at those
+    before a cloud, and T3A at all, which are then read before the first is labelled.
 
     Example::
 
@@ -191,13 +192,14 @@ def _rankings(
     batch_size: int,
 ) -> Iterator[Ranking]:
     """Rank the labels of prepared clouds, batch by batch."""
-    at_once = None if adapter is not None and adapter.transductive else batch_size
+    scorer = None if adapter is None else adapter.scorer(classes.vectors)
+    at_once = None if adapter is not None and adapter.sees == "all" else batch_size
     while batch := list(itertools.islice(clouds, at_once)):
         features = encode(encoder, [one.cloud for one in batch], adapter, batch_size)
-        vectors = classes.vectors
-        if adapter is not None:
-            vectors = adapter.adapted_text(vectors, features)
-        probabilities = score(features, vectors, encoder.logit_scale)
+        if scorer is None:
+            probabilities = score(features, classes.vectors, encoder.logit_scale)
+        else:
+            probabilities = scorer(features).softmax(-1)
         for prepared, row in zip(batch, probabilities):
             order = row.argsort(descending=True, stable=True)[:top].tolist()
             labels = tuple(classes.labels[i] for i in order)
@@ -216,4 +218,4 @@ def score(features: Tensor, vectors: Tensor, logit_scale: float) -> Tensor:
     Returns:
         Shape (n_clouds, n_labels).
     """
-    return (logit_scale * F.normalize(features, dim=-1) @ vectors.to(features).T).softmax(dim=-1)
+    return cosine_logits(features, vectors, logit_scale).softmax(dim=-1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budwood.errors import InputError
+from budwood.points.logits import cosine_logits, entropies
 
 RULES = ("outside_top_k", "threshold", "all_but_argmax")
 
@@ -100,8 +101,7 @@ def entropy(student: Tensor) -> Tensor:
 
     Source: Tent (arXiv 2006.10726).
     """
-    log_p = student.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
+    return entropies(student).mean()
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class Objective:
             total = total + self.cosine * cosine(student, teacher)
         if texts is None or not self.compares_labels:
             return total
-        student_logits = logit_scale * F.normalize(student, dim=-1) @ texts.T
-        teacher_logits = logit_scale * F.normalize(teacher, dim=-1) @ texts.T
+        student_logits = cosine_logits(student, texts, logit_scale)
+        teacher_logits = cosine_logits(teacher, texts, logit_scale)
         if self.complementary:
             negative = negatives(teacher_logits, self.rule, k=self.k, threshold=self.threshold)
             total = total + self.complementary * complementary(student_logits, negative)

@@ -59,6 +59,33 @@ def draw(
     Raises:
         InputError: the video has no such frame.
     """
+    words = {
+        "kept": _kept_line(report, frame),
+        "saliency": "saliency",
+        "relevance": "relevance to the question",
+    }
+    panels = [
+        Panel(picture, (words[name],), has_bar=name != "kept")
+        for name, picture in layers(image, report, frame).items()
+    ]
+    return _sheet(panels, caption, len(panels))
+
+
+def layers(image: Image.Image, report: ImageReport, frame: int = 0) -> dict[str, Image.Image]:
+    """Draw what :func:`draw` puts side by side as pictures of their own.
+
+    Args:
+        image: the picture as the processor was given it.
+        report: what was kept of it.
+        frame: of a video; ``image`` is a picture of it.
+
+    Returns:
+        RGB pictures of one size: ``"kept"``, and ``"saliency"`` and ``"relevance"`` where the
+        method uses them.
+
+    Raises:
+        InputError: the video has no such frame.
+    """
     if not 0 <= frame < report.frames:
         raise InputError(f"frame={frame}, and the report has {report.frames}, counted from 0")
     picture = _fitted(image)
@@ -66,15 +93,16 @@ def draw(
     part = slice(frame * n_tokens, (frame + 1) * n_tokens)
     boxes = _pixels(report.boxes_on((image.height, image.width))[part], picture.size)
     kept = [boxes[i] for i in report.kept_by_frame[frame].tolist()]
-    title = f"bright: the {len(kept)} of {n_tokens} visual tokens that were kept"
-    panels = [Panel(_kept_panel(picture, boxes, kept), (title,))]
-    for scores, name in (
-        (report.saliency, "saliency"),
-        (report.relevance, "relevance to the question"),
-    ):
+    drawn = {"kept": _kept_panel(picture, boxes, kept)}
+    for name, scores in (("saliency", report.saliency), ("relevance", report.relevance)):
         if scores is not None:
-            panels.append(Panel(_heat_panel(picture, boxes, scores[part]), (name,), True))
-    return _sheet(panels, caption, len(panels))
+            drawn[name] = _heat_panel(picture, boxes, scores[part])
+    return drawn
+
+
+def _kept_line(report: ImageReport, frame: int) -> str:
+    n_kept, n_tokens = len(report.kept_by_frame[frame]), report.n_before // report.frames
+    return f"bright: the {n_kept} of {n_tokens} visual tokens that were kept"
 
 
 def draw_methods(

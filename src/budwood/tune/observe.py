@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from budwood.errors import AttachError
-from budwood.tune.steps import Routing, keeper_of
+from budwood.tune.steps import Routing, RoutingRecorder, keeper_of
 
 
 @dataclass
@@ -82,13 +82,8 @@ class Recorder:
     @torch.no_grad()
     def add(self, routing: Routing) -> None:
         """Add one forward pass of a layer."""
-        weights, distance = routing.weights, routing.distance
-        n_experts, n_identity = routing.config.n_experts, routing.config.n_identity
-        if routing.rows is not None:  # tokens that were not routed go to the identity experts
-            routed = weights
-            weights = routed.new_zeros(routing.n_tokens, routing.config.n_total)
-            weights[:, n_experts:] = 1 / max(n_identity, 1)
-            weights[routing.rows] = routed
+        weights, distance = _of_all_tokens(routing), routing.distance
+        n_experts = routing.config.n_experts
         if routing.keep is not None:
             weights = weights[routing.keep]
             distance = None if distance is None else distance[routing.keep]
@@ -117,14 +112,83 @@ def observe(model: nn.Module, *, supervised: bool = False) -> Iterator[Recorder]
     Raises:
         AttachError: the model has no SLIM layers, or is being observed already.
     """
+    recorder = Recorder(supervised)
+    with _recording(model, recorder):
+        yield recorder
+
+
+class TokenRecorder:
+    """Adds up, for each token of one sequence, the weight on identity experts.
+
+    Layers that see other tokens, such as fused experts, are left out.
+
+    Args:
+        n_tokens: of the sequence.
+
+    Attributes:
+        n_layers: layers that were added.
+        identity: sum over them, float64, shape (n_tokens,).
+    """
+
+    supervised = False
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_layers = 0
+        self.identity = torch.zeros(n_tokens, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, routing: Routing) -> None:
+        """Add one forward pass of a layer."""
+        if routing.n_tokens == len(self.identity):
+            weights = _of_all_tokens(routing)[:, routing.config.n_experts :]
+            self.identity += weights.double().sum(-1).cpu()
+            self.n_layers += 1
+
+
+@torch.no_grad()
+def identity_by_token(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Measure how much of each token goes to identity experts, which leave it as it is.
+
+    Args:
+        model: a model with SLIM layers, wrapped or not.
+        tokens: one sequence, int64, shape (n_tokens,).
+
+    Returns:
+        The mean over the SLIM layers of the weight on identity experts, in [0, 1], float64, shape
+        (n_tokens,).
+
+    Raises:
+        AttachError: the model has no SLIM layers, or none that sees single tokens; or it is being
+            observed already.
+    """
+    recorder = TokenRecorder(len(tokens))
+    with _recording(model, recorder), evaluating(model):
+        model(input_ids=tokens[None].to(next(model.parameters()).device))
+    if not recorder.n_layers:
+        raise AttachError("no SLIM layer of the model sees single tokens, so none can be shown")
+    return recorder.identity / recorder.n_layers
+
+
+@contextmanager
+def _recording(model: nn.Module, recorder: RoutingRecorder) -> Iterator[None]:
     keeper = keeper_of(model)
     if keeper.recorder is not None:
         raise AttachError("the model is being observed already; leave that block first")
-    recorder = keeper.recorder = Recorder(supervised)
+    keeper.recorder = recorder
     try:
-        yield recorder
+        yield
     finally:
         keeper.recorder = None
+
+
+def _of_all_tokens(routing: Routing) -> Tensor:
+    """Weights of all tokens; those that were not routed go to the identity experts."""
+    if routing.rows is None:
+        return routing.weights
+    weights = routing.weights.new_zeros(routing.n_tokens, routing.config.n_total)
+    weights[:, routing.config.n_experts :] = 1 / max(routing.config.n_identity, 1)
+    weights[routing.rows] = routing.weights
+    return weights
 
 
 @contextmanager

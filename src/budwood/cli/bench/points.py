@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from budwood.bench.points import BenchConfig
     from budwood.points import PointEncoder
 
-ALL = "frozen,tokens,adabn,tent,t3a,vpt-shallow,vpt-deep,lora,full"
+ALL = "frozen,tokens,adabn,tent,t3a,uni-adapter,point-cache,vpt-shallow,vpt-deep,lora,full"
 ALL += ",esp-zero-paper,esp-zero,sparse-full,sparse-lora"
 
 COLUMNS = Columns(
     Column("method"),
+    Column("sees"),
     Column("sampler"),
     Column("points"),
     Column("unseen_top1", ".1%"),
@@ -56,6 +57,12 @@ def bench_points(
     tune: Annotated[
         bool, typer.Option("--tune", help="Choose each learning rate on seen classes.")
     ] = False,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up", help="Show methods that see other clouds those for adaptation first."
+        ),
+    ] = False,
     encoder: clouds.Encoder = "sprout",
     checkpoint: clouds.Checkpoint = None,
     device: options.Device = "auto",
@@ -68,7 +75,9 @@ def bench_points(
 ) -> None:
     """Measure top-1 and top-5 of every method, by number of points, on the clouds that ship.
 
-    Adaptation has (other) clouds of the seen classes. The unseen classes were in the encoder's
+    Adaptation has (other) clouds of the seen classes. Methods that see earlier clouds get the test
+    clouds of a group one by one, in an order drawn by the seed, and begin anew with each row and
+    group. The unseen classes were in the encoder's
     pretraining alone, the novel ones in neither. Labels are chosen among those of the group. Means
     and standard deviations are over seeds. --out is written after each method; repeat the command
     without --force to resume a run that was cut off.
@@ -90,6 +99,7 @@ def bench_points(
         batch,
         sampler,
         tune=tune,
+        warm_up=warm_up,
     )
     record = _measure(config, encoder, checkpoint, device, results)
     results.publish(record, COLUMNS, notes=[_legend(record.config)], draw=_draw)

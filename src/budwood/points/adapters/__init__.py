@@ -22,6 +22,8 @@ ADAPTERS = Registry(
         "frozen": "budwood.points.adapters.training_free:Frozen",
         "adabn": "budwood.points.adapters.training_free:AdaBN",
         "t3a": "budwood.points.adapters.training_free:T3A",
+        "uni-adapter": "budwood.points.adapters.uni_adapter:UniAdapter",
+        "point-cache": "budwood.points.adapters.point_cache:PointCache",
         "fca": "budwood.points.adapters.prompts:FusedCrossAttention",
         "fused": "budwood.points.adapters.prompts:Fused",
         "vpt-shallow": "budwood.points.adapters.prompts:ShallowPrompts",

@@ -11,10 +11,10 @@ import json
 import math
 import os
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,11 +29,16 @@ from budwood.points.encoders.base import Around, PointEncoder
 from budwood.points.encoders.blocks import Block
 from budwood.points.grouping import check_points
 from budwood.points.io.cloud import Assumed
+from budwood.points.logits import cosine_logits
 
 FILE = "adapter.safetensors"
 FORMAT = 1
 FULLY_AT = 128
 """With ``fade``, strength is full on clouds this many times sparser than the encoder's."""
+Scorer: TypeAlias = Callable[[Tensor], Tensor]
+"""From descriptions of clouds, shape (n_clouds, width), to logits, shape (n_clouds, n_labels)."""
+SEES = ("one", "earlier", "all")
+"""What the label of a cloud depends on; see :attr:`Adapter.sees`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Adapter(nn.Module, ABC):
         name: the name in ``ADAPTERS``.
         Config: class of its options.
         encoder: what it adapts.
-        transductive: the label of a cloud depends on the other clouds of the call.
+        sees: what the label of a cloud depends on, in ``SEES``: ``"one"``, that cloud alone;
+            ``"earlier"``, the clouds before it as well; ``"all"``, every cloud of the call.
         usage: the clouds it was adapted with; None if it was loaded, or not adapted.
 
     Args:
@@ -99,7 +105,7 @@ class Adapter(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
-    transductive: ClassVar[bool] = False
+    sees: ClassVar[str] = "one"
     encoder: PointEncoder
     usage: Usage | None = None
 
@@ -126,17 +132,35 @@ class Adapter(nn.Module, ABC):
         """
         return {}
 
-    def adapted_text(self, vectors: Tensor, features: Tensor) -> Tensor:
-        """Text embeddings as clouds are compared with them.
+    @property
+    def width(self) -> int:
+        """Width of what :meth:`describe` returns."""
+        return self.encoder.embed_dim
+
+    def describe(self, xyz: Tensor, rgb: Tensor | None = None) -> Tensor:
+        """What a scorer reads of clouds: their features, and for some adapters more.
 
         Args:
-            vectors: embeddings of the class prompts, of length 1, shape (n_classes, d).
-            features: of all clouds of the call, shape (n_clouds, d).
+            xyz: shape (batch, n_points, 3).
+            rgb: same shape, or None.
 
         Returns:
-            Vectors of length 1, shape (n_classes, d).
+            Shape (batch, width).
         """
-        return vectors
+        return self(xyz, rgb)
+
+    def scorer(self, vectors: Tensor) -> Scorer:
+        """Start to classify clouds, with nothing remembered of earlier ones.
+
+        Args:
+            vectors: text embeddings of the labels, of length 1, shape (n_labels, d).
+
+        Returns:
+            A function from descriptions of one cloud or more, see :meth:`describe`, to logits of
+            the labels. Where ``sees`` is ``"earlier"``, it remembers the clouds of its calls; where
+            it is ``"all"``, it must be called once with all clouds.
+        """
+        return lambda features: cosine_logits(features, vectors, self.encoder.logit_scale)
 
     def strength(self, n_points: int) -> float:
         """Strength of the adapter on clouds of ``n_points`` points, in [0, 1]; see ``fade``."""
@@ -159,17 +183,29 @@ class Adapter(nn.Module, ABC):
         check_points(xyz)
         if strength is None:
             strength = self.strength(xyz.shape[1])
-        if strength == 0:
-            return self.encoder(xyz, rgb)
-        values = self.replaced(strength)
-        if self.statistics is not None:
+        around = self.around(strength) if strength else None
+        return self.encoded(xyz, rgb, strength, around)
+
+    def encoded(
+        self, xyz: Tensor, rgb: Tensor | None, strength: float, around: Around | None
+    ) -> Tensor:
+        """Features from the encoder with replaced parameters and statistics.
+
+        Args:
+            xyz: shape (batch, n_points, 3).
+            rgb: same shape, or None.
+            strength: of the adapter, in [0, 1].
+            around: what runs in place of each block.
+        """
+        values = self.replaced(strength) if strength else {}
+        if self.statistics is not None and strength:
             values = {
                 **self.statistics.replaced(self.encoder, xyz.shape[1], strength),
                 **values,
             }
         if not values:
-            return self.encoder(xyz, rgb, self.around(strength))
-        return functional_call(self.encoder, values, (xyz, rgb, self.around(strength)))
+            return self.encoder(xyz, rgb, around)
+        return functional_call(self.encoder, values, (xyz, rgb, around))
 
     @torch.no_grad()
     def estimate(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:

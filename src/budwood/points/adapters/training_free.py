@@ -10,7 +10,8 @@ from torch import Tensor
 
 from budwood.checks import need_at_least
 from budwood.errors import InputError
-from budwood.points.adapters.base import Adapter, AdapterConfig
+from budwood.points.adapters.base import Adapter, AdapterConfig, Scorer
+from budwood.points.logits import cosine_logits, entropies
 
 
 class Frozen(Adapter):
@@ -65,11 +66,16 @@ class T3A(AdaBN):
 
     name: ClassVar[str] = "t3a"
     Config: ClassVar[type[AdaBNConfig]] = T3AConfig
-    transductive: ClassVar[bool] = True
+    sees: ClassVar[str] = "all"
     config: T3AConfig
 
-    def adapted_text(self, vectors: Tensor, features: Tensor) -> Tensor:
-        return t3a_text(vectors, features, self.encoder.logit_scale, self.config.n_keep)
+    def scorer(self, vectors: Tensor) -> Scorer:
+        scale, n_keep = self.encoder.logit_scale, self.config.n_keep
+
+        def logits(features: Tensor) -> Tensor:
+            return cosine_logits(features, t3a_text(vectors, features, scale, n_keep), scale)
+
+        return logits
 
 
 def t3a_text(vectors: Tensor, features: Tensor, logit_scale: float, n_keep: int = 20) -> Tensor:
@@ -88,9 +94,8 @@ def t3a_text(vectors: Tensor, features: Tensor, logit_scale: float, n_keep: int 
         Vectors of length 1, shape (n_classes, d).
     """
     unit = F.normalize(features, dim=-1)
-    log_p = (logit_scale * unit @ vectors.T).log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    predicted = log_p.argmax(-1)
+    logits = cosine_logits(features, vectors, logit_scale)
+    entropy, predicted = entropies(logits), logits.argmax(-1)
     sums = vectors.clone()
     for index in range(len(vectors)):
         members = (predicted == index).nonzero().squeeze(1)

@@ -52,6 +52,16 @@ def gltf_files(path: Path, kind: str) -> list[str]:
     return [unquote(uri) for uri in uris if isinstance(uri, str) and not uri.startswith("data:")]
 
 
+def named_files(path: Path) -> list[str]:
+    """The files that a mesh itself names, there or not: buffers, materials and textures."""
+    suffix = path.suffix.lower()
+    if suffix == ".gltf":
+        return gltf_files(path, "buffers") + gltf_files(path, "images")
+    if suffix == ".obj":
+        return _named(path, "mtllib")
+    return _ply_textures(path) if suffix == ".ply" else []
+
+
 def missing_files(path: Path) -> list[str]:
     """The materials and textures that a mesh names and that are not there."""
     names = {".obj": _obj_files, ".gltf": _gltf_images, ".ply": _ply_textures}.get(
@@ -68,10 +78,10 @@ def _gltf_images(path: Path) -> list[str]:
 
 def _obj_files(path: Path) -> Iterator[str]:
     """The material libraries of an .obj, and the textures of those that are there."""
-    for library in _named(path, "mtllib "):
+    for library in _named(path, "mtllib"):
         yield library
         if (path.parent / library).is_file():
-            yield from _named(path.parent / library, "map_kd ")
+            yield from _named(path.parent / library, "map_kd")
 
 
 def _ply_textures(path: Path) -> list[str]:
@@ -83,9 +93,6 @@ def _ply_textures(path: Path) -> list[str]:
 def _named(path: Path, keyword: str) -> list[str]:
     """What follows a keyword in the lines of a text; a texture's options stand before its name."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        values = [line.strip()[len(keyword) :] for line in file if _begins(line, keyword)]
-    return [value.split()[-1] if value.startswith("-") else value.strip() for value in values]
-
-
-def _begins(line: str, keyword: str) -> bool:
-    return line.lstrip()[: len(keyword)].lower() == keyword
+        parts = [line.split(None, 1) for line in file]
+    values = [part[1].strip() for part in parts if len(part) == 2 and part[0].lower() == keyword]
+    return [value.split()[-1] if value.startswith("-") else value for value in values]

@@ -38,7 +38,7 @@ class Namer:
 
     Attributes:
         encoder: frozen.
-        adapter: made for it, or None.
+        adapter: made for it, or None; one that sees each cloud alone.
         labels: those given, and those of the background.
         threshold: objects with less probability on the labels given are unknown.
         points: points of a cluster that are encoded at most; None: as many as in training.
@@ -60,10 +60,7 @@ class Namer:
             return []
         prepared = [self._prepare(cluster) for cluster in clusters]
         features = encode(self.encoder, prepared, self.adapter, self.batch_size)
-        vectors = self.labels.texts.vectors
-        if self.adapter is not None:
-            vectors = self.adapter.adapted_text(vectors, features)
-        rows = score(features, vectors, self.encoder.logit_scale).numpy()
+        rows = score(features, self.labels.texts.vectors, self.encoder.logit_scale).numpy()
         return [self._name(row, len(xyz)) for row, (xyz, _) in zip(rows, prepared)]
 
     def _prepare(self, cluster: Cloud) -> PreparedCloud:

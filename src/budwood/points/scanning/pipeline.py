@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from budwood.checks import need_at_least
-from budwood.errors import InputError, MissingPackageError
+from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
 from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.axes import to_up
 from budwood.points.classification import load_adapted
@@ -117,6 +117,7 @@ def scan(
         OutputError: the folder is of a run with other settings, or cannot be written; what is
             finished stays.
         MissingPackageError: a package is not installed.
+        UnsupportedModelError: an adapter for another encoder, or one that looks at other clouds.
     """
     config = config or ScanConfig()
     need_at_least(1, batch_frames=batch_frames, batch_size=batch_size)
@@ -167,6 +168,12 @@ def make_namer(
 ) -> Namer:
     """Load what names clusters, and calibrate its threshold; arguments as of :func:`scan`."""
     model, adapter = load_adapted(encoder, checkpoint, device, adapter)
+    if adapter is not None and adapter.sees != "one":
+        raise UnsupportedModelError(
+            f"adapter {adapter.name!r} names an object by the others of a call, and these differ "
+            "from batch to batch of a scan; give one that sees each cloud alone, such as "
+            "'sparse-lora'"
+        )
     given = embed_labels_for(model, labels, embeddings=embeddings, text=text, templates=templates)
     around = background
     if around is None and embeddings is None and not isinstance(labels, TextEmbeddings):

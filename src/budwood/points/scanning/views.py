@@ -71,6 +71,23 @@ def write_page(frame: ScannedFrame, path: Path) -> None:
         MissingPackageError: plotly is not installed.
         OutputError: the file cannot be written.
     """
+    figure = frame_figure(frame)
+    try:
+        figure.write_html(path, include_plotlyjs=True, full_html=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def frame_figure(frame: ScannedFrame) -> Any:
+    """A frame in 3D, as a figure of plotly: points, boxes and labels.
+
+    Args:
+        frame: with its points.
+
+    Raises:
+        InputError: the frame has no points, since it was read from a folder.
+        MissingPackageError: plotly is not installed.
+    """
     segments = _segments(frame)
     graph = optional.need("plotly.graph_objects", "a 3D page")
     figure = graph.Figure()
@@ -105,10 +122,7 @@ def write_page(frame: ScannedFrame, path: Path) -> None:
         )
     scene = {"aspectmode": "data"} | {f"{axis}axis": {"title": f"{axis}, m"} for axis in "xyz"}
     figure.update_layout(title=title_of(frame), scene=scene, margin={"l": 0, "r": 0, "b": 0})
-    try:
-        figure.write_html(path, include_plotlyjs=True, full_html=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return figure
 
 
 def need_plotly() -> None:
