@@ -252,6 +252,13 @@ TUNERS = {
     "lora-own": _tuner("LoRA that stays close to the base model on self-generated text."),
     "lora-late": _tuner("LoRA on the later layers only, those that SLIM adapts."),
     "lora-attn": _tuner("LoRA on attention as well, at a lower rank."),
+    "lora-mask": _tuner("LoRA with the KL over the tokens beside the right one (Mask the Target)."),
+    "lora-r10": _tuner("LoRA at rank 10, the best balance in PEFT's method_comparison."),
+    "oft": _tuner("Orthogonal fine-tuning of PEFT: rotations of blocks of the input."),
+    "osf": _tuner("OSF of PEFT: the smallest singular directions of each weight are trained."),
+    "corda": _tuner(
+        "LoRA that starts away from the model's own text (CorDA, knowledge-preserved)."
+    ),
     "dora": _tuner("LoRA with the magnitude of each column apart (DoRA, arXiv 2402.09353)."),
     "moe": _tuner("Top-2 mixture of LoRA experts without SLIM's other parts, as MixLoRA."),
     "slim": _tuner("Soft LoRA and identity mixture (SLIM, NAACL 2025), our reconstruction."),

@@ -10,8 +10,9 @@ from budwood.bench.tune.plan import fit_rank
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
 from budwood.tune.fitting import N_TEXTS
-from budwood.tune.methods import attach, n_trainable, parse_tuner
+from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.targets import with_attention
+from budwood.tune.tuners import n_trainable
 from tests import tiny_chat
 
 
@@ -91,6 +92,10 @@ def test_the_plain_reading_has_nothing_of_ours():
     [
         ("lora-wd:weight_decay=3", {"weight_decay": 3, "kl": 0, "texts": (), "strength": 1}),
         ("lora-kl", {"weight_decay": 0, "kl": 1, "texts": (), "strength": 1}),
+        (
+            "lora-mask",
+            {"weight_decay": 0, "kl": 1, "texts": (), "strength": 1, "kl_on_others": True},
+        ),
         ("lora-own:kl=2", {"weight_decay": 0, "kl": 2, "texts": ["text"], "strength": 1}),
         ("slim", {"weight_decay": 0, "kl": 0, "texts": (), "strength": 0.7}),
     ],
@@ -165,8 +170,8 @@ def test_fit_rank():
 def test_adapters_leave_the_base_as_it_was():
     model = tiny_chat.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for name in ("lora", "dora", "lora-attn"):
-        adapted = attach(parse_tuner(name), model, 3, seed=0)
+    for name in ("lora", "dora", "lora-attn", "oft:use_cayley_neumann=false", "osf", "corda"):
+        adapted = attach(parse_tuner(name), model, 4, seed=0)
         assert n_trainable(adapted) > 0
         adapted.unload()
         after = model.state_dict()
@@ -196,3 +201,64 @@ def test_directions_follow_the_amount_of_data(n_learnt, expected):
     given = parse_tuner("slim-paper:n_directions=5").fitted_to(n_learnt)
     assert given.config(2, None, 0).n_directions == 5
     assert parse_tuner("lora").fitted_to(n_learnt) == parse_tuner("lora")
+
+
+PEERS = ("lora-mask", "lora-r10", "oft", "osf", "corda")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_starts_at_the_base_model_and_learns(name):
+    model, tuner = tiny_chat.model(), parse_tuner(name)
+    tokens = torch.arange(3, 15)[None]
+    texts = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens.repeat(4, 1)]
+    base = model(tokens).logits.detach()
+    adapted = attach(tuner, model, 4, seed=0)
+    tuner.prepare(adapted, tiny_chat.tokenizer(), texts, texts)
+    assert torch.allclose(adapted(tokens).logits, base, atol=1e-4)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        loss = adapted(tokens, labels=tokens).loss
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < losses[0]
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(tokens).logits, base)
+
+
+def test_corda_trains_half_of_its_adapter_and_starts_with_something():
+    model, tuner = tiny_chat.model(), parse_tuner("corda")
+    texts = [{"input_ids": list(range(3, 15)), "labels": list(range(3, 15))}]
+    adapted = attach(tuner, model, 4, seed=0)
+    tuner.prepare(adapted, tiny_chat.tokenizer(), texts, texts)
+    weights = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert all(bool(p.any()) for p in weights.values())
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    tokens = torch.arange(3, 15)[None]
+    adapted(tokens, labels=tokens).loss.backward()
+    torch.optim.SGD(weights.values(), lr=1.0).step()
+    for name, weight in weights.items():
+        axis = 0 if ".lora_A." in name else 1
+        first, second = ((weight - before[name]) != 0).chunk(2, axis)
+        assert bool(first.any()) and not bool(second.any())
+    assert tuner.n_trained(adapted) == sum(p.numel() for p in weights.values()) // 2
+
+
+def test_the_size_of_a_block_is_the_nearest_that_divides_all_inputs():
+    assert fit_rank(lambda rank: 10 * (rank - 1), 620, [2, 4, 32, 64]) == 64
+    sizes = parse_tuner("oft").ranks(tiny_chat.model())
+    assert sizes and all(
+        layer.weight.shape[1] % size == 0
+        for size in sizes
+        for layer in (tiny_chat.model().model.layers[0].mlp.down_proj,)
+    )
+    assert parse_tuner("lora-r10").own_rank == 10
+
+
+def test_methods_without_a_strength_refuse_one():
+    for name in ("oft", "osf", "corda"):
+        with pytest.raises(InputError, match="strength=0.5"):
+            parse_tuner(f"{name}:strength=0.5")

@@ -31,7 +31,7 @@ from budwood.runs import RunFolder, refuse_other_files
 from budwood.tune.data import Example, examples_of
 from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised, token_rows
 from budwood.tune.loading import load_adapter, need_adapter
-from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
+from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.self_generated import cached_texts
 from budwood.tune.settings import Settings, default_lr, settings_from
 from budwood.tune.train import (
@@ -43,6 +43,7 @@ from budwood.tune.train import (
     train,
 )
 from budwood.tune.trainer import Probe
+from budwood.tune.tuners import Tuner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,7 +182,7 @@ def finetune(
         was_complete = run.is_complete
         if was_complete:
             adapted = _saved(adapted.unload(), run)
-        n_parameters = n_trainable(adapted)
+        n_parameters = tuner.n_trained(adapted)
         file = Path(texts_file).expanduser() if texts_file else folder / TEXTS_FILE
         texts = _texts(run, tuner, adapted, tokenizer, file, progress)
         if not was_complete and run.last_checkpoint() is None:

@@ -79,3 +79,25 @@ def prompt_kl(base: Tensor, tuned: Tensor, labels: Tensor, attention: Tensor) ->
     if not bool(chosen.any()):
         return tuned.sum() * 0.0
     return token_kl(base[chosen], tuned[chosen]).mean()
+
+
+def others_kl(base: Tensor, tuned: Tensor, labels: Tensor) -> Tensor:
+    """Mean divergence over the tokens beside the right one, where supervised tokens are predicted.
+
+    Source: Mask the Target, arXiv 2605.29498: the right token is taken out of both distributions,
+    and what is left is normalised. It does not work against learning the right token.
+
+    Args:
+        base: logits of the base model, shape (batch, length, vocabulary).
+        tuned: same shape.
+        labels: ``IGNORED`` where a token does not count, shape (batch, length); one counts.
+
+    Returns:
+        A scalar in nats per token.
+    """
+    counts = labels[:, 1:] != IGNORED
+    right = labels[:, 1:][counts][:, None]
+    without = (x[:, :-1][counts].float().scatter(-1, right, -torch.inf) for x in (base, tuned))
+    log_base, log_tuned = (x.log_softmax(-1).scatter(-1, right, 0.0) for x in without)
+    terms = (log_base.exp() * (log_base - log_tuned)).scatter(-1, right, 0.0)
+    return terms.sum(-1).mean()

@@ -7,216 +7,33 @@ summary in ``budwood.catalogue``.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from budwood import catalogue
-from budwood.checks import need_int, need_number
-from budwood.errors import BudwoodError, InputError, UnsupportedModelError, first_line
+from budwood.checks import need_int
+from budwood.errors import BudwoodError, InputError
 from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
 from budwood.spec import parse_spec
-from budwood.tune.bases import decoder_modules, is_linear
 from budwood.tune.config import SlimConfig
 from budwood.tune.encoding import EncodedExample
 from budwood.tune.fitting import N_TEXTS, fit_discriminant
-from budwood.tune.fused import is_fused
-from budwood.tune.targets import default_targets, later_layers, with_attention
+from budwood.tune.peers import Corda, Oft, Osf
+from budwood.tune.tuners import (
+    Dora,
+    Lora,
+    LoraAttention,
+    LoraLate,
+    LoraMasked,
+    LoraSmall,
+    LoraTexts,
+    Tuner,
+)
 
 _PLENTY = 10**6
 """Supervised tokens that a SLIM tuner counts on until it is fitted to the data."""
-
-
-@dataclass(frozen=True)
-class Tuner:
-    """A PEFT adapter and what its training adds to the loss.
-
-    Attributes:
-        weight_decay: AdamW's, on the adapter.
-        kl: weight of the divergence from the base model, on the prompts that are trained on or on
-            self-generated text.
-        strength: adapter strength at the end of training, in (0, 1].
-        extra: further options, for the adapter's config.
-    """
-
-    weight_decay: float = 0.0
-    kl: float = 0.0
-    strength: float = 1.0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    kl_on_texts: ClassVar[bool] = False
-    """Whether ``kl`` is taken on self-generated text, and not on prompts."""
-
-    def __post_init__(self) -> None:
-        for name, place in (("r", "rank"), ("seed", "seed")):
-            if name in self.extra:
-                raise InputError(
-                    f"{name}={self.extra[name]!r} is not an option of a method; give --{place}"
-                )
-        weights = {"weight_decay": self.weight_decay, "kl": self.kl}
-        need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
-        allowed = "number above 0 and up to 1"
-        need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
-
-    def config(self, rank: int, model: Any, seed: int) -> Any:
-        """The PEFT config.
-
-        Args:
-            rank: rank of the adapter, or of each expert.
-            model: the base model.
-            seed: seed of whatever the adapter draws by itself.
-        """
-        raise NotImplementedError
-
-    def fitted_to(self, n_supervised_tokens: int) -> Tuner:
-        """The tuner for training data of some size.
-
-        Args:
-            n_supervised_tokens: supervised tokens in one pass over the data.
-        """
-        return self
-
-    @property
-    def n_texts(self) -> int:
-        """Self-generated texts that training needs."""
-        return 0
-
-    def prepare(
-        self,
-        adapted: Any,
-        tokenizer: Any,
-        rows: Sequence[EncodedExample],
-        texts: Sequence[EncodedExample],
-    ) -> None:
-        """Prepare a fresh adapter for its first step.
-
-        Args:
-            adapted: the model with the adapter.
-            tokenizer: of the model.
-            rows: training data.
-            texts: :attr:`n_texts` self-generated texts.
-        """
-
-    def training(self, texts: Sequence[EncodedExample]) -> dict[str, Any]:
-        """Arguments of :func:`budwood.tune.train.train` that depend on the method.
-
-        Args:
-            texts: :attr:`n_texts` self-generated texts.
-        """
-        return {
-            "weight_decay": self.weight_decay,
-            "kl": self.kl,
-            "texts": texts if self.kl_on_texts else (),
-            "strength": self.strength,
-        }
-
-
-@dataclass(frozen=True)
-class Lora(Tuner):
-    """Low-rank adaptation of the MLP projections of all layers.
-
-    Source: arXiv 2106.09685.
-    """
-
-    alpha: float = 2.0
-    dropout: float = 0.0
-
-    use_dora: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bent = self.use_dora or {"use_dora", "init_lora_weights"} & set(self.extra)
-        if self.strength != 1 and bent:
-            raise InputError(
-                f"strength={self.strength!r} scales B, and what DoRA learns, or an adapter that "
-                "does not start at zero, is more than B·A; give strength=1"
-            )
-        need_number(lambda value: 0 < value < math.inf, "number above 0", alpha=self.alpha)
-        need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", dropout=self.dropout)
-        # Refuses unknown options before a model is loaded.
-        self._config(1, "all-linear")
-
-    def config(self, rank: int, model: Any, seed: int) -> Any:
-        return self._config(rank, self.targets(model))
-
-    def _config(self, rank: int, targets: str) -> Any:
-        from peft import LoraConfig
-
-        alpha = self.alpha * rank
-        options = {
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": targets,
-            "use_dora": self.use_dora,
-            "task_type": "CAUSAL_LM",
-        }
-        try:
-            return LoraConfig(r=rank, **{**options, **self.extra})
-        except (TypeError, ValueError) as error:  # an unknown option
-            raise InputError(f"LoRA: {first_line(error)}") from error
-
-    def targets(self, model: Any) -> str:
-        """A regular expression of the modules to adapt."""
-        modules = dict(decoder_modules(model))
-        fused = next((name for name, module in modules.items() if is_fused(module)), None)
-        if fused is not None:
-            raise UnsupportedModelError(
-                f"{fused!r} holds fused experts, which this comparison adapts with SLIM's methods "
-                "alone; take --method slim, or PEFT's LoRA with target_parameters"
-            )
-        linear = (name for name, module in modules.items() if is_linear(module))
-        return default_targets(model.config.to_dict(), linear)
-
-
-@dataclass(frozen=True)
-class Dora(Lora):
-    """LoRA with the magnitude of each column apart; arXiv 2402.09353."""
-
-    use_dora: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class LoraTexts(Lora):
-    """LoRA that stays close to the base model on self-generated text."""
-
-    kl: float = 1.0
-    texts: int = N_TEXTS
-
-    kl_on_texts: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        need_int(1, texts=self.texts)
-
-    @property
-    def n_texts(self) -> int:
-        return self.texts
-
-
-@dataclass(frozen=True)
-class LoraLate(Lora):
-    """LoRA on the later layers only, those that SLIM adapts by default."""
-
-    skip_first: float = SlimConfig.skip_first
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", skip_first=self.skip_first)
-
-    def targets(self, model: Any) -> str:
-        names = (name for name, _ in model.named_modules())
-        return later_layers(super().targets(model), names, self.skip_first)
-
-
-@dataclass(frozen=True)
-class LoraAttention(Lora):
-    """LoRA on attention as well, at a lower rank."""
-
-    def targets(self, model: Any) -> str:
-        linear = (name for name, module in model.named_modules() if is_linear(module))
-        return with_attention(super().targets(model), linear)
 
 
 @dataclass(frozen=True)
@@ -306,7 +123,12 @@ METHODS = Registry(
         "lora-own": Method(LoraTexts),
         "lora-late": Method(LoraLate),
         "lora-attn": Method(LoraAttention),
+        "lora-mask": Method(LoraMasked),
+        "lora-r10": Method(LoraSmall),
         "dora": Method(Dora),
+        "oft": Method(Oft),
+        "osf": Method(Osf),
+        "corda": Method(Corda),
         "moe": _slim(
             strength=1.0, n_identity=0, clustering=False, yielding=False, merging=False, l1=0.0
         ),
@@ -394,16 +216,13 @@ def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:
     torch.manual_seed(seed)
     try:
         with third_party_warnings_off():
-            return peft.get_peft_model(model, tuner.config(rank, model, seed))
+            adapted = peft.get_peft_model(model, tuner.config(rank, model, seed))
+            tuner.attached(adapted)
+            return adapted
     except BudwoodError:
         raise
     except (TypeError, ValueError) as error:  # PEFT on an option that it does not take
         raise InputError(f"cannot make the adapter: {error}") from error
-
-
-def n_trainable(model: Any) -> int:
-    """Parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _needs_texts(config: SlimConfig) -> bool:

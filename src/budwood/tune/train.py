@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from torch import Tensor
 from transformers import PrinterCallback
 
 from budwood.checks import need_number
@@ -53,6 +54,7 @@ def train(
     *,
     weight_decay: float = 0.0,
     kl: float = 0.0,
+    kl_on_others: bool = False,
     texts: Sequence[EncodedExample] = (),
     strength: float = 1.0,
     arguments: Mapping[str, Any] | None = None,
@@ -73,6 +75,7 @@ def train(
         folder: folder of the run; a complete run is not trained again.
         weight_decay: AdamW's.
         kl: weight of the divergence from the base model on the prompts, or on ``texts``.
+        kl_on_others: take it on answers instead, as :class:`AnswerTrainer`.
         texts: self-generated texts to stay close to the base model on; none for the prompts.
         strength: adapter strength at the end, as in :func:`weaken`.
         arguments: further arguments of the Trainer, from
@@ -103,7 +106,7 @@ def train(
             )
         start = _resume_from(folder, model)
         watch = RunWatch(folder, settings, progress, probe)
-        n_before = _KL_POSITIONS if kl and not texts else 0
+        n_before = _KL_POSITIONS if kl and not (texts or kl_on_others) else 0
         every = settings.eval_every or _a_tenth(rows, settings, model)
         validation = Validation(eval_rows, every, settings.patience)
         keeper = KeepBest(folder, validation, Padded.of(model, tokenizer), settings.batch)
@@ -116,6 +119,7 @@ def train(
             data_collator=Padded.of(model, tokenizer, n_before=n_before),
             lengths=[len(row["input_ids"]) for row in rows],
             kl=kl,
+            kl_on_others=kl_on_others,
             texts=texts,
             callbacks=[
                 watch,
@@ -266,6 +270,44 @@ def weaken(model: Any, strength: float) -> None:
         raise InputError("no LoRA or SLIM adapter is active in the model; give a PEFT model")
     for weight in weights:
         weight.mul_(strength)
+
+
+@contextmanager
+def rewound(model: Any, strength: float, start: Mapping[str, Tensor]) -> Iterator[None]:
+    """Set a trained adapter of any method part of the way back to its start, for a block.
+
+    As :func:`weaken` for LoRA and SLIM, whose B is scaled. Of other methods, all that is trained
+    goes back along the straight line to its start.
+
+    Args:
+        model: a ``PeftModel`` after training.
+        strength: in (0, 1); 0 would be the base model.
+        start: name → value of the parameters of the fresh adapter.
+    """
+    from_zero = all(not bool(value.any()) for name, value in start.items() if _is_end(name))
+    moved = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if name in start and not (from_zero and _is_beginning(name))
+    }
+    kept = {name: weight.detach().clone() for name, weight in moved.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in moved.items():
+                weight.lerp_(start[name].to(weight), 1 - strength)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in moved.items():
+                weight.copy_(kept[name])
+
+
+def _is_beginning(name: str) -> bool:
+    return ".lora_A." in name or ".slim_in." in name
+
+
+def _is_end(name: str) -> bool:
+    return ".lora_B." in name or ".slim_out." in name
 
 
 def processes(model: Any) -> PartialState:

@@ -18,7 +18,7 @@ from budwood.errors import DivergedError
 from budwood.progress import Progress
 from budwood.runs import RunFolder
 from budwood.tune.encoding import IGNORED, EncodedExample
-from budwood.tune.losses import answer_kl, answer_loss, prompt_kl
+from budwood.tune.losses import answer_kl, answer_loss, others_kl, prompt_kl
 from budwood.tune.observe import observe
 from budwood.tune.settings import Settings
 from budwood.tune.steps import layers_of, tell_labels
@@ -81,6 +81,7 @@ class AnswerTrainer(Trainer):
     Args:
         lengths: length of each training example, by which they are grouped.
         kl: weight of the divergence from the base model on the prompts, or on ``texts``.
+        kl_on_others: take it on answers instead, over the tokens beside the right one.
         texts: self-generated texts to stay close to the base model on, a few per pass; none to
             stay close on the prompts.
         kwargs: the Trainer's.
@@ -94,11 +95,13 @@ class AnswerTrainer(Trainer):
         *args: Any,
         lengths: list[int],
         kl: float = 0.0,
+        kl_on_others: bool = False,
         texts: Sequence[EncodedExample] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_loss_func=_loss, **kwargs)
         self._lengths, self._kl, self._texts = lengths, kl, texts
+        self._kl_on_others = kl_on_others
         self._passes = (0, -1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
@@ -117,7 +120,7 @@ class AnswerTrainer(Trainer):
         result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = result
         if self._kl and not self._texts:
-            divergence = self._prompt_kl(model, outputs, rest, labels)
+            divergence = self._batch_kl(model, outputs, rest, labels)
             loss = loss + self._kl * divergence / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -128,10 +131,12 @@ class AnswerTrainer(Trainer):
             raise DivergedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
-    def _prompt_kl(
+    def _batch_kl(
         self, model: nn.Module, outputs: Any, inputs: dict[str, Any], labels: Tensor
     ) -> Tensor:
         base = self._base_logits(model, inputs)
+        if self._kl_on_others:
+            return others_kl(base, outputs.logits, labels)
         return prompt_kl(base, outputs.logits, labels, inputs["attention_mask"])
 
     def _step_on_texts(self, model: nn.Module) -> Tensor:

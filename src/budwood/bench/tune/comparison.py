@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from budwood.tune.base_model import fingerprint_of
 from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
 from budwood.tune.evaluate.divergence import CHAT, make_texts
 from budwood.tune.evaluate.scores import Score
-from budwood.tune.evaluate.suite import GENERAL, TARGETS, TEXT, Suite, routing_rows
+from budwood.tune.evaluate.suite import TEXT, Suite, routing_rows
 from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
 from budwood.tune.finetuning import FinetuneResult, finetune
-from budwood.tune.methods import is_ablation, parse_tuner
+from budwood.tune.methods import attach, is_ablation, parse_tuner
 from budwood.tune.sources import read_text
-from budwood.tune.train import fingerprint
+from budwood.tune.tasks import MADE
+from budwood.tune.train import fingerprint, rewound
 from budwood.tune.trainer import is_slim
 
 _PROBE_WINDOWS, _PROBE_REPLIES = 6, 12
@@ -64,10 +65,11 @@ class Comparison:
         self.material: Material = read_material(plan, data)
         longest = longest_for(model, plan.settings.max_length)
         self.rows = encode(self.material.all_train, tokenizer, longest).rows
-        self.tests = find_tasks(TARGETS, (), data, plan.limit, 0)
-        self.general = find_tasks((), GENERAL, data, plan.general_limit, 0)
+        self.tests = find_tasks(plan.targets, (), data, plan.limit, 0)
+        self.general = find_tasks((), plan.general, data, plan.general_limit, 0)
         self.validation = tuple(
-            task_of(f"val_{task}", examples) for task, examples in self.material.validation.items()
+            task_of(f"val_{task}", examples, exact=task in MADE)
+            for task, examples in self.material.validation.items()
         )
         state = plan.comparable | {
             "model": name,
@@ -151,7 +153,7 @@ class Comparison:
     def base_row(self, befores: Sequence[Score]) -> dict[str, Any]:
         """The row of the base model."""
         row = {"method": "base", "lr": None, "seed": None, "params": 0, "rank": 0}
-        return row | {"status": "complete", "final": True} | summary(befores, befores)
+        return row | {"status": "complete", "final": True} | self.summed(befores, befores)
 
     def run_all(self, trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
         """Train and evaluate each trial; a failure is noted and the next one runs."""
@@ -194,7 +196,7 @@ class Comparison:
             return dict(records.read(file).rows[0])
         befores = self.base_scores()
         began = time.perf_counter()
-        row = self.described(trial)
+        row, start = self.described(trial), self.start(trial)
         try:
             result = self.trained(trial)
         except DivergedError as error:
@@ -203,16 +205,14 @@ class Comparison:
             return row | {"status": "diverged"}
         adapted, history = result.model, result.history
         row |= {"params": result.n_trained_parameters, "train_seconds": _seconds(history, began)}
-        with self.bar(f"evaluating {trial.name}") as progress:
-            suite = self.suite(self.validation)
-            scores = suite.after(adapted, self.tokenizer, progress)
-            scores += suite.drift(adapted, self.tokenizer, progress)[1]
+        scores = self.validated(trial.name, adapted)
         if is_slim(adapted):
             self.note_routing(trial, adapted)
+        self.rewind(trial, adapted, start, befores)
         adapted.unload()
         losses = [entry["loss"] for entry in history if "loss" in entry]
         row |= {"train_loss": losses[-1] if losses else None}
-        row |= {"status": "complete"} | summary(befores, scores)
+        row |= {"status": "complete"} | self.summed(befores, scores)
         self.keep(trial, "scores.json", [score.as_dict() for score in scores])
         self.note(trial, row, history)
         return row
@@ -227,7 +227,47 @@ class Comparison:
                 scores = suite.after(adapted, self.tokenizer, progress)
             adapted.unload()
             self.keep(trial, "tests.json", [score.as_dict() for score in scores])
-        return summary(befores, [Score.from_dict(item) for item in read_json(file)])
+        return self.summed(befores, [Score.from_dict(item) for item in read_json(file)])
+
+    def start(self, trial: Trial) -> dict[str, Any]:
+        """Parameters of a trial's fresh adapter; none where nothing goes back to them."""
+        if not self.plan.strengths:
+            return {}
+        tuner = parse_tuner(trial.method).fitted_to(n_supervised(self.rows))
+        adapted = attach(tuner, self.model, self.rank(trial.method), trial.seed)
+        named = adapted.named_parameters()
+        start = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        adapted.unload()
+        return start
+
+    def validated(self, name: str, adapted: Any) -> list[Score]:
+        """Scores of a trained adapter on validation data and on text."""
+        with self.bar(f"evaluating {name}") as progress:
+            suite = self.suite(self.validation)
+            scores = suite.after(adapted, self.tokenizer, progress)
+            return scores + suite.drift(adapted, self.tokenizer, progress)[1]
+
+    def rewind(
+        self, trial: Trial, adapted: Any, start: Mapping[str, Any], befores: Sequence[Score]
+    ) -> None:
+        """Scores of a trained adapter part of the way back to the base model, in ``rewound.json``.
+
+        Source: WiSE-FT, arXiv 2109.01903, for every method.
+        """
+        rows = []
+        for strength in self.plan.strengths:
+            with rewound(adapted, strength, start):
+                scores = self.validated(f"{trial.name} at {strength:g}", adapted)
+            rows.append(self.described(trial) | {"strength": strength})
+            rows[-1] |= {"status": "complete"} | self.summed(befores, scores)
+        if rows:
+            self.keep(trial, "rewound.json", rows)
+
+    def summed(self, befores: Sequence[Score], afters: Sequence[Score]) -> dict[str, Any]:
+        """:func:`summary`, with the floors of the targets."""
+        constants = {task.name: task.constant for task in self.tests}
+        known = {name: value for name, value in constants.items() if value is not None}
+        return summary(befores, afters, known)
 
     def trained(self, trial: Trial) -> FinetuneResult:
         """An adapter, trained now or before."""
@@ -253,13 +293,16 @@ class Comparison:
     def rank(self, method: str) -> int:
         """The rank at which a method has as many trained parameters as the reference."""
         if method not in self._ranks:
-            if method == self.plan.reference or is_ablation(method):
+            if own := parse_tuner(method).own_rank:
+                self._ranks[method] = own
+            elif method == self.plan.reference or is_ablation(method):
                 self._ranks[method] = self.plan.rank
             else:
                 reference = parse_tuner(self.plan.reference)
                 wanted = count_at(reference, self.model)(self.plan.rank)
-                count = count_at(parse_tuner(method), self.model)
-                self._ranks[method] = fit_rank(count, wanted)
+                tuner = parse_tuner(method)
+                count = count_at(tuner, self.model)
+                self._ranks[method] = fit_rank(count, wanted, tuner.ranks(self.model))
         return self._ranks[method]
 
     def suite(self, tasks: Sequence[Task]) -> Suite:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from budwood.checks import need_at_least
+from budwood.checks import need_at_least, need_number
 from budwood.errors import InputError
 from budwood.tune.data import Example, read_examples, styled
 from budwood.tune.evaluate.divergence import chat_prompts
-from budwood.tune.evaluate.suite import TARGETS, TEXT
-from budwood.tune.methods import Tuner, attach, n_trainable, parse_tuner
+from budwood.tune.evaluate.suite import GENERAL, TEXT
+from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.settings import Settings
+from budwood.tune.tasks import MADE, made
+from budwood.tune.tuners import Tuner
 
 METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")
 SPLIT_SEED = 20_250_101
@@ -29,6 +31,11 @@ class Plan:
 
     Attributes:
         methods: names with options, as :func:`parse_tuner` takes them.
+        targets: tasks that are trained on, all together: of :data:`budwood.tune.tasks.MADE`, or
+            those with a ``NAME_train.jsonl`` in the folder of the data.
+        general: tasks that are never trained on.
+        strengths: adapter strengths at which each trained adapter is measured as well, on
+            validation data and text; ``rewound`` in the record of a run.
         lrs: learning rates to try with each method; none for those in the folder.
         seeds: seeds of the final runs; the first is the sweep's.
         settings: how to train; learning rate and seed are replaced.
@@ -46,6 +53,9 @@ class Plan:
     """
 
     methods: tuple[str, ...] = METHODS
+    targets: tuple[str, ...] = tuple(MADE)
+    general: tuple[str, ...] = GENERAL
+    strengths: tuple[float, ...] = ()
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Settings = field(default_factory=Settings)
@@ -64,15 +74,19 @@ class Plan:
     def __post_init__(self) -> None:
         for text in (*self.methods, self.reference):
             parse_tuner(text)
-        for name in ("methods", "lrs", "seeds"):
+        for name in ("methods", "targets", "general", "lrs", "seeds", "strengths"):
             values = getattr(self, name)
-            if not (values or name == "lrs") or len(set(values)) < len(values):
+            needed = name in ("methods", "targets", "seeds")
+            if (needed and not values) or len(set(values)) < len(values):
                 raise InputError(f"{name} {list(values)} must hold something, and nothing twice")
         positive = ("rank", "n_validation", "batch")
         need_at_least(1, **{name: getattr(self, name) for name in positive})
         counts = ("per_task", "limit", "general_limit", "windows", "prompts", "probe_limit")
         need_at_least(0, **{name: getattr(self, name) for name in counts})
         chat_prompts(self.prompts)  # refuses more than there are
+        allowed = "number above 0 and below 1"
+        for strength in self.strengths:
+            need_number(lambda value: 0 < value < 1, allowed, strength=strength)
         for lr in self.lrs:
             dataclasses.replace(self.settings, lr=lr)
         for seed in self.seeds:
@@ -82,7 +96,8 @@ class Plan:
     def comparable(self) -> dict[str, Any]:
         """What must be equal for runs to be compared: all but methods, rates and seeds."""
         plain = dataclasses.asdict(self)
-        for name in ("methods", "lrs", "seeds"):
+        # What is asked is in the digests of the data and of the tests.
+        for name in ("methods", "targets", "general", "strengths", "lrs", "seeds"):
             del plain[name]
         for name in ("lr", "seed"):
             del plain["settings"][name]
@@ -128,14 +143,19 @@ def read_material(plan: Plan, data: Path) -> Material:
     Raises:
         InputError: a file is missing or malformed, or too short to be split.
     """
-    needed = [f"{name}_train.jsonl" for name in TARGETS] + [TEXT]
+    needed = [f"{name}_train.jsonl" for name in plan.targets if name not in MADE] + [TEXT]
     missing = [name for name in needed if not (data / name).is_file()]
     if missing:
         raise InputError(f"{data} lacks {', '.join(missing)}; see docs/tune.md for what it holds")
     train, validation = {}, {}
-    for name in TARGETS:
-        examples = read_examples(str(data / f"{name}_train.jsonl"))
-        validation[name], chosen = split(examples, plan.n_validation, plan.per_task, name)
+    for name in plan.targets:
+        if name in MADE:
+            parts = made(name)
+            validation[name] = list(parts["validation"][: plan.n_validation])
+            chosen = list(parts["train"][: plan.per_task or None])
+        else:
+            examples = read_examples(str(data / f"{name}_train.jsonl"))
+            validation[name], chosen = split(examples, plan.n_validation, plan.per_task, name)
         train[name] = [styled(one, plan.style) for one in chosen]
     return Material(train, validation)
 
@@ -160,18 +180,29 @@ def split(
     return validation[:n_validation], train[: n_train or None]
 
 
-def fit_rank(count: Callable[[int], int], n_wanted: int, tolerance: float = 0.05) -> int:
+def fit_rank(
+    count: Callable[[int], int],
+    n_wanted: int,
+    ranks: Sequence[int] = (),
+    tolerance: float = 0.05,
+) -> int:
     """The rank whose number of trainable parameters is nearest to a given one.
 
     Args:
         count: rank → parameters, which grow by the same amount with each rank.
         n_wanted: parameters.
+        ranks: the only ones that the method has, of which the nearest is taken however far it is;
+            none for all.
         tolerance: fraction by which they may differ.
 
     Raises:
         InputError: no rank comes as near.
     """
-    first, second = count(1), count(2)
+    first, second = (count(rank) for rank in (ranks[:2] if len(ranks) > 1 else (1, 2)))
+    if ranks:
+        low, high = ranks[:2]
+        each = (second - first) / (high - low)
+        return min(ranks, key=lambda rank: abs(first + (rank - low) * each - n_wanted))
     step = second - first
     rank = max(1, round((n_wanted - first) / step) + 1)
     n_found = first + (rank - 1) * step
@@ -189,7 +220,7 @@ def count_at(tuner: Tuner, model: Any) -> Callable[[int], int]:
     def count(rank: int) -> int:
         adapted = attach(tuner, model, rank, seed=0)
         try:
-            return n_trainable(adapted)
+            return tuner.n_trained(adapted)
         finally:
             adapted.unload()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -10,21 +11,26 @@ from budwood.errors import InputError
 from budwood.records import Row
 from budwood.tune.evaluate.divergence import CHAT
 from budwood.tune.evaluate.scores import Score, mean_of
-from budwood.tune.evaluate.suite import GENERAL, TARGETS
 
 AVERAGED = (
     "target",
     "target_loss",
+    "target_floor",
+    "target_over_floor",
     "validation",
     "general",
     "general_loss",
     "perplexity",
+    "text_loss_rise",
     "kl_chat",
     "kl_text",
     "train_loss",
     "train_seconds",
 )
 """Columns that are averaged over seeds; each gets a ``_std`` as well."""
+
+OF_TASKS = ("accuracy", "loss", "floor", "gain")
+"""Columns of single tasks begin with one of these; a gain is over the floor."""
 
 FORGETTING = {
     "perplexity_rise": ("perplexity", "perplexity_before"),
@@ -56,7 +62,7 @@ def method_rows(rows: Sequence[Row], baseline: str = "lora") -> list[Row]:
             if key in base
         }
         row |= rises
-        for key in (*FORGETTING, *rises, "kl_chat", "kl_text"):
+        for key in (*FORGETTING, *rises, "text_loss_rise", "kl_chat", "kl_text"):
             row[f"{key}_ratio"] = _ratio(row.get(key), against.get(key))
     return found
 
@@ -74,7 +80,7 @@ def _mean_row(method: str, group: Sequence[Row]) -> Row:
         row[name] = statistics.fmean(gaps) if gaps else None
     if row["target"] is not None:
         row["target_gain"] = row["target"] - first["target_before"]
-    tasks = [*_of_tasks("accuracy", first), *_of_tasks("loss", first)]
+    tasks = [key for metric in OF_TASKS for key in _of_tasks(metric, first)]
     return row | {key: statistics.fmean(one[key] for one in group) for key in tasks}
 
 
@@ -118,16 +124,25 @@ def best_rates(rows: Mapping[Trial, Row]) -> dict[str, float]:
     return {method: lr for method, (_, lr) in best.items()}
 
 
-def summary(befores: Sequence[Score], afters: Sequence[Score]) -> Row:
-    """Columns of a row: of each task, and means over target, validation and general tasks."""
+def summary(
+    befores: Sequence[Score], afters: Sequence[Score], constants: Mapping[str, float] | None = None
+) -> Row:
+    """Columns of a row: of each task, and means over target, validation and general tasks.
+
+    Args:
+        befores: of the base model.
+        afters: of the tuned one.
+        constants: target → accuracy of its best constant answer.
+    """
     known = {score.key: score for score in befores}
+    tests = [score for score in afters if not score.task.startswith("val_")]
     row: Row = {}
     for score in afters:
         row[f"{score.metric}_{score.task}"] = score.value
     groups = {
         "validation": [s for s in afters if s.task.startswith("val_")],
-        "target": [s for s in afters if s.task in TARGETS],
-        "general": [s for s in afters if s.task in GENERAL],
+        "target": [s for s in tests if s.group == "target"],
+        "general": [s for s in tests if s.group == "general"],
     }
     for name, scores in groups.items():
         for metric, suffix in (("accuracy", ""), ("loss", "_loss")):
@@ -136,10 +151,22 @@ def summary(befores: Sequence[Score], afters: Sequence[Score]) -> Row:
                 base = [known[score.key] for score in mine]
                 row[f"{name}{suffix}"] = mean_of(name, mine)
                 row[f"{name}{suffix}_before"] = mean_of(name, base)
+    gains = []
+    for score in groups["target"]:
+        if score.metric == "accuracy" and score.task in (constants or {}):
+            floor = max(known[score.key].value, (constants or {})[score.task])
+            row[f"floor_{score.task}"] = floor
+            row[f"gain_{score.task}"] = score.value - floor
+            gains.append((floor, score.value - floor))
+    if gains:
+        row["target_floor"], row["target_over_floor"] = map(statistics.fmean, zip(*gains))
     for score in afters:
         if score.metric == "perplexity":
             name = "perplexity" if score.task != CHAT else "perplexity_of_replies"
-            row[name], row[f"{name}_before"] = score.value, known[score.key].value
+            before = known[score.key].value
+            row[name], row[f"{name}_before"] = score.value, before
+            if score.task != CHAT:  # what PEFT's method_comparison calls forgetting
+                row["text_loss_rise"] = math.log(score.value) - math.log(before)
         if score.metric == "kl":
             row["kl_chat" if score.task == CHAT else "kl_text"] = score.value
     return row

@@ -42,11 +42,14 @@ COLUMNS = Columns(
     Column("target", ".1%"),
     Column("target_std", ".1%", "±"),
     Column("target_gain", "+.1%", "gain"),
+    Column("target_floor", ".1%", "floor"),
+    Column("target_over_floor", "+.1%", "over floor"),
     Column("general", ".1%"),
     Column("general_loss_rise", "+.3f", "loss rise"),
     Column("loss_rise_gsm8k", "+.3f", "GSM8K"),
     Column("perplexity", ".2f", only="record"),
     Column("perplexity_rise", "+.2f", "perplexity rise"),
+    Column("text_loss_rise", "+.4f", only="record"),
     Column("kl_chat", ".4f", "KL chat"),
     Column("kl_text", ".4f", "KL text"),
     Column("kl_chat_ratio", ".2f", "KL / LoRA's"),
@@ -63,6 +66,19 @@ def bench_tune(
         typer.Option(metavar="DIR", help="Folder of the comparison; an interrupted one continues."),
     ],
     methods: options.Tuners = "lora,lora-wd,dora,lora-kl,moe,slim",
+    targets: Annotated[
+        str, typer.Option(metavar="TASK,…", help="Tasks to train on, all together.")
+    ] = "facts,extract,reviews",
+    general: Annotated[
+        str, typer.Option(metavar="TASK,…", help="Tasks that are never trained on.")
+    ] = "winogrande,social_iqa,gsm8k",
+    strengths: Annotated[
+        str,
+        typer.Option(
+            metavar="S,…",
+            help="Adapter strengths below 1 at which every run is measured as well (WiSE-FT).",
+        ),
+    ] = "",
     lrs: Annotated[
         str,
         typer.Option(
@@ -101,13 +117,15 @@ def bench_tune(
     dtype: tune_options.TrainingDtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Train on three tasks with each method, choose its learning rate, and see what is forgotten.
+    """Train on tasks with each method, choose its learning rate, and see what is forgotten.
 
-    DIR holds openbookqa, boolq and arc_easy as NAME_train.jsonl and NAME_test.jsonl, the general
-    tasks, and wikitext2_valid.txt. Rates are chosen on validation questions taken from the
-    training files; tests are run for the chosen ones only. Everything goes to --output: a record a
-    run, the record of the comparison, pictures. An interrupted comparison continues when the
-    command is repeated; more methods, rates and seeds may be added, and rates tried before count.
+    The targets facts, extract and reviews bring their data. DIR holds wikitext2_valid.txt, the
+    general tasks, and NAME_train.jsonl and NAME_test.jsonl for other targets, such as openbookqa,
+    boolq and arc_easy. Rates are chosen on validation questions; tests are run for the chosen ones
+    only. The floor of a target is the better of the base model and the best constant answer.
+    Everything goes to --output: a record a run, the record of the comparison, pictures. An
+    interrupted comparison continues when the command is repeated; more methods, rates and seeds may
+    be added, and rates tried before count.
 
     \b
     Example:
@@ -118,6 +136,9 @@ def bench_tune(
         lrs,
         seeds,
         _settings(steps, batch, max_length, probe_every),
+        targets=tuple(options.listed(targets)),
+        general=tuple(options.listed(general)) if general else (),
+        strengths=tuple(_numbers(strengths, float, "strengths")) if strengths else (),
         reference=reference,
         rank=rank,
         per_task=per_task,
@@ -139,7 +160,21 @@ def bench_tune(
         print_json(dataclasses.asdict(record))
         return
     print_table(record.rows, COLUMNS)
+    _print_targets(record.rows, plan.targets)
     say(f"in {output}: record.json, {', '.join(pictures)}, runs")
+
+
+def _print_targets(rows: list[dict[str, Any]], targets: tuple[str, ...]) -> None:
+    """Each target by itself, with its floor."""
+    if not any(f"floor_{name}" in row for row in rows for name in targets):
+        return
+    columns = [Column("method")]
+    for name in targets:
+        columns += [
+            Column(f"accuracy_{name}", ".1%", name),
+            Column(f"floor_{name}", ".1%", "floor"),
+        ]
+    print_table(rows, Columns(*columns))
 
 
 def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:

@@ -24,6 +24,7 @@ from budwood.tune.steps import tell_labels
 from budwood.tune.targets import layer_number
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
+"""Targets whose files a folder of data holds; see :data:`budwood.tune.tasks.MADE` for others."""
 GENERAL = ("winogrande", "social_iqa", "gsm8k")
 TEXT = "wikitext2_valid.txt"
 ROUTED = 24

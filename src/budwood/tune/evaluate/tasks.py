@@ -19,8 +19,11 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError, MissingPackageError, UnknownNameError
 from budwood.loading import is_file_name
 from budwood.tune.data import Example, read_examples
+from budwood.tune.tasks import MADE, made
 
 SHIPPED = Path(__file__).parents[1] / "tasks"
+LATER = ("arc_challenge", "piqa")
+"""Shipped tasks that are lm-eval's own where ``data`` lacks their file."""
 _STRUCTURE = frozenset(
     ("group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata")
 )
@@ -50,6 +53,12 @@ class Task:
     rendered: bool = False
 
     @property
+    def constant(self) -> float | None:
+        """Fraction of questions that the best constant answer gets right; None if unknown."""
+        answers = [example.messages[-1]["content"] for example in self.examples or ()]
+        return max(Counter(answers).values()) / len(answers) if answers else None
+
+    @property
     def asked(self) -> str:
         """How: ``"chat"`` through the template by lm-eval, ``"rendered"`` before, or ``"text"``."""
         return ("rendered" if self.rendered else "chat") if self.chat else "text"
@@ -61,7 +70,8 @@ def find_task(
     """Find a task by its name.
 
     Args:
-        name: a shipped task, whose file is in ``data``; a file of examples; or one of lm-eval's.
+        name: a shipped task, whose file is in ``data`` or which brings its own data (see
+            :data:`budwood.tune.tasks.MADE`); a file of examples; or one of lm-eval's.
         data: folder with the files of shipped tasks.
         group: ``"target"`` or ``"general"``.
         limit: number of questions to draw; 0 for all.
@@ -73,11 +83,16 @@ def find_task(
     if is_file_name(name):
         examples = draw(read_examples(name), limit, seed)
         return task_of(Path(name).stem, examples, group)
+    if name in MADE:
+        examples = draw(made(name)["test"], limit, seed)
+        return task_of(name, examples, group, exact=True)
     if name in shipped_tasks():
         config = _read_yaml(SHIPPED / f"{name}.yaml")
-        if data is None:
+        file = data and data / config["dataset_kwargs"]["data_files"]["test"]
+        if name in LATER and not (file and file.is_file()):
+            return Task(name, group, None, None)  # lm-eval has it as well
+        if file is None:
             raise InputError(f"task {name!r} needs its file: give --data DIR")
-        file = data / config["dataset_kwargs"]["data_files"]["test"]
         examples = draw(read_examples(str(file)), limit, seed)
         _need_single(name, examples)
         return Task(name, group, config, tuple(examples), config["metadata"].get("chat", True))
@@ -125,10 +140,18 @@ def _with_folder_and_ending(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Task:
+def task_of(
+    name: str, examples: Sequence[Example], group: str = "target", *, exact: bool = False
+) -> Task:
     """A task made of examples: multiple choice, or the loss of the right answer.
 
     The answer is the last turn, after all of the conversation before it; or the completion.
+
+    Args:
+        name: its name in tables.
+        examples: the data.
+        group: ``"target"`` or ``"general"``.
+        exact: without choices, also score whether greedy decoding writes the answer.
 
     Raises:
         InputError: some examples have choices and others have none, some are plain text and others
@@ -145,6 +168,8 @@ def task_of(name: str, examples: Sequence[Example], group: str = "target") -> Ta
         )
     kind = "openbookqa" if examples[0].choices else "gsm8k"
     config = _read_yaml(SHIPPED / f"{kind}.yaml") | {"doc_to_target": "answer"}  # as it is written
+    if exact and kind == "gsm8k":
+        config["metric_list"] = [*config["metric_list"], {"metric": "acc", "aggregation": "mean"}]
     if examples[0].is_plain:
         # The completion has its own white space, if any.
         return Task(name, group, config | {"target_delimiter": ""}, tuple(examples), chat=False)
@@ -209,7 +234,7 @@ def _leaves(task: Task) -> list[Task]:
 
 def shipped_tasks() -> tuple[str, ...]:
     """Names of the shipped tasks."""
-    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    return tuple(sorted([*MADE, *(path.stem for path in SHIPPED.glob("*.yaml"))]))
 
 
 @cache
