@@ -149,6 +149,7 @@ def test_tune(page, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps({**about, "rows": [row]}))
     upload(page, "Record", tmp_path / "record.json")
     page.get_by_role("table", name="Numbers of the record").wait_for()
+    page.locator(".js-plotly-plot:visible .main-svg").first.wait_for()
 
 
 def test_every_control_has_a_name(page):

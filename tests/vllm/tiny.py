@@ -167,7 +167,9 @@ def save_qwen(folder: Path, kind: str) -> Path:
         "rope_parameters": MROPE,
         "tie_word_embeddings": False,
     }
-    if kind != "qwen3_vl":
+    if kind == "qwen3_vl":  # its sections are interleaved, and the first one is the longest
+        text["rope_parameters"] = MROPE | {"mrope_section": [6, 5, 5]}
+    else:
         text.pop("head_dim")
     config = make_config(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
     sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}

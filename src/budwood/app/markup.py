@@ -52,6 +52,11 @@ def grid(parts: Iterable[str]) -> str:
     return f'<div class="budwood-grid">{"".join(parts)}</div>'
 
 
+def pair(left: str, right: str) -> str:
+    """Two pieces of equal width, one above the other where there is no room."""
+    return f'<div class="budwood-pair"><div>{left}</div><div>{right}</div></div>'
+
+
 def status(inner: str) -> str:
     """A result that screen readers announce when it changes."""
     return f'<div role="status" aria-live="polite">{inner}</div>'

@@ -39,6 +39,8 @@ CSS = """
 .budwood-scale {display: inline-block; width: 8em; height: .8em; border-radius: 3px; margin: 0 .5em}
 .budwood-grid {display: grid; gap: 1em; grid-template-columns:
   repeat(auto-fill, minmax(200px, 1fr))}
+.budwood-pair {display: grid; gap: 2em; overflow-wrap: anywhere;
+  grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr))}
 footer {display: none !important}
 """
 
@@ -116,7 +118,7 @@ def serve(
             ssr_mode=False,
             run_history=False,
             footer_links=[],
-            theme=gr.themes.Default(**fonts),
+            theme=gr.themes.Default(**fonts).set(block_info_text_color="*neutral_600"),
             css=CSS,
             quiet=True,
             prevent_thread_lock=True,

@@ -65,7 +65,7 @@ def reply(models: Models, prompt: str, n_tokens: float) -> str:
         said = loaded.tokenizer.decode(base[len(given) :], skip_special_tokens=True)
     left = f"<h3>Base model</h3>{markup.paragraph(said)}"
     right = f"<h3>Tuned model</h3>{_coloured(words, shares, len(given))}"
-    return markup.status(markup.grid([f"<div>{left}</div>", f"<div>{right}</div>"]))
+    return markup.status(markup.pair(left, right))
 
 
 def curve(file: str | None) -> tuple[Any, str]:

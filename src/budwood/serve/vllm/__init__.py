@@ -17,8 +17,7 @@ def register() -> None:
 
     What is behind a name is imported when a model asks for it.
     """
-    # pyright takes vllm for this package.
-    from vllm import ModelRegistry  # pyright: ignore[reportAttributeAccessIssue]
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
     known = ModelRegistry.get_supported_archs()
     for entry in catalogue.SERVED.values():
