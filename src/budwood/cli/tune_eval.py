@@ -79,12 +79,11 @@ def tune_eval(
 
     A file has lines as for `budwood tune`; facts, extract and reviews bring their data; other names
     are tasks of lm-eval. The floor is the better of the base model and the best constant answer.
-    With --data DIR alone,
-    the shipped tasks are scored: openbookqa, boolq and arc_easy as targets, winogrande, social_iqa
-    and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is the divergence from
-    the base model, on text and on its own replies to everyday requests. Intervals hold 95 %, by a
-    paired bootstrap over items. The base model's scores and replies are kept in budwood's cache for
-    the next adapter.
+    With --data DIR alone, the shipped tasks are scored: openbookqa, boolq and arc_easy as targets,
+    winogrande, social_iqa and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is
+    the divergence from the base model, on text and on its own replies to everyday requests.
+    Intervals hold 95 %, by a paired bootstrap over items. The base model's scores and replies are
+    kept in budwood's cache for the next adapter.
 
     \b
     Examples:
