@@ -27,6 +27,7 @@ ablations+=,slim-no-merging,slim-no-l1,slim-paper
 settings=(
     --steps 200 --batch 8 --max-length 160 --per-task 1100 --n-validation 150
     --windows 32 --prompts 32
+    --targets openbookqa,boolq,arc_easy --general winogrande,social_iqa,gsm8k
 )
 
 compare() {

@@ -22,6 +22,7 @@ from tests.refusals import refused
 QUICK = ["--batch", 4, "--max-length", 300, "--log-every", 2, "--lr", "3e-3"]
 SMALL = ["--windows", 2, "--prompts", 3]
 BENCH = [
+    *("--targets", "openbookqa,boolq,arc_easy"),
     *("--steps", 4, "--batch", 4, "--max-length", 300, "--n-validation", 6, "--general-limit", 6),
     *("--limit", 8, "--probe-every", 2, "--probe-limit", 4, "--rank", 1, *SMALL),
 ]
@@ -366,7 +367,24 @@ def test_bench_without_replies(lm_dir, data, budwood, tmp_path):
     assert result.exit_code == 0, result.output
     row = json.loads(result.stdout)["rows"][-1]
     assert row["kl_chat"] is None and row["kl_text"] > 0
+    assert row["target_over_floor"] == pytest.approx(row["target"] - row["target_floor"])
+    assert row["floor_boolq"] >= 0.5
     assert {"front.png", "curves.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_bench_of_made_targets_rewinds_every_method(lm_dir, data, budwood, tmp_path):
+    line = ["bench", "tune", "--data", data, "--output", tmp_path / "out", "--model", lm_dir]
+    line += [*BENCH[2:], "--targets", "facts,extract", "--general", "gsm8k", "--prompts", 2]
+    line += ["--reference", "lora", "--methods", "lora,dora,oft,osf,corda,lora-mask,lora-r10"]
+    line += ["--strengths", "0.5", "--lrs", "1e-2", "--seeds", 0, "--steps", 2, "--per-task", 8]
+    result = budwood(*line, "--json")
+    assert result.exit_code == 0, result.output
+    for row in json.loads(result.stdout)["rows"][1:]:
+        assert row["gain_facts"] == row["accuracy_facts"] - row["floor_facts"]
+        where = next((tmp_path / "out" / "runs").glob(f"{row['method']}-lr*"))
+        half = json.loads((where / "rewound.json").read_text())[0]
+        assert half["strength"] == 0.5 and 0 < half["kl_text"] < row["kl_text"]
+        assert half["kl_chat"] < row["kl_chat"]
 
 
 def plain(rows):

@@ -12,6 +12,7 @@ from budwood.tune import SlimConfig
 from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.targets import with_attention
+from budwood.tune.train import rewound
 from budwood.tune.tuners import n_trainable
 from tests import tiny_chat
 
@@ -227,6 +228,32 @@ def test_a_peer_starts_at_the_base_model_and_learns(name):
     assert losses[-1] < losses[0]
     with adapted.disable_adapter():
         assert torch.equal(adapted(tokens).logits, base)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "osf", "corda", "slim-whitened"])
+def test_rewinding_goes_back_to_the_base_model_for_a_while(name):
+    model, tuner = tiny_chat.model(), parse_tuner(name)
+    tokens = torch.arange(3, 15)[None]
+    texts = [{"input_ids": tokens[0].tolist(), "labels": tokens[0].tolist()}]
+    base = model(tokens).logits.detach()
+    adapted = attach(tuner, model, 4, seed=0)
+    named = dict(adapted.named_parameters())
+    start = {key: p.detach().clone() for key, p in named.items() if p.requires_grad}
+    tuner.prepare(adapted, tiny_chat.tokenizer(), texts, texts if tuner.n_texts else ())
+    trained = {key: named[key] for key in start}
+    optimiser = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    for _ in range(4):
+        adapted(tokens, labels=tokens).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    adapted.eval()
+    end = {key: p.detach().clone() for key, p in trained.items()}
+    gaps = []
+    for strength in (0.999999, 0.5, 1e-6):
+        with rewound(adapted, strength, start), torch.no_grad():
+            gaps.append(float((adapted(tokens).logits - base).abs().max()))
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-3 < gaps[0]
+    assert all(torch.equal(end[key], p) for key, p in trained.items())
 
 
 def test_corda_trains_half_of_its_adapter_and_starts_with_something():

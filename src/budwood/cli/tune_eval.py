@@ -26,6 +26,7 @@ COLUMNS = Columns(
     Column("task"),
     Column("metric"),
     Column("n", heading="items"),
+    Column("floor", ".3f"),
     Column("before", ".3f"),
     Column("after", ".3f"),
     Column("difference", "+.3f"),
@@ -76,12 +77,13 @@ def tune_eval(
 ) -> None:
     """Score an adapter and its base model on target tasks, general tasks and text.
 
-    A file has lines as for `budwood tune`; other names are tasks of lm-eval. With --data DIR alone,
-    the shipped tasks are scored: openbookqa, boolq and arc_easy as targets, winogrande, social_iqa
-    and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is the divergence from
-    the base model, on text and on its own replies to everyday requests. Intervals hold 95 %, by a
-    paired bootstrap over items. The base model's scores and replies are kept in budwood's cache for
-    the next adapter.
+    A file has lines as for `budwood tune`; facts, extract and reviews bring their data; other names
+    are tasks of lm-eval. The floor is the better of the base model and the best constant answer.
+    With --data DIR alone, the shipped tasks are scored: openbookqa, boolq and arc_easy as targets,
+    winogrande, social_iqa and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is
+    the divergence from the base model, on text and on its own replies to everyday requests.
+    Intervals hold 95 %, by a paired bootstrap over items. The base model's scores and replies are
+    kept in budwood's cache for the next adapter.
 
     \b
     Examples:
@@ -197,7 +199,8 @@ def _measure(loaded: Loaded, suite: Suite, seed: int, kept: Kept | None) -> list
         text_before, text_after = suite.drift(loaded.model, loaded.tokenizer, bar)
     if kept and kept.n_found:
         say("the base model's scores or replies were kept from before; --fresh measures them again")
-    return report_rows(before + text_before, after + text_after, seed)
+    constants = {task.name: task.constant for task in suite.tasks if task.constant is not None}
+    return report_rows(before + text_before, after + text_after, seed, constants)
 
 
 def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:

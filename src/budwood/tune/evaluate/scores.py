@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,10 @@ def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:
 
 
 def report_rows(
-    befores: Sequence[Score], afters: Sequence[Score], seed: int = 0
+    befores: Sequence[Score],
+    afters: Sequence[Score],
+    seed: int = 0,
+    constants: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per score, and one for the mean accuracy of each group with several tasks.
 
@@ -170,9 +173,11 @@ def report_rows(
         befores: of the base model.
         afters: of the tuned one, in any order.
         seed: of the bootstrap.
+        constants: task → accuracy of its best constant answer.
 
     Returns:
-        Rows as :func:`budwood.tune.evaluate.scores.compare` gives them, targets first.
+        Rows as :func:`budwood.tune.evaluate.scores.compare` gives them, targets first. Accuracies
+        of tasks with a constant have a ``floor``: the better of it and the base model.
 
     Raises:
         InputError: two scores before, or two after, are of the same task and metric.
@@ -185,7 +190,10 @@ def report_rows(
     rows = []
     for group in ("target", "general"):
         mine = [(b, a) for b, a in pairs if a.group == group]
-        rows += [compare(before, after, seed) for before, after in mine]
+        for before, after in mine:
+            rows.append(compare(before, after, seed))
+            if after.metric == "accuracy" and after.task in (constants or {}):
+                rows[-1]["floor"] = max(before.value, (constants or {})[after.task])
         accuracies = [(b, a) for b, a in mine if a.metric == "accuracy"]
         if len(accuracies) > 1:
             rows.append(_mean_row(group, accuracies, seed))
