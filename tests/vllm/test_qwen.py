@@ -55,7 +55,7 @@ def test_same_tokens_and_answers(tmp_path, kind):
 
 
 def test_same_tokens_of_qwen3(tmp_path):
-    """Its answers are not compared: without pruning too, vLLM's differ from transformers'."""
+    """Its answers are not compared: stock vLLM's differ from transformers' on this model."""
     folder = tiny.save_qwen(tmp_path, "qwen3_vl")
     requests = chats(AutoProcessor.from_pretrained(folder))
     kept, answers = attached(folder, requests, keep=7)
