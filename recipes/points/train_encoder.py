@@ -10,6 +10,10 @@ the end they are estimated over all numbers and fixed, and training goes on for 
 
     python recipes/points/train_encoder.py --clouds runs/points/clouds.npz --out runs/points/encoder
 
+With the clouds of make_road.py as a second file, half of each batch are road objects, most of them
+as sensors see them: LiDARs of 16 to 128 beams, and depth cameras. Labels of the two parts that mean
+the same, such as "pedestrian" and "standing person", are not told apart.
+
 Started again, it resumes from the last checkpoint in its folder.
 """
 
@@ -19,6 +23,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,28 +33,37 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
+from budwood.points.familiar import save_trained_labels
+from budwood.points.label_file import labels_beside
 from budwood.points.labels import resolve_templates
-from budwood.points.text import average_embeddings
+from budwood.points.sampling import lidar_points, visible_points
+from budwood.points.text import TextEmbeddings, average_embeddings
 from budwood.points.towers import MiniLM
+from budwood.points.vocabulary import alike
 
 FEWEST, MOST = 128, 1024
+FEWEST_SEEN = 48  # of road objects as sensors see them
+BEAMS = (16, 32, 64, 128)
+ALIKE = 0.6  # labels of two parts whose texts have this cosine mean the same
 WATCHED = (1024, 128, 64)
 SETTLING = 200  # batches from which the final statistics are estimated
 
 
 class Shapes:
-    """The clouds of make_clouds.py and the embeddings of their labels.
+    """The clouds of make_clouds.py and make_road.py, and the embeddings of their labels.
 
     Attributes:
         xyz: for pretraining, int16, shape (n, 4096, 3).
         target: index of the label of each.
+        parts: of each label: "indoor", or "road" if the road has it.
+        same: which labels are not told apart, shape (n_labels, n_labels).
         texts: embeddings of all labels minus their mean, of length 1, shape (n_labels, 384).
         center: that mean.
     """
 
-    def __init__(self, file: Path, folder: Path):
-        with np.load(file) as content:
-            xyz, label, use = content["xyz"], content["label"], content["use"]
+    def __init__(self, files: Sequence[Path], folder: Path):
+        loaded = [_load(file) for file in files]
+        xyz, label, use, part = (np.concatenate(column) for column in zip(*loaded))
         train = use == "pretrain"
         self.labels = sorted(set(label[train].tolist()))
         index = {name: i for i, name in enumerate(self.labels)}
@@ -57,31 +71,81 @@ class Shapes:
         self.target = np.array([index[name] for name in label[train].tolist()])
         count = np.bincount(self.target)
         weight = 1 / np.sqrt(count[self.target])
+        self.part = part[train]
+        for name in np.unique(self.part):
+            weight[self.part == name] /= weight[self.part == name].sum()
         self.chance = weight / weight.sum()
-        self.watched = xyz[use == "val"]
+        self.watched, self.watched_part = xyz[use == "val"], part[use == "val"]
         self.watched_target = torch.tensor([index[name] for name in label[use == "val"].tolist()])
+        on_road = set(label[part == "road"].tolist())
+        self.parts = ["road" if name in on_road else "indoor" for name in self.labels]
         averages = self._embeddings(folder / "texts.pt")
         self.center = averages.mean(0)
         self.texts = F.normalize(averages - self.center, dim=-1)
+        cosines = self.texts @ self.texts.T
+        other = torch.tensor([[a != b for a in self.parts] for b in self.parts])
+        self.same = ((other & (cosines >= ALIKE)) | (cosines > 0.999)) & ~torch.eye(
+            len(cosines)
+        ).bool()
 
     def _embeddings(self, cached: Path) -> Tensor:
-        if cached.exists():
-            return torch.load(cached, weights_only=True)
+        if cached.exists() and len(found := torch.load(cached, weights_only=True)) == len(
+            self.labels
+        ):
+            return found
         lines = resolve_templates("points64")[::4]
-        averages = average_embeddings(self.labels, MiniLM(), lines)
+        phrases = [alike([label])[0] for label in self.labels]
+        words = [word for group in phrases for word in group]
+        each = average_embeddings(words, MiniLM(), lines).split([len(group) for group in phrases])
+        averages = torch.stack([group.mean(dim=0) for group in each])
         torch.save(averages, cached)
         return averages
 
     def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         chosen = rng.choice(len(self.xyz), size, p=self.chance)
-        n_points = round(math.exp(rng.uniform(math.log(FEWEST), math.log(MOST))))
-        clouds = np.stack([augmented(self.xyz[i], n_points, rng) for i in chosen])
+        seen = bool((self.part == "road").any())
+        fewest = FEWEST_SEEN if seen and rng.random() < 0.5 else FEWEST
+        n_points = round(math.exp(rng.uniform(math.log(fewest), math.log(MOST))))
+        clouds = np.stack(
+            [augmented(self.xyz[i], n_points, rng, self.part[i] == "road") for i in chosen]
+        )
         return torch.from_numpy(clouds), torch.from_numpy(self.target[chosen])
 
 
-def augmented(points: np.ndarray, n_points: int, rng: np.random.Generator) -> np.ndarray:
+def _load(file: Path) -> tuple[np.ndarray, ...]:
+    """Clouds, labels, uses and parts of a file."""
+    with np.load(file) as content:
+        part = str(content["part"]) if "part" in content else "indoor"
+        label = content["label"]
+        return content["xyz"], label, content["use"], np.full(len(label), part, dtype="<U8")
+
+
+def seen_points(points: np.ndarray, n_points: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of points as a LiDAR or a depth camera sees them, or of all sides.
+
+    Where a sensor sees fewer than are wanted, some are drawn again.
+    """
+    kind, seed = rng.random(), int(rng.integers(1 << 31))
+    if kind < 0.25:
+        return rng.choice(len(points), n_points, replace=False)
+    if kind < 0.75:
+        beams = int(rng.choice(BEAMS))
+        seen = lidar_points(points.astype(np.float64), n_points, seed, beams=beams)
+    else:
+        seen = visible_points(points.astype(np.float64), n_points, seed)
+    lacking = n_points - len(seen)
+    return np.concatenate([seen, rng.choice(seen, lacking)]) if lacking else seen
+
+
+def augmented(
+    points: np.ndarray, n_points: int, rng: np.random.Generator, by_sensor: bool = False
+) -> np.ndarray:
     """Sample, scale by axis, turn about y by any angle, tilt a little, and jitter."""
-    xyz = points[rng.choice(len(points), n_points, replace=False)].astype(np.float64)
+    if by_sensor:
+        chosen = seen_points(points, n_points, rng)
+    else:
+        chosen = rng.choice(len(points), n_points, replace=False)
+    xyz = points[chosen].astype(np.float64)
     xyz *= rng.uniform(0.75, 1.33, 3) * rng.choice([-1, 1], 3, p=[0.5, 0.5]) ** [1, 0, 0]
     xyz = xyz @ turn(1, rng.uniform(0, 2 * math.pi))
     xyz = xyz @ turn(0, rng.normal(0, 0.06)) @ turn(2, rng.normal(0, 0.06))
@@ -103,17 +167,26 @@ def normalized(xyz: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def accuracy(encoder: Sprout, shapes: Shapes, n_points: int) -> float:
-    """Accuracy among all labels on the validation shapes, sampled in a fixed way."""
+def accuracy(encoder: Sprout, shapes: Shapes, n_points: int, part: str = "indoor") -> float:
+    """Accuracy among all labels on the validation shapes of a part, sampled in a fixed way.
+
+    Road objects are seen by sensors. Labels that mean the same as the right one do not compete.
+    """
     rng = np.random.default_rng(0)
-    thin = [
-        normalized(cloud[rng.choice(len(cloud), n_points, replace=False)].astype(np.float64))
-        for cloud in shapes.watched
-    ]
+    mine = shapes.watched_part == part
+    thin = []
+    for cloud in shapes.watched[mine]:
+        if part == "road":
+            chosen = seen_points(cloud, n_points, rng)
+        else:
+            chosen = rng.choice(len(cloud), n_points, replace=False)
+        thin.append(normalized(cloud[chosen].astype(np.float64)))
+    target = shapes.watched_target[torch.from_numpy(mine)]
     xyz = torch.from_numpy(np.stack(thin))
     features = torch.cat([encoder(part) for part in xyz.split(64)])
-    named = (F.normalize(features, dim=-1) @ shapes.texts.T).argmax(-1)
-    return (named == shapes.watched_target).float().mean().item()
+    cosines = F.normalize(features, dim=-1) @ shapes.texts.T
+    named = cosines.masked_fill(shapes.same[target], -2).argmax(-1)
+    return (named == target).float().mean().item()
 
 
 def averaged(encoder: Sprout) -> AveragedModel:
@@ -194,7 +267,8 @@ def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
         run.encoder.train()
         run.encoder.group_net.train(run.step < args.steps)
         cosines = F.normalize(run.encoder(xyz), dim=-1) @ shapes.texts.T
-        loss = F.cross_entropy(run.encoder.logit_scale * cosines, target)
+        logits = (run.encoder.logit_scale * cosines).masked_fill(shapes.same[target], -torch.inf)
+        loss = F.cross_entropy(logits, target)
         run.optim.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.encoder.parameters(), 1.0)
@@ -207,29 +281,36 @@ def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
             run.log(loss=round(loss.item(), 3))
         if run.step % 500 == 0 or run.step == last:
             encoder = run.average.module.eval()
-            found = {f"val_{n}": round(accuracy(encoder, shapes, n), 3) for n in WATCHED}
-            run.log(**found)
+            for part in np.unique(shapes.watched_part).tolist():
+                prefix = "val" if part == "indoor" else f"val_{part}"
+                found = {n: round(accuracy(encoder, shapes, n, part), 3) for n in WATCHED}
+                run.log(**{f"{prefix}_{n}": value for n, value in found.items()})
         if run.step % 100 == 0 or run.step == last:
             run.save()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clouds", type=Path, required=True)
+    parser.add_argument("--clouds", type=Path, required=True, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--settled-steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     shapes = Shapes(args.clouds, args.out)
     run = Run(args.out, args.lr, shapes.center)
     train(run, shapes, args)
-    save_sprout(run.average.module, args.out / "sprout.safetensors", torch.bfloat16)
+    weights = args.out / "sprout.safetensors"
+    save_sprout(run.average.module, weights, torch.bfloat16)
+    known = TextEmbeddings(tuple(shapes.labels), shapes.texts)
+    save_trained_labels(labels_beside(weights), known, shapes.parts)
 
 
 if __name__ == "__main__":

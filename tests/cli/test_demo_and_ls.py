@@ -47,3 +47,9 @@ def test_ls(budwood):
     models = json.loads(budwood("ls", "models", "--json").stdout)["models"]
     assert models[0]["name"] == "sprout"
     assert {model["family"] for model in models} <= set(FAMILIES.names())
+
+
+def test_ls_labels(budwood):
+    rows = json.loads(budwood("ls", "labels", "--json").stdout)["labels"]
+    assert {"name": "chair", "part": "indoor"} in rows
+    assert f"indoor ({len(rows)}): " in budwood("ls", "labels").stdout

@@ -502,3 +502,28 @@ def test_bad_adaptation(budwood, scans, tmp_path, options, fragment):
 )
 def test_bad_benchmark(budwood, options, fragment):
     refused(budwood("bench", "points", *options), fragment)
+
+
+def test_embed_writes_labels_for_an_encoder(budwood, tmp_path, monkeypatch):
+    """With a tiny text model in place of the published one."""
+    import torch
+
+    from budwood.points import read_embeddings
+    from tests.points import models
+
+    monkeypatch.setattr("budwood.points.text.text_tower", lambda _: models.Words(512))
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "labels.safetensors"
+    command = ["points", "embed", "--encoder", "ulip", "--text", "tiny", "--templates", "plain"]
+    result = budwood(*command, "--output", file)
+    assert result.exit_code == 0, result.output
+    known = read_embeddings(file)
+    assert {"car", "pedestrian", "chair", "noise"} <= set(known.labels)
+    assert torch.allclose(known.vectors.norm(dim=1), torch.ones(len(known)))
+    again = budwood(*command, "--output", file)
+    assert again.exit_code == 2 and "exists" in again.stderr
+    wrong = budwood("points", "embed", "--output", tmp_path / "labels.txt")
+    assert wrong.exit_code == 2 and ".safetensors" in wrong.stderr
+    monkeypatch.setattr("budwood.points.text.text_tower", lambda _: models.Words(7))
+    narrow = budwood(*command, "--output", tmp_path / "other.safetensors")
+    assert narrow.exit_code == 2 and "7 wide" in narrow.stderr

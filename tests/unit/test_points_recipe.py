@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from budwood.points import load_clouds
+
 pytest.importorskip("trimesh")
 RECIPES = Path(__file__).parents[2] / "recipes" / "points"
 
@@ -171,7 +173,7 @@ def test_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
         torch.save(torch.eye(2, 384) + 0.1, folder / "texts.pt")
         for n in steps:
             torch.manual_seed(0)
-            shapes = recipe.train.Shapes(tmp_path / "clouds.npz", folder)
+            shapes = recipe.train.Shapes([tmp_path / "clouds.npz"], folder)
             run = recipe.train.Run(folder, 1e-3, shapes.center)
             # The schedule is that of all steps, also where the run is cut short.
             args = argparse.Namespace(steps=3, settled_steps=3, batch=3, lr=1e-3, seed=0)
@@ -218,3 +220,83 @@ def test_report_counts(recipe, tmp_path):
     recipe.make._report(tmp_path, [(shape, "test"), (shape, "adapt")])
     report = json.loads((tmp_path / "clouds.json").read_text())
     assert report["uses"] == {"seen adapt": 1, "seen test": 1} and report["creators"] == ["Ann"]
+
+
+# --- the road ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def road(recipe, monkeypatch):
+    """The modules of road objects."""
+    import make_road
+    import road_shapes
+
+    yield argparse.Namespace(shapes=road_shapes, make=make_road, train=recipe.train)
+    for name in ("make_road", "road_shapes"):
+        sys.modules.pop(name, None)
+
+
+def test_every_road_class_has_models_that_differ(road):
+    for label in road.shapes.MAKERS:
+        one, again, other = (road.shapes.parametric(label, n) for n in (0, 0, 1))
+        assert np.array_equal(one.vertices, again.vertices)
+        assert one.vertices.shape != other.vertices.shape or not np.allclose(
+            one.vertices, other.vertices
+        )
+        assert np.isfinite(one.vertices).all() and abs(one.vertices[:, 1].min()) < 0.3  # y is up
+
+
+def test_ac3d(road, tmp_path):
+    path = tmp_path / "a.ac"
+    path.write_text(
+        "AC3Db\nMATERIAL x\nOBJECT world\nkids 1\nOBJECT group\nloc 1 0 0\nkids 2\n"
+        "OBJECT poly\ndata 3\nabc\nloc 0 2 0\nnumvert 4\n0 0 0\n1 0 0\n1 1 0\n0 1 0\nnumsurf 2\n"
+        "SURF 0x30\nmat 0\nrefs 4\n0 0 0\n1 0 0\n2 0 0\n3 0 0\n"
+        "SURF 0x2\nmat 0\nrefs 2\n0 0 0\n1 0 0\nkids 0\n"
+        "OBJECT poly\nrot 0 0 -1 0 1 0 1 0 0\nnumvert 3\n1 0 0\n0 1 0\n0 0 1\nnumsurf 1\n"
+        "SURF 0x10\nrefs 3\n0 0 0\n1 0 0\n2 0 0\nkids 0\n"
+    )
+    vertices, faces = road.shapes.read_ac3d(path)
+    assert faces.tolist() == [[0, 1, 2], [0, 2, 3], [4, 5, 6]]
+    assert vertices[0].tolist() == [1, 2, 0] and vertices[2].tolist() == [2, 3, 0]
+    assert vertices[4].tolist() == [1, 0, -1]
+
+
+def test_road_clouds_are_split_by_model_and_made_once(road, tmp_path, monkeypatch):
+    monkeypatch.setattr(road.make, "MAKERS", {"pole": None, "traffic cone": None})
+    command = ["make_road.py", "--out", str(tmp_path), "--models", "14"]
+    monkeypatch.setattr(sys, "argv", command)
+    road.make.main()
+    with np.load(tmp_path / "clouds.npz") as made:
+        assert made["xyz"].shape == (28, 4096, 3) and str(made["part"]) == "road"
+        assert set(made["use"].tolist()) == {"pretrain", "adapt", "val", "test"}
+    shipped = load_clouds([tmp_path / "road.npz"])
+    assert set(shipped.classes) == {"pole", "traffic cone"} and shipped.xyz.shape[1] == 1024
+    assert len(shipped.where(use="test")) == 4
+    monkeypatch.setattr(road.make, "make_class", None)  # nothing is made again
+    road.make.main()
+
+
+def test_a_sensor_sees_as_many_points_as_are_wanted(road):
+    rng = np.random.default_rng(0)
+    points = (rng.normal(size=(4096, 3)) * 5000).astype(np.int16)
+    for _ in range(12):
+        assert road.train.seen_points(points, 90, rng).shape == (90,)
+
+
+def test_labels_that_mean_the_same_in_both_parts_do_not_compete(road, tmp_path):
+    labels = {"indoor": ["chair", "standing person"], "road": ["pedestrian", "car"]}
+    for part, names in labels.items():
+        cloud = np.ones((4, 4096, 3), np.int16)
+        uses = np.array(["pretrain"] * 2 + ["val"] * 2)
+        columns = {"label": np.array(names * 2), "use": uses, "group": uses}
+        np.savez(tmp_path / f"{part}.npz", xyz=cloud, part=np.array(part), **columns)
+    texts = torch.eye(4, 384)
+    texts[3] = texts[2]  # car, chair, pedestrian, standing person
+    torch.save(texts, tmp_path / "texts.pt")
+    shapes = road.train.Shapes([tmp_path / f"{part}.npz" for part in labels], tmp_path)
+    assert shapes.labels == ["car", "chair", "pedestrian", "standing person"]
+    assert shapes.parts == ["road", "indoor", "road", "indoor"]
+    assert shapes.same.nonzero().tolist() == [[2, 3], [3, 2]]
+    assert shapes.chance.sum() == pytest.approx(1)
+    assert shapes.chance[shapes.part == "road"].sum() == pytest.approx(0.5)

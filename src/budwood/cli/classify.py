@@ -37,6 +37,7 @@ def classify(
     embeddings: clouds.Embeddings = None,
     text: clouds.Text = None,
     templates: clouds.Templates = "points64",
+    synonyms: clouds.Synonyms = True,
     points: Annotated[
         int | None,
         typer.Option(
@@ -101,21 +102,22 @@ def classify(
     if adapter is not None:
         read_description(adapter)  # before the encoder and the text model are loaded
     model = clouds.load(encoder, checkpoint, device)
-    texts = clouds.embed(model, given, embeddings, text, templates)
+    texts = clouds.embed(model, given, embeddings, text, templates, synonyms)
+    strange = clouds.say_unfamiliar(model, texts, text)
     skipped = clouds.Skipped()
-    found = classify_clouds(
-        iter(files),
-        texts,
-        encoder=model,
-        adapter=adapter,
-        top=top,
-        batch_size=batch,
-        on_error=skipped,
-        **how,
-    )
     rankings: list[Ranking] = []
     with progress("clouds") as advance, warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # say_assumed says it
+        warnings.simplefilter("ignore", InputWarning)  # say_assumed and say_unfamiliar say it
+        found = classify_clouds(
+            iter(files),
+            texts,
+            encoder=model,
+            adapter=adapter,
+            top=top,
+            batch_size=batch,
+            on_error=skipped,
+            **how,
+        )
         for ranking in found:
             rankings.append(ranking)
             advance(len(rankings) + len(skipped), len(files))
@@ -131,6 +133,7 @@ def classify(
     if json:
         about = {"encoder": model.name, "adapter": str(adapter) if adapter else None}
         about |= {"points": points, "sampler": sampler, "up": up, "seed": seed, "top": top}
+        about |= {"unfamiliar": strange}
         print_json({**about, "rows": _rows(rankings), "skipped": skipped.rows})
     else:
         _print(rankings)

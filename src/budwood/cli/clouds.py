@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,9 @@ LabelsFile = Annotated[
 Embeddings = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Text embeddings of labels (.safetensors), instead of a text model."
+        metavar="FILE",
+        help="Text embeddings (.safetensors, by `budwood points embed`) instead of a text model; "
+        "with --labels, only those of the file.",
     ),
 ]
 Encoder = Annotated[str, typer.Option(help="One of `budwood ls encoders`.")]
@@ -94,17 +97,29 @@ Templates = Annotated[
 ]
 
 
+Synonyms = Annotated[
+    bool,
+    typer.Option(
+        "--synonyms/--no-synonyms",
+        help='Average over phrasings of a label, so that "pedestrian" and "person" work alike.',
+    ),
+]
+
+
 def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) -> list[str] | None:
-    """Labels from one of the three options; None if it is a file of embeddings.
+    """Labels from the options; None for all that a file of embeddings has.
 
     Raises:
-        InputError: none or several options, an unreadable file, or an empty or repeated label.
+        InputError: no option, two lists, an unreadable file, or an empty or repeated label.
     """
     from budwood.points.labels import check_labels, read_lines
 
-    given = [option for option in (labels, file, embeddings) if option is not None]
-    if len(given) != 1:
-        raise InputError("give one of --labels, --labels-file and --embeddings")
+    given = [option for option in (labels, file) if option is not None]
+    if len(given) > 1 or (not given and embeddings is None):
+        raise InputError(
+            "give one of --labels and --labels-file, or --embeddings, which may have either beside "
+            "it to choose among its labels"
+        )
     if labels is not None:
         return list(check_labels(labels.split(",")))
     if file is None:
@@ -171,6 +186,7 @@ def embed(
     embeddings: Path | None = None,
     text: str | None = None,
     templates: str = "points64",
+    synonyms: bool = True,
 ) -> TextEmbeddings:
     """Embed labels in the space of an encoder, by its text model or from a file."""
     from budwood.points.text import embed_labels_for
@@ -178,8 +194,31 @@ def embed(
     with working("embedding the labels"):
         be_quiet()
         return embed_labels_for(
-            encoder, labels, embeddings=embeddings, text=text, templates=templates
+            encoder,
+            labels,
+            embeddings=embeddings,
+            text=text,
+            templates=templates,
+            synonyms=synonyms,
         )
+
+
+def say_unfamiliar(
+    encoder: PointEncoder, texts: TextEmbeddings, text: str | None
+) -> list[dict[str, Any]]:
+    """Say which labels resemble none that the encoder was trained on; rows for ``--json``.
+
+    Args:
+        encoder: what names clouds.
+        texts: the labels.
+        text: another text model than the encoder's, whose embeddings cannot be compared.
+    """
+    from budwood.points.familiar import notice_of, unfamiliar
+
+    strange = unfamiliar(encoder, texts) if text is None else []
+    if strange:
+        say(f"note: {notice_of(strange)}")
+    return [dataclasses.asdict(one) for one in strange]
 
 
 class Skipped:

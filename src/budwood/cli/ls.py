@@ -10,7 +10,7 @@ import typer
 from budwood import catalogue
 from budwood.cli import options
 from budwood.cli.columns import Column
-from budwood.cli.console import print_json, print_table
+from budwood.cli.console import out, print_json, print_table
 from budwood.registry import Entry
 
 app = typer.Typer(rich_markup_mode=None)
@@ -81,6 +81,28 @@ def encoders(json: options.Json = False) -> None:
       budwood ls encoders
     """
     _show("encoders", catalogue.ENCODERS, ("text", "weights", "file", "licence"), json)
+
+
+@app.command()
+def labels(json: options.Json = False) -> None:
+    """Labels that the embedded encoder was trained on, by part (indoor, road).
+
+    Other labels work as well as they resemble one of these.
+
+    \b
+    Example:
+      budwood ls labels
+    """
+    from budwood.points.label_file import SPROUT_LABELS, names_in
+
+    parts = names_in(SPROUT_LABELS)
+    if json:
+        print_json(
+            {"labels": [{"name": n, "part": p} for p, names in parts.items() for n in names]}
+        )
+        return
+    for part, names in parts.items():
+        out().print(f"{part} ({len(names)}): {', '.join(names)}", markup=False, highlight=False)
 
 
 @app.command()

@@ -10,8 +10,9 @@ import typer
 
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.assumed import json_of, say_assumed
-from budwood.cli.console import out, print_json, progress, say
+from budwood.cli.console import out, print_json, progress, say, working
 from budwood.cli.models import be_quiet
+from budwood.cli.output import reserve
 from budwood.errors import InputError, InputWarning
 from budwood.files import need_parent
 
@@ -145,3 +146,54 @@ def adapt(
             f"{output}",
             markup=False,
         )
+
+
+@app.command()
+def embed(
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Where the embeddings go: a .safetensors file."),
+    ],
+    labels: clouds.Labels = None,
+    labels_file: clouds.LabelsFile = None,
+    text: clouds.Text = None,
+    templates: clouds.Templates = "points64",
+    synonyms: clouds.Synonyms = True,
+    encoder: clouds.Encoder = "ulip2",
+    json: options.Json = False,
+) -> None:
+    """Write text embeddings for an encoder, for machines that have no text model.
+
+    Without labels, those that are common on roads and indoors are embedded. The encoder's own
+    weights are not needed, its text model is; it comes from the hub. (ULIP's is in its checkpoint:
+    give that as --text.) `budwood classify --embeddings FILE --labels car,bus` chooses among them.
+
+    \b
+    Examples:
+      budwood points embed --encoder openshape --output openshape-labels.safetensors
+      budwood points embed --encoder ulip2 --labels-file labels.txt --output ulip2.safetensors
+    """
+    from budwood.points.vocabulary import COMMON_LABELS
+
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output} must end in .safetensors")
+    reserve(output, False)
+    chosen = list(dict.fromkeys(label for part in COMMON_LABELS.values() for label in part))
+    if labels is not None or labels_file is not None:
+        chosen = clouds.labels_of(labels, labels_file, None) or []
+
+    # These import torch, which takes seconds.
+    from budwood.points import save_embeddings
+    from budwood.points.text import embed_labels_without_encoder
+
+    be_quiet()
+    with working("embedding the labels"):
+        texts = embed_labels_without_encoder(
+            encoder, chosen, text=text, templates=templates, synonyms=synonyms
+        )
+    save_embeddings(texts, output)
+    if json:
+        about = {"encoder": encoder, "labels": list(texts.labels), "output": str(output)}
+        print_json(about | {"width": texts.vectors.shape[1]})
+    else:
+        out().print(f"wrote {len(texts)} labels for {encoder} to {output}", markup=False)

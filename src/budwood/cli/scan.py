@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from budwood.cli.assumed import say_assumed
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, progress, say, working
 from budwood.cli.output import reserve, reserve_picture
-from budwood.errors import InputError
+from budwood.errors import InputError, InputWarning
 from budwood.figures import need_matplotlib
 from budwood.files import need_parent, write_text, write_whole
 from budwood.registry import Registry
@@ -48,6 +49,7 @@ def scan(
     embeddings: clouds.Embeddings = None,
     text: clouds.Text = None,
     templates: clouds.Templates = "short",
+    synonyms: clouds.Synonyms = True,
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the boxes; an unfinished run is resumed."),
@@ -173,7 +175,11 @@ def scan(
     be_quiet()
     skipped = clouds.Skipped()
     model = clouds.load(encoder, checkpoint, device)
-    with working("preparing the labels"):
+    strange = clouds.say_unfamiliar(
+        model, clouds.embed(model, given, embeddings, text, templates, synonyms), text
+    )
+    with working("preparing the labels"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # say_unfamiliar says it
         found = scan_frames(
             iter(files),
             given,
@@ -189,6 +195,7 @@ def scan(
             on_error=skipped,
             text=text,
             templates=templates,
+            synonyms=synonyms,
             **how,
         )
     frames: list[ScannedFrame] = []
@@ -207,7 +214,8 @@ def scan(
         say(f"wrote {table}")
     if json:
         rows = [frame.as_json() for frame in frames]
-        print_json({"encoder": model.name, "frames": rows, "skipped": skipped.rows})
+        about = {"encoder": model.name, "unfamiliar": strange}
+        print_json({**about, "frames": rows, "skipped": skipped.rows})
     else:
         _print(frames, output)
     skipped.refuse(len(files), "frames have no boxes")

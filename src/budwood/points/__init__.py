@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from budwood.points.encoders import ENCODERS as ENCODERS
     from budwood.points.encoders import PointEncoder as PointEncoder
     from budwood.points.encoders import load_encoder as load_encoder
+    from budwood.points.familiar import Unfamiliar as Unfamiliar
+    from budwood.points.familiar import trained_labels as trained_labels
+    from budwood.points.familiar import unfamiliar as unfamiliar
     from budwood.points.inputs import InputOptions as InputOptions
     from budwood.points.io import FORMATS as FORMATS
     from budwood.points.io import READERS as READERS
@@ -82,6 +85,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ScanConfig": "scanning.config",
         "ScannedFrame": "scanning.formats",
         "TextEmbeddings": "text",
+        "Unfamiliar": "familiar",
         "accumulate": "accumulation",
         "adapt": "adaptation",
         "classify": "classification",
@@ -99,6 +103,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "sample": "sampling",
         "save_embeddings": "text",
         "scan": "scanning.pipeline",
+        "trained_labels": "familiar",
+        "unfamiliar": "familiar",
         "without_ground": "cleaning",
         "without_strays": "cleaning",
         "write_page": "scanning.views",

@@ -17,6 +17,7 @@ from budwood.points.adapters import Adapter, load_adapter
 from budwood.points.adapters.base import read_description
 from budwood.points.batches import encode
 from budwood.points.encoders import PointEncoder, as_encoder
+from budwood.points.familiar import warn_unfamiliar
 from budwood.points.inputs import (
     CloudLike,
     InputOptions,
@@ -93,6 +94,7 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     text: str | TextTower | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     templates: str | Sequence[str] = "points64",
+    synonyms: bool = True,
     batch_size: int = 32,
     on_error: OnError | None = None,
 ) -> list[Ranking] | Iterator[Ranking]:
@@ -133,11 +135,16 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
         top: labels to return of each cloud; default all.
         text: a text tower instead of the encoder's: a name in ``TOWERS``, a model's directory, a
             checkpoint, or a tower.
-        embeddings: a file with embeddings of the labels, instead of ``labels``.
+        embeddings: a file with embeddings of labels, instead of a text tower; with ``labels``, only
+            those are taken from it.
         templates: a name in ``TEMPLATES``, or sentences with ``{}``.
+        synonyms: average the embedding of a label over its phrasings, so that "pedestrian" and
+            "person" work alike; False to reproduce published numbers.
         batch_size: clouds at once.
         on_error: called with the name of a cloud that cannot be used and the error; the cloud is
             left out. Default: raise the error.
+
+    Warns once (:class:`InputWarning`) of labels that nothing in the encoder's training resembles.
 
     Returns:
         One ranking for each usable cloud, in their order.
@@ -152,7 +159,11 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     options = InputOptions(points, sampler, up, columns, box, invalid, strays, remove_ground, seed)
     need_at_least(1, top=1 if top is None else top, batch_size=batch_size)
     model, adapter = load_adapted(encoder, checkpoint, device, adapter)
-    classes = embed_labels_for(model, labels, embeddings=embeddings, text=text, templates=templates)
+    classes = embed_labels_for(
+        model, labels, embeddings=embeddings, text=text, templates=templates, synonyms=synonyms
+    )
+    if text is None:
+        warn_unfamiliar(model, classes)
     prepared = prepare_each(clouds, model, options, on_error)
     rankings = _rankings(prepared, classes, model, adapter, top, batch_size)
     if not is_one_cloud(clouds) and isinstance(clouds, Iterator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from budwood.errors import InputError, OutputError, ShapeError, first_line
 from budwood.files import cache_folder, need_parent, write_whole
 from budwood.points.labels import check_labels, resolve_templates
 from budwood.points.towers import TOWERS, TextTower, text_tower
+from budwood.points.vocabulary import alike
 
 if TYPE_CHECKING:
     from budwood.points.encoders.base import PointEncoder
@@ -43,7 +45,16 @@ class TextEmbeddings:
         return len(self.labels)
 
     def only(self, labels: Sequence[str]) -> TextEmbeddings:
-        """The embeddings of some of the labels, in the order given."""
+        """The embeddings of some of the labels, in the order given.
+
+        Raises:
+            InputError: there is no embedding of one of them.
+        """
+        missing = [label for label in labels if label not in self.labels]
+        if missing:
+            near = difflib.get_close_matches(missing[0], self.labels, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.labels[:8])}…"
+            raise InputError(f"there is no text embedding of {missing[0]!r}; {hint}")
         rows = [self.labels.index(label) for label in labels]
         return TextEmbeddings(tuple(labels), self.vectors[rows])
 
@@ -55,6 +66,7 @@ def embed_labels(
     *,
     center: Tensor | None = None,
     cache: bool = True,
+    synonyms: bool = False,
 ) -> TextEmbeddings:
     """Embed labels: each in every template, normalised, averaged, normalised.
 
@@ -69,6 +81,8 @@ def embed_labels(
         center: subtracted from the averages before the last normalisation, shape (d,); ours, for
             towers whose embeddings all point in similar directions, such as MiniLM.
         cache: keep the averages under ``$BUDWOOD_CACHE`` (default ``~/.cache/budwood``).
+        synonyms: average over the phrasings of a label as well, as listed in
+            ``budwood.points.vocabulary``: "pedestrian", "person" and "human" get one embedding.
 
     Raises:
         InputError: bad labels or templates, or the tower cannot be loaded.
@@ -80,13 +94,17 @@ def embed_labels(
     if isinstance(tower, (str, os.PathLike)) and tower not in TOWERS:
         tower = text_tower(tower)
     name = tower.id if isinstance(tower, TextTower) else str(tower)
-    key = _cache_key(name, sentences, labels)
-    vectors = _read_cache(key, len(labels)) if cache else None
+    phrases = alike(labels) if synonyms else [(label,) for label in labels]
+    words = [word for group in phrases for word in group]
+    key = _cache_key(name, sentences, words)
+    vectors = _read_cache(key, len(words)) if cache else None
     if vectors is None:
         made: TextTower = tower if isinstance(tower, TextTower) else TOWERS.get(name)()
-        vectors = average_embeddings(labels, made, sentences)
+        vectors = average_embeddings(words, made, sentences)
         if cache:
             _write_cache(key, vectors)
+    each = vectors.split([len(group) for group in phrases])
+    vectors = torch.stack([group.mean(dim=0) for group in each])
     if center is not None:
         vectors = vectors - center.to(vectors)
     return TextEmbeddings(labels, F.normalize(vectors, dim=-1))
@@ -99,31 +117,40 @@ def embed_labels_for(
     embeddings: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | TextTower | None = None,
     templates: str | Sequence[str] = "points64",
+    synonyms: bool = False,
 ) -> TextEmbeddings:
     """Embed labels in the space of an encoder's features.
 
     Args:
         encoder: whose text tower is used.
         labels: distinct labels, or embeddings of them, which are checked and returned.
-        embeddings: a file written by :func:`save_embeddings`, instead of ``labels``.
+        embeddings: a file written by :func:`save_embeddings`, instead of a text tower; with
+            ``labels``, only those are taken from it.
         text: a text tower instead of the encoder's; as ``tower`` of :func:`embed_labels`.
         templates: as there.
+        synonyms: as there.
 
     Raises:
-        InputError: neither labels nor a file, both, or unusable ones.
+        InputError: neither labels nor a file, unusable ones, or labels that the file lacks.
         ShapeError: embeddings of another width than the encoder's features.
     """
-    if (labels is None) == (embeddings is None):
-        raise InputError("give either labels or a file with their embeddings")
+    if labels is None and embeddings is None:
+        raise InputError("give labels, or a file with their embeddings")
     if embeddings is not None:
+        if isinstance(labels, TextEmbeddings):
+            raise InputError("give either embeddings of labels, or a file with them")
         result = read_embeddings(embeddings)
+        if labels is not None:
+            result = result.only(check_labels(labels))
     elif isinstance(labels, TextEmbeddings):
         result = labels
     else:
         assert labels is not None
         center = getattr(encoder, "text_center", None) if text is None else None
         center = center.cpu() if center is not None and center.any() else None
-        result = embed_labels(labels, text or tower_of(encoder), templates, center=center)
+        result = embed_labels(
+            labels, text or tower_of(encoder), templates, center=center, synonyms=synonyms
+        )
     width = result.vectors.shape[1]
     if width != encoder.embed_dim:
         raise ShapeError(
@@ -131,6 +158,39 @@ def embed_labels_for(
             f"use its text tower {encoder.text!r}"
         )
     return result
+
+
+def embed_labels_without_encoder(
+    name: str,
+    labels: Sequence[str],
+    *,
+    text: str | os.PathLike[str] | TextTower | None = None,
+    templates: str | Sequence[str] = "points64",
+    synonyms: bool = True,
+) -> TextEmbeddings:
+    """Embed labels for an encoder whose weights are not loaded, or not at hand.
+
+    Args:
+        name: in ``ENCODERS``.
+        labels: distinct labels.
+        text: as of :func:`embed_labels_for`; ULIP's text tower is in its checkpoint, which is given
+            here.
+        templates: as there.
+        synonyms: as there.
+
+    Raises:
+        UnknownNameError: no such encoder.
+        ShapeError: the text tower is of another width.
+    """
+    from budwood.points.encoders import ENCODERS, load_encoder
+
+    spec = ENCODERS.get(name)
+    if spec.hub is None:
+        encoder = load_encoder(name)
+    else:
+        with torch.device("meta"):
+            encoder = spec.make()
+    return embed_labels_for(encoder, labels, text=text, templates=templates, synonyms=synonyms)
 
 
 def tower_of(encoder: PointEncoder) -> str | TextTower:

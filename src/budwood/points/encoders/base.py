@@ -89,6 +89,8 @@ class PointEncoder(nn.Module, ABC):
         preparation: how clouds are prepared.
         logit_scale: factor on cosines before softmax, from the checkpoint.
         checkpoint: the file of the weights; None for those that ship.
+        labels_file: the labels that it was trained to name, where they are known (see
+            ``label_file.py``).
         pos_in_every_block: whether position embeddings are added before each block, or once.
         stem: names of the modules that turn groups into tokens and positions.
     """
@@ -109,6 +111,7 @@ class PointEncoder(nn.Module, ABC):
         self.preparation = prep
         self.logit_scale = LOGIT_SCALE
         self.checkpoint: Path | None = None
+        self.labels_file: Path | None = None
 
     @abstractmethod
     def embed(self, xyz: Tensor, rgb: Tensor | None) -> tuple[Tensor, Tensor]:

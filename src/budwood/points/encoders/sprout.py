@@ -29,6 +29,7 @@ from budwood.points.encoders.base import (
 from budwood.points.encoders.blocks import Attention, Block, GroupNet, Mlp, position_net
 from budwood.points.encoders.checkpoints import check_layout
 from budwood.points.grouping import Grouping, gather
+from budwood.points.label_file import labels_beside
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "sprout.safetensors"
 
@@ -178,6 +179,8 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
     encoder.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
+    known = labels_beside(Path(path))
+    encoder.labels_file = known if known.is_file() else None
     return encoder
 
 

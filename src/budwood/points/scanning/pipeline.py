@@ -17,6 +17,7 @@ from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.axes import to_up
 from budwood.points.classification import load_adapted
 from budwood.points.encoders import PointEncoder
+from budwood.points.familiar import warn_unfamiliar
 from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, named
 from budwood.points.io import find_files
 from budwood.points.io.cloud import Array, Cloud
@@ -56,6 +57,7 @@ def scan(
     text: str | TextTower | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     templates: str | Sequence[str] = "short",
+    synonyms: bool = True,
     background: Sequence[str] | TextEmbeddings | None = None,
     batch_frames: int = 8,
     batch_size: int = 64,
@@ -99,8 +101,10 @@ def scan(
         invalid: ``"error"``, or ``"drop"`` to leave out points of which one or two coordinates are
             NaN or infinite.
         text: a text tower instead of the encoder's.
-        embeddings: a file with embeddings of the labels, instead of ``labels``.
+        embeddings: a file with embeddings of labels, instead of a text tower; with ``labels``, only
+            those are taken from it.
         templates: a name in ``TEMPLATES``, or sentences with ``{}``; also of the background.
+        synonyms: as of :func:`budwood.points.classify`.
         background: labels of what is around, to be told from the objects; default ``BACKGROUND``.
             With embeddings from a file there is none unless it is given as embeddings.
         batch_frames: frames whose clusters are encoded together.
@@ -139,6 +143,7 @@ def scan(
         text=text,
         embeddings=embeddings,
         templates=templates,
+        synonyms=synonyms,
         background=background,
         batch_size=batch_size,
     )
@@ -163,6 +168,7 @@ def make_namer(
     text: str | TextTower | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     templates: str | Sequence[str] = "short",
+    synonyms: bool = True,
     background: Sequence[str] | TextEmbeddings | None = None,
     batch_size: int = 64,
 ) -> Namer:
@@ -174,7 +180,11 @@ def make_namer(
             "from batch to batch of a scan; give one that sees each cloud alone, such as "
             "'sparse-lora'"
         )
-    given = embed_labels_for(model, labels, embeddings=embeddings, text=text, templates=templates)
+    given = embed_labels_for(
+        model, labels, embeddings=embeddings, text=text, templates=templates, synonyms=synonyms
+    )
+    if text is None:
+        warn_unfamiliar(model, given)
     around = background
     if around is None and embeddings is None and not isinstance(labels, TextEmbeddings):
         around = BACKGROUND
