@@ -84,9 +84,8 @@ class Shapes:
         self.texts = F.normalize(averages - self.center, dim=-1)
         cosines = self.texts @ self.texts.T
         other = torch.tensor([[a != b for a in self.parts] for b in self.parts])
-        self.same = ((other & (cosines >= ALIKE)) | (cosines > 0.999)) & ~torch.eye(
-            len(cosines)
-        ).bool()
+        same = (other & (cosines >= ALIKE)) | (cosines > 0.999)
+        self.same = same & ~torch.eye(len(same), dtype=torch.bool)
 
     def _embeddings(self, cached: Path) -> Tensor:
         if cached.exists() and len(found := torch.load(cached, weights_only=True)) == len(

@@ -747,7 +747,7 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"clouds": [np.zeros((0, 3))]}, InputError, "no points"),
         ({"clouds": [np.zeros((5, 2))]}, InputError, "has 2 columns"),
         ({"clouds": "nope.ply"}, InputError, "cannot read nope.ply"),
-        ({"labels": None}, InputError, "either labels or"),
+        ({"labels": None}, InputError, "give labels, or a file"),
         ({"labels": []}, InputError, "no labels"),
         ({"text": models.Words(11)}, ShapeError, "11 wide"),
         ({"points": 1}, InputError, "n_points=1 must be an integer of 2 or more"),
