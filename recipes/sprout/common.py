@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 
@@ -67,6 +68,45 @@ class MasterWeights:
             master.copy_(live.detach())
 
 
+class MergedLora:
+    """LoRA trained inside the frozen weights: one product a layer instead of three.
+
+    Before each step the frozen weights become `W + s · B A`. They take the gradient, `dW`, of
+    which `dA = s · Bᵀ dW` and `dB = s · dW Aᵀ`. The model computes what it computes when the LoRA
+    is merged and shipped, rounding included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
+        self.weights = [layer.base_layer.weight.detach().clone() for layer in self.layers]
+        for layer in self.layers:
+            layer.base_layer.weight.requires_grad_(True)
+            layer.merged_adapters.append("default")
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Bring the merged weights up to date."""
+        for layer, weight in zip(self.layers, self.weights, strict=True):
+            down, up, scale = self._parts(layer)
+            merged = torch.addmm(weight.float(), up.float(), down.float(), alpha=scale)
+            layer.base_layer.weight.copy_(merged)
+
+    @torch.no_grad()
+    def hand_down(self) -> None:
+        """Turn the gradients of the merged weights into those of A and B."""
+        for layer in self.layers:
+            down, up, scale = self._parts(layer)
+            merged = layer.base_layer.weight
+            grad, merged.grad = merged.grad.float() * scale, None
+            down.grad = (up.float().T @ grad).to(down.dtype)
+            up.grad = (grad @ down.float().T).to(up.dtype)
+
+    @staticmethod
+    def _parts(layer: LoraLinear) -> tuple[Tensor, Tensor, float]:
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return down, up, layer.scaling["default"]
+
+
 class Run:
     """A resumable training run: a folder with its last checkpoint and its log (JSON lines)."""
 
@@ -74,6 +114,10 @@ class Run:
         self, folder: Path, modules: dict[str, nn.Module], optims: list[torch.optim.Optimizer]
     ):
         self.folder, self.modules, self.optims = folder, modules, optims
+        self.learnt = {
+            name: {k for k, v in m.named_parameters() if v.requires_grad}
+            for name, m in modules.items()
+        }
         self.step, self.seconds = 0, 0.0
         self.base_lrs = [[g["lr"] for g in o.param_groups] for o in optims]
         self._clock = time.monotonic()
@@ -103,7 +147,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "modules": {
-                name: {k: v for k, v in m.named_parameters() if v.requires_grad}
+                name: {k: v for k, v in m.named_parameters() if k in self.learnt[name]}
                 for name, m in self.modules.items()
             },
             "optims": [o.state_dict() for o in self.optims],

@@ -55,7 +55,7 @@ SHORT = {
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SOME = 2_400  # pictures of stage 3 in which only some of the objects are seen
 WHOLE = 4_800  # pictures of stage 3, after which every picture is seen whole
-HIGH_WHOLE = 2_400  # pictures of stage 4, likewise
+HIGH_SOME, HIGH_WHOLE = 1_800, 2_700  # pictures of stage 4, likewise
 
 
 @dataclass
@@ -301,11 +301,12 @@ class Exercises(Dataset):
         return Item(picture.pixels, shared, segments)
 
     def _high(self, picture: Picture, rng: random.Random, place: int) -> Item:
-        """Questions about a high-resolution picture; the first ones lack some of their patches."""
-        done = min(1.0, place / HIGH_WHOLE)
+        """Questions about a large picture; the first ones lack most patches between objects."""
+        done = min(max(0.0, (place - HIGH_SOME) / (HIGH_WHOLE - HIGH_SOME)), 1.0)
         seen = set(patches_of(picture, rng).values())
         rest = [p for p in picture.patches if p not in seen]
-        seen.update(rng.sample(rest, round(len(rest) * rng.uniform(0.25 + 0.75 * done, 1))))
+        share = rng.uniform(0.1 + 0.9 * done, 0.4 + 0.6 * done)
+        seen.update(rng.sample(rest, round(len(rest) * share)))
         questions = balanced_kinds(training_questions(picture.scene, rng), 24)
         shown = list(picture.scene.objects)
         segments = self._asked(picture.scene, questions[:10], shown, rng)

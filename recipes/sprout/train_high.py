@@ -2,8 +2,8 @@
 
 Tower, projector, newline and LoRA learn from questions alone, as in stage 3. Each step has several
 high-resolution pictures in the LLaVA-NeXT layout and a batch of small ones in the LLaVA layout, so
-that one set of weights answers in both. The first high-resolution pictures lack some of their
-patches, which is faster.
+that one set of weights answers in both. The first high-resolution pictures lack most of the patches
+between objects, which is faster.
 
     python recipes/sprout/train_high.py --start src/budwood/sprout/weights --out runs/high
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MasterWeights, Run, trapezoid
+from common import MasterWeights, MergedLora, Run, trapezoid
 from exercises import Exercises
 from packing import collate
 from safetensors.torch import load_file, save_file
@@ -65,6 +65,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespa
     masters = MasterWeights(learning(model, args))
     run = Run(args.out, {"model": model.model}, [masters.optim])
     masters.resume()
+    lora = MergedLora(model.model.language_model)
     high = batches(tokenizer, "high", 0, args.high, run.step, args.steps, 1)
     small = batches(
         tokenizer, "questions", SMALL_SEEN, args.small, run.step, args.steps, args.small
@@ -73,6 +74,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespa
     seen: dict[str, list[Tensor]] = {"high": [], "small": []}
     while run.step < args.steps:
         run.scale_lr(trapezoid(run.step, args.steps, 20, args.decay))
+        lora.merge()
         parts = [("high", 1 / (args.high + 1), next(high)) for _ in range(args.high)]
         parts.append(("small", 1 / (args.high + 1), next(small)))
         for layout, weight, batch in parts:
@@ -80,6 +82,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespa
             (loss * weight).backward()
             losses.append(loss.item())
             seen[layout].append(hits)
+        lora.hand_down()
         masters.step()
         run.step += 1
         if run.step % 10 == 0:

@@ -135,3 +135,46 @@ def test_tables_are_looked_up_by_what_they_hold(exercises: ModuleType) -> None:
         for turn in segment:
             letter = tokenizer.decode(turn.asked).strip(" ,")
             assert names[letter] == picture.covers[~turn.given[-1]].category
+
+
+def test_lora_that_learns_merged_gets_the_gradients_of_lora(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(RECIPE))
+    common = importlib.import_module("common")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    targets = ["q_proj", "down_proj"]
+    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    peft.inject_adapter_in_model(lora, model)
+    learnt = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if n not in learnt}
+    batches = torch.randint(50, (2, 1, 12))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        losses = [model(batch, labels=batch).loss for batch in batches]
+        torch.stack(losses).sum().backward()
+        return {name: p.grad for name, p in learnt.items() if p.grad is not None}
+
+    plain, loss = gradients(), model(batches[0], labels=batches[0]).loss
+    model.zero_grad()
+    merged = common.MergedLora(model)
+    merged.merge()
+    torch.testing.assert_close(model(batches[0], labels=batches[0]).loss, loss)
+    assert not gradients()
+    merged.hand_down()
+    assert plain.keys() == learnt.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(learnt[name].grad, gradient, rtol=1e-4, atol=1e-6)
+    assert all(model.get_parameter(name).grad is None for name in frozen)
+    for layer, weight in zip(merged.layers, merged.weights, strict=True):
+        name = next(n for n, m in model.named_modules() if m is layer)
+        assert torch.equal(weight, frozen[f"{name}.base_layer.weight"])
