@@ -254,12 +254,12 @@ TUNERS = {
     "lora-attn": _tuner("LoRA on attention as well, at a lower rank."),
     "lora-mask": _tuner("LoRA with the KL over the tokens beside the right one (Mask the Target)."),
     "lora-r10": _tuner("LoRA at rank 10, the best balance in PEFT's method_comparison."),
+    "dora": _tuner("LoRA with the magnitude of each column apart (DoRA, arXiv 2402.09353)."),
     "oft": _tuner("Orthogonal fine-tuning of PEFT: rotations of blocks of the input."),
     "osf": _tuner("OSF of PEFT: the smallest singular directions of each weight are trained."),
     "corda": _tuner(
         "LoRA that starts away from the model's own text (CorDA, knowledge-preserved)."
     ),
-    "dora": _tuner("LoRA with the magnitude of each column apart (DoRA, arXiv 2402.09353)."),
     "moe": _tuner("Top-2 mixture of LoRA experts without SLIM's other parts, as MixLoRA."),
     "slim": _tuner("Soft LoRA and identity mixture (SLIM, NAACL 2025), our reconstruction."),
     "slim-no-identity": _ablation("SLIM without identity experts, and so without yielding."),

@@ -325,12 +325,12 @@ def test_bench(budwood, tmp_path):
     assert all(promised <= set(row) for row in found["rows"])
     assert found["config"]["n_unseen_clouds"] == 6 and found["config"]["n_seen_classes"] == 2
     assert records.read(tmp_path / "r.json").rows == found["rows"]
-    assert "| tokens | random | 30 |" in budwood("bench", "show", tmp_path / "r.json").stdout
+    assert "| tokens | one | random | 30 |" in budwood("bench", "show", tmp_path / "r.json").stdout
     with Image.open(tmp_path / "curve.png") as curve:
         assert curve.format == "PNG"
     result = budwood(*command[:-1])
     assert "6 clouds of 2 unseen classes" in result.stderr
-    assert result.stdout.split()[:3] == ["method", "sampler", "points"]
+    assert result.stdout.split()[:4] == ["method", "sees", "sampler", "points"]
 
 
 def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):

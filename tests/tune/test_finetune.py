@@ -496,6 +496,7 @@ def test_the_command_makes_the_same_adapter(tmp_path, method):
     kept = [json.loads((tmp_path / name / "run.json").read_text()) for name in "ab"]
     assert kept[0] == kept[1]
     one, other = (records.read(tmp_path / name / "record.json") for name in "ab")
+    assert (one.config.pop("data"), other.config.pop("data")) == ([file.name], [])
     assert one.config == other.config and len(other.rows) == len(result.history)
 
 

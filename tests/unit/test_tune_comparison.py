@@ -69,7 +69,7 @@ def test_method_rows():
 @pytest.mark.parametrize("style", STYLES)
 def test_validation_questions_are_left_for_the_suite_to_style(style, tmp_path):
     data = tiny_chat.save_data(tmp_path)
-    material = read_material(Plan(n_validation=6, style=style), data)
+    material = read_material(Plan(n_validation=6, style=style, targets=("boolq",)), data)
     assert all("\n" not in one.question for one in material.validation["boolq"])
     listed = ["\n- " in one.question for one in material.train["boolq"]]
     assert listed == [style == "listed"] * 24

@@ -59,6 +59,7 @@ def draw(
     Raises:
         InputError: the video has no such frame.
     """
+    drawn = layers(image, report, frame)
     words = {
         "kept": _kept_line(report, frame),
         "saliency": "saliency",
@@ -66,7 +67,7 @@ def draw(
     }
     panels = [
         Panel(picture, (words[name],), has_bar=name != "kept")
-        for name, picture in layers(image, report, frame).items()
+        for name, picture in drawn.items()
     ]
     return _sheet(panels, caption, len(panels))
 
