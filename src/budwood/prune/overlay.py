@@ -66,8 +66,7 @@ def draw(
         "relevance": "relevance to the question",
     }
     panels = [
-        Panel(picture, (words[name],), has_bar=name != "kept")
-        for name, picture in drawn.items()
+        Panel(picture, (words[name],), has_bar=name != "kept") for name, picture in drawn.items()
     ]
     return _sheet(panels, caption, len(panels))
 
