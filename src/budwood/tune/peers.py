@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from budwood.checks import need_int
 from budwood.errors import InputError
 from budwood.tune.encoding import EncodedExample
-from budwood.tune.fitting import N_TEXTS
 from budwood.tune.observe import evaluating
-from budwood.tune.tuners import Lora, Tuner, mlp_targets, n_trainable, peft_config
+from budwood.tune.tuners import TextTuner, Tuner, mlp_targets, n_trainable, peft_config
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Osf(_Rotation):
 
 
 @dataclass(frozen=True)
-class Corda(Lora):
+class Corda(TextTuner):
     """LoRA that starts where the base model's own text has least weight: CorDA, keeping knowledge.
 
     Source: arXiv 2406.05223, knowledge-preserved mode. B·A starts as the smallest components of
@@ -92,17 +91,7 @@ class Corda(Lora):
     of an adapter of twice the rank is therefore frozen. The knowledge is the model's own text.
     """
 
-    texts: int = N_TEXTS
-
     bends: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        need_int(1, texts=self.texts)
-
-    @property
-    def n_texts(self) -> int:
-        return self.texts
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         return super().config(2 * rank, model, seed)
@@ -142,8 +131,6 @@ def _targeted(model: Any) -> list[Any]:
     """The layers that a method adapts; none without a model."""
     if model is None:
         return []
-    import re
-
     wanted = re.compile(mlp_targets(model))
     return [module for name, module in model.named_modules() if wanted.fullmatch(name)]
 

@@ -213,13 +213,14 @@ class Dora(Lora):
 
 
 @dataclass(frozen=True)
-class LoraTexts(Lora):
-    """LoRA that stays close to the base model on self-generated text."""
+class TextTuner(Lora):
+    """A tuner that reads self-generated text.
 
-    kl: float = 1.0
+    Args:
+        texts: how many.
+    """
+
     texts: int = N_TEXTS
-
-    kl_on_texts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,6 +229,15 @@ class LoraTexts(Lora):
     @property
     def n_texts(self) -> int:
         return self.texts
+
+
+@dataclass(frozen=True)
+class LoraTexts(TextTuner):
+    """LoRA that stays close to the base model on self-generated text."""
+
+    kl: float = 1.0
+
+    kl_on_texts: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
