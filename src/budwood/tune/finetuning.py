@@ -32,6 +32,7 @@ from budwood.tune.data import Example, examples_of
 from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised, token_rows
 from budwood.tune.loading import load_adapter, need_adapter
 from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.saved import RECORD_FILE
 from budwood.tune.self_generated import cached_texts
 from budwood.tune.settings import Settings, default_lr, settings_from
 from budwood.tune.train import (
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
-TEXTS_FILE, RECORD_FILE = "own.json", "record.json"
+TEXTS_FILE = "own.json"
 
 
 @dataclass(frozen=True)

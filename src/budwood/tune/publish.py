@@ -15,9 +15,14 @@ from budwood.errors import InputError, first_line
 from budwood.hub import why_offline
 from budwood.loading import is_path
 from budwood.tune.card import CARD_FILE, loading_lines
-from budwood.tune.saved import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE, check_adapter_files
+from budwood.tune.saved import (
+    CONFIG_FILE,
+    PICKLED_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    check_adapter_files,
+)
 
-RECORD_FILE = "record.json"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE, RECORD_FILE)
 _BOILERPLATE = "[More Information Needed]"
 """In the card that PEFT writes, and nobody has filled in."""

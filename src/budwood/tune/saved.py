@@ -13,6 +13,8 @@ from budwood.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "record.json"
+"""Of the training, beside the adapter."""
 PICKLED_FILE = "adapter_model.bin"
 """File of older adapters of other kinds, which PEFT reads by itself."""
 
