@@ -55,7 +55,7 @@ SHORT = {
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SOME = 2_400  # pictures of stage 3 in which only some of the objects are seen
 WHOLE = 4_800  # pictures of stage 3, after which every picture is seen whole
-HIGH_SOME, HIGH_WHOLE = 1_800, 2_700  # pictures of stage 4, likewise
+HIGH_SOME, HIGH_WHOLE = 1_260, 1_740  # pictures of stage 4, likewise
 
 
 @dataclass
