@@ -224,7 +224,7 @@ class InputStatistics(_Kept):
         self.n_steps.add_(1)
 
     def _momentum(self) -> float:
-        """Fraction that the distribution of distances moves by, from the third step on."""
+        """Fraction that a running distribution of distances moves by, from the third step on."""
         return self.config.momentum
 
     def _measure(
