@@ -128,11 +128,12 @@ class SlimConfig(PeftConfig):
     - ``SlimConfig()`` with ``peft.get_peft_model`` and a ``Trainer`` needs nothing else. It yields
       by the ``"whitened"`` distance, which knows the training data alone.
     - :meth:`recommended` is what ``budwood.tune.finetune``, ``budwood tune`` and the benchmark's
-      ``slim`` row train. With enough data it takes the ``"discriminant"`` distance, which has to
-      be fitted before training (:func:`budwood.tune.fit_discriminant`).
+      ``slim`` row train. Unless there is next to no data it takes the ``"discriminant"``
+      distance, which has to be fitted before training (:func:`budwood.tune.fit_discriminant`).
 
     ``finetune`` adds three steps around the config: it lets the base model write the text that the
-    discriminant needs, fits the discriminant, and scales the trained adapter to a strength of 0.7.
+    discriminant needs, fits the discriminant, and with enough data scales the trained adapter to a
+    strength of 0.7.
 
     Attributes: Most important options
         r: rank of one LoRA expert.
