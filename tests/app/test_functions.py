@@ -46,6 +46,7 @@ def tiny_points(tmp_path, monkeypatch):
 def test_answer(vlm, tmp_path):
     found = prune.answer(vlm, str(parts.picture(tmp_path)), "Is there any dog ?", "adav", 25)
     assert [*found.layers] == ["kept", "saliency", "relevance"]
+    assert prune.OVERLAPPING not in found.layers["kept"]
     assert "<td>16</td>" in found.summary and "<td>4</td>" in found.summary
     assert (
         'alt="The picture with the layer kept, adav, 4 of 16 visual tokens"'
@@ -57,6 +58,7 @@ def test_answer_of_a_layout_with_crops(vlm_next, tmp_path):
     found = prune.answer(vlm_next, str(parts.picture(tmp_path)), "Is there any dog ?", "random", 10)
     assert [*found.layers] == ["kept"]
     assert "fixed tokens" in found.summary
+    assert prune.OVERLAPPING in found.layers["kept"]
 
 
 def test_side_by_side(vlm, tmp_path):
@@ -83,8 +85,11 @@ def test_bad_questions(make, question, methods, message, tmp_path):
 
 
 def test_examples_are_scenes_with_questions():
-    picture, question = prune.example(prune.EXAMPLES[0])
-    assert picture.mode == "RGB" and question.endswith("?")
+    for name in prune.EXAMPLES:
+        picture, question = prune.example(name)
+        assert picture.mode == "RGB" and question.endswith("?")
+    with pytest.raises(InputError, match="there is no example 'Scene 99'"):
+        prune.example("Scene 99")
 
 
 # Points
@@ -149,6 +154,7 @@ def test_replies_side_by_side(tuned):
     assert found.index("Base model") < found.index("Tuned model")
     assert re.search(r'title="\d+% on identity experts"', found)
     assert "Weight on identity experts</caption>" in found
+    assert f"rgb{tune.LOW}" in found and f"rgb{tune.HIGH}" in found
 
 
 def test_replies_need_an_adapter_and_a_prompt(tuned):

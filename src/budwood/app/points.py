@@ -119,7 +119,9 @@ def scan(models: Models, file: str | None, labels: str, up: str) -> tuple[Any, s
             up="z" if file is None else up,
         )
     (frame,) = frames
-    return frame_figure(frame), _objects(frame)
+    figure = frame_figure(frame)
+    figure.update_layout(legend={"orientation": "h", "y": 0, "yanchor": "top"})  # fits a phone
+    return figure, _objects(frame)
 
 
 def room(seed: int = 0) -> Cloud:
