@@ -18,6 +18,15 @@ WAITING = 32
 """Requests that may wait; further ones are told to come back later."""
 POLL_S = 0.02
 """How often the queue looks for a request, seconds."""
+COLOURS = {
+    "block_info_text_color": "*neutral_600",
+    "body_text_color_subdued": "*neutral_600",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+}
+"""Where those of Gradio's theme have too little contrast (WCAG 2, AA)."""
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none'; "
@@ -44,6 +53,8 @@ CSS = """
   repeat(auto-fill, minmax(min(150px, 100%), 1fr))}
 .budwood-pair {display: grid; gap: 2em; overflow-wrap: anywhere;
   grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr))}
+.budwood-pair h2 {font-size: 1.15em; margin: 0 0 .4em}
+.budwood-pair h3 {font-size: 1em; margin: .6em 0 .2em}
 footer {display: none !important}
 """
 
@@ -122,7 +133,7 @@ def serve(
             ssr_mode=False,
             run_history=False,
             footer_links=[],
-            theme=gr.themes.Default(**fonts).set(block_info_text_color="*neutral_600"),
+            theme=gr.themes.Default(**fonts).set(**COLOURS),
             css=CSS,
             quiet=True,
             prevent_thread_lock=True,

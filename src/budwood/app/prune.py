@@ -175,7 +175,7 @@ def _summary(compared: Comparison, method: str) -> str:
         ("all tokens", compared.answer_full, report.n_before, compared.first_full),
         (method, compared.answer, report.n_after, compared.first),
     ]
-    heads = ("", "answer", "visual tokens", "first token, ms", "encoder", "selection", "LLM")
+    heads = ("from", "answer", "visual tokens", "first token, ms", "encoder", "selection", "LLM")
     cells = [
         (
             name,

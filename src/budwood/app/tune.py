@@ -71,8 +71,8 @@ def reply(models: Models, prompt: str, n_tokens: float) -> str:
             shares = None
         words = [loaded.tokenizer.decode([token]) for token in tuned.tolist()]
         said = loaded.tokenizer.decode(base[len(given) :], skip_special_tokens=True)
-    left = f"<h3>Base model</h3>{markup.paragraph(said)}"
-    right = f"<h3>Tuned model</h3>{_coloured(words, shares, len(given))}"
+    left = f"<h2>Base model</h2>{markup.paragraph(said)}"
+    right = f"<h2>Tuned model</h2>{_coloured(words, shares, len(given))}"
     return markup.status(markup.pair(left, right))
 
 
@@ -148,7 +148,7 @@ def _coloured(words: Sequence[str], shares: Sequence[float] | None, n_prompt: in
     spans = [_span(word, share, low, high) for word, share in zip(words, shares)]
     parts = {"Prompt": spans[:n_prompt], "Reply": spans[n_prompt:]}
     shown = "".join(
-        f'<h4>{name}</h4><p class="budwood-tokens">{"".join(part)}</p>'
+        f'<h3>{name}</h3><p class="budwood-tokens">{"".join(part)}</p>'
         for name, part in parts.items()
     )
     rows = [(repr(word), f"{share:.0%}") for word, share in zip(words, shares)]
