@@ -142,6 +142,18 @@ def test_a_question_by_keyboard(page):
     page.get_by_role("table", name="Answers, and time to the first token").wait_for()
 
 
+def test_a_slider_answers_when_it_has_moved(page):
+    budget = page.get_by_label("number input for Visual tokens")
+    budget.focus()
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(1500)
+    table = page.get_by_role("table", name="Answers, and time to the first token")
+    assert table.count() == 0
+    budget.fill("50")
+    page.keyboard.press("Tab")
+    page.get_by_role("img", name="8 of 16").wait_for()
+
+
 def test_errors_are_toasts(page, address, tmp_path):
     page.get_by_label("Question").fill(" ")
     page.get_by_role("button", name="Answer").click()

@@ -55,6 +55,8 @@ CSS = """
   grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr))}
 .budwood-pair h2 {font-size: 1.15em; margin: 0 0 .4em}
 .budwood-pair h3 {font-size: 1em; margin: .6em 0 .2em}
+.gradio-container :is(input, button, textarea, summary):focus-visible {
+  outline: 2px solid var(--primary-600) !important; outline-offset: 1px}
 footer {display: none !important}
 """
 
@@ -139,8 +141,11 @@ def serve(
             prevent_thread_lock=True,
             app_kwargs={"middleware": [_policy(), _front_end(page)]},
         )
-    except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error}; give another --port") from None
+    except OSError:
+        raise InputError(
+            f"cannot listen at {host}:{port}: the port is taken, or the address is of another "
+            "machine; give another --port or --host"
+        ) from None
     if blocking:
         page.block_thread()
     return page

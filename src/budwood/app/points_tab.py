@@ -6,12 +6,16 @@ import uuid
 from functools import partial
 from typing import Any
 
-from budwood.app import points
+from budwood.app import markup, points
 from budwood.app.models import Models
-from budwood.app.toasts import toasting
+from budwood.app.toasts import if_moved, toasting
 from budwood.points.axes import AXES
 
-NO_ADAPTER = "There is no adapter yet: labels are those of the frozen encoder."
+NO_ADAPTER = (
+    "There is no adapter yet: labels are those of the frozen encoder. Adapting takes half a minute "
+    "to two minutes on one core, and is kept for the next start."
+)
+HINT = "Press Name it: the thinned cloud appears above, and its labels here."
 ADAPTED = "The encoder is adapted: labels are shown before and after."
 
 
@@ -50,20 +54,18 @@ def _object(gr: Any, models: Models) -> None:
             note = gr.Markdown(ADAPTED if models.sources.adapter else NO_ADAPTER)
         with gr.Column(scale=3, min_width=280):
             figure = gr.Plot(label="Cloud, thinned")
-            ranked = gr.HTML("", label="Labels")
+            ranked = gr.HTML(markup.paragraph(HINT), label="Labels", min_height=80)
+    shown = gr.State(points.POINTS)
     inputs = [file, example, labels, n_points, up]
+    outputs = [figure, ranked, note, shown]
     named = partial(_named, models)
-    gr.on(
-        [ask.click, n_points.release, example.input, file.change],
-        toasting(gr, named),
-        inputs,
-        [figure, ranked, note],
-        trigger_mode="always_last",
-        **_event(ranked),
-    )
-
+    latest = {"trigger_mode": "always_last", **_event(ranked)}
+    changed = [ask.click, example.input, file.change]
+    gr.on(changed, toasting(gr, named), inputs, outputs, **latest)
+    moved = toasting(gr, if_moved(gr, named, inputs.index(n_points)))
+    n_points.release(moved, [shown, *inputs], outputs, **latest)
     with buttons:
-        _adaptation(gr, models, inputs, [figure, ranked, note])
+        _adaptation(gr, models, inputs, outputs)
 
 
 def _adaptation(gr: Any, models: Models, inputs: list[Any], outputs: list[Any]) -> None:
@@ -128,7 +130,7 @@ def _frame(gr: Any, models: Models) -> None:
             ask = gr.Button("Find the objects", variant="primary")
         with gr.Column(scale=3, min_width=280):
             figure = gr.Plot(label="Frame with boxes")
-            found = gr.HTML("", label="Objects")
+            found = gr.HTML("", label="Objects", min_height=80)
     scan = toasting(gr, partial(points.scan, models))
     ask.click(scan, [file, labels, up], [figure, found], **_event(found))
 
@@ -143,8 +145,10 @@ def _event(shown_on: Any) -> dict[str, Any]:
     return {**shared, "show_progress_on": shown_on, "api_visibility": "private"}
 
 
-def _named(models: Models, *given: Any) -> tuple[Any, str, str]:
-    named = points.name(models, *given)
+def _named(
+    models: Models, file: str | None, example: str, labels: str, n_points: float, up: str
+) -> tuple[Any, str, str, float]:
+    named = points.name(models, file, example, labels, n_points, up)
     with models.points.held() as held:
         note = NO_ADAPTER if held.adapter is None else ADAPTED
-    return named.figure, named.ranked, note
+    return named.figure, named.ranked, note, n_points

@@ -7,7 +7,7 @@ from typing import Any
 
 from budwood.app import markup, prune
 from budwood.app.models import Models
-from budwood.app.toasts import toasting
+from budwood.app.toasts import if_moved, toasting
 
 LAYER = "kept"
 HINT = (
@@ -29,7 +29,7 @@ def fill(gr: Any, models: Models) -> None:
         "A vision-language model answers from a few of its visual tokens, chosen for each question "
         "without training."
     )
-    layers = gr.State({})
+    layers, answered = gr.State({}), gr.State(prune.PERCENT)
     scene, asked = prune.example(prune.START)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -67,15 +67,13 @@ def fill(gr: Any, models: Models) -> None:
     example.input(
         toasting(gr, prune.example), example, [picture, question], api_visibility="private"
     )
-    gr.on(
-        [ask.click, question.submit, percent.release],
-        toasting(gr, partial(_answer, gr, models)),
-        [picture, question, method, percent, layer],
-        [summary, layers, layer, drawn],
-        trigger_mode="always_last",
-        show_progress_on=summary,
-        **event,
-    )
+    inputs = [picture, question, method, percent, layer]
+    outputs = [summary, layers, layer, drawn, answered]
+    answer = partial(_answer, gr, models)
+    latest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress_on": summary, **event}
+    gr.on([ask.click, question.submit], toasting(gr, answer), inputs, outputs, **latest)
+    moved = toasting(gr, if_moved(gr, answer, inputs.index(percent)))
+    percent.release(moved, [answered, *inputs], outputs, **latest)
     method.input(
         lambda name: gr.Dropdown(info=prune.summary(name)),
         method,
@@ -100,12 +98,12 @@ def _answer(
     method: str,
     percent: float,
     layer: str,
-) -> tuple[str, dict[str, str], Any, str]:
+) -> tuple[str, dict[str, str], Any, str, float]:
     """The outputs of the tab; of a layer that the method lacks, the kept tokens."""
     answered = prune.answer(models, picture, question, method, percent)
     layer = layer if layer in answered.layers else LAYER
     choices = gr.Radio(choices=[*answered.layers], value=layer, visible=True)
-    return answered.summary, answered.layers, choices, answered.layers[layer]
+    return answered.summary, answered.layers, choices, answered.layers[layer], percent
 
 
 def _shown(layers: dict[str, str], layer: str) -> str:
