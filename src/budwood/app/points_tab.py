@@ -12,8 +12,8 @@ from budwood.app.toasts import if_moved, toasting
 from budwood.points.axes import AXES
 
 NO_ADAPTER = (
-    "There is no adapter yet: labels are those of the frozen encoder. Adapting takes half a minute "
-    "to two minutes on one core, and is kept for the next start."
+    "There is no adapter yet: labels are those of the frozen encoder. To adapt it takes half a "
+    "minute of a free core, and is kept for the next start."
 )
 HINT = "Press Name it: the thinned cloud appears above, and its labels here."
 ADAPTED = "The encoder is adapted: labels are shown before and after."
