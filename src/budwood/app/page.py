@@ -139,7 +139,7 @@ def serve(
             css=CSS,
             quiet=True,
             prevent_thread_lock=True,
-            app_kwargs={"middleware": [_policy(), _front_end(page)]},
+            app_kwargs={"middleware": _middleware()},
         )
     except OSError:
         raise InputError(
@@ -165,17 +165,12 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def _policy() -> Any:
-    """Middleware that sends the content security policy with every response."""
-    return optional.need("starlette.middleware", "the page").Middleware(_Policy)
-
-
-def _front_end(page: Any) -> Any:
+def _middleware() -> list[Any]:
+    """What sends the content security policy with every response, and the front end."""
     from budwood.app.assets import FrontEnd
 
-    kinds = sorted({block.get_block_name() for block in page.blocks.values()})
-    middleware = optional.need("starlette.middleware", "the page").Middleware
-    return middleware(FrontEnd, kinds=kinds)
+    wrap = optional.need("starlette.middleware", "the page").Middleware
+    return [wrap(_Policy), wrap(FrontEnd)]
 
 
 class _Policy:
