@@ -50,7 +50,7 @@ CSS = """
 .budwood-tokens span {color: #111; border-radius: 3px; padding: .1em 0}
 .budwood-scale {display: inline-block; width: 8em; height: .8em; border-radius: 3px; margin: 0 .5em}
 .budwood-grid {display: grid; gap: 1em; grid-template-columns:
-  repeat(auto-fill, minmax(min(150px, 100%), 1fr))}
+  repeat(auto-fill, minmax(min(160px, 45%), 1fr))}
 .budwood-pair {display: grid; gap: 2em; overflow-wrap: anywhere;
   grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr))}
 .budwood-pair h2 {font-size: 1.15em; margin: 0 0 .4em}

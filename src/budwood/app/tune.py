@@ -112,7 +112,7 @@ def curve(file: str | None) -> tuple[Any, str]:
         yaxis_title=_wrapped(f"learning: {LEARNING[y]}"),
         margin={"t": 50, "r": 20, "l": 60},
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.25},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
     )
     heads = ("method", LEARNING[y], FORGETTING[x])
     cells = [(str(row["method"]), f"{100 * row[y]:.1f}", f"{row[x]:.2f}") for row in rows]
