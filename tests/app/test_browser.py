@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from budwood.app import Sources, points, serve
+from budwood.app import Sources, points, prune, serve
 from tests import tiny_vlm
 from tests.app import parts
 from tests.points import shipped
@@ -37,9 +37,6 @@ ARGUMENTS = [
 ]
 WAIT = 120_000
 """Milliseconds at most for a step; tiny models need a second, a busy machine many."""
-SIZES = """() => Object.fromEntries(performance.getEntriesByType('resource')
-  .filter(e => e.name.includes('/assets/')).map(e => [e.name, e.transferSize]))"""
-"""Bytes that came over the network, of each file of the front end; 0 from the browser's cache."""
 UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, button, [role=tab]')]
   .filter(e => e.offsetParent !== null && !e.disabled)
   .filter(e => !(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title
@@ -100,17 +97,17 @@ def upload(page, label, file):
     block.locator("input[type=file]").set_input_files(file)
 
 
-def test_a_browser_keeps_the_front_end(context, address):
-    """The first view loads no 3D figures, and a later one asks for no file of the front end."""
+def test_the_front_end_is_kept_by_the_browser(context, address):
+    """And the first view loads no 3D figures."""
+    kept = {}
     page = context.new_page()
+    page.on("response", lambda one: kept.update({one.url: one.headers.get("cache-control", "")}))
     page.goto(address[0])
     page.get_by_role("button", name="Answer").wait_for()
-    page.reload()
-    page.get_by_role("button", name="Answer").wait_for()
-    sizes = page.evaluate(SIZES)
     page.close()
-    assert len(sizes) > 20 and not any("plotly" in name.lower() for name in sizes)
-    assert {name: size for name, size in sizes.items() if size} == {}
+    files = {url: rule for url, rule in kept.items() if "/assets/" in url}
+    assert len(files) > 20 and not any("plotly" in url.lower() for url in files)
+    assert [url for url, rule in files.items() if "immutable" not in rule] == []
 
 
 def test_prune(page):
@@ -144,16 +141,24 @@ def test_a_question_by_keyboard(page):
     page.get_by_role("table", name="Answers, and time to the first token").wait_for()
 
 
-def test_a_slider_answers_when_it_has_moved(page):
+def test_a_slider_answers_when_it_has_moved(page, monkeypatch):
+    budgets = []
+
+    def noting(models, picture, question, method, percent):
+        budgets.append(percent)
+        return answer(models, picture, question, method, percent)
+
+    answer = prune.answer
+    monkeypatch.setattr(prune, "answer", noting)
     budget = page.get_by_label("number input for Visual tokens")
     budget.focus()
     page.keyboard.press("Tab")
     page.wait_for_timeout(1500)
-    table = page.get_by_role("table", name="Answers, and time to the first token")
-    assert table.count() == 0
+    assert budgets == []
     budget.fill("50")
     page.keyboard.press("Tab")
     page.get_by_role("img", name="8 of 16").wait_for()
+    assert budgets == [50]
 
 
 def test_errors_are_toasts(page, address, tmp_path):
