@@ -17,6 +17,7 @@ models=("${@:-}")
 [ -n "${models[0]}" ] || models=(sprout 2304)
 python=${PYTHON:-.venv/bin/python} serving=${SERVING:-.venv-vllm/bin/python}
 folder=$(mktemp -d)
+mkdir -p "$output"
 started=()
 
 stop() {

@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=${1:?folder for the records}
 budwood=${BUDWOOD:-budwood} data=examples/tune
 folder=$(mktemp -d)
+mkdir -p "$output"
 trap 'rm -rf "$folder"' EXIT
 
 $budwood tune $data/train.jsonl --output "$folder/slim" --steps 20 --batch 12 --lr 8e-3
