@@ -38,6 +38,7 @@ LOGGED = (
     "order",
     "reverse",
     "about",
+    "sign",
 )
 SHORT = {
     "presence": " {} shown",
@@ -55,7 +56,8 @@ SHORT = {
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SOME = 2_400  # pictures of stage 3 in which only some of the objects are seen
 WHOLE = 4_800  # pictures of stage 3, after which every picture is seen whole
-HIGH_SOME, HIGH_WHOLE = 1_800, 2_700  # pictures of stage 4, likewise
+HIGH_SOME, HIGH_WHOLE = 1_260, 1_740  # pictures of stage 4, likewise
+MARGIN = 8  # px around a sign; a patch whose centre is there shows some of it
 
 
 @dataclass
@@ -173,6 +175,20 @@ def patches_of(picture: Picture, rng: random.Random) -> dict[SceneObject, int]:
         if thing is not None:
             patches.setdefault(thing, []).append(patch)
     return {thing: rng.choice(covering) for thing, covering in patches.items()}
+
+
+def sign_patches(picture: Picture) -> list[int]:
+    """Patches of the crops that show some of the sign."""
+    if picture.scene.sign is None:
+        return []
+    left, top, right, bottom = picture.scene.sign.outer
+    return [
+        patch
+        for patch, (x, y) in picture.centres.items()
+        if patch >= PATCHES  # those below are the overview's
+        and left - MARGIN <= x < right + MARGIN
+        and top - MARGIN <= y < bottom + MARGIN
+    ]
 
 
 class Exercises(Dataset):
@@ -303,7 +319,8 @@ class Exercises(Dataset):
     def _high(self, picture: Picture, rng: random.Random, place: int) -> Item:
         """Questions about a large picture; the first ones lack most patches between objects."""
         done = min(max(0.0, (place - HIGH_SOME) / (HIGH_WHOLE - HIGH_SOME)), 1.0)
-        seen = set(patches_of(picture, rng).values())
+        sign = sign_patches(picture)
+        seen = {*patches_of(picture, rng).values(), *sign}
         rest = [p for p in picture.patches if p not in seen]
         share = rng.uniform(0.1 + 0.9 * done, 0.4 + 0.6 * done)
         seen.update(rng.sample(rest, round(len(rest) * share)))
@@ -313,8 +330,15 @@ class Exercises(Dataset):
         segments += self._notes(rng.sample(questions, len(questions)), in_a_row=5)
         segments.append(self._relations(picture, rng, 6))
         segments += self._readings(picture, rng, {"badge": 3, "name": 2, "frame": 1})
+        segments.append(self._sign(picture, sign))
         tokens = [t for t in picture.tokens if t == NEWLINE or t in seen]
         return Item(picture.pixels, self._tokens(PREFIX) + [~t for t in tokens], segments)
+
+    def _sign(self, picture: Picture, patches: list[int]) -> Segment:
+        """The number on the sign, read from its patches."""
+        assert picture.scene.sign is not None
+        number = str(picture.scene.sign.number)
+        return self._segment("sign", IMAGE_TOKEN * len(patches) + " sign", number, *patches)
 
     def _asked(
         self,

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an unfinished run there goes on"
     )
-    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--high", type=int, default=6, help="high-resolution pictures a step")
     parser.add_argument("--small", type=int, default=4, help="small pictures a step")
     parser.add_argument("--decay", type=float, default=0.3, help="last part of the steps")

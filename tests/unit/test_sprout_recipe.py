@@ -122,6 +122,24 @@ def test_few_patches_show_some_objects_then_all(exercises: ModuleType, start: in
         assert (found == set(exercises.patches_of(picture, random.Random(0)))) == (start > 0)
 
 
+def test_the_sign_is_seen_whole_while_most_patches_are_left_out(exercises: ModuleType) -> None:
+    data = exercises.Exercises(load_tokenizer(), "high", images=16, start=0, batch=1)
+    for i in range(16):
+        item, scene = data[i], make_scene(data.first + i, "train", high_resolution=True)
+        picture = exercises.high_resolution_picture(scene)
+        left, top, right, bottom = scene.sign.outer
+        on_sign = {
+            patch
+            for patch, (x, y) in picture.centres.items()
+            if patch >= exercises.PATCHES and left <= x < right and top <= y < bottom
+        }
+        seen = {~token for token in item.shared if token < 0}
+        assert len(on_sign) >= 4 and on_sign <= seen and len(seen) < 0.6 * len(picture.patches)
+        (asked,) = next(s for s in item.segments if s[0].kind == "sign")
+        assert on_sign <= {~token for token in asked.given if token < 0}
+        assert len(asked.tokens) <= 64
+
+
 def test_tables_are_looked_up_by_what_they_hold(exercises: ModuleType) -> None:
     tokenizer = load_tokenizer()
     data = exercises.Exercises(tokenizer, "regions", images=40, start=0, batch=4)
