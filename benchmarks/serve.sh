@@ -5,9 +5,9 @@
 #
 # Writes OUTPUT/serve-sprout.json and OUTPUT/serve-2304.json: the embedded model with 256 visual
 # tokens, and one of random weights with 2,304. For each it starts a stock vLLM server and a pruned
-# one, which keeps a ninth, sends both the same requests, and stops them. About five minutes each on
-# two cores. PYTHON is the Python of `make venv`, SERVING that of `make test-vllm`, OPTIONS are more
-# options of `budwood bench serve`.
+# one, which keeps a ninth, sends both the same requests, and stops them. About eight minutes in all
+# on two cores. PYTHON is the Python of `make venv`, SERVING that of `make test-vllm`, OPTIONS are
+# more options of `budwood bench serve`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -52,7 +52,7 @@ start() { # NAME PORT COMMAND...: wait until a server answers
 "$python" benchmarks/serve_models.py "$folder"
 for model in "${models[@]}"; do
     case $model in
-        sprout) requests=16 ;;
+        sprout) requests=8 ;;
         2304) requests=4 ;;
         *) echo "unknown model $model; known: sprout 2304" >&2; exit 2 ;;
     esac
