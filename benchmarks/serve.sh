@@ -37,7 +37,7 @@ start() { # NAME PORT COMMAND...: wait until a server answers
     local log=$folder/$1.log port=$2
     shift 2
     "$serving" "$@" --host 127.0.0.1 --port "$port" --max-model-len 4096 --max-num-seqs 16 \
-        --block-size 32 --enforce-eager --no-enable-log-requests >"$log" 2>&1 &
+        --block-size 32 --enforce-eager >"$log" 2>&1 &
     started+=($!)
     for _ in $(seq 180); do
         if curl -sf "http://127.0.0.1:$port/health" >/dev/null; then return; fi
