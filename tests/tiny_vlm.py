@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -40,7 +41,8 @@ def words() -> list[str]:
     return sorted({*text.replace("{}", " ").replace("?", " ? ").split(), *map(str, range(10))})
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token a word; more special tokens by the names of their attributes."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words()])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -53,47 +55,60 @@ def tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=["<image>"],
+        **special,
     )
 
 
-def text_config(n_words: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=n_words,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+TOWER: dict[str, Any] = {
+    "hidden_size": 30,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "initializer_range": 0.3,
+}
+CLIP = TOWER | {"projection_dim": 8, "initializer_factor": 1.0}
 
 
-def vision_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=30,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=8,
-        initializer_range=0.3,
-        initializer_factor=1.0,
-    )
+def text_config(n_words: int, sizes: dict[str, Any] = TEXT) -> LlamaConfig:
+    return LlamaConfig(vocab_size=n_words, **sizes)
 
 
-def save_llava(folder: Path) -> Path:
-    """LLaVA with CLIP's processing: the shorter side to 24 px, then the centre."""
+def save_llava(
+    folder: Path,
+    tower: Any = None,
+    sizes: dict[str, Any] = TEXT,
+    strategy: str = "default",
+) -> Path:
+    """LLaVA with CLIP's processing: the shorter side to 24 px, then the centre.
+
+    Args:
+        folder: to write.
+        tower: configuration of the vision tower; a tiny CLIP by default.
+        sizes: of the language model, as in ``TEXT``.
+        strategy: ``vision_feature_select_strategy``.
+    """
     torch.manual_seed(0)
     tokens = tokenizer()
+    tower = CLIPVisionConfig(**CLIP) if tower is None else tower
     config = LlavaConfig(
-        vision_config=vision_config(),
-        text_config=text_config(len(tokens)),
+        vision_config=tower,
+        text_config=text_config(len(tokens), sizes),
         image_token_id=tokens.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy=strategy,
     )
     processor = LlavaProcessor(
         CLIPImageProcessorPil(
@@ -101,29 +116,31 @@ def save_llava(folder: Path) -> Path:
         ),
         tokens,
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(isinstance(tower, CLIPVisionConfig)),
         chat_template=TEMPLATE,
     )
     return save(LlavaForConditionalGeneration(config), processor, folder)
 
 
-def save_llava_next(folder: Path) -> Path:
-    """LLaVA-NeXT with three shapes of canvas."""
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+
+
+def save_llava_next(folder: Path, tower: Any = None, sizes: dict[str, Any] = TEXT) -> Path:
+    """LLaVA-NeXT with three shapes of canvas; arguments as of LLaVA."""
     torch.manual_seed(0)
     tokens = tokenizer()
-    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     config = LlavaNextConfig(
-        vision_config=vision_config(),
-        text_config=text_config(len(tokens)),
+        vision_config=CLIPVisionConfig(**CLIP) if tower is None else tower,
+        text_config=text_config(len(tokens), sizes),
         image_token_id=tokens.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=PINPOINTS,
     )
     processor = LlavaNextProcessor(
         LlavaNextImageProcessorPil(
             size={"shortest_edge": SIDE},
             crop_size={"height": SIDE, "width": SIDE},
-            image_grid_pinpoints=pinpoints,
+            image_grid_pinpoints=PINPOINTS,
         ),
         tokens,
         patch_size=PATCH,

@@ -230,6 +230,10 @@ def _served(architecture: str, target: str) -> Entry:
 SERVED = {
     "llava": _served("LlavaForConditionalGeneration", "llava:BudwoodLlava"),
     "llava_next": _served("LlavaNextForConditionalGeneration", "llava:BudwoodLlavaNext"),
+    "llava_onevision": _served(
+        "LlavaOnevisionForConditionalGeneration", "llava:BudwoodLlavaOnevision"
+    ),
+    "internvl": _served("InternVLForConditionalGeneration", "internvl:BudwoodInternVL"),
     "qwen2_vl": _served("Qwen2VLForConditionalGeneration", "qwen:BudwoodQwen2VL"),
     "qwen2_5_vl": _served("Qwen2_5_VLForConditionalGeneration", "qwen:BudwoodQwen25VL"),
     "qwen3_vl": _served("Qwen3VLForConditionalGeneration", "qwen:BudwoodQwen3VL"),

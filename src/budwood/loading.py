@@ -22,6 +22,8 @@ SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _ADAPTER_FILE = "adapter_config.json"
+_PLAIN: dict[str, Any] = {"trust_remote_code": False}
+"""Of ``from_pretrained``: without it transformers asks on the terminal, and waits for an answer."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,12 @@ def _opened(source: str) -> Iterator[str]:
         raise
     # Files that are missing, damaged or of another shape, and packages that a model needs.
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"cannot load model {source}: it needs code of its own, which budwood does not "
+                "run; give a checkpoint in transformers' own format (of InternVL, one that ends in "
+                "-hf)"
+            ) from error
         raise InputError(f"cannot load model {source}: {first_line(error)}") from error
 
 
@@ -313,7 +321,7 @@ def config_of(source: str) -> Any:
     with _opened(source) as folder:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, **_PLAIN)
 
 
 def _has_vision(source: str) -> bool:
@@ -364,20 +372,21 @@ def _vlm(source: str, folder: str, dtype: Any, device_map: str | None = None) ->
 
     from budwood.prune.families import family_class
 
-    family_class(AutoConfig.from_pretrained(folder), f"model {source}")  # before weights are read
-    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
+    config = AutoConfig.from_pretrained(folder, **_PLAIN)
+    family_class(config, f"model {source}")  # before weights are read
+    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map, **_PLAIN}
     model = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    return model, AutoProcessor.from_pretrained(folder)
+    return model, AutoProcessor.from_pretrained(folder, **_PLAIN)
 
 
 def _language_model(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **_PLAIN}
     result: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = result
     _check_causal(source, model, info)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder, **_PLAIN)
 
 
 def _check_causal(source: str, model: Any, info: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
 
-from budwood.app import Sources, points, serve
+from budwood.app import Sources, points, prune, serve
 from tests import tiny_vlm
 from tests.app import parts
 from tests.points import shipped
@@ -96,7 +97,21 @@ def upload(page, label, file):
     block.locator("input[type=file]").set_input_files(file)
 
 
+def test_the_front_end_is_kept_by_the_browser(context, address):
+    """And the first view loads no 3D figures."""
+    kept = {}
+    page = context.new_page()
+    page.on("response", lambda one: kept.update({one.url: one.headers.get("cache-control", "")}))
+    page.goto(address[0])
+    page.get_by_role("button", name="Answer").wait_for()
+    page.close()
+    files = {url: rule for url, rule in kept.items() if "/assets/" in url}
+    assert len(files) > 20 and not any("plotly" in url.lower() for url in files)
+    assert [url for url, rule in files.items() if "immutable" not in rule] == []
+
+
 def test_prune(page):
+    assert page.get_by_role("img", name="the layer kept").count() == 0
     page.get_by_role("button", name="Answer").click()
     page.get_by_role("table", name="Answers, and time to the first token").wait_for()
     assert page.get_by_role("img", name="the layer kept").is_visible()
@@ -107,12 +122,43 @@ def test_prune(page):
     page.get_by_role("img", name="visual tokens that divprune keeps").wait_for()
 
 
+def test_two_visitors_at_once(context, page, address):
+    other = context.new_page()
+    other.goto(address[0])
+    for one, percent in ((page, "25"), (other, "50")):
+        one.get_by_label("number input for Visual tokens").fill(percent)
+        one.get_by_role("button", name="Answer").click()
+    for one, counted in ((page, "4 of 16"), (other, "8 of 16")):
+        one.get_by_role("img", name=f"the layer kept, adav-contrast, {counted}").wait_for()
+    other.close()
+
+
 def test_a_question_by_keyboard(page):
     page.get_by_label("Question").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("Is it red ?")
     page.keyboard.press("Enter")
     page.get_by_role("table", name="Answers, and time to the first token").wait_for()
+
+
+def test_a_slider_answers_when_it_has_moved(page, monkeypatch):
+    budgets = []
+
+    def noting(models, picture, question, method, percent):
+        budgets.append(percent)
+        return answer(models, picture, question, method, percent)
+
+    answer = prune.answer
+    monkeypatch.setattr(prune, "answer", noting)
+    budget = page.get_by_label("number input for Visual tokens")
+    budget.focus()
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(1500)
+    assert budgets == []
+    budget.fill("50")
+    page.keyboard.press("Tab")
+    page.get_by_role("img", name="8 of 16").wait_for()
+    assert budgets == [50]
 
 
 def test_errors_are_toasts(page, address, tmp_path):
@@ -138,6 +184,24 @@ def test_points(page, address):
     upload(page, "Frame (without", address[1] / "frame.npy")
     page.get_by_role("button", name="Find the objects").click()
     page.get_by_role("table", name=f"{len(points.ROOM)} objects").wait_for()
+
+
+def test_an_adaptation_that_is_stopped(page, monkeypatch):
+    def slow(models, progress):
+        for step in range(1_000):
+            progress(step, 1_000)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(points, "adapt", slow)
+    open_tab(page, "Points")
+    stop = page.get_by_role("button", name="Stop", exact=True)
+    for _ in range(2):  # it can be started again
+        page.get_by_role("button", name="Adapt the encoder").click()
+        page.get_by_text("adapting").wait_for()
+        stop.click()
+        page.get_by_test_id("toast-text").filter(has_text="the encoder is as it was").wait_for()
+        page.get_by_label("Close").last.click()
+        browsers.expect(stop).to_be_disabled()
 
 
 def test_tune(page, tmp_path):
@@ -182,6 +246,20 @@ def test_no_file_of_the_machine_can_be_read(address):
     for path in (secret, "pyproject.toml", "/etc/passwd", f"{folder}/vlm/../secret.txt"):
         code, text = status(f"{url}/gradio_api/file={path}")
         assert code in (403, 404) and "a secret" not in text
+
+
+@pytest.mark.parametrize("size", [1_000, 60_000_000])
+def test_uploads_are_limited(size, address):
+    start = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    request = urllib.request.Request(f"{address[0]}/gradio_api/upload")
+    request.data = start + bytes(size) + b"\r\n--X--\r\n"
+    request.add_header("Content-Type", "multipart/form-data; boundary=X")
+    if size == 1_000:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert response.status == 200
+        return
+    with pytest.raises(urllib.error.URLError):  # it stops reading, or answers 413
+        urllib.request.urlopen(request, timeout=60)
 
 
 def test_a_path_in_place_of_an_upload_is_refused(address):

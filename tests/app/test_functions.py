@@ -46,6 +46,7 @@ def tiny_points(tmp_path, monkeypatch):
 def test_answer(vlm, tmp_path):
     found = prune.answer(vlm, str(parts.picture(tmp_path)), "Is there any dog ?", "adav", 25)
     assert [*found.layers] == ["kept", "saliency", "relevance"]
+    assert prune.OVERLAPPING not in found.layers["kept"]
     assert "<td>16</td>" in found.summary and "<td>4</td>" in found.summary
     assert (
         'alt="The picture with the layer kept, adav, 4 of 16 visual tokens"'
@@ -57,6 +58,26 @@ def test_answer_of_a_layout_with_crops(vlm_next, tmp_path):
     found = prune.answer(vlm_next, str(parts.picture(tmp_path)), "Is there any dog ?", "random", 10)
     assert [*found.layers] == ["kept"]
     assert "fixed tokens" in found.summary
+    assert prune.OVERLAPPING in found.layers["kept"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("RGB", (1, 1)), ("RGBA", (9, 7)), ("P", (9, 7)), ("I;16", (9, 7))]
+)
+def test_odd_pictures(mode, size, vlm, vlm_next, tmp_path):
+    Image.new(mode, size).save(tmp_path / "odd.png")
+    for models in (vlm, vlm_next):
+        found = prune.answer(models, str(tmp_path / "odd.png"), "Is it red ?", "uniform", 50)
+        assert "visual tokens" in found.summary
+
+
+def test_animations_and_strips(vlm, tmp_path):
+    frames = [Image.new("RGB", (9, 7), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "odd.gif", save_all=True, append_images=frames[1:])
+    prune.answer(vlm, str(tmp_path / "odd.gif"), "Is it red ?", "uniform", 50)
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "odd.png")
+    with pytest.raises(InputError, match=r"^odd\.png has 20000 × 1 pixels"):
+        prune.answer(vlm, str(tmp_path / "odd.png"), "Is it red ?", "uniform", 50)
 
 
 def test_side_by_side(vlm, tmp_path):
@@ -83,8 +104,11 @@ def test_bad_questions(make, question, methods, message, tmp_path):
 
 
 def test_examples_are_scenes_with_questions():
-    picture, question = prune.example(prune.EXAMPLES[0])
-    assert picture.mode == "RGB" and question.endswith("?")
+    for name in prune.EXAMPLES:
+        picture, question = prune.example(name)
+        assert picture.mode == "RGB" and question.endswith("?")
+    with pytest.raises(InputError, match="there is no example 'Scene 99'"):
+        prune.example("Scene 99")
 
 
 # Points
@@ -96,6 +120,17 @@ def test_labels_of_an_uploaded_cloud(tiny_points, tmp_path):
     assert "before adaptation" in found.ranked and ">after<" not in found.ranked
     assert "&lt;b&gt;table&lt;/b&gt;" in found.ranked and "<b>" not in found.ranked
     assert len(found.figure.data[0].x) == 16
+
+
+def test_points_without_coordinates_are_left_out(tiny_points, tmp_path):
+    xyz = np.random.default_rng(0).normal(size=(50, 3))
+    xyz[3, 1] = np.nan
+    np.save(tmp_path / "cloud.npy", xyz)
+    found = points.name(tiny_points, str(tmp_path / "cloud.npy"), "", "chair", 16, "y")
+    assert "points left out: 1 invalid" in found.ranked
+    np.save(tmp_path / "cloud.npy", np.full((50, 3), np.nan))
+    with pytest.raises(InputError, match=r"^cloud\.npy: all 50 points have NaN"):
+        points.name(tiny_points, str(tmp_path / "cloud.npy"), "", "chair", 16, "y")
 
 
 def test_adaptation_is_kept_for_the_next_page(tiny_points, tmp_path, monkeypatch):
@@ -149,6 +184,7 @@ def test_replies_side_by_side(tuned):
     assert found.index("Base model") < found.index("Tuned model")
     assert re.search(r'title="\d+% on identity experts"', found)
     assert "Weight on identity experts</caption>" in found
+    assert f"rgb{tune.LOW}" in found and f"rgb{tune.HIGH}" in found
 
 
 def test_replies_need_an_adapter_and_a_prompt(tuned):
@@ -180,6 +216,9 @@ def test_curve(tmp_path):
 def test_a_record_of_something_else(tmp_path):
     with pytest.raises(InputError, match=r"^record.json has no numbers under kl_chat or"):
         tune.curve(record(tmp_path, [{"method": "adav", "accuracy": 1.0}]))
+    nan = {"method": "slim", "target": 0.5, "kl_chat": float("nan")}
+    with pytest.raises(InputError, match=r"^record.json has no numbers under kl_chat or"):
+        tune.curve(record(tmp_path, [nan]))
     with pytest.raises(InputError, match="there is no record"):
         tune.curve(None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 
@@ -141,6 +142,14 @@ def test_missing_model(budwood, picture, tmp_path):
 
 def test_directory_without_model(budwood, picture, tmp_path):
     refused(budwood("prune", picture, "What?", "--model", tmp_path), "cannot load model")
+
+
+def test_model_with_code_of_its_own(budwood, picture, tmp_path):
+    """Transformers would ask on the terminal whether to run it."""
+    config = {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = budwood("prune", picture, "What?", "--model", tmp_path)
+    refused(done, "needs code of its own, which budwood does not run")
 
 
 def test_model_without_weights(budwood, picture, tmp_path, model_dir):

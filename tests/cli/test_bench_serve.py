@@ -56,7 +56,7 @@ def server():
 def test_a_record_and_a_table(budwood, server, tmp_path):
     url, seen = server
     done = budwood(
-        "bench", "serve", f"pruned={url}", "--concurrency", "1,3", "--requests", 4,
+        "bench", "serve", f"pruned={url}", "--concurrency", "1,5", "--requests", 4,
         "--pictures", "many", "--side", 24, "--out", tmp_path / "serve.json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -64,14 +64,15 @@ def test_a_record_and_a_table(budwood, server, tmp_path):
     assert [(row["questions"], row["concurrency"]) for row in record.rows] == [
         ("same", 1),
         ("many", 1),
-        ("same", 3),
-        ("many", 3),
+        ("same", 5),
+        ("many", 5),
     ]
     for row in record.rows:
-        assert row["n_requests"] == 4 and row["n_prompt"] == 40
+        assert row["n_requests"] == max(4, row["concurrency"]) and row["n_prompt"] == 40
+        assert row["model"] == "tiny"
         assert 20 <= row["first_token_ms"] <= row["total_ms"] <= row["slow_ms"]
     assert record.rows[2]["requests_per_s"] > record.rows[0]["requests_per_s"]
-    assert len(seen) == 4 * (4 + 1)
+    assert len(seen) == 2 * (4 + 1) + 2 * (5 + 1)
     of_first_row = seen[1:5]
     pictures = {body["messages"][0]["content"][0]["image_url"]["url"] for body in of_first_row}
     texts = {body["messages"][0]["content"][1]["text"] for body in of_first_row}

@@ -13,6 +13,7 @@ import pytest
 
 from budwood.errors import InputError, MissingPackageError
 from budwood.serve import launch
+from tests.refusals import refused
 
 
 def overrides_of(text: str) -> dict:
@@ -56,19 +57,38 @@ def test_a_count_stays_a_count(budwood, model_dir):
     ],
 )
 def test_bad_input_is_one_line(budwood, model_dir, options, reason):
-    done = budwood("serve", model_dir, "--dry-run", *options)
-    assert done.exit_code == 2
-    assert reason in done.stderr and done.stderr.count("\n") == 1
+    refused(budwood("serve", model_dir, "--dry-run", *options), reason)
 
 
 def test_a_model_without_vision_is_refused(budwood, blind_dir):
-    done = budwood("serve", blind_dir, "--dry-run")
-    assert done.exit_code == 2 and "is not served; known: llava, " in done.stderr
+    refused(budwood("serve", blind_dir, "--dry-run"), "is not served; known: llava, ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vision_config": {"model_type": "pixtral"}}, "vision tower 'pixtral' of 'llava'"),
+        ({"model_type": "llava_onevision", "vision_aspect_ratio": "anyres_max_4"}, "anyres_max_9"),
+        ({"model_type": "internvl", "vision_feature_layer": -4}, "vision_feature_layer=-4"),
+        ({"model_type": "internvl_chat", "auto_map": {"AutoConfig": "a.B"}}, "ends in -hf"),
+        ({"model_type": "gemma3"}, "known: llava, "),
+    ],
+)
+def test_a_model_that_vllm_has_otherwise_is_refused(budwood, model_dir, tmp_path, changes, reason):
+    config = json.loads((model_dir / "config.json").read_text())
+    if "model_type" in changes:
+        del config["vision_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    refused(budwood("serve", tmp_path, "--dry-run"), reason)
 
 
 def test_an_embedded_model_is_refused(budwood):
-    done = budwood("serve", "sprout", "--dry-run")
-    assert done.exit_code == 2 and "has no directory" in done.stderr
+    refused(budwood("serve", "sprout", "--dry-run"), "has no directory")
+
+
+def test_without_vllm_nothing_is_loaded(budwood, monkeypatch):
+    monkeypatch.setattr(launch, "vllm_version", lambda: None)
+    refused(budwood("serve", "/gone"), "serving needs vllm: pip install 'vllm>=0.32,<0.34'")
 
 
 def test_stages_of_a_model_with_m_rope_are_refused():
@@ -104,28 +124,33 @@ def test_known_versions_are_fine(monkeypatch, version):
 
 
 SERVER = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print(child.pid, flush=True)
 time.sleep(60)
 """
+"""Which ends neither by itself nor when it is asked to, as its child does not."""
 
 PARENT = """
 import subprocess, sys
 from budwood.serve import launch
-real = subprocess.Popen
+real, launch._GRACE_S = subprocess.Popen, 2
 launch.subprocess.Popen = lambda command, **more: real([sys.executable, "-c", sys.argv[1]], **more)
 launch.run(launch.Line("model", {}))
 """
 
 
-def test_no_process_is_left_behind():
+@pytest.mark.parametrize("kinds", [["SIGTERM"], ["SIGHUP"], ["SIGINT", "SIGINT"]])
+def test_no_process_is_left_behind(kinds):
     command = [sys.executable, "-c", PARENT, SERVER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert is_running(child)
-        parent.send_signal(signal.SIGTERM)
+        for kind in kinds:
+            parent.send_signal(getattr(signal, kind))
+            time.sleep(0.2)
         parent.wait(30)
     until = time.monotonic() + 10
     while is_running(child) and time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-NeXT in vLLM keep the tokens that `attach` keeps, and answer the same."""
+"""LLaVA in vLLM keeps the tokens that `attach` keeps, and answers the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from budwood.serve.vllm.processing import AskedInputs, ProcessorInputs
 from tests.vllm import tiny
 from tests.vllm.tiny import answer, attached, chat, engine, picture, recorded, request, settings
 
-LLAVA, NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
+LLAVA = "LlavaForConditionalGeneration"
 ASKED = ["what is on the left ?", "how many red ?", "is there a green"]
 
 
@@ -115,17 +115,3 @@ def hashes_without_question(self, *args, **kwargs):
     hashes = ProcessorInputs.get_mm_hashes(self, *args, **kwargs)
     self.hf_processor_mm_kwargs = asked
     return hashes
-
-
-def test_llava_next(tmp_path):
-    folder = tiny.save_llava_next(tmp_path)
-    processor = AutoProcessor.from_pretrained(folder)
-    requests = [
-        request(chat(processor, ASKED[0]), picture(0, 48, 24)),
-        request(chat(processor, ASKED[1], n_images=2), picture(1, 40, 48), picture(2, 20, 48)),
-    ]
-    kept, answers = attached(folder, requests, keep=0.2)
-    with engine(folder, settings(NEXT, keep=0.2)) as llm:
-        noted = recorded(llm)
-        assert answer(llm, requests) == answers
-        assert sorted(noted) == sorted(kept)

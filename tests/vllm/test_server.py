@@ -18,14 +18,8 @@ from tests.vllm import tiny
 
 
 def test_a_served_model_answers(tmp_path):
-    folder = tiny.save_llava(tmp_path / "llava")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "budwood.cli", "serve", str(folder), "--keep", "5"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
-    command += ["--dtype", "float32", "--block-size", "32", "--enforce-eager"]
-    command += ["--served-model-name", "tiny"]
+    folder, port, before = tiny.save_llava(tmp_path / "llava"), free_port(), processes()
+    command = serve(folder, port)
     log = tmp_path / "log.txt"
     with (
         log.open("w") as out,
@@ -36,6 +30,7 @@ def test_a_served_model_answers(tmp_path):
         try:
             until_healthy(port, server, log)
             said = asked(port, tiny.picture(0))
+            assert len(processes() - before) >= 2, "the server and its engine"
             assert said["usage"]["prompt_tokens"] < 16 + 5, said
             assert len(said["choices"][0]["message"]["content"]) > 0
         finally:
@@ -43,10 +38,40 @@ def test_a_served_model_answers(tmp_path):
             server.wait(60)
     text = log.read_text(errors="replace")
     assert "BudwoodLlavaForConditionalGeneration" in text
-    left = subprocess.run(
-        ["pgrep", "-f", f"[-]-port {port}"], capture_output=True, text=True, check=False
+    assert processes() <= before
+
+
+def test_a_server_that_ends_while_it_starts_is_one_line(tmp_path):
+    """The engine, which is a process of its own, finds no weights."""
+    folder, port, before = tiny.save_llava(tmp_path / "llava"), free_port(), processes()
+    (folder / "model.safetensors").unlink()
+    done = subprocess.run(
+        serve(folder, port), capture_output=True, text=True, timeout=240, check=False
     )
-    assert left.stdout == ""
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "budwood: error: vllm serve ended with exit code" in done.stderr.splitlines()[-1]
+    assert processes() <= before
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def serve(folder, port):
+    """The command that serves a tiny LLaVA."""
+    command = [sys.executable, "-m", "budwood.cli", "serve", str(folder), "--keep", "5"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+    command += ["--dtype", "float32", "--block-size", "32", "--enforce-eager"]
+    return [*command, "--served-model-name", "tiny"]
+
+
+def processes():
+    """All of vLLM's; a server's engine has a title of its own."""
+    command = ["pgrep", "-f", "VLLM::|vllm.entrypoints"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {*done.stdout.split()}
 
 
 def until_healthy(port, server, log):

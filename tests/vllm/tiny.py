@@ -14,16 +14,15 @@ from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -35,13 +34,18 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from budwood.prune import attach
 from budwood.serve.vllm import served_name
 from tests import tiny_vlm
-from tests.tiny_vlm import PATCH, SIDE, TEMPLATE, save, tokenizer
+from tests.tiny_vlm import PATCH, PINPOINTS, SIDE, TEMPLATE, save, text_config, tokenizer
 
 TEXT = {
     "hidden_size": 96,
@@ -58,63 +62,74 @@ TEXT = {
 }
 
 
-def text_config(n_words: int) -> LlamaConfig:
-    return LlamaConfig(vocab_size=n_words, **TEXT)
+TOWER = tiny_vlm.TOWER | {"num_attention_heads": 6}
+CLIP = CLIPVisionConfig(**tiny_vlm.CLIP | TOWER)
+"""vLLM wants heads of an even number."""
 
 
-def vision(kind: type = CLIPVisionConfig) -> Any:
-    sizes = {**tiny_vlm.vision_config().to_dict(), "num_attention_heads": 6}
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("image_size", "patch_size", "initializer_range", "initializer_factor")
-    return kind(**{name: sizes[name] for name in names if name in sizes})
-
-
-def save_llava(folder: Path, tower: type = CLIPVisionConfig, strategy: str = "default") -> Path:
-    torch.manual_seed(0)
-    tokens = tokenizer()
-    with_cls = tower is CLIPVisionConfig
-    config = LlavaConfig(
-        vision_config=vision(tower),
-        text_config=text_config(len(tokens)),
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy=strategy,
-    )
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-        ),
-        tokens,
-        patch_size=PATCH,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(with_cls),
-        chat_template=TEMPLATE,
-    )
-    return save(LlavaForConditionalGeneration(config), processor, folder)
+def save_llava(folder: Path) -> Path:
+    return tiny_vlm.save_llava(folder, CLIP, TEXT)
 
 
 def save_llava_next(folder: Path) -> Path:
+    return tiny_vlm.save_llava_next(folder, CLIP, TEXT)
+
+
+def save_onevision(folder: Path) -> Path:
+    """LLaVA-OneVision with rasters of up to 16 crops, of which more than 9 are shrunk."""
     torch.manual_seed(0)
     tokens = tokenizer()
-    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-    config = LlavaNextConfig(
-        vision_config=vision(),
-        text_config=text_config(len(tokens)),
+    tokens.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    pinpoints = [*PINPOINTS, [SIDE, 4 * SIDE], [4 * SIDE, 4 * SIDE]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=text_config(len(tokens), TEXT),
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        video_token_index=tokens.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
+        tie_word_embeddings=False,
     )
-    processor = LlavaNextProcessor(
-        LlavaNextImageProcessorPil(
-            size={"shortest_edge": SIDE},
-            crop_size={"height": SIDE, "width": SIDE},
-            image_grid_pinpoints=pinpoints,
-        ),
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints),
         tokens,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
         chat_template=TEMPLATE,
     )
-    return save(LlavaNextForConditionalGeneration(config), processor, folder)
+    return save(LlavaOnevisionForConditionalGeneration(config), processor, folder)
+
+
+NAMED = {"start_image_token": "<img>", "end_image_token": "</img>"}
+NAMED |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+
+
+def save_internvl(folder: Path, **vision: Any) -> Path:
+    """InternVL with tiles of 16 tokens, of four patches each."""
+    torch.manual_seed(0)
+    tokens = tokenizer(**NAMED)
+    sizes = TOWER | {"patch_size": PATCH // 2, "layer_scale_init_value": 1.0, "hidden_size": 48}
+    config = InternVLConfig(
+        vision_config=sizes | vision,
+        text_config=text_config(len(tokens), TEXT),
+        image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    model = InternVLForConditionalGeneration(config)
+    with torch.no_grad():  # zeros in a new model
+        model.model.vision_tower.embeddings.cls_token.normal_()
+        model.model.vision_tower.embeddings.position_embeddings.normal_()
+    size = {"height": SIDE, "width": SIDE}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessorPil(size=size, max_patches=4),
+        tokens,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+        chat_template=TEMPLATE.replace("<image>", "<IMG_CONTEXT>"),
+    )
+    return save(model, processor, folder)
 
 
 QWEN_VISION = {
@@ -204,8 +219,9 @@ def settings(architecture: str, **pruning: Any) -> dict[str, Any]:
     return {"architectures": [served_name(architecture)], "budwood": pruning}
 
 
-def is_qwen(folder: Path) -> bool:
-    return json.loads((folder / "config.json").read_text())["model_type"].startswith("qwen")
+def takes_videos(folder: Path) -> bool:
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    return kind not in ("llava", "llava_next")
 
 
 @contextmanager
@@ -217,7 +233,7 @@ def engine(folder: Path, overrides: dict[str, Any] | None = None, **options: Any
     given = {"max_model_len": 512, "block_size": 32, "dtype": "float32", "seed": 0}
     given |= {
         "enforce_eager": True,
-        "limit_mm_per_prompt": {"image": 4, **({"video": 0} if is_qwen(folder) else {})},
+        "limit_mm_per_prompt": {"image": 4, **({"video": 0} if takes_videos(folder) else {})},
     }
     llm = LLM(str(folder), hf_overrides=overrides or {}, **{**given, **options})
     try:

@@ -163,6 +163,7 @@ class Points:
             return
         from budwood.points import adapt, load_clouds
 
+        progress(0, STEPS)
         cache_folder().mkdir(parents=True, exist_ok=True)
         dense = list(load_clouds().where(use="adapt").xyz)
         self.adapter = adapt(

@@ -16,6 +16,17 @@ TITLE = "budwood"
 LOOPBACK, PORT = "127.0.0.1", 7860
 WAITING = 32
 """Requests that may wait; further ones are told to come back later."""
+POLL_S = 0.02
+"""How often the queue looks for a request, seconds."""
+COLOURS = {
+    "block_info_text_color": "*neutral_600",
+    "body_text_color_subdued": "*neutral_600",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+}
+"""Where those of Gradio's theme have too little contrast (WCAG 2, AA)."""
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none'; "
@@ -32,15 +43,20 @@ CSS = """
 .budwood-table th[scope=row] {white-space: nowrap}
 .budwood-scroll {overflow-x: auto}
 .budwood-figure {margin: 0; max-width: 520px}
-.budwood-figure img {width: 100%; height: auto; border-radius: 6px}
+.budwood-figure img {width: 100%; height: auto; max-height: 640px; object-fit: contain;
+  object-position: left}
 .budwood-figure figcaption {padding-top: .3em}
 .budwood-tokens {line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere}
 .budwood-tokens span {color: #111; border-radius: 3px; padding: .1em 0}
 .budwood-scale {display: inline-block; width: 8em; height: .8em; border-radius: 3px; margin: 0 .5em}
 .budwood-grid {display: grid; gap: 1em; grid-template-columns:
-  repeat(auto-fill, minmax(200px, 1fr))}
+  repeat(auto-fill, minmax(min(160px, 45%), 1fr))}
 .budwood-pair {display: grid; gap: 2em; overflow-wrap: anywhere;
   grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr))}
+.budwood-pair h2 {font-size: 1.15em; margin: 0 0 .4em}
+.budwood-pair h3 {font-size: 1em; margin: .6em 0 .2em}
+.gradio-container :is(input, button, textarea, summary):focus-visible {
+  outline: 2px solid var(--primary-600) !important; outline-offset: 1px}
 footer {display: none !important}
 """
 
@@ -68,12 +84,13 @@ def build(sources: Sources | None = None) -> Any:
         with gr.Tabs():
             for title, fill in TABS.items():
                 with gr.Tab(title):
-                    fill(gr, models, page)
+                    fill(gr, models)
     page.queue(max_size=WAITING, default_concurrency_limit=1)
+    page._queue.sleep_when_free = POLL_S  # of its own accord it looks 1,000 times a second
     return page
 
 
-TABS: dict[str, Callable[[Any, Models, Any], None]] = {
+TABS: dict[str, Callable[[Any, Models], None]] = {
     "Prune": prune_tab.fill,
     "Points": points_tab.fill,
     "Tune": tune_tab.fill,
@@ -118,14 +135,17 @@ def serve(
             ssr_mode=False,
             run_history=False,
             footer_links=[],
-            theme=gr.themes.Default(**fonts).set(block_info_text_color="*neutral_600"),
+            theme=gr.themes.Default(**fonts).set(**COLOURS),
             css=CSS,
             quiet=True,
             prevent_thread_lock=True,
-            app_kwargs={"middleware": [_policy()]},
+            app_kwargs={"middleware": _middleware()},
         )
-    except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error}; give another --port") from None
+    except OSError:
+        raise InputError(
+            f"cannot listen at {host}:{port}: the port is taken, or the address is of another "
+            "machine; give another --port or --host"
+        ) from None
     if blocking:
         page.block_thread()
     return page
@@ -145,9 +165,12 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def _policy() -> Any:
-    """Middleware that sends the content security policy with every response."""
-    return optional.need("starlette.middleware", "the page").Middleware(_Policy)
+def _middleware() -> list[Any]:
+    """What sends the content security policy with every response, and the front end."""
+    from budwood.app.assets import FrontEnd
+
+    wrap = optional.need("starlette.middleware", "the page").Middleware
+    return [wrap(_Policy), wrap(FrontEnd)]
 
 
 class _Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from budwood.points import FORMATS, Cloud, InputOptions, load_clouds
 
 if TYPE_CHECKING:
     from budwood.points import Ranking
+    from budwood.points.io.cloud import Assumed
     from budwood.points.scanning.formats import ScannedFrame
     from budwood.progress import Progress
 
@@ -63,7 +65,7 @@ def name(
         BudwoodError: an unusable file or label.
     """
     given = _labels(labels)
-    options = InputOptions(points=int(n_points), up=up)
+    options = InputOptions(points=int(n_points), up=up, invalid="drop")
     cloud = _cloud(file, example, options)
     with models.points.held() as held:
         from budwood.points import classify
@@ -109,7 +111,9 @@ def scan(models: Models, file: str | None, labels: str, up: str) -> tuple[Any, s
     from budwood.points.scanning.views import frame_figure
 
     given = _labels(labels)
-    cloud = room() if file is None else _read(file, InputOptions(up=up, strays="keep"))
+    cloud = (
+        room() if file is None else _read(file, InputOptions(up=up, strays="keep", invalid="drop"))
+    )
     with models.points.held() as held:
         frames = scan_frames(
             cloud,
@@ -119,7 +123,9 @@ def scan(models: Models, file: str | None, labels: str, up: str) -> tuple[Any, s
             up="z" if file is None else up,
         )
     (frame,) = frames
-    return frame_figure(frame), _objects(frame)
+    figure = frame_figure(frame)
+    figure.update_layout(legend={"orientation": "h", "y": 0, "yanchor": "top"})  # fits a phone
+    return figure, _objects(frame)
 
 
 def room(seed: int = 0) -> Cloud:
@@ -172,8 +178,7 @@ def _ranked(before: Ranking, after: Ranking | None) -> str:
         (str(i + 1), *(f"{one.labels[i]}, {one.scores[i]:.0%}" for _, one in columns))
         for i in range(n_labels)
     ]
-    notes = before.assumed.notes if before.assumed else ()
-    said = "".join(markup.paragraph(note) for note in notes)
+    said = _said(before.assumed, before.assumed.notes) if before.assumed else ""
     return markup.status(markup.table("Labels, best first", heads, rows) + said)
 
 
@@ -188,5 +193,12 @@ def _objects(frame: ScannedFrame) -> str:
         )
         for box in frame.boxes
     ]
-    said = "".join(markup.paragraph(note) for note in frame.notices)
+    said = _said(frame.assumed, frame.notices)
     return markup.status(markup.table(f"{len(rows)} objects", heads, rows) + said)
+
+
+def _said(assumed: Assumed, notes: Sequence[str]) -> str:
+    """Notes on a cloud, and which of its points were left out."""
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in assumed.dropped.items())
+    lines = [*notes, f"points left out: {left_out}"] if left_out else notes
+    return "".join(markup.paragraph(line) for line in lines)

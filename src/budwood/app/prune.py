@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from budwood.prune.compare import Comparison
     from budwood.prune.report import ImageReport
 
-EXAMPLES = tuple(range(5048, 5054))
-"""Seeds of the held-out scenes."""
+EXAMPLES = {
+    **{f"Scene {i}": (5047 + i, False) for i in range(1, 5)},
+    **{f"Large scene {i}": (5047 + i, True) for i in range(1, 5)},
+}
+"""Names of held-out scenes: their seed, and whether they have high resolution."""
+START = next(iter(EXAMPLES))
 METHODS = tuple(catalogue.PRUNING_METHODS)
 SIDE_BY_SIDE = ("adav", "adav-contrast", "fastervlm", "divprune", "random", "uniform")
 PERCENT = 10.0
@@ -32,6 +36,7 @@ LAYERS = {
     "saliency": "Saliency: what the vision encoder attends to. Bright is high.",
     "relevance": "Relevance: what is near to the question's words. Bright is high.",
 }
+OVERLAPPING = " Large squares are tokens of the overview, small ones are tokens of its crops."
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,22 @@ def summary(method: str) -> str:
     return catalogue.PRUNING_METHODS[method].summary
 
 
-def example(seed: int) -> tuple[Image.Image, str]:
+def example(name: str) -> tuple[Image.Image, str]:
     """A held-out scene, and a question about one of its small objects.
 
     Args:
-        seed: one of ``EXAMPLES``.
+        name: one of ``EXAMPLES``.
+
+    Raises:
+        InputError: there is no such example.
     """
     from budwood.sprout.questions import ask
     from budwood.sprout.scenes import make_scene
 
-    scene = make_scene(seed, "test")
+    if name not in EXAMPLES:
+        raise InputError(f"there is no example {name!r}; choose one of {', '.join(EXAMPLES)}")
+    seed, high_resolution = EXAMPLES[name]
+    scene = make_scene(seed, "test", high_resolution)
     asked = [q for q in ask(scene) if q.boxes and not q.asks_salient]
     preferred = [q for q in asked if q.kind == "colour"] or asked
     return scene.image, preferred[-1].text
@@ -164,7 +175,7 @@ def _summary(compared: Comparison, method: str) -> str:
         ("all tokens", compared.answer_full, report.n_before, compared.first_full),
         (method, compared.answer, report.n_after, compared.first),
     ]
-    heads = ("", "answer", "visual tokens", "first token, ms", "encoder", "selection", "LLM")
+    heads = ("from", "answer", "visual tokens", "first token, ms", "encoder", "selection", "LLM")
     cells = [
         (
             name,
@@ -186,12 +197,19 @@ def _layers(shown: Image.Image, report: ImageReport, method: str) -> dict[str, s
     from budwood.prune.overlay import layers
 
     counted = f"{report.n_after} of {report.n_before} visual tokens"
+    below = LAYERS | {"kept": LAYERS["kept"] + (OVERLAPPING if _overlaps(report) else "")}
     return {
         name: markup.picture(
-            drawn, f"The picture with the layer {name}, {method}, {counted}", LAYERS[name]
+            drawn, f"The picture with the layer {name}, {method}, {counted}", below[name]
         )
         for name, drawn in layers(shown, report).items()
     }
+
+
+def _overlaps(report: ImageReport) -> bool:
+    """Whether the model sees the picture more than once, as an overview and as crops."""
+    widths, heights = (report.boxes[:, 2:] - report.boxes[:, :2]).unbind(-1)
+    return float((widths * heights).sum()) > 1.1
 
 
 def _kept(shown: Image.Image, report: ImageReport, method: str, caption: str) -> str:

@@ -1,4 +1,4 @@
-"""Errors of the library as toasts, with the same one-line messages."""
+"""Around the functions of events: errors as toasts, and sliders that were left as they were."""
 
 from __future__ import annotations
 
@@ -31,6 +31,25 @@ def toasting(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
             if issubclass(warning.category, InputWarning):
                 gr.Warning(_line(warning.message))
         return result
+
+    return wrapped
+
+
+def if_moved(gr: Any, function: Callable[..., tuple[Any, ...]], slider: int) -> Any:
+    """Wrap a function for the release of a slider, which a browser also sends as focus leaves it.
+
+    Args:
+        gr: the module gradio.
+        function: of the event; its last output is the slider's value.
+        slider: the place of its value among the inputs.
+
+    Returns:
+        The same with one more input before the others: the last output of an earlier call. If the
+        slider still has that value, nothing is done.
+    """
+
+    def wrapped(earlier: float, *values: Any) -> Any:
+        return gr.skip() if values[slider] == earlier else function(*values)
 
     return wrapped
 

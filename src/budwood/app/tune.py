@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
@@ -17,7 +19,14 @@ from budwood.errors import AttachError, InputError
 if TYPE_CHECKING:
     from budwood.loading import Loaded
 
-PROMPT = "Why is the sky blue?"
+PROMPTS = {
+    "a general question": "Why is the sky blue?",
+    "a question as in examples/tune": (
+        "What is the occupation of Orlan Tebb?\nA. a blacksmith\nB. a carpenter\nC. a potter\n"
+        "D. a baker"
+    ),
+}
+"""Prompts to start from."""
 MOST_TOKENS = 128
 FORGETTING = {
     "kl_chat": "divergence from the base model on its replies, nats per token",
@@ -28,7 +37,7 @@ FORGETTING = {
 LEARNING = {"target": "accuracy on the tasks, %", "validation": "accuracy on validation, %"}
 """The same of what was learnt."""
 LOW, HIGH = (213, 94, 0), (120, 190, 240)
-"""Colours of tokens that go through the experts, and of those that are routed around them."""
+"""Colours of the token with the least weight on identity experts, and of that with the most."""
 
 
 def reply(models: Models, prompt: str, n_tokens: float) -> str:
@@ -63,8 +72,8 @@ def reply(models: Models, prompt: str, n_tokens: float) -> str:
             shares = None
         words = [loaded.tokenizer.decode([token]) for token in tuned.tolist()]
         said = loaded.tokenizer.decode(base[len(given) :], skip_special_tokens=True)
-    left = f"<h3>Base model</h3>{markup.paragraph(said)}"
-    right = f"<h3>Tuned model</h3>{_coloured(words, shares, len(given))}"
+    left = f"<h2>Base model</h2>{markup.paragraph(said)}"
+    right = f"<h2>Tuned model</h2>{_coloured(words, shares, len(given))}"
     return markup.status(markup.pair(left, right))
 
 
@@ -99,15 +108,20 @@ def curve(file: str | None) -> tuple[Any, str]:
             name=method,
         )
     figure.update_layout(
-        xaxis_title=f"forgetting: {FORGETTING[x]}",
-        yaxis_title=f"learning: {LEARNING[y]}",
-        margin={"t": 20},
+        xaxis_title=_wrapped(f"forgetting: {FORGETTING[x]}"),
+        yaxis_title=_wrapped(f"learning: {LEARNING[y]}"),
+        margin={"t": 50, "r": 20, "l": 60},
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.25},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
     )
     heads = ("method", LEARNING[y], FORGETTING[x])
     cells = [(str(row["method"]), f"{100 * row[y]:.1f}", f"{row[x]:.2f}") for row in rows]
     return figure, markup.status(markup.table("Numbers of the record", heads, cells))
+
+
+def _wrapped(title: str) -> str:
+    """In lines that a phone has room for."""
+    return "<br>".join(textwrap.wrap(title, 34))
 
 
 def _generate(loaded: Loaded, tokens: Any, n_new: int) -> Any:
@@ -131,25 +145,26 @@ def _coloured(words: Sequence[str], shares: Sequence[float] | None, n_prompt: in
     if shares is None:
         note = "The adapter has no identity experts, so there are no colours."
         return markup.paragraph("".join(words[n_prompt:])) + markup.paragraph(note)
-    spans = [_span(word, share) for word, share in zip(words, shares)]
+    low, high = min(shares), max(shares)
+    spans = [_span(word, share, low, high) for word, share in zip(words, shares)]
     parts = {"Prompt": spans[:n_prompt], "Reply": spans[n_prompt:]}
     shown = "".join(
-        f'<h4>{name}</h4><p class="budwood-tokens">{"".join(part)}</p>'
+        f'<h3>{name}</h3><p class="budwood-tokens">{"".join(part)}</p>'
         for name, part in parts.items()
     )
     rows = [(repr(word), f"{share:.0%}") for word, share in zip(words, shares)]
     listed = markup.table("Weight on identity experts", ("token", "weight"), rows)
-    ends = f"rgb{LOW}", f"rgb{HIGH}"
     scale = (
-        "<p>through the experts"
-        f'<span class="budwood-scale" style="background: linear-gradient(90deg, {ends[0]}, '
-        f'{ends[1]})"></span>routed around them</p>'
+        f"<p>Weight on identity experts: {low:.0%}"
+        f'<span class="budwood-scale" style="background: linear-gradient(90deg, rgb{LOW}, '
+        f'rgb{HIGH})"></span>{high:.0%}. Blue tokens are routed around the experts.</p>'
     )
     return f"{shown}{scale}<details><summary>Weights as a table</summary>{listed}</details>"
 
 
-def _span(word: str, share: float) -> str:
-    colour = tuple(round(low + share * (high - low)) for low, high in zip(LOW, HIGH))
+def _span(word: str, share: float, low: float, high: float) -> str:
+    place = (share - low) / (high - low or 1)
+    colour = tuple(round(first + place * (last - first)) for first, last in zip(LOW, HIGH))
     title = f"{share:.0%} on identity experts"
     return f'<span style="background: rgb{colour}" title="{title}">{escape(word)}</span>'
 
@@ -157,12 +172,16 @@ def _span(word: str, share: float) -> str:
 def _key(file: str, rows: Sequence[records.Row], known: dict[str, str]) -> str:
     """The first of the keys that all rows have a number for."""
     for key in known:
-        if rows and all(isinstance(row.get(key), int | float) for row in rows):
+        if rows and all(_is_number(row.get(key)) for row in rows):
             return key
     raise InputError(
         f"{Path(file).name} has no numbers under {' or '.join(known)}; give a record of `budwood "
         "bench tune`"
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _by_method(rows: Sequence[records.Row]) -> dict[str, list[records.Row]]:

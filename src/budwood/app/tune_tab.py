@@ -10,13 +10,12 @@ from budwood.app.models import Models
 from budwood.app.toasts import toasting
 
 
-def fill(gr: Any, models: Models, page: Any) -> None:
+def fill(gr: Any, models: Models) -> None:
     """Put the tab's components into the open container.
 
     Args:
         gr: the module gradio.
         models: of the page.
-        page: the Blocks.
     """
     gr.Markdown(
         "A tuned model answers beside its base model. The colour of a token says how much of it "
@@ -28,7 +27,10 @@ def fill(gr: Any, models: Models, page: Any) -> None:
             "curve below needs a record alone."
         )
     event = {"concurrency_id": "tuned", "concurrency_limit": 1, "api_visibility": "private"}
-    prompt = gr.Textbox(tune.PROMPT, label="Prompt", lines=2, max_length=2000)
+    first = next(iter(tune.PROMPTS.values()))
+    example = gr.Dropdown([*tune.PROMPTS.items()], value=first, label="Example prompt")
+    prompt = gr.Textbox(first, label="Prompt", lines=2, max_lines=8, max_length=2000)
+    example.input(str, example, prompt, queue=False, api_visibility="private")
     n_tokens = gr.Slider(8, tune.MOST_TOKENS, 48, step=8, label="Longest reply, tokens")
     ask = gr.Button("Reply", variant="primary", interactive=models.sources.tuned is not None)
     replies = gr.HTML("", label="Replies")

@@ -89,7 +89,7 @@ class ServeConfig:
         concurrency: requests under way at the same time, one number a row.
         pictures: ``"same"``: one picture throughout; ``"many"``: another one each time.
         questions: the same for questions.
-        n_requests: of each row.
+        n_requests: of each row; at least as many as are under way at the same time.
         new_tokens: tokens of an answer.
         side: of a picture in pixels.
         seed: of pictures.
@@ -139,16 +139,18 @@ def measure(servers: Sequence[Server], config: ServeConfig) -> list[Row]:
     rows, settings = [], product(config.concurrency, config.pictures, config.questions)
     for setting, (concurrency, pictures, questions) in enumerate(settings):
         first = config.seed + (setting + 1) * 10_000
-        bodies = list(_bodies(config, pictures, questions, first))
+        n_requests = max(config.n_requests, concurrency)
+        bodies = list(_bodies(config, n_requests, pictures, questions, first))
         for server in servers:
             model = {"model": names[server.name]}
-            ask(server, next(_bodies(config, "many", "many", first + 5_000)) | model)
+            ask(server, next(_bodies(config, 1, "many", "many", first + 5_000)) | model)
             started = time.perf_counter()
             with ThreadPoolExecutor(concurrency) as pool:
                 answers = list(pool.map(lambda body, s=server, m=model: ask(s, body | m), bodies))
             wall_s = time.perf_counter() - started
             setup = {"pictures": pictures, "questions": questions, "concurrency": concurrency}
-            rows.append({"server": server.name, **setup, **_row(answers, wall_s)})
+            served = {"server": server.name, "model": names[server.name]}
+            rows.append({**served, **setup, **_row(answers, wall_s)})
     return rows
 
 
@@ -187,9 +189,9 @@ def ask(server: Server, body: dict[str, Any]) -> Answer:
 
 
 def _bodies(
-    config: ServeConfig, pictures: str, questions: str, first: int
+    config: ServeConfig, n_requests: int, pictures: str, questions: str, first: int
 ) -> Iterator[dict[str, Any]]:
-    for number in range(config.n_requests):
+    for number in range(n_requests):
         picture = _picture(config.side, first + (number if pictures == "many" else 0))
         place = number if questions == "many" else 0
         word = _WORDS[place % len(_WORDS)]

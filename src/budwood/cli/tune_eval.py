@@ -120,14 +120,15 @@ def tune_eval(
     suite = Suite(tasks, texts, style, batch, limit)
     # Refuses what it cannot tell apart, before the slow work.
     routed = suite.routed(loaded.model, loaded.tokenizer) if plot else {}
-    rows = _measure(loaded, suite, seed, kept)
+    name = Path(adapter).resolve().name
+    rows = [{"adapter": name, **row} for row in _measure(loaded, suite, seed, kept)]
     record = records.new_record(
         "tune eval",
         rows,
         seed=seed,
         config={
             "model": loaded.name,
-            "adapter": Path(adapter).resolve().name,
+            "adapter": name,
             "dtype": loaded.dtype,
             "style": style,
             "limit": limit,

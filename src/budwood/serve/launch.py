@@ -70,12 +70,9 @@ def line_for(model: str, config: Any, settings: Settings, options: Sequence[str]
         raise UnsupportedModelError(
             f"{model} ({kind!r}) is not served; known: {', '.join(catalogue.SERVED)}"
         )
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if f"{kind}-{tower}" in catalogue.FAMILIES:
-        raise UnsupportedModelError(
-            f"{model} ({kind!r} with a {tower!r} tower) is not served; known: "
-            f"{', '.join(catalogue.SERVED)}"
-        )
+    from budwood.serve.vllm.layouts import check_config
+
+    check_config(config)
     _check_options(kind, options)
     name = served_name(catalogue.SERVED[kind].facts["architecture"])
     return Line(model, {"architectures": [name], KEY: asdict(settings)}, tuple(options))
@@ -180,19 +177,23 @@ def stop(server: subprocess.Popen[Any]) -> None:
             server.wait(_GRACE_S)
         except ProcessLookupError:
             return
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # whoever cannot wait
             continue
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
+    """SIGTERM, and a terminal that is closed, end the block as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    for kind, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(kind, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

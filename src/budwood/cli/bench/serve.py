@@ -42,7 +42,9 @@ def bench_serve(
     questions: Annotated[
         str, typer.Option(metavar="same,many", help="One question throughout, or many.")
     ] = "same,many",
-    requests: Annotated[int, typer.Option(help="Requests of each row.")] = 32,
+    requests: Annotated[
+        int, typer.Option(help="Requests of each row, or as many as run at once.")
+    ] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 16,
     side: Annotated[int, typer.Option(help="Width and height of a picture in pixels.")] = 336,
     seed: options.Seed = 0,

@@ -46,12 +46,11 @@ class InternVL(Tiled):
 
     @property
     def merged(self) -> int:
-        return round(1 / self.model.config.downsample_ratio)
+        return merged_patches(self.model.config)
 
     @property
     def side(self) -> int:
-        vision = self.model.config.vision_config
-        return vision.image_size[0] // vision.patch_size[0] // self.merged
+        return tokens_along(self.model.config)
 
     def recorder(self, inputs: Mapping[str, Any]) -> Recorder:
         index = inputs.get("vision_feature_layer")
@@ -74,7 +73,7 @@ class InternVL(Tiled):
         return inputs["pixel_values"]
 
     def cut(self, ids: Tensor, runs: Sequence[Run]) -> list[Tiles]:
-        return [_square(len(run) // self.side**2) for run in runs]
+        return [square(len(run) // self.side**2) for run in runs]
 
     def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
         """By the arrangement of this many tiles that is nearest to the picture's proportions."""
@@ -82,7 +81,18 @@ class InternVL(Tiled):
         return tiled_layout(tiles, self.side, self.merged, self.run_per_tile).boxes
 
 
-def _square(n_tiles: int) -> Tiles:
+def merged_patches(config: Any) -> int:
+    """Patches along a side of one token, of a model with this configuration."""
+    return round(1 / config.downsample_ratio)
+
+
+def tokens_along(config: Any) -> int:
+    """Tokens along a side of one tile, of a model with this configuration."""
+    vision = config.vision_config
+    return vision.image_size[0] // vision.patch_size[0] // merged_patches(config)
+
+
+def square(n_tiles: int) -> Tiles:
     """The arrangement where the picture's size is unknown: as square as can be."""
     return _nearest(n_tiles, 1.0)
 

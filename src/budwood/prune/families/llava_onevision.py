@@ -45,10 +45,10 @@ class LlavaOnevision(LlavaNext):
         config = self.model.config
         pinpoints = tuple(tuple(pinpoint) for pinpoint in config.image_grid_pinpoints)
         crop, side = config.vision_config.image_size, self.tower.side
-        most_crops = self._most_crops(inputs)
+        most = self._most_crops(inputs)
         sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         return [
-            _shrunk_layout((height, width), pinpoints, crop, side, most_crops)
+            shrunk_layout((height, width), pinpoints, crop, side, most)
             if alone
             else _square_layout(side)
             for (height, width), alone in zip(sizes, _alone(inputs, len(sizes)), strict=True)
@@ -77,13 +77,9 @@ class LlavaOnevision(LlavaNext):
         return on_picture(layout.boxes, image_size, square).clamp(0, 1)
 
     def _most_crops(self, inputs: Mapping[str, Any]) -> int:
-        given = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
-        most = re.fullmatch(r"anyres_max_(\d+)", given)
-        if most is None:
-            raise UnsupportedModelError(
-                f"vision_aspect_ratio={given!r} is not supported; known: 'anyres_max_N'"
-            )
-        return int(most[1])
+        return most_crops(
+            inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        )
 
 
 class OnevisionVideos(Visuals):
@@ -131,6 +127,20 @@ class OnevisionVideos(Visuals):
         ]
 
 
+def most_crops(aspect_ratio: str) -> int:
+    """N of ``anyres_max_N``: a raster that is much larger than N crops is shrunk.
+
+    Raises:
+        UnsupportedModelError: it is called otherwise.
+    """
+    most = re.fullmatch(r"anyres_max_(\d+)", aspect_ratio)
+    if most is None:
+        raise UnsupportedModelError(
+            f"vision_aspect_ratio={aspect_ratio!r} is not supported; known: 'anyres_max_N'"
+        )
+    return int(most[1])
+
+
 def _group_sizes(alone: Sequence[bool]) -> list[int]:
     """``batch_num_images`` of images that are all alone, or all together."""
     return [1] * len(alone) if alone[0] else [len(alone)]
@@ -145,20 +155,28 @@ def _alone(inputs: Mapping[str, Any], n_images: int) -> list[bool]:
 
 
 @lru_cache(maxsize=256)
-def _shrunk_layout(
+def shrunk_layout(
     image_size: tuple[int, int],
     pinpoints: tuple[tuple[int, int], ...],
     crop: int,
     side: int,
-    most_crops: int,
+    most: int,
 ) -> Layout:
-    """The overview, then the raster with newlines, shrunk if it is much larger than allowed."""
+    """The overview, then the raster with newlines, shrunk if it is much larger than allowed.
+
+    Args:
+        image_size: height and width of the picture in pixels.
+        pinpoints: heights and widths that pictures are fitted into, in pixels.
+        crop: side of one crop in pixels.
+        side: patches along a side of one crop.
+        most: crops whose patches are allowed (:func:`most_crops`).
+    """
     whole = anyres_layout(image_size, pinpoints, crop, side)
     per_crop, rows = side * side, len(whole.fixed)
     assert whole.order is not None
     raster = whole.order[per_crop:].view(rows, -1)
     columns = raster.shape[1]
-    ratio = sqrt(rows * columns / (most_crops * per_crop))
+    ratio = sqrt(rows * columns / (most * per_crop))
     if ratio <= 1.1:
         return whole
     new_rows, new_columns = int(rows // ratio), int(columns // ratio)

@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-NeXT in vLLM."""
+"""LLaVA, LLaVA-NeXT and LLaVA-OneVision in vLLM."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -20,12 +20,24 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
 )
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from budwood.prune.families.base import Layout
 from budwood.serve.vllm.encoders import FusedRecorder, last_layer
-from budwood.serve.vllm.layouts import has_cls, llava_layout, llava_next_layout
+from budwood.serve.vllm.layouts import (
+    has_cls,
+    llava_layout,
+    llava_next_layout,
+    onevision_layout,
+    scores_of_crops,
+)
 from budwood.serve.vllm.modeling import PrunesImages
 from budwood.serve.vllm.processing import PruningProcessor, UnprunedBudget
 
@@ -45,6 +57,13 @@ class LlavaNextInfo(UnprunedBudget, LlavaNextProcessingInfo):
     """Encoding costs all patches of all crops."""
 
 
+class OnevisionInfo(UnprunedBudget, LlavaOnevisionProcessingInfo):
+    """Encoding costs all patches of all crops, and a video all of its frames."""
+
+    def video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        return self.get_max_video_tokens(seq_len, mm_counts)
+
+
 class LlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
     """Fewer placeholders an image."""
 
@@ -55,6 +74,12 @@ class LlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
     """Fewer placeholders an image; newlines stay."""
 
     layout = staticmethod(llava_next_layout)
+
+
+class OnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalProcessor):
+    """Fewer placeholders an image; newlines stay."""
+
+    layout = staticmethod(onevision_layout)
 
 
 class _PrunesCrops(PrunesImages):
@@ -84,22 +109,36 @@ class BudwoodLlava(_PrunesCrops, LlavaForConditionalGeneration):
         return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
-)
-class BudwoodLlavaNext(_PrunesCrops, LlavaNextForConditionalGeneration):
-    """``LlavaNextForConditionalGeneration`` with pruned images."""
+class _PrunesRasters(_PrunesCrops):
+    """Several crops an image, of which the language model gets an overview and a raster."""
 
-    layout = staticmethod(llava_next_layout)
     per_image = ("image_sizes",)
-    hf_to_vllm_mapper: ClassVar[Any] = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _TOWER
 
     def saliency(
         self, recorder: FusedRecorder, inputs: Mapping[str, Any], layouts: Sequence[Layout]
     ) -> list[Tensor]:
         # A batch of the processor pads images to as many crops as the largest has.
-        per_image = recorder.saliency().split([len(crops) for crops in inputs["pixel_values"]])
-        return [
-            layout.ordered(crops[: layout.n_crops].flatten())
-            for crops, layout in zip(per_image, layouts, strict=True)
-        ]
+        n_crops = [len(crops) for crops in inputs["pixel_values"]]
+        return scores_of_crops(recorder.saliency(), n_crops, layouts)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class BudwoodLlavaNext(_PrunesRasters, LlavaNextForConditionalGeneration):
+    """``LlavaNextForConditionalGeneration`` with pruned images."""
+
+    layout = staticmethod(llava_next_layout)
+    hf_to_vllm_mapper: ClassVar[Any] = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _TOWER
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    OnevisionProcessor, info=OnevisionInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
+)
+class BudwoodLlavaOnevision(_PrunesRasters, LlavaOnevisionForConditionalGeneration):
+    """``LlavaOnevisionForConditionalGeneration`` with pruned images. Videos go through whole."""
+
+    layout = staticmethod(onevision_layout)
+    hf_to_vllm_mapper: ClassVar[Any] = (
+        LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | _TOWER
+    )

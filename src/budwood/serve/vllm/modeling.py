@@ -22,6 +22,7 @@ from budwood.prune.saliency import Recorder
 from budwood.prune.selection import select
 from budwood.serve.settings import Settings
 from budwood.serve.vllm.encoders import mean_over_ranks
+from budwood.serve.vllm.layouts import check_config
 from budwood.serve.vllm.processing import PLACEHOLDERS, QUESTION
 
 _FIRST_SEED = 1_000_003
@@ -48,6 +49,7 @@ class PrunesImages:
 
     def _refuse(self, vllm_config: Any) -> None:
         """Refuse what would hide the encoder's attention, or spread its images over ranks."""
+        check_config(vllm_config.model_config.hf_config)
         multimodal = vllm_config.model_config.get_multimodal_config()
         compilation = vllm_config.compilation_config
         if multimodal.mm_encoder_tp_mode == "data":

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.processing import BaseMultiModalProcessor
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from budwood.errors import InputError, UnknownNameError
@@ -74,8 +74,14 @@ class UnprunedBudget:
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        known = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
-        return known or {"image": self.get_max_image_tokens()}
+        most = {"image": self.get_max_image_tokens()}
+        if mm_counts.get("video"):
+            most["video"] = self.video_tokens(seq_len, mm_counts)
+        return most
+
+    def video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        """Of the longest video, in models that take them."""
+        raise NotImplementedError
 
 
 class PruningProcessor(BaseMultiModalProcessor):
@@ -192,13 +198,19 @@ class PruningProcessor(BaseMultiModalProcessor):
         image = items["image"][number]
         if PLACEHOLDERS not in image:
             return full
-        layout = type(self).layout(self.info.get_hf_config(), image.get_data())
-        if len(full) != layout.n_placeholders:
+        config = self.info.get_hf_config()
+        ids = full.full if isinstance(full, PromptUpdateDetails) else full
+        n_given = ids.count(config.image_token_id)
+        n_whole = type(self).layout(config, image.get_data()).n_placeholders
+        if n_given != n_whole:
             raise InputError(
-                f"vLLM gives image {number} {len(full)} placeholders and budwood "
-                f"{layout.n_placeholders}; use a version of vLLM that budwood is tested with"
+                f"vLLM gives image {number} {n_given} placeholders and budwood {n_whole}; use a "
+                "version of vLLM that budwood is tested with"
             )
-        return full[: int(image[PLACEHOLDERS].data)]
+        n_less = n_whole - int(image[PLACEHOLDERS].data)
+        stop = len(ids) - ids[::-1].index(config.image_token_id)
+        less = [*ids[: stop - n_less], *ids[stop:]]
+        return replace(full, full=less) if isinstance(full, PromptUpdateDetails) else less
 
 
 def _plain(kwargs: Mapping[str, object]) -> dict[str, object]:
