@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
-	@echo "make demo    all three abilities on embedded models, in three minutes"
+	@echo "make demo    all three abilities on embedded models, in a few minutes"
 	@echo "make test    the whole test suite"
 	@echo "make test-versions  the tests of models, on the oldest and the newest transformers"
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
@@ -37,14 +37,19 @@ $(STAMP): pyproject.toml constraints.txt
 
 TUNED := budwood-demo/tuned
 EXAMPLES := examples/tune
+FEW := --steps 40 --batch 12
+ASKED := --target $(EXAMPLES)/test.jsonl --general $(EXAMPLES)/general.jsonl --prompts 12
 
 demo: $(STAMP)
 	@echo "1 of 3. Token pruning: answers from 16 of 256 visual tokens, chosen or random"
 	$(BIN)/budwood demo
-	@rm -rf $(TUNED) budwood-demo/points
+	@rm -rf $(TUNED) $(TUNED)-lora budwood-demo/points
 	@echo; echo "2 of 3. Fine-tuning: what a model learns from 48 examples, and what it keeps of the rest"
-	$(BIN)/budwood tune $(EXAMPLES)/train.jsonl --output $(TUNED) --steps 20 --batch 12 --lr 8e-3
-	$(BIN)/budwood tune eval $(TUNED) --target $(EXAMPLES)/test.jsonl --general $(EXAMPLES)/general.jsonl --prompts 12
+	$(BIN)/budwood tune $(EXAMPLES)/train.jsonl --output $(TUNED) $(FEW)
+	$(BIN)/budwood tune eval $(TUNED) $(ASKED)
+	@echo; echo "   The same with LoRA"
+	$(BIN)/budwood tune $(EXAMPLES)/train.jsonl --output $(TUNED)-lora --method lora $(FEW)
+	$(BIN)/budwood tune eval $(TUNED)-lora $(ASKED)
 	@echo; echo "3 of 3. Point clouds: objects of 32 points, before and after adaptation"
 	$(BIN)/budwood points demo --dir budwood-demo/points
 

@@ -189,7 +189,9 @@ def test_without_a_chat_template_only_plain_text(tmp_path):
     bare = tiny_chat.tokenizer()
     bare.chat_template = None
     options = {"rank": 2, "steps": 1, "tokenizer": bare}
-    finetune(tiny_chat.model(), [FORMATS["text"]] * 4, tmp_path / "a", **options)
+    with pytest.warns(UserWarning, match="SLIM takes the whitened distance, .* no chat template"):
+        result = finetune(tiny_chat.model(), [FORMATS["text"]] * 4, tmp_path / "a", **options)
+    assert result.model.peft_config["default"].distance == "whitened"
     with pytest.raises(UnsupportedModelError, match="has no chat template; use an instruct"):
         finetune(tiny_chat.model(), [FORMATS["messages"]], tmp_path / "b", **options)
     with pytest.raises(UnsupportedModelError, match="self-generated text needs"):
@@ -511,7 +513,7 @@ def test_slim_is_the_recommended_config(tmp_path, n_rows):
     for name in SlimConfig.__dataclass_fields__:
         if name not in ("base", "target_modules", "peft_version", "auto_mapping"):
             assert getattr(config, name) == getattr(expected, name), name
-    assert parse_tuner("slim").strength == 0.7
+    assert parse_tuner("slim").training(())["strength"] == 0.7
 
 
 @pytest.mark.parametrize("method", ["lora", SLIM])

@@ -7,7 +7,7 @@ import torch
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.distance import discriminant
+from budwood.tune.distance import discriminant, gap_to_other
 from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
 from budwood.tune.fitting import Survey
 from budwood.tune.methods import attach, parse_tuner
@@ -178,6 +178,54 @@ def test_a_direction_is_saved_with_the_adapter_and_stays(tmp_path):
     one, other = tiny.states(model), tiny.states(loaded)
     assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
     assert torch.equal(tiny.logits(model), tiny.logits(loaded))
+
+
+# --- a fixed boundary -----------------------------------------------------------------------------
+
+
+def apart(**changes):
+    """Fitted to training data and other text of different words, with a fixed boundary."""
+    rows, other = rows_of(12, words=(3, 9)), rows_of(12, seed=1, words=(20, tiny.N_WORDS))
+    return fitted(rows, other, boundary="fixed", **changes), rows, other
+
+
+@pytest.mark.parametrize("margin", [0.5, 3.0])
+def test_a_fixed_boundary_lies_half_way_to_other_text(margin):
+    model, rows, other = apart(margin=margin)
+    for layer, statistics in owned(model):
+        own, rest = (read(model, text, layer) for text in (rows, other))
+        raw = own @ statistics.direction - statistics.offset
+        half_way = gap_to_other(own, rest) / 2
+        expected = raw.mean() + max(margin, half_way) * raw.std(correction=0)
+        at = (raw - expected) / raw.std(correction=0)
+        for training in (True, False):
+            d, _ = statistics.measured(own, None, gather=False, training=training)
+            assert torch.allclose(d, at, rtol=1e-2, atol=1e-2)
+    near = max(gap_to_other(*(read(model, t, x) for t in (rows, other))) for x, _ in owned(model))
+    assert 0.5 < near / 2 < 3  # so that one margin decides and the other does not
+
+
+def test_a_fixed_boundary_holds_from_the_first_step_and_stays(tmp_path):
+    import peft
+
+    model, _, other = apart()
+    before = {key: value.clone() for key, value in tiny.states(model).items()}
+    with torch.no_grad(), observe(model.eval()) as found:
+        model(input_ids=torch.tensor([other[0]["input_ids"]]))
+    assert found.mean("bypassed_share") > 0.5
+    tiny.train(model.train(), 4, lr=0.05)
+    for key, value in tiny.states(model).items():
+        if "slim_clusters" in key and not key.endswith("n_steps"):
+            assert torch.equal(value, before[key]), key
+    assert all(statistics.steps == 4 for _, statistics in owned(model))
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path).eval()
+    assert torch.equal(tiny.logits(model), tiny.logits(loaded))
+
+
+def test_a_fixed_boundary_is_fitted_first():
+    with pytest.raises(InputError, match="call budwood.tune.fit_discriminant"):
+        tiny.train(fresh(boundary="fixed"), 1)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from budwood.tune.distance import (
     discriminant,
+    gap_to_other,
     measure,
     measure_along,
     measure_whitened,
@@ -166,6 +167,21 @@ def test_discriminant_is_the_reference(n):
     assert close(direction, expected[0]) and close(offset, expected[1])
     sides = [(x @ direction - offset).mean() for x in (own, other)]
     assert sides[0] < 0 < sides[1] and torch.isclose(-sides[0], sides[1], rtol=1e-3)
+
+
+def test_where_other_text_begins():
+    torch.manual_seed(0)
+    training, other = torch.randn(3000, 6), torch.randn(2000, 6)
+    other[:, 0] += 12  # standard deviations of the training data; 2 % of other text lie below −2.05
+    assert gap_to_other(training, other) == pytest.approx(12 - 2.05, rel=0.03)
+
+
+def test_few_tokens_leave_a_wide_gap():
+    torch.manual_seed(0)
+    mixed = torch.randn(64, 64) / 8
+    other = torch.randn(600, 64) @ mixed + 0.3
+    few, many = (torch.randn(n, 64) @ mixed for n in (12, 4000))
+    assert gap_to_other(few, other) > 2 * gap_to_other(many, other)
 
 
 def test_discriminant_is_the_difference_of_squared_mahalanobis_distances():

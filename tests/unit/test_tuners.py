@@ -10,7 +10,7 @@ from budwood.bench.tune.plan import fit_rank
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
 from budwood.tune.fitting import N_TEXTS
-from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.methods import FEWER_TEXTS, attach, parse_tuner
 from budwood.tune.targets import with_attention
 from budwood.tune.train import rewound
 from budwood.tune.tuners import n_trainable
@@ -50,15 +50,39 @@ def test_only_methods_that_take_it_have_text_written(text, n):
 
 
 @pytest.mark.parametrize(
-    ("n_learnt", "n", "distance"), [(1279, 0, "whitened"), (1280, N_TEXTS, "discriminant")]
+    ("n_learnt", "n", "distance", "strength"),
+    [
+        (31, 0, "whitened", 1.0),
+        (32, FEWER_TEXTS, "discriminant", 1.0),
+        (1279, FEWER_TEXTS, "discriminant", 1.0),
+        (1280, N_TEXTS, "discriminant", 0.7),
+    ],
 )
-def test_few_tokens_to_learn_mean_no_other_text(n_learnt, n, distance):
+def test_slim_follows_the_amount_of_data(n_learnt, n, distance, strength):
     found = parse_tuner("slim").fitted_to(n_learnt)
     assert found.n_texts == n and found.config(1, None, 0).distance == distance
+    assert found.training(())["strength"] == strength
+    given = parse_tuner("slim:strength=0.4").fitted_to(n_learnt)
+    assert given.training(())["strength"] == 0.4
     assert parse_tuner("slim:texts=8").fitted_to(n_learnt).n_texts == 8
     assert parse_tuner("slim:texts=0").fitted_to(n_learnt).config(1, None, 0).distance == "whitened"
     asked = parse_tuner("slim:distance=discriminant").fitted_to(n_learnt)
-    assert asked.n_texts == N_TEXTS and asked.config(1, None, 0).distance == "discriminant"
+    assert (
+        asked.n_texts == (n or FEWER_TEXTS) and asked.config(1, None, 0).distance == "discriminant"
+    )
+
+
+def test_few_examples_of_a_model_that_cannot_write_take_the_whitened_distance():
+    writes, cannot = tiny_chat.tokenizer(), tiny_chat.tokenizer()
+    cannot.chat_template = None
+    few = parse_tuner("slim").fitted_to(100)
+    assert few.suited_to(writes) == few
+    with pytest.warns(UserWarning, match="whitened distance, .* since the tokenizer has no chat"):
+        found = few.suited_to(cannot)
+    assert found.n_texts == 0 and found.config(1, None, 0).distance == "whitened"
+    for text in ("slim:texts=8", "slim:distance=discriminant", "slim-whitened", "lora"):
+        tuner = parse_tuner(text).fitted_to(100)
+        assert tuner.suited_to(cannot) == tuner
 
 
 @pytest.mark.parametrize(
@@ -85,7 +109,8 @@ def test_the_plain_reading_has_nothing_of_ours():
     assert config.margin_of(training=True) == config.margin_of(training=False) == 0
     assert config.skip_first == 0 and plain.strength == 1 and plain.n_texts == 0
     assert parse_tuner("moe").strength == parse_tuner("lora").strength == 1
-    assert parse_tuner("slim").strength == parse_tuner("slim-no-l1").strength == 0.7
+    assert all(parse_tuner(name).training(())["strength"] == 0.7 for name in ("slim", "slim-no-l1"))
+    assert plain.fitted_to(100).config(1, None, 0).merging
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def distance_in_graph(
         training: use the margin of training.
 
     Returns:
-        Distances, float32, shape (n_tokens,), zeros in the first two steps; and the moments as one
+        Distances, float32, shape (n_tokens,), zeros while nothing yields; and the moments as one
         vector, padded with zeros, of no elements where none are asked for.
     """
     flat = x.detach().reshape(-1, x.shape[-1])

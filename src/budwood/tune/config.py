@@ -28,6 +28,7 @@ CHOICES = {
     "distance": ("max", "rms", "whitened", "discriminant"),
     "fit_on": ("supervised", "all"),
     "yield_at": ("block", "module"),
+    "boundary": ("running", "fixed"),
     "merge_inference": ("expectation", "mask"),
 }
 """Options with a fixed set of values."""
@@ -45,8 +46,12 @@ TOKENS_PER_DIRECTION = 10
 """Supervised tokens for each direction of the whitened distance; fewer would overfit it."""
 FEWEST_DIRECTIONS = 8
 """Directions of the whitened distance for the smallest data sets."""
+PLENTY = 1_280
+"""Supervised tokens from which the boundary runs with the training data, and parts are merged."""
+FEWEST_FITTED = 32
+"""Supervised tokens from which the distance is the discriminant."""
 MARGIN_INFERENCE = 1.0
-"""Margin at inference that goes with the discriminant."""
+"""Margin at inference that goes with the discriminant and a running boundary."""
 LORA_NAMES = {
     "bias": "SLIM never trains the base model's own biases; expert_bias=True gives experts one",
     "init_lora_weights": "A starts as LoRA's does and B at zero",
@@ -123,11 +128,12 @@ class SlimConfig(PeftConfig):
     - ``SlimConfig()`` with ``peft.get_peft_model`` and a ``Trainer`` needs nothing else. It yields
       by the ``"whitened"`` distance, which knows the training data alone.
     - :meth:`recommended` is what ``budwood.tune.finetune``, ``budwood tune`` and the benchmark's
-      ``slim`` row train. With enough data it takes the ``"discriminant"`` distance, which has to
-      be fitted before training (:func:`budwood.tune.fit_discriminant`).
+      ``slim`` row train. Unless there is next to no data it takes the ``"discriminant"``
+      distance, which has to be fitted before training (:func:`budwood.tune.fit_discriminant`).
 
     ``finetune`` adds three steps around the config: it lets the base model write the text that the
-    discriminant needs, fits the discriminant, and scales the trained adapter to a strength of 0.7.
+    discriminant needs, fits the discriminant, and with enough data scales the trained adapter to a
+    strength of 0.7.
 
     Attributes: Most important options
         r: rank of one LoRA expert.
@@ -151,7 +157,7 @@ class SlimConfig(PeftConfig):
             (benchmarks/LOG.md, 2026-11-23).
         n_clusters: centres per layer. Open. No effect wherever ``clustering`` has none.
         momentum: fraction that a centre moves by in one optimiser step, in (0, 1]. Open. It also
-            moves the statistics that standardise every distance.
+            moves the statistics that standardise every distance, unless the boundary is fixed.
         yielding: far from the training data, LoRA experts give way to identity experts.
         beta: strength of yielding, ≥ 0. Open.
         merging: random masks on rows of B and columns of A in training.
@@ -172,6 +178,10 @@ class SlimConfig(PeftConfig):
             ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
             ``"module"``: each yields by the distance of its own input.
+        boundary: where tokens begin to yield. ``"running"``: ``margin`` standard deviations from
+            the training data, as they are at that step. ``"fixed"``, for ``"discriminant"``:
+            half-way to other text, or ``margin`` standard deviations away if that is farther. It
+            is set before training, so that nothing that is learnt can move it over other text.
         expert_bias: the LoRA experts of a layer share a bias, of which a token gets as much as the
             weight that it gives them. It is a further column of B, masked and penalised with it.
         margin: standard deviations of the distance that still count as training data; 1.5 includes
@@ -231,6 +241,7 @@ class SlimConfig(PeftConfig):
     n_directions: int = 128
     fit_on: str = "supervised"
     yield_at: str = "block"
+    boundary: str = "running"
     expert_bias: bool = False
     margin: float = 1.5
     margin_inference: float | None = None
@@ -272,9 +283,11 @@ class SlimConfig(PeftConfig):
     def recommended(cls, n_supervised_tokens: int, *, r: int = 4, **options: Any) -> SlimConfig:
         """Make the config that ``finetune``, ``budwood tune`` and the benchmark's SLIM row train.
 
-        From 1,280 supervised tokens on the distance is the discriminant, with a margin of 1.0 at
-        inference. Below that it is the whitened one with a direction for every ten tokens: beside
-        few examples, other examples of the same task would look like other text.
+        From 1,280 supervised tokens on, the distance is the discriminant with a running boundary
+        and a margin of 1.0 at inference. Below that the boundary is fixed, since few examples
+        leave gaps in which others of the same task lie, and there is no dynamic merging, whose
+        expectation halves what a short run has learnt. Below 32, too few for a discriminant, the
+        distance is the whitened one with a direction for every ten tokens.
 
         Args:
             n_supervised_tokens: tokens of one pass over the training data whose label is not −100.
@@ -290,15 +303,18 @@ class SlimConfig(PeftConfig):
         need_int(0, n_supervised_tokens=n_supervised_tokens)
         wanted = n_supervised_tokens // TOKENS_PER_DIRECTION
         n_directions = min(cls.n_directions, max(FEWEST_DIRECTIONS, wanted))
-        enough = n_directions == cls.n_directions
+        few = n_supervised_tokens < PLENTY
         defaults: dict[str, Any] = {
             "task_type": "CAUSAL_LM",
             "n_directions": n_directions,
-            "distance": "discriminant" if enough else "whitened",
+            "distance": "discriminant" if n_supervised_tokens >= FEWEST_FITTED else "whitened",
+            "merging": not few,
         }
         merged = {**defaults, **options}
-        if merged["distance"] == "discriminant" and "margin" not in merged:
-            merged.setdefault("margin_inference", MARGIN_INFERENCE)
+        if merged["distance"] == "discriminant":
+            merged.setdefault("boundary", "fixed" if few else "running")
+            if merged["boundary"] == "running" and "margin" not in merged:
+                merged.setdefault("margin_inference", MARGIN_INFERENCE)
         return cls(r=r, **merged)
 
     @property
@@ -438,6 +454,11 @@ class SlimConfig(PeftConfig):
                 raise UnknownNameError(
                     f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
                 )
+        if self.boundary == "fixed" and self.distance != "discriminant":
+            raise InputError(
+                f"boundary='fixed' and distance={self.distance!r}, which does not know where other "
+                "text begins; leave boundary out, or take distance='discriminant'"
+            )
 
 
 def _matching(pattern: Mapping[str, Any], key: str) -> Any:

@@ -32,6 +32,8 @@ RIDGE = 1e-3
 """Added to the variances, about 1, of a covariance that is inverted."""
 LEAST_RIDGE = 1e-5
 """The same as a fraction of the largest variance: the precision of float32."""
+BEGINS = 0.02
+"""Fraction of other text that may lie nearer than where it is said to begin."""
 DISCRIMINANT_RIDGE = 0.1
 """Added to variances of about 1: a full covariance would need more tokens than there are."""
 
@@ -182,6 +184,28 @@ def discriminant(training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     direction = _solve(spread, centres[1] - centres[0]) * scale
     middle = mean + (centres[0] + centres[1]) / 2 / scale
     return direction, middle @ direction
+
+
+def gap_to_other(training: Tensor, other: Tensor) -> float:
+    """Measure how far from the training data other text begins, along their discriminant.
+
+    Ours. Other text is measured half by half, with the discriminant between the training data and
+    the other half: text that a discriminant was fitted to lies too far out.
+
+    Args:
+        training: tokens of the training data, float32, shape (n_training, d_in).
+        other: tokens of other text, at least 2, float32, shape (n_other, d_in).
+
+    Returns:
+        Distance from the mean of the training data within which ``BEGINS`` of the other text lie,
+        in standard deviations of the training data.
+    """
+    halves, scaled = other.tensor_split(2), []
+    for half, rest in (halves, halves[::-1]):
+        direction, offset = discriminant(training, rest)
+        near, far = training @ direction - offset, half @ direction - offset
+        scaled.append((far - near.mean()) / (near.std(correction=0) + 1e-12))
+    return float(torch.cat(scaled).sort().values[int(BEGINS * len(other))])
 
 
 def measure_along(

@@ -173,7 +173,7 @@ def finetune(
     chosen = dataclasses.replace(chosen, lr=chosen.lr or default_lr(model))
     rows, n_left_out = _encoded(examples, tokenizer, model, chosen.max_length)
     eval_rows = _encoded(held_out, tokenizer, model, chosen.max_length)[0] if held_out else []
-    tuner = tuner.fitted_to(n_supervised(rows))
+    tuner = tuner.fitted_to(n_supervised(rows)).suited_to(tokenizer)
     name = _name_of(model)
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
     identity = (*identity, fingerprint(eval_rows) if eval_rows else None)

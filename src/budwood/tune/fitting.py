@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
-from budwood.tune.distance import discriminant
+from budwood.tune.distance import discriminant, gap_to_other
 from budwood.tune.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.observe import evaluating
 from budwood.tune.self_generated import self_generate
@@ -32,6 +32,8 @@ N_EXAMPLES = 256
 MOST_TOKENS = 4096
 """Tokens of each text whose inputs are kept, evenly drawn if there are more."""
 LEAST_TOKENS = 32
+WAY = 0.5
+"""Where a fixed boundary lies, as a fraction of the way from training data to other text."""
 
 
 @torch.no_grad()
@@ -87,6 +89,8 @@ def fit_discriminant(
     fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
     for layer, texts, direction in zip(fresh, inputs, fitted):
         layer.set_direction(*direction, sum(map(len, texts)))
+        if layer.config.boundary == "fixed":
+            layer.set_boundary(*_midway(layer, *texts))
     return n_supervised(rows), n_supervised(other)
 
 
@@ -184,6 +188,21 @@ def _surveyed(model: nn.Module, survey: Survey) -> Iterator[None]:
         yield
     finally:
         keeper.survey, keeper.labels = None, None
+
+
+def _midway(
+    layer: DiscriminantStatistics, training: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where a fixed boundary lies along a layer's direction, and the deviation of training data.
+
+    Ours. Few examples leave wide gaps, in which further examples of the same task lie: up to a
+    dozen standard deviations away, where other text begins at 26 (benchmarks/LOG.md). Without a gap
+    the boundary is ``margin`` standard deviations away.
+    """
+    raw = training @ layer.direction - layer.offset
+    std, mean = torch.std_mean(raw, correction=0)
+    reach = max(layer.config.margin, WAY * gap_to_other(training, other))
+    return mean + reach * std, std
 
 
 def _check_reached(layers: Sequence[DiscriminantStatistics], surveys: Sequence[Survey]) -> None:

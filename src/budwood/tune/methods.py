@@ -7,18 +7,19 @@ summary in ``budwood.catalogue``.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from budwood import catalogue
 from budwood.checks import need_int
-from budwood.errors import BudwoodError, InputError
+from budwood.errors import BudwoodError, InputError, UnsupportedModelError
 from budwood.loading import third_party_warnings_off
 from budwood.registry import Registry
 from budwood.spec import parse_spec
-from budwood.tune.config import SlimConfig
-from budwood.tune.encoding import EncodedExample
+from budwood.tune.config import PLENTY, SlimConfig
+from budwood.tune.encoding import EncodedExample, tokens_before_request
 from budwood.tune.fitting import N_TEXTS, fit_discriminant
 from budwood.tune.peers import Corda, Oft, Osf
 from budwood.tune.tuners import (
@@ -32,7 +33,11 @@ from budwood.tune.tuners import (
     Tuner,
 )
 
-_PLENTY = 10**6
+STRENGTH = 0.7
+"""Adapter strength of SLIM after training on enough data."""
+FEWER_TEXTS = 64
+"""Self-generated texts beside few examples; they take half as long to write."""
+_MANY = 10**6
 """Supervised tokens that a SLIM tuner counts on until it is fitted to the data."""
 
 
@@ -43,13 +48,14 @@ class Slim(Tuner):
     Attributes:
         texts: self-generated texts that the discriminant tells the training data from. 0 for the
             whitened distance, None to decide by the amount of data.
-        strength: ours, as of any tuner: on validation data it forgets less and costs nothing.
+        strength: ours, as of any tuner. None for 0.7, which on validation data forgets less and
+            costs nothing, and for 1 with few examples.
         n_supervised_tokens: amount of training data, set by :meth:`fitted_to`.
     """
 
     texts: int | None = None
-    strength: float = 0.7
-    n_supervised_tokens: int = _PLENTY
+    strength: float | None = None  # type: ignore[assignment]
+    n_supervised_tokens: int = _MANY
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,11 +85,37 @@ class Slim(Tuner):
     def fitted_to(self, n_supervised_tokens: int) -> Slim:
         return dataclasses.replace(self, n_supervised_tokens=n_supervised_tokens)
 
+    def suited_to(self, tokenizer: Any) -> Slim:
+        chosen = self.texts is not None or "distance" in self.extra
+        if chosen or not (self._few and self.n_texts):
+            return self
+        try:
+            tokens_before_request(tokenizer)
+        except UnsupportedModelError as error:
+            warnings.warn(
+                f"SLIM takes the whitened distance, with which it learns less, since {error}",
+                stacklevel=3,
+            )
+            return dataclasses.replace(self, texts=0)
+        return self
+
     @property
     def n_texts(self) -> int:
         if not _needs_texts(self.config(1, None, 0)):
             return 0
-        return N_TEXTS if self.texts is None else self.texts
+        if self.texts is not None:
+            return self.texts
+        return FEWER_TEXTS if self._few else N_TEXTS
+
+    @property
+    def _few(self) -> bool:
+        return self.n_supervised_tokens < PLENTY
+
+    def training(self, texts: Sequence[EncodedExample]) -> dict[str, Any]:
+        strength = self.strength
+        if strength is None:
+            strength = 1.0 if self._few else STRENGTH
+        return super().training(texts) | {"strength": strength}
 
     def prepare(
         self,
@@ -142,6 +174,7 @@ METHODS = Registry(
         "slim-whitened": _slim(distance="whitened"),
         "slim-paper": _slim(
             strength=1.0,
+            merging=True,
             distance="max",
             fit_on="all",
             skip_first=0.0,

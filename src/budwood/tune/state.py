@@ -77,7 +77,7 @@ class InputStatistics(_Kept):
     """Where one layer's inputs lie, and the distribution of their distances.
 
     Step 0 gathers the moments that centres start from, step 1 those of the distances. Until then
-    nothing yields.
+    nothing yields, unless the boundary is fixed.
 
     Args:
         config: of the adapter.
@@ -98,6 +98,16 @@ class InputStatistics(_Kept):
         self.handle = new_handle(self)
         self.in_graph: Tensor | None = None  # distances of the latest pass in a compiled graph
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the boundary was set before training and stays."""
+        return False
+
+    @property
+    def yields(self) -> bool:
+        """Whether distances are known well enough for tokens to yield."""
+        return self.steps >= 2 or self.is_fixed
+
     def distance(
         self, x: Tensor, keep: Callable[[], Tensor | None], *, gather: bool, training: bool
     ) -> tuple[Tensor | None, Moments | None]:
@@ -110,9 +120,9 @@ class InputStatistics(_Kept):
             training: use the margin of training.
 
         Returns:
-            Distances, shape (n_tokens,), or None in the first two steps; and moments or None.
+            Distances, shape (n_tokens,), or None while nothing yields; and moments or None.
         """
-        if not gather and self.steps < 2:
+        if not gather and not self.yields:
             return None, None
         place = (_version(x), gather, training, self.steps)
         # In inference mode a tensor counts no changes: the same x may hold other tokens by now.
@@ -136,11 +146,11 @@ class InputStatistics(_Kept):
             gather: also return moments.
             training: use the margin of training.
         """
-        if not gather and self.steps < 2:
+        if not gather and not self.yields:
             return None, None
         with torch.autocast(x.device.type, enabled=False):
             raw, moments = self._measure(x, gather, keep)
-        if self.steps < 2:
+        if not self.yields:
             return None, moments
         margin = self.config.margin_of(training)
         return standardised_distance(raw, self.distance_mean, self.distance_var, margin), moments
@@ -205,7 +215,7 @@ class InputStatistics(_Kept):
         if self.steps == 0:
             seed = zlib.crc32(f"{self.config.seed}/{self.key}/centres".encode())
             self._start(moments, torch.Generator().manual_seed(seed))
-        else:
+        elif not self.is_fixed:
             self._slide(moments)
             momentum = 1.0 if self.steps == 1 else self._momentum()
             mean, var = slide_distance(self.distance_mean, self.distance_var, moments, momentum)
@@ -214,7 +224,7 @@ class InputStatistics(_Kept):
         self.n_steps.add_(1)
 
     def _momentum(self) -> float:
-        """Fraction that the distribution of distances moves by, from the third step on."""
+        """Fraction that a running distribution of distances moves by, from the third step on."""
         return self.config.momentum
 
     def _measure(
@@ -371,6 +381,20 @@ class DiscriminantStatistics(InputStatistics):
         self.direction.copy_(direction)
         self.offset.copy_(offset)
         self.n_fitted.fill_(n_tokens)
+
+    def set_boundary(self, boundary: Tensor, std: Tensor) -> None:
+        """Fix where tokens begin to yield in training: d is 0 there.
+
+        Args:
+            boundary: along the direction, shape ().
+            std: the unit of d, shape ().
+        """
+        self.distance_mean.copy_(boundary - self.config.margin * std)
+        self.distance_var.copy_(std.square())
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.config.boundary == "fixed" and self.is_fitted
 
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None

@@ -51,7 +51,8 @@ class Tuner:
         weights = {"weight_decay": self.weight_decay, "kl": self.kl}
         need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
         allowed = "number above 0 and up to 1"
-        need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
+        if self.strength is not None:
+            need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         """The PEFT config.
@@ -69,6 +70,10 @@ class Tuner:
         Args:
             n_supervised_tokens: supervised tokens in one pass over the data.
         """
+        return self
+
+    def suited_to(self, tokenizer: Any) -> Tuner:
+        """The tuner for a tokenizer, whose chat template may not allow self-generated text."""
         return self
 
     def ranks(self, model: Any) -> Sequence[int]:
