@@ -33,6 +33,12 @@ PRUNING_METHODS = {
         'AdaV with a relevance score that ignores words like "the". Ours, not the paper\'s.',
         "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018",
     ),
+    "adav+": _method(
+        "adav_plus:AdaVPlus",
+        "text, saliency",
+        "Keep salient or relevant tokens that show what no kept token shows yet. Ours.",
+        "ours, after AdaV, SCOPE and Cen-Prune",
+    ),
     "fastervlm": _method(
         "fastervlm:FasterVLM",
         "saliency",

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from tests.reference.adav_reference import minus, ranking
+from tests.reference.adav_reference import log_contrast, minus, ranking
 
 Vectors = list[list[float]]
 
@@ -142,6 +142,21 @@ def scope(
         gain = gains(c, taken)
         taken.append(best_of([q[i] * s[i] ** alpha * gain[i] for i in range(len(s))], taken))
     return sorted(taken)
+
+
+def adav_plus(
+    visual: Vectors,
+    text: Vectors,
+    saliency: list[float],
+    keep: int,
+    text_weight: float = 0.3,
+    temperature: float = 10.0,
+) -> list[int]:
+    s, w = relative(saliency), text_weight if text else 0.0
+    log_t = log_contrast(visual, text, temperature, [0.0] * len(visual[0]), [])
+    t = [math.exp(x - max(log_t)) if text else 0.0 for x in log_t]
+    q = [(1 - w) * si + w * ti for si, ti in zip(s, t, strict=True)]
+    return scope(centre(visual), [1.0] * len(q), keep, quality=q)
 
 
 def mmtok(visual: Vectors, text: Vectors, keep: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from budwood.errors import InputError, ShapeError
 from budwood.prune import METHODS, Extras, select
 from budwood.prune.methods import greedy
+from budwood.prune.methods.adav_plus import AdaVPlus
 from budwood.prune.methods.base import rasters
 from budwood.prune.methods.cdpruner import CDPruner
 from budwood.prune.methods.eadp import EADP, smooth
@@ -30,6 +31,7 @@ GRIDS = [(3, 4), (5, 6)]
 REFERENCES = {
     "divprune": lambda v, t, s, k, keep: reference.divprune(v, keep),
     "cdpruner": lambda v, t, s, k, keep: reference.cdpruner(v, t, keep),
+    "adav+": lambda v, t, s, k, keep: reference.adav_plus(v, t, s, keep),
     "scope": lambda v, t, s, k, keep: reference.scope(v, s, keep),
     "mmtok": lambda v, t, s, k, keep: reference.mmtok(v, t, keep),
     "tops": lambda v, t, s, k, keep: reference.tops(v, s, keep),
@@ -222,6 +224,22 @@ def test_scope_follows_alpha(alpha):
     got = select(visual, None, saliency, keep=8, method=Scope(alpha=alpha))
     plain = [x.double().tolist() for x in (visual, saliency)]
     assert got.indices.tolist() == reference.scope(*plain, 8, alpha)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_adav_plus_follows_its_weight(weight):
+    visual, text, saliency, _ = make("random", 7)
+    got = select(visual, text, saliency, keep=8, method=AdaVPlus(text_weight=weight))
+    plain = [x.double().tolist() for x in (visual, text, saliency)]
+    assert got.indices.tolist() == reference.adav_plus(*plain, 8, weight)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"), [("text_weight", -0.1), ("text_weight", 1.1), ("temperature", 0.0)]
+)
+def test_adav_plus_refuses_parameters_out_of_range(parameter, value):
+    with pytest.raises(InputError, match=f"{parameter}={value}"):
+        AdaVPlus(**{parameter: value})
 
 
 def test_smoothing_stays_within_a_raster():

@@ -13,7 +13,31 @@ from budwood.prune.methods.scores import Common, log_contrast
 
 
 @dataclass(frozen=True)
-class AdaVContrast(AdaV):
+class Contrast(Method):
+    """Relevance without what all words, and all visual tokens, share.
+
+    Args:
+        temperature: factor on the contrast; lower than AdaV's, so that a word without a match
+            spreads over many tokens instead of choosing one.
+        common: what the LLM's words have in common. ``attach`` fills it in. Without it, as in a
+            bare ``select``, words are used as they are, which works less well.
+    """
+
+    temperature: float = 10.0
+    common: Common | None = field(default=None, repr=False, compare=False)
+
+    needs_vocabulary: ClassVar[bool] = True
+
+    def fitted(self, common: Common) -> Method:
+        return self if self.common is not None else replace(self, common=common)
+
+    def _log_relevance(self, visual: Tensor, text: Tensor) -> Tensor:
+        common = None if self.common is None else self.common.to(visual.device)
+        return log_contrast(visual, text, self.temperature, common)
+
+
+@dataclass(frozen=True)
+class AdaVContrast(Contrast, AdaV):
     """AdaV with a relevance score that ignores words like "the". Ours, not the paper's.
 
     AdaV takes the maximum over all words of a question. At its temperature each word, "the" and
@@ -23,25 +47,12 @@ class AdaVContrast(AdaV):
 
     Args:
         reserve: fraction of the budget that each list keeps outright, in [0, 0.5].
-        temperature: factor on the contrast; lower than AdaV's, so that a word without a match
-            spreads over many tokens instead of choosing one.
-        common: what the LLM's words have in common. ``attach`` fills it in. Without it, as in a
-            bare ``select``, words are used as they are, which works less well.
+        temperature: as in :class:`Contrast`.
+        common: likewise.
 
     Raises:
         InputError: a parameter is outside its range.
     """
 
-    temperature: float = 10.0
-    common: Common | None = field(default=None, repr=False, compare=False)
-
     name: ClassVar[str] = "adav-contrast"
-    needs_vocabulary: ClassVar[bool] = True
     source: ClassVar[str] = "ours, after AdaV; all-but-the-top by Mu and Viswanath, ICLR 2018"
-
-    def fitted(self, common: Common) -> Method:
-        return self if self.common is not None else replace(self, common=common)
-
-    def _log_relevance(self, visual: Tensor, text: Tensor) -> Tensor:
-        common = None if self.common is None else self.common.to(visual.device)
-        return log_contrast(visual, text, self.temperature, common)

@@ -144,6 +144,23 @@ class Coverage:
         self.best = torch.maximum(self.best, self.table.index_select(0, index)[0])
 
 
+def most_covering(units: Tensor, keep: int, quality: Tensor) -> Tensor:
+    """Take the token of the largest quality times coverage gain, ``keep`` times.
+
+    A token covers another by their cosine. See :class:`Coverage` for gains and targets.
+
+    Args:
+        units: unit rows, shape (n, d).
+        keep: how many to take.
+        quality: factor per token, shape (n,).
+
+    Returns:
+        Tokens in the order in which they were taken, int64, shape (keep,).
+    """
+    coverage = Coverage(cosines(units, targets_of(units)))
+    return greedy(len(units), keep, units.device, lambda: quality * coverage.gains(), coverage.add)
+
+
 def farthest_points(units: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
     """Max–min diversity: take the token whose nearest taken one is farthest, ``keep`` times.
 

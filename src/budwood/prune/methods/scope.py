@@ -10,7 +10,7 @@ from torch import Tensor
 
 from budwood.checks import need_number
 from budwood.prune.methods.base import Method, Selection
-from budwood.prune.methods.greedy import Coverage, cosines, greedy, targets_of, unit
+from budwood.prune.methods.greedy import most_covering, unit
 from budwood.prune.methods.scores import relative
 
 
@@ -54,11 +54,7 @@ class Scope(Method):
         quality = relative(saliency) ** self.alpha
         if unlike is not None:
             quality = quality * unlike
-        coverage = Coverage(cosines(units, targets_of(units)))
-        indices = greedy(
-            len(units), keep, units.device, lambda: quality * coverage.gains(), coverage.add
-        )
-        return Selection(indices, saliency=saliency.float())
+        return Selection(most_covering(units, keep, quality), saliency=saliency.float())
 
     def _space(self, visual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens as unit rows, and a quality of each or None; Cen-Prune has another."""
