@@ -158,6 +158,26 @@ def test_no_process_is_left_behind(kinds):
     assert not is_running(child)
 
 
+HASTY = """
+import os, signal, subprocess, sys
+from budwood.serve import launch
+real = subprocess.Popen
+def start(command, **more):
+    server = real([sys.executable, "-c", "import time; time.sleep(60)"], **more)
+    print(server.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    return server
+launch.subprocess.Popen = start
+launch.run(launch.Line("model", {}))
+"""
+"""Is told to end while it starts the server."""
+
+
+def test_a_server_that_is_just_starting_is_ended():
+    done = subprocess.run([sys.executable, "-c", HASTY], capture_output=True, text=True, timeout=50)
+    assert not is_running(int(done.stdout)) and "KeyboardInterrupt" in done.stderr
+
+
 def is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import CLIPVisionConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from tests import tiny_vlm
 
@@ -28,19 +28,9 @@ def save(folder: Path) -> Path:
 
 def save_wide(folder: Path) -> Path:
     """The same with 64 channels."""
-    tokens = tiny_vlm.tokenizer()
-    torch.manual_seed(0)
-    text = tiny_vlm.text_config(len(tokens))
-    text.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
-    vision = tiny_vlm.vision_config()
-    vision.update({"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4})
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokens.convert_tokens_to_ids("<image>"),
-    )
-    processor = LlavaProcessor.from_pretrained(save(folder / "narrow"))
-    return tiny_vlm.save(LlavaForConditionalGeneration(config), processor, folder / "wide")
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    tower = CLIPVisionConfig(**tiny_vlm.CLIP | wide | {"num_attention_heads": 4})
+    return tiny_vlm.save_llava(folder, tower, tiny_vlm.TEXT | wide)
 
 
 def load(folder: Path, **options: Any) -> tuple[Any, Any]:

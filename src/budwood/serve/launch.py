@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +28,9 @@ OLDEST, NEXT = (0, 32), (0, 34)
 """Versions of vLLM that budwood is made for: from the first on, below the second."""
 _GRACE_S = 20.0
 """How long a server that is asked to stop may take."""
+_TICK_S = 0.2
+"""How long a signal may wait until it is looked at."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -156,12 +161,12 @@ def run(line: Line) -> None:
         KeyboardInterrupt: this process was told to end.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *line.arguments]
-    with _ended_by_signals():
+    with _noted_signals() as told:
         server = subprocess.Popen(command, start_new_session=True)
-        try:
-            code = server.wait()
-        finally:
-            stop(server)
+        code = _wait(server, told, 1)
+        _stop(server, told)
+    if told:
+        raise KeyboardInterrupt
     if code != 0:
         raise InputError(
             f"vllm serve ended with exit code {code}; its own messages above say why. The line "
@@ -169,31 +174,46 @@ def run(line: Line) -> None:
         )
 
 
-def stop(server: subprocess.Popen[Any]) -> None:
-    """End a server and all processes that it has started."""
+def _stop(server: subprocess.Popen[Any], told: Sequence[int]) -> None:
+    """End a server and all processes that it has started, at once if this process is told again."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, kind)
-            server.wait(_GRACE_S)
         except ProcessLookupError:
             return
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # whoever cannot wait
+        _wait(server, told, len(told) + 1, _GRACE_S)
+
+
+def _wait(
+    server: subprocess.Popen[Any], told: Sequence[int], n_told: int, seconds: float = math.inf
+) -> int | None:
+    """Wait for a server, no longer than until this process has been told ``n_told`` times.
+
+    Returns:
+        Its exit code; None if it still runs.
+    """
+    until = time.monotonic() + seconds
+    while len(told) < n_told and time.monotonic() < until:
+        try:
+            return server.wait(_TICK_S)
+        except subprocess.TimeoutExpired:
             continue
+    return server.poll()
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and a terminal that is closed, end the block as Ctrl-C does."""
+def _noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and a closed terminal are noted and interrupt nothing inside the block.
 
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    An exception that came while the server starts would leave it behind.
+    """
+    told: list[int] = []
+    before = {kind: signal.getsignal(kind) for kind in _ENDING}
     for kind, handler in before.items():
         if handler != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(kind, interrupt)
+            signal.signal(kind, lambda number, _frame: told.append(number))
     try:
-        yield
+        yield told
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
