@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
@@ -105,6 +107,29 @@ class MergedLora:
     def _parts(layer: LoraLinear) -> tuple[Tensor, Tensor, float]:
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         return down, up, layer.scaling["default"]
+
+
+class Ranks:
+    """The processes that share the pictures of a step: those of `torchrun`, or one alone."""
+
+    def __init__(self) -> None:
+        self.number = int(os.environ.get("WORLD_SIZE", 1))
+        self.own = int(os.environ.get("RANK", 0))
+        if self.number > 1:
+            dist.init_process_group("gloo")
+
+    def add_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Give every process the sum of all processes' gradients."""
+        if self.number > 1:
+            for p in parameters:
+                dist.all_reduce(p.grad)
+
+    def any(self, wish: bool) -> bool:
+        """Whether one of the processes wishes it; all get the same answer."""
+        wishes = torch.tensor(float(wish))
+        if self.number > 1:
+            dist.all_reduce(wishes)
+        return wishes.item() > 0
 
 
 class Run:

@@ -7,6 +7,9 @@ between objects, which is faster.
 
     python recipes/sprout/train_high.py --start src/budwood/sprout/weights --out runs/high
 
+Under `torchrun --nproc-per-node 2` two processes share the pictures of a step; the first one writes
+checkpoints and the log, which then holds its own half.
+
 Rates stay constant until `--steps` less the decay is reached; a run that was stopped goes on with
 larger `--steps` as if it had had them from the start.
 """
@@ -18,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MasterWeights, MergedLora, Run, trapezoid
+from common import MasterWeights, MergedLora, Ranks, Run, trapezoid
 from exercises import Exercises
 from packing import collate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from train_llava import accuracies, build, loss_and_hits
 from transformers import PreTrainedTokenizerBase
 
@@ -60,39 +63,52 @@ def learning(model: Any, args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def train(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
+def train(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, args: argparse.Namespace
+) -> None:
     """Train up to `args.steps`, from the last checkpoint if there is one."""
     masters = MasterWeights(learning(model, args))
     run = Run(args.out, {"model": model.model}, [masters.optim])
     masters.resume()
     lora = MergedLora(model.model.language_model)
-    high = batches(tokenizer, "high", 0, args.high, run.step, args.steps, 1)
+    high = batches(tokenizer, "high", 0, 1, args.high, ranks, run.step, args.steps)
     small = batches(
-        tokenizer, "questions", SMALL_SEEN, args.small, run.step, args.steps, args.small
+        tokenizer,
+        "questions",
+        SMALL_SEEN,
+        args.small // ranks.number,
+        ranks.number,
+        ranks,
+        run.step,
+        args.steps,
     )
     losses: list[float] = []
     seen: dict[str, list[Tensor]] = {"high": [], "small": []}
     while run.step < args.steps:
         run.scale_lr(trapezoid(run.step, args.steps, 20, args.decay))
         lora.merge()
-        parts = [("high", 1 / (args.high + 1), next(high)) for _ in range(args.high)]
-        parts.append(("small", 1 / (args.high + 1), next(small)))
+        share = 1 / (args.high + 1)
+        parts = [("high", share, next(high)) for _ in range(args.high // ranks.number)]
+        parts.append(("small", share / ranks.number, next(small)))
         for layout, weight, batch in parts:
             loss, hits = loss_and_hits(model, batch)
             (loss * weight).backward()
             losses.append(loss.item())
             seen[layout].append(hits)
         lora.hand_down()
+        ranks.add_gradients(masters.live)
         masters.step()
         run.step += 1
+        stopped = ranks.any((args.out / "stop").exists())
         if run.step % 10 == 0:
             right = {layout: accuracies(torch.cat(hits)) for layout, hits in seen.items()}
-            run.log(loss=round(sum(losses) / len(losses), 3), **right)
+            if ranks.own == 0:
+                run.log(loss=round(sum(losses) / len(losses), 3), **right)
             losses, seen = [], {"high": [], "small": []}
-        if run.step % 20 == 0 or (args.out / "stop").exists():
+        if (run.step % 20 == 0 or stopped) and ranks.own == 0:
             run.save()
             export(model, args.out)
-        if (args.out / "stop").exists():
+        if stopped:
             return
 
 
@@ -100,14 +116,30 @@ def batches(
     tokenizer: PreTrainedTokenizerBase,
     stage: str,
     first: int,
+    size: int,
     per_step: int,
+    ranks: Ranks,
     step: int,
     steps: int,
-    size: int,
 ) -> Any:
-    """Batches of `size` of a stage's pictures from its `first` on, as if every step was run."""
-    data = Exercises(tokenizer, stage, first + steps * per_step, first + step * per_step, size)
-    return iter(DataLoader(data, size, num_workers=1, prefetch_factor=4, collate_fn=collate))
+    """This process's batches of a stage's pictures, as if every step was run.
+
+    Args:
+        tokenizer: sprout's.
+        stage: "high" or "questions".
+        first: the picture that the first step begins with.
+        size: pictures a batch.
+        per_step: batches a step, of all processes together.
+        ranks: the processes, which take batches in turn.
+        step: the step to begin with.
+        steps: the step to end before.
+    """
+    each = size * per_step
+    data = Exercises(tokenizer, stage, first + steps * each, first + step * each, size)
+    own = [i for i in range(len(data)) if i // size % ranks.number == ranks.own]
+    return iter(
+        DataLoader(Subset(data, own), size, num_workers=1, prefetch_factor=4, collate_fn=collate)
+    )
 
 
 def export(model: Any, out: Path) -> None:
@@ -137,13 +169,17 @@ def main() -> None:
     parser.add_argument("--lora-lr", type=float, default=3e-4)
     parser.add_argument("--tower-lr", type=float, default=5e-5)
     args = parser.parse_args()
+    ranks = Ranks()
+    if args.high % ranks.number or args.small % ranks.number:
+        parser.error(f"--high and --small must be multiples of the {ranks.number} processes")
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     model = build(args.start / PARTS[0], tokenizer, high_resolution=True)
     load_start(model, args.start)
-    train(model, tokenizer, args)
-    export(model, args.out)
+    train(model, tokenizer, ranks, args)
+    if ranks.own == 0:
+        export(model, args.out)
 
 
 if __name__ == "__main__":
