@@ -13,7 +13,7 @@ from budwood.cli.console import print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.errors import InputError
 from budwood.files import write_whole
-from budwood.loading import SPROUT, check_source
+from budwood.loading import EMBEDDED_VLMS, check_source
 from budwood.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def compare(
     Example:
       budwood compare photo.jpg "What is on the table?" --keep 0.05 --out compared.png
     """
-    check_source(model, SPROUT)
+    check_source(model, *EMBEDDED_VLMS)
     if picture:
         reserve_picture(picture, force)
     names = options.listed(methods)

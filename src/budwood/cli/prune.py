@@ -12,7 +12,7 @@ from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.files import write_whole
-from budwood.loading import SPROUT, check_source
+from budwood.loading import EMBEDDED_VLMS, check_source
 from budwood.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def prune(
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
       budwood prune photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
-    check_source(model, SPROUT)
+    check_source(model, *EMBEDDED_VLMS)
     if overlay:
         reserve_picture(overlay, force)
     picture = read_picture(image)

@@ -48,7 +48,7 @@ def load_pruned(
     """Load a vision-language model and attach pruning to it.
 
     Args:
-        pretrained: ``"sprout"``, a directory or a hub id.
+        pretrained: ``"sprout"``, ``"sprout-256"``, a directory or a hub id.
         device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's.
         device_map: as in ``from_pretrained``, in place of ``device``; needs accelerate.

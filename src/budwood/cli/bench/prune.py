@@ -13,6 +13,7 @@ from budwood.cli import options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
+from budwood.loading import SPROUT_256
 
 if TYPE_CHECKING:
     from budwood.bench.prune import Config
@@ -51,7 +52,9 @@ COLUMNS = Columns(
 def bench_prune(
     methods: options.BenchMethods = "adav,adav-contrast,fastervlm,t2i,random,uniform",
     keep: options.Keeps = "0.11,0.055",
-    scenes: Annotated[int, typer.Option(help="Scenes, each with up to six questions.")] = 200,
+    scenes: Annotated[
+        int, typer.Option(help="Scenes, each with one question of every kind that it allows.")
+    ] = 200,
     seed: Annotated[
         int, typer.Option(help="Seed of scenes, random draws and intervals, 0 to 999.")
     ] = 0,
@@ -59,9 +62,13 @@ def bench_prune(
         str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
     high_resolution: Annotated[
-        bool,
-        typer.Option("--high-resolution", help="Large pictures with many small objects."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--high-resolution/--small-pictures",
+            help="672 px and other shapes with many small objects, the default but for "
+            "sprout-256; or 336 px.",
+        ),
+    ] = None,
     question: options.Questions = "all",
     turns: Annotated[
         int, typer.Option(help="Questions in a chat, each about other objects; the last counts.")
@@ -101,7 +108,7 @@ def bench_prune(
         seed=seed,
         n_scenes=scenes,
         split=split,
-        high_resolution=high_resolution,
+        high_resolution=model != SPROUT_256 if high_resolution is None else high_resolution,
         batch=batch,
         max_new_tokens=max_new_tokens,
         n_timed=timed,
