@@ -7,8 +7,8 @@ between objects, which is faster.
 
     python recipes/sprout/train_high.py --start src/budwood/sprout/weights --out runs/high
 
-Under `torchrun --nproc-per-node 2` two processes share the pictures of a step; the first one writes
-checkpoints and the log, which then holds its own half.
+Under `torchrun --nproc-per-node 2 -- recipes/…` two processes share the pictures of a step; the
+first one writes checkpoints and the log, which then holds its own half.
 
 Rates stay constant until `--steps` less the decay is reached; a run that was stopped goes on with
 larger `--steps` as if it had had them from the start.

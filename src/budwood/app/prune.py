@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from budwood.prune.report import ImageReport
 
 EXAMPLES = {
-    **{f"Scene {i}": (5047 + i, False) for i in range(1, 5)},
     **{f"Large scene {i}": (5047 + i, True) for i in range(1, 5)},
+    **{f"Small scene {i}": (5047 + i, False) for i in range(1, 5)},
 }
 """Names of held-out scenes: their seed, and whether they have high resolution."""
 START = next(iter(EXAMPLES))
