@@ -208,7 +208,7 @@ def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:
 
 
 def refuse_explicit(inputs: dict[str, Any]) -> None:
-    """Inputs that pruning works out by itself.
+    """Refuse inputs that pruning computes itself.
 
     Raises:
         InputError: explicit positions, or an attention mask that is not 2-D.

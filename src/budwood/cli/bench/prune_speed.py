@@ -55,7 +55,7 @@ def bench_speed(
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     threads: Annotated[
         str,
-        typer.Option(metavar="N,…", help="Measure requests a second with so many threads, too."),
+        typer.Option(metavar="N,…", help="Also measure requests per second with so many threads."),
     ] = "",
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
     seed: options.Seed = 0,
