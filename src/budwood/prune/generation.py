@@ -192,7 +192,7 @@ def refuse_inputs(inputs: dict[str, Any], whole_video: bool) -> None:
         AttachError: a video beside images.
     """
     if whole_video:
-        raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
+        raise AttachError("images with a video cannot be pruned; give one of them, or detach")
 
 
 def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:

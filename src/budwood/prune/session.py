@@ -110,7 +110,7 @@ def attach(
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no vision.
-        AttachError: the model is attached to already, or ``encoded`` is for other methods.
+        AttachError: the model is already attached to, or ``encoded`` is for other methods.
         UnknownNameError: unknown method, ``compat`` or ``question``.
         BudgetError: ``keep`` is neither a count nor a fraction.
         InputError: ``seed`` is out of range.
@@ -502,7 +502,7 @@ def _refuse_attached(model: Any) -> None:
     held = getattr(getattr(model, "__dict__", {}).get("generate"), "budwood_session", None)
     if held is not None:
         raise AttachError(
-            f"{type(model).__name__} is attached to already (method {held.pruner.method.name!r}, "
+            f"{type(model).__name__} is already attached to (method {held.pruner.method.name!r}, "
             f"keep={held.pruner.budgets.keep}); detach that session first"
         )
 

@@ -294,7 +294,7 @@ def attach_inside(
         method = SCHEDULES.get(method)()
     if not isinstance(method, Schedule):
         raise InputError(
-            f"method={method!r} is no schedule; give one of {', '.join(SCHEDULES)}, or an "
+            f"method={method!r} is not a schedule; give one of {', '.join(SCHEDULES)}, or an "
             "instance such as FastV(layer=3)"
         )
     return InsideSession(model, method, Budget.parse(keep))
