@@ -85,7 +85,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="ID|DIR",
-        help="Hub id or directory of the model, or sprout-256; by default sprout, embedded.",
+        help="Hub id or directory of the model; by default the embedded sprout. Also sprout-256.",
     ),
 ]
 Method = Annotated[
