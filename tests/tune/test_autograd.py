@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from budwood.tune import SlimLinear
-from budwood.tune.autograd import Side, add_rows, product, take_rows, untouched
 from budwood.tune.equations import l1_slopes
+from budwood.tune.slim.autograd import Side, add_rows, product, take_rows, untouched
 from tests import tiny_llm as tiny
 
 N_MASKED = 4

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.base_model import sampled_weights
-from budwood.tune.saved import check_adapter_files
+from budwood.tune.saved.files import check_adapter_files
 from tests import tiny_llm as tiny
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from budwood.tune import SlimLinear, observe
-from budwood.tune import layer as layer_module
 from budwood.tune.equations import l1_slopes
-from budwood.tune.observe import identity_by_token
+from budwood.tune.slim import layer as layer_module
+from budwood.tune.slim.observe import identity_by_token
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 
 from budwood.tune import SlimLinear
-from budwood.tune import layer as layer_module
+from budwood.tune.slim import layer as layer_module
 from tests import tiny_llm as tiny
 from tests import tiny_moe
 from tests.tiny_llm import logits, states

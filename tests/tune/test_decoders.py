@@ -7,8 +7,8 @@ import re
 import pytest
 
 from budwood.errors import UnsupportedModelError
-from budwood.tune.bases import is_linear, mlp_modules
-from budwood.tune.fused import is_fused, why_not
+from budwood.tune.slim.fused_experts import is_fused, why_not
+from budwood.tune.slim.targets import is_linear, mlp_modules
 from tests import tiny_decoders
 
 GATED, PLAIN = "{gate_proj,up_proj,down_proj}", "{up_proj,down_proj}"

@@ -11,7 +11,7 @@ import torch
 from budwood.bench.tune_speed import METHODS, TARGETS, SpeedConfig, measure_speed
 from budwood.errors import InputError, OutputError
 from budwood.tune import export_lora
-from budwood.tune.export import reduce_rank
+from budwood.tune.slim.export import reduce_rank
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 

@@ -7,11 +7,11 @@ import torch
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.distance import discriminant, gap_to_other
-from budwood.tune.encoding import IGNORED, prompt_tokens, tokens_before_request
-from budwood.tune.fitting import Survey
+from budwood.tune.data.encoding import IGNORED, prompt_tokens, tokens_before_request
+from budwood.tune.data.self_generated import replies, self_generate
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.self_generated import replies, self_generate
+from budwood.tune.slim.distance import discriminant, gap_to_other
+from budwood.tune.slim.fitting import Survey
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 
@@ -101,8 +101,8 @@ def test_rows_at_a_time_do_not_matter():
 
 
 def test_much_text_is_thinned_out(monkeypatch):
-    monkeypatch.setattr("budwood.tune.fitting.N_EXAMPLES", 10)
-    monkeypatch.setattr("budwood.tune.fitting.MOST_TOKENS", 30)
+    monkeypatch.setattr("budwood.tune.slim.fitting.N_EXAMPLES", 10)
+    monkeypatch.setattr("budwood.tune.slim.fitting.MOST_TOKENS", 30)
     rows, other = rows_of(40), rows_of(25, seed=1)
     one, again = (fitted(rows, other, batch=5) for _ in range(2))
     for (_, statistics), (_, same) in zip(owned(one), owned(again)):
@@ -111,7 +111,7 @@ def test_much_text_is_thinned_out(monkeypatch):
     lengths = sorted(9 + i for i in range(40))
     n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
     assert sum(lengths[:10]) < n < sum(lengths[-10:])  # ten rows, neither first nor last
-    monkeypatch.setattr("budwood.tune.fitting.MOST_TOKENS", 700)
+    monkeypatch.setattr("budwood.tune.slim.fitting.MOST_TOKENS", 700)
     n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
     assert 700 <= n < 700 + lengths[-1]  # ten rows do not have as many tokens
 
@@ -254,7 +254,7 @@ def test_refused(model, rows, error, words):
 def test_a_bad_row_is_the_users_row(monkeypatch):
     """Also where few rows are drawn."""
     for name in ("N_EXAMPLES", "MOST_TOKENS"):
-        monkeypatch.setattr(f"budwood.tune.fitting.{name}", 4)
+        monkeypatch.setattr(f"budwood.tune.slim.fitting.{name}", 4)
     rows = rows_of(40)
     rows[33]["labels"] = [IGNORED] * len(rows[33]["labels"])
     for seed in range(3):
@@ -353,7 +353,7 @@ def test_what_a_checkpoint_asks_of_sampling_is_left_out():
 
 
 def test_own_text_is_the_other_text_when_none_is_given(chat, monkeypatch):
-    monkeypatch.setattr("budwood.tune.fitting.N_TEXTS", 6)
+    monkeypatch.setattr("budwood.tune.slim.fitting.N_TEXTS", 6)
     given, own = (tiny.slim(tiny_chat.model(), distance="discriminant") for _ in range(2))
     fit_discriminant(given, TOKENS, rows_of(), self_generate(chat, TOKENS, 6, seed=3), seed=3)
     fit_discriminant(own, TOKENS, rows_of(), seed=3)

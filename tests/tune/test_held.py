@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from budwood.runs import RunFolder
-from budwood.tune.data import example_of
-from budwood.tune.encoding import encode
+from budwood.tune.data.encoding import encode
+from budwood.tune.data.examples import example_of
+from budwood.tune.data.self_generated import self_generate
 from budwood.tune.evaluate.divergence import measure_drift
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.self_generated import self_generate
-from budwood.tune.settings import Settings
-from budwood.tune.train import train
-from budwood.tune.trainer import AnswerTrainer
+from budwood.tune.training.run import train
+from budwood.tune.training.settings import Settings
+from budwood.tune.training.trainer import AnswerTrainer
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from budwood.tune.evaluate import suite as suites
+from budwood.tune.evaluate.base_results import Kept, base_identity
 from budwood.tune.evaluate.divergence import make_texts
-from budwood.tune.evaluate.kept import Kept, base_identity
 from budwood.tune.evaluate.suite import Suite
 from budwood.tune.evaluate.tasks import find_tasks
 from budwood.tune.methods import attach, parse_tuner

@@ -9,8 +9,8 @@ from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGe
 
 from budwood.errors import InputError, MergeError
 from budwood.tune import observe
-from budwood.tune.mixed import BASE, owners
-from budwood.tune.steps import layers_of
+from budwood.tune.slim.adapter_names import BASE, owners
+from budwood.tune.slim.keeper import layers_of
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune import SlimLinear, export_lora, fit_discriminant, observe
-from budwood.tune.fused import SlimExperts, is_fused, why_not
+from budwood.tune.slim.fused_experts import SlimExperts, is_fused, why_not
 from tests import tiny_chat, tiny_moe
 from tests import tiny_llm as tiny
 from tests.reference import slim_moe_reference as reference

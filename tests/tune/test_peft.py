@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from budwood.errors import InputError, MergeError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.targets import layer_number
+from budwood.tune.slim.architectures import layer_number
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 from tests.tiny_llm import logits, states

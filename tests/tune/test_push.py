@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from budwood import records
 from budwood.cli import app
 from budwood.errors import InputError
-from budwood.tune import finetune, publish, push_to_hub
+from budwood.tune import finetune, push_to_hub
+from budwood.tune.saved import publish
 from tests import tiny_chat
 
 ROWS = [{"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1}] * 8

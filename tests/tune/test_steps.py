@@ -7,7 +7,7 @@ import torch
 
 from budwood.errors import DivergedError
 from budwood.tune import SlimLinear, commit
-from budwood.tune.steps import keeper_of
+from budwood.tune.slim.keeper import keeper_of
 from tests import tiny_llm as tiny
 
 

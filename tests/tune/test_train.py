@@ -1,4 +1,4 @@
-"""`budwood.tune.train`: what it leaves behind."""
+"""`budwood.tune.training.run`: what it leaves behind."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from budwood.errors import DivergedError, InputError, OutputError
 from budwood.runs import RunFolder
-from budwood.tune import state
-from budwood.tune.data import example_of
-from budwood.tune.encoding import encode
+from budwood.tune.data.encoding import encode
+from budwood.tune.data.examples import example_of
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.settings import Settings, default_lr
-from budwood.tune.steps import keeper_of
-from budwood.tune.train import check_trainable, run_identity, train, weaken
+from budwood.tune.slim import state
+from budwood.tune.slim.keeper import keeper_of
+from budwood.tune.training.run import check_trainable, run_identity, train, weaken
+from budwood.tune.training.settings import Settings, default_lr
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()
@@ -49,7 +49,7 @@ def test_the_number_of_processes_makes_a_run_what_it_is(monkeypatch):
 
     alone = about()
     two = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("budwood.tune.train.processes", lambda model: two)
+    monkeypatch.setattr("budwood.tune.training.run.processes", lambda model: two)
     assert about() == alone | {"processes": 2} != alone
 
 
@@ -58,8 +58,8 @@ def test_nothing_watches_a_run_that_was_broken_off(tmp_path, monkeypatch):
         raise DivergedError("a gradient is NaN")
 
     seen = []
-    monkeypatch.setattr("budwood.tune.trainer.check_gradients", broken_off)
-    monkeypatch.setattr("budwood.tune.train.check_trainable", seen.append)
+    monkeypatch.setattr("budwood.tune.training.trainer.check_gradients", broken_off)
+    monkeypatch.setattr("budwood.tune.training.run.check_trainable", seen.append)
     with pytest.raises(DivergedError) as kept:  # and with it the frames of the run
         trained(tmp_path, log_every=1)
     assert keeper_of(seen[0]).recorder is None and kept.tb

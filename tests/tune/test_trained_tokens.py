@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from budwood.tune import SlimLinear, tell_labels, tokens
-from budwood.tune.state import InputStatistics
-from budwood.tune.trainers import trained_labels
+from budwood.tune import SlimLinear, tell_labels
+from budwood.tune.slim import token_watch as tokens
+from budwood.tune.slim.state import InputStatistics
+from budwood.tune.slim.trainer_labels import trained_labels
 from tests import tiny_llm as tiny
 from tests import tiny_trl
 

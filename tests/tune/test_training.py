@@ -21,11 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-import budwood.tune.steps as steps_module
+import budwood.tune.slim.keeper as steps_module
 from budwood.errors import AttachError, DivergedError
 from budwood.tune import SlimCallback, SlimLinear, commit, observe, tell_labels
 from budwood.tune.evaluate.suite import by_layer, routing_rows
-from budwood.tune.state import make_statistics
+from budwood.tune.slim.state import make_statistics
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 from tests.reference import slim_reference as slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from budwood.tune import SlimLinear
-from budwood.tune.state import InputStatistics
+from budwood.tune.slim.state import InputStatistics
 from tests import tiny_llm as tiny
 from tests import tiny_trl
 from tests.tiny_llm import states

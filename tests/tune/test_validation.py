@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from budwood.cli import app
 from budwood.errors import InputError, OutputError
-from budwood.tune import finetune, validation
-from budwood.tune.data import example_of
-from budwood.tune.encoding import Padded, encode
-from budwood.tune.losses import answer_loss
-from budwood.tune.validation import validation_loss
+from budwood.tune import finetune
+from budwood.tune.data.encoding import Padded, encode
+from budwood.tune.data.examples import example_of
+from budwood.tune.training import validation
+from budwood.tune.training.losses import answer_loss
+from budwood.tune.training.validation import validation_loss
 from tests import tiny_chat
 from tests.killed import killed_at
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from budwood.errors import InputError, OptionError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
-from budwood.tune.targets import MLP_TARGETS, default_targets, siblings
+from budwood.tune.slim.architectures import MLP_TARGETS, default_targets, siblings
 
 BAD = [
     ({"n_experts": 0}, "identity experts alone add nothing"),

@@ -7,15 +7,6 @@ import math
 import pytest
 import torch
 
-from budwood.tune.distance import (
-    discriminant,
-    gap_to_other,
-    measure,
-    measure_along,
-    measure_whitened,
-    random_directions,
-    whitener,
-)
 from budwood.tune.equations import (
     axis_rate,
     draw_keep,
@@ -28,13 +19,22 @@ from budwood.tune.equations import (
     widest_gap,
     yield_scores,
 )
-from budwood.tune.moments import (
+from budwood.tune.slim.clustering import (
     Moments,
     channel_scale,
     seed_centres,
     slide,
     slide_distance,
     slide_whitened,
+)
+from budwood.tune.slim.distance import (
+    discriminant,
+    gap_to_other,
+    measure,
+    measure_along,
+    measure_whitened,
+    random_directions,
+    whitener,
 )
 from tests.reference import slim_reference as slow
 
@@ -99,7 +99,7 @@ def test_no_token_is_sure_that_a_router_could_bring_back():
 @pytest.mark.parametrize("kind", ["max", "rms"])
 @pytest.mark.parametrize("n_clusters", [1, 3])
 def test_distance_and_moments_are_the_reference(kind, n_clusters, monkeypatch):
-    monkeypatch.setattr("budwood.tune.distance.block_size", lambda x: 4)  # several blocks
+    monkeypatch.setattr("budwood.tune.slim.distance.block_size", lambda x: 4)  # several blocks
     x, centre = random(11, 5), random(n_clusters, 5, seed=1)
     var = random(n_clusters, 5, seed=2).square() + 0.1
     keep = torch.arange(11) % 3 > 0
@@ -134,7 +134,7 @@ def test_sliding_is_the_reference(n_clusters):
 
 @pytest.mark.parametrize("n_clusters", [1, 3])
 def test_whitened_distance_and_its_statistics_are_the_reference(n_clusters, monkeypatch):
-    monkeypatch.setattr("budwood.tune.distance.block_size", lambda x: 4)  # several blocks
+    monkeypatch.setattr("budwood.tune.slim.distance.block_size", lambda x: 4)  # several blocks
     x, centre = random(11, 9), random(n_clusters, 5, seed=1)
     spread = random(5, 5, seed=2)
     covariance, directions, offset = spread @ spread.T, random(9, 5, seed=3), random(5, seed=4)
@@ -200,7 +200,7 @@ def test_discriminant_is_the_difference_of_squared_mahalanobis_distances():
 
 
 def test_moments_along_a_direction_leave_out_what_does_not_count(monkeypatch):
-    monkeypatch.setattr("budwood.tune.distance.block_size", lambda x: 4)
+    monkeypatch.setattr("budwood.tune.slim.distance.block_size", lambda x: 4)
     x, direction, offset = random(11, 6), random(6, seed=1), torch.tensor(0.3)
     keep = torch.arange(11) % 3 > 0
     x[~keep] *= float("inf")

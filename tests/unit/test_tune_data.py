@@ -9,10 +9,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.loading import is_file_name
-from budwood.tune.data import example_of, read_examples, styled
-from budwood.tune.encoding import IGNORED, Padded, encode, encode_one, prompt_tokens
-from budwood.tune.losses import answer_kl, answer_loss, prompt_kl, token_kl
-from budwood.tune.trainer import LengthGrouped, grouped_order
+from budwood.tune.data.encoding import IGNORED, Padded, encode, encode_one, prompt_tokens
+from budwood.tune.data.examples import example_of, read_examples, styled
+from budwood.tune.training.losses import answer_kl, answer_loss, prompt_kl, token_kl
+from budwood.tune.training.trainer import LengthGrouped, grouped_order
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()

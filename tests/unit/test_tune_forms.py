@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from budwood.errors import InputError
-from budwood.tune.data import example_of, examples_of, read_examples
-from budwood.tune.encoding import IGNORED, encode, encode_one
+from budwood.tune.data.encoding import IGNORED, encode, encode_one
+from budwood.tune.data.examples import example_of, examples_of, read_examples
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()

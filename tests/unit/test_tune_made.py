@@ -12,9 +12,9 @@ from budwood.bench.tune.rows import method_rows, summary
 from budwood.errors import InputError
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import find_task, task_of
-from budwood.tune.losses import others_kl
 from budwood.tune.tasks import MADE, PARTS, made
 from budwood.tune.tasks.facts import N_PRODUCTS, VALUES
+from budwood.tune.training.losses import others_kl
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from budwood.errors import InputError
-from budwood.tune.data import example_of, styled
-from budwood.tune.encoding import encode_one, lead_of, render
+from budwood.tune.data.encoding import encode_one, lead_of, render
+from budwood.tune.data.examples import example_of, styled
+from budwood.tune.data.self_generated import replies, self_generate
 from budwood.tune.evaluate.divergence import (
     chat_prompts,
     make_texts,
@@ -35,7 +36,6 @@ from budwood.tune.evaluate.tasks import (
     task_of,
 )
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.self_generated import replies, self_generate
 from tests import tiny_chat
 from tests.tiny_chat import TEMPLATE
 

@@ -9,11 +9,11 @@ from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 from budwood.bench.tune.plan import fit_rank
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
-from budwood.tune.fitting import N_TEXTS
 from budwood.tune.methods import FEWER_TEXTS, attach, parse_tuner
-from budwood.tune.targets import with_attention
-from budwood.tune.train import rewound
-from budwood.tune.tuners import n_trainable
+from budwood.tune.methods.base import n_trainable
+from budwood.tune.slim.architectures import with_attention
+from budwood.tune.slim.fitting import N_TEXTS
+from budwood.tune.training.run import rewound
 from tests import tiny_chat
 
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
-from budwood.tune.encoding import (
+from budwood.tune.data.encoding import (
     IGNORED,
     EncodedExample,
     Padded,
 )
-from budwood.tune.evaluate.kept import Kept
+from budwood.tune.data.self_generated import replies
+from budwood.tune.data.sources import read_text
+from budwood.tune.evaluate.base_results import Kept
 from budwood.tune.evaluate.scores import Score
-from budwood.tune.losses import token_kl
-from budwood.tune.self_generated import replies
-from budwood.tune.sources import read_text
+from budwood.tune.training.losses import token_kl
 
 CHAT = "chat"
 """Name of the base model's own replies among the texts."""

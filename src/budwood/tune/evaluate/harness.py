@@ -19,8 +19,7 @@ from budwood.caches import cache_of, name_for
 from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
 from budwood.progress import Progress, silent
-from budwood.tune.data import Example, styled
-from budwood.tune.encoding import (
+from budwood.tune.data.encoding import (
     dated_template,
     is_stateful,
     lead_of,
@@ -29,6 +28,7 @@ from budwood.tune.encoding import (
     takes,
     takes_logits_to_keep,
 )
+from budwood.tune.data.examples import Example, styled
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, expanded, quiet_harness, task_manager
 
@@ -53,7 +53,8 @@ def run_tasks(
         model: a causal language model, of transformers or PEFT.
         tokenizer: of the model, with a chat template.
         tasks: what on.
-        style: one of ``budwood.tune.data.STYLES``, for multiple choice through the chat template.
+        style: one of ``budwood.tune.data.examples.STYLES``, for multiple choice through the chat
+            template.
         batch: prompts at a time.
         limit: questions of tasks that are lm-eval's own; 0 for all.
         progress: called after each batch.

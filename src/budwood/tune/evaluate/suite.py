@@ -13,15 +13,15 @@ import torch
 
 from budwood.checks import need_at_least
 from budwood.progress import Progress, silent
-from budwood.tune.data import styled
-from budwood.tune.encoding import EncodedExample, Padded, encode_one, longest_for
+from budwood.tune.data.encoding import EncodedExample, Padded, encode_one, longest_for
+from budwood.tune.data.examples import styled
+from budwood.tune.evaluate.base_results import Kept
 from budwood.tune.evaluate.divergence import measure_drift
-from budwood.tune.evaluate.kept import Kept
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, no_lm_eval
-from budwood.tune.observe import observe
-from budwood.tune.steps import tell_labels
-from budwood.tune.targets import layer_number
+from budwood.tune.slim.architectures import layer_number
+from budwood.tune.slim.keeper import tell_labels
+from budwood.tune.slim.observe import observe
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 """Targets whose files a folder of data holds; see :data:`budwood.tune.tasks.MADE` for others."""
