@@ -3,6 +3,10 @@
 :func:`finetune` goes from data to a saved adapter. Importing this package registers the adapter
 type ``SLIM`` with PEFT, for a Trainer of your own: ``peft.get_peft_model(model, SlimConfig())``,
 ``Trainer``, ``save_pretrained``, ``PeftModel.from_pretrained``.
+
+To read first: :mod:`budwood.tune.equations`, then :mod:`budwood.tune.config`. Imports run one way:
+``equations``, ``base_model``, ``saved``, ``config``, ``data``, ``tasks``, ``slim``, ``training``,
+``methods``, ``evaluate`` and ``finetuning`` each import only those before them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.files import digest, read_json, write_text
 from budwood.progress import Progress, silent
-from budwood.tune.base_model import fingerprint_of
+from budwood.tune.base_model import evaluating, fingerprint_of
 from budwood.tune.data.encoding import (
     IGNORED,
     EncodedExample,
@@ -24,7 +24,6 @@ from budwood.tune.data.encoding import (
     token_rows,
     tokens_before_request,
 )
-from budwood.tune.slim.observe import evaluating
 from budwood.unwrap import innermost
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from budwood.errors import InputError
+from budwood.tune.base_model import evaluating
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.methods.base import TextTuner, Tuner, mlp_targets, n_trainable, peft_config
-from budwood.tune.slim.observe import evaluating
 
 
 @dataclass(frozen=True)

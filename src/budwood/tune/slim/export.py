@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
+from budwood.tune.base_model import evaluating
 from budwood.tune.data.encoding import IGNORED
 from budwood.tune.equations import merged_scale
 from budwood.tune.saved.files import WEIGHTS_FILE
 from budwood.tune.slim.fused_experts import SlimExperts
 from budwood.tune.slim.keeper import SlimLayer, layers_of
-from budwood.tune.slim.observe import evaluating, observe
+from budwood.tune.slim.observe import observe
 
 REPORT_FILE = "approximation.json"
 Batch = Mapping[str, Any]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
+from budwood.tune.base_model import evaluating
 from budwood.tune.data.encoding import EncodedExample, Padded, n_supervised
 from budwood.tune.data.self_generated import self_generate
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
-from budwood.tune.slim.observe import evaluating
 from budwood.tune.slim.state import DiscriminantStatistics, InputStatistics
 
 N_TEXTS = 128

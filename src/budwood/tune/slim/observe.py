@@ -1,4 +1,4 @@
-"""Running a model without training it: in evaluation mode, and with its routing recorded."""
+"""Recording where SLIM layers send the tokens of a forward pass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from budwood.errors import AttachError
+from budwood.tune.base_model import evaluating
 from budwood.tune.slim.keeper import Routing, RoutingRecorder, keeper_of
 
 
@@ -189,20 +189,3 @@ def _of_all_tokens(routing: Routing) -> Tensor:
     weights[:, routing.config.n_experts :] = 1 / max(routing.config.n_identity, 1)
     weights[routing.rows] = routing.weights
     return weights
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; afterwards every module is in its mode of before.
-
-    Quantised layers stay in training mode: on a CPU, those of bitsandbytes repack their weights in
-    the first evaluation pass, and have wrong gradients from then on.
-    """
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = resolve_quantization_backend(module) is not None
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from budwood.errors import DivergedError
 from budwood.files import read_json, write_text
 from budwood.runs import RunFolder
+from budwood.tune.base_model import evaluating
 from budwood.tune.data.encoding import EncodedExample, Padded, n_supervised
-from budwood.tune.slim.observe import evaluating
 from budwood.tune.training.losses import answer_loss
 from budwood.tune.training.trainer import save_adapter
 
