@@ -9,8 +9,9 @@ from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 from budwood.bench.tune.plan import fit_rank
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
-from budwood.tune.methods import FEWER_TEXTS, attach, parse_tuner
+from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.methods.base import n_trainable
+from budwood.tune.methods.slim import FEWER_TEXTS
 from budwood.tune.slim.architectures import with_attention
 from budwood.tune.slim.fitting import N_TEXTS
 from budwood.tune.training.run import rewound

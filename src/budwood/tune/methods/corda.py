@@ -1,14 +1,12 @@
-"""Methods of PEFT that keep more of the base model than LoRA does, for comparison.
+"""CorDA: LoRA that starts from a part of the weights.
 
-OFT and OSF are PEFT's own. CorDA starts from a part of the weights, which PEFT takes out of the
-base model; here the base model keeps it, and the adapter adds the difference to its start.
+PEFT takes that part out of the base model. Here the base model keeps it, and the adapter adds the
+difference to its start.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,68 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from budwood.errors import InputError
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.encoding import EncodedExample
-from budwood.tune.methods.base import TextTuner, Tuner, mlp_targets, n_trainable, peft_config
-
-
-@dataclass(frozen=True)
-class _Rotation(Tuner):
-    """What OFT and OSF have in common: their options are PEFT's, and they have no strength."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.strength != 1:
-            raise InputError(
-                f"strength={self.strength!r} is for LoRA and SLIM; give strength=1, or measure "
-                "others with --strengths"
-            )
-        self._config(2, "all-linear")  # refuses unknown options before a model is loaded
-
-    def config(self, rank: int, model: Any, seed: int) -> Any:
-        return self._config(rank, mlp_targets(model), model)
-
-    def _config(self, rank: int, targets: str, model: Any = None) -> Any:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Oft(_Rotation):
-    """Orthogonal fine-tuning: rotations of blocks of the input. Its rank is the size of a block.
-
-    Source: arXiv 2306.07280, in the form of 2506.19847.
-    """
-
-    def ranks(self, model: Any) -> Sequence[int]:
-        sizes = [layer.weight.shape[1] for layer in _targeted(model)]
-        common = math.gcd(*sizes)
-        return [size for size in range(2, common + 1) if common % size == 0]
-
-    def _config(self, rank: int, targets: str, model: Any = None) -> Any:
-        from peft import OFTConfig
-
-        options = {"oft_block_size": rank, "target_modules": targets}
-        return peft_config(OFTConfig, "OFT", options, self.extra)
-
-
-@dataclass(frozen=True)
-class Osf(_Rotation):
-    """Orthogonal subspace fine-tuning: the smallest singular directions of each weight are trained.
-
-    Source: arXiv 2504.07097. Its rank is the number of these directions.
-    """
-
-    def _config(self, rank: int, targets: str, model: Any = None) -> Any:
-        from peft import OSFConfig
-
-        smallest = min((min(layer.weight.shape) for layer in _targeted(model)), default=rank + 1)
-        if rank >= smallest:
-            raise InputError(
-                f"rank {rank} leaves nothing of {smallest} singular directions to keep"
-            )
-        options = {"effective_rank": smallest - rank, "target_modules": targets}
-        return peft_config(OSFConfig, "OSF", options, self.extra)
+from budwood.tune.methods.base import n_trainable
+from budwood.tune.methods.lora import TextTuner
 
 
 @dataclass(frozen=True)
@@ -125,14 +65,6 @@ class Corda(TextTuner):
                 first_b = found.U_WC[:, -half:] * root
                 a.copy_(torch.cat([first_a, first_a]))
                 b.copy_(torch.cat([first_b, -first_b], dim=1))
-
-
-def _targeted(model: Any) -> list[Any]:
-    """The layers that a method adapts; none without a model."""
-    if model is None:
-        return []
-    wanted = re.compile(mlp_targets(model))
-    return [module for name, module in model.named_modules() if wanted.fullmatch(name)]
 
 
 def _lora_layers(adapted: Any) -> list[Any]:
