@@ -205,7 +205,7 @@ def _measure(loaded: Loaded, suite: Suite, seed: int, kept: Kept | None) -> list
 
 
 def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
-    from budwood.tune.training.trainer import is_slim
+    from budwood.tune.slim.keeper import is_slim
 
     if plot and not is_slim(loaded.model):
         raise InputError(

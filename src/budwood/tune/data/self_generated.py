@@ -15,11 +15,10 @@ from budwood.errors import InputError
 from budwood.files import digest, read_json, write_text
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating, fingerprint_of
+from budwood.tune.data.batches import Padded, pad_of
 from budwood.tune.data.encoding import (
     IGNORED,
     EncodedExample,
-    Padded,
-    pad_of,
     prompt_tokens,
     token_rows,
     tokens_before_request,

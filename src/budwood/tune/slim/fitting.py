@@ -19,7 +19,8 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
-from budwood.tune.data.encoding import EncodedExample, Padded, n_supervised
+from budwood.tune.data.batches import Padded, on_device
+from budwood.tune.data.encoding import EncodedExample, n_supervised
 from budwood.tune.data.self_generated import self_generate
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
@@ -175,9 +176,9 @@ def _read(
     collate = Padded.of(model, tokenizer)
     with _surveyed(model, survey), evaluating(model):
         for start in range(0, len(rows), batch):
-            inputs = collate(rows[start : start + batch])
+            inputs = on_device(collate(rows[start : start + batch]), device)
             tell_labels(model, inputs.pop("labels"))
-            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+            model(**inputs)
 
 
 @contextmanager

@@ -296,6 +296,12 @@ def layers_of(model: nn.Module) -> list[SlimLayer]:
     return [module for module in model.modules() if isinstance(module, SlimLayer)]
 
 
+def is_slim(model: Any) -> bool:
+    """Whether the active adapter is SLIM's."""
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "peft_type", None) == "SLIM"
+
+
 def keeper_of(model: nn.Module) -> StepKeeper:
     """Return the keeper that a model's layers share.
 
