@@ -87,7 +87,7 @@ def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> N
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; afterwards every module is in its mode of before.
+    """Run the block in evaluation mode, and then put every module back into its own mode.
 
     Quantised layers stay in training mode: on a CPU, those of bitsandbytes repack their weights in
     the first evaluation pass, and have wrong gradients from then on.

@@ -158,7 +158,7 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
 
 
 def _need_place(tokenizer: Any, example: Example, rendered: str) -> None:
-    """Refuse a conversation of which the chat template leaves something out without a word."""
+    """Refuse a conversation if the chat template silently leaves out a part of it."""
     last = example.messages[-1]
     calls = [call for message in example.messages for call in message.get("tool_calls", ())]
     missing = [

@@ -139,7 +139,7 @@ def replies(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[EncodedExample]:
-    """Draw a model's own replies, on which it is compared with its tuned self.
+    """Draw a model's own replies, on which its tuned version is compared with it.
 
     Args:
         model: the base model, or a PEFT model whose adapter is off.

@@ -45,7 +45,7 @@ def run_tasks(
     Args:
         model: a causal language model, of transformers or PEFT.
         tokenizer: of the model, with a chat template.
-        tasks: what on.
+        tasks: to score the model on.
         style: one of ``budwood.tune.data.examples.STYLES``, for multiple choice through the chat
             template.
         batch: prompts at a time.

@@ -1,4 +1,4 @@
-"""Fitting the discriminant: the base model reads training data, and text that must not change.
+"""Fitting the discriminant between training data and text on which the model should not change.
 
 Ours. The distance to the training data alone does not know what other text looks like. The model's
 self-generated text shows it, and takes no other data: the model also makes up the requests that it
@@ -58,8 +58,8 @@ def fit_discriminant(
         rows: training data, ``input_ids`` and ``labels``. Rows are drawn until ``MOST_TOKENS``
             count, and at least ``N_EXAMPLES``. A token counts if its next token's label is not
             −100; with ``fit_on="all"`` every token counts.
-        other: text that must not change, in the same form. None for ``N_TEXTS`` self-generated
-            texts, which need a chat template.
+        other: text on which the model should not change, in the same form. None for ``N_TEXTS``
+            self-generated texts, which need a chat template.
         batch: rows at a time.
         seed: of the draws.
         progress: called after each batch of text that is generated.

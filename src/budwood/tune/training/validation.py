@@ -34,7 +34,7 @@ def validation_loss(
 ) -> float:
     """Mean loss of the supervised tokens of some examples, in nats per token.
 
-    The model is as for answering, and is put back into its mode. Processes share the examples.
+    The model runs in evaluation mode, and is put back into its own. Processes share the examples.
 
     Args:
         model: with its adapter, not wrapped.
