@@ -218,7 +218,7 @@ def run(
 def _check_push(repo_id: str, model: str | None) -> None:
     """Refuse before the training what could not be pushed after it."""
     from budwood.loading import is_path
-    from budwood.tune.publish import check_hub
+    from budwood.tune.saved.publish import check_hub
 
     if model and is_path(model):
         raise InputError(

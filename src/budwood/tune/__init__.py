@@ -3,6 +3,10 @@
 :func:`finetune` goes from data to a saved adapter. Importing this package registers the adapter
 type ``SLIM`` with PEFT, for a Trainer of your own: ``peft.get_peft_model(model, SlimConfig())``,
 ``Trainer``, ``save_pretrained``, ``PeftModel.from_pretrained``.
+
+To read first: :mod:`budwood.tune.equations`, then :mod:`budwood.tune.config`. Imports run one way:
+``equations``, ``base_model``, ``saved``, ``config``, ``data``, ``tasks``, ``slim``, ``training``,
+``methods``, ``evaluate`` and ``finetuning`` each import only those before them.
 """
 
 from __future__ import annotations
@@ -18,19 +22,19 @@ except ImportError as error:
     raise optional.missing_package("peft", "budwood.tune", error) from error
 
 from budwood.tune.config import SlimConfig
-from budwood.tune.fused import SlimExperts
-from budwood.tune.layer import SlimLinear
-from budwood.tune.model import SlimModel, register
-from budwood.tune.observe import LayerRouting, Recorder, observe
-from budwood.tune.steps import SlimCallback, SlimLayer, commit, tell_labels
+from budwood.tune.slim.fused_experts import SlimExperts
+from budwood.tune.slim.keeper import SlimCallback, SlimLayer, commit, tell_labels
+from budwood.tune.slim.layer import SlimLinear
+from budwood.tune.slim.model import SlimModel, register
+from budwood.tune.slim.observe import LayerRouting, Recorder, observe
 
 if TYPE_CHECKING:
-    from budwood.tune.export import LoraExport, export_lora
     from budwood.tune.finetuning import FinetuneResult, finetune
-    from budwood.tune.fitting import fit_discriminant
-    from budwood.tune.loading import load_adapted
-    from budwood.tune.publish import push_to_hub
-    from budwood.tune.settings import Settings
+    from budwood.tune.saved.loading import load_adapted
+    from budwood.tune.saved.publish import push_to_hub
+    from budwood.tune.slim.export import LoraExport, export_lora
+    from budwood.tune.slim.fitting import fit_discriminant
+    from budwood.tune.training.settings import Settings
 
 __all__ = [
     "FinetuneResult",
@@ -58,13 +62,13 @@ __getattr__, __dir__, _ = lazy_exports(
     __name__,
     {
         "FinetuneResult": "finetuning",
-        "LoraExport": "export",
-        "Settings": "settings",
-        "export_lora": "export",
+        "LoraExport": "slim.export",
+        "Settings": "training.settings",
+        "export_lora": "slim.export",
         "finetune": "finetuning",
-        "fit_discriminant": "fitting",
-        "load_adapted": "loading",
-        "push_to_hub": "publish",
+        "fit_discriminant": "slim.fitting",
+        "load_adapted": "saved.loading",
+        "push_to_hub": "saved.publish",
     },
 )
 

@@ -7,13 +7,13 @@ For a frozen linear layer W·x + b with E_L LoRA experts and E_I identity expert
 
 Identity experts add nothing. They take weight from the LoRA experts, so that a token unlike the
 training data keeps the base layer's output. R is a linear router. d is how far the token is from
-the training data, in the units of :func:`standardised_distance`; :mod:`budwood.tune.distance`
+the training data, in the units of :func:`standardised_distance`; :mod:`budwood.tune.slim.distance`
 measures it. In training each product B_i·A_i is masked (:func:`draw_keep`) and penalised
 (:func:`l1_slopes`).
 
 Source: SLIM (NAACL 2025), rebuilt from public summaries. **Open** marks what these leave unsaid,
 **deviation** what we do otherwise. All functions are pure and know no model;
-:mod:`budwood.tune.layer` puts them together.
+:mod:`budwood.tune.slim.layer` puts them together.
 """
 
 from __future__ import annotations
