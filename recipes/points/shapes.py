@@ -122,15 +122,20 @@ def _entries(text: str) -> Iterator[dict[str, str]]:
     entries: dict[int, dict[str, str]] = defaultdict(dict)
     for line in text.splitlines():
         if match := re.match(r"(\w+)#(\d+)\s*=\s*(.*)", line):
-            entries[int(match[2])][match[1]] = match[3].strip()
+            entries[int(match[2])][match[1]] = _unescaped(match[3].strip())
     yield from entries.values()
+
+
+def _unescaped(text: str) -> str:
+    r"""Put in the characters that .properties files write as ``\u20ac``."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text)
 
 
 def _furniture_class(name: str) -> tuple[str, str]:
     for label, (group, pattern) in FURNITURE.items():
         if re.fullmatch(pattern, name, re.IGNORECASE):
             return label, group
-    return name.lower(), OTHER
+    return name.lower().replace(", ", " and "), OTHER  # commas separate labels
 
 
 def _licences(copyright_file: Path) -> list[tuple[str, str]]:

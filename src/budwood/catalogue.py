@@ -24,7 +24,7 @@ PRUNING_METHODS = {
     "adav-official": _method(
         "adav_official:AdaVOfficial",
         "text, saliency",
-        "AdaV with the selection of its authors' code, faults included. For LLaVA and LLaVA-NeXT.",
+        "AdaV with its authors' selection, including its faults. For LLaVA and LLaVA-NeXT.",
         "the public code of AdaV, JiayiV/AdaV",
     ),
     "adav-contrast": _method(
@@ -67,7 +67,7 @@ PRUNING_METHODS = {
     "scope": _method(
         "scope:Scope",
         "saliency",
-        "Keep salient tokens that resemble what no kept token resembles yet.",
+        "Keep salient tokens that cover parts of the picture which no kept token covers yet.",
         "SCOPE, NeurIPS 2025, arXiv 2510.24214",
     ),
     "mmtok": _method(
@@ -117,19 +117,19 @@ PRUNING_METHODS = {
     "cen-divprune": _method(
         "cen_prune:CenDivPrune",
         "nothing",
-        "DivPrune on centred tokens, those first that are unlike the picture.",
+        "DivPrune on centred tokens; tokens unlike the rest of the picture come first.",
         "Cen-Prune, around DivPrune, CVPR 2025, arXiv 2503.02175",
     ),
     "cen-cdpruner": _method(
         "cen_prune:CenCDPruner",
         "text",
-        "CDPruner on centred tokens, those first that are unlike the picture.",
+        "CDPruner on centred tokens; tokens unlike the rest of the picture come first.",
         "Cen-Prune, around CDPruner, NeurIPS 2025, arXiv 2506.10967",
     ),
     "cen-scope": _method(
         "cen_prune:CenScope",
         "saliency",
-        "SCOPE on centred tokens, those first that are unlike the picture.",
+        "SCOPE on centred tokens; tokens unlike the rest of the picture come first.",
         "Cen-Prune, around SCOPE, NeurIPS 2025, arXiv 2510.24214",
     ),
     "random": _method(
@@ -147,7 +147,7 @@ PRUNING_METHODS = {
     "overview": _method(
         "baselines:Overview",
         "grid",
-        "Keep the overview of a picture and leave its tiles out, as a smaller picture would.",
+        "Keep the overview of a picture and drop its tiles, as for a smaller picture.",
         "baseline",
     ),
 }
@@ -258,13 +258,15 @@ def _ablation(summary: str) -> Entry:
 TUNERS = {
     "lora": _tuner("LoRA on the MLP projections of all layers."),
     "lora-wd": _tuner("LoRA with decoupled weight decay."),
-    "lora-kl": _tuner("LoRA that stays close to the base model on the prompts it trains on."),
-    "lora-own": _tuner("LoRA that stays close to the base model on self-generated text."),
+    "lora-kl": _tuner("LoRA with a KL penalty to the base model on the training prompts."),
+    "lora-own": _tuner("LoRA with a KL penalty to the base model on self-generated text."),
     "lora-late": _tuner("LoRA on the later layers only, those that SLIM adapts."),
     "lora-attn": _tuner("LoRA on attention as well, at a lower rank."),
-    "lora-mask": _tuner("LoRA with the KL over the tokens beside the right one (Mask the Target)."),
+    "lora-mask": _tuner(
+        "LoRA with a KL penalty over all tokens but the right one (Mask the Target)."
+    ),
     "lora-r10": _tuner("LoRA at rank 10, the best balance in PEFT's method_comparison."),
-    "dora": _tuner("LoRA with the magnitude of each column apart (DoRA, arXiv 2402.09353)."),
+    "dora": _tuner("LoRA with a separate magnitude for each column (DoRA, arXiv 2402.09353)."),
     "oft": _tuner("Orthogonal fine-tuning of PEFT: rotations of blocks of the input."),
     "osf": _tuner("OSF of PEFT: the smallest singular directions of each weight are trained."),
     "corda": _tuner(
@@ -417,12 +419,14 @@ clouds of a call a label depends on: that one alone, the earlier ones too, or al
 
 
 BOX_FORMATS = {
-    "json": Entry("boxes/NAME.json, a file a frame: all that is known of each object"),
-    "csv": Entry("boxes.csv: one line for each object of all frames"),
+    "json": Entry("boxes/NAME.json, one file per frame: all that is known about each object"),
+    "csv": Entry("boxes.csv: one line per object, for all frames"),
     "kitti": Entry(
-        "kitti/NAME.txt: labels as of KITTI's object detection, unknown objects left out"
+        "kitti/NAME.txt: labels in the format of KITTI's object detection, without unknown objects"
     ),
-    "nuscenes": Entry("nuscenes.json: results as of nuScenes' detection task, unknown left out"),
+    "nuscenes": Entry(
+        "nuscenes.json: results in the format of nuScenes' detection task, without unknown objects"
+    ),
     "clusters": Entry(
         "clusters/NAME.npy: the points of each object, with poses of several frames together: "
         "unlabelled clouds for `budwood points adapt`"
@@ -460,4 +464,4 @@ MODELS = {
     "Qwen/Qwen3-VL-4B-Instruct": _model("qwen3_vl", "Qwen3-VL, any number"),
     "Qwen/Qwen3-VL-30B-A3B-Instruct": _model("qwen3_vl_moe", "Qwen3-VL, mixture of experts"),
 }
-"""Models to begin with; any checkpoint of a known family works."""
+"""Models to start with; any checkpoint of a known family works."""

@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits that identify a JSON value; what is no JSON counts as its text."""
+    """16 hexadecimal digits that identify a JSON value; other values count as text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -297,7 +297,7 @@ def _opened(source: str) -> Iterator[str]:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"cannot load model {source}: it needs code of its own, which budwood does not "
+                f"cannot load model {source}: it needs remote code, which budwood does not "
                 "run; give a checkpoint in transformers' own format (of InternVL, one that ends in "
                 "-hf)"
             ) from error

@@ -149,7 +149,7 @@ def test_model_with_code_of_its_own(budwood, picture, tmp_path):
     config = {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = budwood("prune", picture, "What?", "--model", tmp_path)
-    refused(done, "needs code of its own, which budwood does not run")
+    refused(done, "needs remote code, which budwood does not run")
 
 
 def test_model_without_weights(budwood, picture, tmp_path, model_dir):

@@ -424,7 +424,7 @@ def test_ls(budwood):
         (["--labels", NAMES, "--checkpoint", "no.pt"], "no.pt"),
         (["--labels", NAMES, "--sampler", "dense"], "unknown sampler"),
         (["--labels", NAMES, "--up", "w"], "up='w'"),
-        (["--labels", NAMES, "--templates", "no.txt"], "'no.txt' are no file"),
+        (["--labels", NAMES, "--templates", "no.txt"], "'no.txt' are not a file"),
         (["--labels", NAMES, "--text", "minilmm"], "did you mean 'minilm'"),
         (["--labels", NAMES, "--columns", "xyzr"], "columns='xyzr' must have"),
         (["--labels", NAMES, "--device", "cudda"], "device 'cudda' cannot be used"),

@@ -122,7 +122,7 @@ def test_an_error_in_generate_leaves_a_clean_model(case, warm, batch, place, mon
 @pytest.mark.parametrize("forward", [False, True])
 def test_attaching_twice_is_an_error(case, batch, forward):
     with attach(case.model, keep=3, forward=forward) as session:
-        with pytest.raises(AttachError, match="attached to already.*keep=3"):
+        with pytest.raises(AttachError, match="already attached to.*keep=3"):
             attach(case.model, keep=2)
         case.model.generate(**batch, **GREEDY)
         assert session.report[0].n_after == 3
@@ -214,7 +214,7 @@ def test_a_model_without_vision_is_refused():
     llama = LlamaForCausalLM(LlamaConfig(**models.TEXT))
     with pytest.raises(UnsupportedModelError, match="'llama'.*no vision"):
         attach(llama)
-    with pytest.raises(UnsupportedModelError, match="no transformers model"):
+    with pytest.raises(UnsupportedModelError, match="not a transformers model"):
         attach(torch.nn.Linear(2, 3))
 
 

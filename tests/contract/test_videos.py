@@ -260,7 +260,7 @@ def test_inputs_that_do_not_fit_say_so(case):
             ({f"{kind}_grid_thw": None}, f"{kind}_grid_thw is missing, pixel_values"),
             ({f"{kind}_grid_thw": grids + 2}, f"{kind}_grid_thw has .* patches, pixel_values"),
             ({"mm_token_type_ids": None}, "mm_token_type_ids is missing"),
-            ({"mm_token_type_ids": types.clamp(max=1)}, "mm_token_type_ids says otherwise"),
+            ({"mm_token_type_ids": types.clamp(max=1)}, "mm_token_type_ids disagrees"),
         ):
             with attach(case.model, keep=5), pytest.raises(InputError, match=message):
                 case.model.generate(**{**batch, **changes}, **GREEDY)

@@ -13,7 +13,7 @@ from tests.contract.models import BUILDERS, words
 def test_a_method_is_a_name_or_a_schedule():
     model = BUILDERS["llava"]().model
     for method in (FastV, 3, None):
-        with pytest.raises(InputError, match="is no schedule; give one of fastv, pyramiddrop"):
+        with pytest.raises(InputError, match="is not a schedule; give one of fastv, pyramiddrop"):
             attach_inside(model, method=method)
     assert not model._forward_pre_hooks
 

@@ -62,7 +62,7 @@ def test_bin_files_that_could_be_anything(tmp_path):
     layouts.kitti(layouts.frame(1000)).tofile(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    assert "no whole rows of the 4 columns" in refused(path)
+    assert "not whole rows of the 4 columns" in refused(path)
     path.write_bytes(whole[:-1])
     assert "not a multiple of 4" in refused(path)
     layouts.frame(1000).astype("<f8").tofile(path)
@@ -136,7 +136,7 @@ def test_archives(tmp_path):
     np.savez(path, xyz=XYZ, color=np.array(["#ff0000"] * len(XYZ)))
     assert "colours are not numbers" in refused(path)
     np.savez(path, lon=x, lat=y, alt=z)
-    assert "degrees are no lengths" in refused(path)
+    assert "degrees are not lengths" in refused(path)
 
 
 @pytest.mark.parametrize("order", ["xyz_rgb", "xyzrgb_", "xyzrgb___", "xyz___rgb", "xyz__"])
@@ -187,7 +187,7 @@ def test_text_with_names_and_words(tmp_path):
     path.write_text("# r g b x y z\n10 20 30 1 2 3\n40 50 60 4 5 6\n")
     assert read(path).xyz.tolist() == [[1, 2, 3], [4, 5, 6]]
     path.write_text("lon,lat,alt\n8.4,49.0,110\n8.5,49.1,112\n")
-    assert "degrees are no lengths" in refused(path)
+    assert "degrees are not lengths" in refused(path)
 
 
 def test_leica_and_shapenet(tmp_path):

@@ -360,7 +360,7 @@ def test_poses_of_kitti(tmp_path):
         read_poses(tmp_path / "no", frames)
     (tmp_path / "calib.txt").write_text("P2: 1 2 3\n")
     path.write_text("\n".join([kitti_line(np.eye(4))] * 4))
-    with pytest.raises(InputError, match="no calibration of KITTI"):
+    with pytest.raises(InputError, match="not a KITTI calibration"):
         read_poses(path, frames)
 
 
@@ -391,7 +391,7 @@ def test_poses_of_nuscenes(tmp_path):
     with pytest.raises(InputError, match="no complete tables"):
         read_poses(tmp_path, ["one.pcd.bin"])
     (tmp_path / "sample_data.json").write_text("{}")
-    with pytest.raises(InputError, match="no table of nuScenes"):
+    with pytest.raises(InputError, match="not a nuScenes table"):
         read_poses(tmp_path, ["one.pcd.bin"])
 
 

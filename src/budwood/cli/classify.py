@@ -42,8 +42,7 @@ def classify(
         int | None,
         typer.Option(
             min=2,
-            help="Points to keep of each cloud; default, and most: as many as the encoder was made "
-            "for.",
+            help="Points to keep of each cloud; by default the most that the encoder was made for.",
         ),
     ] = None,
     adapter: Annotated[
@@ -76,9 +75,10 @@ def classify(
 ) -> None:
     """Classify point clouds with labels in words.
 
-    Scores are probabilities over the labels given. What was assumed about the files (columns, the
-    axis that points up, units) and the points left out are said in a line. Clouds that cannot be
-    read are listed at the end, after the labels of the others, and the exit code is 2.
+    Scores are probabilities over the labels given. A line on standard error says what was assumed
+    about the files (columns, the axis that points up, units) and which points were left out. Clouds
+    that cannot be read are listed at the end, after the labels of the others, and the exit code
+    is 2.
 
     \b
     Examples:

@@ -28,7 +28,7 @@ Labels = Annotated[
     typer.Option(metavar="LABEL,…", help='Labels to choose from, such as chair,"desk lamp".'),
 ]
 LabelsFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A text file with one label a line, instead.")
+    Path | None, typer.Option(metavar="FILE", help="A text file with one label per line, instead.")
 ]
 Embeddings = Annotated[
     Path | None,
@@ -69,8 +69,8 @@ DropInvalid = Annotated[
     bool,
     typer.Option(
         "--drop-invalid",
-        help="Leave out points of which one or two coordinates are NaN or infinite; rows of NaN or "
-        "zeros, which are beams without a return, are always left out.",
+        help="Leave out points with one or two NaN or infinite coordinates. Rows of NaN or zeros "
+        "are beams without a return and are always left out.",
     ),
 ]
 KeepStrays = Annotated[
@@ -91,8 +91,8 @@ Templates = Annotated[
     str,
     typer.Option(
         metavar="NAME|FILE",
-        help="Sentences around labels: points64, short or plain, or a text file with a sentence a "
-        "line and {} where the label goes.",
+        help="Sentences around labels: points64, short or plain, or a text file with a sentence on "
+        "each line and {} for the label.",
     ),
 ]
 
@@ -101,7 +101,7 @@ Synonyms = Annotated[
     bool,
     typer.Option(
         "--synonyms/--no-synonyms",
-        help='Average over phrasings of a label, so that "pedestrian" and "person" work alike.',
+        help='Average over phrasings of a label, so "pedestrian" and "person" give the same.',
     ),
 ]
 

@@ -38,7 +38,7 @@ def compare(
         typer.Option("--out", metavar="FILE", help="Save a picture of what each method kept."),
     ] = None,
     model: options.Model = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     span: options.Question = "current",
     seed: options.Seed = 0,
     device: options.Device = "auto",

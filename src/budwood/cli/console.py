@@ -94,7 +94,7 @@ def working(message: str) -> Iterator[None]:
 
 @contextmanager
 def progress(message: str) -> Iterator[Progress]:
-    """Show a progress bar on standard error, or a line every 30 s where that is no terminal.
+    """Show a progress bar on standard error, or a line every 30 s without a terminal.
 
     Yields:
         A function that moves the bar.

@@ -87,7 +87,7 @@ def encoders(json: options.Json = False) -> None:
 def labels(json: options.Json = False) -> None:
     """Labels that the embedded encoder was trained on, by part (indoor, road).
 
-    Other labels work as well as they resemble one of these.
+    Other labels work better the more they resemble one of these.
 
     \b
     Example:

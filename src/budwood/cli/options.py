@@ -84,7 +84,7 @@ def keep_of(text: str) -> int | float:
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="ID|DIR", help="Hub id or directory of the model; by default sprout, embedded."
+        metavar="ID|DIR", help="Hub id or directory of the model; by default the embedded sprout."
     ),
 ]
 Method = Annotated[

@@ -27,12 +27,12 @@ def page(
         str,
         typer.Option(
             metavar="ADDRESS",
-            help="Where to listen; by default only this machine can reach the page, with 0.0.0.0 "
-            "others can.",
+            help="Where to listen. By default only this machine can reach the page; with 0.0.0.0 "
+            "others can too.",
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for a free one.")
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")
     ] = 7860,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -40,7 +40,7 @@ def page(
     """Serve a page that shows pruning, points and fine-tuning in a browser.
 
     Works offline with the embedded models. Models are loaded when they are first used. Visitors can
-    upload files of at most 50 MB, and see no file of this machine. Ctrl-C stops it.
+    upload files of at most 50 MB, and cannot read files of this machine. Ctrl-C stops the page.
 
     \b
     Example:

@@ -51,7 +51,7 @@ def adapt(
     checkpoint: clouds.Checkpoint = None,
     method: options.Adaptation = "sparse-lora",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
-    batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Clouds per step.")] = 32,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None,
     counts: Annotated[
         str, typer.Option(metavar="N,…", help="Numbers of points to adapt to.")
@@ -69,10 +69,10 @@ def adapt(
 ) -> None:
     """Adapt an encoder with unlabelled dense clouds, so that it recognises sparse ones.
 
-    The encoder is not changed: the adapter is a small file beside it, for
-    `budwood classify --adapter`. Some methods, such as esp-zero, also need labels of what may be
-    there, but not which cloud is which. Clouds that cannot be read are listed and left out. An
-    interrupted run is resumed by the same command.
+    The encoder does not change. The adapter is a small file for `budwood classify --adapter`. Some
+    methods, such as esp-zero, also need labels of what the clouds could be, but not which cloud is
+    which. Clouds that cannot be read are listed and left out. Repeat the command to continue an
+    interrupted run.
 
     \b
     Examples:
@@ -164,8 +164,8 @@ def embed(
 ) -> None:
     """Write text embeddings for an encoder, for machines that have no text model.
 
-    Without labels, those that are common on roads and indoors are embedded. The encoder's own
-    weights are not needed, its text model is; it comes from the hub. (ULIP's is in its checkpoint:
+    Without labels, common labels of roads and rooms are embedded. This needs the encoder's text
+    model, from the hub, but not the encoder's weights. (ULIP's text model is in its checkpoint:
     give that as --text.) `budwood classify --embeddings FILE --labels car,bus` chooses among them.
 
     \b

@@ -41,7 +41,7 @@ def prune(
     overlay: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save a picture of what was kept.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     span: options.Question = "current",
     compat: options.Compat = None,
     seed: options.Seed = 0,

@@ -40,7 +40,7 @@ def report(
             "and show which tokens its first six methods keep.",
         ),
     ] = 0,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Results",
     force: options.Force = False,
 ) -> None:
     """Write benchmark records as one HTML page: curves, tables, and where the numbers come from.

@@ -91,7 +91,7 @@ def scan(
         ),
     ] = 60.0,
     near: Annotated[
-        float, typer.Option(help="Leave out points this near, such as the own vehicle, metres.")
+        float, typer.Option(help="Metres around the sensor to leave out, such as its vehicle.")
     ] = 0.0,
     ground: Annotated[
         bool, typer.Option("--ground/--no-ground", help="Remove the ground, or leave it.")
@@ -119,7 +119,7 @@ def scan(
     checkpoint: clouds.Checkpoint = None,
     points: Annotated[
         int | None,
-        typer.Option(min=2, help="Points of an object that are encoded at most."),
+        typer.Option(min=2, help="Most points of an object that are encoded."),
     ] = None,
     up: clouds.Up = "z",
     columns: clouds.Columns = None,
@@ -135,10 +135,10 @@ def scan(
 ) -> None:
     """Find the objects in frames of a LiDAR, radar or depth camera, and name them.
 
-    The ground is removed, what stands on it is clustered, and each cluster gets a label, or
-    "unknown" if it resembles the background more. Lengths are metres, and the sensor is at the
-    origin. With --poses, objects are followed over frames, and the points of several frames
-    together name each. Frames that cannot be read are listed at the end, and the exit code is 2.
+    The ground is removed, and the other points are clustered. Each cluster gets a label, or
+    "unknown" if it resembles the background more. Lengths are in metres, and the sensor is at the
+    origin. With --poses, objects are tracked over frames, and the points of several frames together
+    name an object. Frames that cannot be read are listed at the end, and the exit code is 2.
 
     \b
     Examples:

@@ -24,12 +24,12 @@ def serve(
     question: options.Question = "current",
     seed: options.Seed = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the vllm serve line and start nothing.")
+        bool, typer.Option("--dry-run", help="Print the vllm serve command and start nothing.")
     ] = False,
 ) -> None:
     """Serve a vision-language model with pruned images, through vLLM.
 
-    All other options are vLLM's own. Ctrl-C ends the server and all of its processes.
+    All other options are vLLM's own. Ctrl-C ends the server and all its processes.
 
     \b
     Examples:

@@ -61,7 +61,7 @@ def tune_eval(
     fresh: Annotated[
         bool,
         typer.Option(
-            "--fresh", help="Measure the base model again, even if it was for another adapter."
+            "--fresh", help="Measure the base model again; do not use its scores in the cache."
         ),
     ] = False,
     seed: options.Seed = 0,
@@ -77,13 +77,13 @@ def tune_eval(
 ) -> None:
     """Score an adapter and its base model on target tasks, general tasks and text.
 
-    A file has lines as for `budwood tune`; facts, extract and reviews bring their data; other names
-    are tasks of lm-eval. The floor is the better of the base model and the best constant answer.
-    With --data DIR alone, the shipped tasks are scored: openbookqa, boolq and arc_easy as targets,
-    winogrande, social_iqa and gsm8k as general tasks, and perplexity on wikitext2_valid.txt. KL is
-    the divergence from the base model, on text and on its own replies to everyday requests.
-    Intervals hold 95 %, by a paired bootstrap over items. The base model's scores and replies are
-    kept in budwood's cache for the next adapter.
+    A task is a file with lines as for `budwood tune`, or facts, extract or reviews, which bring
+    their data, or a task of lm-eval. The floor is the better of the base model and the best
+    constant answer. With --data DIR alone, the shipped tasks are scored: openbookqa, boolq and
+    arc_easy as targets, winogrande, social_iqa and gsm8k as general tasks, and perplexity on
+    wikitext2_valid.txt. KL is the divergence from the base model, on text and on its own replies to
+    everyday requests. Intervals are 95 % intervals of a paired bootstrap over items. The base
+    model's scores and replies are kept in budwood's cache for the next adapter.
 
     \b
     Examples:
@@ -209,7 +209,7 @@ def _measure(loaded: Loaded, suite: Suite, seed: int, kept: Kept | None) -> list
 
 
 def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
-    from budwood.tune.training.trainer import is_slim
+    from budwood.tune.slim.keeper import is_slim
 
     if plot and not is_slim(loaded.model):
         raise InputError(

@@ -77,7 +77,7 @@ def export_lora(
     from budwood.cli.models import load_adapted
     from budwood.tune.evaluate.tasks import draw
     from budwood.tune.slim.export import empty_folder
-    from budwood.tune.training.trainer import is_slim
+    from budwood.tune.slim.keeper import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
@@ -129,14 +129,11 @@ def _export(
 
 
 def _batches(rows: list[EncodedExample], loaded: Loaded) -> list[dict[str, Any]]:
-    from budwood.tune.data.encoding import Padded
+    from budwood.tune.data.batches import Padded, on_device
 
     collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     return [
-        {
-            key: value.to(loaded.model.device)
-            for key, value in collate(ordered[i : i + _BATCH]).items()
-        }
+        on_device(collate(ordered[i : i + _BATCH]), loaded.model.device)
         for i in range(0, len(ordered), _BATCH)
     ]

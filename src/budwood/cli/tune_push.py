@@ -35,8 +35,8 @@ def push(
 ) -> None:
     """Put an adapter on the Hugging Face hub.
 
-    The model card names the base model and the data, says how to load the adapter, and with
-    --scores what it learnt and what it forgot. Log in with `hf auth login` first.
+    The model card names the base model and the data, and says how to load the adapter. With
+    --scores it also says what the adapter learnt and forgot. Log in with `hf auth login` first.
 
     \b
     Examples:

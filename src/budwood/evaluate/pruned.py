@@ -23,7 +23,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 
 @dataclass(frozen=True, eq=False)
 class PrunedModel:
-    """A model with pruning attached, for as long as it lives.
+    """A model with pruning attached until the object is deleted.
 
     Attributes:
         model: the transformers model.

@@ -142,7 +142,7 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, (str, os.PathLike)):
         if not Path(templates).is_file():
             known = ", ".join(TEMPLATES)
-            raise InputError(f"templates {str(templates)!r} are no file; names: {known}")
+            raise InputError(f"templates {str(templates)!r} are not a file; names: {known}")
         sentences = tuple(read_lines(templates))
     else:
         sentences = tuple(templates)

@@ -192,7 +192,7 @@ def refuse_inputs(inputs: dict[str, Any], whole_video: bool) -> None:
         AttachError: a video beside images.
     """
     if whole_video:
-        raise AttachError("images beside a video cannot be pruned; give one of them, or detach")
+        raise AttachError("images with a video cannot be pruned; give one of them, or detach")
 
 
 def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:
@@ -208,7 +208,7 @@ def refuse_unknown_video(inputs: dict[str, Any], model: Any) -> None:
 
 
 def refuse_explicit(inputs: dict[str, Any]) -> None:
-    """Inputs that pruning works out by itself.
+    """Refuse inputs that pruning computes itself.
 
     Raises:
         InputError: explicit positions, or an attention mask that is not 2-D.

@@ -110,7 +110,7 @@ def attach(
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no vision.
-        AttachError: the model is attached to already, or ``encoded`` is for other methods.
+        AttachError: the model is already attached to, or ``encoded`` is for other methods.
         UnknownNameError: unknown method, ``compat`` or ``question``.
         BudgetError: ``keep`` is neither a count nor a fraction.
         InputError: ``seed`` is out of range.
@@ -193,7 +193,7 @@ class PruneSession:
         self.detach()
 
     def detach(self) -> None:
-        """Leave the model as it was found. The report stays readable; twice does no harm.
+        """Restore the model. The report stays readable, and calling it twice is safe.
 
         Calls that run in other threads end as they began, pruned. Caches that hold a pruned prompt
         refuse to be used from then on, until a new session is attached.
@@ -215,7 +215,7 @@ class PruneSession:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[bool]:
-        """A call of the model, which is to be pruned if this session is attached.
+        """Enclose a call of the model; yields whether the call is pruned.
 
         What a call changes in the model is put back when the last one has ended.
         """
@@ -270,7 +270,7 @@ class PruneSession:
 
     @property
     def report(self) -> list[ImageReport]:
-        """What was kept in this thread's last call, one entry per image.
+        """What was kept in this thread's last call, one entry per image or video.
 
         Raises:
             InputError: on a GPU, where it is not waited for in the call: features had NaN.
@@ -279,12 +279,12 @@ class PruneSession:
 
     @property
     def timing(self) -> Timing:
-        """Of this thread's last call; zeros if it had no images."""
+        """Timing of this thread's last call; zeros if it had no images."""
         return self._calls.last.timing
 
     @property
     def origin(self) -> Tensor | None:
-        """Of this thread's last call, position in the given prompt of each token that the LLM saw.
+        """Position in the given prompt of each token that the LLM saw in this thread's last call.
 
         -1 for padding, int64, shape (batch, n_kept); None if the call had no images.
         """
@@ -502,7 +502,7 @@ def _refuse_attached(model: Any) -> None:
     held = getattr(getattr(model, "__dict__", {}).get("generate"), "budwood_session", None)
     if held is not None:
         raise AttachError(
-            f"{type(model).__name__} is attached to already (method {held.pruner.method.name!r}, "
+            f"{type(model).__name__} is already attached to (method {held.pruner.method.name!r}, "
             f"keep={held.pruner.budgets.keep}); detach that session first"
         )
 

@@ -1,4 +1,4 @@
-"""The line that starts vLLM with pruned images, and the server that it starts."""
+"""The command that starts vLLM with pruned images, and the server that it starts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Line:
 
     @property
     def arguments(self) -> list[str]:
-        """Behind ``vllm``."""
+        """The arguments after ``vllm``."""
         overrides = json.dumps(self.overrides, separators=(",", ":"))
         return ["serve", self.model, "--hf-overrides", overrides, *self.options]
 
@@ -58,7 +58,7 @@ class Line:
 
 
 def line_for(model: str, config: Any, settings: Settings, options: Sequence[str] = ()) -> Line:
-    """Look up a model's architecture and write the line.
+    """Look up a model's architecture and make the ``vllm serve`` command.
 
     Args:
         model: hub id or directory.

@@ -1,4 +1,4 @@
-"""What a server is told about pruning, and which of it cannot be served."""
+"""Settings of pruning in a server, and the methods that it cannot serve."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Settings:
 
     @cached_property
     def chosen(self) -> Method:
-        """The method itself."""
+        """The method as an instance."""
         return resolve_method(self.method)
 
     @classmethod

@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> N
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; afterwards every module is in its mode of before.
+    """Run the block in evaluation mode, and then put every module back into its own mode.
 
     Quantised layers stay in training mode: on a CPU, those of bitsandbytes repack their weights in
     the first evaluation pass, and have wrong gradients from then on.
@@ -100,6 +100,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def adapter_off(model: Any) -> AbstractContextManager[None]:
+    """Switch a model's adapter off for a block; a model without one stays as it is."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def _alike(weights: Mapping[str, float], other: Mapping[str, float]) -> bool:

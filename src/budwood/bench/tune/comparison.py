@@ -28,9 +28,10 @@ from budwood.tune.evaluate.suite import TEXT, Suite, routing_rows
 from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
 from budwood.tune.finetuning import FinetuneResult, finetune
 from budwood.tune.methods import attach, is_ablation, parse_tuner
+from budwood.tune.slim.keeper import is_slim
 from budwood.tune.tasks import MADE
-from budwood.tune.training.run import fingerprint, rewound
-from budwood.tune.training.trainer import is_slim
+from budwood.tune.training.run import fingerprint
+from budwood.tune.training.strength import rewound
 
 _PROBE_WINDOWS, _PROBE_REPLIES = 6, 12
 

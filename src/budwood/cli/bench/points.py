@@ -50,7 +50,7 @@ def bench_points(
     ] = "64",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
-    batch: Annotated[int, typer.Option(min=1, help="Clouds a step.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Clouds per step.")] = 32,
     sampler: Annotated[
         str, typer.Option(help="How points are chosen in adaptation: random, lidar, ….")
     ] = "random",
@@ -60,7 +60,7 @@ def bench_points(
     warm_up: Annotated[
         bool,
         typer.Option(
-            "--warm-up", help="Show methods that see other clouds those for adaptation first."
+            "--warm-up", help="Methods that see other clouds first see those for adaptation."
         ),
     ] = False,
     encoder: clouds.Encoder = "sprout",
@@ -75,12 +75,12 @@ def bench_points(
 ) -> None:
     """Measure top-1 and top-5 of every method, by number of points, on the clouds that ship.
 
-    Adaptation has (other) clouds of the seen classes. Methods that see earlier clouds get the test
-    clouds of a group one by one, in an order drawn by the seed, and begin anew with each row and
-    group. The unseen classes were in the encoder's
-    pretraining alone, the novel ones in neither. Labels are chosen among those of the group. Means
-    and standard deviations are over seeds. --out is written after each method; repeat the command
-    without --force to resume a run that was cut off.
+    Adaptation gets other clouds of the seen classes. The unseen classes occur only in the encoder's
+    pretraining, and the novel classes in neither. Each cloud is classified among the labels of its
+    group. Methods that see earlier clouds get the test clouds of a group one by one, in an order
+    drawn by the seed, and start anew for each row and group. Means and standard deviations are over
+    seeds. --out is written after each method. Repeat the command without --force to continue an
+    interrupted run.
 
     \b
     Example:

@@ -53,9 +53,9 @@ def bench_points_speed(
 ) -> None:
     """Measure clouds per second: the frozen encoder, adapters (fused and not), and grouping.
 
-    With --paths, --large or --frame: the time from files to labels, beside a plain loop; of
-    samplers and groups on a large cloud; of a whole frame. Ratios are taken within a round, and
-    their medians shown.
+    --paths measures the time from files to labels, compared with a plain loop. --large times
+    samplers and groups on a large cloud, and --frame times `budwood scan` on a frame. Ratios are
+    taken within a round, and the table shows their medians.
 
     \b
     Examples:

@@ -73,7 +73,7 @@ def bench_prune(
     dtype: options.Dtype = "auto",
     batch: Annotated[int, typer.Option(help="Questions answered at a time.")] = 24,
     timed: Annotated[int, typer.Option(help="Questions whose first token is timed.")] = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 4,
     out: options.Out = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against budget.")

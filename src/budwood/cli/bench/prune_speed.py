@@ -55,7 +55,7 @@ def bench_speed(
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     threads: Annotated[
         str,
-        typer.Option(metavar="N,…", help="Measure requests a second with so many threads, too."),
+        typer.Option(metavar="N,…", help="Also measure requests per second with so many threads."),
     ] = "",
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
     seed: options.Seed = 0,
@@ -112,7 +112,7 @@ def _counts(threads: str) -> list[int]:
     names = options.listed(threads) if threads else []
     for name in names:
         if not name.isdigit() or int(name) < 1:
-            raise InputError(f"threads={name!r} is no number of threads; give some like 1,4,8")
+            raise InputError(f"threads={name!r} is not a number of threads; give some, as 1,4,8")
     return list(map(int, names))
 
 

@@ -37,13 +37,13 @@ def bench_serve(
         str, typer.Option(metavar="N,…", help="Requests under way at the same time.")
     ] = "1,4,16",
     pictures: Annotated[
-        str, typer.Option(metavar="same,many", help="One picture throughout, or many.")
+        str, typer.Option(metavar="same,many", help="same: one for all; many: different ones.")
     ] = "same,many",
     questions: Annotated[
-        str, typer.Option(metavar="same,many", help="One question throughout, or many.")
+        str, typer.Option(metavar="same,many", help="same: one for all; many: different ones.")
     ] = "same,many",
     requests: Annotated[
-        int, typer.Option(help="Requests of each row, or as many as run at once.")
+        int, typer.Option(help="Requests in each row; at least as many as run at once.")
     ] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 16,
     side: Annotated[int, typer.Option(help="Width and height of a picture in pixels.")] = 336,

@@ -121,11 +121,11 @@ def bench_tune(
 
     The targets facts, extract and reviews bring their data. DIR holds wikitext2_valid.txt, the
     general tasks, and NAME_train.jsonl and NAME_test.jsonl for other targets, such as openbookqa,
-    boolq and arc_easy. Rates are chosen on validation questions; tests are run for the chosen ones
-    only. The floor of a target is the better of the base model and the best constant answer.
-    Everything goes to --output: a record a run, the record of the comparison, pictures. An
-    interrupted comparison continues when the command is repeated; more methods, rates and seeds may
-    be added, and rates tried before count.
+    boolq and arc_easy. Validation questions choose the learning rates, and only chosen rates are
+    tested. The floor of a target is the better of the base model and the best constant answer.
+    --output gets a record per run, the record of the comparison, and plots. Repeat the command to
+    continue an interrupted comparison. You may add methods, rates and seeds; rates that were tried
+    before count.
 
     \b
     Example:

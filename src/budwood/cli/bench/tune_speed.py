@@ -36,12 +36,12 @@ def bench_tune_speed(
     methods: Annotated[
         str, typer.Option(metavar="NAME,…", help="frozen and lora, and any of slim, loop, bypass.")
     ] = "frozen,lora,slim,loop,bypass",
-    rank: Annotated[int, typer.Option(help="Of each expert.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of each expert.")] = 16,
     distance: Annotated[
         str, typer.Option(help="discriminant, whitened, rms or max.")
     ] = "discriminant",
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
-    seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
     device: options.Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16, of the frozen weights.")

@@ -56,7 +56,7 @@ class PointCacheConfig(AdapterConfig):
 
 
 class PointCache(Adapter):
-    """The surest clouds so far vote for their labels, by likeness as a whole and in parts.
+    """The most certain clouds so far vote for their labels, as a whole and in parts.
 
     Source: Sun et al., *Point-Cache*, CVPR 2025 (arXiv 2503.12150): the global cache, the local
     cache and their update. The paper's body was not at hand: it is known from its abstract and

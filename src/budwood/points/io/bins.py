@@ -80,7 +80,7 @@ def count_columns(values: NDArray[np.float32], path: Path) -> int:
     clear = _clear_widths(values)
     if len(clear) == 1 and clear[0] not in fitting:
         raise InputError(
-            f"{path} has {n_values} float32, which are no whole rows of the {clear[0]} columns "
+            f"{path} has {n_values} float32, not whole rows of the {clear[0]} columns "
             f"that its values seem to have: truncated, or with a header; {_NAME_THEM}"
         )
     if len(clear) == 1:

@@ -110,7 +110,7 @@ def no_coordinates(names: Iterable[str], source: str) -> InputError:
     given = ", ".join(names)[:80] or "no fields"
     if all(named(names, spellings) for spellings in LON_LAT):
         return InputError(
-            f"{source} has {given}: degrees are no lengths; project them to metres (x, y, z) first"
+            f"{source} has {given}: degrees are not lengths; project them to metres (x, y, z) first"
         )
     return InputError(f"{source} holds {given}; expected x, y and z, or one of {_some(XYZ_NAMES)}")
 

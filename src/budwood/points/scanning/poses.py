@@ -137,10 +137,10 @@ def read_calibration(path: str | os.PathLike[str]) -> dict[str, Array]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise InputError(f"{path} is no calibration of KITTI: {error}") from None
+        raise InputError(f"{path} is not a KITTI calibration: {error}") from None
     name = next((key for key in ("Tr_velo_to_cam", "Tr") if key in values), None)
     if name is None or values[name].size != 12:
-        raise InputError(f"{path} is no calibration of KITTI: it has no Tr of 12 numbers")
+        raise InputError(f"{path} is not a KITTI calibration: it has no Tr of 12 numbers")
     found = {"Tr": _square(values[name])}
     rectify = values.get("R0_rect")
     if rectify is not None and rectify.size == 9:
@@ -185,7 +185,7 @@ def _by_token(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 def _table(folder: Path, name: str, key: str) -> list[dict[str, Any]]:
     rows = read_json(folder / f"{name}.json")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and key in row for row in rows):
-        raise InputError(f"{folder / name}.json is no table of nuScenes")
+        raise InputError(f"{folder / name}.json is not a nuScenes table")
     return rows
 
 

@@ -69,7 +69,7 @@ def family_of(
     if not hasattr(config, "model_type"):
         inner = wrapper_attribute(model)
         todo = f"pass its .{inner}" if inner else f"known families: {', '.join(FAMILIES)}"
-        raise UnsupportedModelError(f"{kind} is no transformers model; {todo}")
+        raise UnsupportedModelError(f"{kind} is not a transformers model; {todo}")
     family = family_class(config, kind)
     if whole_crops and not family.has_whole_crops:
         raise UnsupportedModelError(

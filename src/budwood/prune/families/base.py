@@ -174,7 +174,7 @@ class Visuals(ABC):
         return BaseModelOutputWithPooling(pooler_output=given)
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """The pixels by which each visual is known again, one tensor per visual."""
+        """The pixels that identify each visual, one tensor per visual."""
         return list(inputs[self.pixels])
 
     def only(self, inputs: Mapping[str, Any], which: Sequence[int]) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class Family(Visuals):
 
     @property
     def wrapping_ids(self) -> frozenset[int]:
-        """Special tokens around an image, which neither are text nor end a turn."""
+        """Special tokens around an image. They are not text and do not end a turn."""
         return wrapping_ids(self.model.config)
 
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:

@@ -76,7 +76,7 @@ class InternVL(Tiled):
         return [square(len(run) // self.side**2) for run in runs]
 
     def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
-        """By the arrangement of this many tiles that is nearest to the picture's proportions."""
+        """Use the arrangement of this many tiles that is nearest to the picture's proportions."""
         tiles = _nearest(layout.n_crops, image_size[1] / image_size[0])
         return tiled_layout(tiles, self.side, self.merged, self.run_per_tile).boxes
 

@@ -130,7 +130,7 @@ def crop_layout(
 
 
 def on_picture(boxes: Tensor, image_size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
-    """From fractions of a canvas, which a picture is fitted into and centred on, to the picture's.
+    """Convert fractions of a canvas to fractions of the picture that is centred in it.
 
     Args:
         boxes: x0, y0, x1, y1 as fractions of the canvas, shape (n, 4).

@@ -70,7 +70,7 @@ class LlavaOnevision(LlavaNext):
         return some | {"batch_num_images": torch.tensor(sizes)}
 
     def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
-        """Where there is one crop, less the padding that makes a square of the picture."""
+        """With one crop: without the padding that makes the picture square."""
         if layout.n_crops > 1:
             return layout.boxes
         square = (max(image_size), max(image_size))

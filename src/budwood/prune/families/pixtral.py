@@ -69,7 +69,7 @@ class Pixtral(Family):
         for height, width in torch.as_tensor(inputs["image_sizes"]).tolist():
             if height % unit or width % unit:
                 raise InputError(
-                    f"image_sizes has {height} × {width} pixels, which are no multiples of {unit}; "
+                    f"image_sizes has {height} × {width} pixels, not multiples of {unit}; "
                     "pass the sizes that the processor returns"
                 )
             layouts.append(_layout(height // unit, width // unit))

@@ -144,7 +144,7 @@ class QwenVL(Family):
         n_wrong = int(((kinds.cpu() != expected) & mask.bool()).sum())
         if n_wrong:
             raise InputError(
-                f"mm_token_type_ids says otherwise than input_ids for {n_wrong} tokens; give 1 for "
+                f"mm_token_type_ids disagrees with input_ids for {n_wrong} tokens; give 1 for "
                 "placeholders of images, 2 for those of videos and 0 for text"
             )
         return kinds.cpu()

@@ -108,11 +108,11 @@ class InsideSession:
 
     @property
     def report(self) -> InsideReport | None:
-        """Of this thread's last prompt with visual tokens; None before the first."""
+        """Report on this thread's last prompt with visual tokens; None before the first."""
         return getattr(self._here, "report", None)
 
     def detach(self) -> None:
-        """Take the hooks off; twice does no harm."""
+        """Remove the hooks. Calling it twice is safe."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -294,7 +294,7 @@ def attach_inside(
         method = SCHEDULES.get(method)()
     if not isinstance(method, Schedule):
         raise InputError(
-            f"method={method!r} is no schedule; give one of {', '.join(SCHEDULES)}, or an "
+            f"method={method!r} is not a schedule; give one of {', '.join(SCHEDULES)}, or an "
             "instance such as FastV(layer=3)"
         )
     return InsideSession(model, method, Budget.parse(keep))

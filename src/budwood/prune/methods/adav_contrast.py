@@ -14,7 +14,7 @@ from budwood.prune.methods.scores import Common, log_contrast
 
 @dataclass(frozen=True)
 class Contrast(Method):
-    """Relevance without what all words, and all visual tokens, share.
+    """Relevance without the part that all words, or all visual tokens, share.
 
     Args:
         temperature: factor on the contrast; lower than AdaV's, so that a word without a match

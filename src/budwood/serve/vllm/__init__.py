@@ -13,7 +13,7 @@ KEY = "budwood"
 
 
 def register() -> None:
-    """Tell vLLM of the architectures; called by vLLM in each of its processes, harmless twice.
+    """Register the architectures. vLLM calls this in each of its processes; twice is safe.
 
     What is behind a name is imported when a model asks for it.
     """
@@ -28,5 +28,5 @@ def register() -> None:
 
 
 def served_name(architecture: str) -> str:
-    """The pruning architecture's name, of transformers' own."""
+    """The name of the pruning architecture for one of transformers' architectures."""
     return f"Budwood{architecture}"

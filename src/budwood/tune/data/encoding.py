@@ -1,4 +1,4 @@
-"""Examples as tokens, and batches of them."""
+"""Examples as tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data.examples import Example
-from budwood.unwrap import innermost
 
 _MARK, _REPLY = "@@request@@", "@@reply@@"
 DAY = date(2025, 1, 1)
@@ -161,7 +158,7 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
 
 
 def _need_place(tokenizer: Any, example: Example, rendered: str) -> None:
-    """Refuse a conversation of which the chat template leaves something out without a word."""
+    """Refuse a conversation if the chat template silently leaves out a part of it."""
     last = example.messages[-1]
     calls = [call for message in example.messages for call in message.get("tool_calls", ())]
     missing = [
@@ -280,65 +277,6 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     return tokens
 
 
-@dataclass(frozen=True)
-class Padded:
-    """Collates examples into a batch, padded on the left.
-
-    All answers then end at the last position, and the logits before them need not be computed,
-    which with a large vocabulary saves as much as many layers cost. Models with a running state,
-    some of which read padding, get it on the right instead.
-
-    Args:
-        pad_id: the padding token.
-        multiple: lengths are padded to a multiple of this.
-        trim: add ``logits_to_keep``, and give labels for those positions only.
-        n_before: further positions to keep before the first label.
-        count: add ``position_ids``, counted from the beginning of each row.
-        behind: pad on the right; excludes ``trim``.
-    """
-
-    pad_id: int
-    multiple: int = 8
-    trim: bool = True
-    n_before: int = 0
-    count: bool = False
-    behind: bool = False
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any, **options: Any) -> Padded:
-        """The collator for a model; further options as of the class."""
-        if is_stateful(model):
-            return cls(pad_of(tokenizer), **options | {"trim": False, "behind": True})
-        options = {"trim": takes_logits_to_keep(model), "count": _counts(model)} | options
-        return cls(pad_of(tokenizer), **options)
-
-    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        width = -(-width // self.multiple) * self.multiple
-        batch: dict[str, Any] = {
-            "input_ids": self._padded([row["input_ids"] for row in rows], width, self.pad_id),
-            "attention_mask": self._padded([[1] * len(row["labels"]) for row in rows], width, 0),
-        }
-        if self.count:
-            batch["position_ids"] = positions(batch["attention_mask"])
-        labels = self._padded([row["labels"] for row in rows], width, IGNORED)
-        if self.trim:
-            n_kept = min(_n_last(rows) + 1 + self.n_before, width)
-            batch["logits_to_keep"] = n_kept
-            labels = labels[:, -n_kept:]
-        return batch | {"labels": labels}
-
-    def _padded(self, rows: Sequence[list[int]], width: int, fill: int) -> Tensor:
-        gaps = [[fill] * (width - len(row)) for row in rows]
-        return torch.tensor([r + g if self.behind else g + r for r, g in zip(rows, gaps)])
-
-
-def pad_of(tokenizer: Any) -> int:
-    """The padding token, or the end of a turn if the tokenizer has none."""
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
-
-
 def longest_for(model: Any, max_length: int) -> int:
     """The longest example: ``max_length``, but not more than the model has positions.
 
@@ -348,42 +286,6 @@ def longest_for(model: Any, max_length: int) -> int:
     """
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(max_length, n_positions or max_length)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """The place of each token in its row, from 0, by an attention mask of shape (n, length)."""
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
-def _counts(model: Any) -> bool:
-    """Whether padding on the left shifts positions for a model; rotary positions are relative."""
-    text = model.config.get_text_config()
-    return takes(model, "position_ids") and not getattr(text, "rope_parameters", None)
-
-
-def takes_logits_to_keep(model: Any) -> bool:
-    """Whether a model can compute the last logits only."""
-    return takes(model, "logits_to_keep")
-
-
-def takes(model: Any, name: str) -> bool:
-    """Whether a model, or the one inside an adapter, has an argument of that name."""
-    import inspect
-
-    return name in inspect.signature(innermost(model).forward).parameters
-
-
-def is_stateful(model: Any) -> bool:
-    """Whether a model, or the one inside an adapter, has layers with a state and no cache."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    others = set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"}
-    return bool(others) or bool(getattr(innermost(model), "_is_stateful", False))
-
-
-def _n_last(rows: Sequence[EncodedExample]) -> int:
-    """Tokens from the first label of a row to its end; the most of any row."""
-    first = [next(i for i, x in enumerate(row["labels"]) if x != IGNORED) for row in rows]
-    return max(len(row["labels"]) - i for row, i in zip(rows, first))
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

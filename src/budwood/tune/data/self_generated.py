@@ -15,11 +15,10 @@ from budwood.errors import InputError
 from budwood.files import digest, read_json, write_text
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating, fingerprint_of
+from budwood.tune.data.batches import Padded, pad_of
 from budwood.tune.data.encoding import (
     IGNORED,
     EncodedExample,
-    Padded,
-    pad_of,
     prompt_tokens,
     token_rows,
     tokens_before_request,
@@ -140,7 +139,7 @@ def replies(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[EncodedExample]:
-    """Draw a model's own replies, on which it is compared with its tuned self.
+    """Draw a model's own replies, on which its tuned version is compared with it.
 
     Args:
         model: the base model, or a PEFT model whose adapter is off.

@@ -18,12 +18,8 @@ _HERE = Path(__file__).parent
 _PACKAGES = ("budwood", "torch", "transformers", "lm_eval")
 """Whose version may change a result."""
 _CODE = (
-    "harness",
-    "scores",
-    "tasks",
-    "../data/encoding",
-    "../data/examples",
-    "../data/self_generated",
+    *("harness", "scores", "tasks"),
+    *("../data/examples", "../data/encoding", "../data/batches", "../data/self_generated"),
 )
 """Modules that results come from."""
 _OF_ADAPTERS = (".modules_to_save.", ".token_adapter.", ".trainable_tokens_")

@@ -35,7 +35,7 @@ class Tuner:
     kl_on_texts: ClassVar[bool] = False
     """Whether ``kl`` is taken on self-generated text, and not on prompts."""
     own_rank: ClassVar[int] = 0
-    """The rank that a comparison takes; 0 for one with as many parameters as the reference."""
+    """The rank in a comparison; 0 for a rank with as many parameters as the reference has."""
 
     def __post_init__(self) -> None:
         for name, place in (("r", "rank"), ("seed", "seed")):

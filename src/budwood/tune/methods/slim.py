@@ -30,8 +30,8 @@ class Slim(Tuner):
     Attributes:
         texts: self-generated texts that the discriminant tells the training data from. 0 for the
             whitened distance, None to decide by the amount of data.
-        strength: ours, as of any tuner. None for 0.7, which on validation data forgets less and
-            costs nothing, and for 1 with few examples.
+        strength: ours, as of any tuner. None for 1 with few examples, and otherwise for 0.7, which
+            forgets less and costs nothing on validation data.
         n_supervised_tokens: amount of training data, set by :meth:`fitted_to`.
     """
 

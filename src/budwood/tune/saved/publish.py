@@ -129,10 +129,10 @@ def check_push(
 
 
 def check_hub(repo_id: str) -> None:
-    """Refuse an id that is none, and a hub that does not answer.
+    """Refuse a malformed id, and a hub that does not answer.
 
     Raises:
-        InputError: either.
+        InputError: the id is malformed, or the hub does not answer.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

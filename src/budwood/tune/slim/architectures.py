@@ -94,7 +94,7 @@ _ELSEWHERE = r"(?!.*(att|router|indexer|compressor|norm))(?!(.*\.)?gate\.)"
 _MLP = re.compile(rf"{_ELSEWHERE}(.*\.)?({_MLP_NAMES})", re.IGNORECASE)
 """Where the name of a linear layer, after its block's number, says that it is in an MLP."""
 _WITHOUT_MLP = re.compile(r"mixer\.in_proj")
-"""What Mamba's blocks, which have no MLP, are adapted at; they do not call their other layers."""
+"""The layer to adapt in Mamba's blocks, which have no MLP and do not call their other layers."""
 
 
 def mlp_targets(linear: Iterable[str]) -> str | None:

@@ -5,9 +5,10 @@ gathered in the backward pass and counted once per optimiser step. A graph takes
 that it does not look into:
 
 - ``budwood::slim_distance`` measures the distances, and returns the moments beside them;
-- ``budwood::slim_last_distance`` are those of the block's first layer, for the last one;
-- ``budwood::slim_used`` is a weight as a pass uses it, and its backward is
-- ``budwood::slim_settle``, which masks the gradient, adds the penalty, and hands the moments over.
+- ``budwood::slim_last_distance`` returns the distances of a block's first layer to its last;
+- ``budwood::slim_used`` returns a weight as a pass uses it;
+- ``budwood::slim_settle``, its backward, masks the gradient, adds the penalty and hands over the
+  moments.
 
 The objects behind them are found by a handle, a number in a tensor on the CPU. As a tensor it is an
 input of the graph, so that layers of one shape share one graph.

@@ -66,10 +66,10 @@ def export_lora(
 ) -> LoraExport:
     """Write an ordinary LoRA whose experts have fixed weights: their averages over some data.
 
-    Not in the paper; ours. The LoRA is what SLIM would be if every token were routed alike, as the
-    tokens of the answers are on average. It
-    loses the choice by token, and with it the bypass: expect it to forget more. It is labelled
-    approximate, with the losses measured, in ``approximation.json`` and ``README.md`` beside it.
+    Not in the paper; ours. The LoRA is what SLIM would be if every token were routed as the tokens
+    of the answers are on average. It loses the choice by token, and with it the bypass, so that it
+    forgets more. ``approximation.json`` and ``README.md`` beside it call it approximate and give
+    the measured losses.
 
     Args:
         model: a PEFT model whose one active adapter is SLIM's.

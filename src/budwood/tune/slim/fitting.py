@@ -1,4 +1,4 @@
-"""Fitting the discriminant: the base model reads training data, and text that must not change.
+"""Fitting the discriminant between training data and text on which the model should not change.
 
 Ours. The distance to the training data alone does not know what other text looks like. The model's
 self-generated text shows it, and takes no other data: the model also makes up the requests that it
@@ -19,7 +19,8 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
-from budwood.tune.data.encoding import EncodedExample, Padded, n_supervised
+from budwood.tune.data.batches import Padded, on_device
+from budwood.tune.data.encoding import EncodedExample, n_supervised
 from budwood.tune.data.self_generated import self_generate
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
@@ -57,8 +58,8 @@ def fit_discriminant(
         rows: training data, ``input_ids`` and ``labels``. Rows are drawn until ``MOST_TOKENS``
             count, and at least ``N_EXAMPLES``. A token counts if its next token's label is not
             −100; with ``fit_on="all"`` every token counts.
-        other: text that must not change, in the same form. None for ``N_TEXTS`` self-generated
-            texts, which need a chat template.
+        other: text on which the model should not change, in the same form. None for ``N_TEXTS``
+            self-generated texts, which need a chat template.
         batch: rows at a time.
         seed: of the draws.
         progress: called after each batch of text that is generated.
@@ -175,9 +176,9 @@ def _read(
     collate = Padded.of(model, tokenizer)
     with _surveyed(model, survey), evaluating(model):
         for start in range(0, len(rows), batch):
-            inputs = collate(rows[start : start + batch])
+            inputs = on_device(collate(rows[start : start + batch]), device)
             tell_labels(model, inputs.pop("labels"))
-            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+            model(**inputs)
 
 
 @contextmanager

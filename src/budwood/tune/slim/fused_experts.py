@@ -31,7 +31,7 @@ from budwood.tune.slim.passes import Pass
 FIRST = ("gate_up_proj", "up_proj")
 LAST = "down_proj"
 _MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", LAST)
-"""What experts have whose forward pass transformers can exchange."""
+"""Attributes of experts whose forward pass transformers can replace."""
 _OPS = torch.ops.transformers
 _ALIGNED = 16
 """Bytes that the rows of a grouped product's matrices are multiples of."""

@@ -1,7 +1,7 @@
-"""What the layers of one model share: optimiser steps, labels, and who watches their routing.
+"""The base class of SLIM layers, and the keeper that the layers of a model share.
 
 Layers gather statistics in backward. A :class:`StepKeeper` commits them after each optimiser step,
-and then draws the next masks.
+and then draws the next masks. It also holds the labels of a pass, and who records its routing.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ class StepKeeper:
         model: the model that holds the layers.
 
     Attributes:
-        recorder: is told the routing of each pass; None for nobody.
-        survey: is shown inputs of the layers, which then add nothing; None for nobody.
+        recorder: takes the routing of each pass; None for no recording.
+        survey: takes the inputs of the layers, which then add nothing; None for no survey.
         labels: labels of the next passes, of models that are not given any.
-        inherited: adapter → the one that it started with statistics and masks of. It uses that
-            one's masks until it is trained itself: a reference then differs from what is trained by
-            what was learnt alone.
+        inherited: adapter → the adapter whose statistics and masks it started with. It uses that
+            adapter's masks until it is trained itself, so that a reference differs from the trained
+            adapter by what was learnt alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -294,6 +294,12 @@ class SlimCallback(TrainerCallback):
 def layers_of(model: nn.Module) -> list[SlimLayer]:
     """List the SLIM layers of a model, wrapped or not, in its order."""
     return [module for module in model.modules() if isinstance(module, SlimLayer)]
+
+
+def is_slim(model: Any) -> bool:
+    """Whether the active adapter is SLIM's."""
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "peft_type", None) == "SLIM"
 
 
 def keeper_of(model: nn.Module) -> StepKeeper:

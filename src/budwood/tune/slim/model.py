@@ -53,8 +53,8 @@ class SlimModel(BaseTuner):
 
         An adapter that is given the config object of another one in the model, as in
         ``model.add_adapter("ref", model.peft_config["default"])``, starts with its statistics and
-        masks. Who copies the weights by their names, as TRL does for the reference of DPO, has the
-        whole adapter.
+        masks. Code that then copies the weights by name, as TRL does for DPO's reference, has
+        copied the whole adapter.
 
         Raises:
             InputError: target modules match nothing, or the adapter was made for another base
@@ -83,7 +83,7 @@ class SlimModel(BaseTuner):
         self._keeper().inherit(source, adapter_name)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
-        """Remove an adapter of which some layers have been added."""
+        """Remove an adapter that has been added to some of the layers."""
         for key, layer in list(model.named_modules()):
             if not isinstance(layer, SlimLinear):
                 continue

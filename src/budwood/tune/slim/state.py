@@ -465,7 +465,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _mark(tensor: Tensor) -> int | Tensor:
-    """By what a change of a tensor is noticed: its version, or in inference mode its values."""
+    """What shows whether a tensor has changed: its version, or in inference mode its values."""
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 

@@ -101,7 +101,7 @@ def no_match(model: nn.Module, config: SlimConfig) -> str:
 def warn_of_experts_left_out(model: nn.Module, adapter_name: str, config: SlimConfig) -> None:
     """Warn if an adapter is on MLPs, and on none of those that are fused experts.
 
-    Who names shared experts means them.
+    Users who name shared experts mean these alone.
     """
     if "shared" in str(config.target_modules):
         return

@@ -1,4 +1,4 @@
-"""Which tokens are padding and which are supervised; the model around the layers tells them."""
+"""Hooks on the model around SLIM layers, which note what is padding and what is supervised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens the trainer around a forward pass trains on, by the trainer's own masks."""
+"""The tokens that a trainer trains on, read from the trainer around a forward pass."""
 
 from __future__ import annotations
 

@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
-from torch import Tensor
 from transformers import PrinterCallback
 
-from budwood.checks import need_number
 from budwood.errors import DivergedError, InputError, OutputError
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder
 from budwood.tune.base_model import fingerprint_of
-from budwood.tune.data.encoding import EncodedExample, Padded
-from budwood.tune.slim.keeper import SlimCallback
+from budwood.tune.data.batches import Padded
+from budwood.tune.data.encoding import EncodedExample
+from budwood.tune.slim.keeper import SlimCallback, is_slim
 from budwood.tune.training.settings import Settings, trainer_arguments
-from budwood.tune.training.trainer import AnswerTrainer, Probe, RunWatch, is_slim, tell_slim
+from budwood.tune.training.strength import weaken
+from budwood.tune.training.trainer import AnswerTrainer, Probe, RunWatch, tell_slim
 from budwood.tune.training.validation import KeepBest, Validation
 
 _KL_POSITIONS = 48
@@ -77,7 +76,7 @@ def train(
         kl: weight of the divergence from the base model on the prompts, or on ``texts``.
         kl_on_others: take it on answers instead, as :class:`AnswerTrainer`.
         texts: self-generated texts to stay close to the base model on; none for the prompts.
-        strength: adapter strength at the end, as in :func:`weaken`.
+        strength: adapter strength at the end, as in :func:`budwood.tune.training.strength.weaken`.
         arguments: further arguments of the Trainer, from
             :func:`budwood.tune.training.settings.settings_from`.
         progress: called after each step.
@@ -241,73 +240,6 @@ def check_trainable(model: Any) -> None:
             f"the model is on {place}, and training takes the first GPU that it sees; set "
             f"CUDA_VISIBLE_DEVICES={place.index} and give --device cuda"
         )
-
-
-@torch.no_grad()
-def weaken(model: Any, strength: float) -> None:
-    """Set the adapter strength of a trained LoRA or SLIM adapter: multiply B by it.
-
-    Source: WiSE-FT, arXiv 2109.01903, eq. 1, for W + B·A. A point on the way from the base model
-    (0) to the tuned one (1) often knows the task as well and forgets less.
-
-    Args:
-        model: a ``PeftModel`` after training; its active adapters are changed.
-        strength: in (0, 1].
-
-    Raises:
-        InputError: the strength is out of range, or no LoRA or SLIM adapter is active.
-    """
-    need_number(lambda value: 0 < value <= 1, "number above 0 and up to 1", strength=strength)
-    if strength == 1:
-        return
-    ends = tuple(
-        end
-        for name in (model.active_adapters if isinstance(model, PeftModel) else ())
-        for end in (f".lora_B.{name}.weight", f".slim_out.{name}.weight")
-    )
-    weights = [weight for name, weight in model.named_parameters() if name.endswith(ends)]
-    if not weights:
-        raise InputError("no LoRA or SLIM adapter is active in the model; give a PEFT model")
-    for weight in weights:
-        weight.mul_(strength)
-
-
-@contextmanager
-def rewound(model: Any, strength: float, start: Mapping[str, Tensor]) -> Iterator[None]:
-    """Set a trained adapter of any method part of the way back to its start, for a block.
-
-    As :func:`weaken` for LoRA and SLIM, whose B is scaled. Of other methods, all that is trained
-    goes back along the straight line to its start.
-
-    Args:
-        model: a ``PeftModel`` after training.
-        strength: in (0, 1); 0 would be the base model.
-        start: name → value of the parameters of the fresh adapter.
-    """
-    from_zero = all(not bool(value.any()) for name, value in start.items() if _is_end(name))
-    moved = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if name in start and not (from_zero and _is_beginning(name))
-    }
-    kept = {name: weight.detach().clone() for name, weight in moved.items()}
-    try:
-        with torch.no_grad():
-            for name, weight in moved.items():
-                weight.lerp_(start[name].to(weight), 1 - strength)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in moved.items():
-                weight.copy_(kept[name])
-
-
-def _is_beginning(name: str) -> bool:
-    return ".lora_A." in name or ".slim_in." in name
-
-
-def _is_end(name: str) -> bool:
-    return ".lora_B." in name or ".slim_out." in name
 
 
 def processes(model: Any) -> PartialState:

@@ -222,7 +222,7 @@ _SAME = {
     "train_sampling_strategy": "group_by_length",
     "group_by_length": True,
 }
-"""Field → the value, other than its default, that says what is done anyway."""
+"""Field → a value that differs from its default and asks for what is done anyway."""
 
 
 def settings_from(

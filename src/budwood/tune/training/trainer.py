@@ -18,7 +18,7 @@ from budwood.errors import DivergedError
 from budwood.progress import Progress
 from budwood.runs import RunFolder
 from budwood.tune.data.encoding import IGNORED, EncodedExample
-from budwood.tune.slim.keeper import layers_of, tell_labels
+from budwood.tune.slim.keeper import is_slim, layers_of, tell_labels
 from budwood.tune.slim.observe import observe
 from budwood.tune.training.losses import answer_kl, answer_loss, others_kl, prompt_kl
 from budwood.tune.training.settings import Settings
@@ -76,7 +76,7 @@ class LengthGrouped(Sampler[int]):
 
 
 class AnswerTrainer(Trainer):
-    """A Trainer for :class:`budwood.tune.data.encoding.Padded` batches.
+    """A Trainer for :class:`budwood.tune.data.batches.Padded` batches.
 
     Args:
         lengths: length of each training example, by which they are grouped.
@@ -192,12 +192,6 @@ def tell_slim(model: nn.Module, labels: Tensor | None) -> None:
     """Tell SLIM's layers, if there are any, which tokens are supervised."""
     if layers_of(model):
         tell_labels(model, labels)
-
-
-def is_slim(model: Any) -> bool:
-    """Whether the active adapter is SLIM's."""
-    config = getattr(model, "active_peft_config", None)
-    return getattr(config, "peft_type", None) == "SLIM"
 
 
 def check_gradients(model: nn.Module, step: int) -> None:

@@ -20,7 +20,8 @@ from budwood.errors import DivergedError
 from budwood.files import read_json, write_text
 from budwood.runs import RunFolder
 from budwood.tune.base_model import evaluating
-from budwood.tune.data.encoding import EncodedExample, Padded, n_supervised
+from budwood.tune.data.batches import Padded, on_device
+from budwood.tune.data.encoding import EncodedExample, n_supervised
 from budwood.tune.training.losses import answer_loss
 from budwood.tune.training.trainer import save_adapter
 
@@ -33,7 +34,7 @@ def validation_loss(
 ) -> float:
     """Mean loss of the supervised tokens of some examples, in nats per token.
 
-    The model is as for answering, and is put back into its mode. Processes share the examples.
+    The model runs in evaluation mode, and is put back into its own. Processes share the examples.
 
     Args:
         model: with its adapter, not wrapped.
@@ -46,10 +47,7 @@ def validation_loss(
     total = 0.0
     with evaluating(model):
         for start in range(0, len(mine), batch):
-            inputs = {
-                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-                for name, value in collate(mine[start : start + batch]).items()
-            }
+            inputs = on_device(collate(mine[start : start + batch]), model.device)
             labels = inputs.pop("labels")
             total += float(answer_loss(model(**inputs).logits, labels, 1))
     totals = gather_object([total]) if here.num_processes > 1 else [total]

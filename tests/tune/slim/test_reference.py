@@ -68,7 +68,7 @@ def test_a_fresh_adapters_reference_is_the_base_model(kind, tmp_path):
 def test_the_documented_example(tmp_path, monkeypatch):
     import trl
 
-    page = Path(__file__).parents[2] / "docs" / "tune.md"
+    page = Path(__file__).parents[3] / "docs" / "tune.md"
     blocks = re.findall(r"```python compile\n(.*?)```", page.read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "DPOTrainer" in block]
     monkeypatch.chdir(tmp_path)

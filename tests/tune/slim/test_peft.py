@@ -105,7 +105,7 @@ def test_the_last_unloaded_model_takes_the_optimiser_hook_with_it():
             model.unload()
         assert [*counts, len(hooks)] == [0, 1, 1, 0], counts
     """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240, cwd=root)
 
 

@@ -1,6 +1,6 @@
 """Adapters of format 1 load, and give the logits that they gave then.
 
-``data/adapters`` holds a tiny Llama, an adapter for each kind of statistics, and logits on
+``adapters`` holds a tiny Llama, an adapter for each kind of statistics, and logits on
 ``tiny_llm.batch(seed=9)``. All were written by commit b939812, before the tree was reshaped. Their
 weights are called ``slim_in`` and ``slim_out``; now they are ``slim_in.weight`` and so on.
 """
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from budwood.tune import SlimConfig
 from tests import tiny_llm as tiny
 
-FOLDER = Path(__file__).parent / "data" / "adapters"
+FOLDER = Path(__file__).parent / "adapters"
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from budwood.tune.data.examples import example_of
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.slim import state
 from budwood.tune.slim.keeper import keeper_of
-from budwood.tune.training.run import check_trainable, run_identity, train, weaken
+from budwood.tune.training.run import check_trainable, run_identity, train
 from budwood.tune.training.settings import Settings, default_lr
+from budwood.tune.training.strength import weaken
 from tests import tiny_chat
 
 TOKENS = tiny_chat.tokenizer()

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from budwood.cli import app
 from budwood.errors import InputError, OutputError
 from budwood.tune import finetune
-from budwood.tune.data.encoding import Padded, encode
+from budwood.tune.data.batches import Padded
+from budwood.tune.data.encoding import encode
 from budwood.tune.data.examples import example_of
 from budwood.tune.training import validation
 from budwood.tune.training.losses import answer_loss

@@ -14,7 +14,7 @@ from budwood.tune.methods.base import n_trainable
 from budwood.tune.methods.slim import FEWER_TEXTS
 from budwood.tune.slim.architectures import with_attention
 from budwood.tune.slim.fitting import N_TEXTS
-from budwood.tune.training.run import rewound
+from budwood.tune.training.strength import rewound
 from tests import tiny_chat
 
 
