@@ -22,6 +22,7 @@ import math
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
@@ -42,8 +43,7 @@ def standardise(logits: Tensor) -> Tensor:
     Returns:
         Scores of the same shape; 0 in a row of equal logits.
     """
-    centred = logits - logits.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + EPS**2).sqrt()
+    return F.layer_norm(logits, logits.shape[-1:], eps=EPS**2)
 
 
 def route(scores: Tensor, top_k: int) -> Tensor:
@@ -114,10 +114,9 @@ def yield_scores(scores: Tensor, distance: Tensor | None, n_lora: int, beta: flo
     """
     if distance is None or beta == 0:
         return scores
-    shift = (beta * distance).unsqueeze(-1)
-    n_identity = scores.shape[-1] - n_lora
-    side = torch.cat([-scores.new_ones(n_lora), scores.new_ones(n_identity)])
-    return scores + shift * side
+    lora, identity = scores.split_with_sizes((n_lora, scores.shape[-1] - n_lora), -1)
+    shift = distance.unsqueeze(-1)
+    return torch.cat([lora.sub(shift, alpha=beta), identity.add(shift, alpha=beta)], -1)
 
 
 def surely_bypassed(

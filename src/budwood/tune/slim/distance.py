@@ -233,6 +233,8 @@ def measure_along(
         nearest = torch.zeros(len(part), dtype=torch.long, device=part.device)
         return nearest, part[:, :0], part @ direction - offset
 
+    if not gather and len(x) <= block_size(x):
+        return x.float() @ direction - offset, None
     sums = no_centres(direction) if gather else None
     return _over_blocks(x, of_block, sums, keep), sums
 

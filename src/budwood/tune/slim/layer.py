@@ -173,7 +173,7 @@ class SlimLinear(SlimLayer):
         near = distance if rows is None or distance is None else distance[rows]
         h, weights = self._route(flat, a, now.config, side_in, near, product)
         self._record(now, x, weights, rows, distance)
-        lora = weights[:, : config.n_experts]
+        lora = weights.narrow(-1, 0, config.n_experts)
         if lean:
             h, lora, rows = _drop_bypassed(h, lora, rows)
         return self._add(result, self._weighted(h, lora, now), b, side_out, rows)
@@ -326,7 +326,7 @@ class SlimLinear(SlimLayer):
         dropped = F.dropout(x, config.dropout, self.training) if config.dropout else x
         hidden = times(dropped, a, side)
         if config.router:
-            hidden, logits = hidden.split([config.rank, config.n_total], dim=-1)
+            hidden, logits = hidden.split_with_sizes((config.rank, config.n_total), -1)
             if dropped is not x:  # the router sees the whole input
                 logits = times(x, a[..., config.rank :, :], None)
             scores = standardise(logits.float())
@@ -363,7 +363,7 @@ class SlimLinear(SlimLayer):
         sure = surely_bypassed(
             distance, config.n_experts, config.n_identity, config.kept, config.beta
         )
-        if sure is None or int(sure.sum()) * 2 <= len(sure):
+        if sure is None or int(sure.count_nonzero()) * 2 <= len(sure):
             return None
         return (~sure).nonzero().squeeze(-1)
 
@@ -436,8 +436,8 @@ def _drop_bypassed(
     h: Tensor, lora: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Leave out tokens with no weight on LoRA experts, if enough of them bypass."""
-    active = (lora.detach() > 0).any(-1)
-    n_bypassed = len(active) - int(active.sum())
+    active = lora.detach().any(-1)
+    n_bypassed = len(active) - int(active.count_nonzero())
     if n_bypassed == 0 or n_bypassed < SKIP_FROM * len(active):
         return h, lora, rows
     kept = active.nonzero().squeeze(-1)

@@ -58,10 +58,10 @@ class _Kept(nn.Module):
 
     def derived(self, name: str, compute: Callable[[], Any], *sources: Tensor) -> Any:
         """Compute a value from buffers, and reuse it until one of them changes or is replaced."""
-        key = tuple((source, _mark(source)) for source in sources)
         entry = self._memo.get(name)
-        if entry is None or not _same(entry[0], key):
-            self._memo[name] = entry = (key, compute())
+        if entry is None or not _unchanged(entry[0], sources):
+            marks = tuple((source, _mark(source)) for source in sources)
+            self._memo[name] = entry = (marks, compute())
         return entry[1]
 
     @property
@@ -469,8 +469,11 @@ def _mark(tensor: Tensor) -> int | Tensor:
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return all(a is b and _equal(v, w) for (a, v), (b, w) in zip(one, other))
+def _unchanged(marks: tuple[tuple[Tensor, int | Tensor], ...], now: tuple[Tensor, ...]) -> bool:
+    for (source, mark), tensor in zip(marks, now):
+        if source is not tensor or not _equal(mark, _mark(tensor)):
+            return False
+    return True
 
 
 def _equal(mark: int | Tensor, other: int | Tensor) -> bool:
