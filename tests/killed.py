@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from budwood.tune import trainer
+from budwood.tune.training import trainer
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def command(
 
 
 def _stop_before(step: int) -> None:
-    from budwood.tune.trainer import AnswerTrainer
+    from budwood.tune.training.trainer import AnswerTrainer
 
     inner = AnswerTrainer.training_step
 

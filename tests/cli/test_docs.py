@@ -153,8 +153,7 @@ def test_reference_lists_what_the_package_exports(page):
         r"::: (budwood[.\w]*)\n.*members: \[(.+?)\]", text, re.DOTALL
     ).groups()
     exported = set(importlib.import_module(package).__all__) - {"__version__"}
-    blocks_of_their_own = {"observe"} if package == "budwood.tune" else set()
-    assert set(members.split(", ")) == exported - blocks_of_their_own
+    assert set(members.split(", ")) == exported
 
 
 # Python

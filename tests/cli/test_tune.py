@@ -241,7 +241,7 @@ def test_eval(tuned, budwood, lm_dir, data, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", SLIM])
 def test_killed_run_goes_on(budwood, lm_dir, data, tmp_path, monkeypatch, method):
-    from budwood.tune import train
+    from budwood.tune.training import run as train
 
     whole = [*command(lm_dir, data, tmp_path / "a", method=method), "--save-every", 2, "--json"]
     expected = json.loads(budwood(*whole).stdout)["history"]
@@ -297,7 +297,7 @@ def test_one_process_at_a_time(budwood, lm_dir, data, tmp_path):
 
 
 def test_diverging_run_stops_and_keeps_its_checkpoint(budwood, lm_dir, data, tmp_path, monkeypatch):
-    from budwood.tune import trainer
+    from budwood.tune.training import trainer
 
     inner, calls = trainer.answer_loss, []
 
@@ -439,7 +439,7 @@ def test_the_base_of_an_adapter_on_the_hub(monkeypatch):
     from peft import PeftConfig
 
     from budwood.errors import InputError
-    from budwood.tune.loading import base_of
+    from budwood.tune.saved.loading import base_of
 
     found = PeftConfig(base_model_name_or_path="someone/base")
     monkeypatch.setattr(PeftConfig, "from_pretrained", classmethod(lambda cls, name: found))

@@ -22,12 +22,14 @@ from budwood import hub, records
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
 from budwood.files import read_json
 from budwood.loading import load_language_model
-from budwood.tune import Settings, SlimConfig, finetune, load_adapted, train, trainer
-from budwood.tune.data import example_of
-from budwood.tune.encoding import IGNORED, encode, encode_one, n_supervised
-from budwood.tune.loading import load_adapter
+from budwood.tune import Settings, SlimConfig, finetune, load_adapted
+from budwood.tune.data.encoding import IGNORED, encode, encode_one, n_supervised
+from budwood.tune.data.examples import example_of
+from budwood.tune.data.self_generated import cached_texts
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.self_generated import cached_texts
+from budwood.tune.saved.loading import load_adapter
+from budwood.tune.training import run as train
+from budwood.tune.training import trainer
 from tests import tiny_chat
 from tests.killed import killed_at
 

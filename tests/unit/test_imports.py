@@ -10,6 +10,11 @@ import budwood
 
 ROOT = Path(budwood.__file__).parent
 ABOVE = ("budwood.bench", "budwood.cli")
+TUNE = (
+    *("equations", "base_model", "saved", "config", "data", "tasks", "slim"),
+    *("training", "methods", "evaluate", "finetuning"),
+)
+"""Modules and folders of ``budwood.tune``; each imports only itself and those before it."""
 
 
 def name_of(path: Path) -> str:
@@ -89,6 +94,19 @@ def test_benchmarks_do_not_import_commands():
         if module.startswith("budwood.bench")
         for other in imports_of(module, inside_functions=True)
         if other.startswith("budwood.cli")
+    ]
+    assert wrong == []
+
+
+def test_parts_of_tune_import_only_those_before_them():
+    parts = [module.split(".")[:3] for module in MODULES]
+    mine = {m: p[2] for m, p in zip(MODULES, parts) if len(p) == 3 and p[1] == "tune"}
+    assert set(mine.values()) == set(TUNE)
+    wrong = [
+        f"{module} imports {other}"
+        for module, part in mine.items()
+        for other in imports_of(module, inside_functions=True)
+        if other == "budwood.tune" or (other in mine and TUNE.index(mine[other]) > TUNE.index(part))
     ]
     assert wrong == []
 

@@ -7,7 +7,7 @@ import pytest
 from budwood.bench.tune.plan import Plan, Trial, read_material, split
 from budwood.bench.tune.rows import best_rates, method_rows
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune.data import STYLES, example_of
+from budwood.tune.data.examples import STYLES, example_of
 from budwood.tune.evaluate.suite import by_layer
 from tests import tiny_chat
 

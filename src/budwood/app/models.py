@@ -122,7 +122,7 @@ class Models:
                 "there is no tuned model; make one with `budwood tune DATA --output DIR`, and "
                 "start the page with --tuned DIR"
             )
-        from budwood.tune.loading import load_adapted
+        from budwood.tune.saved.loading import load_adapted
 
         return load_adapted(
             self.sources.tuned, device=self.sources.device, dtype=self.sources.dtype

@@ -59,8 +59,8 @@ def reply(models: Models, prompt: str, n_tokens: float) -> str:
     with models.tuned.held() as loaded:
         import torch
 
-        from budwood.tune.encoding import prompt_tokens
-        from budwood.tune.observe import identity_by_token
+        from budwood.tune.data.encoding import prompt_tokens
+        from budwood.tune.slim.observe import identity_by_token
 
         given = torch.tensor(prompt_tokens(loaded.tokenizer, prompt.strip()))
         tuned = _generate(loaded, given, int(n_tokens))

@@ -20,8 +20,8 @@ from budwood.records import Row
 from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
 from budwood.tune.equations import route, standardise
-from budwood.tune.observe import observe
-from budwood.tune.steps import keeper_of
+from budwood.tune.slim.keeper import keeper_of
+from budwood.tune.slim.observe import observe
 
 METHODS = ("frozen", "lora", "slim", "loop", "bypass")
 """``bypass`` is SLIM on a batch whose tokens all bypass."""

@@ -29,10 +29,10 @@ def load_language_model(source: str | None, device: str = "auto", dtype: str = "
 def load_adapted(
     adapter: str, model: str | None, device: str = "auto", dtype: str = "auto"
 ) -> Loaded:
-    """Load an adapter on its base model; see :func:`budwood.tune.loading.load_adapted`."""
+    """Load an adapter on its base model; see :func:`budwood.tune.saved.loading.load_adapted`."""
     with working(f"loading {adapter}"):
         be_quiet()
-        from budwood.tune import loading as adapters
+        from budwood.tune.saved import loading as adapters
 
         return adapters.load_adapted(adapter, model, device, dtype)
 

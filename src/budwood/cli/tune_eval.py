@@ -17,8 +17,8 @@ from budwood.loading import SMOLLM2, check_adapter_source, check_source
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
-    from budwood.tune.encoding import EncodedExample
-    from budwood.tune.evaluate.kept import Kept
+    from budwood.tune.data.encoding import EncodedExample
+    from budwood.tune.evaluate.base_results import Kept
     from budwood.tune.evaluate.suite import Suite
 
 COLUMNS = Columns(
@@ -93,11 +93,15 @@ def tune_eval(
     check_adapter_source(adapter)
     check_source(model, SMOLLM2)
 
+    from budwood.tune.data.examples import STYLES, check_first_row
+
+    for source in options.listed(target or "") + options.listed(general or ""):
+        check_first_row(source, style)
+
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
-    from budwood.tune.data import STYLES
+    from budwood.tune.evaluate.base_results import Kept
     from budwood.tune.evaluate.divergence import chat_prompts
-    from budwood.tune.evaluate.kept import Kept
     from budwood.tune.evaluate.suite import Suite
 
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
@@ -205,7 +209,7 @@ def _measure(loaded: Loaded, suite: Suite, seed: int, kept: Kept | None) -> list
 
 
 def _check_drawn(loaded: Loaded, adapter: str, plot: Path | None) -> None:
-    from budwood.tune.trainer import is_slim
+    from budwood.tune.slim.keeper import is_slim
 
     if plot and not is_slim(loaded.model):
         raise InputError(

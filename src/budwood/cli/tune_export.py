@@ -17,8 +17,8 @@ from budwood.loading import SMOLLM2, check_adapter_source, check_source
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
-    from budwood.tune.data import Example
-    from budwood.tune.encoding import EncodedExample
+    from budwood.tune.data.encoding import EncodedExample
+    from budwood.tune.data.examples import Example
 
 COLUMNS = Columns(
     Column("model"),
@@ -68,12 +68,16 @@ def export_lora(
     check_adapter_source(adapter)
     check_source(model, SMOLLM2)
 
+    from budwood.tune.data.examples import check_first_row, read_examples
+
+    for source in filter(None, (calibration, held_out)):
+        check_first_row(source, style)
+
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
-    from budwood.tune.data import read_examples
     from budwood.tune.evaluate.tasks import draw
-    from budwood.tune.export import empty_folder
-    from budwood.tune.trainer import is_slim
+    from budwood.tune.slim.export import empty_folder
+    from budwood.tune.slim.keeper import is_slim
 
     need_at_least(1, limit=limit, max_length=max_length)
     need_at_least(0, rank=rank)
@@ -106,7 +110,7 @@ def _export(
     max_length: int,
 ) -> dict[str, Any]:
     from budwood.tune import export_lora as write_lora
-    from budwood.tune.encoding import encode, longest_for
+    from budwood.tune.data.encoding import encode, longest_for
 
     longest = longest_for(loaded.model, max_length)
     batches = {
@@ -125,14 +129,11 @@ def _export(
 
 
 def _batches(rows: list[EncodedExample], loaded: Loaded) -> list[dict[str, Any]]:
-    from budwood.tune.encoding import Padded
+    from budwood.tune.data.batches import Padded, on_device
 
     collate = Padded.of(loaded.model, loaded.tokenizer, trim=False)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     return [
-        {
-            key: value.to(loaded.model.device)
-            for key, value in collate(ordered[i : i + _BATCH]).items()
-        }
+        on_device(collate(ordered[i : i + _BATCH]), loaded.model.device)
         for i in range(0, len(ordered), _BATCH)
     ]

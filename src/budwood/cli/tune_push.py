@@ -51,7 +51,7 @@ def push(
 def upload(adapter: Path, repo_id: str, **options: Any) -> str:
     """Push, and say where it is."""
     from budwood.cli.models import be_quiet
-    from budwood.tune.publish import push_to_hub
+    from budwood.tune.saved.publish import push_to_hub
 
     be_quiet()
     with working(f"pushing to {repo_id}"):

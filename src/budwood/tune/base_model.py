@@ -1,4 +1,4 @@
-"""How a base model is recognised: by its kind, its sizes and a few of its weights."""
+"""Base models: how one is recognised, and how a model is run without training it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,6 +83,28 @@ def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> N
             "the adapter was made for a base model of this kind and size with other weights; load "
             "it on the model that it was trained on"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode, and then put every module back into its own mode.
+
+    Quantised layers stay in training mode: on a CPU, those of bitsandbytes repack their weights in
+    the first evaluation pass, and have wrong gradients from then on.
+    """
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = resolve_quantization_backend(module) is not None
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def adapter_off(model: Any) -> AbstractContextManager[None]:
+    """Switch a model's adapter off for a block; a model without one stays as it is."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def _alike(weights: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -17,7 +17,7 @@ from peft import PeftConfig
 
 from budwood.checks import need_int, need_number
 from budwood.errors import InputError, OptionError, UnknownNameError
-from budwood.tune.card import say_how_to_load
+from budwood.tune.saved.card import say_how_to_load
 
 FORMAT = 2
 """Version of the saved format. It rises when an older reader would misread an adapter.
@@ -381,7 +381,7 @@ class SlimConfig(PeftConfig):
             InputError: a file in the directory is malformed or truncated, or the config belongs to
                 an adapter whose weights are missing.
         """
-        from budwood.tune.saved import check_adapter_files
+        from budwood.tune.saved.files import check_adapter_files
 
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not _is_config_alone(folder):
@@ -471,7 +471,7 @@ def _matching(pattern: Mapping[str, Any], key: str) -> Any:
 
 def _is_config_alone(folder: Path) -> bool:
     """Whether a directory holds a config that was saved without an adapter."""
-    from budwood.tune.saved import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+    from budwood.tune.saved.files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 
     if (folder / WEIGHTS_FILE).exists() or (folder / PICKLED_FILE).exists():
         return False

@@ -7,13 +7,13 @@ For a frozen linear layer W·x + b with E_L LoRA experts and E_I identity expert
 
 Identity experts add nothing. They take weight from the LoRA experts, so that a token unlike the
 training data keeps the base layer's output. R is a linear router. d is how far the token is from
-the training data, in the units of :func:`standardised_distance`; :mod:`budwood.tune.distance`
+the training data, in the units of :func:`standardised_distance`; :mod:`budwood.tune.slim.distance`
 measures it. In training each product B_i·A_i is masked (:func:`draw_keep`) and penalised
 (:func:`l1_slopes`).
 
 Source: SLIM (NAACL 2025), rebuilt from public summaries. **Open** marks what these leave unsaid,
 **deviation** what we do otherwise. All functions are pure and know no model;
-:mod:`budwood.tune.layer` puts them together.
+:mod:`budwood.tune.slim.layer` puts them together.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import math
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
@@ -42,8 +43,7 @@ def standardise(logits: Tensor) -> Tensor:
     Returns:
         Scores of the same shape; 0 in a row of equal logits.
     """
-    centred = logits - logits.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + EPS**2).sqrt()
+    return F.layer_norm(logits, logits.shape[-1:], eps=EPS**2)
 
 
 def route(scores: Tensor, top_k: int) -> Tensor:
@@ -114,10 +114,9 @@ def yield_scores(scores: Tensor, distance: Tensor | None, n_lora: int, beta: flo
     """
     if distance is None or beta == 0:
         return scores
-    shift = (beta * distance).unsqueeze(-1)
-    n_identity = scores.shape[-1] - n_lora
-    side = torch.cat([-scores.new_ones(n_lora), scores.new_ones(n_identity)])
-    return scores + shift * side
+    lora, identity = scores.split_with_sizes((n_lora, scores.shape[-1] - n_lora), -1)
+    shift = distance.unsqueeze(-1)
+    return torch.cat([lora.sub(shift, alpha=beta), identity.add(shift, alpha=beta)], -1)
 
 
 def surely_bypassed(

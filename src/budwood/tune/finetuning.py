@@ -28,14 +28,14 @@ from budwood.loading import (
 )
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder, refuse_other_files
-from budwood.tune.data import Example, examples_of
-from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised, token_rows
-from budwood.tune.loading import load_adapter, need_adapter
+from budwood.tune.data.encoding import EncodedExample, encode, longest_for, n_supervised, token_rows
+from budwood.tune.data.examples import Example, examples_of
+from budwood.tune.data.self_generated import cached_texts
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.saved import RECORD_FILE
-from budwood.tune.self_generated import cached_texts
-from budwood.tune.settings import Settings, default_lr, settings_from
-from budwood.tune.train import (
+from budwood.tune.methods.base import Tuner
+from budwood.tune.saved.files import RECORD_FILE
+from budwood.tune.saved.loading import load_adapter, need_adapter
+from budwood.tune.training.run import (
     WITHOUT_EFFECT,
     check_trainable,
     fingerprint,
@@ -43,8 +43,8 @@ from budwood.tune.train import (
     run_identity,
     train,
 )
-from budwood.tune.trainer import Probe
-from budwood.tune.tuners import Tuner
+from budwood.tune.training.settings import Settings, default_lr, settings_from
+from budwood.tune.training.trainer import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

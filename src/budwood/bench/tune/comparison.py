@@ -20,17 +20,18 @@ from budwood.files import read_json, write_text
 from budwood.progress import ProgressBar
 from budwood.runs import RunFolder
 from budwood.tune.base_model import fingerprint_of
-from budwood.tune.encoding import EncodedExample, encode, longest_for, n_supervised
+from budwood.tune.data.encoding import EncodedExample, encode, longest_for, n_supervised
+from budwood.tune.data.sources import read_text
 from budwood.tune.evaluate.divergence import CHAT, make_texts
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.suite import TEXT, Suite, routing_rows
 from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
 from budwood.tune.finetuning import FinetuneResult, finetune
 from budwood.tune.methods import attach, is_ablation, parse_tuner
-from budwood.tune.sources import read_text
+from budwood.tune.slim.keeper import is_slim
 from budwood.tune.tasks import MADE
-from budwood.tune.train import fingerprint, rewound
-from budwood.tune.trainer import is_slim
+from budwood.tune.training.run import fingerprint
+from budwood.tune.training.strength import rewound
 
 _PROBE_WINDOWS, _PROBE_REPLIES = 6, 12
 

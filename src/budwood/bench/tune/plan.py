@@ -12,13 +12,13 @@ from typing import Any
 
 from budwood.checks import need_at_least, need_number
 from budwood.errors import InputError
-from budwood.tune.data import Example, read_examples, styled
+from budwood.tune.data.examples import Example, read_examples, styled
 from budwood.tune.evaluate.divergence import chat_prompts
 from budwood.tune.evaluate.suite import GENERAL, TEXT
 from budwood.tune.methods import attach, parse_tuner
-from budwood.tune.settings import Settings
+from budwood.tune.methods.base import Tuner
 from budwood.tune.tasks import MADE, made
-from budwood.tune.tuners import Tuner
+from budwood.tune.training.settings import Settings
 
 METHODS = ("lora", "lora-wd", "dora", "lora-kl", "moe", "slim")
 SPLIT_SEED = 20_250_101

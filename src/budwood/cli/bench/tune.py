@@ -178,7 +178,7 @@ def _print_targets(rows: list[dict[str, Any]], targets: tuple[str, ...]) -> None
 
 
 def _settings(steps: int, batch: int, max_length: int, probe_every: int) -> Any:
-    from budwood.tune.settings import Settings
+    from budwood.tune.training.settings import Settings
 
     if steps < 1:
         raise InputError(f"steps={steps} is below 1")
@@ -218,7 +218,7 @@ def _compare(
     from budwood.bench.tune.rows import method_rows
     from budwood.cli.models import load_language_model
     from budwood.loading import third_party_warnings_off
-    from budwood.tune.train import check_trainable
+    from budwood.tune.training.run import check_trainable
 
     loaded = load_language_model(model, device, dtype)
     check_trainable(loaded.model)

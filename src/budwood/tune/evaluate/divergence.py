@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,14 @@ import torch.nn.functional as F
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
-from budwood.tune.encoding import (
-    IGNORED,
-    EncodedExample,
-    Padded,
-)
-from budwood.tune.evaluate.kept import Kept
+from budwood.tune.base_model import adapter_off
+from budwood.tune.data.batches import Padded, on_device
+from budwood.tune.data.encoding import IGNORED, EncodedExample
+from budwood.tune.data.self_generated import replies
+from budwood.tune.data.sources import read_text
+from budwood.tune.evaluate.base_results import Kept
 from budwood.tune.evaluate.scores import Score
-from budwood.tune.losses import token_kl
-from budwood.tune.self_generated import replies
-from budwood.tune.sources import read_text
+from budwood.tune.training.losses import token_kl
 
 CHAT = "chat"
 """Name of the base model's own replies among the texts."""
@@ -103,11 +100,10 @@ def make_texts(
     if text is not None:
         texts[text_name(text)] = text_windows(text, tokenizer, n_windows)
     if n_prompts:
-        off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
         asked = chat_prompts(n_prompts)
 
         def reply() -> list[EncodedExample]:
-            with off:
+            with adapter_off(model):
                 return replies(model, tokenizer, asked, seed=seed, progress=progress)
 
         texts[CHAT] = kept.get({"replies": asked, "seed": seed}, reply) if kept else reply()
@@ -164,10 +160,7 @@ def measure_drift(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     for start in range(0, len(rows), batch):
         chosen = order[start : start + batch]
-        inputs = {
-            key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in collate([rows[i] for i in chosen]).items()
-        }
+        inputs = on_device(collate([rows[i] for i in chosen]), model.device)
         labels = inputs.pop("labels")
         tuned = model(**inputs).logits
         base = tuned

@@ -19,16 +19,9 @@ from budwood.caches import cache_of, name_for
 from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
 from budwood.progress import Progress, silent
-from budwood.tune.data import Example, styled
-from budwood.tune.encoding import (
-    dated_template,
-    is_stateful,
-    lead_of,
-    positions,
-    render,
-    takes,
-    takes_logits_to_keep,
-)
+from budwood.tune.data.batches import is_stateful, positions, takes
+from budwood.tune.data.encoding import dated_template, lead_of, render
+from budwood.tune.data.examples import Example, styled
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, expanded, quiet_harness, task_manager
 
@@ -52,8 +45,9 @@ def run_tasks(
     Args:
         model: a causal language model, of transformers or PEFT.
         tokenizer: of the model, with a chat template.
-        tasks: what on.
-        style: one of ``budwood.tune.data.STYLES``, for multiple choice through the chat template.
+        tasks: to score the model on.
+        style: one of ``budwood.tune.data.examples.STYLES``, for multiple choice through the chat
+            template.
         batch: prompts at a time.
         limit: questions of tasks that are lm-eval's own; 0 for all.
         progress: called after each batch.
@@ -252,7 +246,7 @@ class SharedPromptLM(_Base):
         self.lead = ""
         self._n_prompts = batch_size
         self._progress = progress
-        self._last_alone = {"logits_to_keep": 1} if takes_logits_to_keep(pretrained) else {}
+        self._last_alone = {"logits_to_keep": 1} if takes(pretrained, "logits_to_keep") else {}
         self._takes_positions = takes(pretrained, "position_ids")
         self._is_stateful = is_stateful(pretrained)
 

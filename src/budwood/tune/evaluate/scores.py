@@ -99,7 +99,7 @@ def compare(
         before: of the base model.
         after: of the tuned one, on the same items in the same order.
         seed: of the draws.
-        n_resamples: how often.
+        n_resamples: number of resamples.
 
     Returns:
         ``task, metric, group, n, before, after, difference, low, high``.
@@ -143,7 +143,7 @@ def resampled(scores: Sequence[Score], seed: int, n_resamples: int) -> Floats:
     Args:
         scores: of the same items.
         seed: of the draws.
-        n_resamples: how often.
+        n_resamples: number of resamples.
 
     Returns:
         Shape (n_scores, n_resamples).

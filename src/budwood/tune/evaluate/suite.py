@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,15 +12,17 @@ import torch
 
 from budwood.checks import need_at_least
 from budwood.progress import Progress, silent
-from budwood.tune.data import styled
-from budwood.tune.encoding import EncodedExample, Padded, encode_one, longest_for
+from budwood.tune.base_model import adapter_off
+from budwood.tune.data.batches import Padded, on_device
+from budwood.tune.data.encoding import EncodedExample, encode_one, longest_for
+from budwood.tune.data.examples import styled
+from budwood.tune.evaluate.base_results import Kept
 from budwood.tune.evaluate.divergence import measure_drift
-from budwood.tune.evaluate.kept import Kept
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, no_lm_eval
-from budwood.tune.observe import observe
-from budwood.tune.steps import tell_labels
-from budwood.tune.targets import layer_number
+from budwood.tune.slim.architectures import layer_number
+from budwood.tune.slim.keeper import tell_labels
+from budwood.tune.slim.observe import observe
 
 TARGETS = ("openbookqa", "boolq", "arc_easy")
 """Targets whose files a folder of data holds; see :data:`budwood.tune.tasks.MADE` for others."""
@@ -62,10 +63,9 @@ class Suite:
             progress: called after each batch.
             kept: scores of earlier adapters on the same base.
         """
-        off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
         def score() -> list[dict[str, Any]]:
-            with off:
+            with adapter_off(model):
                 return [asdict(one) for one in self._tasks(model, tokenizer, progress)]
 
         what = {"tasks": list(map(asdict, self.tasks)), "style": self.style}
@@ -150,9 +150,9 @@ def routing_rows(
         with observe(model, supervised=True) as seen:
             try:
                 for start in range(0, len(rows), batch):
-                    inputs = collate(rows[start : start + batch])
+                    inputs = on_device(collate(rows[start : start + batch]), model.device)
                     tell_labels(model, inputs.pop("labels"))
-                    model(**{key: value.to(model.device) for key, value in inputs.items()})
+                    model(**inputs)
             finally:
                 tell_labels(model, None)
         found += [{"text": name, **row} for row in by_layer(seen.rows())]

@@ -18,7 +18,7 @@ from budwood import optional
 from budwood.checks import need_at_least
 from budwood.errors import InputError, MissingPackageError, UnknownNameError
 from budwood.loading import is_file_name
-from budwood.tune.data import Example, read_examples
+from budwood.tune.data.examples import Example, read_examples
 from budwood.tune.tasks import MADE, made
 
 SHIPPED = Path(__file__).parents[1] / "tasks"

@@ -1,8 +1,9 @@
-"""Tasks that ship: what lm-eval needs to know of some data sets, and three that bring their data.
+"""Tasks that ship: lm-eval's settings for public data sets, and three tasks with data of their own.
 
-:data:`MADE` holds the latter. Each is a module with one function, ``splits(seed)``, which returns
-rows of :func:`budwood.tune.data.example_of` for training, validation and tests. The same seed makes
-the same rows on every machine. Validation and tests ask in other words than training does.
+:data:`MADE` lists those three. Each is a module with one function, ``splits(seed)``, which returns
+rows of :func:`budwood.tune.data.examples.example_of` for training, validation and tests. The same
+seed makes the same rows on every machine. Validation and tests ask in other words than training
+does.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from budwood.tune.data import Example, example_of
+from budwood.tune.data.examples import Example, example_of
 
 MADE: Mapping[str, str] = {
-    "facts": "what is told of made-up products, asked in words that training does not have",
+    "facts": "facts about made-up products, asked in words that training does not use",
     "extract": "a sentence to JSON with a date, an amount and a tag",
     "reviews": "what a sentence of a review is about, and whether it is praise",
 }

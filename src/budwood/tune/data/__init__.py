@@ -1,0 +1,1 @@
+"""Data: rows from anywhere, as examples, and as tokens; and text that a model writes itself."""

@@ -1,0 +1,298 @@
+"""Examples as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from jinja2 import TemplateError
+
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.tune.data.examples import Example
+
+_MARK, _REPLY = "@@request@@", "@@reply@@"
+DAY = date(2025, 1, 1)
+"""The date that chat templates get as today's."""
+IGNORED = -100
+"""Label of a token that is not supervised."""
+
+EncodedExample = dict[str, list[int]]
+"""Lists ``input_ids`` and ``labels``."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as tokens.
+
+    Attributes:
+        rows: dicts of ``input_ids`` and ``labels``, lists of equal length; label i belongs to token
+            i and is ``IGNORED`` but for the assistant's tokens and the end of its turn.
+        n_too_long: examples that were left out since they are longer than allowed.
+    """
+
+    rows: list[EncodedExample]
+    n_too_long: int
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
+    """Tokenise examples; the loss is on the assistant's turns, or on completions, only.
+
+    Prompt and answer are tokenised apart, since that is what generation sees.
+
+    Args:
+        examples: what to train on.
+        tokenizer: with a chat template, unless all examples are plain text.
+        max_length: longer examples are left out.
+
+    Raises:
+        UnsupportedModelError: there is no chat template, or one that can't be cut into turns.
+        InputError: all examples are too long, the chat template refuses one, or one has no
+            supervised token.
+    """
+    encoded = [encode_one(example, tokenizer) for example in examples]
+    for i, row in enumerate(encoded):
+        if not n_supervised([row]):
+            where = examples[i].where or f"row {i} of the data"
+            raise InputError(f"{where}: no token is supervised; give an answer with some text")
+    fitting = [row for row in encoded if len(row["input_ids"]) <= max_length]
+    if not fitting:
+        shortest = min(len(row["input_ids"]) for row in encoded)
+        raise InputError(
+            f"all {len(encoded)} examples are longer than max_length={max_length} tokens; "
+            f"the shortest has {shortest}"
+        )
+    return Encoded(fitting, len(encoded) - len(fitting))
+
+
+def token_rows(data: Iterable[Any], what: str = "the data") -> list[EncodedExample]:
+    """Rows of tokens as plain lists of int, whatever arrays they come in.
+
+    Args:
+        data: mappings with ``input_ids`` and ``labels``: lists, or arrays of one dimension, such as
+            those of a ``datasets.Dataset`` in the format of torch or NumPy.
+        what: what the rows are of, for messages.
+
+    Raises:
+        InputError: there are no rows, or one has no tokens, other numbers of them and of labels, or
+            no supervised token.
+    """
+    rows = []
+    for i, row in enumerate(data):
+        where = f"row {i} of {what}"
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where} is a {type(row).__name__}; give dicts of lists of int")
+        ids, labels = (_ints(row.get(key), f"{where}: {key}") for key in ("input_ids", "labels"))
+        encoded = {"input_ids": ids, "labels": labels}
+        if len(ids) != len(labels) or not n_supervised([encoded]):
+            raise InputError(
+                f"{where} has {len(ids)} input_ids and {len(labels)} labels; give equal numbers, "
+                f"and at least one label other than {IGNORED} after the first"
+            )
+        rows.append(encoded)
+    if not rows:
+        raise InputError(f"{what} are empty; give rows with input_ids and labels")
+    return rows
+
+
+def _ints(values: Any, what: str) -> list[int]:
+    """A list of int, from a list, tensor or array."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise InputError(f"{what} is a {type(values).__name__}; give a list of int")
+    plain = [value.item() if hasattr(value, "item") else value for value in values]
+    for value in plain:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{what} has {value!r}; give a list of int")
+    return plain
+
+
+def encode_one(example: Example, tokenizer: Any) -> EncodedExample:
+    """One example as ``input_ids`` and ``labels``; arguments and errors as in :func:`encode`."""
+    return _plain(example, tokenizer) if example.is_plain else _chat(example, tokenizer)
+
+
+def _plain(example: Example, tokenizer: Any) -> EncodedExample:
+    """A prompt and its completion, or a text, as they are, with the end of the text."""
+    *before, last = (message["content"] for message in example.messages)
+    prompt = tokenizer("".join(before), add_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    if prompt and prompt[-1] == end and end != tokenizer.bos_token_id:
+        prompt = prompt[:-1]  # some tokenizers end every text
+    completion = _tokens(tokenizer, last)
+    if end is not None and completion[-1:] != [end]:
+        completion = [*completion, end]
+    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+
+def _chat(example: Example, tokenizer: Any) -> EncodedExample:
+    """A conversation through the chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template; use an instruct model, or give prompts and "
+            "completions as text"
+        )
+    messages = list(example.messages)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i < example.n_context:
+            continue
+        prompt = render(tokenizer, messages[:i], True, example.where, example.tools)
+        whole = render(tokenizer, messages[: i + 1], False, example.where, example.tools)
+        if not prompt.startswith(done) or not whole.startswith(prompt):
+            raise UnsupportedModelError(
+                "the chat template changes earlier turns when one is added, so the assistant's "
+                "turns cannot be found; train on single turns"
+            )
+        asked = _tokens(tokenizer, prompt[len(done) :])
+        said, tail = _cut(_tokens(tokenizer, whole[len(prompt) :]), tokenizer.eos_token_id)
+        input_ids += asked + said + tail
+        labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
+        done = whole
+    _need_place(tokenizer, example, done)
+    n_used = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
+    return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
+
+
+def _need_place(tokenizer: Any, example: Example, rendered: str) -> None:
+    """Refuse a conversation if the chat template silently leaves out a part of it."""
+    last = example.messages[-1]
+    calls = [call for message in example.messages for call in message.get("tool_calls", ())]
+    missing = [
+        *(key for key in ("reasoning_content", "thinking") if last.get(key, "") not in rendered),
+        *("tool_calls" for call in calls if call["function"]["name"] not in rendered),
+    ]
+    if example.tools and rendered == render(tokenizer, example.messages, False, example.where):
+        missing.append("tools")
+    if missing:
+        where = f"{example.where}: " if example.where else ""
+        raise InputError(
+            f"{where}the model's chat template has no place for {missing[0]}; write into the "
+            "content what the model should see"
+        )
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    prompt: bool,
+    where: str = "",
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Render a conversation through the chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: dicts of ``role`` and ``content``.
+        prompt: continue to where the assistant begins.
+        where: file and line of the conversation, for error messages.
+        tools: schemas of tools.
+
+    Raises:
+        InputError: the chat template refuses the conversation, such as one with a system prompt.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=dated_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{where + ': ' if where else ''}the model's chat template refuses turns of {roles} "
+            f"({reason}); leave out or rewrite what it refuses"
+        ) from error
+
+
+def dated_template(tokenizer: Any) -> str:
+    """The chat template, in which today is always ``DAY``.
+
+    Otherwise no run could be resumed, and no score be repeated, on the next day.
+
+    Raises:
+        ValueError: there is none.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{code}" for code in ("-d", "-m", *"aAbBcdHIjmMpSxXyY")]
+    filled = "".join(f"|replace('{code}', '{DAY.strftime(code)}')" for code in codes)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filled} }}}}{{% endmacro %}}{template}"
+
+
+def n_supervised(rows: Sequence[EncodedExample]) -> int:
+    """Supervised tokens in one pass over some examples."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+
+
+def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
+    """The tokens of a question up to where the assistant begins."""
+    turns = [{"role": "user", "content": question}]
+    return _tokens(tokenizer, render(tokenizer, turns, True))
+
+
+def lead_of(tokenizer: Any) -> str:
+    """The text that a chat template writes between the assistant's start and its reply.
+
+    An empty block of thoughts (Qwen3), or a space (Mistral); it is supervised with the answer.
+
+    Args:
+        tokenizer: with a chat template, or without one.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    asked, said = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _REPLY}
+    prompt = render(tokenizer, [asked], True)
+    whole = render(tokenizer, [asked, said], False)
+    lead, found, _ = whole.removeprefix(prompt).partition(_REPLY)
+    return lead if found and whole.startswith(prompt) else ""
+
+
+def tokens_before_request(tokenizer: Any) -> list[int]:
+    """The tokens that a chat template puts before a user's message.
+
+    Raises:
+        UnsupportedModelError: the template shows no such place.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template, which self-generated text needs; train with "
+            "slim:texts=0"
+        )
+    turns = [{"role": "user", "content": _MARK}]
+    before, found, _ = render(tokenizer, turns, True).partition(_MARK)
+    tokens = _tokens(tokenizer, before)
+    if not found or not tokens:
+        raise UnsupportedModelError(
+            "the chat template does not show where a user's turn begins, which self-generated text "
+            "needs; train with slim:texts=0"
+        )
+    return tokens
+
+
+def longest_for(model: Any, max_length: int) -> int:
+    """The longest example: ``max_length``, but not more than the model has positions.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        max_length: the requested length, in tokens.
+    """
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, n_positions or max_length)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _cut(tokens: list[int], end: int | None) -> tuple[list[int], list[int]]:
+    """Cut a turn of the assistant behind its end token; the template may add more."""
+    n_said = tokens.index(end) + 1 if end in tokens else len(tokens)
+    return tokens[:n_said], tokens[n_said:]

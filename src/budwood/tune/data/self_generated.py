@@ -1,0 +1,225 @@
+"""Self-generated text: requests that a chat model makes up, and its replies to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from budwood.checks import need_at_least
+from budwood.errors import InputError
+from budwood.files import digest, read_json, write_text
+from budwood.progress import Progress, silent
+from budwood.tune.base_model import evaluating, fingerprint_of
+from budwood.tune.data.batches import Padded, pad_of
+from budwood.tune.data.encoding import (
+    IGNORED,
+    EncodedExample,
+    prompt_tokens,
+    token_rows,
+    tokens_before_request,
+)
+from budwood.unwrap import innermost
+
+REQUEST_TOKENS, REPLY_TOKENS = 32, 24
+"""Longest request and reply, in tokens."""
+_FEWEST_OF = 0.5
+"""Least fraction of the texts in a file that does not say how many were asked for."""
+
+
+def self_generate(
+    model: Any,
+    tokenizer: Any,
+    n_texts: int,
+    *,
+    batch: int = 16,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[EncodedExample]:
+    """Let a model make up requests, and reply to them.
+
+    Given the beginning of a user's turn, a chat model continues with a request like those that it
+    was trained on (Magpie, arXiv 2406.08464).
+
+    Args:
+        model: the base model, or a PEFT model whose adapter is fresh or off.
+        tokenizer: of the model, with a chat template.
+        n_texts: number of requests; an empty one gets no reply.
+        batch: texts at a time.
+        seed: seed of the draws.
+        progress: called after each batch.
+
+    Returns:
+        Examples whose labels are the replies.
+
+    Raises:
+        InputError: all requests are empty, or a count is below 1.
+        UnsupportedModelError: the chat template does not show where a user's turn begins.
+    """
+    need_at_least(1, n_texts=n_texts)
+    start = tokens_before_request(tokenizer)
+
+    def part(i: int) -> Progress:
+        return lambda done, total, note="": progress(i * total + done, 2 * total, note)
+
+    starts = [start] * n_texts
+    drawn = _draw(model, tokenizer, starts, REQUEST_TOKENS, batch, seed, part(0))
+    requests = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in drawn]
+    requests = [request for request in requests if request]
+    if not requests:
+        raise InputError("the model makes up no requests; give texts of your own as rows")
+    return replies(
+        model,
+        tokenizer,
+        requests,
+        n_tokens=REPLY_TOKENS,
+        batch=batch,
+        seed=seed,
+        progress=part(1),
+    )
+
+
+def cached_texts(
+    file: Path, model: Any, tokenizer: Any, n_texts: int, progress: Progress = silent
+) -> list[EncodedExample]:
+    """Read self-generated texts from a file; generate and write them if there is none.
+
+    Args:
+        file: holds the texts, and what they were made with.
+        model: the base model, or a PEFT model whose adapter is fresh or off.
+        tokenizer: of the model.
+        n_texts: number of texts.
+        progress: called after each batch.
+
+    Raises:
+        InputError: the file is none of self-generated texts, or its texts are of another model,
+            tokenizer or number.
+    """
+    made_with = {
+        "model": fingerprint_of(innermost(model)),
+        "tokenizer": digest(tokenizer.get_vocab()),
+        "n": n_texts,
+    }
+    if not file.exists():
+        texts = self_generate(model, tokenizer, n_texts, progress=progress)
+        write_text(file, json.dumps({**made_with, "texts": texts}))
+    return _texts_of(read_json(file), file, made_with)
+
+
+def _texts_of(saved: Any, file: Path, made_with: dict[str, Any]) -> list[EncodedExample]:
+    """The texts in a file; older files hold a plain list."""
+    if isinstance(saved, list):
+        n = made_with["n"]
+        if not n * _FEWEST_OF <= len(saved) <= n:  # requests that came out empty were left out
+            saved = {**made_with, "n": len(saved)}
+        else:
+            saved = {**made_with, "texts": saved}
+    if not isinstance(saved, dict):
+        raise InputError(f"{file} holds no self-generated texts; give another file, or remove it")
+    for key, value in made_with.items():
+        if saved.get(key) != value:
+            raise InputError(
+                f"{file} holds texts with {key}={saved.get(key)!r}, and {key}={value!r} is needed; "
+                "give another file, or remove it"
+            )
+    return token_rows(saved.get("texts") or [], f"the texts in {file}")
+
+
+def replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    n_tokens: int = 48,
+    batch: int = 16,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[EncodedExample]:
+    """Draw a model's own replies, on which its tuned version is compared with it.
+
+    Args:
+        model: the base model, or a PEFT model whose adapter is off.
+        tokenizer: of the model.
+        prompts: requests to reply to.
+        n_tokens: longest reply, in tokens.
+        batch: prompts at a time.
+        seed: seed of the draws.
+        progress: called after each batch.
+
+    Returns:
+        Examples whose labels are the replies.
+
+    Raises:
+        InputError: a count is below 1.
+    """
+    asked = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    drawn = _draw(model, tokenizer, asked, n_tokens, batch, seed, progress)
+    return [
+        {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}
+        for prompt, reply in zip(asked, drawn)
+    ]
+
+
+@torch.inference_mode()
+def _draw(
+    model: Any,
+    tokenizer: Any,
+    starts: Sequence[list[int]],
+    n_tokens: int,
+    batch: int,
+    seed: int,
+    progress: Progress,
+) -> list[list[int]]:
+    """Continuations of some beginnings, up to and with the end of the turn."""
+    need_at_least(1, batch=batch, n_tokens=n_tokens)
+    pad, ends = pad_of(tokenizer), _ends(model, tokenizer)
+    drawn: list[list[int]] = []
+    with torch.random.fork_rng(), evaluating(model), _own_distribution(model):
+        torch.manual_seed(seed)
+        for first in range(0, len(starts), batch):
+            rows = [{"input_ids": ids, "labels": ids} for ids in starts[first : first + batch]]
+            inputs = Padded(pad, trim=False)(rows)
+            output = model.generate(
+                input_ids=inputs["input_ids"].to(model.device),
+                attention_mask=inputs["attention_mask"].to(model.device),
+                max_new_tokens=n_tokens,
+                pad_token_id=pad,
+            )
+            continuations = output[:, inputs["input_ids"].shape[1] :].tolist()
+            drawn += [_up_to_end(tokens, ends, pad) for tokens in continuations]
+            progress(len(drawn), len(starts), "writing self-generated text")
+    return drawn
+
+
+@contextmanager
+def _own_distribution(model: Any) -> Iterator[None]:
+    """Sample without the checkpoint's own settings, such as a temperature or a penalty."""
+    from transformers import GenerationConfig
+
+    base = innermost(model)
+    asked = base.generation_config
+    ends = {"bos_token_id": asked.bos_token_id, "eos_token_id": asked.eos_token_id}
+    base.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **ends
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = asked
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a turn."""
+    known = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+
+
+def _up_to_end(tokens: list[int], ends: set[int], pad: int) -> list[int]:
+    """Tokens up to the end of the turn and with it, without padding; at least one."""
+    n = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    n = next((i for i, token in enumerate(tokens[:n]) if token == pad and pad not in ends), n)
+    return tokens[: max(n, 1)]

@@ -1,0 +1,157 @@
+"""What every way of fine-tuning has in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from budwood.checks import need_number
+from budwood.errors import InputError, UnsupportedModelError, first_line
+from budwood.tune.data.encoding import EncodedExample
+from budwood.tune.slim.architectures import default_targets
+from budwood.tune.slim.fused_experts import is_fused
+from budwood.tune.slim.targets import decoder_modules, is_linear
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A PEFT adapter and what its training adds to the loss.
+
+    Attributes:
+        weight_decay: AdamW's, on the adapter.
+        kl: weight of the divergence from the base model, on the prompts that are trained on or on
+            self-generated text.
+        strength: adapter strength at the end of training, in (0, 1].
+        extra: further options, for the adapter's config.
+    """
+
+    weight_decay: float = 0.0
+    kl: float = 0.0
+    strength: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    kl_on_texts: ClassVar[bool] = False
+    """Whether ``kl`` is taken on self-generated text, and not on prompts."""
+    own_rank: ClassVar[int] = 0
+    """The rank in a comparison; 0 for a rank with as many parameters as the reference has."""
+
+    def __post_init__(self) -> None:
+        for name, place in (("r", "rank"), ("seed", "seed")):
+            if name in self.extra:
+                raise InputError(
+                    f"{name}={self.extra[name]!r} is not an option of a method; give --{place}"
+                )
+        weights = {"weight_decay": self.weight_decay, "kl": self.kl}
+        need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
+        allowed = "number above 0 and up to 1"
+        if self.strength is not None:
+            need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
+
+    def config(self, rank: int, model: Any, seed: int) -> Any:
+        """The PEFT config.
+
+        Args:
+            rank: rank of the adapter, or of each expert.
+            model: the base model.
+            seed: seed of whatever the adapter draws by itself.
+        """
+        raise NotImplementedError
+
+    def fitted_to(self, n_supervised_tokens: int) -> Tuner:
+        """The tuner for training data of some size.
+
+        Args:
+            n_supervised_tokens: supervised tokens in one pass over the data.
+        """
+        return self
+
+    def suited_to(self, tokenizer: Any) -> Tuner:
+        """The tuner for a tokenizer, whose chat template may not allow self-generated text."""
+        return self
+
+    def ranks(self, model: Any) -> Sequence[int]:
+        """The ranks that there are, in rising order; none for all."""
+        return ()
+
+    def attached(self, adapted: Any) -> None:
+        """Set up a model that has just got its adapter, fresh or to be filled by a checkpoint."""
+
+    def n_trained(self, adapted: Any) -> int:
+        """Parameters that training changes."""
+        return n_trainable(adapted)
+
+    @property
+    def n_texts(self) -> int:
+        """Self-generated texts that training needs."""
+        return 0
+
+    def prepare(
+        self,
+        adapted: Any,
+        tokenizer: Any,
+        rows: Sequence[EncodedExample],
+        texts: Sequence[EncodedExample],
+    ) -> None:
+        """Prepare a fresh adapter for its first step.
+
+        Args:
+            adapted: the model with the adapter.
+            tokenizer: of the model.
+            rows: training data.
+            texts: :attr:`n_texts` self-generated texts.
+        """
+
+    def training(self, texts: Sequence[EncodedExample]) -> dict[str, Any]:
+        """Arguments of :func:`budwood.tune.training.run.train` that depend on the method.
+
+        Args:
+            texts: :attr:`n_texts` self-generated texts.
+        """
+        return {
+            "weight_decay": self.weight_decay,
+            "kl": self.kl,
+            "texts": texts if self.kl_on_texts else (),
+            "strength": self.strength,
+        }
+
+
+def n_trainable(model: Any) -> int:
+    """Parameters that get gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def linear_mlps(model: Any) -> str:
+    """A regular expression of the MLP projections of a model.
+
+    Raises:
+        UnsupportedModelError: the model has fused experts.
+    """
+    modules = dict(decoder_modules(model))
+    fused = next((name for name, module in modules.items() if is_fused(module)), None)
+    if fused is not None:
+        raise UnsupportedModelError(
+            f"{fused!r} holds fused experts, which this comparison adapts with SLIM's methods "
+            "alone; take --method slim, or PEFT's LoRA with target_parameters"
+        )
+    linear = (name for name, module in modules.items() if is_linear(module))
+    return default_targets(model.config.to_dict(), linear)
+
+
+def peft_config(kind: Any, name: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """Make a config of PEFT for a causal language model.
+
+    Args:
+        kind: its class.
+        name: of the method, for messages.
+        options: what the method sets.
+        extra: what the user sets, which takes precedence.
+
+    Raises:
+        InputError: there is no such option.
+    """
+    try:
+        return kind(**{**options, "task_type": "CAUSAL_LM", **extra})
+    except (TypeError, ValueError) as error:  # an unknown option
+        raise InputError(f"{name}: {first_line(error)}") from error

@@ -1,0 +1,112 @@
+"""Batches whose rows use different adapters: ``model(..., adapter_names=[...])``, as in PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from budwood.errors import InputError
+from budwood.tune.slim.keeper import SlimLayer, layers_of
+
+BASE = "__base__"
+"""PEFT's name for a row that uses no adapter."""
+_ROUTED = re.compile(r"(^|\.)\w*experts\.\w*\d+\.")
+"""A linear layer of one routed expert, which sees some of the tokens in an order of its own."""
+
+
+@contextmanager
+def rows_by_adapter(model: nn.Module, names: Any) -> Iterator[None]:
+    """Let each row of the batches inside use an adapter of its own.
+
+    Args:
+        model: with SLIM layers, in evaluation mode.
+        names: of the adapters, one per row; ``"__base__"`` for none.
+
+    Raises:
+        InputError: the model is in training, a name is unknown, or there are none.
+    """
+    _check_names(model, names)
+    kinds = (SlimLayer, AuxiliaryTrainingWrapper)
+    layers = [one for one in model.modules() if isinstance(one, kinds)]
+    hooks = [one.register_forward_pre_hook(_Tells(names), with_kwargs=True) for one in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def owners(x: Tensor, names: Sequence[str], key: str) -> Tensor:
+    """Find the adapter of each row of a layer's input.
+
+    Beams and returned sequences repeat each row in place, and some models join rows and tokens to
+    one axis; so an axis that is k times as long as the names has k entries for each.
+
+    Args:
+        x: the layer's input, shape (n_rows, …, d_in) or (n_rows · length, d_in).
+        names: one per row of the batch.
+        key: name of the layer.
+
+    Returns:
+        Index into ``names`` for each entry of the first axis, int64, shape (len(x),).
+
+    Raises:
+        InputError: the first axis is no multiple of the names, or the layer is that of a routed
+            expert, whose tokens have lost their rows.
+    """
+    if len(x) % len(names) or not len(x):
+        raise InputError(
+            f"adapter_names has {len(names)} names and layer {key!r} gets {len(x)} rows; give one "
+            "name per row of the batch"
+        )
+    if _ROUTED.search(key):
+        raise InputError(
+            f"layer {key!r} sees routed tokens, whose rows are not known; run the rows of each "
+            "adapter as a batch of their own, after model.set_adapter(name)"
+        )
+    index = torch.arange(len(names), device=x.device)
+    return index.repeat_interleave(len(x) // len(names))
+
+
+def groups(names: Sequence[str], known: Iterable[str]) -> dict[str, list[int]]:
+    """List the rows of each adapter of ``known``, in the order of the names."""
+    known = set(known)
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        if name in known:
+            found.setdefault(name, []).append(i)
+    return found
+
+
+def _check_names(model: nn.Module, names: Any) -> None:
+    if model.training:
+        raise InputError(
+            "adapter_names is for inference, and the model is in training: call eval()"
+        )
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise InputError(f"adapter_names={names!r}; give a list with one name per row")
+    known = {BASE, *(name for layer in layers_of(model) for name in layer.slim_config)}
+    unknown = sorted({str(name) for name in names} - known)
+    if unknown:
+        raise InputError(
+            f"adapter_names has {', '.join(unknown)}; the adapters are {', '.join(sorted(known))}"
+        )
+
+
+class _Tells:
+    """A forward pre-hook that hands the names to a layer; PEFT's own want one for each row."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self.names
+        if args and isinstance(module, AuxiliaryTrainingWrapper):
+            names = [names[i] for i in owners(args[0], names, "modules_to_save").tolist()]
+        return args, {**kwargs, "adapter_names": names}

@@ -1,0 +1,226 @@
+"""Fitting the discriminant between training data and text on which the model should not change.
+
+Ours. The distance to the training data alone does not know what other text looks like. The model's
+self-generated text shows it, and takes no other data: the model also makes up the requests that it
+answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budwood.checks import need_at_least
+from budwood.errors import InputError
+from budwood.progress import Progress, silent
+from budwood.tune.base_model import evaluating
+from budwood.tune.data.batches import Padded, on_device
+from budwood.tune.data.encoding import EncodedExample, n_supervised
+from budwood.tune.data.self_generated import self_generate
+from budwood.tune.slim.distance import discriminant, gap_to_other
+from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
+from budwood.tune.slim.state import DiscriminantStatistics, InputStatistics
+
+N_TEXTS = 128
+"""Self-generated texts, where no other text is given."""
+N_EXAMPLES = 256
+"""Fewest training examples that are read; more until ``MOST_TOKENS`` count."""
+MOST_TOKENS = 4096
+"""Tokens of each text whose inputs are kept, evenly drawn if there are more."""
+LEAST_TOKENS = 32
+WAY = 0.5
+"""Where a fixed boundary lies, as a fraction of the way from training data to other text."""
+
+
+@torch.no_grad()
+def fit_discriminant(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[EncodedExample],
+    other: Sequence[EncodedExample] | None = None,
+    *,
+    batch: int = 16,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[int, int]:
+    """Fit a fresh SLIM adapter's discriminant to training data and other text, before training.
+
+    ``distance="discriminant"`` requires it.
+
+    Args:
+        model: from ``peft.get_peft_model``; its adapters that are trained are SLIM's and fresh.
+        tokenizer: of the model.
+        rows: training data, ``input_ids`` and ``labels``. Rows are drawn until ``MOST_TOKENS``
+            count, and at least ``N_EXAMPLES``. A token counts if its next token's label is not
+            −100; with ``fit_on="all"`` every token counts.
+        other: text on which the model should not change, in the same form. None for ``N_TEXTS``
+            self-generated texts, which need a chat template.
+        batch: rows at a time.
+        seed: of the draws.
+        progress: called after each batch of text that is generated.
+
+    Returns:
+        The number of supervised tokens of both.
+
+    Raises:
+        AttachError: the model has no SLIM layers.
+        InputError: the adapter has no discriminant or was trained; there is too little text; the
+            text does not reach a layer; or the model's values on it are NaN or infinite.
+        UnsupportedModelError: the chat template does not show where a user's turn begins.
+    """
+    fresh = _fresh_statistics(model)
+    need_at_least(1, batch=batch)
+    _check_rows("training data", rows)
+    if other is None:
+        other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
+    _check_rows("other text", other)
+    rows = _draw(rows, seed)
+    surveys = []
+    for text in (rows, other):
+        survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
+        _read(model, tokenizer, text, batch, survey)
+        surveys.append(survey)
+    _check_reached(fresh, surveys)
+    inputs = [tuple(survey.inputs_of(layer) for survey in surveys) for layer in fresh]
+    fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
+    for layer, texts, direction in zip(fresh, inputs, fitted):
+        layer.set_direction(*direction, sum(map(len, texts)))
+        if layer.config.boundary == "fixed":
+            layer.set_boundary(*_midway(layer, *texts))
+    return n_supervised(rows), n_supervised(other)
+
+
+class Survey:
+    """Keeps the inputs that layers show it.
+
+    Args:
+        most: tokens to keep of a layer in one forward pass.
+    """
+
+    def __init__(self, most: float) -> None:
+        self.most = max(1, round(most))
+        self._kept: dict[InputStatistics, list[Tensor]] = {}
+
+    def __contains__(self, statistics: InputStatistics) -> bool:
+        return statistics in self._kept
+
+    def see(self, statistics: InputStatistics, x: Tensor) -> None:
+        """Keep inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
+        if not len(x):
+            return
+        if len(x) > self.most:
+            x = x[torch.linspace(0, len(x) - 1, self.most).round().long().to(x.device)]
+        self._kept.setdefault(statistics, []).append(x.clone())
+
+    def inputs_of(self, statistics: InputStatistics) -> Tensor:
+        """All kept inputs of a layer, float32, shape (n_tokens, d_in)."""
+        return torch.cat(self._kept[statistics]).float()
+
+
+def _fresh_statistics(model: nn.Module) -> list[DiscriminantStatistics]:
+    """List the discriminants of the adapters that are about to be trained."""
+    keeper = keeper_of(model)  # refuses a model without SLIM layers
+    for name in {name for layer in layers_of(model) for name in layer.trained_adapters()}:
+        keeper.settle(name)
+    fresh = [
+        statistics for layer in layers_of(model) for statistics in layer.discriminants().values()
+    ]
+    if not fresh:
+        raise InputError(
+            "no adapter that is being trained has a distance that is fitted; give "
+            'SlimConfig(distance="discriminant")'
+        )
+    steps = max(statistics.steps for statistics in fresh)
+    if steps:
+        raise InputError(
+            f"the adapter was trained for {steps} steps with its present distances; fit a fresh "
+            "adapter"
+        )
+    return fresh
+
+
+def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
+    bad = next((i for i, row in enumerate(rows) if not n_supervised([row])), None)
+    if bad is not None:
+        raise InputError(f"row {bad} of the {what} has no token that counts; leave it out")
+    n = n_supervised(rows)
+    if n < LEAST_TOKENS:
+        raise InputError(
+            f"the {what} has {n} tokens that count and needs {LEAST_TOKENS}: give more, or "
+            'another distance ("whitened")'
+        )
+
+
+def _draw(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
+    """Draw rows until there are enough rows and tokens; they stay in their order."""
+    drawn: list[int] = []
+    n_tokens = 0
+    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
+        if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
+            break
+        drawn.append(i)
+        n_tokens += n_supervised([rows[i]])
+    return [rows[i] for i in sorted(drawn)]
+
+
+def _read(
+    model: nn.Module, tokenizer: Any, rows: Sequence[EncodedExample], batch: int, survey: Survey
+) -> None:
+    """Pass rows through the model, whose layers show their inputs to the survey."""
+    device = next(model.parameters()).device
+    collate = Padded.of(model, tokenizer)
+    with _surveyed(model, survey), evaluating(model):
+        for start in range(0, len(rows), batch):
+            inputs = on_device(collate(rows[start : start + batch]), device)
+            tell_labels(model, inputs.pop("labels"))
+            model(**inputs)
+
+
+@contextmanager
+def _surveyed(model: nn.Module, survey: Survey) -> Iterator[None]:
+    keeper = keeper_of(model)
+    keeper.survey = survey.see
+    try:
+        yield
+    finally:
+        keeper.survey, keeper.labels = None, None
+
+
+def _midway(
+    layer: DiscriminantStatistics, training: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where a fixed boundary lies along a layer's direction, and the deviation of training data.
+
+    Ours. Few examples leave wide gaps, in which further examples of the same task lie: up to a
+    dozen standard deviations away, where other text begins at 26 (benchmarks/LOG.md). Without a gap
+    the boundary is ``margin`` standard deviations away.
+    """
+    raw = training @ layer.direction - layer.offset
+    std, mean = torch.std_mean(raw, correction=0)
+    reach = max(layer.config.margin, WAY * gap_to_other(training, other))
+    return mean + reach * std, std
+
+
+def _check_reached(layers: Sequence[DiscriminantStatistics], surveys: Sequence[Survey]) -> None:
+    for layer in layers:
+        if not all(layer in survey for survey in surveys):
+            raise InputError(
+                f"layer {layer.key!r} reads no token of this text that counts, as a layer for "
+                "other input than text does; leave it out of the target modules, or take another "
+                'distance ("whitened")'
+            )
+
+
+def _fit(layer: DiscriminantStatistics, training: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    direction, offset = discriminant(training, other)
+    if not bool(torch.isfinite(direction).all() and torch.isfinite(offset)):
+        raise InputError(
+            f"inputs of layer {layer.key!r} are NaN or infinite on this text; load the model "
+            "in bfloat16 or float32"
+        )
+    return direction, offset

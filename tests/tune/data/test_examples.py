@@ -1,0 +1,236 @@
+"""Rows and files as other tools write them."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from budwood.errors import InputError
+from budwood.tune.data.encoding import IGNORED, encode, encode_one
+from budwood.tune.data.examples import example_of, examples_of, read_examples
+from tests import tiny_chat
+
+TOKENS = tiny_chat.tokenizer()
+CALL = {"name": "weather", "arguments": {"city": "Oslo", "unit": None}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def chat(*turns):
+    return tuple({"role": role, "content": content} for role, content in turns)
+
+
+ASKED = chat(("user", "Is ice cold?"), ("assistant", "Yes."))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Is ice cold?", "output": "Yes."},
+        {"instruction": "Is ice cold?", "input": "", "output": "Yes.", "text": "### …"},
+        {"instruction": "Is ice cold?", "context": "", "response": "Yes.", "category": "open"},
+        {"query": "Is ice cold?", "response": "Yes.", "type": "GSM", "original_question": "?"},
+        {"prompt": "Is ice cold?", "response": "Yes."},
+        {
+            "conversations": [
+                {"from": "human", "value": "Is ice cold?"},
+                {"from": "gpt", "value": "Yes."},
+            ]
+        },
+        {
+            "messages": [
+                {"from": "user", "value": "Is ice cold?", "weight": None},
+                {"from": "assistant", "value": "Yes."},
+            ]
+        },
+    ],
+)
+def test_single_questions(row):
+    assert example_of(row).messages == ASKED
+
+
+def test_what_belongs_to_a_question():
+    row = {"instruction": "Shorten.", "input": "A long text.", "output": "Text.", "system": "Be."}
+    assert example_of(row).messages == chat(
+        ("system", "Be."), ("user", "Shorten.\n\nA long text."), ("assistant", "Text.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "index"),
+    [
+        (["no", "yes"], "B", 1),
+        (["no", "yes"], "b)", 1),
+        (["no", "yes"], "yes", 1),
+        (["no", "yes"], 0, 0),
+        ({"text": ["no", "yes"], "label": ["1", "2"]}, "2", 1),
+        (["x", "y", "z"], "C.", 2),
+        (["1", "2"], "2", 1),
+    ],
+)
+def test_the_right_choice(choices, answer, index):
+    example = example_of({"question": "q", "choices": choices, "answer": answer})
+    assert example.answer == index and example.messages[-1]["content"] == example.choices[index]
+
+
+def test_choices_in_columns_of_their_own():
+    row = {"question": "Is ice cold?", "A": "no", "B": "yes", "answer": "B"}
+    assert example_of(row) == example_of(
+        {"question": "Is ice cold?", "choices": ["no", "yes"], "answer": 1}
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "index from 0 to 1, the letter"),
+        ({"question": "q", "choices": ["B", "A"], "answer": "A"}, "more than one choice"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "TRL's DPOTrainer"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "the whole conversation"),
+        ({"instruction": "a"}, "has the keys instruction; give"),
+        ({"instruction": ["a"], "output": "b"}, "instruction must be a text"),
+        ({"instruction": "a", "output": ""}, "content of the assistant message must be a text"),
+        ({"conversations": [{"from": "who", "value": "a"}]}, "a message needs a role"),
+        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools need messages"),
+        ({"messages": list(ASKED), "tools": "[{"}, "tools are not JSON"),
+        ({"messages": list(ASKED), "tools": [7]}, "list of JSON schemas"),
+    ],
+)
+def test_refuses(row, message):
+    with pytest.raises(InputError, match=message) as error:
+        example_of(row)
+    assert "\n" not in str(error.value)
+
+
+# --- calls of tools -------------------------------------------------------------------------------
+
+
+def called(arguments=CALL["arguments"]):
+    call = {"id": "1", "type": "function", "function": {**CALL, "arguments": arguments}}
+    return [
+        {"role": "user", "content": "Is it cold in Oslo?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "tool_call_id": "1", "content": "-3"},
+        {"role": "assistant", "content": "Yes, -3 degrees."},
+    ]
+
+
+def with_tools():
+    tokens = tiny_chat.tokenizer()
+    tokens.chat_template = tiny_chat.WITH_TOOLS
+    return tokens
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+@pytest.mark.parametrize("arguments", [CALL["arguments"], '{"city": "Oslo"}'])
+def test_calls_of_tools_are_learnt(tools, arguments):
+    tokens = with_tools()
+    row = encode_one(example_of({"messages": called(arguments), "tools": tools}), tokens)
+    learnt = tokens.decode([x for x, y in zip(row["input_ids"], row["labels"]) if y != IGNORED])
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    assert learnt == f"<call>{call}</call><|im_end|>Yes, -3 degrees.<|im_end|>"
+    text = tokens.decode(row["input_ids"])
+    assert text.startswith(
+        '<|im_start|>system\n[{"type": "function", "function": {"name": "weather"'
+    )
+    assert "<|im_start|>tool\n-3<|im_end|>" in text
+
+
+def test_a_prompt_with_tools_and_its_completion():
+    messages = called()
+    row = {"prompt": messages[:3], "completion": messages[3:], "tools": [TOOL]}
+    encoded = encode_one(example_of(row), with_tools())
+    learnt = [x for x, y in zip(encoded["input_ids"], encoded["labels"]) if y != IGNORED]
+    assert with_tools().decode(learnt) == "Yes, -3 degrees.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": list(ASKED), "tools": [TOOL]}, "tools"),
+        ({"messages": called()}, "tool_calls"),
+        ({"messages": [*ASKED[:1], {**ASKED[1], "thinking": "Ice is frozen."}]}, "thinking"),
+    ],
+)
+def test_a_template_without_a_place_is_refused(row, what):
+    with pytest.raises(InputError, match=f"^row 0 of the data: .*has no place for {what}"):
+        encode(examples_of([row]), TOKENS, 1000)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"function": {"arguments": {}}}, "needs a function with a name"),
+        ({"function": {"name": "f", "arguments": "{"}}, "are not JSON"),
+        ({"function": {"name": "f", "arguments": [1]}}, "are a list; give an object"),
+        ("f()", "needs a function with a name"),
+    ],
+)
+def test_refuses_calls(call, message):
+    row = {"messages": [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    with pytest.raises(InputError, match=message):
+        example_of(row)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+ROWS = [
+    {"question": "Is ice, cold?", "A": "no", "B": "yes", "answer": "B"},
+    {"question": 'Is "fire"\ncold?', "A": "no", "B": "yes", "answer": "A"},
+]
+
+
+@pytest.fixture(params=["csv", "tsv", "parquet", "json", "jsonl"])
+def file(request, tmp_path):
+    path = tmp_path / f"train.{request.param}"
+    table = datasets.Dataset.from_list(ROWS)
+    if request.param in ("csv", "tsv"):
+        table.to_csv(path, sep="," if request.param == "csv" else "\t", index=False)
+    elif request.param == "parquet":
+        table.to_parquet(path)
+    elif request.param == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_every_kind_of_file(file):
+    assert read_examples(str(file)) == [example_of(row) for row in ROWS]
+
+
+def test_a_bad_row_is_named(file, tmp_path):
+    path = tmp_path / f"bad{file.suffix}"
+    path.write_bytes(file.read_bytes().replace(b"answer", b"anwser"))
+    if file.suffix == ".parquet":
+        datasets.Dataset.from_list([{**ROWS[0], "answer": "Z"}]).to_parquet(path)
+    place = "line 1" if file.suffix == ".jsonl" else "row 0"
+    with pytest.raises(InputError, match=f"bad{file.suffix}, {place}: ") as error:
+        read_examples(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", "no parquet", "cannot read .*a.parquet: "),
+        ("a.csv", 'question,answer\n"a', "cannot read .*a.csv: "),
+        ("a.csv", "", "cannot read .*a.csv: Empty CSV file"),
+        ("a.csv", "question,answer\n", "a.csv is empty"),
+        ("a.json", "[{]", "begins with \\[ and is no JSON array"),
+        ("a.json", "[]", "a.json is empty"),
+        ("a.json", '{\n "messages": []\n}', "line 1: is not JSON"),
+        ("b.csv", None, "cannot read .*b.csv: "),
+    ],
+)
+def test_refuses_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_examples(str(path))
+    assert "\n" not in str(error.value)
