@@ -11,7 +11,7 @@ import pytest
 
 from budwood.errors import InputError
 from budwood.sprout import example
-from budwood.sprout.questions import DIRECTIONS, HIGH_KINDS, KINDS, TEMPLATES, ask, balanced
+from budwood.sprout.questions import DIRECTIONS, KINDS, TEMPLATES, ask, balanced
 from budwood.sprout.scenes import SIZE, SPLIT_OFFSETS, Scene, make_scene
 
 
@@ -137,7 +137,7 @@ def test_the_test_set_is_balanced() -> None:
 def test_blind_guesses_get_little_of_the_high_resolution_set() -> None:
     chosen = [q for _, questions in balanced(3, 150, high_resolution=True) for q in questions]
     kinds = Counter(q.kind for q in chosen)
-    assert set(kinds) == set(HIGH_KINDS)
+    assert set(kinds) == set(KINDS)
     assert min(kinds.values()) > 0.6 * max(kinds.values())
     best = [Counter(q.answer for q in chosen if q.kind == k).most_common(1)[0][1] for k in kinds]
     assert sum(best) / len(chosen) < 0.25

@@ -123,9 +123,9 @@ def _cell(row: Row, column: Column, has_interval: bool) -> str:
 
 def _kinds(rows: Sequence[Row]) -> list[Column]:
     """Columns of the accuracy on each kind of question, where a record has them."""
-    from budwood.sprout.questions import HIGH_KINDS
+    from budwood.sprout.questions import KINDS
 
-    keys = {kind: f"accuracy_{kind}" for kind in HIGH_KINDS}
+    keys = {kind: f"accuracy_{kind}" for kind in KINDS}
     return [
         Column(key, ".1%", kind)
         for kind, key in keys.items()

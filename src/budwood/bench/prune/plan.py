@@ -13,7 +13,6 @@ from budwood.prune.methods import METHODS
 from budwood.prune.question import PUBLISHED, QUESTIONS
 from budwood.prune.selection import resolve_method
 from budwood.spec import parse_spec
-from budwood.sprout.questions import HIGH_KINDS, KINDS
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,6 @@ class Config:
             Budget.parse(keep)
         if len(set(self.runs)) < len(self.runs):
             raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of question that the scenes allow."""
-        return HIGH_KINDS if self.high_resolution else KINDS
 
     @property
     def runs(self) -> list[Run]:

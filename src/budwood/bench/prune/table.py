@@ -9,6 +9,7 @@ from typing import Any
 from budwood.bench.prune.accuracy import Asked, Outcome
 from budwood.bench.prune.plan import FULL, Config, Run
 from budwood.bootstrap import PairedBootstrap, interval, ratio
+from budwood.sprout.questions import KINDS
 from budwood.sprout.scenes import Box
 
 Row = dict[str, Any]
@@ -47,21 +48,21 @@ def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     return [_row(run, outcome, config, draws) for run in config.runs]
 
 
-def counts(outcome: Outcome, config: Config) -> dict[str, int]:
+def counts(outcome: Outcome) -> dict[str, int]:
     """Count questions: all, in each group, of each kind and size."""
     numbers = {"n_questions": len(outcome.asked)}
     for group, belongs in GROUPS.items():
         if group:
             numbers[f"n_{group}"] = sum(map(belongs, outcome.asked))
-    for name, belongs in _parts(config).items():
+    for name, belongs in _parts().items():
         numbers[f"n_{name}"] = sum(map(belongs, outcome.asked))
     return numbers
 
 
-def _parts(config: Config) -> dict[str, Callable[[Asked], bool]]:
+def _parts() -> dict[str, Callable[[Asked], bool]]:
     """Questions of each kind and size."""
     parts: dict[str, Callable[[Asked], bool]] = {
-        kind: lambda asked, kind=kind: asked.question.kind == kind for kind in config.kinds
+        kind: lambda asked, kind=kind: asked.question.kind == kind for kind in KINDS
     }
     for size, fits in SIZES.items():
         parts[size] = lambda asked, fits=fits: (
@@ -87,7 +88,7 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
     }
     for group, belongs in GROUPS.items():
         row |= _scores(run, best, outcome, config, draws, group, belongs)
-    for name, belongs in _parts(config).items():
+    for name, belongs in _parts().items():
         counted = [belongs(asked) for asked in outcome.asked]
         row[f"accuracy_{name}"] = _accuracy(outcome.right[run], counted)
     return row | {

@@ -159,7 +159,7 @@ def _measure(
         )
     rows = rows_of(outcome, config)
     return records.new_record(
-        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome, config)
+        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome)
     )
 
 
