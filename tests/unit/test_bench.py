@@ -237,7 +237,7 @@ def test_accuracy_by_the_size_of_what_has_to_be_seen():
     outcome = Outcome(asked, right, [16] * 4, {run: [4] * 4 for run in right}, times)
     row = rows_of(outcome, config)[-1]
     assert [row[f"accuracy_{size}"] for size in ("small", "medium", "large")] == [1, 0, 1]
-    assert counts(outcome, config)["n_small"] == 1 and row["accuracy_reading"] is None
+    assert counts(outcome)["n_small"] == 1 and row["accuracy_count"] is None
 
 
 def test_retention_of_a_model_that_is_never_right_is_unknown():
