@@ -17,7 +17,7 @@ help:
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
-	@echo "make environments  what these three need, without running them"
+	@echo "make environments  what these four need, without running them"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
