@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions test-vllm test-lmms test-app docs plots lint format clean
+.PHONY: help venv environments demo test test-versions test-vllm test-lmms test-app docs plots lint format clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
+	@echo "make environments  what these four need, without running them"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
@@ -109,6 +110,9 @@ test-lmms: $(LMMS)/.installed
 
 test-app: .venvs/app/.installed
 	.venvs/app/bin/python -m pytest tests/app
+
+# All environments beside the first.
+environments: $(VLLM)/.installed $(LMMS)/.installed $(patsubst %,.venvs/%/.installed,app oldest newest)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -7,8 +7,8 @@ between objects, which is faster.
 
     python recipes/sprout/train_high.py --start runs/llava --out runs/high
 
-Under `torchrun --nproc-per-node 2 -- recipes/…` two processes share the pictures of a step; the
-first one writes checkpoints and the log, which then holds its own half.
+With `torchrun --nproc-per-node 2 -- recipes/sprout/train_high.py …` two processes share the
+pictures of a step. The first one writes checkpoints and the log, which then holds its own half.
 
 Rates stay constant until `--steps` less the decay is reached; a run that was stopped goes on with
 larger `--steps` as if it had had them from the start.
@@ -101,8 +101,8 @@ def train(
         run.step += 1
         stopped = ranks.any((args.out / "stop").exists())
         if run.step % 10 == 0:
-            right = {layout: accuracies(torch.cat(hits)) for layout, hits in seen.items()}
             if ranks.own == 0:
+                right = {layout: accuracies(torch.cat(hits)) for layout, hits in seen.items()}
                 run.log(loss=round(sum(losses) / len(losses), 3), **right)
             losses, seen = [], {"high": [], "small": []}
         if (run.step % 20 == 0 or stopped) and ranks.own == 0:

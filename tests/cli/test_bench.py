@@ -252,7 +252,7 @@ def test_requests_of_several_threads(budwood, model_dir):
     assert all(row["requests_per_s"] > 0 for row in loads)
     assert loads[0]["requests_over_full"] == 1.0
     refused = budwood(*command, "--threads", "none")
-    assert refused.exit_code and "threads='none' is no number" in refused.stderr
+    assert refused.exit_code and "threads='none' is not a number" in refused.stderr
 
 
 def test_a_chat_before_each_question(budwood, model_dir, tmp_path):

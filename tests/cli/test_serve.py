@@ -134,8 +134,9 @@ time.sleep(60)
 """Which ends neither by itself nor when it is asked to, as its child does not."""
 
 PARENT = """
-import subprocess, sys
+import signal, subprocess, sys
 from budwood.serve import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 real, launch._GRACE_S = subprocess.Popen, 2
 launch.subprocess.Popen = lambda command, **more: real([sys.executable, "-c", sys.argv[1]], **more)
 launch.run(launch.Line("model", {}))
@@ -162,6 +163,7 @@ def test_no_process_is_left_behind(kinds):
 HASTY = """
 import os, signal, subprocess, sys
 from budwood.serve import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 real = subprocess.Popen
 def start(command, **more):
     server = real([sys.executable, "-c", "import time; time.sleep(60)"], **more)

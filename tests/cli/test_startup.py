@@ -91,25 +91,6 @@ def test_command(command):
 @pytest.mark.parametrize(
     "command",
     [
-        "tune {} --output {}.tuned",
-        "tune {} {} --output {}.tuned --eval {}",
-        "tune eval {} --target {}",
-        "tune export-lora {} --output {}.lora --calibration {}",
-    ],
-)
-def test_a_malformed_first_line(command, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{no json")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    rows = str(tmp_path / "rows.jsonl")
-    words = [word.format(rows) for word in command.split()]
-    if words[1] in ("eval", "export-lora"):
-        words[2] = str(tmp_path)
-    assert not HEAVY & imported_by(RUN, *words)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
         "classify missing.ply --labels chair,table",
         "points adapt missing --output adapted",
         "scan missing.bin --labels car",
@@ -124,4 +105,4 @@ def test_help_of_every_command():
 
 
 def test_importing_budwood():
-    assert not HEAVY & imported_by("import budwood, budwood.loading, budwood.prune, budwood.tune")
+    assert not HEAVY & imported_by("import budwood, budwood.loading, budwood.prune")

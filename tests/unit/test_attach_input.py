@@ -30,9 +30,9 @@ def case():
 
 
 def test_wrappers_say_what_to_pass(case):
-    with pytest.raises(UnsupportedModelError, match="Asking is no .*pass its .model$"):
+    with pytest.raises(UnsupportedModelError, match="Asking is not .*pass its .model$"):
         attach(Asking(case.model))
-    with pytest.raises(UnsupportedModelError, match="DataParallel is no .*pass its .module$"):
+    with pytest.raises(UnsupportedModelError, match="DataParallel is not .*pass its .module$"):
         attach(torch.nn.DataParallel(case.model))
 
 

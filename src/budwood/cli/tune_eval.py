@@ -93,13 +93,9 @@ def tune_eval(
     check_adapter_source(adapter)
     check_source(model, SMOLLM2)
 
-    from budwood.tune.data.examples import STYLES, check_first_row
-
-    for source in options.listed(target or "") + options.listed(general or ""):
-        check_first_row(source, style)
-
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
+    from budwood.tune.data.examples import STYLES
     from budwood.tune.evaluate.base_results import Kept
     from budwood.tune.evaluate.divergence import chat_prompts
     from budwood.tune.evaluate.suite import Suite

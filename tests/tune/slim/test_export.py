@@ -92,11 +92,12 @@ def test_export_refuses(model, tmp_path):
 def test_both_targets_of_speed_are_to_be_met(low, monkeypatch):
     for name in ("over_lora_narrow", "memory_over_lora"):
         monkeypatch.setitem(TARGETS, name, 0.0 if name == low else 1e6)
-    rows = measure_speed(SpeedConfig(widths=(24,), n_tokens=(8,), r=2, repeats=1))
+    methods = ("frozen", "lora", "slim")
+    rows = measure_speed(SpeedConfig((24,), n_tokens=(8,), methods=methods, r=2, repeats=1))
     assert [row["within_target"] for row in rows if row["method"] == "slim"] == [low is None]
 
 
-@pytest.mark.parametrize("distance", ["max", "rms", "whitened", "discriminant"])
+@pytest.mark.parametrize("distance", ["whitened", "discriminant"])
 def test_speed_rows(distance):
     said = []
     config = SpeedConfig(widths=(24,), n_tokens=(8, 40), r=2, repeats=2, distance=distance)

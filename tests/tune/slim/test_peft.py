@@ -26,21 +26,10 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, SlimLinear)]
 
 
-@pytest.mark.parametrize("first", ["budwood.tune", "importlib.util", "peft"])
-def test_peft_knows_slim_whichever_is_imported_first(first):
-    code = f"""
-import {first}
-import sys, importlib.util, budwood.tune
-assert ("peft" in sys.modules) == ({first!r} == "peft")
-n_finders = len(sys.meta_path)
-assert importlib.util.find_spec("peft").origin
-assert len(sys.meta_path) == n_finders  # looking for it is not importing it
-import peft
-from peft import mapping
-assert "SLIM" in mapping.PEFT_TYPE_TO_CONFIG_MAPPING
-assert "exec_module" not in vars(peft.__loader__)
-"""
+def test_importing_budwood_alone_does_not_import_peft():
+    code = "import sys, budwood; sys.exit('peft' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    assert "SLIM" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def test_only_the_mlp_is_adapted_and_only_the_adapter_is_trained():

@@ -130,29 +130,8 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
         raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     examples = [_parsed(row, style, where) for where, row in rows_of(source, split)]
     if not examples:
-        raise _empty(source)
+        raise InputError(f"{source} is empty; give rows such as {FORMATS}")
     return examples
-
-
-def check_first_row(source: str, style: str = "cloze") -> None:
-    """Refuse a file by its first row, before anything heavy is imported.
-
-    Args:
-        source: what :func:`read_examples` takes; anything but a file is let pass.
-        style: one of ``STYLES``.
-
-    Raises:
-        InputError: the file can't be read, or is empty, or its first row is malformed.
-    """
-    if Path(source).expanduser().is_file():
-        where, row = next(iter(rows_of(source)), ("", None))
-        if not where:
-            raise _empty(source)
-        _parsed(row, style, where)
-
-
-def _empty(what: str) -> InputError:
-    return InputError(f"{what} is empty; give rows such as {FORMATS}")
 
 
 def _parsed(row: Any, style: str, where: str) -> Example:

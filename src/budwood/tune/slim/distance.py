@@ -233,8 +233,6 @@ def measure_along(
         nearest = torch.zeros(len(part), dtype=torch.long, device=part.device)
         return nearest, part[:, :0], part @ direction - offset
 
-    if not gather and len(x) <= block_size(x):
-        return x.float() @ direction - offset, None
     sums = no_centres(direction) if gather else None
     return _over_blocks(x, of_block, sums, keep), sums
 
@@ -274,8 +272,10 @@ def _over_blocks(
     Returns:
         Raw distances, float32, shape (n_tokens,).
     """
-    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
     block = block_size(x)
+    if sums is None and len(x) <= block:
+        return of_block(x.float())[2]
+    raw = torch.empty(len(x), device=x.device, dtype=torch.float32)
     for start in range(0, len(x), block):
         part = slice(start, start + block)
         nearest, diff, far = of_block(x[part].float())
