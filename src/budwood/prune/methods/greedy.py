@@ -1,4 +1,4 @@
-"""Steps that greedy methods share. None of them waits for the device.
+"""Steps that greedy methods share. None of them waits for a GPU.
 
 Cosines are rounded to six decimals. Equal tokens then have equal scores, whatever order a device
 adds in, and ties go to the lower index as everywhere.
@@ -26,6 +26,7 @@ _TINY = torch.finfo(torch.float32).tiny
 # What fits in the cache of a CPU core; a GPU wants few launches instead.
 _FLOATS_AT_ONCE = {"cpu": 2**18}
 _FLOATS_AT_ONCE_ELSEWHERE = 2**24
+_FRESH_AT_ONCE = 64
 
 
 def unit(x: Tensor) -> Tensor:
@@ -131,10 +132,11 @@ class Coverage:
         most = _FLOATS_AT_ONCE.get(table.device.type, _FLOATS_AT_ONCE_ELSEWHERE)
         self._rows = max(1, most // table.shape[1])
 
-    def gains(self) -> Tensor:
-        """Gain of each token, float32, shape (n_tokens,)."""
+    def gains(self, tokens: Tensor | None = None) -> Tensor:
+        """Gain of some tokens (n,), or of all, float32, one each."""
+        table = self.table if tokens is None else self.table.index_select(0, tokens)
         parts = []
-        for rows in self.table.split(self._rows):
+        for rows in table.split(self._rows):
             gain = (rows - self.best).clamp_min_(0.0)
             parts.append((gain if self.weights is None else gain.mul_(self.weights)).sum(1))
         return torch.cat(parts)
@@ -157,8 +159,55 @@ def most_covering(units: Tensor, keep: int, quality: Tensor) -> Tensor:
     Returns:
         Tokens in the order in which they were taken, int64, shape (keep,).
     """
-    coverage = Coverage(cosines(units, targets_of(units)))
-    return greedy(len(units), keep, units.device, lambda: quality * coverage.gains(), coverage.add)
+    return most_gaining(Coverage(cosines(units, targets_of(units))), keep, quality)
+
+
+def most_gaining(coverage: Coverage, keep: int, quality: Tensor | None = None) -> Tensor:
+    """Take the token of the largest gain, times its quality if given, ``keep`` times.
+
+    Gains only fall as more is covered, so that an old one is a bound. On a CPU only those tokens
+    are looked at again whose bounds are the highest; the result is the same.
+
+    Source: Minoux, Accelerated greedy algorithms for maximizing submodular set functions, 1978.
+
+    Args:
+        coverage: of nothing yet.
+        keep: how many to take.
+        quality: factor per token, at least 0, shape (n,); None counts all as 1.
+
+    Returns:
+        Tokens in the order in which they were taken, int64, shape (keep,).
+    """
+    n, device = coverage.table.shape[0], coverage.table.device
+
+    def score(tokens: Tensor | None = None) -> Tensor:
+        gains = coverage.gains(tokens)
+        if quality is None:
+            return gains
+        return gains * (quality if tokens is None else quality[tokens])
+
+    if device.type != "cpu":
+        return greedy(n, keep, device, score, coverage.add)
+    bounds: Tensor | None = None
+
+    def bounded() -> Tensor:
+        nonlocal bounds
+        if bounds is None:
+            bounds = score()
+            return bounds
+        fresh = torch.zeros(n, dtype=torch.bool)
+        while not fresh[bounds.argmax(0)]:
+            old = bounds.masked_fill(fresh, -math.inf)
+            again = old.topk(min(_FRESH_AT_ONCE, n)).indices
+            bounds[again], fresh[again] = score(again), True
+        return bounds
+
+    def add(index: Tensor) -> None:
+        coverage.add(index)
+        assert bounds is not None
+        bounds[index] = -math.inf
+
+    return greedy(n, keep, device, bounded, add)
 
 
 def farthest_points(units: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
