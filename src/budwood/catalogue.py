@@ -178,6 +178,10 @@ PATCH_SCORES = ("mean", "max", "norm")
 """How patches that become one token make its saliency; see :func:`budwood.prune.attach`."""
 
 
+POSITIONS = ("compact", "original")
+"""Where the LLM sees what is kept; see :func:`budwood.prune.attach`."""
+
+
 def _family(module: str, name: str, summary: str) -> Entry:
     module = f"budwood.prune.families.{module}"
     return Entry(summary, module, target=f"{module}:{name}")

@@ -40,6 +40,7 @@ def compare(
     model: options.Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     span: options.Question = "current",
+    positions: options.Positions = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -63,7 +64,12 @@ def compare(
     if len(set(names)) < len(names):
         raise InputError(f"--methods has one twice: {methods}; give each once")
     shown = read_picture(image)
-    attached = {"keep": options.keep_of(keep), "question": span, "seed": seed}
+    attached = {
+        "keep": options.keep_of(keep),
+        "question": span,
+        "seed": seed,
+        "positions": positions,
+    }
     full, compared, name = _compared(
         shown, question, names, attached, (model, device, dtype), max_new_tokens
     )
@@ -74,7 +80,8 @@ def compare(
     rows = [_row(one) for one in compared]
     if json:
         described = {"model": name, "image": str(image), "question": question}
-        settings = {"keep": attached["keep"], "question_span": span, "seed": seed}
+        settings = {name: value for name, value in attached.items() if name != "question"}
+        settings["question_span"] = span
         results = {"answer_full": full, "methods": rows}
         print_json(described | settings | results | {"out": str(picture) if picture else None})
     else:

@@ -57,6 +57,17 @@ def _check_question(name: str) -> None:
         )
 
 
+def _check_positions(name: str | None) -> None:
+    if name not in (None, *catalogue.POSITIONS):
+        raise UnknownNameError(
+            f"unknown positions {name!r}; give {' or '.join(catalogue.POSITIONS)}"
+        )
+
+
+def _check_own_positions(name: str) -> None:
+    _check_positions(None if name == "own" else name)
+
+
 def _check_compat(name: str | None) -> None:
     if name not in (None, "official"):
         raise UnknownNameError(f"unknown compat {name!r}; give official, or leave it out")
@@ -165,6 +176,24 @@ Question = Annotated[
         metavar="current|all|turn",
         help="Text that tokens are chosen by. current: the user's last turn; turn: the picture's "
         "own turn; all: everything after the picture, as published.",
+    ),
+]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        callback=_checked(_check_positions),
+        metavar="original|compact",
+        help="Positions of what is kept. original: as in the whole prompt; compact: they count "
+        "what is left. By default the method's own: original for adav+, compact for all others.",
+    ),
+]
+SeveralPositions = Annotated[
+    str,
+    typer.Option(
+        "--positions",
+        callback=each(_check_own_positions),
+        metavar="NAME,…",
+        help="One or more of own, original and compact; see `budwood prune --help`.",
     ),
 ]
 Questions = Annotated[

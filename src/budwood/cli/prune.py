@@ -43,6 +43,7 @@ def prune(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     span: options.Question = "current",
+    positions: options.Positions = None,
     compat: options.Compat = None,
     seed: options.Seed = 0,
     repeats: Annotated[
@@ -71,7 +72,7 @@ def prune(
     if overlay:
         reserve_picture(overlay, force)
     picture = read_picture(image)
-    attached = _attach_options(keep, method, compat, span, seed)
+    attached = _attach_options(keep, method, compat, span, seed, positions)
     comparison, name = _compare(
         picture, question, (model, device, dtype), max_new_tokens, repeats, attached
     )
@@ -100,12 +101,18 @@ def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.
 
 
 def _attach_options(
-    keep: str, method: str, compat: str | None, span: str, seed: int
+    keep: str, method: str, compat: str | None, span: str, seed: int, positions: str | None
 ) -> dict[str, Any]:
     from budwood.prune.selection import resolve_method
 
     name = resolve_method(method, compat).name if compat else method
-    return {"method": name, "question": span, "keep": options.keep_of(keep), "seed": seed}
+    return {
+        "method": name,
+        "question": span,
+        "keep": options.keep_of(keep),
+        "seed": seed,
+        "positions": positions,
+    }
 
 
 def _compare(

@@ -15,7 +15,7 @@ from budwood.prune.selection import resolve_method
 from budwood.prune.session import PruneSession, attach
 
 LOADING = ("pretrained", "device", "dtype", "device_map", "attn_implementation")
-PRUNING = ("method", "keep", "compat", "question", "seed", "patches")
+PRUNING = ("method", "keep", "compat", "question", "seed", "patches", "positions")
 """Arguments of :func:`load_pruned`."""
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -33,14 +33,13 @@ included, in px."""
 def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     """Make the rows of a record: ``full`` and ``blind``, then each method at each budget.
 
-    Every row has ``method, keep, question, n_visual, n_kept``; ``accuracy``, ``retention``
-    (accuracy over that with all tokens) and ``difference`` (to the reference at the same budget, in
-    accuracy), ``question_difference`` (to the same method with the first choice of question), each
-    with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
+    Every row has ``method, keep, question, positions, n_visual, n_kept``; ``accuracy``,
+    ``retention`` (accuracy over that with all tokens) and ``difference`` (to the reference at the
+    same budget, in accuracy), ``question_difference`` (to the same method with the first choice of
+    question), each with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
     ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; ``accuracy_SIZE`` for
     each of ``SIZES``; ``best``, the best other method at the same budget, and ``best_difference``
-    to it; and the times. What
-    is not known, such as the difference of a baseline, is None.
+    to it; and the times. What is not known, such as the difference of a baseline, is None.
     """
     draws = PairedBootstrap(
         [asked.scene for asked in outcome.asked], config.n_resamples, config.seed
@@ -82,6 +81,7 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
         "method": run.method,
         "keep": 1.0 if run.keep is None else run.keep,
         "question": run.variant.question if run.variant else None,
+        "positions": run.variant.placed if run.variant else None,
         "n_visual": _mean(outcome.n_visual),
         "n_kept": _mean(outcome.n_kept[run]),
         "best": best.method if best else None,

@@ -23,6 +23,7 @@ COLUMNS = Columns(
     Column("method", only="record"),
     Column("curve", heading="method", only="terminal"),
     Column("question", only="record"),
+    Column("positions", only="record"),
     Column("keep"),
     Column("n_kept", heading="tokens"),
     Column("accuracy", ".1%", only="record"),
@@ -70,6 +71,7 @@ def bench_prune(
         ),
     ] = None,
     question: options.Questions = "all",
+    positions: options.SeveralPositions = "own",
     turns: Annotated[
         int, typer.Option(help="Questions in a chat, each about other objects; the last counts.")
     ] = 1,
@@ -105,6 +107,7 @@ def bench_prune(
         keep=keep,
         compat=compat,
         question=question,
+        positions=positions,
         seed=seed,
         n_scenes=scenes,
         split=split,
@@ -121,10 +124,14 @@ def bench_prune(
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
 
-def _config(*, methods: str, keep: str, compat: str | None, question: str, **rest: Any) -> Config:
+def _config(
+    *, methods: str, keep: str, compat: str | None, question: str, positions: str, **rest: Any
+) -> Config:
     from budwood.bench.prune import Config, variants_of
 
-    variants = variants_of(options.listed(methods), compat, options.listed(question))
+    variants = variants_of(
+        options.listed(methods), compat, options.listed(question), options.listed(positions)
+    )
     keeps = tuple(options.keep_of(item) for item in options.listed(keep))
     _check_scenes(rest["seed"], rest["n_scenes"], rest["split"])
     return Config(tuple(variants), keeps, **rest)
@@ -171,9 +178,10 @@ def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
 
 def _draw(rows: list[records.Row], path: Path) -> None:
     from budwood.bench.plots import plot_lines
+    from budwood.bench.report import label
 
     baselines = ("full", "blind")
-    curves = [row | {"curve": _label(row, rows)} for row in rows if row["method"] not in baselines]
+    curves = [row | {"curve": label(row, rows)} for row in rows if row["method"] not in baselines]
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
     plot_lines(
         curves,
@@ -191,17 +199,13 @@ def _draw(rows: list[records.Row], path: Path) -> None:
 
 def _shown(row: records.Row, rows: list[records.Row]) -> records.Row:
     """Put each interval of a row into one cell."""
+    from budwood.bench.report import label
+
     return row | {
-        "curve": _label(row, rows),
+        "curve": label(row, rows),
         "accuracy_interval": _interval(row, "accuracy", ".1%"),
         "difference_interval": _interval(row, "difference", "+.1%"),
     }
-
-
-def _label(row: records.Row, rows: list[records.Row]) -> str:
-    """The method, with its choice of question if there are several."""
-    several = {other["question"] for other in rows if other["method"] == row["method"]}
-    return f"{row['method']} ({row['question']})" if len(several) > 1 else row["method"]
 
 
 def _interval(row: records.Row, key: str, spec: str) -> str | None:

@@ -41,6 +41,7 @@ class AdaVPlus(Contrast):
     name: ClassVar[str] = "adav+"
     needs_text: ClassVar[bool] = True
     needs_saliency: ClassVar[bool] = True
+    positions: ClassVar[str] = "original"
     source: ClassVar[str] = "ours, after AdaV, SCOPE and Cen-Prune"
 
     def __post_init__(self) -> None:
