@@ -315,3 +315,18 @@ def test_many_tokens_make_no_large_tensor(name):
         got = select(visual, visual[:5], saliency, keep=4, method=name, extras=Extras(None, keys))
     assert len(got.indices) == 4
     assert largest.n_bytes <= 4 * greedy.MOST_FLOATS
+
+
+def test_bounds_find_the_same_as_all_gains():
+    """With equal tokens, so that ties go to the lower index either way."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randn(120, 6, generator=rng)[torch.randint(0, 120, (400,), generator=rng)]
+    table = greedy.cosines(greedy.unit(tokens), greedy.unit(tokens))
+    for quality in (torch.rand(400, generator=rng), torch.rand(400, generator=rng).round(), None):
+        whole = greedy.Coverage(table)
+
+        def score(whole=whole, quality=quality):
+            return whole.gains() if quality is None else quality * whole.gains()
+
+        expected = greedy.greedy(400, 300, table.device, score, whole.add)
+        assert torch.equal(greedy.most_gaining(greedy.Coverage(table), 300, quality), expected)

@@ -12,7 +12,7 @@ from budwood.errors import InputError, UnknownNameError
 from budwood.loading import SPROUT, load_vlm_model
 from budwood.prune.budget import Budgets
 from budwood.prune.selection import resolve_method
-from budwood.prune.session import PruneSession, attach
+from budwood.prune.session import PruneSession, attach, check_positions
 
 LOADING = ("pretrained", "device", "dtype", "device_map", "attn_implementation")
 PRUNING = ("method", "keep", "compat", "question", "seed", "patches", "positions")
@@ -83,6 +83,7 @@ def _check_early(pruning: Mapping[str, Any]) -> None:
     Budgets.parse(pruning.get("keep", 1))
     resolve_method(pruning.get("method", "adav"), pruning.get("compat"))
     need_seed(pruning.get("seed", 0))
+    check_positions(pruning.get("positions"))
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:

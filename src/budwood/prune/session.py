@@ -119,7 +119,8 @@ def attach(
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no vision.
-        AttachError: the model is already attached to, or ``encoded`` is for other methods.
+        AttachError: the model is already attached to, or ``encoded`` is for other methods, or
+            ``positions`` is not for this model.
         UnknownNameError: unknown method, ``compat``, ``question`` or ``positions``.
         BudgetError: ``keep`` is neither a count nor a fraction.
         InputError: ``seed`` is out of range.
@@ -127,9 +128,14 @@ def attach(
     need_seed(seed)
     model = innermost(model)
     _refuse_attached(model)
-    _check_positions(positions)
+    check_positions(positions)
     chosen = resolve_method(method, compat)
     family = family_of(model, processor, chosen.whole_crops, patches)
+    if positions == "compact" and family.has_coordinates:
+        raise AttachError(
+            f"positions='compact' is not for {model.config.model_type}, whose tokens have "
+            "coordinates in the picture; leave it out"
+        )
     if encoded is not None and encoded.whole_crops != family.whole_crops:
         raise AttachError(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
@@ -518,7 +524,12 @@ def _prompts(kwargs: dict[str, Any]) -> Tensor | None:
     return None if encoded or not isinstance(ids, Tensor) or ids.ndim != 2 else ids
 
 
-def _check_positions(positions: str | None) -> None:
+def check_positions(positions: str | None) -> None:
+    """Check where the LLM is to see what is kept.
+
+    Raises:
+        UnknownNameError: it is none of ``POSITIONS``, nor None.
+    """
     if positions not in (None, *POSITIONS):
         known = ", ".join(POSITIONS)
         raise UnknownNameError(f"unknown positions {positions!r}; known: {known}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ from budwood.cli import options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
-from budwood.loading import SPROUT_256
+from budwood.loading import SPROUT_256, load_vlm_model
 
 if TYPE_CHECKING:
     from budwood.bench.prune import Config
@@ -83,6 +85,10 @@ def bench_prune(
     batch: Annotated[int, typer.Option(help="Questions answered at a time.")] = 24,
     timed: Annotated[int, typer.Option(help="Questions whose first token is timed.")] = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 4,
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes that answer, each with a copy of the model; for CPUs."),
+    ] = 1,
     out: options.Out = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against budget.")
@@ -119,7 +125,7 @@ def bench_prune(
         reference=reference,
     )
     results = Results(out, force, json, plot, resumes=True)
-    record = _measure(config, (model, device, dtype), results)
+    record = _measure(config, (model, device, dtype), results, workers)
     shown = [_shown(row, record.rows) for row in record.rows]
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
@@ -145,9 +151,9 @@ def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
 
 
 def _measure(
-    config: Config, source: tuple[str | None, str, str], results: Results
+    config: Config, source: tuple[str | None, str, str], results: Results, n_workers: int
 ) -> records.Record:
-    from budwood.bench.prune import counts, rows_of, run
+    from budwood.bench.prune import Workers, counts, rows_of, run
     from budwood.cli.models import load
 
     loaded = load(*source)
@@ -155,14 +161,18 @@ def _measure(
         "bench prune", [], seed=config.seed, config=_described(config, loaded)
     )
     begun = results.begun(empty)
-    with progress("answers") as advance:
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if n_workers != 1:
+            workers = stack.enter_context(Workers(n_workers, partial(load_vlm_model, *source)))
         outcome = run(
             loaded.model,
             loaded.processor,
             config,
-            advance,
+            stack.enter_context(progress("answers")),
             begun,
             lambda rows: results.keep(dataclasses.replace(empty, rows=rows)),
+            workers and workers.answers,
         )
     rows = rows_of(outcome, config)
     return records.new_record(
