@@ -89,6 +89,7 @@ def greedy(
     device: torch.device,
     score: Callable[[], Tensor],
     add: Callable[[Tensor], None],
+    first: Tensor | None = None,
 ) -> Tensor:
     """Take the token of the highest score, ``keep`` times; ties go to the lower index.
 
@@ -98,6 +99,7 @@ def greedy(
         device: of the scores.
         score: gives the scores of all tokens, float32, shape (n,), as things stand.
         add: is called with each token that is taken but the last, int64, shape (1,).
+        first: tokens to begin with, int64, shape (n_first,), n_first < keep; None for none.
 
     Returns:
         Tokens in the order in which they were taken, int64, shape (keep,).
@@ -105,8 +107,11 @@ def greedy(
     if keep == n:
         return torch.arange(n, device=device)
     taken = torch.zeros(n, dtype=torch.bool, device=device)
-    chosen = []
-    for step in range(keep):
+    chosen = [] if first is None else [first[i : i + 1] for i in range(len(first))]
+    for index in chosen:
+        taken.index_fill_(0, index, True)
+        add(index)
+    for step in range(len(chosen), keep):
         index = score().masked_fill(taken, -math.inf).argmax(0, keepdim=True)
         chosen.append(index)
         if step + 1 < keep:
@@ -162,7 +167,9 @@ def most_covering(units: Tensor, keep: int, quality: Tensor) -> Tensor:
     return most_gaining(Coverage(cosines(units, targets_of(units))), keep, quality)
 
 
-def most_gaining(coverage: Coverage, keep: int, quality: Tensor | None = None) -> Tensor:
+def most_gaining(
+    coverage: Coverage, keep: int, quality: Tensor | None = None, first: Tensor | None = None
+) -> Tensor:
     """Take the token of the largest gain, times its quality if given, ``keep`` times.
 
     Gains only fall as more is covered, so that an old one is a bound. On a CPU only those tokens
@@ -174,6 +181,7 @@ def most_gaining(coverage: Coverage, keep: int, quality: Tensor | None = None) -
         coverage: of nothing yet.
         keep: how many to take.
         quality: factor per token, at least 0, shape (n,); None counts all as 1.
+        first: as in :func:`greedy`.
 
     Returns:
         Tokens in the order in which they were taken, int64, shape (keep,).
@@ -187,7 +195,7 @@ def most_gaining(coverage: Coverage, keep: int, quality: Tensor | None = None) -
         return gains * (quality if tokens is None else quality[tokens])
 
     if device.type != "cpu":
-        return greedy(n, keep, device, score, coverage.add)
+        return greedy(n, keep, device, score, coverage.add, first)
     bounds: Tensor | None = None
 
     def bounded() -> Tensor:
@@ -204,10 +212,10 @@ def most_gaining(coverage: Coverage, keep: int, quality: Tensor | None = None) -
 
     def add(index: Tensor) -> None:
         coverage.add(index)
-        assert bounds is not None
-        bounds[index] = -math.inf
+        if bounds is not None:
+            bounds[index] = -math.inf
 
-    return greedy(n, keep, device, bounded, add)
+    return greedy(n, keep, device, bounded, add, first)
 
 
 def farthest_points(units: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
@@ -281,21 +289,21 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
 
 def closest(a: Tensor, b: Tensor) -> Tensor:
     """Largest cosine of each unit row of a with one of b, shape (n_a,), in blocks."""
-    return torch.cat([cosines(rows, b).amax(1) for _, rows in _blocks(a, len(b))])
+    return torch.cat([cosines(rows, b).amax(1) for _, rows in in_blocks(a, len(b))])
 
 
 def _distance_to_neighbour(units: Tensor) -> Tensor:
     """1 − cosine of each row with the nearest other one, shape (n,), in blocks."""
     n = len(units)
     parts = []
-    for start, rows in _blocks(units, n):
+    for start, rows in in_blocks(units, n):
         table = cosines(rows, units)
         table.diagonal(start).fill_(-1.0)  # a row is not its own neighbour
         parts.append(1 - table.amax(1))
     return torch.cat(parts)
 
 
-def _blocks(rows: Tensor, n_columns: int) -> list[tuple[int, Tensor]]:
-    """Rows in blocks, with the place of the first, whose tables of n_columns are small."""
+def in_blocks(rows: Tensor, n_columns: int) -> list[tuple[int, Tensor]]:
+    """Views of rows in blocks, with the place of the first, whose tables of n_columns are small."""
     size = max(1, MOST_FLOATS // 4 // n_columns)
     return [(start, rows[start : start + size]) for start in range(0, len(rows), size)]
