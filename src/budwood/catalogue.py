@@ -35,9 +35,9 @@ PRUNING_METHODS = {
     ),
     "adav+": _method(
         "adav_plus:AdaVPlus",
-        "text, saliency",
-        "Keep salient or relevant tokens that show what no kept token shows yet. Ours.",
-        "ours, after AdaV, SCOPE and Cen-Prune",
+        "text, saliency, grid",
+        "Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.",
+        "ours, after AdaV, SCOPE, Cen-Prune and EADP",
     ),
     "fastervlm": _method(
         "fastervlm:FasterVLM",

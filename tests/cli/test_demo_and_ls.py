@@ -14,7 +14,7 @@ def test_demo(budwood, model_dir, tmp_path):
     result = budwood(*command)
     assert result.exit_code == 0, result.output
     assert "with all 16 visual tokens" in result.stdout
-    assert "with the 2 that adav-contrast keeps" in result.stdout
+    assert "with the 2 that adav+ keeps" in result.stdout
     assert "budwood bench prune" in result.stdout
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {f"scene-{i}{end}.png" for i in (1, 2) for end in ("", "-kept")}

@@ -27,7 +27,7 @@ EXAMPLES = {
 """Names of held-out scenes: their seed, and whether they have high resolution."""
 START = next(iter(EXAMPLES))
 METHODS = tuple(catalogue.PRUNING_METHODS)
-SIDE_BY_SIDE = ("adav", "adav-contrast", "fastervlm", "divprune", "random", "uniform")
+SIDE_BY_SIDE = ("adav+", "adav", "scope", "fastervlm", "random", "uniform")
 PERCENT = 10.0
 """Of the visual tokens, kept at the start."""
 MAX_NEW_TOKENS = 32

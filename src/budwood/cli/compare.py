@@ -31,7 +31,7 @@ COLUMNS = Columns(
 def compare(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG, WebP, ….")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    methods: options.Methods = "adav,adav-contrast,fastervlm,divprune,random,uniform",
+    methods: options.Methods = "adav+,adav,scope,fastervlm,random,uniform",
     keep: options.Keep = "64",
     picture: Annotated[
         Path | None,

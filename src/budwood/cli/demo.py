@@ -39,7 +39,7 @@ COLUMNS = Columns(
 def demo(
     scenes: Annotated[int, typer.Option(min=1, max=100, help="Number of scenes.")] = 3,
     keep: options.Keep = "0.05",
-    method: options.Method = "adav-contrast",
+    method: options.Method = "adav+",
     overlay_dir: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for the pictures; replaces earlier ones.")
     ] = Path("budwood-demo"),
@@ -169,5 +169,5 @@ def _print(rows: list[dict[str, Any]], method: str) -> None:
         f"Pictures: {rows[0]['image']}, the tokens kept in it {rows[0]['overlay']}, and so on.\n\n"
         "Next:\n"
         f'  budwood prune {row["image"]} "{row["asked"]}" --keep 0.05 --overlay kept.png\n'
-        "  budwood bench prune --scenes 20 --methods adav-contrast,random --keep 0.05"
+        "  budwood bench prune --scenes 20 --methods adav+,random --keep 0.05"
     )

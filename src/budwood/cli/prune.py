@@ -37,7 +37,7 @@ def prune(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     model: options.Model = None,
     keep: options.Keep = "64",
-    method: options.Method = "adav",
+    method: options.MethodOrBest = None,
     overlay: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save a picture of what was kept.")
     ] = None,
@@ -101,13 +101,13 @@ def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.
 
 
 def _attach_options(
-    keep: str, method: str, compat: str | None, span: str, seed: int, positions: str | None
+    keep: str, method: str | None, compat: str | None, span: str, seed: int, positions: str | None
 ) -> dict[str, Any]:
     from budwood.prune.selection import resolve_method
 
-    name = resolve_method(method, compat).name if compat else method
+    name = resolve_method(method or "adav", compat).name if compat else method
     return {
-        "method": name,
+        "method": name or options.BEST_METHOD,
         "question": span,
         "keep": options.keep_of(keep),
         "seed": seed,

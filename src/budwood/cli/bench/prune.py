@@ -53,8 +53,8 @@ COLUMNS = Columns(
 
 
 def bench_prune(
-    methods: options.BenchMethods = "adav,adav-contrast,fastervlm,t2i,random,uniform",
-    keep: options.Keeps = "0.11,0.055",
+    methods: options.BenchMethods = "adav+,adav,adav-contrast,scope,fastervlm,random,uniform",
+    keep: options.Keeps = "0.1,0.05",
     scenes: Annotated[
         int, typer.Option(help="Scenes, each with one question of every kind that it allows.")
     ] = 200,
