@@ -107,6 +107,18 @@ Method = Annotated[
         help="Pruning method; see `budwood ls methods`.",
     ),
 ]
+BEST_METHOD = "adav+"
+"""Of `budwood prune`, if no method is given."""
+MethodOrBest = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        callback=_checked(lambda spec: None if spec is None else _check_method(spec)),
+        metavar="NAME[:KEY=VALUE+…]",
+        show_default=BEST_METHOD,
+        help="Pruning method; see `budwood ls methods`.",
+    ),
+]
 Methods = Annotated[
     str,
     typer.Option(

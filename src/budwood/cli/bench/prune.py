@@ -106,7 +106,7 @@ def bench_prune(
 
     \b
     Example:
-      budwood bench prune --scenes 200 --keep 0.11,0.055 --out record.json --plot curve.png
+      budwood bench prune --scenes 200 --keep 0.1,0.05 --out record.json --plot curve.png
     """
     config = _config(
         methods=methods,
