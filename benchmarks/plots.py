@@ -28,6 +28,14 @@ from budwood.sprout import example
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / records.RESULTS, ROOT / "docs" / "images"
 COLOURS = 128
+PRUNED = (
+    ("adav+", "original"),
+    ("scope", "original"),
+    ("scope", "compact"),
+    ("adav", "compact"),
+    ("fastervlm", "compact"),
+    ("random", "compact"),
+)
 POINTS = ("frozen", "tokens", "t3a", "esp-zero", "full", "lora", "sparse-lora")
 
 
@@ -37,19 +45,25 @@ def rows_of(*names: str) -> list[dict[str, Any]]:
 
 
 def prune(path: Path) -> None:
-    """Accuracy on sprout by the number of visual tokens kept."""
-    rows = rows_of("prune.json")
+    """Accuracy on large scenes by the number of visual tokens kept."""
+    rows = rows_of("prune-high.json")
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
+    curves = [
+        row | {"curve": f"{method}, {positions} positions"}
+        for method, positions in PRUNED
+        for row in rows
+        if (row["method"], row["positions"]) == (method, positions)
+    ]
     plots.plot_lines(
-        [row for row in rows if row["method"] not in ("full", "blind")],
+        curves,
         path,
         x="n_kept",
         y="accuracy",
-        by="method",
+        by="curve",
         low="accuracy_low",
         high="accuracy_high",
         baseline=full,
-        baseline_label="all 256 tokens",
+        baseline_label="all tokens",
         log=True,
     )
 
