@@ -168,10 +168,10 @@ def calibrate(
     """Find the threshold of :func:`known_mass` that tells objects with a label from others best.
 
     The clouds that ship are seen as a LiDAR sees them, those of roads too, unless the encoder was
-    trained on none (:func:`budwood.points.trained_labels`). In each of several rounds a few of their
-    classes are the labels, and the clouds of all other classes must be rejected. The threshold has
-    the largest sum of the fraction of objects that are kept rightly and of those rejected rightly
-    (Youden's J). The clouds are those for validation; evaluation uses others.
+    trained on none (:func:`budwood.points.trained_labels`). In each of several rounds a few of
+    their classes are the labels, and the clouds of all other classes must be rejected. The
+    threshold has the largest sum of the fraction of objects that are kept rightly and of those
+    rejected rightly (Youden's J). The clouds are those for validation; evaluation uses others.
 
     Args:
         encoder: frozen.
