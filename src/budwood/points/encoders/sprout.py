@@ -84,6 +84,7 @@ class Sprout(PointEncoder):
     """
 
     stem = ("group_net", "scale_net", "pos_embed")
+    text_center: Tensor
 
     def __init__(self, config: SproutConfig | None = None) -> None:
         config = config or SproutConfig()
