@@ -359,7 +359,10 @@ def test_bench_of_parts(budwood, tmp_path, monkeypatch):
     assert plot.is_file()
     shown = budwood("bench", "show", out, "--where", "part=road,sampler=occluded")
     assert "| tokens | one | occluded | 8 | road |" in shown.stdout
-    assert budwood("report", out, "--out", tmp_path / "page.html").exit_code == 0
+    page = tmp_path / "page.html"
+    assert budwood("report", out, "--out", page).exit_code == 0
+    for part in ("indoor", "road"):
+        assert f"seen classes, {part} clouds thinned by lidar" in page.read_text()
 
 
 def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):
