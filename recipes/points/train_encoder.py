@@ -49,7 +49,7 @@ BEAMS = (16, 32, 64, 128)
 HIDDEN, GROUND = 0.3, 0.2  # fractions of scans that are partly hidden, and that have some ground
 ALIKE = 0.6  # labels of two parts whose texts have this cosine mean the same
 WATCHED = (1024, 128, 64)
-SAVE_AFTER = 240  # seconds from one checkpoint to the next
+SAVE_AFTER = 180  # seconds from one checkpoint to the next
 SETTLING = 200  # batches from which the final statistics are estimated
 
 

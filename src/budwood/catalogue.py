@@ -423,6 +423,8 @@ CLOUDS = {
     "road": ("road.npz",),
 }
 """The files of point clouds that ship, by part."""
+CLOUD_PARTS = (*CLOUDS, "both")
+"""What can be asked for."""
 
 
 BOX_FORMATS = {

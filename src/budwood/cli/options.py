@@ -58,9 +58,10 @@ def _check_question(name: str) -> None:
 
 
 def _check_part(name: str) -> None:
-    parts = (*catalogue.CLOUDS, "both")
-    if name not in parts:
-        raise UnknownNameError(f"unknown part {name!r}; give {', '.join(parts)}")
+    if name not in catalogue.CLOUD_PARTS:
+        raise UnknownNameError(
+            f"unknown part {name!r}; give one of {', '.join(catalogue.CLOUD_PARTS)}"
+        )
 
 
 def _check_compat(name: str | None) -> None:

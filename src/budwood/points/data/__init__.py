@@ -20,7 +20,6 @@ from budwood.errors import InputError, UnknownNameError
 
 FOLDER = Path(__file__).parent
 PARTS = catalogue.CLOUDS
-BOTH = "both"
 GROUPS = ("seen", "unseen", "novel")
 LEVELS = 1023
 """Coordinates are stored in 10 bits: steps of 0.2 % of the radius."""
@@ -103,11 +102,10 @@ def parts_of(part: str) -> tuple[str, ...]:
     Raises:
         UnknownNameError: there is no such part.
     """
-    if part == BOTH:
-        return tuple(PARTS)
-    if part not in PARTS:
-        raise UnknownNameError(f"unknown part {part!r}; give one of {', '.join((*PARTS, BOTH))}")
-    return (part,)
+    if part not in catalogue.CLOUD_PARTS:
+        known = ", ".join(catalogue.CLOUD_PARTS)
+        raise UnknownNameError(f"unknown part {part!r}; give one of {known}")
+    return (part,) if part in PARTS else tuple(PARTS)
 
 
 def _one_group_each(about: tuple[Split, ...]) -> tuple[Split, ...]:
