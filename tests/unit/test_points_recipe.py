@@ -221,8 +221,13 @@ def _until(train, run, shapes, args, n):
 
 def test_a_checkpoint_is_written_when_the_last_is_old(recipe, tmp_path, monkeypatch):
     saved = []
-    run = argparse.Namespace(step=0, seconds=0.0, saved=0.0, save=lambda: saved.append(run.step))
-    run.log = lambda **_: None
+    run = argparse.Namespace(step=0, seconds=0.0, saved=0.0, log=lambda **_: None)
+
+    def save():
+        saved.append(run.step)
+        run.saved = 100.0 * run.step
+
+    run.save = save
 
     def learn(run, *_):
         run.step += 1
@@ -232,9 +237,9 @@ def test_a_checkpoint_is_written_when_the_last_is_old(recipe, tmp_path, monkeypa
     monkeypatch.setattr(recipe.train, "watch", lambda *_: None)
     monkeypatch.setattr(recipe.train.time, "monotonic", lambda: 100.0 * run.step)
     shapes = argparse.Namespace(batch=lambda *_: None)
-    args = argparse.Namespace(steps=4, settled_steps=0, batch=3, seed=0)
+    args = argparse.Namespace(steps=5, settled_steps=0, batch=3, seed=0)
     recipe.train.train(run, shapes, args)
-    assert saved == [2, 4]
+    assert saved == [2, 4, 5]
 
 
 def test_clouds_are_made_with_the_labels_of_classes(recipe, tmp_path, monkeypatch):
