@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -291,6 +292,7 @@ def settle(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
 def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
     clock = time.monotonic()
     last = args.steps + args.settled_steps
+    losses: list[float] = []
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
         return shapes.batch(args.batch, np.random.default_rng([args.seed, step]))
@@ -302,11 +304,12 @@ def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
                 settle(run, shapes, args)
             batch = coming.result()
             coming = ahead.submit(draw, run.step + 1)
-            loss = learn(run, shapes, batch, args)
+            losses.append(learn(run, shapes, batch, args))
             now = time.monotonic()
             run.seconds, clock = run.seconds + now - clock, now
             if run.step % 50 == 0:
-                run.log(loss=round(loss, 3))
+                run.log(loss=round(statistics.fmean(losses), 3))
+                losses.clear()
             if run.step % 500 == 0 or run.step == last:
                 watch(run, shapes)
             if run.step == last or time.monotonic() - run.saved > SAVE_AFTER:
