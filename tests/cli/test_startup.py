@@ -63,6 +63,7 @@ COMMANDS = [
     "bench prune --keep 0.1,none",
     "bench prune-speed --method adv",
     "bench points --methods token",
+    "bench points --part street",
     "scan missing.bin --labels car --format kiti",
     "bench tune --data nlp --output runs --methods lra",
     "bench show missing.json",
