@@ -64,8 +64,8 @@ class _Watch:
     ) -> ModuleSpec | None:
         if name != self.package:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        found = (finder.find_spec(name, path, target) for finder in others)
+        later = sys.meta_path[sys.meta_path.index(self) + 1 :]  # earlier ones did not find it
+        found = (finder.find_spec(name, path, target) for finder in later)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]

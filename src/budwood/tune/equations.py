@@ -18,6 +18,7 @@ Source: SLIM (NAACL 2025), rebuilt from public summaries. **Open** marks what th
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ def yield_scores(scores: Tensor, distance: Tensor | None, n_lora: int, beta: flo
     return torch.cat([lora.sub(shift, alpha=beta), identity.add(shift, alpha=beta)], -1)
 
 
+@functools.cache
 def bypass_bound(n_lora: int, n_identity: int, top_k: int, beta: float) -> float:
     """Return the distance above which no router output brings a token back to a LoRA expert.
 
@@ -178,14 +180,16 @@ def route_one(
     Returns:
         LoRA expert → weight, for those that are kept.
     """
-    mean = sum(logits) / len(logits)
-    centred = [logit - mean for logit in logits]
-    scale = 1 / math.sqrt(sum([c * c for c in centred]) / len(logits) + EPS**2)
-    shift = beta * distance
-    scores = [c * scale - shift for c in centred[:n_lora]]
-    scores += [c * scale + shift for c in centred[n_lora:]]
-    kept = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
-    odds = [math.exp(scores[i] - scores[kept[0]]) for i in kept]
+    n = len(logits)
+    mean = sum(logits) / n
+    var = sum([logit * logit for logit in logits]) / n - mean * mean  # exact enough in float64
+    scale = 1 / math.sqrt((var if var > 0 else 0.0) + EPS**2)
+    shift = beta * distance / scale  # scores over the scale: nothing else is needed of all experts
+    scores = [logit - shift for logit in logits[:n_lora]]
+    scores += [logit + shift for logit in logits[n_lora:]]
+    kept = sorted(range(n), key=scores.__getitem__, reverse=True)[:top_k]
+    highest = scores[kept[0]]
+    odds = [math.exp((scores[i] - highest) * scale) for i in kept]
     total = sum(odds)
     return {i: odd / total for i, odd in zip(kept, odds) if i < n_lora}
 

@@ -31,7 +31,7 @@ from budwood.tune.slim.autograd import Side, add_rows, product, take_rows, untou
 from budwood.tune.slim.clustering import Moments
 from budwood.tune.slim.compiled import distance_in_graph, last_in_graph, new_handle, used_in_graph
 from budwood.tune.slim.keeper import Routing, SlimLayer, StepKeeper
-from budwood.tune.slim.one_token import hidden_of_one, is_one_token, takes
+from budwood.tune.slim.one_token import bypasses, hidden_of_one, is_one_token, takes
 from budwood.tune.slim.passes import Pass, SharedStatistics, Times, Weight
 from budwood.tune.slim.state import InputStatistics, Mask, make_statistics
 from budwood.tune.slim.token_watch import TokenWatch
@@ -152,15 +152,13 @@ class SlimLinear(SlimLayer):
         """The same as :meth:`_with_experts` for a single token; None where that is not possible."""
         config = self.slim_config[name]
         a, b = self.weights(name)
-        if not takes(config, a, b) or self._has_fixed_mask(name):
+        if not takes(config, a, b):
             return None
-        distance = 0.0
-        shared, statistics = self.shared_statistics.get(name), self.statistics(name)
-        if statistics is not None:
-            follows = shared is not None and shared.follows
-            distance = statistics.last_of_one() if follows else statistics.distance_of_one(x)
+        distance = self._distance_of_one(x, name)
         if distance is None:
             return None
+        if bypasses(distance, config):
+            return result
         h = hidden_of_one(x, a, distance, config, self._scale(name, masked=False))
         if h is None:
             return result
@@ -169,6 +167,15 @@ class SlimLinear(SlimLayer):
         result = self._own(result)
         result.view(-1).addmv_(b, h)
         return result
+
+    def _distance_of_one(self, x: Tensor, name: str) -> float | None:
+        """Distance of a single token, 0 without yielding; None while nothing yields."""
+        shared, statistics = self.shared_statistics.get(name), self.statistics(name)
+        if statistics is None:
+            return 0.0
+        if shared is not None and shared.follows:
+            return statistics.last_of_one()
+        return statistics.distance_of_one(x)
 
     def _by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """Add the experts of each row's own adapter; see :mod:`budwood.tune.slim.adapter_names`."""
@@ -208,14 +215,10 @@ class SlimLinear(SlimLayer):
         config = self.slim_config[name]
         training = self.training and self.weights(name)[0].requires_grad
         gather = training and torch.is_grad_enabled()
-        masked = name in self.slim_mask if training else self._has_fixed_mask(name)
+        masked = name in self.slim_mask and (training or config.merge_inference == "mask")
         if gather and self.keeper.inherited:
             self.keeper.settle(name)
         return Pass(name, config, training, gather, masked, part)
-
-    def _has_fixed_mask(self, name: str) -> bool:
-        """Whether a mask is in force outside training."""
-        return self.slim_config[name].merge_inference == "mask" and name in self.slim_mask
 
     def _distance(self, x: Tensor, now: Pass) -> tuple[Tensor | None, Moments | Tensor | None]:
         """Standardised distance of each token, and moments to gather; see InputStatistics."""

@@ -22,8 +22,8 @@ from budwood.tune.equations import bypass_bound, route_one
 def is_one_token(x: Tensor) -> bool:
     """Whether a layer's input, shape (…, d_in), is one token on a CPU, outside training."""
     return (
-        not torch.compiler.is_compiling()
-        and x.numel() == x.shape[-1]
+        x.numel() == x.shape[-1]
+        and not torch.compiler.is_compiling()
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -32,7 +32,14 @@ def is_one_token(x: Tensor) -> bool:
 
 def takes(config: SlimConfig, a: Tensor, b: Tensor) -> bool:
     """Whether :func:`update_of_one` is made for an adapter with this config and these weights."""
-    return config.router and not config.expert_bias and a.dtype == b.dtype == torch.float32
+    plain = config.router and not config.expert_bias and config.merge_inference != "mask"
+    return plain and a.dtype == b.dtype == torch.float32
+
+
+def bypasses(distance: float, config: SlimConfig) -> bool:
+    """Whether no router output could bring a token at this distance to a LoRA expert."""
+    counts = config.n_experts, config.n_identity, config.top_k
+    return distance > bypass_bound(*counts, config.beta)
 
 
 def hidden_of_one(
@@ -50,11 +57,9 @@ def hidden_of_one(
     Returns:
         Hidden values times routing weights and scale, shape (rank,); None if the token bypasses.
     """
-    n, r, top_k, beta = config.n_experts, config.r, config.top_k, config.beta
-    if distance > bypass_bound(n, config.n_identity, top_k, beta):
-        return None
+    n, r = config.n_experts, config.r
     hidden = F.linear(x if x.dtype == a.dtype else x.to(a.dtype), a).view(-1).tolist()
-    weights = route_one(hidden[n * r :], distance, n, top_k, beta)
+    weights = route_one(hidden[n * r :], distance, n, config.top_k, config.beta)
     if not weights:
         return None
     weighted = [0.0] * (n * r)

@@ -68,7 +68,8 @@ class _Kept(nn.Module):
     @property
     def steps(self) -> int:
         """``n_steps`` as an int; waits for the device only after a change."""
-        return self.derived("steps", lambda: int(self.n_steps), self.n_steps)
+        n_steps: Any = self._buffers["n_steps"]
+        return self.derived("steps", n_steps.item, n_steps)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memo": {}}
@@ -145,7 +146,8 @@ class InputStatistics(_Kept):
         """
         place = (_version(x), False, False, self.steps)
         if not self._has_measured(x, place):
-            self._last = weakref.ref(x), place, self._measured_one(x)
+            # A single token may be kept, which takes less time than a weak reference.
+            self._last = lambda: x, place, self._measured_one(x)
         return self.last_of_one()
 
     def _measured_one(self, x: Tensor) -> Tensor | float | None:
@@ -440,7 +442,9 @@ class DiscriminantStatistics(InputStatistics):
         if numbers is None:
             return super()._measured_one(x)
         zero, scale = numbers
-        along = torch.dot(x.detach().reshape(-1).float(), self.direction).item()
+        flat = x.reshape(-1)
+        flat = flat if flat.dtype == torch.float32 else flat.float()
+        along = torch.dot(flat, self.direction).item()
         return (along - zero) * scale - self.config.margin_of(False)
 
     def _numbers(self) -> tuple[float, float] | None:
