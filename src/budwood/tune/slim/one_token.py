@@ -22,8 +22,8 @@ from budwood.tune.equations import bypass_bound, route_one
 def is_one_token(x: Tensor) -> bool:
     """Whether a layer's input, shape (…, d_in), is one token on a CPU, outside training."""
     return (
-        x.numel() == x.shape[-1]
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # first, so that a graph is not tied to a length
+        and x.numel() == x.shape[-1]
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -31,7 +31,7 @@ def is_one_token(x: Tensor) -> bool:
 
 
 def takes(config: SlimConfig, a: Tensor, b: Tensor) -> bool:
-    """Whether :func:`update_of_one` is made for an adapter with this config and these weights."""
+    """Whether :func:`hidden_of_one` is made for an adapter with this config and these weights."""
     plain = config.router and not config.expert_bias and config.merge_inference != "mask"
     return plain and a.dtype == b.dtype == torch.float32
 
