@@ -22,7 +22,7 @@ from budwood.tune.slim.observe import observe
 
 N_PROMPT = 32
 """Tokens of the prompt, whose time does not count."""
-N_DECODED = 32
+N_DECODED = 16
 """Tokens that are decoded one by one in a round."""
 
 
