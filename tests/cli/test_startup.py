@@ -63,6 +63,7 @@ COMMANDS = [
     "bench prune --keep 0.1,none",
     "bench prune-speed --method adv",
     "bench points --methods token",
+    "bench points --part street",
     "scan missing.bin --labels car --format kiti",
     "bench tune --data nlp --output runs --methods lra",
     "bench show missing.json",
@@ -88,6 +89,25 @@ def test_command(command):
     assert not HEAVY & imported_by(RUN, *command.split())
 
 
+@pytest.mark.parametrize("line", ["{no json", '{"instruct": "a"}', ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tune {} --output {}.tuned",
+        "tune {} --output {}.tuned --eval {}",
+        "tune eval {folder} --target {}",
+        "tune export-lora {folder} --output {}.lora --calibration {}",
+    ],
+)
+def test_a_malformed_first_line(command, line, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line + "\nand another\n" * bool(line))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    rows = str(tmp_path / "rows.jsonl")
+    words = [word.replace("{folder}", str(tmp_path)) for word in command.split()]
+    words = [word.replace("{}", rows) for word in words]
+    assert not HEAVY & imported_by(RUN, *words)
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -105,4 +125,4 @@ def test_help_of_every_command():
 
 
 def test_importing_budwood():
-    assert not HEAVY & imported_by("import budwood, budwood.loading, budwood.prune")
+    assert not HEAVY & imported_by("import budwood, budwood.loading, budwood.prune, budwood.tune")

@@ -68,6 +68,13 @@ def _check_own_positions(name: str) -> None:
     _check_positions(None if name == "own" else name)
 
 
+def _check_part(name: str) -> None:
+    if name not in catalogue.CLOUD_PARTS:
+        raise UnknownNameError(
+            f"unknown part {name!r}; give one of {', '.join(catalogue.CLOUD_PARTS)}"
+        )
+
+
 def _check_compat(name: str | None) -> None:
     if name not in (None, "official"):
         raise UnknownNameError(f"unknown compat {name!r}; give official, or leave it out")
@@ -163,6 +170,13 @@ Adaptations = Annotated[
 Adaptation = Annotated[
     str,
     typer.Option(callback=_checked(_ADAPTATIONS.check), help="One of `budwood ls adaptations`."),
+]
+Part = Annotated[
+    str,
+    typer.Option(
+        callback=_checked(_check_part),
+        help="Clouds that ship: indoor, road, or both, one after the other.",
+    ),
 ]
 Keep = Annotated[
     str,
