@@ -21,7 +21,7 @@ help:
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
-	@echo "make environments  what these four need, without running them"
+	@echo "make environments  what test-versions and test-vllm need, without running them"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
@@ -129,8 +129,8 @@ test-lmms: $(LMMS)/.installed
 test-app: .venvs/app/.installed
 	.venvs/app/bin/python -m pytest tests/app
 
-# All environments beside the first.
-environments: $(VLLM)/.installed $(LMMS)/.installed $(patsubst %,.venvs/%/.installed,app oldest newest)
+# The environments that are large, and need nothing of the first one.
+environments: $(VLLM)/.installed .venvs/oldest/.installed .venvs/newest/.installed
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
