@@ -6,7 +6,8 @@
 are unpacked (`apt-get download …`, `dpkg-deb -x … packages`). Each model has one use: pretraining,
 adaptation, validation or test. A class is a file in the folder, and a run that was killed goes on
 with the next. Of the test, validation and adaptation, parametric models alone ship (`road.npz`):
-they are ours, and the packages' licences are copyleft.
+they are ours, and the packages' licences are copyleft. Of unseen classes, the models for adaptation
+are for test too, and nothing else ships.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from classes import ROAD, SEEN
 from make_clouds import N_SHIPPED, _number, cloud_of
 from road_shapes import MAKERS, packaged, parametric
 from shapes import Shape
@@ -25,7 +27,7 @@ from shapes import Shape
 from budwood.points.data import Split, write_clouds
 
 USES = (("test", 0.15), ("val", 0.07), ("adapt", 0.13))
-SHIPPED_EACH = 18
+SHIPPED_EACH = {"seen": 18, "unseen": 36}
 
 
 def cut_road(n: int) -> list[str]:
@@ -82,20 +84,28 @@ def join(files: dict[str, Path], out: Path) -> None:
     use, package, id_ = (
         np.concatenate([part[key] for part in parts.values()]) for key in ("use", "package", "id")
     )
-    group = np.full(len(label), "seen")
+    group = np.array([ROAD[name] for name in label.tolist()])
+    use = np.where((group != SEEN) & (use == "adapt"), "test", use)
     np.savez(out / "clouds.npz", xyz=xyz, label=label, group=group, use=use, part=np.array("road"))
-    shipped, counts = [], Counter()
-    for i in np.flatnonzero((package == "parametric") & (use != "pretrain")):
-        counts[label[i], use[i]] += 1
-        if counts[label[i], use[i]] <= SHIPPED_EACH:
-            shipped.append(i)
-    about = [Split(str(label[i]), "seen", str(use[i])) for i in shipped]
-    write_clouds(out / "road.npz", xyz[shipped, :N_SHIPPED] / 32767, about)
+    about = [Split(*row) for row in zip(label.tolist(), group.tolist(), use.tolist())]
+    shipped = to_ship(about, package == "parametric")
+    write_clouds(out / "road.npz", xyz[shipped, :N_SHIPPED] / 32767, [about[i] for i in shipped])
     models = Counter(zip(label.tolist(), package.tolist(), use.tolist()))
     text = {"models": {" / ".join(key): n for key, n in sorted(models.items())}}
     text["sources"] = sorted(name for name in id_.tolist() if not name.startswith("parametric"))
     (out / "clouds.json").write_text(json.dumps(text, indent=1))
     print(f"{len(xyz)} models, {len(shipped)} to ship")
+
+
+def to_ship(about: Sequence[Split], is_ours: np.ndarray) -> list[int]:
+    """The models to ship, at most `SHIPPED_EACH` of a class and a use."""
+    shipped, counts = [], Counter()
+    for i in np.flatnonzero(is_ours).tolist():
+        if about[i].use == "test" or (about[i].group == SEEN and about[i].use != "pretrain"):
+            counts[about[i]] += 1
+            if counts[about[i]] <= SHIPPED_EACH[about[i].group]:
+                shipped.append(i)
+    return shipped
 
 
 if __name__ == "__main__":

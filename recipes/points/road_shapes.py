@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
-from classes import SEEN
+from classes import ROAD
 from shapes import Shape
 from trimesh import creation
 
@@ -36,7 +36,7 @@ def packaged(folder: Path) -> Iterator[Shape]:
                 vertices, faces = read_ac3d(path)
                 if len(faces):
                     id_ = str(path.relative_to(folder))
-                    yield Shape(id_, label, SEEN, "road-packages", id_, vertices, faces)
+                    yield Shape(id_, label, ROAD[label], "road-packages", id_, vertices, faces)
 
 
 def read_ac3d(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ def parametric(label: str, number: int) -> Shape:
     mesh = trimesh.util.concatenate(MAKERS[label](rng))
     id_ = f"parametric/{label}/{number}"
     vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
-    return Shape(id_, label, SEEN, "parametric", "the budwood authors", vertices, faces)
+    return Shape(id_, label, ROAD[label], "parametric", "the budwood authors", vertices, faces)
 
 
 def box(size: tuple[float, ...], at: tuple[float, ...]) -> Mesh:

@@ -11,10 +11,11 @@ the end they are estimated over all numbers and fixed, and training goes on for 
     python recipes/points/train_encoder.py --clouds runs/points/clouds.npz --out runs/points/encoder
 
 With the clouds of make_road.py as a second file, half of each batch are road objects, most of them
-as sensors see them: LiDARs of 16 to 128 beams, and depth cameras. Labels of the two parts that mean
-the same, such as "pedestrian" and "standing person", are not told apart.
+as sensors see them: LiDARs of 16 to 128 beams, and depth cameras; now and then partly hidden, or
+with some ground. Half of the steps then go down to 16 points. Labels of the two parts that mean the
+same, such as "pedestrian" and "standing person", are not told apart.
 
-Started again, it resumes from the last checkpoint in its folder.
+Started again, it resumes from the last checkpoint in its folder, at most `SAVE_AFTER` seconds old.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +45,12 @@ from budwood.points.towers import MiniLM
 from budwood.points.vocabulary import alike
 
 FEWEST, MOST = 128, 1024
-FEWEST_SEEN = 48  # of road objects as sensors see them
+FEWEST_SEEN = 16  # in half of the steps, where there are road objects
 BEAMS = (16, 32, 64, 128)
+HIDDEN, GROUND = 0.3, 0.2  # fractions of scans that are partly hidden, and that have some ground
 ALIKE = 0.6  # labels of two parts whose texts have this cosine mean the same
 WATCHED = (1024, 128, 64)
+SAVE_AFTER = 180  # seconds from one checkpoint to the next
 SETTLING = 200  # batches from which the final statistics are estimated
 
 
@@ -88,16 +93,16 @@ class Shapes:
         self.same = same & ~torch.eye(len(same), dtype=torch.bool)
 
     def _embeddings(self, cached: Path) -> Tensor:
-        if cached.exists() and len(found := torch.load(cached, weights_only=True)) == len(
-            self.labels
-        ):
-            return found
+        if cached.exists():
+            found = torch.load(cached, weights_only=True)
+            if found["labels"] == self.labels:
+                return found["averages"]
         lines = resolve_templates("points64")[::4]
         phrases = [alike([label])[0] for label in self.labels]
         words = [word for group in phrases for word in group]
         each = average_embeddings(words, MiniLM(), lines).split([len(group) for group in phrases])
         averages = torch.stack([group.mean(dim=0) for group in each])
-        torch.save(averages, cached)
+        torch.save({"labels": self.labels, "averages": averages}, cached)
         return averages
 
     def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -136,15 +141,36 @@ def seen_points(points: np.ndarray, n_points: int, rng: np.random.Generator) -> 
     return np.concatenate([seen, rng.choice(seen, lacking)]) if lacking else seen
 
 
+def scanned(points: np.ndarray, n_points: int, rng: np.random.Generator) -> np.ndarray:
+    """Points as a sensor sees them: now and then partly hidden, or with some ground.
+
+    Another object hides a side, or the lowest points go with the ground. Returns float64, shape
+    (n_points, 3).
+    """
+    part = points
+    if rng.random() < HIDDEN:
+        angle = rng.uniform(0, 2 * math.pi)
+        side = np.array([math.cos(angle), 0, math.sin(angle)])
+        direction, most = (side, 0.4) if rng.random() < 0.5 else (np.array([0, 1, 0]), 0.2)
+        along = points @ direction
+        part = points[along >= np.quantile(along, rng.uniform(0, most))]
+    xyz = part[seen_points(part, n_points, rng)].astype(np.float64)
+    if rng.random() < GROUND:
+        low, high = points.min(axis=0), points.max(axis=0)
+        on_ground = rng.choice(n_points, math.ceil(rng.uniform(0, 0.15) * n_points), replace=False)
+        xyz[on_ground] = rng.uniform(1.2 * low, 1.2 * high, (len(on_ground), 3))
+        xyz[on_ground, 1] = low[1]
+    return xyz
+
+
 def augmented(
     points: np.ndarray, n_points: int, rng: np.random.Generator, by_sensor: bool = False
 ) -> np.ndarray:
     """Sample, scale by axis, turn about y by any angle, tilt a little, and jitter."""
     if by_sensor:
-        chosen = seen_points(points, n_points, rng)
+        xyz = scanned(points, n_points, rng)
     else:
-        chosen = rng.choice(len(points), n_points, replace=False)
-    xyz = points[chosen].astype(np.float64)
+        xyz = points[rng.choice(len(points), n_points, replace=False)].astype(np.float64)
     xyz *= rng.uniform(0.75, 1.33, 3) * rng.choice([-1, 1], 3, p=[0.5, 0.5]) ** [1, 0, 0]
     xyz = xyz @ turn(1, rng.uniform(0, 2 * math.pi))
     xyz = xyz @ turn(0, rng.normal(0, 0.06)) @ turn(2, rng.normal(0, 0.06))
@@ -166,10 +192,13 @@ def normalized(xyz: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def accuracy(encoder: Sprout, shapes: Shapes, n_points: int, part: str = "indoor") -> float:
-    """Accuracy among all labels on the validation shapes of a part, sampled in a fixed way.
+def accuracy(
+    encoder: Sprout, shapes: Shapes, n_points: int, part: str = "indoor"
+) -> tuple[float, float]:
+    """Accuracy on the validation shapes of a part: among all labels, and among theirs.
 
-    Road objects are seen by sensors. Labels that mean the same as the right one do not compete.
+    They are sampled in a fixed way, road objects as sensors see them. Labels that mean the same as
+    the right one do not compete.
     """
     rng = np.random.default_rng(0)
     mine = shapes.watched_part == part
@@ -184,8 +213,12 @@ def accuracy(encoder: Sprout, shapes: Shapes, n_points: int, part: str = "indoor
     xyz = torch.from_numpy(np.stack(thin))
     features = torch.cat([encoder(part) for part in xyz.split(64)])
     cosines = F.normalize(features, dim=-1) @ shapes.texts.T
-    named = cosines.masked_fill(shapes.same[target], -2).argmax(-1)
-    return (named == target).float().mean().item()
+    among_all = cosines.masked_fill(shapes.same[target], -2)
+    others = torch.ones(len(shapes.labels), dtype=torch.bool)
+    others[target] = False
+    among_own = among_all.masked_fill(others, -2)
+    right = [(found.argmax(-1) == target).float().mean().item() for found in (among_all, among_own)]
+    return right[0], right[1]
 
 
 def averaged(encoder: Sprout) -> AveragedModel:
@@ -197,6 +230,7 @@ class Run:
 
     def __init__(self, folder: Path, lr: float, center: Tensor):
         self.folder, self.step, self.seconds = folder, 0, 0.0
+        self.saved = time.monotonic()
         self.encoder = Sprout(SproutConfig())
         self.encoder.text_center.copy_(center)
         self.average = averaged(self.encoder)
@@ -216,6 +250,7 @@ class Run:
         return self.folder / "last.pt"
 
     def save(self) -> None:
+        self.saved = time.monotonic()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         torch.save(state | {"step": self.step, "seconds": self.seconds}, self.folder / "part.pt")
         (self.folder / "part.pt").replace(self.checkpoint)
@@ -257,35 +292,61 @@ def settle(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
 def train(run: Run, shapes: Shapes, args: argparse.Namespace) -> None:
     clock = time.monotonic()
     last = args.steps + args.settled_steps
-    while run.step < last:
-        if run.step == args.steps:
-            settle(run, shapes, args)
-        xyz, target = shapes.batch(args.batch, np.random.default_rng([args.seed, run.step]))
-        for group in run.optim.param_groups:
-            group["lr"] = rate(run.step, args)
-        run.encoder.train()
-        run.encoder.group_net.train(run.step < args.steps)
-        cosines = F.normalize(run.encoder(xyz), dim=-1) @ shapes.texts.T
-        logits = (run.encoder.logit_scale * cosines).masked_fill(shapes.same[target], -torch.inf)
-        loss = F.cross_entropy(logits, target)
-        run.optim.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.encoder.parameters(), 1.0)
-        run.optim.step()
-        run.average.update_parameters(run.encoder)
-        run.step += 1
-        now = time.monotonic()
-        run.seconds, clock = run.seconds + now - clock, now
-        if run.step % 50 == 0:
-            run.log(loss=round(loss.item(), 3))
-        if run.step % 500 == 0 or run.step == last:
-            encoder = run.average.module.eval()
-            for part in np.unique(shapes.watched_part).tolist():
-                prefix = "val" if part == "indoor" else f"val_{part}"
-                found = {n: round(accuracy(encoder, shapes, n, part), 3) for n in WATCHED}
-                run.log(**{f"{prefix}_{n}": value for n, value in found.items()})
-        if run.step % 100 == 0 or run.step == last:
-            run.save()
+    losses: list[float] = []
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        return shapes.batch(args.batch, np.random.default_rng([args.seed, step]))
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(draw, run.step)
+        while run.step < last:
+            if run.step == args.steps:
+                settle(run, shapes, args)
+            batch = coming.result()
+            coming = ahead.submit(draw, run.step + 1)
+            losses.append(learn(run, shapes, batch, args))
+            now = time.monotonic()
+            run.seconds, clock = run.seconds + now - clock, now
+            if run.step % 50 == 0:
+                run.log(loss=round(statistics.fmean(losses), 3))
+                losses.clear()
+            if run.step % 500 == 0 or run.step == last:
+                watch(run, shapes)
+            if run.step == last or time.monotonic() - run.saved > SAVE_AFTER:
+                run.save()
+
+
+def learn(
+    run: Run, shapes: Shapes, batch: tuple[Tensor, Tensor], args: argparse.Namespace
+) -> float:
+    """One step; returns the loss."""
+    for group in run.optim.param_groups:
+        group["lr"] = rate(run.step, args)
+    xyz, target = batch
+    run.encoder.train()
+    run.encoder.group_net.train(run.step < args.steps)
+    cosines = F.normalize(run.encoder(xyz), dim=-1) @ shapes.texts.T
+    logits = (run.encoder.logit_scale * cosines).masked_fill(shapes.same[target], -torch.inf)
+    loss = F.cross_entropy(logits, target)
+    run.optim.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.encoder.parameters(), 1.0)
+    run.optim.step()
+    run.average.update_parameters(run.encoder)
+    run.step += 1
+    return loss.item()
+
+
+def watch(run: Run, shapes: Shapes) -> None:
+    """Log the accuracies of the running average."""
+    encoder = run.average.module.eval()
+    for part in np.unique(shapes.watched_part).tolist():
+        name = "val" if part == "indoor" else f"val_{part}"
+        found: dict[str, float] = {}
+        for n in WATCHED:
+            among_all, among_own = accuracy(encoder, shapes, n, part)
+            found |= {f"{name}_{n}": round(among_all, 3), f"{name}_own_{n}": round(among_own, 3)}
+        run.log(**found)
 
 
 def main() -> None:
@@ -309,7 +370,8 @@ def main() -> None:
     weights = args.out / "sprout.safetensors"
     save_sprout(run.average.module, weights, torch.bfloat16)
     known = TextEmbeddings(tuple(shapes.labels), shapes.texts)
-    save_trained_labels(labels_beside(weights), known, shapes.parts)
+    stamp = run.average.module.text_stamp()
+    save_trained_labels(labels_beside(weights), known, shapes.parts, stamp)
 
 
 if __name__ == "__main__":

@@ -418,6 +418,15 @@ ADAPTATIONS = {
 clouds of a call a label depends on: that one alone, the earlier ones too, or all."""
 
 
+CLOUDS = {
+    "indoor": ("furniture.npz", "parts.npz"),
+    "road": ("road.npz",),
+}
+"""The files of point clouds that ship, by part."""
+CLOUD_PARTS = (*CLOUDS, "both")
+"""What can be asked for."""
+
+
 BOX_FORMATS = {
     "json": Entry("boxes/NAME.json, one file per frame: all that is known about each object"),
     "csv": Entry("boxes.csv: one line per object, for all frames"),

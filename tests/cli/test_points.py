@@ -333,6 +333,38 @@ def test_bench(budwood, tmp_path):
     assert result.stdout.split()[:4] == ["method", "sees", "sampler", "points"]
 
 
+def test_bench_of_parts(budwood, tmp_path, monkeypatch):
+    out, plot = tmp_path / "r.json", tmp_path / "curve.png"
+    command = ["bench", "points", "--part", "both", "--methods", "frozen,tokens", "--points", ""]
+    command += ["--lidar", "30,8", "--occluded", "8", "--seeds", 1, "--out", out, "--plot", plot]
+    inner, left = bench.run, ["indoor", "road"]
+
+    def cut_off(*arguments, **options):
+        if left.pop(0) == "road":
+            raise KeyboardInterrupt
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(bench, "run", cut_off)
+    assert budwood(*command).exit_code != 0
+    first = records.read(out)
+    assert first.status == "partial" and [row["part"] for row in first.rows] == ["indoor"] * 6
+    monkeypatch.setattr(bench, "run", inner)
+    result = budwood(*command)
+    whole = records.read(out)
+    assert whole.rows[:6] == first.rows and [row["part"] for row in whole.rows[6:]] == ["road"] * 6
+    densities = [("lidar", 30), ("lidar", 8), ("occluded", 8)]
+    assert [(row["sampler"], row["points"]) for row in whole.rows] == densities * 4
+    assert whole.config["part"] == "both" and whole.config["n_road_unseen_clouds"] == 6
+    assert "road: 6 clouds of 2 seen classes, 6 clouds of 2 unseen classes" in result.stderr
+    assert plot.is_file()
+    shown = budwood("bench", "show", out, "--where", "part=road,sampler=occluded")
+    assert "| tokens | one | occluded | 8 | road |" in shown.stdout
+    page = tmp_path / "page.html"
+    assert budwood("report", out, "--out", page).exit_code == 0
+    for part in ("indoor", "road"):
+        assert f"seen classes, {part} clouds thinned by lidar" in page.read_text()
+
+
 def test_a_bench_that_was_cut_off_goes_on(budwood, tmp_path, monkeypatch):
     out = tmp_path / "r.json"
     command = ["bench", "points", "--points", "30", "--lidar", "", "--seeds", 1, "--out", out]

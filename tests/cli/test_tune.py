@@ -635,7 +635,10 @@ def test_speed(budwood, tmp_path):
     assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in rows.values())
     assert records.read(out).rows == found["rows"]
     assert "| over_lora |" in budwood("bench", "show", out).stdout
-    assert "(target 1.3)" in budwood(*command, "--methods", "frozen,lora,slim").stderr
+    assert "(target 1.20)" in budwood(*command, "--methods", "frozen,lora,slim").stderr
+    assert all(row["decode_ms"] > 0 for row in found["rows"])
+    alone = budwood(*command, "--methods", "frozen,lora", "--no-decode", "--json").stdout
+    assert "decode_ms" not in json.loads(alone)["rows"][0]
 
 
 def test_bad_input_of_the_speed_benchmark(budwood, tmp_path):

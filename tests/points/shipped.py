@@ -33,4 +33,5 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     clouds = sets.clouds()
     write_clouds(data / "all.npz", clouds.xyz, clouds.about)
     monkeypatch.setattr("budwood.points.data.FOLDER", data)
-    monkeypatch.setattr("budwood.points.data.FILES", ("all.npz",))
+    parts = {"indoor": ("all.npz",), "road": ("all.npz",)}
+    monkeypatch.setattr("budwood.points.data.PARTS", parts)

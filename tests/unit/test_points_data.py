@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from budwood.errors import InputError
+from budwood.errors import InputError, UnknownNameError
 from budwood.points.data import Split, load_clouds, write_clouds
 from tests.points import sets
 
@@ -56,8 +56,32 @@ def test_bad_files(tmp_path):
         load_clouds([tmp_path / "c.npz"])
 
 
-def test_what_ships():
-    shipped = load_clouds()
+def test_parts(tmp_path, monkeypatch):
+    given = sets.clouds(1)
+    monkeypatch.setattr("budwood.points.data.FOLDER", tmp_path)
+    parts = {"indoor": ("a.npz",), "road": ("b.npz", "c.npz")}
+    monkeypatch.setattr("budwood.points.data.PARTS", parts)
+    write_clouds(tmp_path / "a.npz", given.xyz, given.about)
+    other = [Split("brick", "seen", "adapt"), Split("ball", "unseen", "test")]
+    write_clouds(tmp_path / "b.npz", given.xyz[:2], other)
+    write_clouds(tmp_path / "c.npz", given.xyz[2:3], [Split("ring", "novel", "test")])
+    assert load_clouds().about == load_clouds(part="indoor").about == given.about
+    assert load_clouds(part="road").about == (*other, Split("ring", "novel", "test"))
+    both = load_clouds(part="both")
+    assert len(both) == len(given) + 3
+    # Bricks are adapted to in one part, so they are seen in both.
+    groups = {(one.label, one.group) for one in both.about}
+    assert groups == {
+        *(("ball", "seen"), ("stick", "seen"), ("plate", "unseen")),
+        *(("ring", "unseen"), ("brick", "seen")),
+    }
+    with pytest.raises(UnknownNameError, match="unknown part 'street'; give one of indoor, road"):
+        load_clouds(part="street")
+
+
+@pytest.mark.parametrize("part", ["indoor", "road", "both"])
+def test_what_ships(part):
+    shipped = load_clouds(part=part)
     assert len(shipped) > 500 and shipped.xyz.shape[1:] == (1024, 3)
     radius = np.linalg.norm(shipped.xyz, axis=-1).max(axis=1)
     assert np.isfinite(shipped.xyz).all() and radius.min() > 0.7 and radius.max() < 1.01
@@ -67,6 +91,6 @@ def test_what_ships():
         assert one.use == "test" or (one.group == "seen" and one.use in ("adapt", "val"))
     tested = {one.label for one in shipped.about if one.use == "test"}
     assert tested == set(groups)
-    assert set(groups.values()) == {"seen", "unseen", "novel"}
+    assert set(groups.values()) == {"seen", "unseen"} | ({"novel"} if part != "road" else set())
     # No cloud comes twice: adaptation and test never share a shape.
     assert len({cloud.tobytes() for cloud in shipped.xyz}) == len(shipped)

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from budwood.points import load_clouds
+from budwood.points.labels import check_labels
+from tests.points import models
 
 pytest.importorskip("trimesh")
 RECIPES = Path(__file__).parents[2] / "recipes" / "points"
@@ -170,16 +173,19 @@ def test_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     def weights(name, *steps):
         folder = tmp_path / name
         folder.mkdir()
-        torch.save(torch.eye(2, 384) + 0.1, folder / "texts.pt")
+        texts = {"labels": ["a", "b"], "averages": torch.eye(2, 384) + 0.1}
+        torch.save(texts, folder / "texts.pt")
         for n in steps:
             torch.manual_seed(0)
             shapes = recipe.train.Shapes([tmp_path / "clouds.npz"], folder)
             run = recipe.train.Run(folder, 1e-3, shapes.center)
             # The schedule is that of all steps, also where the run is cut short.
             args = argparse.Namespace(steps=3, settled_steps=3, batch=3, lr=1e-3, seed=0)
-            monkeypatch.setattr(run, "log", lambda **_: None)
+            monkeypatch.setattr(run, "log", lambda **values: logged.append(values))
             _until(recipe.train, run, shapes, args, n)
         return run
+
+    logged = []
 
     whole, resumed, settled = weights("a", 6), weights("b", 2, 3, 5, 6), weights("c", 4)
     assert resumed.step == 6
@@ -187,6 +193,7 @@ def test_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
         assert torch.equal(value, resumed.encoder.state_dict()[key]), key
     assert torch.equal(whole.average.module.cls_token, resumed.average.module.cls_token)
     assert torch.equal(whole.encoder.text_center[:2], torch.tensor([0.6, 0.6]))
+    assert set(logged[-1]) == {f"val{own}_{n}" for own in ("", "_own") for n in (1024, 128, 64)}
     # The statistics of normalisation are held in the last steps, and weights go on.
     before, after = settled.encoder.group_net.state_dict(), whole.encoder.group_net.state_dict()
     held = [key for key in before if "running" in key]
@@ -200,17 +207,81 @@ def _until(train, run, shapes, args, n):
     class KilledError(Exception):
         pass
 
-    draw = shapes.batch
-
-    def watched(*arguments):
+    def watched(run, *arguments):
         if run.step == n:
             run.save()
             raise KilledError
-        return draw(*arguments)
+        return learn(run, *arguments)
 
-    shapes.batch = watched
+    learn, train.learn = train.learn, watched
     with contextlib.suppress(KilledError):
         train.train(run, shapes, args)
+    train.learn = learn
+
+
+def test_a_checkpoint_is_written_when_the_last_is_old(recipe, tmp_path, monkeypatch):
+    saved = []
+    run = argparse.Namespace(step=0, seconds=0.0, saved=0.0, log=lambda **_: None)
+
+    def save():
+        saved.append(run.step)
+        run.saved = 100.0 * run.step
+
+    run.save = save
+
+    def learn(run, *_):
+        run.step += 1
+        return 0.0
+
+    monkeypatch.setattr(recipe.train, "learn", learn)
+    monkeypatch.setattr(recipe.train, "watch", lambda *_: None)
+    monkeypatch.setattr(recipe.train.time, "monotonic", lambda: 100.0 * run.step)
+    shapes = argparse.Namespace(batch=lambda *_: None)
+    args = argparse.Namespace(steps=5, settled_steps=0, batch=3, seed=0)
+    recipe.train.train(run, shapes, args)
+    assert saved == [2, 4, 5]
+
+
+def test_clouds_are_made_with_the_labels_of_classes(recipe, tmp_path, monkeypatch):
+    box = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3.0]]), np.array([[0, 1, 2], [0, 2, 3]])
+    names = ["chair", "bench", "armchair", "bean bag"]
+    groups = [recipe.classes.FURNITURE.get(name, ("other",))[0] for name in names]
+    assert groups == ["seen", "novel", "unseen", "other"]
+
+    def found(folder, package):
+        for name, group in zip(names, groups):
+            for number in range(5):
+                yield recipe.shapes.Shape(f"{name}{number}", name, group, package, "Ann", *box)
+
+    monkeypatch.setattr(recipe.make, "N_DENSE", 64)
+    monkeypatch.setattr(recipe.make, "N_SHIPPED", 32)
+    monkeypatch.setattr(recipe.make, "furniture", lambda folder: found(folder, "furniture"))
+    monkeypatch.setattr(recipe.make, "parts", lambda folder: iter(()))
+    command = ["make_clouds.py", "--furniture", "x", "--parts", "x", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(recipe.make, "write_clouds", lambda path, xyz, about: written.append(about))
+    written = []
+    recipe.make.main()
+    with np.load(tmp_path / "clouds.npz") as made:
+        rows = set(zip(*(made[key].tolist() for key in ("label", "group", "use"))))
+    trained = {label for label, _, use in rows if use == "pretrain"}
+    assert trained == {"chair", "armchair", "bean bag"}  # nothing novel
+    assert {(label, group) for label, group, _ in rows} == set(zip(names, groups))
+    shipped = {(one.label, one.use) for one in written[0]}
+    assert ("bench", "test") in shipped and "bean bag" not in {label for label, _ in shipped}
+    assert not {use for _, use in shipped} - {"test", "adapt", "val"}
+    sizes = json.loads((tmp_path / "clouds.json").read_text())["models"]
+    assert sizes == dict.fromkeys(names, 5)
+
+
+def test_labels_have_no_commas_and_no_case_of_their_own(recipe):
+    """A list of labels has commas, and labels that differ in case alone are refused."""
+    labels = [*recipe.classes.FURNITURE, *recipe.classes.PARTS]
+    assert check_labels(labels) == tuple(labels)
+    assert not any("," in label for label in (*labels, *recipe.classes.ROAD))
+    for name in ("Butter, salted", "KAZOO", "Cup"):
+        label, _ = recipe.shapes._furniture_class(name)
+        assert "," not in label and label == label.lower()
 
 
 def test_report_counts(recipe, tmp_path):
@@ -272,7 +343,10 @@ def test_road_clouds_are_split_by_model_and_made_once(road, tmp_path, monkeypatc
         assert set(made["use"].tolist()) == {"pretrain", "adapt", "val", "test"}
     shipped = load_clouds([tmp_path / "road.npz"])
     assert set(shipped.classes) == {"pole", "traffic cone"} and shipped.xyz.shape[1] == 1024
-    assert len(shipped.where(use="test")) == 4
+    # Of 14 models, 2 are for test, 1 for validation, 2 for adaptation: of poles, for test too.
+    uses = Counter((one.label, one.group, one.use) for one in shipped.about)
+    seen = {("traffic cone", "seen", use): n for use, n in (("test", 2), ("val", 1), ("adapt", 2))}
+    assert uses == {**seen, ("pole", "unseen", "test"): 4}
     monkeypatch.setattr(road.make, "make_class", None)  # nothing is made again
     road.make.main()
 
@@ -284,6 +358,44 @@ def test_a_sensor_sees_as_many_points_as_are_wanted(road):
         assert road.train.seen_points(points, 90, rng).shape == (90,)
 
 
+def test_scans_are_partly_hidden_or_have_some_ground(road, monkeypatch):
+    points = np.random.default_rng(0).integers(-9000, 9000, (4096, 3)).astype(np.int16)
+    given = {tuple(row) for row in points.tolist()}
+
+    def scans(hidden, ground):
+        monkeypatch.setattr(road.train, "HIDDEN", hidden)
+        monkeypatch.setattr(road.train, "GROUND", ground)
+        rng = np.random.default_rng(1)
+        return [road.train.scanned(points, 1024, rng) for _ in range(24)]
+
+    for xyz in scans(hidden=1, ground=0):
+        assert xyz.shape == (1024, 3) and {tuple(row) for row in xyz.tolist()} <= given
+    floor = points[:, 1].min()
+    fractions = []
+    for xyz in scans(hidden=0, ground=1):
+        others = [row for row in xyz.tolist() if tuple(row) not in given]
+        assert all(row[1] == floor for row in others)
+        fractions.append(len(others) / len(xyz))
+    assert 0 < min(fractions) < max(fractions) <= 0.16
+
+
+def test_the_groups_of_road_classes(road, recipe):
+    groups = recipe.classes.ROAD
+    assert set(groups) == set(road.shapes.MAKERS) and set(groups.values()) == {"seen", "unseen"}
+    assert set(road.shapes.PACKAGED) <= set(groups)
+
+
+def test_texts_of_other_labels_are_embedded_again(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe.train, "MiniLM", lambda: models.Words(384))
+    shapes = argparse.Namespace(labels=["car", "chair"])
+    embed = recipe.train.Shapes._embeddings
+    first = embed(shapes, tmp_path / "texts.pt")
+    assert torch.equal(embed(shapes, tmp_path / "texts.pt"), first)
+    shapes.labels = ["car", "table"]
+    other = embed(shapes, tmp_path / "texts.pt")
+    assert torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
+
+
 def test_labels_that_mean_the_same_in_both_parts_do_not_compete(road, tmp_path):
     labels = {"indoor": ["chair", "standing person"], "road": ["pedestrian", "car"]}
     for part, names in labels.items():
@@ -293,7 +405,8 @@ def test_labels_that_mean_the_same_in_both_parts_do_not_compete(road, tmp_path):
         np.savez(tmp_path / f"{part}.npz", xyz=cloud, part=np.array(part), **columns)
     texts = torch.eye(4, 384)
     texts[3] = texts[2]  # car, chair, pedestrian, standing person
-    torch.save(texts, tmp_path / "texts.pt")
+    known = ["car", "chair", "pedestrian", "standing person"]
+    torch.save({"labels": known, "averages": texts}, tmp_path / "texts.pt")
     shapes = road.train.Shapes([tmp_path / f"{part}.npz" for part in labels], tmp_path)
     assert shapes.labels == ["car", "chair", "pedestrian", "standing person"]
     assert shapes.parts == ["road", "indoor", "road", "indoor"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from budwood.bench.frames import HEIGHT, Placed, street, sweep
 from budwood.errors import InputError, OutputError, UnknownNameError
 from budwood.points import ScanConfig, ScannedFrame, draw_from_above, scan, write_page
+from budwood.points.data import CloudSet
 from budwood.points.io import make_cloud
 from budwood.points.scanning import folder as folders
-from budwood.points.scanning import naming, pipeline
+from budwood.points.scanning import naming, pipeline, rejection
 from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
 from budwood.points.scanning.formats import csv_text, kitti_text, nuscenes_results
 from budwood.points.scanning.ground import find_ground
@@ -227,6 +229,25 @@ def test_threshold():
     assert best_threshold(values, np.array([0, 1, 0, 1, 1], bool)) == pytest.approx(0.5)
     assert best_threshold(values, values < 0.3) == 0
     assert best_threshold(values, values < 2) == best_threshold(values, values > 2) == 0
+
+
+def test_calibration_takes_the_parts_of_training_and_knows_synonyms(monkeypatch):
+    model = models.make("sprout")
+    names = {"ball": "pedestrian", "stick": "standing person"}
+    given = sets.clouds(2).where(use="val")
+    about = tuple(replace(one, label=names[one.label]) for one in given.about)
+    asked, rightly = [], []
+    monkeypatch.setattr(
+        rejection, "load_clouds", lambda part: asked.append(part) or CloudSet(given.xyz, about)
+    )
+    monkeypatch.setattr(rejection, "best_threshold", lambda _, known: rightly.append(known) or 0.5)
+    for trained in (None, {"indoor": ("a",)}, {"indoor": ("a",), "road": ("b",)}):
+        monkeypatch.setattr(rejection, "trained_labels", lambda _, trained=trained: trained)
+        background = sets.texts(model.embed_dim, ("wall",))
+        words = models.Words(model.embed_dim)
+        assert rejection.calibrate(model, None, background, text=words) == 0.5
+    assert asked == ["both", "indoor", "both"]
+    assert all(known.all() for known in rightly)  # either name means a person
 
 
 def test_background_without_what_is_asked_for():

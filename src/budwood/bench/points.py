@@ -57,6 +57,7 @@ class BenchConfig:
         methods: names in ``METHODS``.
         points: numbers of points of random samples.
         lidar: numbers of points of LiDAR-like samples.
+        occluded: numbers of points of random samples from one side.
         seeds: how many, 1 or more.
         steps: of training.
         batch_size: clouds a step.
@@ -78,6 +79,7 @@ class BenchConfig:
     curriculum: Curriculum = dataclasses.field(default_factory=Curriculum)
     tune: bool = False
     warm_up: bool = False
+    occluded: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -86,13 +88,15 @@ class BenchConfig:
             METHODS.get(name)
         SAMPLERS.get(self.sampler)
         need_at_least(1, seeds=self.seeds)
-        if not self.points + self.lidar or min(self.points + self.lidar) < 2:
+        counts = [n for _, n in self.densities]
+        if not counts or min(counts) < 2:
             raise InputError("give numbers of points, 2 or more each")
 
     @property
     def densities(self) -> tuple[tuple[str, int], ...]:
         """Sampler and number of points of each row of a method."""
-        return (*(("random", n) for n in self.points), *(("lidar", n) for n in self.lidar))
+        counts = {"random": self.points, "lidar": self.lidar, "occluded": self.occluded}
+        return tuple((sampler, n) for sampler, numbers in counts.items() for n in numbers)
 
 
 def run(

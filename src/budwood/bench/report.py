@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,16 +166,19 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _points_charts(rows: Sequence[Row]) -> list[Chart]:
-    """A chart for each group of classes and each way of thinning clouds to several densities."""
+    """A chart for each part, group of classes and way of thinning clouds to several densities."""
     charts: list[Chart] = []
-    for sampler in dict.fromkeys(row["sampler"] for row in rows):
-        for group in ("seen", "unseen", "novel"):
-            key = f"{group}_top1"
-            drawn = [row for row in rows if row["sampler"] == sampler and row.get(key) is not None]
-            if len({row["points"] for row in drawn}) > 1:
-                draw = partial(plot_lines, drawn, x="points", y=key, by="method", log=True)
-                words = f"Top-1 accuracy on {group} classes, clouds thinned by {sampler}"
-                charts.append((words, draw))
+    kinds = dict.fromkeys((row.get("part"), row["sampler"]) for row in rows)
+    for (part, sampler), group in itertools.product(kinds, ("seen", "unseen", "novel")):
+        key, kind = f"{group}_top1", (part, sampler)
+        of_kind = [row for row in rows if (row.get("part"), row["sampler"]) == kind]
+        drawn = [row for row in of_kind if row.get(key) is not None]
+        if len({row["points"] for row in drawn}) > 1:
+            draw = partial(plot_lines, drawn, x="points", y=key, by="method", log=True)
+            where = f"{part} clouds" if part else "clouds"  # older records have no part
+            charts.append(
+                (f"Top-1 accuracy on {group} classes, {where} thinned by {sampler}", draw)
+            )
     return charts
 
 

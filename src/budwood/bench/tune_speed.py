@@ -10,36 +10,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from budwood.bench.tune_decoding import Decoding, measure_decoding
+from budwood.bench.tune_speed_models import METHODS, PROJECTIONS, GatedMLP, adapted, start
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
 from budwood.records import Row
 from budwood.timing import median_ratio, seconds, side_by_side, synchronize
 from budwood.tune.config import SlimConfig
-from budwood.tune.equations import route, standardise
 from budwood.tune.slim.keeper import keeper_of
 from budwood.tune.slim.observe import observe
 
-METHODS = ("frozen", "lora", "slim", "loop", "bypass")
-"""``bypass`` is SLIM on a batch whose tokens all bypass."""
 TARGETS = {
-    "over_lora_wide": 1.15,
-    "over_lora_narrow": 1.30,
+    "over_lora_wide": 1.10,
+    "over_lora_narrow": 1.20,
+    "decode_over_lora": 1.10,
     "memory_over_lora": 1.10,
     "bypass_over_frozen": 1.10,
 }
 """Target ratios, at most; wide is 2,048 channels or more."""
-PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
-HIDDEN = {576: 1536, 2048: 5632, 4096: 11008}
-"""MLP width by model width, of SmolLM2-135M, a 1B and a 7B Llama; elsewhere 8/3 of it."""
 
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What to time: one gated MLP with adapters on its three projections.
+    """What to time: training one gated MLP, and generation by a small Llama.
+
+    Adapters are on the three projections of each MLP.
 
     Attributes:
         widths: model widths.
@@ -51,6 +48,7 @@ class SpeedConfig:
         dtype: name of the base model's dtype; adapters are float32, as PEFT makes them.
         device: where to run.
         seed: of weights and inputs.
+        decode: time generation too.
 
     Raises:
         InputError: a number is too small, or a method is unknown.
@@ -65,6 +63,7 @@ class SpeedConfig:
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
+    decode: bool = True
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -77,63 +76,18 @@ class SpeedConfig:
                 raise InputError(f"{name}={getattr(self, name)}; give counts of at least 1")
         if self.repeats < 1 or self.r < 1:
             raise InputError(f"repeats={self.repeats} and r={self.r}; give at least 1")
-        SlimConfig(r=self.r, distance=self.distance)  # refuses what it does not know
+        _ = self.slim  # refuses what it does not know
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise InputError(f"unknown dtype {self.dtype!r}; give float32 or bfloat16")
 
-
-class GatedMLP(nn.Module):
-    """The MLP of a Llama: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = HIDDEN.get(width, -(-8 * width // 3))
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LoopedExperts(nn.Module):
-    """The same mixture as a loop over experts with layers of their own, for comparison only.
-
-    Args:
-        base: the frozen layer.
-        r: rank of one expert.
-        n_experts: LoRA experts.
-        n_identity: identity experts.
-        top_k: experts kept.
-        scale: factor on the experts' output.
-    """
-
-    def __init__(
-        self, base: nn.Linear, r: int, n_experts: int, n_identity: int, top_k: int, scale: float
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.top_k, self.scale = top_k, scale
-        d_in, d_out = base.in_features, base.out_features
-        self.router = nn.Linear(d_in, n_experts + n_identity, bias=False)
-        self.a = nn.ModuleList(nn.Linear(d_in, r, bias=False) for _ in range(n_experts))
-        self.b = nn.ModuleList(nn.Linear(r, d_out, bias=False) for _ in range(n_experts))
-        for layer in self.b:
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        result = self.base(flat)
-        weights = route(standardise(F.linear(flat, self.router.weight).float()), self.top_k)
-        for i, (a, b) in enumerate(zip(self.a, self.b)):
-            rows = (weights[:, i] > 0).nonzero().squeeze(-1)
-            update = b(a(flat[rows])) * (self.scale * weights[rows, i]).unsqueeze(-1).to(x.dtype)
-            result = torch.index_add(result, 0, rows, update)
-        return result.view(*x.shape[:-1], -1)
+    @property
+    def slim(self) -> SlimConfig:
+        """Config of SLIM."""
+        return SlimConfig(r=self.r, distance=self.distance, target_modules=PROJECTIONS)
 
 
 def measure_speed(config: SpeedConfig, progress: Progress = silent) -> list[Row]:
-    """Time forward and backward of each method at each width and number of tokens.
+    """Time each method: forward and backward by width and number of tokens, generation by width.
 
     In a round every method runs once, in turn; which goes first changes from round to round. Ratios
     are taken within a round and their medians reported. SLIM's time includes gathering and
@@ -148,13 +102,23 @@ def measure_speed(config: SpeedConfig, progress: Progress = silent) -> list[Row]
     Returns:
         One row per width, number of tokens and method: ``ms`` (median), ``over_lora``,
         ``over_frozen``, ``peak_mib`` (weights included), ``memory_over_lora``, ``n_params``
-        trainable, ``bypassed_share``, and ``within_target`` (None where there is none).
+        trainable, ``bypassed_share``, and ``within_target`` (None where there is none). Of
+        generation, the same for every number of tokens: ``decode_ms`` for a token,
+        ``decode_over_lora``, ``decode_over_frozen`` and ``decode_bypassed_share``.
     """
     rows: list[Row] = []
     groups = [(width, n_tokens) for width in config.widths for n_tokens in config.n_tokens]
+    decoding: dict[int, dict[str, Decoding]] = {}
     for i, (width, n_tokens) in enumerate(groups):
+        if config.decode and width not in decoding:
+            progress(i, len(groups), f"width {width}, generation")
+            decoding[width] = _measure_decoding(config, width)
+            gc.collect()
         progress(i, len(groups), f"width {width}, {n_tokens} tokens")
-        rows += _measure_one(config, width, n_tokens)
+        rows += [
+            _judged({**row, **_of_decoding(row["method"], decoding.get(width))})
+            for row in _measure_one(config, width, n_tokens)
+        ]
         gc.collect()
     progress(len(groups), len(groups))
     return rows
@@ -168,6 +132,18 @@ class _Case:
     run: Callable[[], None]
     before: Callable[[], None]
     bypassed: float | None = None
+
+
+def _measure_decoding(config: SpeedConfig, width: int) -> dict[str, Decoding]:
+    return measure_decoding(
+        config.methods,
+        width,
+        config.slim,
+        repeats=config.repeats,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        seed=config.seed,
+    )
 
 
 def _measure_one(config: SpeedConfig, width: int, n_tokens: int) -> list[Row]:
@@ -184,35 +160,16 @@ def _case(name: str, config: SpeedConfig, width: int, n_tokens: int) -> _Case:
     base = GatedMLP(width).to(device, dtype).requires_grad_(False)
     shape = (1, n_tokens, width)
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    slim = SlimConfig(r=config.r, distance=config.distance, target_modules=PROJECTIONS)
-    if name == "frozen":
-        model: Any = base
-    elif name == "lora":
-        model = get_peft_model(base, _lora(slim))  # type: ignore[arg-type]
-    elif name == "loop":
-        model = _looped(base, slim)
-    else:
-        model = get_peft_model(base, slim)  # type: ignore[arg-type]
+    model = adapted(name, base, config.slim)
     model.train()
     if name not in ("slim", "bypass"):
         return _Case(model, lambda: _pass(model, x), lambda: model.zero_grad())
     return _slim_case(model, x, far=name == "bypass")
 
 
-def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
+def _slim_case(model: Any, x: Tensor, *, far: bool) -> _Case:
     keeper = keeper_of(model)
-    for layer in keeper.layers():  # B = 0 would be a special case of the arithmetic
-        nn.init.normal_(layer.weights("default")[1], std=1e-3)
-    directed = [fitted for layer in keeper.layers() for fitted in layer.discriminants().values()]
-    for fitted in directed:  # any direction takes as long
-        fitted.set_direction(torch.randn_like(fitted.direction), fitted.offset, 1)
-    for _ in range(3):  # yielding starts with the third step
-        _pass(model, x)
-        keeper.commit()
-    if far:
-        x = (x.detach() * 20).requires_grad_()
-        for fitted in directed:
-            fitted.offset.sub_(1e6)
+    start(model, lambda: _pass(model, x), far=far)
 
     def before() -> None:
         model.zero_grad()
@@ -227,25 +184,6 @@ def _slim_case(model: PeftModel, x: Tensor, *, far: bool) -> _Case:
     with observe(model) as seen, torch.no_grad():
         model(x)
     return _Case(model, run, before, seen.mean("bypassed_share"))
-
-
-def _lora(slim: SlimConfig) -> LoraConfig:
-    return LoraConfig(r=slim.rank, lora_alpha=2 * slim.rank, target_modules=PROJECTIONS)
-
-
-def _looped(base: GatedMLP, slim: SlimConfig) -> nn.Module:
-    for name in PROJECTIONS:
-        layer = LoopedExperts(
-            getattr(base, name),
-            slim.r,
-            slim.n_experts,
-            slim.n_identity,
-            slim.top_k,
-            slim.scale,
-        )
-        dtype = next(base.parameters()).dtype
-        setattr(base, name, layer.to(next(base.parameters()).device, dtype))
-    return base
 
 
 def _pass(model: Any, x: Tensor) -> None:
@@ -309,12 +247,6 @@ def _row(
 ) -> Row:
     over_lora, over_frozen = (_ratio(times[name], times[other]) for other in ("lora", "frozen"))
     memory = round(peaks[name] / peaks["lora"], 4)
-    within = None
-    if name == "slim":
-        kind = "over_lora_wide" if width >= 2048 else "over_lora_narrow"
-        within = over_lora <= TARGETS[kind] and memory <= TARGETS["memory_over_lora"]
-    elif name == "bypass":
-        within = over_frozen <= TARGETS["bypass_over_frozen"]
     model, bypassed = cases[name].model, cases[name].bypassed
     return {
         "method": name,
@@ -330,8 +262,39 @@ def _row(
         "n_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "bypassed_share": None if bypassed is None else round(bypassed, 4),
         "repeats": config.repeats,
-        "within_target": within,
     }
+
+
+def _of_decoding(name: str, found: dict[str, Decoding] | None) -> Row:
+    """What a row says of generation."""
+    if found is None:
+        return {}
+    own = found[name]
+    return {
+        "decode_ms": round(statistics.median(own.ms), 3),
+        "decode_over_lora": _ratio(own.ms, found["lora"].ms),
+        "decode_over_frozen": _ratio(own.ms, found["frozen"].ms),
+        "decode_bypassed_share": None if own.bypassed is None else round(own.bypassed, 4),
+    }
+
+
+def ratios_with_targets(row: Row) -> dict[str, float]:
+    """The ratios of a row for which there is a target, by its name in ``TARGETS``."""
+    if row["method"] == "bypass":
+        return {"bypass_over_frozen": row["over_frozen"]}
+    if row["method"] != "slim":
+        return {}
+    kind = "over_lora_wide" if row["width"] >= 2048 else "over_lora_narrow"
+    found = {kind: row["over_lora"], "memory_over_lora": row["memory_over_lora"]}
+    if "decode_over_lora" in row:
+        found["decode_over_lora"] = row["decode_over_lora"]
+    return found
+
+
+def _judged(row: Row) -> Row:
+    found = ratios_with_targets(row)
+    within = all(value <= TARGETS[name] for name, value in found.items()) if found else None
+    return {**row, "within_target": within}
 
 
 def _ratio(own: list[float], other: list[float]) -> float:

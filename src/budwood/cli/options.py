@@ -57,6 +57,13 @@ def _check_question(name: str) -> None:
         )
 
 
+def _check_part(name: str) -> None:
+    if name not in catalogue.CLOUD_PARTS:
+        raise UnknownNameError(
+            f"unknown part {name!r}; give one of {', '.join(catalogue.CLOUD_PARTS)}"
+        )
+
+
 def _check_compat(name: str | None) -> None:
     if name not in (None, "official"):
         raise UnknownNameError(f"unknown compat {name!r}; give official, or leave it out")
@@ -139,6 +146,13 @@ Adaptations = Annotated[
 Adaptation = Annotated[
     str,
     typer.Option(callback=_checked(_ADAPTATIONS.check), help="One of `budwood ls adaptations`."),
+]
+Part = Annotated[
+    str,
+    typer.Option(
+        callback=_checked(_check_part),
+        help="Clouds that ship: indoor, road, or both, one after the other.",
+    ),
 ]
 Keep = Annotated[
     str,

@@ -163,6 +163,7 @@ def run(
     """
     from budwood.cli.models import be_quiet
     from budwood.loading import check_data_source, check_source, third_party_warnings_off
+    from budwood.tune.data.examples import check_first_row
 
     need_parent(output)
     for source in [*train, *(evaluate or [])]:
@@ -170,6 +171,8 @@ def run(
     check_source(model, "smollm2")
     if push_to:
         _check_push(push_to, model)
+    for source in [*train, *(evaluate or [])]:
+        check_first_row(source, style)
 
     from budwood.tune import Settings, finetune
 

@@ -93,9 +93,14 @@ def tune_eval(
     check_adapter_source(adapter)
     check_source(model, SMOLLM2)
 
+    from budwood.tune.data.examples import check_first_row, check_style
+
+    check_style(style)
+    for source in options.listed(target or "") + options.listed(general or ""):
+        check_first_row(source, style)
+
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
-    from budwood.tune.data.examples import STYLES
     from budwood.tune.evaluate.base_results import Kept
     from budwood.tune.evaluate.divergence import chat_prompts
     from budwood.tune.evaluate.suite import Suite
@@ -103,8 +108,6 @@ def tune_eval(
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
     need_at_least(1, batch=batch)
     chat_prompts(prompts)  # refuses more than there are, before a model is loaded
-    if style not in STYLES:
-        raise InputError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     results = Results(out, force, json, plot)
     tasks = _tasks(target, general, data, limit, seed)
     text = _text(text, data)

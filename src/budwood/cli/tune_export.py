@@ -68,9 +68,13 @@ def export_lora(
     check_adapter_source(adapter)
     check_source(model, SMOLLM2)
 
+    from budwood.tune.data.examples import check_first_row, read_examples
+
+    for source in filter(None, (calibration, held_out)):
+        check_first_row(source, style)
+
     from budwood.checks import need_at_least
     from budwood.cli.models import load_adapted
-    from budwood.tune.data.examples import read_examples
     from budwood.tune.evaluate.tasks import draw
     from budwood.tune.slim.export import empty_folder
     from budwood.tune.slim.keeper import is_slim

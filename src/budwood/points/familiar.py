@@ -93,14 +93,19 @@ def warn_unfamiliar(encoder: PointEncoder, texts: TextEmbeddings) -> None:
         warnings.warn(notice, InputWarning, stacklevel=3)
 
 
-def save_trained_labels(path: Path, labels: TextEmbeddings, parts: list[str]) -> None:
+def save_trained_labels(
+    path: Path, labels: TextEmbeddings, parts: list[str], stamp: str | None = None
+) -> None:
     """Write what an encoder was trained to name; recipes call it.
 
     Args:
         path: see :func:`budwood.points.label_file.labels_beside`.
         labels: with their embeddings.
         parts: of each label, such as ``"indoor"``.
+        stamp: of the weights (:meth:`budwood.points.encoders.sprout.Sprout.text_stamp`); labels
+            are refused beside weights with another one.
     """
     about = {"labels": json.dumps(list(labels.labels)), "parts": json.dumps(parts)}
+    about |= {} if stamp is None else {"stamp": stamp}
     tensors: dict[str, Tensor] = {"embeddings": F.normalize(labels.vectors, dim=-1).half()}
     write_whole(path, lambda part: save_file(tensors, part, about))

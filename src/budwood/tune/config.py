@@ -1,10 +1,16 @@
-"""What a SLIM adapter is made of, as a PEFT config."""
+"""What a SLIM adapter is made of, as a PEFT config. Importing this module registers it with PEFT.
+
+PEFT reads a config before it needs the tuner, so that making a config is what registers the tuner.
+This module is imported while PEFT is, at times by transformers' own modules in the middle of their
+import. So it imports nothing of transformers but what PEFT has imported.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import math
 import re
@@ -14,10 +20,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from budwood.checks import need_int, need_number
 from budwood.errors import InputError, OptionError, UnknownNameError
 from budwood.tune.saved.card import say_how_to_load
+from budwood.tune.saved.files import register_old_names
 
 FORMAT = 2
 """Version of the saved format. It rises when an older reader would misread an adapter.
@@ -87,6 +95,10 @@ class SlimType(str):
 
 
 SLIM = SlimType("SLIM")
+PREFIX = "slim_"
+"""How the names of SLIM's modules in a layer begin."""
+TUNER = "budwood.tune.slim.model"
+"""The module with the tuner, which registers it."""
 T = TypeVar("T")
 
 
@@ -260,6 +272,10 @@ class SlimConfig(PeftConfig):
     # Set by budwood
     slim_version: int = FORMAT
     base: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        importlib.import_module(TUNER)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -480,3 +496,9 @@ def _is_config_alone(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(saved, dict) and saved.get("base") is None
+
+
+# ``peft.register_peft_method`` refuses names outside PEFT's enum.
+PEFT_TYPE_TO_CONFIG_MAPPING[SLIM] = SlimConfig  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[SLIM] = PREFIX  # type: ignore[index]
+register_old_names()

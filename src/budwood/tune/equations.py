@@ -18,8 +18,10 @@ Source: SLIM (NAACL 2025), rebuilt from public summaries. **Open** marks what th
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,28 +121,77 @@ def yield_scores(scores: Tensor, distance: Tensor | None, n_lora: int, beta: flo
     return torch.cat([lora.sub(shift, alpha=beta), identity.add(shift, alpha=beta)], -1)
 
 
-def surely_bypassed(
-    distance: Tensor, n_lora: int, n_identity: int, top_k: int, beta: float
-) -> Tensor | None:
-    """Find the tokens that no router output could bring back to a LoRA expert.
+@functools.cache
+def bypass_bound(n_lora: int, n_identity: int, top_k: int, beta: float) -> float:
+    """Return the distance above which no router output brings a token back to a LoRA expert.
 
     Two standardised scores of a token differ by at most :func:`widest_gap`. Where 2·β·d is above
     it, all identity experts are ahead of all LoRA experts.
 
     Args:
-        distance: d, shape (n_tokens,).
         n_lora: number of LoRA experts.
         n_identity: number of identity experts.
         top_k: experts kept.
         beta: strength of yielding.
 
     Returns:
-        bool, shape (n_tokens,). None if no token can be sure, since top K exceeds the identity
-        experts or β is 0.
+        A bound for d; ∞ if no token can be sure, since top K exceeds the identity experts or β
+        is 0.
     """
     if top_k > n_identity or beta == 0:
-        return None
-    return distance > widest_gap(n_lora + n_identity) * 1.001 / (2 * beta)
+        return math.inf
+    return widest_gap(n_lora + n_identity) * 1.001 / (2 * beta)
+
+
+def surely_bypassed(
+    distance: Tensor, n_lora: int, n_identity: int, top_k: int, beta: float
+) -> Tensor | None:
+    """Find the tokens that no router output could bring back to a LoRA expert.
+
+    Args:
+        distance: d, shape (n_tokens,).
+        n_lora: as for :func:`bypass_bound`, like the others.
+        n_identity: likewise.
+        top_k: likewise.
+        beta: likewise.
+
+    Returns:
+        bool, shape (n_tokens,). None if no token can be sure.
+    """
+    bound = bypass_bound(n_lora, n_identity, top_k, beta)
+    return None if bound == math.inf else distance > bound
+
+
+def route_one(
+    logits: Sequence[float], distance: float, n_lora: int, top_k: int, beta: float
+) -> dict[int, float]:
+    """Route one token with plain numbers: standardise, yield, and keep the top K.
+
+    It is ``route(yield_scores(standardise(logits), distance))`` without the cost of starting a
+    dozen operations on ten numbers.
+
+    Args:
+        logits: of the router, LoRA experts first, unitless.
+        distance: d; 0 without yielding.
+        n_lora: number of LoRA experts.
+        top_k: experts kept.
+        beta: strength of yielding.
+
+    Returns:
+        LoRA expert → weight, for those that are kept.
+    """
+    n = len(logits)
+    mean = sum(logits) / n
+    var = sum([logit * logit for logit in logits]) / n - mean * mean  # exact enough in float64
+    scale = 1 / math.sqrt((var if var > 0 else 0.0) + EPS**2)
+    shift = beta * distance / scale  # scores over the scale: nothing else is needed of all experts
+    scores = [logit - shift for logit in logits[:n_lora]]
+    scores += [logit + shift for logit in logits[n_lora:]]
+    kept = sorted(range(n), key=scores.__getitem__, reverse=True)[:top_k]
+    highest = scores[kept[0]]
+    odds = [math.exp((scores[i] - highest) * scale) for i in kept]
+    total = sum(odds)
+    return {i: odd / total for i, odd in zip(kept, odds) if i < n_lora}
 
 
 # --- Dynamic merging --------------------------------------------------------------------------

@@ -88,9 +88,9 @@ def test_export_refuses(model, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("low", [None, "over_lora_narrow", "memory_over_lora"])
-def test_both_targets_of_speed_are_to_be_met(low, monkeypatch):
-    for name in ("over_lora_narrow", "memory_over_lora"):
+@pytest.mark.parametrize("low", [None, "over_lora_narrow", "memory_over_lora", "decode_over_lora"])
+def test_all_targets_of_speed_are_to_be_met(low, monkeypatch):
+    for name in ("over_lora_narrow", "memory_over_lora", "decode_over_lora"):
         monkeypatch.setitem(TARGETS, name, 0.0 if name == low else 1e6)
     methods = ("frozen", "lora", "slim")
     rows = measure_speed(SpeedConfig((24,), n_tokens=(8,), methods=methods, r=2, repeats=1))
@@ -103,7 +103,7 @@ def test_speed_rows(distance):
     config = SpeedConfig(widths=(24,), n_tokens=(8, 40), r=2, repeats=2, distance=distance)
     rows = measure_speed(config, lambda done, total, note="": said.append((done, total)))
     assert [row["method"] for row in rows] == [*METHODS, *METHODS]
-    assert said == [(0, 2), (1, 2), (2, 2)]
+    assert said == [(0, 2), (0, 2), (1, 2), (2, 2)]
     by_name = {row["method"]: row for row in rows[5:]}
     assert by_name["lora"]["over_lora"] == 1 and by_name["frozen"]["n_params"] == 0
     assert by_name["bypass"]["bypassed_share"] == 1
@@ -112,8 +112,12 @@ def test_speed_rows(distance):
     assert by_name["slim"]["n_params"] == by_name["lora"]["n_params"] + router
     slim = by_name["slim"]
     quick = slim["over_lora"] <= TARGETS["over_lora_narrow"]
+    quick = quick and slim["decode_over_lora"] <= TARGETS["decode_over_lora"]
     assert slim["within_target"] == (quick and slim["memory_over_lora"] <= 1.1)
-    assert all(row["peak_mib"] > 0 and row["ms"] > 0 for row in rows)
+    assert all(row["peak_mib"] > 0 and row["ms"] > 0 and row["decode_ms"] > 0 for row in rows)
+    assert by_name["lora"]["decode_over_lora"] == by_name["frozen"]["decode_over_frozen"] == 1
+    assert by_name["bypass"]["decode_bypassed_share"] == 1 > slim["decode_bypassed_share"]
+    assert rows[1]["decode_ms"] == by_name["lora"]["decode_ms"]  # one measurement a width
     json.dumps(rows)
 
 

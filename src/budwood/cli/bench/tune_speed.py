@@ -27,6 +27,8 @@ COLUMNS = Columns(
     Column("peak_mib", ".1f", "peak MiB"),
     Column("memory_over_lora", ".3f", "÷ LoRA's"),
     Column("bypassed_share", ".0%", "bypassed"),
+    Column("decode_ms", ".2f", "ms a token"),
+    Column("decode_over_lora", ".3f", "÷ LoRA"),
 )
 
 
@@ -40,6 +42,9 @@ def bench_tune_speed(
     distance: Annotated[
         str, typer.Option(help="discriminant, whitened, rms or max.")
     ] = "discriminant",
+    decode: Annotated[
+        bool, typer.Option(help="Time generation with a KV cache too, by a 4-layer Llama.")
+    ] = True,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
     seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
     device: options.Device = "auto",
@@ -50,7 +55,7 @@ def bench_tune_speed(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Time forward and backward of one gated MLP with SLIM, LoRA and others, side by side.
+    """Time SLIM, LoRA and others side by side: a training step of one gated MLP, and generation.
 
     The LoRA has the rank of all of SLIM's experts together. "loop" is routed experts as a loop,
     without distance, statistics and masks; "bypass" is SLIM on a batch whose tokens all go to
@@ -75,6 +80,7 @@ def bench_tune_speed(
         dtype=dtype,
         device=str(place(device, dtype)[0]),
         seed=seed,
+        decode=decode,
     )
     results = Results(out, force, json)
     record = _measure(config)
@@ -100,21 +106,15 @@ def _measure(config: SpeedConfig) -> records.Record:
 
 
 def _targets(rows: list[records.Row]) -> list[str]:
-    from budwood.bench.tune_speed import TARGETS
+    from budwood.bench.tune_speed import TARGETS, ratios_with_targets
 
-    found = {
-        "over_lora_wide": [
-            row["over_lora"] for row in rows if row["method"] == "slim" and row["width"] >= 2048
-        ],
-        "over_lora_narrow": [
-            row["over_lora"] for row in rows if row["method"] == "slim" and row["width"] < 2048
-        ],
-        "memory_over_lora": [row["memory_over_lora"] for row in rows if row["method"] == "slim"],
-        "bypass_over_frozen": [row["over_frozen"] for row in rows if row["method"] == "bypass"],
-    }
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in ratios_with_targets(row).items():
+            found.setdefault(name, []).append(value)
     return [
-        f"{key.replace('_', ' ').replace('over', '÷')}, at most: {max(values):.3f} "
-        f"(target {TARGETS[key]})"
-        for key, values in found.items()
-        if values
+        f"{name.replace('_', ' ').replace('over', '÷')}, at most: {max(found[name]):.3f} "
+        f"(target {target:.2f})"
+        for name, target in TARGETS.items()
+        if name in found
     ]

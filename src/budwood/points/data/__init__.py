@@ -1,23 +1,25 @@
-"""The clouds that ship: everyday objects and electronic parts, to adapt to and to evaluate on.
+"""The clouds that ship, to adapt to and to evaluate on: objects indoors, and on roads.
 
-``recipes/points`` samples them from the surfaces of 3D models, whose authors NOTICE names. There
-are two files since licences differ: furniture (CC-BY 3.0 and CC0) and parts (CC-BY-SA 4.0).
+``recipes/points`` samples them from the surfaces of 3D models, whose authors NOTICE names. The
+indoor part is everyday objects and electronic parts. It has two files since licences differ:
+furniture (CC-BY 3.0 and CC0) and parts (CC-BY-SA 4.0). The road part is parametric models of ours.
 """
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood.errors import InputError
+from budwood import catalogue
+from budwood.errors import InputError, UnknownNameError
 
 FOLDER = Path(__file__).parent
-FILES = ("furniture.npz", "parts.npz")
+PARTS = catalogue.CLOUDS
 GROUPS = ("seen", "unseen", "novel")
 LEVELS = 1023
 """Coordinates are stored in 10 bits: steps of 0.2 % of the radius."""
@@ -74,16 +76,44 @@ class CloudSet:
         return CloudSet(self.xyz[kept], tuple(self.about[i] for i in kept))
 
 
-def load_clouds(paths: Sequence[Path] | None = None) -> CloudSet:
+def load_clouds(paths: Sequence[Path] | None = None, *, part: str = "indoor") -> CloudSet:
     """Load the clouds that ship, or files that :func:`write_clouds` wrote.
 
+    Args:
+        paths: files; None for those that ship.
+        part: of those that ship: ``"indoor"``, ``"road"``, or ``"both"`` as one set. A class of
+            both parts then counts as seen if it is seen in one.
+
     Raises:
+        UnknownNameError: there is no such part.
         InputError: a file is missing or truncated, or holds something else.
     """
-    files = [FOLDER / name for name in FILES] if paths is None else list(paths)
-    parts = [_read(path) for path in files]
-    xyz = np.concatenate([part.xyz for part in parts])
-    return CloudSet(xyz, tuple(split for part in parts for split in part.about))
+    parts = parts_of(part)
+    shipped = [FOLDER / name for one in parts for name in PARTS[one]]
+    sets = [_read(path) for path in (shipped if paths is None else paths)]
+    xyz = np.concatenate([one.xyz for one in sets])
+    about = tuple(split for one in sets for split in one.about)
+    return CloudSet(xyz, about if len(parts) == 1 else _one_group_each(about))
+
+
+def parts_of(part: str) -> tuple[str, ...]:
+    """The parts that a name means: itself, or all of them.
+
+    Raises:
+        UnknownNameError: there is no such part.
+    """
+    if part not in catalogue.CLOUD_PARTS:
+        known = ", ".join(catalogue.CLOUD_PARTS)
+        raise UnknownNameError(f"unknown part {part!r}; give one of {known}")
+    return (part,) if part in PARTS else tuple(PARTS)
+
+
+def _one_group_each(about: tuple[Split, ...]) -> tuple[Split, ...]:
+    """The same with one group for each class: the first in `GROUPS` of those that it has."""
+    groups: dict[str, str] = {}
+    for one in about:
+        groups[one.label] = min(one.group, groups.get(one.label, one.group), key=GROUPS.index)
+    return tuple(replace(one, group=groups[one.label]) for one in about)
 
 
 def write_clouds(path: Path, xyz: NDArray[np.floating], about: Sequence[Split]) -> None:

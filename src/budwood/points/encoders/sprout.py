@@ -7,6 +7,7 @@ follow the number of points. ``recipes/points`` trains it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from budwood.points.encoders.base import (
 from budwood.points.encoders.blocks import Attention, Block, GroupNet, Mlp, position_net
 from budwood.points.encoders.checkpoints import check_layout
 from budwood.points.grouping import Grouping, gather
-from budwood.points.label_file import labels_beside
+from budwood.points.label_file import labels_beside, stamp_in
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "sprout.safetensors"
 
@@ -83,6 +84,7 @@ class Sprout(PointEncoder):
     """
 
     stem = ("group_net", "scale_net", "pos_embed")
+    text_center: Tensor
 
     def __init__(self, config: SproutConfig | None = None) -> None:
         config = config or SproutConfig()
@@ -124,6 +126,11 @@ class Sprout(PointEncoder):
         x = self.norm(x)
         return self.projection(torch.cat([x[:, 0], x[:, 1:].amax(dim=1)], dim=-1))
 
+    def text_stamp(self) -> str:
+        """Digest of ``text_center``: weights have the same if their labels of training are."""
+        center = self.text_center.detach().cpu().bfloat16()  # as in the file that ships
+        return hashlib.sha256(center.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
     def published(self) -> Published:
         return {}
 
@@ -157,7 +164,8 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
     """Read what :func:`save_sprout` wrote, as float32.
 
     Raises:
-        InputError: there is no such file, or it is truncated.
+        InputError: there is no such file, it is truncated, or the file of labels beside it is of
+            other weights.
         UnsupportedModelError: the file holds something else; the message says which keys differ.
     """
     if not Path(path).exists():
@@ -179,9 +187,21 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
     encoder.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
-    known = labels_beside(Path(path))
-    encoder.labels_file = known if known.is_file() else None
+    encoder.labels_file = _labels_of(encoder, Path(path))
     return encoder
+
+
+def _labels_of(encoder: Sprout, weights: Path) -> Path | None:
+    """The file of labels beside weights, if there is one and they were trained on them."""
+    known = labels_beside(weights)
+    if not known.is_file():
+        return None
+    if stamp_in(known) not in (None, encoder.text_stamp()):
+        raise InputError(
+            f"{known} has the labels of other weights than {weights}; copy both files from one run "
+            "of the recipe, or delete the labels"
+        )
+    return known
 
 
 def _read_sizes(metadata: dict[str, str], source: str) -> tuple[SproutConfig, float]:

@@ -19,7 +19,9 @@ from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.batches import encode, thinned
 from budwood.points.classification import score
 from budwood.points.data import load_clouds
+from budwood.points.familiar import trained_labels
 from budwood.points.text import TextEmbeddings, embed_labels_for
+from budwood.points.vocabulary import alike
 
 if TYPE_CHECKING:
     from budwood.points.encoders import PointEncoder
@@ -165,10 +167,11 @@ def calibrate(
 ) -> float:
     """Find the threshold of :func:`known_mass` that tells objects with a label from others best.
 
-    The clouds that ship are seen as a LiDAR sees them. In each of several rounds a few of their
-    classes are the labels, and the clouds of all other classes must be rejected. The threshold has
-    the largest sum of the fraction of objects that are kept rightly and of those rejected rightly
-    (Youden's J). The clouds are those for validation; evaluation uses others.
+    The clouds that ship are seen as a LiDAR sees them, those of roads too, unless the encoder was
+    trained on none (:func:`budwood.points.trained_labels`). In each of several rounds a few of
+    their classes are the labels, and the clouds of all other classes must be rejected. The
+    threshold has the largest sum of the fraction of objects that are kept rightly and of those
+    rejected rightly (Youden's J). The clouds are those for validation; evaluation uses others.
 
     Args:
         encoder: frozen.
@@ -182,20 +185,24 @@ def calibrate(
         In [0, 1].
     """
     rng = np.random.default_rng(seed)
-    clouds = load_clouds().where(use="val")
+    trained = trained_labels(encoder)
+    on_roads = trained is None or "road" in trained
+    clouds = load_clouds(part="both" if on_roads else "indoor").where(use="val")
     chosen = rng.permutation(len(clouds))[:CALIBRATION_CLOUDS]
     truth = np.array(clouds.labels)[chosen]
     features = encode(encoder, [_seen(clouds.xyz[i], int(i)) for i in chosen], adapter)
     classes = sorted(set(truth))
     if len(classes) < 2:
         return 0.0
+    meaning = {label: alike([label])[0] for label in classes}
     texts = embed_labels_for(encoder, classes, text=text, templates=templates)
     masses, rightly = [], []
     for _ in range(ROUNDS):
         given = rng.choice(classes, min(LABELS_A_ROUND, len(classes) - 1), replace=False).tolist()
         labels = with_background(texts.only(given), background)
         masses.append(known_mass(features, labels, encoder.logit_scale).numpy())
-        rightly.append(np.isin(truth, given))
+        wanted = {meaning[label] for label in given}
+        rightly.append(np.array([meaning[label] in wanted for label in truth]))
     return best_threshold(np.concatenate(masses), np.concatenate(rightly))
 
 
@@ -230,7 +237,7 @@ def _seen(xyz: np.ndarray, seed: int) -> PreparedCloud:
 
 
 def _key(encoder: PointEncoder, adapter: Adapter | None, background: TextEmbeddings) -> str:
-    about = [1, fingerprint(encoder), background.labels, encoder.grouping.density_aware]
+    about = [2, fingerprint(encoder), background.labels, encoder.grouping.density_aware]
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     sha.update(background.vectors.numpy().tobytes())
     if adapter is not None:

@@ -86,8 +86,7 @@ def examples_of(data: Any, style: str = "cloze") -> list[Example]:
         InputError: the data are empty or of another kind, or a row is malformed; the message names
             the row and its keys.
     """
-    if style not in STYLES:
-        raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+    check_style(style)
     if isinstance(data, (str, Path)):
         return read_examples(str(data), style)
     if hasattr(data, "column_names") and isinstance(data, Mapping):  # datasets.DatasetDict
@@ -126,12 +125,42 @@ def read_examples(source: str, style: str = "cloze", split: str = "train") -> li
         InputError: there is no such file, it is empty, or a line is malformed; the message names
             file and line.
     """
-    if style not in STYLES:
-        raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+    check_style(style)
     examples = [_parsed(row, style, where) for where, row in rows_of(source, split)]
     if not examples:
-        raise InputError(f"{source} is empty; give rows such as {FORMATS}")
+        raise _empty(source)
     return examples
+
+
+def check_first_row(source: str, style: str = "cloze") -> None:
+    """Refuse a file by its first row. This imports nothing heavy, and reads no further in JSON.
+
+    Args:
+        source: what :func:`read_examples` takes, or the name of a task; only files are looked at.
+        style: one of ``STYLES``.
+
+    Raises:
+        InputError: the file can't be read, or is empty, or its first row is malformed.
+        UnknownNameError: there is no such style.
+    """
+    check_style(style)
+    if not Path(source).expanduser().is_file():
+        return
+    first = next(iter(rows_of(source)), None)
+    if first is None:
+        raise _empty(source)
+    where, row = first
+    _parsed(row, style, where)
+
+
+def check_style(style: str) -> None:
+    """Refuse a style that is not one of ``STYLES``."""
+    if style not in STYLES:
+        raise UnknownNameError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+
+
+def _empty(source: str) -> InputError:
+    return InputError(f"{source} is empty; give rows such as {FORMATS}")
 
 
 def _parsed(row: Any, style: str, where: str) -> Example:

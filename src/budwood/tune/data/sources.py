@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -42,19 +43,28 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: the file can't be read, or is not UTF-8 text.
     """
+    return "".join(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[str]:
     try:
-        return path.expanduser().read_text(encoding="utf-8-sig")
+        with path.expanduser().open(encoding="utf-8-sig") as file:
+            yield from file
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"cannot read {path}: {reason}") from error
 
 
 def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        yield from _rows_of_array(path, text)
+    lines, before = _lines(path), []
+    for line in lines:
+        before.append(line)
+        if line.strip():
+            break
+    if before and before[-1].lstrip()[:1] == "[":
+        yield from _rows_of_array(path, "".join([*before, *lines]))
         return
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(itertools.chain(before, lines), 1):
         if not line.strip():
             continue
         try:
@@ -94,7 +104,8 @@ def _rows_of_table(path: Path) -> Rows:
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"cannot read {path}: {reason}") from error
-    return ((f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist()))
+    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
+    return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
 def _rows_of_hub(source: str, split: str) -> Rows:

@@ -3,8 +3,9 @@
 To read first, after :mod:`budwood.tune.equations`: ``layer`` applies the equations to the tokens of
 a pass, and ``model`` puts such layers into a model. The rest, by subject:
 
-- layers: ``passes``, ``autograd``, ``compiled`` (for ``torch.compile``), ``fused_experts`` (of
-  mixture-of-experts models), ``adapter_names`` (an adapter for each row of a batch);
+- layers: ``passes``, ``autograd``, ``compiled`` (for ``torch.compile``), ``one_token`` (for
+  generation on a CPU), ``fused_experts`` (of mixture-of-experts models), ``adapter_names`` (an
+  adapter for each row of a batch);
 - statistics: ``distance`` of a token from the training data, the ``clustering`` that moves with it,
   ``state`` that a layer remembers, ``fitting`` of the discriminant before training;
 - what the layers of a model share: the ``keeper`` of optimiser steps, the ``token_watch`` on

@@ -31,6 +31,7 @@ from budwood.tune.slim.autograd import Side, add_rows, product, take_rows, untou
 from budwood.tune.slim.clustering import Moments
 from budwood.tune.slim.compiled import distance_in_graph, last_in_graph, new_handle, used_in_graph
 from budwood.tune.slim.keeper import Routing, SlimLayer, StepKeeper
+from budwood.tune.slim.one_token import bypasses, hidden_of_one, is_one_token, takes
 from budwood.tune.slim.passes import Pass, SharedStatistics, Times, Weight
 from budwood.tune.slim.state import InputStatistics, Mask, make_statistics
 from budwood.tune.slim.token_watch import TokenWatch
@@ -118,10 +119,10 @@ class SlimLinear(SlimLayer):
 
     def statistics(self, name: str) -> InputStatistics | None:
         """An adapter's statistics of the input, held here or shared; None without yielding."""
-        if name in self.slim_clusters:
-            return self.slim_clusters[name]  # type: ignore[return-value]
         shared = self.shared_statistics.get(name)
-        return shared and shared.statistics
+        if shared is not None:
+            return shared.statistics
+        return self.slim_clusters[name] if name in self.slim_clusters else None  # noqa: SIM401  # type: ignore[return-value]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise MergeError(REFUSAL)
@@ -140,10 +141,41 @@ class SlimLinear(SlimLayer):
             return result
         if adapter_names is not None:
             return self._by_row(result, x, adapter_names)
+        one = not self.training and self.keeper.recorder is None and is_one_token(x)
         for name in self.active_adapters:
             if name in self.slim_in:
-                result = self._with_experts(result, x, name)
+                added = self._with_experts_on_one(result, x, name) if one else None
+                result = self._with_experts(result, x, name) if added is None else added
         return result
+
+    def _with_experts_on_one(self, result: Tensor, x: Tensor, name: str) -> Tensor | None:
+        """The same as :meth:`_with_experts` for a single token; None where that is not possible."""
+        config = self.slim_config[name]
+        a, b = self.weights(name)
+        if not takes(config, a, b):
+            return None
+        distance = self._distance_of_one(x, name)
+        if distance is None:
+            return None
+        if bypasses(distance, config):
+            return result
+        h = hidden_of_one(x, a, distance, config, self._scale(name, masked=False))
+        if h is None:
+            return result
+        if result.dtype != b.dtype:
+            return result + torch.mv(b, h).to(result.dtype).view(result.shape)
+        result = self._own(result)
+        result.view(-1).addmv_(b, h)
+        return result
+
+    def _distance_of_one(self, x: Tensor, name: str) -> float | None:
+        """Distance of a single token, 0 without yielding; None while nothing yields."""
+        shared, statistics = self.shared_statistics.get(name), self.statistics(name)
+        if statistics is None:
+            return 0.0
+        if shared is not None and shared.follows:
+            return statistics.last_of_one()
+        return statistics.distance_of_one(x)
 
     def _by_row(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """Add the experts of each row's own adapter; see :mod:`budwood.tune.slim.adapter_names`."""
@@ -339,7 +371,8 @@ class SlimLinear(SlimLayer):
         """Hidden values times routing weights and scale, one for each column of B."""
         config = now.config
         h = h.unflatten(-1, (config.n_experts, config.r))
-        h = (h * (lora * self._scale(now)).unsqueeze(-1).to(h.dtype)).flatten(1)
+        scale = self._scale(now.name, masked=now.masked)
+        h = (h * (lora * scale).unsqueeze(-1).to(h.dtype)).flatten(1)
         if not config.expert_bias:
             return h
         scale = 1.0
@@ -348,12 +381,12 @@ class SlimLinear(SlimLayer):
             scale = merged_scale(rate, rescale=config.merge_rescale, masked=now.masked)
         return torch.cat([h, lora.sum(-1, keepdim=True).to(h.dtype) * scale], -1)
 
-    def _scale(self, now: Pass) -> float:
+    def _scale(self, name: str, *, masked: bool) -> float:
         """Factor on the experts' output, dynamic merging included."""
-        config = now.config
-        if now.name not in self.slim_mask:
+        config = self.slim_config[name]
+        if name not in self.slim_mask:
             return config.scale
-        factor = merged_scale(config.merge_p, rescale=config.merge_rescale, masked=now.masked)
+        factor = merged_scale(config.merge_p, rescale=config.merge_rescale, masked=masked)
         return config.scale * factor
 
     def _possible_rows(self, distance: Tensor | None, config: SlimConfig) -> Tensor | None:
@@ -405,10 +438,14 @@ class SlimLinear(SlimLayer):
         delta = product(h, b, side).to(result.dtype)
         if rows is None:
             return result + delta.view(result.shape)
+        return add_rows(self._own(result), delta, rows)
+
+    def _own(self, result: Tensor) -> Tensor:
+        """The base layer's output, or a copy where that may not be changed in place."""
         # A quantised layer may return its own storage, and a hook may keep what it was shown.
         if self.quantization_backend is not None or self.base_layer._forward_hooks:
-            result = result.clone()
-        return add_rows(result, delta, rows)
+            return result.clone()
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "handle": None}

@@ -1,4 +1,4 @@
-"""SLIM as a PEFT tuner: it replaces the target modules, and is registered with PEFT."""
+"""SLIM as a PEFT tuner: it replaces the target modules. Importing this module registers it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
@@ -19,8 +15,8 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune.base_model import check_base, describe_base
-from budwood.tune.config import FORMAT, SLIM, SlimConfig
-from budwood.tune.saved.files import check_state, present_names, register_old_names
+from budwood.tune.config import FORMAT, PREFIX, SLIM, SlimConfig
+from budwood.tune.saved.files import check_state, present_names
 from budwood.tune.slim.adapter_names import rows_by_adapter
 from budwood.tune.slim.architectures import (
     LEADERS,
@@ -43,7 +39,7 @@ HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 class SlimModel(BaseTuner):
     """Puts SLIM layers into a model; ``peft.get_peft_model`` makes it."""
 
-    prefix = "slim_"
+    prefix = PREFIX
     tuner_layer_cls = SlimLayer
 
     def inject_adapter(
@@ -270,19 +266,6 @@ class SlimModel(BaseTuner):
         return layers[0].keeper if layers else StepKeeper(self.model)
 
 
-def register() -> None:
-    """Register SLIM with PEFT, so that adapters of type SLIM can be made and loaded.
-
-    It adds to PEFT's tables, since ``peft.register_peft_method`` refuses names outside PEFT's enum.
-    """
-    if SLIM in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return
-    register_old_names()
-    PEFT_TYPE_TO_CONFIG_MAPPING[SLIM] = SlimConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[SLIM] = SlimModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[SLIM] = SlimModel.prefix  # type: ignore[index]
-
-
 def _ends(key: str, names: Iterable[str]) -> bool:
     """Whether a full name is one of some names, or ends in one."""
     return any(key == name or key.endswith(f".{name}") for name in names)
@@ -316,3 +299,6 @@ def _for_this_model(given: Any) -> Any:
         config.modules_to_save = saved + [head for head in heads if head not in saved]
     config.slim_version = FORMAT
     return config
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[SLIM] = SlimModel  # type: ignore[index]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class _Kept(nn.Module):
     @property
     def steps(self) -> int:
         """``n_steps`` as an int; waits for the device only after a change."""
-        return self.derived("steps", lambda: int(self.n_steps), self.n_steps)
+        n_steps: Any = self._buffers["n_steps"]
+        return self.derived("steps", n_steps.item, n_steps)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memo": {}}
@@ -125,15 +127,41 @@ class InputStatistics(_Kept):
         if not gather and not self.yields:
             return None, None
         place = (_version(x), gather, training, self.steps)
-        # In inference mode a tensor counts no changes: the same x may hold other tokens by now.
-        last = None if x.is_inference() else self._last
-        if last is not None and last[0]() is x and last[1] == place:
-            return last[2], None
+        if self._has_measured(x, place):
+            return self.last_distance(x.shape[:-1].numel()), None
         flat = x.detach().reshape(-1, x.shape[-1])
         kept = keep() if gather else None
         distance, moments = self.measured(flat, kept, gather=gather, training=training)
         self._last = weakref.ref(x), place, distance
         return distance, moments
+
+    def distance_of_one(self, x: Tensor) -> float | None:
+        """Measure the distance of a single token outside training, as a number.
+
+        Args:
+            x: the layer's input, shape (…, d_in).
+
+        Returns:
+            d; None while nothing yields.
+        """
+        place = (_version(x), False, False, self.steps)
+        if not self._has_measured(x, place):
+            # A single token may be kept, which takes less time than a weak reference.
+            self._last = lambda: x, place, self._measured_one(x)
+        return self.last_of_one()
+
+    def _measured_one(self, x: Tensor) -> Tensor | float | None:
+        """Measure a single token, whatever was measured before."""
+        flat = x.detach().reshape(1, -1)
+        return self.measured(flat, None, gather=False, training=False)[0]
+
+    def _has_measured(self, x: Tensor, place: tuple[Any, ...]) -> bool:
+        """Whether the latest distances are those of an input."""
+        last = self._last
+        if last is None or last[0]() is not x or last[1] != place:
+            return False
+        # In inference mode a tensor counts no changes: the same x may hold other tokens by now.
+        return not x.is_inference()
 
     def measured(
         self, x: Tensor, keep: Tensor | None, *, gather: bool, training: bool
@@ -148,7 +176,9 @@ class InputStatistics(_Kept):
         """
         if not gather and not self.yields:
             return None, None
-        with torch.autocast(x.device.type, enabled=False):
+        # To enter the context takes longer than to measure one token.
+        casts = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
             raw, moments = self._measure(x, gather, keep)
         if not self.yields:
             return None, moments
@@ -167,7 +197,18 @@ class InputStatistics(_Kept):
         if self._last is None or self._last[1][-1] != self.steps:
             return None
         distance = self._last[2]
+        if isinstance(distance, float):
+            distance = self.distance_mean.new_full((1,), distance)
         return distance if distance is not None and len(distance) == n_tokens else None
+
+    def last_of_one(self) -> float | None:
+        """Return the distance that the first layer has just measured for a single token."""
+        if self._last is None or self._last[1][-1] != self.steps:
+            return None
+        distance = self._last[2]
+        if isinstance(distance, Tensor):
+            return distance.item() if len(distance) == 1 else None
+        return distance
 
     @property
     def most_moments(self) -> int:
@@ -396,6 +437,23 @@ class DiscriminantStatistics(InputStatistics):
     def is_fixed(self) -> bool:
         return self.config.boundary == "fixed" and self.is_fitted
 
+    def _measured_one(self, x: Tensor) -> Tensor | float | None:
+        numbers = self.derived("numbers", self._numbers, *self._buffers.values())  # type: ignore[arg-type]
+        if numbers is None:
+            return super()._measured_one(x)
+        zero, scale = numbers
+        flat = x.reshape(-1)
+        flat = flat if flat.dtype == torch.float32 else flat.float()
+        along = torch.dot(flat, self.direction).item()
+        return (along - zero) * scale - self.config.margin_of(False)
+
+    def _numbers(self) -> tuple[float, float] | None:
+        """Where d is −margin along the direction, and 1 over its unit; None if nothing yields."""
+        if not (self.yields and self.is_fitted):
+            return None
+        zero = self.offset.item() + self.distance_mean.item()
+        return zero, (self.distance_var.item() + 1e-12) ** -0.5
+
     def _measure(
         self, x: Tensor, gather: bool, keep: Tensor | None
     ) -> tuple[Tensor, Moments | None]:
@@ -471,12 +529,11 @@ def _mark(tensor: Tensor) -> int | Tensor:
 
 def _unchanged(marks: tuple[tuple[Tensor, int | Tensor], ...], now: tuple[Tensor, ...]) -> bool:
     for (source, mark), tensor in zip(marks, now):
-        if source is not tensor or not _equal(mark, _mark(tensor)):
+        if source is not tensor:
+            return False
+        if tensor.is_inference():
+            if not (isinstance(mark, Tensor) and torch.equal(mark, tensor)):
+                return False
+        elif mark != tensor._version:
             return False
     return True
-
-
-def _equal(mark: int | Tensor, other: int | Tensor) -> bool:
-    if isinstance(mark, Tensor) and isinstance(other, Tensor):
-        return torch.equal(mark, other)
-    return mark is other or (isinstance(mark, int) and mark == other)

@@ -1,8 +1,8 @@
 """Natural text to labels: what a sentence of a review is about, and whether it is praise.
 
-``reviews.jsonl`` has the 3,000 sentences of Kotzias et al. 2015 (Sentiment Labelled Sentences, UCI
-Machine Learning Repository, CC BY 4.0): 500 of praise and 500 of complaint for each of products,
-films and restaurants.
+``reviews.jsonl`` has the 2,982 different sentences of Kotzias et al. 2015 (Sentiment Labelled
+Sentences, UCI Machine Learning Repository, CC BY 4.0): for each of products, films and restaurants
+almost 500 of praise and almost 500 of complaint.
 """
 
 from __future__ import annotations
