@@ -7,7 +7,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv environments demo test test-versions test-vllm test-lmms test-app docs plots lint format clean
+.PHONY: help venv environments demo test test-versions test-oldest test-newest test-vllm test-lmms \
+	test-app docs plots lint format clean
+
+# Compiled files are kept, whatever a container's settings say.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
@@ -17,7 +21,7 @@ help:
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
-	@echo "make environments  what these four need, without running them"
+	@echo "make environments  what test-versions and test-vllm need, without running them"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
 	@echo "make lint    format, lint and types"
@@ -58,28 +62,42 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Each in an environment of its own. The newest is looked for every time.
+# Each in an environment of its own. Such environments import few of their files, so those are
+# compiled when they are imported and not when they are installed.
 OLDEST := transformers==5.20.0
 MODEL_TESTS := -m versions tests/contract tests/unit/test_families.py tests/unit/test_saliency.py
 
 .venvs/%/.installed: pyproject.toml constraints.txt
 	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
-	.venvs/$*/bin/python -m pip install torch==2.13.0
+	.venvs/$*/bin/python -m pip install --no-compile torch==2.13.0
 	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venvs/$*/constraints.txt
-	.venvs/$*/bin/python -m pip install -c .venvs/$*/constraints.txt -e . accelerate hypothesis pytest pytest-timeout $(if $(filter oldest,$*),$(OLDEST),transformers)
+	.venvs/$*/bin/python -m pip install --no-compile -c .venvs/$*/constraints.txt -e . accelerate hypothesis pytest pytest-timeout $(if $(filter oldest,$*),$(OLDEST),transformers)
 	@touch $@
 
-test-versions: .venvs/oldest/.installed .venvs/newest/.installed
-	.venvs/newest/bin/python -m pip install --quiet -c .venvs/newest/constraints.txt --upgrade transformers
+test-versions: test-oldest test-newest
+
+test-oldest: .venvs/oldest/.installed
 	.venvs/oldest/bin/python -m pytest $(MODEL_TESTS)
-	.venvs/newest/bin/python -m pytest $(MODEL_TESTS)
+
+# The newest is looked for every time. There is nothing to run where it is what make test has.
+LOOSE := -c 'from importlib.metadata import version as v; \
+	print(*(f"{one} {v(one)}" for one in ("transformers", "tokenizers", "huggingface_hub")))'
+
+test-newest: .venvs/newest/.installed $(STAMP)
+	.venvs/newest/bin/python -m pip install --quiet --no-compile -c .venvs/newest/constraints.txt --upgrade transformers
+	@newest=$$(.venvs/newest/bin/python $(LOOSE)) && tested=$$($(BIN)/python $(LOOSE)) && \
+	if [ "$$newest" = "$$tested" ]; then \
+		echo "not run again: make test runs these tests with the newest ($$newest)"; \
+	else \
+		echo "newest: $$newest"; .venvs/newest/bin/python -m pytest $(MODEL_TESTS); \
+	fi
 
 # vLLM in an environment of its own. It warns a lot; warnings are errors in the rest of the suite.
 VLLM := .venv-vllm
 
 $(VLLM)/.installed: pyproject.toml tests/vllm/environment.py tests/vllm/requirements.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-compile torch==2.13.0
 	$(VLLM)/bin/python tests/vllm/environment.py
 	@touch $@
 
@@ -111,8 +129,8 @@ test-lmms: $(LMMS)/.installed
 test-app: .venvs/app/.installed
 	.venvs/app/bin/python -m pytest tests/app
 
-# All environments beside the first.
-environments: $(VLLM)/.installed $(LMMS)/.installed $(patsubst %,.venvs/%/.installed,app oldest newest)
+# The environments that are large, and need nothing of the first one.
+environments: $(VLLM)/.installed .venvs/oldest/.installed .venvs/newest/.installed
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

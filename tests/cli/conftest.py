@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer import testing
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from tests import tiny_vlm
@@ -34,6 +37,14 @@ def picture(tmp_path) -> Path:
     path = tmp_path / "picture.png"
     Image.fromarray(pixels).save(path)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_once():
+    """The tree of all commands, which takes a tenth of a second to build, is built for one call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", functools.cache(get_command))
+        yield
 
 
 @pytest.fixture

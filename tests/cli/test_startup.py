@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -9,13 +10,19 @@ import pytest
 
 HEAVY = {"accelerate", "datasets", "matplotlib", "numpy", "peft", "scipy", "torch", "transformers"}
 
-RUN = """
-import sys
+RUN_EACH = """
+import json, sys
 from budwood.cli import main
-try:
-    main()
-except SystemExit as end:
-    assert end.code in (None, 0, 2), end.code
+
+found = {}
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line.split()
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code in (None, 0, 2), (line, end.code)
+    found[line] = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps(found))
 """
 
 RUN_EVERY_HELP = """
@@ -74,50 +81,60 @@ COMMANDS = [
 ]
 
 
-def imported_by(program: str, *arguments: str) -> set[str]:
-    """The packages that a program imports, in a process of its own."""
-    program += "\nimport sys\nprint('imported:', *sys.modules)"
+CLOUDS = [
+    "classify missing.ply --labels chair,table",
+    "points adapt missing --output adapted",
+    "scan missing.bin --labels car",
+]
+"""Commands that need NumPy."""
+
+
+READERS = [
+    "tune {} --output {}.tuned",
+    "tune {} --output {}.tuned --eval {}",
+    "tune eval {folder} --target {}",
+    "tune export-lora {folder} --output {}.lora --calibration {}",
+]
+"""Commands that read rows before anything else."""
+
+
+def said_by(program: str, *arguments: str) -> str:
+    """The last line that a program prints, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
     )
-    modules = done.stdout.splitlines()[-1].split()[1:]
-    return {name.partition(".")[0] for name in modules}
+    return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command):
-    assert not HEAVY & imported_by(RUN, *command.split())
+def imported_by(program: str) -> set[str]:
+    """The packages that a program imports."""
+    program += "\nimport sys\nprint(*sys.modules)"
+    return {name.partition(".")[0] for name in said_by(program).split()}
+
+
+def check_imports(commands: list[str], needed: set[str]) -> None:
+    """Run commands one after another in a process; of those that fail, the first is to blame."""
+    found = json.loads(said_by(RUN_EACH, json.dumps(commands)))
+    assert list(found) == commands
+    heavy = {line: HEAVY & {*names} for line, names in found.items()}
+    assert not {line: names for line, names in heavy.items() if names != needed}
+
+
+def test_commands():
+    check_imports(COMMANDS, set())
+
+
+def test_clouds_need_numpy_alone():
+    check_imports(CLOUDS, {"numpy"})
 
 
 @pytest.mark.parametrize("line", ["{no json", '{"instruct": "a"}', ""])
-@pytest.mark.parametrize(
-    "command",
-    [
-        "tune {} --output {}.tuned",
-        "tune {} --output {}.tuned --eval {}",
-        "tune eval {folder} --target {}",
-        "tune export-lora {folder} --output {}.lora --calibration {}",
-    ],
-)
-def test_a_malformed_first_line(command, line, tmp_path):
+def test_a_malformed_first_line(line, tmp_path):
     (tmp_path / "rows.jsonl").write_text(line + "\nand another\n" * bool(line))
     (tmp_path / "adapter_config.json").write_text("{}")
     rows = str(tmp_path / "rows.jsonl")
-    words = [word.replace("{folder}", str(tmp_path)) for word in command.split()]
-    words = [word.replace("{}", rows) for word in words]
-    assert not HEAVY & imported_by(RUN, *words)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "classify missing.ply --labels chair,table",
-        "points adapt missing --output adapted",
-        "scan missing.bin --labels car",
-    ],
-)
-def test_clouds_need_numpy_alone(command):
-    assert HEAVY & imported_by(RUN, *command.split()) == {"numpy"}
+    commands = [one.replace("{folder}", str(tmp_path)).replace("{}", rows) for one in READERS]
+    check_imports(commands, set())
 
 
 def test_help_of_every_command():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.contract.models import IMAGE, VIDEO, Case, onevision_places
@@ -98,8 +99,9 @@ def kinds_of(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int 
     return torch.cat((single[case.types][0][kept], case.typed(answer, suffix=0)[case.types][0]))
 
 
-def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int) -> dict[str, Any]:
-    """What the LLM takes beside embeddings, for kept tokens and the answer up to `n_tokens`."""
+@torch.no_grad()
+def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor) -> dict[str, Any]:
+    """What the LLM takes beside embeddings, for kept tokens."""
     outputs = encoded(case, single)
     if not outputs or not hasattr(next(iter(outputs.values())), "deepstack_features"):
         return {}
@@ -111,10 +113,8 @@ def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int
             rows[ids == TOKENS[kind]] = torch.cat(list(output.deepstack_features[level]))
         levels.append(rows[kept])
     visual = ((ids == IMAGE) | (ids == VIDEO))[kept]
-    mask = torch.zeros(1, n_tokens, dtype=torch.bool)
-    mask[0, : len(kept)] = visual
     return {
-        "visual_pos_masks": mask,
+        "visual_pos_masks": visual[None],
         "deepstack_visual_embeds": [rows[visual] for rows in levels],
     }
 
@@ -122,7 +122,7 @@ def deepstack(case: Case, single: dict[str, Tensor], kept: Tensor, n_tokens: int
 @torch.no_grad()
 def pruned_inputs(case: Case, single: dict[str, Tensor], kept: Tensor) -> dict[str, Any]:
     """What `generate` takes for the kept tokens: embeddings, or ids and features with deepstack."""
-    if not deepstack(case, single, kept, len(kept)):
+    if not deepstack(case, single, kept):
         return {"inputs_embeds": embeddings(case, single)[kept][None]}
     ids, outputs = single["input_ids"][0], encoded(case, single)
     for kind, output in outputs.items():
@@ -134,15 +134,24 @@ def pruned_inputs(case: Case, single: dict[str, Tensor], kept: Tensor) -> dict[s
 
 @torch.no_grad()
 def hidden(
-    case: Case, single: dict[str, Tensor], kept: Tensor, embeds: Tensor, positions: Tensor
+    case: Case,
+    single: dict[str, Tensor],
+    kept: Tensor,
+    embeds: Tensor,
+    positions: Tensor,
+    beside: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Last hidden states of kept tokens and an answer after them."""
+    """Last hidden states of kept tokens and an answer after them; `beside` is their deepstack."""
+    beside = dict(deepstack(case, single, kept) if beside is None else beside)
+    if beside:
+        n_new = embeds.shape[1] - len(kept)
+        beside["visual_pos_masks"] = F.pad(beside["visual_pos_masks"], (0, n_new))
     return case.llm(
         inputs_embeds=embeds,
         position_ids=positions,
         attention_mask=case.masks(kinds_of(case, single, kept, embeds.shape[1])),
         use_cache=False,
-        **deepstack(case, single, kept, embeds.shape[1]),
+        **beside,
     ).last_hidden_state
 
 
@@ -162,9 +171,10 @@ def greedy(
     model: Any = case.model
     embeds = embeddings(case, single)[kept][None]
     positions = coordinates(case, single, kept, in_place)
+    beside = deepstack(case, single, kept)
     answer, logits = [], []
     for _ in range(n_new):
-        last = hidden(case, single, kept, embeds, positions)[:, -1]
+        last = hidden(case, single, kept, embeds, positions, beside)[:, -1]
         logits.append(model.lm_head(last))
         answer.append(logits[-1].argmax(-1))
         embeds = torch.cat((embeds, model.get_input_embeddings()(answer[-1])[:, None]), dim=1)

@@ -54,8 +54,8 @@ def main() -> None:
 
 
 def install(*what: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *what]
-    subprocess.run(command, check=True)
+    options = ["--quiet", "--no-compile", "--no-deps"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *what], check=True)
 
 
 if __name__ == "__main__":

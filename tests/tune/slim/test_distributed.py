@@ -79,16 +79,17 @@ def test_command_line_on_two_ranks_is_one(tmp_path):
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in history], 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_command_line_under_fsdp_saves_and_resumes(kind, tmp_path):
+def test_command_line_under_fsdp_saves_and_resumes(tmp_path):
     line = Line(tmp_path)
     expected = line.run("ddp")
-    assert line.run("cut", fsdp=kind, stop=3) is None
-    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
-    whole = line.run("whole", fsdp=kind)
-    near(expected, whole)
-    assert same(whole, line.run("cut", fsdp=kind))
-    assert not list((tmp_path / "cut").glob("checkpoint-*"))
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        cut = tmp_path / f"cut-{kind}"
+        assert line.run(cut.name, fsdp=kind, stop=3) is None
+        assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-2"]
+        whole = line.run(f"whole-{kind}", fsdp=kind)
+        near(expected, whole)
+        assert same(whole, line.run(cut.name, fsdp=kind))
+        assert not list(cut.glob("checkpoint-*"))
 
 
 def test_fsdp1_is_refused(tmp_path):
