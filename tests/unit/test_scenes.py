@@ -168,7 +168,8 @@ def test_seeds_of_a_set_have_a_range(seed: int) -> None:
 
 def test_the_example_asks_about_a_small_object() -> None:
     image, question = example()
-    assert image.size == (SIZE, SIZE) and image.tobytes() == example()[0].tobytes()
-    scene = next(s for s in [make_scene(5048)] if s.image.tobytes() == image.tobytes())
+    assert image.size == (2 * SIZE, 2 * SIZE) and image.tobytes() == example()[0].tobytes()
+    scene = make_scene(5027, high_resolution=True)
+    assert scene.image.tobytes() == image.tobytes()
     asked = next(q for q in ask(scene) if q.text == question)
-    assert not asked.asks_salient and asked.answer == "yellow"
+    assert not asked.asks_salient and asked.answer == "red"

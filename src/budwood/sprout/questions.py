@@ -77,9 +77,10 @@ def example() -> tuple[Image.Image, str]:
         image, question = example()
 
     Returns:
-        A picture, RGB, 336×336 px, and the question. The right answer is "yellow".
+        A picture, RGB, 672×672 px, and the question. The right answer is "red".
     """
-    return make_scene(5048, "test").image, TEMPLATES["colour"].format("trumpet")
+    scene = make_scene(5027, "test", high_resolution=True)
+    return scene.image, TEMPLATES["colour"].format("rocket")
 
 
 def balanced(

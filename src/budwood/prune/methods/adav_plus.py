@@ -122,7 +122,8 @@ def centres(boxes: Tensor) -> Tensor:
 
 def closeness(places: Tensor, others: Tensor, spread: float) -> Tensor:
     """``exp(−d² / 2 spread²)`` of each pair, shape (n, n_others)."""
-    squares = (places[:, None] - others[None]).square().sum(-1)
+    across, down = (places[:, axis, None] - others[:, axis] for axis in (0, 1))
+    squares = across.square_().add_(down.square_())
     return squares.div_(-2 * spread**2).exp_()
 
 
