@@ -46,7 +46,7 @@ FEW := --steps 40 --batch 12
 ASKED := --target $(EXAMPLES)/test.jsonl --general $(EXAMPLES)/general.jsonl --prompts 12
 
 demo: $(STAMP)
-	@echo "1 of 3. Token pruning: answers from 16 of 256 visual tokens, chosen or random"
+	@echo "1 of 3. Token pruning: answers from one in twenty visual tokens, chosen or random"
 	$(BIN)/budwood demo
 	@rm -rf $(TUNED) $(TUNED)-lora budwood-demo/points
 	@echo; echo "2 of 3. Fine-tuning: what a model learns from 48 examples, and what it keeps of the rest"

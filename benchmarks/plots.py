@@ -4,8 +4,8 @@
     python benchmarks/plots.py prune points    # some
 
 They are prune, points, tune-front, tune-curves and tune-identity, and kept, which runs
-`budwood prune` on examples/prune/peach.png. Each becomes docs/images/NAME.png. `make plots` runs
-this too.
+`budwood prune` on the example picture. Each becomes docs/images/NAME.png. `make plots` runs this
+too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ from PIL import Image, ImageDraw, ImageFont
 from budwood import records
 from budwood.bench import plots
 from budwood.prune.overlay import PANEL
+from budwood.sprout import example
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / records.RESULTS, ROOT / "docs" / "images"
 COLOURS = 128
+PRUNED = (
+    ("adav+", "original"),
+    ("scope", "original"),
+    ("scope", "compact"),
+    ("adav", "compact"),
+    ("fastervlm", "compact"),
+    ("random", "compact"),
+)
 POINTS = ("frozen", "tokens", "t3a", "esp-zero", "full", "lora", "sparse-lora")
 
 
@@ -36,19 +45,25 @@ def rows_of(*names: str) -> list[dict[str, Any]]:
 
 
 def prune(path: Path) -> None:
-    """Accuracy on sprout by the number of visual tokens kept."""
-    rows = rows_of("prune.json")
+    """Accuracy on large scenes by the number of visual tokens kept."""
+    rows = rows_of("prune-high.json")
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
+    curves = [
+        row | {"curve": f"{method}, {positions} positions"}
+        for method, positions in PRUNED
+        for row in rows
+        if (row["method"], row["positions"]) == (method, positions)
+    ]
     plots.plot_lines(
-        [row for row in rows if row["method"] not in ("full", "blind")],
+        curves,
         path,
         x="n_kept",
         y="accuracy",
-        by="method",
+        by="curve",
         low="accuracy_low",
         high="accuracy_high",
         baseline=full,
-        baseline_label="all 256 tokens",
+        baseline_label="all tokens",
         log=True,
     )
 
@@ -80,11 +95,11 @@ def tune_identity(path: Path) -> None:
 
 def kept(path: Path) -> None:
     """A picture, and beside it the visual tokens that answer the question."""
-    source = ROOT / "examples/prune/peach.png"
-    question = "What colour is the frame around the bell?"
+    picture, question = example()
     with tempfile.TemporaryDirectory() as folder:
-        overlay = Path(folder) / "overlay.png"
-        words = [source, question, "--keep", "28", "--method", "adav-contrast", "--json"]
+        source, overlay = Path(folder) / "picture.png", Path(folder) / "overlay.png"
+        picture.save(source)
+        words = [source, question, "--keep", "0.05", "--method", "adav+", "--json"]
         command = [sys.executable, "-m", "budwood.cli", "prune", *words, "--overlay", overlay]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         panels = Image.open(overlay).convert("RGB")
@@ -92,13 +107,13 @@ def kept(path: Path) -> None:
     edge = panels.crop((14 + PANEL, 0, 15 + PANEL, panels.height)).convert("L")
     top = next(y for y in range(edge.height) if edge.getpixel((0, y)) < 128)  # below the caption
     right = panels.crop((16, top, 16 + PANEL, top + PANEL))
-    left = Image.open(source).convert("RGB").resize((PANEL, PANEL), Image.Resampling.BICUBIC)
+    left = picture.resize((PANEL, PANEL), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (2 * PANEL + 48, PANEL + 88), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(19)
     pen.text((16, 12), question, font=font, fill="black")
     for x, panel, label in (
-        (16, left, f"all 256 visual tokens: {answers['answer_full']}"),
-        (PANEL + 32, right, f"28 kept: {answers['answer']}"),
+        (16, left, f"all {answers['n_visual']} visual tokens: {answers['answer_full']}"),
+        (PANEL + 32, right, f"{answers['n_kept']} kept: {answers['answer']}"),
     ):
         sheet.paste(panel, (x, 46))
         pen.text((x, PANEL + 54), label, font=font, fill="black")

@@ -24,7 +24,7 @@ SIDE, PATCH = 672, 14
 
 def main(folder: Path) -> None:
     """Both models."""
-    save(*budwood.load("sprout"), folder / "sprout")
+    save(*budwood.load("sprout-256"), folder / "sprout")
     save(*large(), folder / "2304")
 
 

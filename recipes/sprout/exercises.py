@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from budwood.sprout.atlas import categories
 from budwood.sprout.model import IMAGE_TOKEN
-from budwood.sprout.questions import DIRECTIONS, HIGH_KINDS, TEMPLATES, Question, ask, lies
+from budwood.sprout.questions import DIRECTIONS, KINDS, TEMPLATES, Question, ask, lies
 from budwood.sprout.scenes import Scene, SceneObject, make_scene, scene_rng
 
 PREFIX = "<|im_start|>user\n"
@@ -25,8 +25,8 @@ END = "<|im_end|>"
 STAGES = ("regions", "questions", "high")
 LETTERS = [f" {letter}" for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"]
 LOGGED = (
-    *HIGH_KINDS,
-    *(f"{kind} in short" for kind in HIGH_KINDS),
+    *KINDS,
+    *(f"{kind} in short" for kind in KINDS),
     "name",
     "frame",
     "badge",
@@ -38,7 +38,6 @@ LOGGED = (
     "order",
     "reverse",
     "about",
-    "sign",
 )
 SHORT = {
     "presence": " {} shown",
@@ -50,21 +49,18 @@ SHORT = {
     "right of": " right of {}",
     "above": " above {}",
     "below": " below {}",
-    "reading": " sign",
-    "compare": " {} and {} frames",
 }
 FIRST_SEED = 10_000_000  # the tower has seen the seeds below
 SOME = 2_400  # pictures of stage 3 in which only some of the objects are seen
 WHOLE = 4_800  # pictures of stage 3, after which every picture is seen whole
 HIGH_SOME, HIGH_WHOLE = 1_260, 1_740  # pictures of stage 4, likewise
-MARGIN = 8  # px around a sign; a patch whose centre is there shows some of it
 
 
 @dataclass
 class Turn:
     """Given tokens and asked tokens. A token is a word's id, or `~token` if visual."""
 
-    kind: str  # one of LOGGED; kinds that are not in HIGH_KINDS occur in training only
+    kind: str  # one of LOGGED; kinds that are not in KINDS occur in training only
     given: list[int]
     asked: list[int]
 
@@ -87,12 +83,11 @@ class Item:
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     """Questions that the scene allows, with frequent kinds thinned out for balance."""
-    thinned = ("presence", "count", "compare")
-    questions = [q for q in ask(scene) if q.kind not in thinned]
-    for kind in ("presence", "compare"):
-        for answer in ("yes", "no"):
-            pool = [q for q in ask(scene, kind) if q.answer == answer]
-            questions += rng.sample(pool, min(2, len(pool)))
+    thinned = ("presence", "count")
+    questions = [q for q in ask(scene) if q.kind in KINDS and q.kind not in thinned]
+    for answer in ("yes", "no"):
+        pool = [q for q in ask(scene, "presence") if q.answer == answer]
+        questions += rng.sample(pool, min(2, len(pool)))
     counts = ask(scene, "count")
     questions += [q for q in counts if scene.objects[1].category in q.text]
     if rng.random() < 0.25:
@@ -175,20 +170,6 @@ def patches_of(picture: Picture, rng: random.Random) -> dict[SceneObject, int]:
         if thing is not None:
             patches.setdefault(thing, []).append(patch)
     return {thing: rng.choice(covering) for thing, covering in patches.items()}
-
-
-def sign_patches(picture: Picture) -> list[int]:
-    """Patches of the crops that show some of the sign."""
-    if picture.scene.sign is None:
-        return []
-    left, top, right, bottom = picture.scene.sign.outer
-    return [
-        patch
-        for patch, (x, y) in picture.centres.items()
-        if patch >= PATCHES  # those below are the overview's
-        and left - MARGIN <= x < right + MARGIN
-        and top - MARGIN <= y < bottom + MARGIN
-    ]
 
 
 class Exercises(Dataset):
@@ -319,8 +300,7 @@ class Exercises(Dataset):
     def _high(self, picture: Picture, rng: random.Random, place: int) -> Item:
         """Questions about a large picture; the first ones lack most patches between objects."""
         done = min(max(0.0, (place - HIGH_SOME) / (HIGH_WHOLE - HIGH_SOME)), 1.0)
-        sign = sign_patches(picture)
-        seen = {*patches_of(picture, rng).values(), *sign}
+        seen = set(patches_of(picture, rng).values())
         rest = [p for p in picture.patches if p not in seen]
         share = rng.uniform(0.1 + 0.9 * done, 0.4 + 0.6 * done)
         seen.update(rng.sample(rest, round(len(rest) * share)))
@@ -330,15 +310,8 @@ class Exercises(Dataset):
         segments += self._notes(rng.sample(questions, len(questions)), in_a_row=5)
         segments.append(self._relations(picture, rng, 6))
         segments += self._readings(picture, rng, {"badge": 3, "name": 2, "frame": 1})
-        segments.append(self._sign(picture, sign))
         tokens = [t for t in picture.tokens if t == NEWLINE or t in seen]
         return Item(picture.pixels, self._tokens(PREFIX) + [~t for t in tokens], segments)
-
-    def _sign(self, picture: Picture, patches: list[int]) -> Segment:
-        """The number on the sign, read from its patches."""
-        assert picture.scene.sign is not None
-        number = str(picture.scene.sign.number)
-        return self._segment("sign", IMAGE_TOKEN * len(patches) + " sign", number, *patches)
 
     def _asked(
         self,

@@ -5,7 +5,7 @@ high-resolution pictures in the LLaVA-NeXT layout and a batch of small ones in t
 that one set of weights answers in both. The first high-resolution pictures lack most of the patches
 between objects, which is faster.
 
-    python recipes/sprout/train_high.py --start src/budwood/sprout/weights --out runs/high
+    python recipes/sprout/train_high.py --start runs/llava --out runs/high
 
 With `torchrun --nproc-per-node 2 -- recipes/sprout/train_high.py …` two processes share the
 pictures of a step. The first one writes checkpoints and the log, which then holds its own half.

@@ -35,9 +35,9 @@ PRUNING_METHODS = {
     ),
     "adav+": _method(
         "adav_plus:AdaVPlus",
-        "text, saliency",
-        "Keep salient or relevant tokens that show what no kept token shows yet. Ours.",
-        "ours, after AdaV, SCOPE and Cen-Prune",
+        "text, saliency, grid",
+        "Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.",
+        "ours, after AdaV, SCOPE, Cen-Prune and EADP",
     ),
     "fastervlm": _method(
         "fastervlm:FasterVLM",
@@ -176,6 +176,10 @@ QUESTIONS = ("current", "all", "turn")
 
 PATCH_SCORES = ("mean", "max", "norm")
 """How patches that become one token make its saliency; see :func:`budwood.prune.attach`."""
+
+
+POSITIONS = ("compact", "original")
+"""Where the LLM sees what is kept; see :func:`budwood.prune.attach`."""
 
 
 def _family(module: str, name: str, summary: str) -> Entry:
@@ -452,8 +456,11 @@ def _model(family: str, summary: str, source: str = "the hub") -> Entry:
 
 MODELS = {
     "sprout": _model(
-        "llava", "embedded default: a small LLaVA around SmolLM2-135M", "this package"
+        "llava_next",
+        "embedded default: a small LLaVA-NeXT around SmolLM2-135M, up to 1,280 visual tokens",
+        "this package",
     ),
+    "sprout-256": _model("llava", "its weights as a LLaVA of 256 visual tokens", "this package"),
     "llava-hf/llava-1.5-7b-hf": _model("llava", "LLaVA-1.5, 576 visual tokens"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", "LLaVA-NeXT, up to 2,880"),
     "google/gemma-3-4b-it": _model("gemma3", "Gemma 3, 256 a picture or crop"),

@@ -15,7 +15,8 @@ from budwood.errors import BudwoodError, InputError, first_line
 from budwood.files import cache_folder
 from budwood.hub import check_repo, hub_or_cache, is_available
 
-SPROUT = "sprout"
+SPROUT, SPROUT_256 = EMBEDDED_VLMS = ("sprout", "sprout-256")
+"""The embedded vision-language model in its high-resolution layout, and in one of 256 tokens."""
 SMOLLM2 = "smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What records and adapters call the embedded language model."""
@@ -66,9 +67,10 @@ def load(
         model, processor = budwood.load("sprout")
 
     Args:
-        source: ``"sprout"``, the embedded vision-language model; ``"smollm2"``, the embedded
-            language model; or the directory or hub id of any vision-language model that budwood
-            knows, or of any causal language model.
+        source: ``"sprout"``, the embedded vision-language model, a LLaVA-NeXT of up to 1,312 visual
+            tokens; ``"sprout-256"``, the same weights as a LLaVA of 256; ``"smollm2"``, the
+            embedded language model; or the directory or hub id of any vision-language model that
+            budwood knows, or of any causal language model.
         device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's.
 
@@ -82,7 +84,7 @@ def load(
         UnsupportedModelError: a vision-language model of a family that budwood does not know.
     """
     source = os.fspath(source)
-    if source == SMOLLM2 or (source != SPROUT and not _has_vision(source)):
+    if source == SMOLLM2 or (source not in EMBEDDED_VLMS and not _has_vision(source)):
         loaded = load_language_model(source, device, dtype)
     else:
         loaded = load_vlm_model(source, device, dtype)
@@ -98,7 +100,8 @@ def load_vlm_model(
     """Load a vision-language model and its processor.
 
     Args:
-        source: hub id or directory; None or ``"sprout"`` for the embedded model.
+        source: hub id or directory; ``"sprout"`` (or None) and ``"sprout-256"`` for the embedded
+            model.
         device: a torch device, or ``"auto"``.
         dtype: a name, or ``"auto"`` for the checkpoint's.
         device_map: as in ``from_pretrained``, in place of ``device``; not for the embedded model.
@@ -108,13 +111,13 @@ def load_vlm_model(
         MissingPackageError: a package that the embedded model needs is not installed.
         UnsupportedModelError: its family is unknown, or it has no vision.
     """
-    if source in (None, SPROUT):
+    source = SPROUT if source is None else os.fspath(source)
+    if source in EMBEDDED_VLMS:
         if device_map is not None:
-            raise InputError("sprout, the embedded model, takes no device_map; give a device")
+            raise InputError(f"{source}, the embedded model, takes no device_map; give a device")
         where, kind = device_of(device), dtype_of(dtype)
-        model, processor = _sprout(kind)
-        return Loaded(SPROUT, model.to(where).eval(), processor)
-    source = os.fspath(source)
+        model, processor = _sprout(kind, high_resolution=source == SPROUT)
+        return Loaded(source, model.to(where).eval(), processor)
     with _opened(source) as folder:
         where, kind = device_of(device), dtype_of(dtype)
         model, processor = _vlm(source, folder, kind, device_map)
@@ -313,7 +316,7 @@ def config_of(source: str) -> Any:
     Raises:
         InputError: there is no such model, or it is an embedded one, or the hub does not answer.
     """
-    if source in (SPROUT, SMOLLM2):
+    if source in (*EMBEDDED_VLMS, SMOLLM2):
         raise InputError(
             f"{source} is embedded in budwood and has no directory; write it to one with "
             "model.save_pretrained() and processor.save_pretrained()"
@@ -328,11 +331,11 @@ def _has_vision(source: str) -> bool:
     return hasattr(config_of(source), "vision_config")
 
 
-def _sprout(dtype: Any) -> tuple[Any, Any]:
+def _sprout(dtype: Any, high_resolution: bool) -> tuple[Any, Any]:
     with _embedded_parts("sprout, the embedded model,"):
         from budwood.sprout.model import load_vlm
 
-        return load_vlm(dtype)
+        return load_vlm(dtype, high_resolution)
 
 
 def _smollm2(dtype: Any) -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ def test_prune(page):
     page.get_by_role("img", name="the layer relevance").wait_for()
     page.get_by_role("button", name="Several methods side by side").click()
     page.get_by_role("button", name="Compare").click()
-    page.get_by_role("img", name="visual tokens that divprune keeps").wait_for()
+    page.get_by_role("img", name="visual tokens that scope keeps").wait_for()
 
 
 def test_two_visitors_at_once(context, page, address):
@@ -129,7 +129,7 @@ def test_two_visitors_at_once(context, page, address):
         one.get_by_label("number input for Visual tokens").fill(percent)
         one.get_by_role("button", name="Answer").click()
     for one, counted in ((page, "4 of 16"), (other, "8 of 16")):
-        one.get_by_role("img", name=f"the layer kept, adav-contrast, {counted}").wait_for()
+        one.get_by_role("img", name=f"the layer kept, adav+, {counted}").wait_for()
     other.close()
 
 

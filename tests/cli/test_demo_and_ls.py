@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from PIL import Image
 
 from budwood.prune import FAMILIES, METHODS
@@ -13,22 +14,23 @@ def test_demo(budwood, model_dir, tmp_path):
     result = budwood(*command)
     assert result.exit_code == 0, result.output
     assert "with all 16 visual tokens" in result.stdout
-    assert "with the 2 that adav-contrast keeps" in result.stdout
+    assert "with the 2 that adav+ keeps" in result.stdout
     assert "budwood bench prune" in result.stdout
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {f"scene-{i}{end}.png" for i in (1, 2) for end in ("", "-kept")}
     with Image.open(tmp_path / "demo" / "scene-1.png") as scene:
-        assert scene.size == (336, 336)
+        assert max(scene.size) == 672
     rows = json.loads(budwood(*command, "--json").stdout)["rows"]  # replaces its own pictures
     assert {row["scene"] for row in rows} == {1, 2}
     assert {row["kind"] for row in rows} == {"presence", "colour"}
     assert all(row["n_visual"] == 16 and row["n_kept"] == 2 for row in rows)
 
 
-def test_demo_asks_nothing_about_the_salient_object():
+@pytest.mark.parametrize("high_resolution", [True, False])
+def test_demo_asks_nothing_about_the_salient_object(high_resolution):
     from budwood.cli.demo import _choose
 
-    chosen = _choose(3, 7)
+    chosen = _choose(3, 7, high_resolution)
     assert all(not q.asks_salient for _, questions in chosen for q in questions)
     assert all(q.boxes for _, questions in chosen for q in questions)  # what they ask of is there
 

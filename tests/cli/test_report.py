@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
 def test_a_page_has_tables_curves_and_origins_and_needs_nothing(budwood, tmp_path):
     out = tmp_path / "report.html"
-    files = [RESULTS / "prune.json", RESULTS / "points.json", RESULTS / "tune-speed.json"]
+    files = [RESULTS / "prune-high.json", RESULTS / "points.json", RESULTS / "tune-speed.json"]
     result = budwood("report", *files, "--out", out)
     assert result.exit_code == 0 and f"wrote {out}" in result.stderr
     text = out.read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def test_a_page_has_tables_curves_and_origins_and_needs_nothing(budwood, tmp_pat
     assert all(source.startswith(("data:image/", "#record-")) for source in page.sources)
     assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r"base64,[^\"]+", "", text))
     prune = records.read(files[0])
-    adav = next(row for row in prune.rows if row["method"] == "adav" and row["keep"] == 0.11)
+    adav = next(row for row in prune.rows if row["method"] == "adav" and row["keep"] == 0.05)
     low, high = adav["accuracy_low"], adav["accuracy_high"]
     assert f"{adav['accuracy']:.1%} [{low:.1%}, {high:.1%}]" in page.words
     assert f"{adav['accuracy_digit']:.1%}" in page.words
@@ -70,7 +70,7 @@ def test_what_a_record_says_is_text_and_not_markup(budwood, tmp_path):
 
 
 def test_bad_input(budwood, tmp_path):
-    out, record = tmp_path / "report.html", RESULTS / "prune.json"
+    out, record = tmp_path / "report.html", RESULTS / "prune-high.json"
     old = tmp_path / "old.json"
     old.write_text(record.read_text().replace('"format": 1', '"format": 0'))
     empty = records.new_record("bench prune", [], seed=0, config={})
@@ -102,7 +102,7 @@ def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(examples, "compare_methods", noted)
-    record = records.read(RESULTS / "prune.json")
+    record = records.read(RESULTS / "prune-high.json")
     record.config["keeps"] = [16, 0.5]
     keeps = ((1.0, 256), (0.5, 128), (16, 16))
     record.rows[:] = [{"keep": keep, "n_kept": n_kept} for keep, n_kept in keeps]
@@ -116,7 +116,7 @@ def test_examples_of_a_high_resolution_record_are_of_its_scenes(monkeypatch):
         raise InterruptedError(args[2].size)
 
     monkeypatch.setattr(examples, "compare_methods", noted)
-    record = records.read(RESULTS / "prune.json")
+    record = records.read(RESULTS / "prune-high.json")
     record.config["high_resolution"] = True
     size = balanced(record.config["seed"], 1, high_resolution=True)[0][0].image.size
     with pytest.raises(InterruptedError, match=re.escape(str(size))):
@@ -124,7 +124,7 @@ def test_examples_of_a_high_resolution_record_are_of_its_scenes(monkeypatch):
 
 
 def test_examples_show_what_the_records_methods_keep(budwood, tmp_path):
-    record = records.read(RESULTS / "prune.json")
+    record = records.read(RESULTS / "prune-high.json")
     record.config["variants"] = record.config["variants"][:1]
     records.write(record, tmp_path / "record.json")
     out = tmp_path / "report.html"

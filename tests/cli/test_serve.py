@@ -82,8 +82,9 @@ def test_a_model_that_vllm_has_otherwise_is_refused(budwood, model_dir, tmp_path
     refused(budwood("serve", tmp_path, "--dry-run"), reason)
 
 
-def test_an_embedded_model_is_refused(budwood):
-    refused(budwood("serve", "sprout", "--dry-run"), "has no directory")
+@pytest.mark.parametrize("name", ["sprout", "sprout-256", "smollm2"])
+def test_an_embedded_model_is_refused(budwood, name):
+    refused(budwood("serve", name, "--dry-run"), "has no directory")
 
 
 def test_without_vllm_nothing_is_loaded(budwood, monkeypatch):

@@ -75,14 +75,16 @@ def embeddings(case: Case, single: dict[str, Tensor]) -> Tensor:
     return rows
 
 
-def coordinates(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
+def coordinates(
+    case: Case, single: dict[str, Tensor], kept: Tensor, in_place: bool = False
+) -> Tensor:
     """Position ids of the kept tokens, shape (1, n_kept) or (3, 1, n_kept)."""
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: single[name] for name in names if name in single}
     if not given:
         n_kept = len(kept)
         shape = (3, 1, n_kept) if "mm_token_type_ids" in single else (1, n_kept)
-        return torch.arange(n_kept).expand(shape)
+        return (kept if in_place else torch.arange(n_kept)).expand(shape)
     positions, _ = case.model.model.get_rope_index(
         single["input_ids"], mm_token_type_ids=single["mm_token_type_ids"], **given
     )
@@ -154,21 +156,21 @@ def hidden(
 
 
 @torch.no_grad()
-def logits(case: Case, single: dict[str, Tensor], kept: Tensor) -> Tensor:
+def logits(case: Case, single: dict[str, Tensor], kept: Tensor, in_place: bool = False) -> Tensor:
     """Logits of the tokens at `kept` positions of the row, shape (n_kept, vocabulary)."""
     embeds = embeddings(case, single)[kept][None]
-    positions = coordinates(case, single, kept)
+    positions = coordinates(case, single, kept, in_place)
     return case.model.lm_head(hidden(case, single, kept, embeds, positions))[0]
 
 
 @torch.no_grad()
 def greedy(
-    case: Case, single: dict[str, Tensor], kept: Tensor, n_new: int
+    case: Case, single: dict[str, Tensor], kept: Tensor, n_new: int, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Greedy answer and its logits from the tokens at `kept` positions of the row."""
     model: Any = case.model
     embeds = embeddings(case, single)[kept][None]
-    positions = coordinates(case, single, kept)
+    positions = coordinates(case, single, kept, in_place)
     beside = deepstack(case, single, kept)
     answer, logits = [], []
     for _ in range(n_new):

@@ -211,7 +211,7 @@ def test_the_commands_of_the_page_run(lm_eval, folder, monkeypatch):
     ours = [line for line in shell_lines() if line.startswith("python -m budwood.evaluate.lm_eval")]
     assert ours
     for line in ours:
-        line = re.sub("pretrained=sprout", f"pretrained={folder}", line).replace(
+        line = re.sub("pretrained=sprout-256", f"pretrained={folder}", line).replace(
             "keep=28", "keep=3"
         )
         line = line.replace("python ", f"{sys.executable} ") + " --limit 4"

@@ -86,7 +86,7 @@ def test_the_commands_of_the_page_run(folder, monkeypatch):
     assert lines
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for line in lines:
-        line = line.replace("pretrained=sprout", f"pretrained={folder}").replace(
+        line = line.replace("pretrained=sprout-256", f"pretrained={folder}").replace(
             "keep=28", "keep=3"
         )
         line = line.replace("lmms-eval", f"{shlex.quote(sys.executable)} -m lmms_eval", 1)

@@ -149,14 +149,41 @@ def adav_plus(
     text: Vectors,
     saliency: list[float],
     keep: int,
-    text_weight: float = 0.3,
+    boxes: Vectors | None = None,
+    text_weight: float = 0.5,
+    blur: float = 1.0,
+    reach: float = 3.0,
+    reserve: float = 0.125,
     temperature: float = 10.0,
 ) -> list[int]:
-    s, w = relative(saliency), text_weight if text else 0.0
+    n, s, w = len(visual), relative(saliency), text_weight if text else 0.0
     log_t = log_contrast(visual, text, temperature, [0.0] * len(visual[0]), [])
     t = [math.exp(x - max(log_t)) if text else 0.0 for x in log_t]
+    c = centre(visual)
+    covers = [[max(0.0, x) for x in row] for row in table(c, c)]
+    if boxes:
+        away = squares(boxes)
+        for i in range(n):
+            near = [math.exp(-away[i][j] / (2 * reach**2)) for j in range(n)]
+            covers[i] = [x * round(y, 6) for x, y in zip(covers[i], near, strict=True)]
+        around = [[math.exp(-x / (2 * blur**2)) for x in row] for row in away]
+        t = [sum(x * y for x, y in zip(row, t, strict=True)) / sum(row) for row in around]
+    t = [round(x, 6) for x in relative(t)]
     q = [(1 - w) * si + w * ti for si, ti in zip(s, t, strict=True)]
-    return scope(centre(visual), [1.0] * len(q), keep, quality=q)
+    taken: list[int] = []
+    while text and len(taken) < math.floor(reserve * keep):
+        taken.append(best_of(t, taken))
+    while len(taken) < keep:
+        taken.append(best_of([x * y for x, y in zip(q, gains(covers, taken), strict=True)], taken))
+    return sorted(taken)
+
+
+def squares(boxes: Vectors) -> Vectors:
+    """Squared distances of centres of boxes, in units of the median box."""
+    sizes = [sorted(box[axis + 2] - box[axis] for box in boxes) for axis in (0, 1)]
+    width, height = (one[(len(one) - 1) // 2] for one in sizes)
+    centres = [((x0 + x1) / 2 / width, (y0 + y1) / 2 / height) for x0, y0, x1, y1 in boxes]
+    return [[(x - u) ** 2 + (y - v) ** 2 for u, v in centres] for x, y in centres]
 
 
 def mmtok(visual: Vectors, text: Vectors, keep: int) -> list[int]:

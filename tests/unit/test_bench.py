@@ -1,18 +1,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from budwood.bench.prune import Config, Outcome, Variant, counts, rows_of, run, variants_of
+from budwood.bench.prune import (
+    Config,
+    Outcome,
+    Variant,
+    Workers,
+    counts,
+    rows_of,
+    run,
+    variants_of,
+)
 from budwood.bench.prune.accuracy import Asked, Times, normalise
 from budwood.bench.prune.answering import Sheet, answer, answer_full
 from budwood.bench.prune.plan import FULL, Run
 from budwood.bench.prune_speed import _Largest
 from budwood.bootstrap import PairedBootstrap, interval
 from budwood.errors import InputError, UnknownNameError
+from budwood.loading import load_vlm_model
 from budwood.prune import attach
 from budwood.prune.chat import answers, prepare, render
 from budwood.prune.inside import SCHEDULES, FastV, PyramidDrop, attach_inside
@@ -61,6 +72,8 @@ def sheet_of(vlm, exam) -> Sheet:
         Variant("adav-official", "all"),
         Variant("random"),
         Variant("fastervlm", None),
+        Variant("fastervlm", None, "original"),
+        Variant("adav+"),
         Variant("visionzip", None),
         Variant("overview", None),
     ],
@@ -162,6 +175,28 @@ def test_an_interrupted_run_goes_on(vlm):
     assert min(told) > sum(len(row["right"]) for row in kept[0])
 
 
+def test_workers_answer_the_same(vlm):
+    model, processor = vlm
+    config = Config(tuple(variants_of(["random", "adav"])), (4,), n_scenes=4, batch=6, n_timed=1)
+    here = run(model, processor, config)
+    kept = []
+    with Workers(2, partial(load_vlm_model, model.name_or_path, "cpu")) as workers:
+        there = run(
+            model,
+            processor,
+            config,
+            keep=lambda rows: kept.append(len(rows)),
+            answers_of=workers.answers,
+        )
+    assert there.right == here.right and there.n_kept == here.n_kept
+    assert kept == sorted(set(kept)) and len(kept) > 1
+
+
+def test_at_least_one_worker():
+    with pytest.raises(InputError, match="workers=0"):
+        Workers(0, load_vlm_model)
+
+
 def test_chats_are_about_other_objects():
     seen = 0
     for scene, of_scene in chats(0, 12, 3):
@@ -237,7 +272,7 @@ def test_accuracy_by_the_size_of_what_has_to_be_seen():
     outcome = Outcome(asked, right, [16] * 4, {run: [4] * 4 for run in right}, times)
     row = rows_of(outcome, config)[-1]
     assert [row[f"accuracy_{size}"] for size in ("small", "medium", "large")] == [1, 0, 1]
-    assert counts(outcome, config)["n_small"] == 1 and row["accuracy_reading"] is None
+    assert counts(outcome)["n_small"] == 1 and row["accuracy_count"] is None
 
 
 def test_retention_of_a_model_that_is_never_right_is_unknown():
@@ -284,12 +319,24 @@ def test_variants():
     assert variants_of(["adav-official"])[0].options == {
         "method": "adav-official",
         "question": "all",
+        "positions": None,
     }
+    places = variants_of(["adav+", "random", "fastv"], positions=["own", "compact", "original"])
+    assert [(v.method, v.positions) for v in places] == [
+        ("adav+", None),
+        ("adav+", "compact"),
+        ("random", None),
+        ("random", "original"),
+        ("fastv", None),
+    ]
+    assert [v.placed for v in places] == ["original", "compact", "compact", "original", "original"]
     names = [v.method for v in variants_of(["adav:reserve=0+temperature=50", "fastv"])]
     assert names == ["adav:reserve=0+temperature=50", "fastv"]
     for wrong in (["adv"], ["adav-unofficial"], ["uniform-official"]):
         with pytest.raises(UnknownNameError):
             variants_of(wrong)
+    with pytest.raises(UnknownNameError, match="unknown positions 'old'; known: own, compact"):
+        variants_of(["adav"], positions=["old"])
     with pytest.raises(InputError):
         variants_of([])
 

@@ -31,7 +31,7 @@ GRIDS = [(3, 4), (5, 6)]
 REFERENCES = {
     "divprune": lambda v, t, s, k, keep: reference.divprune(v, keep),
     "cdpruner": lambda v, t, s, k, keep: reference.cdpruner(v, t, keep),
-    "adav+": lambda v, t, s, k, keep: reference.adav_plus(v, t, s, keep),
+    "adav+": lambda v, t, s, k, keep: reference.adav_plus(v, t, s, keep, boxes().tolist()),
     "scope": lambda v, t, s, k, keep: reference.scope(v, s, keep),
     "mmtok": lambda v, t, s, k, keep: reference.mmtok(v, t, keep),
     "tops": lambda v, t, s, k, keep: reference.tops(v, s, keep),
@@ -226,16 +226,39 @@ def test_scope_follows_alpha(alpha):
     assert got.indices.tolist() == reference.scope(*plain, 8, alpha)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-def test_adav_plus_follows_its_weight(weight):
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"text_weight": 0.0},
+        {"text_weight": 0.3},
+        {"text_weight": 1.0},
+        {"reserve": 0.0},
+        {"reserve": 0.5},
+        {"blur": 0.4, "reach": 1.5},
+        {"blur": 2.0, "reach": 20.0, "temperature": 3.0},
+    ],
+)
+@pytest.mark.parametrize("with_boxes", [True, False])
+def test_adav_plus_follows_its_parameters(parameters, with_boxes):
     visual, text, saliency, _ = make("random", 7)
-    got = select(visual, text, saliency, keep=8, method=AdaVPlus(text_weight=weight))
+    extras = Extras(boxes() if with_boxes else None)
+    method = AdaVPlus(**parameters)
+    got = select(visual, text, saliency, keep=8, method=method, extras=extras)
     plain = [x.double().tolist() for x in (visual, text, saliency)]
-    assert got.indices.tolist() == reference.adav_plus(*plain, 8, weight)
+    places = boxes().tolist() if with_boxes else None
+    assert got.indices.tolist() == reference.adav_plus(*plain, 8, places, **parameters)
 
 
 @pytest.mark.parametrize(
-    ("parameter", "value"), [("text_weight", -0.1), ("text_weight", 1.1), ("temperature", 0.0)]
+    ("parameter", "value"),
+    [
+        ("text_weight", -0.1),
+        ("text_weight", 1.1),
+        ("reserve", 1.0),
+        ("temperature", 0.0),
+        ("blur", 0.0),
+        ("reach", -1.0),
+    ],
 )
 def test_adav_plus_refuses_parameters_out_of_range(parameter, value):
     with pytest.raises(InputError, match=f"{parameter}={value}"):
@@ -315,3 +338,18 @@ def test_many_tokens_make_no_large_tensor(name):
         got = select(visual, visual[:5], saliency, keep=4, method=name, extras=Extras(None, keys))
     assert len(got.indices) == 4
     assert largest.n_bytes <= 4 * greedy.MOST_FLOATS
+
+
+def test_bounds_find_the_same_as_all_gains():
+    """With equal tokens, so that ties go to the lower index either way."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randn(120, 6, generator=rng)[torch.randint(0, 120, (400,), generator=rng)]
+    table = greedy.cosines(greedy.unit(tokens), greedy.unit(tokens))
+    for quality in (torch.rand(400, generator=rng), torch.rand(400, generator=rng).round(), None):
+        whole = greedy.Coverage(table)
+
+        def score(whole=whole, quality=quality):
+            return whole.gains() if quality is None else quality * whole.gains()
+
+        expected = greedy.greedy(400, 300, table.device, score, whole.add)
+        assert torch.equal(greedy.most_gaining(greedy.Coverage(table), 300, quality), expected)

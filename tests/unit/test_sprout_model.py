@@ -96,7 +96,7 @@ def test_what_ships_is_small() -> None:
 
 
 def test_the_prompt_is_what_the_recipe_trained_on() -> None:
-    processor = load_vlm()[1]
+    processor = load_vlm(high_resolution=False)[1]
     prompt = prompt_for(processor, "What is the largest object?")
     assert prompt == (
         "<|im_start|>user\n<image>\nWhat is the largest object?<|im_end|>\n<|im_start|>assistant\n"
@@ -105,11 +105,22 @@ def test_the_prompt_is_what_the_recipe_trained_on() -> None:
     assert (inputs.input_ids == processor.image_token_id).sum() == 256
 
 
-def test_plain_transformers_loads_it_and_it_sees() -> None:
-    folder = vlm_directory()
+def test_a_large_picture_has_an_overview_four_crops_and_newlines() -> None:
+    processor = load_vlm()[1]
+    picture = make_scene(0, high_resolution=True).image
+    if picture.size != (672, 672):
+        picture = picture.resize((672, 672))
+    prompt = prompt_for(processor, "What is the largest object?")
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    assert (inputs.input_ids == processor.image_token_id).sum() == 5 * 256 + 32
+
+
+@pytest.mark.parametrize("high_resolution", [True, False])
+def test_plain_transformers_loads_it_and_it_sees(high_resolution: bool) -> None:
+    folder = vlm_directory(high_resolution)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(folder)
-    chosen = balanced(9, 16, "validation")
+    chosen = balanced(9, 16, "validation", high_resolution)
     hits = 0
     for scene, questions in chosen:
         text = [

@@ -60,7 +60,7 @@ def test_a_packed_scene_has_the_loss_of_its_questions_asked_one_by_one(
     n_visual = sum(token < 0 for token in item.shared)
     assert n_visual > 600 if high_resolution else n_visual == 256
     assert len(item.shared) == len(tokenizer(exercises.PREFIX)["input_ids"]) + n_visual
-    item.segments = [s for s in item.segments if s[0].kind in exercises.HIGH_KINDS]
+    item.segments = [s for s in item.segments if s[0].kind in exercises.KINDS]
     alone = [single_turn(model, item, scene, segment, tokenizer) for segment in item.segments]
     tokens = sum(len(turn.asked) for segment in item.segments for turn in segment)
 
@@ -100,7 +100,7 @@ def test_pictures_of_different_sizes_are_packed_together(
     assert len(first.pixels) < len(last.pixels)
     for item in (first, last):
         item.shared = item.shared[:40]
-        item.segments = [s for s in item.segments if s[0].kind in exercises.HIGH_KINDS]
+        item.segments = [s for s in item.segments if s[0].kind in exercises.KINDS]
     batch = training.collate([first, last])
     newline = ~exercises.NEWLINE
     expected = [~token for token in first.shared if token < 0 and token != newline]
@@ -120,24 +120,6 @@ def test_few_patches_show_some_objects_then_all(exercises: ModuleType, start: in
         picture = exercises.small_picture(make_scene(data.first + start + i, "train"))
         found = {picture.covers[p] for p in patches} - {None}
         assert (found == set(exercises.patches_of(picture, random.Random(0)))) == (start > 0)
-
-
-def test_the_sign_is_seen_whole_while_most_patches_are_left_out(exercises: ModuleType) -> None:
-    data = exercises.Exercises(load_tokenizer(), "high", images=16, start=0, batch=1)
-    for i in range(16):
-        item, scene = data[i], make_scene(data.first + i, "train", high_resolution=True)
-        picture = exercises.high_resolution_picture(scene)
-        left, top, right, bottom = scene.sign.outer
-        on_sign = {
-            patch
-            for patch, (x, y) in picture.centres.items()
-            if patch >= exercises.PATCHES and left <= x < right and top <= y < bottom
-        }
-        seen = {~token for token in item.shared if token < 0}
-        assert len(on_sign) >= 4 and on_sign <= seen and len(seen) < 0.6 * len(picture.patches)
-        (asked,) = next(s for s in item.segments if s[0].kind == "sign")
-        assert on_sign <= {~token for token in asked.given if token < 0}
-        assert len(asked.tokens) <= 64
 
 
 def test_tables_are_looked_up_by_what_they_hold(exercises: ModuleType) -> None:

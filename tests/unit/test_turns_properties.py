@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budwood.prune.prompt import prune_rows
-from budwood.prune.turns import CachedPrompt, counted_in_front
+from budwood.prune.turns import CachedPrompt, position_ids
 from tests.unit.test_properties import left_of, many, prompts
 
 PLACEHOLDER = -5
@@ -44,7 +44,7 @@ def conversations(draw, with_coordinates=False):
         n = 2 * mask.numel()
         values = draw(st.lists(st.integers(0, 20), min_size=n, max_size=n))
         axes = pruned.take(torch.tensor(values).view(size), 0)
-        cut["position_ids"] = counted_in_front(axes, cut["attention_mask"])
+        cut["position_ids"] = position_ids(axes, cut["attention_mask"])
     n_new = draw(st.integers(1, 6))
     new = 1000 + torch.arange(len(mask) * n_new).view(len(mask), n_new)
     seen = draw(st.lists(st.booleans(), min_size=new.numel(), max_size=new.numel()))

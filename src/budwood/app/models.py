@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import budwood
 from budwood.errors import BudwoodError, InputError
 from budwood.files import cache_folder, digest
-from budwood.loading import SPROUT, check_adapter_source, check_dtype, check_source
+from budwood.loading import EMBEDDED_VLMS, check_adapter_source, check_dtype, check_source
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
@@ -32,7 +32,8 @@ class Sources:
     """Which models the page works with.
 
     Attributes:
-        model: vision-language model of the Prune tab, a hub id or directory; None for sprout.
+        model: vision-language model of the Prune tab: a hub id, a directory or `sprout-256`; None
+            for sprout.
         adapter: adapter of the Points tab, a folder that `budwood points adapt` made; None for one
             that the page makes on request.
         tuned: adapter of the Tune tab, a folder or hub id; None leaves that part of the tab empty.
@@ -52,7 +53,7 @@ class Sources:
         Raises:
             InputError: there is no such model, adapter or dtype.
         """
-        check_source(self.model, SPROUT)
+        check_source(self.model, *EMBEDDED_VLMS)
         check_dtype(self.dtype)
         if self.adapter is not None:
             from budwood.points.adapters.base import read_description

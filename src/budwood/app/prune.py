@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from budwood.prune.report import ImageReport
 
 EXAMPLES = {
-    **{f"Scene {i}": (5047 + i, False) for i in range(1, 5)},
     **{f"Large scene {i}": (5047 + i, True) for i in range(1, 5)},
+    **{f"Small scene {i}": (5047 + i, False) for i in range(1, 5)},
 }
 """Names of held-out scenes: their seed, and whether they have high resolution."""
 START = next(iter(EXAMPLES))
 METHODS = tuple(catalogue.PRUNING_METHODS)
-SIDE_BY_SIDE = ("adav", "adav-contrast", "fastervlm", "divprune", "random", "uniform")
+SIDE_BY_SIDE = ("adav+", "adav", "scope", "fastervlm", "random", "uniform")
 PERCENT = 10.0
 """Of the visual tokens, kept at the start."""
 MAX_NEW_TOKENS = 32

@@ -45,7 +45,7 @@ def fill(gr: Any, models: Models) -> None:
             # The file as it is: read_picture refuses what is no picture with one line.
             picture.preprocess = lambda payload: payload and payload.path
             question = gr.Textbox(asked, label="Question", max_length=500, lines=1)
-            start = "adav-contrast"
+            start = "adav+"
             method = gr.Dropdown(
                 [*prune.METHODS], value=start, label="Method", info=prune.summary(start)
             )

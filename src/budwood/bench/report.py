@@ -124,9 +124,9 @@ def _cell(row: Row, column: Column, has_interval: bool) -> str:
 
 def _kinds(rows: Sequence[Row]) -> list[Column]:
     """Columns of the accuracy on each kind of question, where a record has them."""
-    from budwood.sprout.questions import HIGH_KINDS
+    from budwood.sprout.questions import KINDS
 
-    keys = {kind: f"accuracy_{kind}" for kind in HIGH_KINDS}
+    keys = {kind: f"accuracy_{kind}" for kind in KINDS}
     return [
         Column(key, ".1%", kind)
         for kind, key in keys.items()
@@ -155,14 +155,20 @@ def _prune_charts(rows: Sequence[Row]) -> list[Chart]:
         {} if full is None else {"baseline": full["accuracy"], "baseline_label": "all tokens"}
     )
 
-    labelled = [row | {"curve": _label(row, rows)} for row in curves]
+    labelled = [row | {"curve": label(row, rows)} for row in curves]
     draw = partial(plot_lines, labelled, x="n_kept", y="accuracy", by="curve", log=True, **baseline)
     return [("Accuracy of each method over the visual tokens kept", draw)] if curves else []
 
 
-def _label(row: Row, rows: Sequence[Row]) -> str:
-    several = {other.get("question") for other in rows if other["method"] == row["method"]}
-    return f"{row['method']} ({row['question']})" if len(several) > 1 else row["method"]
+def label(row: Row, rows: Sequence[Row]) -> str:
+    """The method of a row, with its choices of question and positions if there are several."""
+    same = [other for other in rows if other["method"] == row["method"]]
+    several = [
+        str(row[name])
+        for name in ("question", "positions")
+        if len({other.get(name) for other in same}) > 1
+    ]
+    return f"{row['method']} ({', '.join(several)})" if several else row["method"]
 
 
 def _points_charts(rows: Sequence[Row]) -> list[Chart]:

@@ -13,7 +13,7 @@ from budwood.cli.console import print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.errors import InputError
 from budwood.files import write_whole
-from budwood.loading import SPROUT, check_source
+from budwood.loading import EMBEDDED_VLMS, check_source
 from budwood.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ COLUMNS = Columns(
 def compare(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG, WebP, ….")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    methods: options.Methods = "adav,adav-contrast,fastervlm,divprune,random,uniform",
+    methods: options.Methods = "adav+,adav,scope,fastervlm,random,uniform",
     keep: options.Keep = "64",
     picture: Annotated[
         Path | None,
@@ -40,6 +40,7 @@ def compare(
     model: options.Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     span: options.Question = "current",
+    positions: options.Positions = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -54,7 +55,7 @@ def compare(
     Example:
       budwood compare photo.jpg "What is on the table?" --keep 0.05 --out compared.png
     """
-    check_source(model, SPROUT)
+    check_source(model, *EMBEDDED_VLMS)
     if picture:
         reserve_picture(picture, force)
     names = options.listed(methods)
@@ -63,7 +64,12 @@ def compare(
     if len(set(names)) < len(names):
         raise InputError(f"--methods has one twice: {methods}; give each once")
     shown = read_picture(image)
-    attached = {"keep": options.keep_of(keep), "question": span, "seed": seed}
+    attached = {
+        "keep": options.keep_of(keep),
+        "question": span,
+        "seed": seed,
+        "positions": positions,
+    }
     full, compared, name = _compared(
         shown, question, names, attached, (model, device, dtype), max_new_tokens
     )
@@ -74,7 +80,8 @@ def compare(
     rows = [_row(one) for one in compared]
     if json:
         described = {"model": name, "image": str(image), "question": question}
-        settings = {"keep": attached["keep"], "question_span": span, "seed": seed}
+        settings = {name: value for name, value in attached.items() if name != "question"}
+        settings["question_span"] = span
         results = {"answer_full": full, "methods": rows}
         print_json(described | settings | results | {"out": str(picture) if picture else None})
     else:

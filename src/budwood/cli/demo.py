@@ -15,6 +15,7 @@ from budwood.cli.console import print_json, print_table, print_text, progress
 from budwood.cli.output import make_folder, reserve_picture
 from budwood.cli.prune import drawn
 from budwood.files import write_whole
+from budwood.loading import SPROUT_256
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
@@ -37,8 +38,8 @@ COLUMNS = Columns(
 
 def demo(
     scenes: Annotated[int, typer.Option(min=1, max=100, help="Number of scenes.")] = 3,
-    keep: options.Keep = "16",
-    method: options.Method = "adav-contrast",
+    keep: options.Keep = "0.05",
+    method: options.Method = "adav+",
     overlay_dir: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for the pictures; replaces earlier ones.")
     ] = Path("budwood-demo"),
@@ -56,7 +57,7 @@ def demo(
 
     \b
     Example:
-      budwood demo --scenes 3 --keep 16
+      budwood demo --scenes 3 --keep 0.05
     """
     from budwood.cli.models import load
 
@@ -68,7 +69,7 @@ def demo(
     ]
     for path in (path for pair in paths for path in pair):
         reserve_picture(path, force=True)
-    chosen = _choose(scenes, seed)
+    chosen = _choose(scenes, seed, high_resolution=model != SPROUT_256)
     loaded = load(model, device, dtype)
     rows = _ask_all(loaded, chosen, paths, attached)
     if json:
@@ -77,7 +78,7 @@ def demo(
         _print(rows, method)
 
 
-def _choose(n_scenes: int, seed: int) -> list[tuple[Scene, list[Question]]]:
+def _choose(n_scenes: int, seed: int, high_resolution: bool) -> list[tuple[Scene, list[Question]]]:
     """Held-out scenes, and questions about objects in them other than the salient one."""
     from budwood.sprout.questions import ask
     from budwood.sprout.scenes import make_scene, scene_rng
@@ -85,7 +86,7 @@ def _choose(n_scenes: int, seed: int) -> list[tuple[Scene, list[Question]]]:
     chosen = []
     for scene_seed in range(seed, seed + n_scenes):
         rng = scene_rng(scene_seed, "test")
-        scene = make_scene(scene_seed, "test")
+        scene = make_scene(scene_seed, "test", high_resolution)
         questions = []
         for kind, n in N_OF_KIND.items():
             about_there = [q for q in ask(scene, kind) if q.boxes and not q.asks_salient]
@@ -167,6 +168,6 @@ def _print(rows: list[dict[str, Any]], method: str) -> None:
         f"Time to the first token: {full:.0f} ms with all, {first:.0f} ms with {row['n_kept']}.\n"
         f"Pictures: {rows[0]['image']}, the tokens kept in it {rows[0]['overlay']}, and so on.\n\n"
         "Next:\n"
-        f'  budwood prune {row["image"]} "{row["asked"]}" --keep 16 --overlay kept.png\n'
-        "  budwood bench prune --scenes 20 --methods adav-contrast,random --keep 16"
+        f'  budwood prune {row["image"]} "{row["asked"]}" --keep 0.05 --overlay kept.png\n'
+        "  budwood bench prune --scenes 20 --methods adav+,random --keep 0.05"
     )

@@ -57,6 +57,17 @@ def _check_question(name: str) -> None:
         )
 
 
+def _check_positions(name: str | None) -> None:
+    if name not in (None, *catalogue.POSITIONS):
+        raise UnknownNameError(
+            f"unknown positions {name!r}; give {' or '.join(catalogue.POSITIONS)}"
+        )
+
+
+def _check_own_positions(name: str) -> None:
+    _check_positions(None if name == "own" else name)
+
+
 def _check_part(name: str) -> None:
     if name not in catalogue.CLOUD_PARTS:
         raise UnknownNameError(
@@ -91,7 +102,8 @@ def keep_of(text: str) -> int | float:
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="ID|DIR", help="Hub id or directory of the model; by default the embedded sprout."
+        metavar="ID|DIR",
+        help="Hub id or directory of the model; by default the embedded sprout. Also sprout-256.",
     ),
 ]
 Method = Annotated[
@@ -99,6 +111,18 @@ Method = Annotated[
     typer.Option(
         callback=_checked(_check_method),
         metavar="NAME[:KEY=VALUE+…]",
+        help="Pruning method; see `budwood ls methods`.",
+    ),
+]
+BEST_METHOD = "adav+"
+"""Of `budwood prune`, if no method is given."""
+MethodOrBest = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        callback=_checked(lambda spec: None if spec is None else _check_method(spec)),
+        metavar="NAME[:KEY=VALUE+…]",
+        show_default=BEST_METHOD,
         help="Pruning method; see `budwood ls methods`.",
     ),
 ]
@@ -178,6 +202,24 @@ Question = Annotated[
         metavar="current|all|turn",
         help="Text that tokens are chosen by. current: the user's last turn; turn: the picture's "
         "own turn; all: everything after the picture, as published.",
+    ),
+]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        callback=_checked(_check_positions),
+        metavar="original|compact",
+        help="Positions of what is kept. original: as in the whole prompt; compact: they count "
+        "what is left. By default the method's own: original for adav+, compact for all others.",
+    ),
+]
+SeveralPositions = Annotated[
+    str,
+    typer.Option(
+        "--positions",
+        callback=each(_check_own_positions),
+        metavar="NAME,…",
+        help="One or more of own, original and compact; see `budwood prune --help`.",
     ),
 ]
 Questions = Annotated[

@@ -10,7 +10,7 @@ import typer
 from budwood import optional
 from budwood.cli import options
 from budwood.cli.console import say, working
-from budwood.loading import SPROUT, check_source
+from budwood.loading import EMBEDDED_VLMS, check_source
 
 
 def page(
@@ -48,7 +48,7 @@ def page(
     """
     optional.check("gradio", "the page")
     optional.check("plotly", "the page", extra="app")
-    check_source(model, SPROUT)
+    check_source(model, *EMBEDDED_VLMS)
 
     from budwood.app import Sources, serve
     from budwood.cli.models import be_quiet

@@ -12,7 +12,7 @@ from budwood.cli.columns import Column, Columns
 from budwood.cli.console import out, print_json, print_table, say, working
 from budwood.cli.output import reserve_picture
 from budwood.files import write_whole
-from budwood.loading import SPROUT, check_source
+from budwood.loading import EMBEDDED_VLMS, check_source
 from budwood.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ def prune(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     model: options.Model = None,
     keep: options.Keep = "64",
-    method: options.Method = "adav",
+    method: options.MethodOrBest = None,
     overlay: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save a picture of what was kept.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     span: options.Question = "current",
+    positions: options.Positions = None,
     compat: options.Compat = None,
     seed: options.Seed = 0,
     repeats: Annotated[
@@ -67,11 +68,11 @@ def prune(
       budwood prune photo.jpg "What is on the table?" --keep 0.1 --overlay kept.png
       budwood prune photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
-    check_source(model, SPROUT)
+    check_source(model, *EMBEDDED_VLMS)
     if overlay:
         reserve_picture(overlay, force)
     picture = read_picture(image)
-    attached = _attach_options(keep, method, compat, span, seed)
+    attached = _attach_options(keep, method, compat, span, seed, positions)
     comparison, name = _compare(
         picture, question, (model, device, dtype), max_new_tokens, repeats, attached
     )
@@ -100,12 +101,18 @@ def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.
 
 
 def _attach_options(
-    keep: str, method: str, compat: str | None, span: str, seed: int
+    keep: str, method: str | None, compat: str | None, span: str, seed: int, positions: str | None
 ) -> dict[str, Any]:
     from budwood.prune.selection import resolve_method
 
-    name = resolve_method(method, compat).name if compat else method
-    return {"method": name, "question": span, "keep": options.keep_of(keep), "seed": seed}
+    name = resolve_method(method or "adav", compat).name if compat else method
+    return {
+        "method": name or options.BEST_METHOD,
+        "question": span,
+        "keep": options.keep_of(keep),
+        "seed": seed,
+        "positions": positions,
+    }
 
 
 def _compare(

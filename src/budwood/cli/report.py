@@ -15,7 +15,7 @@ from budwood.cli.output import reserve
 from budwood.errors import InputError, OutputError
 from budwood.figures import need_matplotlib
 from budwood.files import write_text
-from budwood.loading import SPROUT
+from budwood.loading import EMBEDDED_VLMS, SPROUT, SPROUT_256
 
 if TYPE_CHECKING:
     from budwood.bench.report import Column, Example
@@ -85,13 +85,15 @@ def _columns(name: str) -> list[Column]:
 def _examples(read: list[records.Record], number: int) -> list[Example]:
     """Questions of a record's scenes, answered again at its smallest budget."""
     pruning = next((record for record in read if record.name == "bench prune"), None)
-    if pruning is None or pruning.config["model"] != SPROUT:
+    if pruning is None or pruning.config["model"] not in EMBEDDED_VLMS:
         raise InputError(
             f"--examples {number} needs a record of `budwood bench prune` on the embedded model"
         )
     from budwood.bench.prune.examples import examples_of
     from budwood.cli.models import load
 
-    loaded = load(SPROUT)
+    # Records from before the high-resolution layout call the small one sprout.
+    small = not pruning.config.get("high_resolution", False)
+    loaded = load(SPROUT_256 if small else SPROUT)
     with working("answering"):
         return examples_of(loaded.model, loaded.processor, pruning, number, METHODS_SHOWN)

@@ -36,7 +36,7 @@ class PrunedMultimodal(_Base):
     """``hf-multimodal`` with pruning attached.
 
     Args:
-        pretrained: ``"sprout"``, a directory or a hub id.
+        pretrained: ``"sprout"``, ``"sprout-256"``, a directory or a hub id.
         batch_size: questions at a time.
         given: options of :func:`budwood.evaluate.load_pruned`, and ``hf-multimodal``'s own.
 

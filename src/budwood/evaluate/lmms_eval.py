@@ -36,7 +36,7 @@ class PrunedChat(lmms):
     """A chat model that answers from few visual tokens.
 
     Args:
-        pretrained: ``"sprout"``, a directory or a hub id.
+        pretrained: ``"sprout"``, ``"sprout-256"``, a directory or a hub id.
         batch_size: questions at a time.
         max_new_tokens: where an answer is cut, for tasks that do not say.
         system_prompt: text, or a file with it, in front of every question.

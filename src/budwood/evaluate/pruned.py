@@ -12,10 +12,10 @@ from budwood.errors import InputError, UnknownNameError
 from budwood.loading import SPROUT, load_vlm_model
 from budwood.prune.budget import Budgets
 from budwood.prune.selection import resolve_method
-from budwood.prune.session import PruneSession, attach
+from budwood.prune.session import PruneSession, attach, check_positions
 
 LOADING = ("pretrained", "device", "dtype", "device_map", "attn_implementation")
-PRUNING = ("method", "keep", "compat", "question", "seed", "patches")
+PRUNING = ("method", "keep", "compat", "question", "seed", "patches", "positions")
 """Arguments of :func:`load_pruned`."""
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -48,7 +48,7 @@ def load_pruned(
     """Load a vision-language model and attach pruning to it.
 
     Args:
-        pretrained: ``"sprout"``, a directory or a hub id.
+        pretrained: ``"sprout"``, ``"sprout-256"``, a directory or a hub id.
         device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's.
         device_map: as in ``from_pretrained``, in place of ``device``; needs accelerate.
@@ -83,6 +83,7 @@ def _check_early(pruning: Mapping[str, Any]) -> None:
     Budgets.parse(pruning.get("keep", 1))
     resolve_method(pruning.get("method", "adav"), pruning.get("compat"))
     need_seed(pruning.get("seed", 0))
+    check_positions(pruning.get("positions"))
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:

@@ -152,6 +152,16 @@ def pad_token(kwargs: dict[str, Any], model: Any) -> int:
     return 0 if pad is None else int(pad)
 
 
+def flash_attention(model: Any) -> bool:
+    """Whether the LLM attends by FlashAttention, which drops a mask that masks nothing."""
+    return "flash" in str(model.config.get_text_config()._attn_implementation)
+
+
+def loses_mask(kwargs: dict[str, Any], model: Any) -> bool:
+    """Whether ``generate`` drops a mask that masks nothing, and then looks at gaps in positions."""
+    return flash_attention(model) or effective("use_cache", kwargs, model) is False
+
+
 def refuse_impossible(kwargs: dict[str, Any], model: Any) -> None:
     """Refuse options of ``generate`` that cannot work with a pruned prompt.
 

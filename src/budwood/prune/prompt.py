@@ -149,6 +149,11 @@ class Pruned:
             )
         return columns[0]
 
+    def with_padding(self) -> Pruned:
+        """The same with one more column of padding in front."""
+        index = torch.nn.functional.pad(self.index, (1, 0))
+        return Pruned(index, torch.nn.functional.pad(self.valid, (1, 0)), self.n_tokens)
+
     @property
     def origin(self) -> Tensor:
         """Position in the original prompt, -1 for padding, int64, shape (batch, n_kept)."""

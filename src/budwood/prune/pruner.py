@@ -24,9 +24,10 @@ from budwood.prune.turns import (
     CachedPrompt,
     Counts,
     count_visuals,
-    counted_in_front,
+    counted,
     misfit,
     new_pictures,
+    position_ids,
 )
 
 _Optional = Sequence[Tensor | None]
@@ -107,6 +108,7 @@ class Pruner:
         seed: for methods that draw.
         exact_timing: wait for the GPU before looking at the clock.
         encoded: the pictures of every call; None encodes those that a call brings.
+        in_place: what is kept stays at its position in the whole prompt.
     """
 
     model: Any
@@ -117,8 +119,15 @@ class Pruner:
     seed: int = 0
     exact_timing: bool = False
     encoded: Encoded | None = None
+    in_place: bool = False
 
-    def cut(self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None) -> Cut:
+    def cut(
+        self,
+        inputs: dict[str, Any],
+        pad: int,
+        held: CachedPrompt | None = None,
+        masked: bool = False,
+    ) -> Cut:
         """Encode the visuals once, choose, and shorten everything that has an entry per token.
 
         Prompts are read before the encoder runs, so that reading does not wait for it. In a later
@@ -129,6 +138,8 @@ class Pruner:
                 ``attention_mask`` and images.
             pad: token id for new padding.
             held: what the cache holds, the first tokens of ``input_ids``; None if it is empty.
+            masked: where positions have gaps, put a masked token in front. Without any,
+                transformers drops the mask, and then may take gaps for several packed sequences.
 
         Raises:
             InputError: placeholders and images do not match, or features have NaN (CPU).
@@ -165,6 +176,8 @@ class Pruner:
         from_end = _reads_from_end(inputs, placed, answers)
         pruned = prune_rows(mask, placed, places, device, from_end, n_held)
         positions = self._positions(inputs, ids, mask, held)
+        if masked and positions is not None and len(positions) == 1:
+            pruned = pruned.with_padding()
         shorter = self._shorten(inputs, pruned, pad, positions, held)
         shorter["mm_encoder_outputs"] = _outputs(found, chosen, kept)
         checks = [usable(*three) for three in signals if three[0].device.type != "cpu"]
@@ -310,22 +323,31 @@ class Pruner:
     def _positions(
         self, inputs: dict[str, Any], ids: Tensor, mask: Tensor, held: CachedPrompt | None
     ) -> Tensor | None:
-        """Coordinates of the whole prompt, for models that have some, shape (n_axes, batch, n).
+        """Coordinates of the whole prompt, shape (n_axes, batch, n); None to count what is left.
 
         Behind what a cache holds they continue after its largest; there they are zeros.
         """
         if held is None:
-            return self.family.positions(inputs, ids, mask)
+            return self._coordinates(inputs, ids, mask, self.in_place)
         inputs = inputs | {
             name: inputs[name][:, held.n_seen :]
             for name in ("token_type_ids", "mm_token_type_ids")
             if inputs.get(name) is not None
         }
-        behind = self.family.positions(inputs, ids[:, held.n_seen :], mask[:, held.n_seen :])
+        in_place = self.in_place or "position_ids" in held.inputs
+        new = slice(held.n_seen, None)
+        behind = self._coordinates(inputs, ids[:, new], mask[:, new], in_place)
         if behind is None:
             return None
         start = held.next_position.to(behind.device)
         return torch.nn.functional.pad(behind + start, (held.n_seen, 0))
+
+    def _coordinates(
+        self, inputs: dict[str, Any], ids: Tensor, mask: Tensor, in_place: bool
+    ) -> Tensor | None:
+        """The family's; for others one axis, which counts the tokens of the whole prompt."""
+        positions = self.family.positions(inputs, ids, mask)
+        return counted(mask)[None] if positions is None and in_place else positions
 
     def _shorten(
         self,
@@ -348,8 +370,8 @@ class Pruner:
         if held is not None:
             shorter |= held.followed(shorter, positions)
         elif positions is not None:
-            shorter["position_ids"] = counted_in_front(positions, shorter["attention_mask"])
-        if positions is not None:
+            shorter["position_ids"] = position_ids(positions, shorter["attention_mask"])
+        if positions is not None and len(positions) > 1:
             self.family.placed(shorter["position_ids"][1:], shorter["attention_mask"])
         return shorter
 

@@ -16,14 +16,17 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from budwood.caches import by_new_name, by_one_name, cache_of, takes_new_name
+from budwood.catalogue import POSITIONS
 from budwood.checks import need_seed
-from budwood.errors import AttachError, InputError
+from budwood.errors import AttachError, InputError, UnknownNameError
 from budwood.prune.budget import Budgets
 from budwood.prune.bypass import Guard
 from budwood.prune.encoded import Encoded
 from budwood.prune.families import as_built, family_of
 from budwood.prune.generation import (
     PromptSwap,
+    flash_attention,
+    loses_mask,
     pad_token,
     prompt_mask,
     refuse_explicit,
@@ -64,6 +67,7 @@ def attach(
     timing: bool = False,
     encoded: Encoded | None = None,
     patches: str = "mean",
+    positions: str | None = None,
 ) -> PruneSession:
     """Prune the visual tokens of every image and video that ``model.generate`` is called with.
 
@@ -104,22 +108,34 @@ def attach(
         patches: how the patches that become one token make its saliency, on models that merge them
             (Qwen, 2×2): the ``"mean"`` or the ``"max"`` of the attention that they receive, or the
             mean ``"norm"`` of their features before the merger.
+        positions: where the LLM sees what is kept. ``"original"``: each token stays at its position
+            in the whole prompt, so that the LLM knows where in the picture it is. ``"compact"``:
+            positions count what is left, as published methods have it. None: the method's own,
+            ``"original"`` for ``adav+`` and ``"compact"`` for all others. Models with coordinates
+            (Qwen) always have the original ones.
 
     Returns:
         The session, with ``report`` and ``timing`` of the last call.
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no vision.
-        AttachError: the model is already attached to, or ``encoded`` is for other methods.
-        UnknownNameError: unknown method, ``compat`` or ``question``.
+        AttachError: the model is already attached to, or ``encoded`` is for other methods, or
+            ``positions`` is not for this model.
+        UnknownNameError: unknown method, ``compat``, ``question`` or ``positions``.
         BudgetError: ``keep`` is neither a count nor a fraction.
         InputError: ``seed`` is out of range.
     """
     need_seed(seed)
     model = innermost(model)
     _refuse_attached(model)
+    check_positions(positions)
     chosen = resolve_method(method, compat)
     family = family_of(model, processor, chosen.whole_crops, patches)
+    if positions == "compact" and family.has_coordinates:
+        raise AttachError(
+            f"positions='compact' is not for {model.config.model_type}, whose tokens have "
+            "coordinates in the picture; leave it out"
+        )
     if encoded is not None and encoded.whole_crops != family.whole_crops:
         raise AttachError(
             f"method {chosen.name!r} cannot use these encoded pictures; encode them with "
@@ -143,6 +159,7 @@ def attach(
         seed,
         timing,
         encoded,
+        (positions or chosen.positions) == "original",
     )
     return PruneSession(pruner, forward)
 
@@ -312,7 +329,12 @@ class PruneSession:
             cached = unpruned_prompt(cache, ids, kwargs["attention_mask"], self.model, placeholders)
         pad = pad_token(kwargs, self.model)
         with torch.no_grad():
-            cut, prompt = self._continued(kwargs, cached, pad) if cached else self._cut(kwargs, pad)
+            masked = loses_mask(kwargs, self.model)
+            cut, prompt = (
+                self._continued(kwargs, cached, pad, masked)
+                if cached
+                else self._cut(kwargs, pad, masked=masked)
+            )
         self._note(prompt, cache)
         n_pruned = cut["input_ids"].shape[1]
         swap = PromptSwap(ids, n_pruned)
@@ -324,7 +346,7 @@ class PruneSession:
         return self._calls.note(output)
 
     def _continued(
-        self, kwargs: dict[str, Any], cached: CachedPrompt, pad: int
+        self, kwargs: dict[str, Any], cached: CachedPrompt, pad: int, masked: bool
     ) -> tuple[dict[str, Any], CachedPrompt]:
         """A later turn: what the cache holds stays as it was, new images are pruned."""
         family, ids, mask = self.pruner.family, kwargs["input_ids"], kwargs["attention_mask"]
@@ -340,7 +362,7 @@ class PruneSession:
                 )
             is_new |= n_new > 0
         if is_new:
-            return self._cut(kwargs, pad, held)
+            return self._cut(kwargs, pad, held, masked)
         self._calls.last = Call(n_cached_images=held.n_all)
         prompt = held.extended(ids, mask)
         given = family.without_pictures({**kwargs, **prompt.inputs})
@@ -374,7 +396,7 @@ class PruneSession:
             )
         elif kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
-        cut, prompt = self._cut(kwargs, pad, held)
+        cut, prompt = self._cut(kwargs, pad, held, flash_attention(self.model))
         if cut.get("position_ids") is None:  # counted as generate() counts them
             cut["position_ids"] = (cut["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         for name in ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids"):
@@ -388,13 +410,17 @@ class PruneSession:
         return self._calls.note(output)
 
     def _cut(
-        self, inputs: dict[str, Any], pad: int, held: CachedPrompt | None = None
+        self,
+        inputs: dict[str, Any],
+        pad: int,
+        held: CachedPrompt | None = None,
+        masked: bool = False,
     ) -> tuple[dict[str, Any], CachedPrompt]:
         """Prune the images of a call that no cache holds, and say what a cache then holds."""
         refuse_inputs(inputs, self.pruner.family.has_whole_video(inputs))
         if held is not None:
             self.pruner.family.refuse_later(len(held.whole))
-        cut = self.pruner.cut(inputs, pad, held)
+        cut = self.pruner.cut(inputs, pad, held, masked)
         n_held = held.n_all if held else 0
         self._calls.last = Call(cut.report, cut.usable, cut.timing, cut.origin, False, n_held)
         return cut.inputs, CachedPrompt.of(
@@ -496,6 +522,17 @@ def _prompts(kwargs: dict[str, Any]) -> Tensor | None:
     ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs")
     encoded = kwargs.get("inputs_embeds") is not None or bool(kwargs.get("mm_encoder_outputs"))
     return None if encoded or not isinstance(ids, Tensor) or ids.ndim != 2 else ids
+
+
+def check_positions(positions: str | None) -> None:
+    """Check where the LLM is to see what is kept.
+
+    Raises:
+        UnknownNameError: it is none of ``POSITIONS``, nor None.
+    """
+    if positions not in (None, *POSITIONS):
+        known = ", ".join(POSITIONS)
+        raise UnknownNameError(f"unknown positions {positions!r}; known: {known}")
 
 
 def _refuse_attached(model: Any) -> None:

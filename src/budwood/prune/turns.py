@@ -26,7 +26,8 @@ class CachedPrompt:
     Attributes:
         whole: the prompt as the user gave it, int64, shape (batch, n_tokens).
         inputs: what the model was called with in its place: ``input_ids``, ``attention_mask`` and,
-            for models with coordinates, ``position_ids``; shapes (..., batch, n_kept).
+            where positions do not count the kept tokens, ``position_ids``; shapes
+            (..., batch, n_kept).
         n_visuals: images, and videos, in each row.
         owner: the model that filled the cache.
     """
@@ -98,10 +99,10 @@ class CachedPrompt:
             # As generate() does it: what is not attended to has no position.
             steps = behind.long().cumsum(-1)[:, -new.shape[1] :] - 1
             positions = self.next_position.to(new.device) + steps
-            if "position_ids" in self.inputs:
-                counted = pruned.long().sum(-1, keepdim=True) + steps
+            if "position_ids" in self.inputs and self.inputs["position_ids"].ndim == 3:
+                at = pruned.long().sum(-1, keepdim=True) + steps
                 n_axes = len(self.inputs["position_ids"]) - 1
-                positions = torch.cat((counted[None], positions.expand(n_axes, -1, -1)))
+                positions = torch.cat((at[None], positions.expand(n_axes, -1, -1)))
             fixed["position_ids"] = positions
         return fixed
 
@@ -191,7 +192,8 @@ class CachedPrompt:
         positions = self.inputs.get("position_ids")
         if positions is not None:  # text continues behind the largest coordinate, on all axes alike
             steps = after.long().cumsum(-1) - 1
-            positions = (self.next_position + steps).expand(len(positions) - 1, -1, -1)
+            n_axes = len(_axes(positions))
+            positions = (self.next_position + steps).expand(n_axes, -1, -1)
         more = {"input_ids": new, "attention_mask": after}
         return CachedPrompt(ids, self.followed(more, positions), self.n_visuals, self.owner)
 
@@ -201,8 +203,8 @@ class CachedPrompt:
         Args:
             more: ``input_ids``, ``attention_mask`` and perhaps kinds of tokens for these tokens,
                 shape (batch, n_new).
-            positions: their coordinates, shape (n_axes, batch, n_new); None for models whose
-                positions count tokens.
+            positions: their coordinates, shape (n_axes, batch, n_new); None where positions count
+                the kept tokens.
 
         Returns:
             The same and perhaps ``position_ids``, of shape (..., batch, n_kept + n_new). Kinds of
@@ -217,15 +219,14 @@ class CachedPrompt:
         if positions is not None:
             before = self.coordinates(len(positions)).to(device)
             positions = torch.cat((before, positions.to(device)), dim=-1)
-            joined["position_ids"] = counted_in_front(positions, joined["attention_mask"])
+            joined["position_ids"] = position_ids(positions, joined["attention_mask"])
         return joined
 
     def coordinates(self, n_axes: int) -> Tensor:
         """Coordinates of the pruned prompt, int64, shape (n_axes, batch, n_kept)."""
         if "position_ids" in self.inputs:
-            return self.inputs["position_ids"][1:]
-        counted = (self.inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        return counted.expand(n_axes, -1, -1)
+            return _axes(self.inputs["position_ids"])
+        return counted(self.inputs["attention_mask"]).expand(n_axes, -1, -1)
 
     @property
     def next_position(self) -> Tensor:
@@ -373,15 +374,27 @@ def misfit(kind: str, n_new: int) -> InputError:
     )
 
 
-def counted_in_front(positions: Tensor, mask: Tensor) -> Tensor:
-    """Position ids of a model with coordinates: counted ones, then one for each axis.
+def position_ids(positions: Tensor, mask: Tensor) -> Tensor:
+    """Coordinates as a model takes them.
 
-    The model builds its mask from the counted ones; gaps in them would pass for several packed
-    sequences.
+    A model with several axes gets counted positions in front, from which it builds its mask; gaps
+    in them would pass for several packed sequences.
 
     Args:
         positions: coordinates, int64, shape (n_axes, batch, n_tokens).
         mask: attention mask, shape (batch, n_tokens).
+
+    Returns:
+        Shape (batch, n_tokens) for one axis, else (1 + n_axes, batch, n_tokens).
     """
-    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.cat((counted[None], positions))
+    return positions[0] if len(positions) == 1 else torch.cat((counted(mask)[None], positions))
+
+
+def _axes(ids: Tensor) -> Tensor:
+    """The coordinates in what :func:`position_ids` made, shape (n_axes, batch, n_tokens)."""
+    return ids[None] if ids.ndim == 2 else ids[1:]
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Positions that count attended tokens, int64, shape (batch, n_tokens), as the mask."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -230,7 +230,7 @@ def merge_lora(llm: nn.Module, lora: dict[str, Tensor]) -> None:
         weight.copy_((weight.float() + change).to(weight.dtype))
 
 
-def build_vlm(weights: Path = WEIGHTS, high_resolution: bool = False) -> tuple[Any, Any]:
+def build_vlm(weights: Path = WEIGHTS, high_resolution: bool = True) -> tuple[Any, Any]:
     """Assemble sprout from a folder with `PARTS`, in bfloat16.
 
     Args:
@@ -264,7 +264,7 @@ def build_vlm(weights: Path = WEIGHTS, high_resolution: bool = False) -> tuple[A
     return model, (make_high_processor if high_resolution else make_processor)(tokenizer)
 
 
-def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = False) -> tuple[Any, Any]:
+def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = True) -> tuple[Any, Any]:
     """Load the sprout VLM and its processor, ready to answer.
 
     The first call assembles the model and keeps it in an ordinary `save_pretrained` folder of
@@ -290,7 +290,7 @@ def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = False) ->
     return model.eval(), LlavaProcessor.from_pretrained(folder)
 
 
-def vlm_directory(high_resolution: bool = False) -> Path:
+def vlm_directory(high_resolution: bool = True) -> Path:
     """A `save_pretrained` folder of sprout, made on first use and when its parts have changed.
 
     Args:

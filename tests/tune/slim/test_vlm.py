@@ -52,7 +52,7 @@ def test_tuning_a_pruned_model(family):
 
 def test_sprout_learns_a_new_way_to_answer_on_few_tokens():
     """Scenes, the embedded model, and 64 of its 256 visual tokens, in training and after."""
-    model, processor = load_vlm()
+    model, processor = load_vlm(high_resolution=False)
     processor.tokenizer.padding_side = "left"
     asked = [(s, ask(s, "largest")[0]) for s in map(make_scene, range(40)) if ask(s, "largest")]
     prompt = render(processor, "What is the largest object?")

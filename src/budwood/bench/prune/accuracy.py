@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -85,6 +85,43 @@ class Outcome:
     times: dict[Run, Times] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Questions about some scenes, to be asked in some ways.
+
+    Attributes:
+        number: of these scenes among all.
+        config: what is compared.
+        scenes: with the questions about each.
+        missing: numbers of the runs to do, in ``config.runs``.
+    """
+
+    number: int
+    config: Config
+    scenes: Sequence[tuple[Scene, list[Asked]]]
+    missing: Sequence[int]
+
+    def rows(self, model: Any, processor: Any) -> Iterator[Row]:
+        """What the model answers, run by run."""
+        exam = _Exam(model, processor, self.config, self.number, self.scenes)
+        for i in self.missing:
+            answered = exam.sit(self.config.runs[i])
+            right = [
+                normalise(text) == normalise(one.question.answer)
+                for text, one in zip(answered.texts, exam.asked)
+            ]
+            yield {
+                "chunk": self.number,
+                "run": i,
+                "n_kept": answered.n_kept,
+                "right": right,
+            }
+
+
+AnswersOf = Callable[[Iterable[Task]], Iterator[list[Row]]]
+"""Answers tasks, in any order; yields rows of one task at a time, all or some."""
+
+
 def run(
     model: Any,
     processor: Any,
@@ -92,6 +129,7 @@ def run(
     progress: Progress = silent,
     begun: Sequence[Row] = (),
     keep: Callable[[list[Row]], None] | None = None,
+    answers_of: AnswersOf | None = None,
 ) -> Outcome:
     """Ask every question with every method and budget, with all tokens, and blind.
 
@@ -103,7 +141,9 @@ def run(
         config: what to run.
         progress: called after each batch of answers.
         begun: answers of an interrupted run, as given to ``keep``.
-        keep: called after each batch with all answers so far.
+        keep: called after each batch of scenes with all answers so far.
+        answers_of: answers the questions, as :meth:`Workers.answers` does; None asks the model in
+            this process.
 
     Raises:
         InputError: the scenes allow no question.
@@ -117,33 +157,42 @@ def run(
     asked = [one for _, of_scene in scenes for one in of_scene]
     if not asked:
         raise InputError(f"n_scenes={config.n_scenes} scenes allow no question; give more")
-    done = {(row["chunk"], row["run"]): row for row in begun}
+    tasks = _tasks(config, scenes, begun)
     rows, n_answers = list(begun), len(asked) * len(config.runs)
-    for number, chunk in enumerate(_chunks(scenes, config.batch)):
-        missing = [i for i in range(len(config.runs)) if (number, i) not in done]
-        exam = _Exam(model, processor, config, number, chunk) if missing else None
-        for i in missing:
-            assert exam is not None
-            answered = exam.sit(config.runs[i])
-            done[number, i] = {"chunk": number, "run": i, "n_kept": answered.n_kept} | {
-                "right": [
-                    normalise(text) == normalise(one.question.answer)
-                    for text, one in zip(answered.texts, exam.asked)
-                ]
-            }
-            rows.append(done[number, i])
-            progress(sum(len(row["right"]) for row in rows), n_answers)
-        if keep and missing:
+    for more in (answers_of or partial(_in_turn, model, processor))(tasks):
+        rows += more
+        progress(sum(len(row["right"]) for row in rows), n_answers)
+        finished = sum(row["chunk"] == more[-1]["chunk"] for row in rows) == len(config.runs)
+        if keep and finished:
             keep(rows)
+    rows.sort(key=lambda row: row["chunk"])
     outcome = Outcome(asked, {}, [])
     for i, run_ in enumerate(config.runs):
-        answers = [row for (_, which), row in sorted(done.items()) if which == i]
+        answers = [row for row in rows if row["run"] == i]
         outcome.right[run_] = [right for row in answers for right in row["right"]]
         outcome.n_kept[run_] = [n_kept for row in answers for n_kept in row["n_kept"]]
     outcome.n_visual = [int(n) for n in outcome.n_kept[FULL]]
     timed = [(scenes[one.scene][0].image, one) for one in _spread(asked, config.n_timed)]
     outcome.times = measure(model, processor, config.runs, timed)
     return outcome
+
+
+def _tasks(
+    config: Config, scenes: Sequence[tuple[Scene, list[Asked]]], begun: Sequence[Row]
+) -> Iterator[Task]:
+    """What an interrupted run has not done."""
+    done = {(row["chunk"], row["run"]) for row in begun}
+    for number, chunk in enumerate(_chunks(scenes, config.batch)):
+        missing = [i for i in range(len(config.runs)) if (number, i) not in done]
+        if missing:
+            yield Task(number, config, chunk, missing)
+
+
+def _in_turn(model: Any, processor: Any, tasks: Iterable[Task]) -> Iterator[list[Row]]:
+    """Answer tasks one after the other, row by row."""
+    for task in tasks:
+        for row in task.rows(model, processor):
+            yield [row]
 
 
 def measure(
@@ -175,7 +224,7 @@ def measure(
         with attach(model, processor=processor, **options) as session:
             return generate_timed(model, inputs, session, max_new_tokens=1).first
 
-    named = {str(i): functools.partial(time_one, run_) for i, run_ in enumerate(runs)}
+    named = {str(i): partial(time_one, run_) for i, run_ in enumerate(runs)}
     results = side_by_side(named, len(questions))
     times = {run_: results[str(i)] for i, run_ in enumerate(runs)}
     full = [first.total_ms for first in times[FULL]]

@@ -22,6 +22,7 @@ from budwood.caches import cache_of, name_for
 from budwood.prune.chat import GREEDY, Turns, answers, prepare
 from budwood.prune.encoded import Encoded, encode
 from budwood.prune.families import Family, family_of
+from budwood.prune.generation import flash_attention
 from budwood.prune.inside import Schedule, attach_inside
 from budwood.prune.report import ImageReport
 from budwood.prune.selection import resolve_method
@@ -120,6 +121,8 @@ class Sheet:
     def can_share(self) -> bool:
         """Whether positions count tokens, and every picture lies in the shared beginning."""
         ids, mask = self.inputs["input_ids"].cpu(), self.inputs["attention_mask"].cpu()
+        if flash_attention(self.model):  # would take gaps in positions for several sequences
+            return False
         if self.family.positions(self.inputs, ids, mask) is not None:
             return False
         groups = self.prompts.values()
@@ -169,10 +172,11 @@ def answer_full(sheet: Sheet) -> Answered:
     if not sheet.can_share:
         return Answered(sheet.generate(sheet.inputs), sheet.n_visual, list(sheet.n_visual))
 
-    def begin(picture: int, n_shared: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def begin(picture: int, n_shared: int) -> _Beginning:
         features = sheet.encoded().features[picture]
         outputs = {sheet.family.kind: sheet.family.outputs([features])}
-        return sheet.prompts[picture][0][:n_shared], outputs
+        ids = sheet.prompts[picture][0][:n_shared]
+        return _Beginning(ids, outputs, torch.arange(n_shared), n_shared)
 
     return Answered(_texts(sheet, begin), sheet.n_visual, list(sheet.n_visual))
 
@@ -181,12 +185,18 @@ def _answer_shared(sheet: Sheet, encoded: Encoded, options: Mapping[str, Any]) -
     """Prune each picture once for all questions about it."""
     reports: dict[int, ImageReport] = {}
 
-    def begin(picture: int, n_shared: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def begin(picture: int, n_shared: int) -> _Beginning:
         with attach(sheet.model, encoded=encoded.pick([picture]), **options) as session:
             cut = session.pruner.cut(sheet.alone(sheet.rows[picture][0]), sheet.pad)
         (reports[picture],) = cut.report
-        prefix = cut.inputs["input_ids"][0, cut.origin[0] < n_shared]
-        return prefix, cut.inputs["mm_encoder_outputs"]
+        (origin,) = cut.origin
+        ids, outputs = (
+            cut.inputs["input_ids"][0, origin < n_shared],
+            cut.inputs["mm_encoder_outputs"],
+        )
+        if session.pruner.in_place:
+            return _Beginning(ids, outputs, origin[origin < n_shared], n_shared)
+        return _Beginning(ids, outputs, torch.arange(len(ids)), len(ids))
 
     texts = _texts(sheet, begin)
     return Answered(
@@ -196,22 +206,37 @@ def _answer_shared(sheet: Sheet, encoded: Encoded, options: Mapping[str, Any]) -
     )
 
 
-def _texts(
-    sheet: Sheet, begin: Callable[[int, int], tuple[Tensor, Mapping[str, Any]]]
-) -> list[str]:
+@dataclass(frozen=True, eq=False)
+class _Beginning:
+    """The beginning of a prompt, with its picture.
+
+    Attributes:
+        ids: token ids, shape (n,).
+        outputs: of the encoder, as the model takes them.
+        positions: of the tokens, int64, on the CPU, shape (n,).
+        stop: the position of the first token behind.
+    """
+
+    ids: Tensor
+    outputs: Mapping[str, Any]
+    positions: Tensor
+    stop: int
+
+
+def _texts(sheet: Sheet, begin: Callable[[int, int], _Beginning]) -> list[str]:
     """Answers, where the questions about a picture share the beginning of their prompts.
 
     Args:
         sheet: the questions.
-        begin: gives the token ids of a picture's beginning, and its encoder outputs, from the
-            number of the picture and the length of the beginning before pruning.
+        begin: gives a picture's beginning, from the number of the picture and the length of the
+            beginning before pruning.
     """
     texts = [""] * len(sheet.which)
     for picture, rows in sheet.rows.items():
         prompts = sheet.prompts[picture]
         n_shared = _n_common(prompts)
         rests = [prompt[n_shared:] for prompt in prompts]
-        shared = _after_prefix(sheet, *begin(picture, n_shared), rests)
+        shared = _after(begin(picture, n_shared), sheet, rests)
         for row, text in zip(rows, sheet.generate(shared)):
             texts[row] = text
     return texts
@@ -231,17 +256,18 @@ def _answer_inside(sheet: Sheet, schedule: Schedule, keep: int | float) -> Answe
 
 
 @torch.no_grad()
-def _after_prefix(
-    sheet: Sheet, prefix: Tensor, outputs: Mapping[str, Any], rests: Sequence[Tensor]
-) -> dict[str, Any]:
-    """Prefill a beginning with its picture, and give the inputs of ``generate`` for all rests.
+def _after(beginning: _Beginning, sheet: Sheet, rests: Sequence[Tensor]) -> dict[str, Any]:
+    """Prefill a beginning, and give the inputs of ``generate`` for all rests.
 
     Shorter rests are padded on the left, behind the beginning.
     """
+    prefix = beginning.ids
+    places = beginning.positions.to(prefix.device)
     output = sheet.model(
         input_ids=prefix[None],
         attention_mask=torch.ones_like(prefix[None]),
-        mm_encoder_outputs=outputs,
+        position_ids=places[None],
+        mm_encoder_outputs=beginning.outputs,
         use_cache=True,
         logits_to_keep=1,
     )
@@ -249,11 +275,14 @@ def _after_prefix(
     cache.batch_repeat_interleave(len(rests))
     n_shared, longest = len(prefix), len(prefix) + max(map(len, rests))
     ids = prefix.new_full((len(rests), longest), sheet.pad)
-    mask = torch.zeros_like(ids)
-    ids[:, :n_shared], mask[:, :n_shared] = prefix, 1
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    ids[:, :n_shared], mask[:, :n_shared], positions[:, :n_shared] = prefix, 1, places
     for row, rest in enumerate(rests):
-        ids[row, longest - len(rest) :], mask[row, longest - len(rest) :] = rest, 1
-    return {"input_ids": ids, "attention_mask": mask, name_for(sheet.family.model): cache}
+        own = slice(longest - len(rest), None)
+        ids[row, own], mask[row, own] = rest, 1
+        positions[row, own] = beginning.stop + torch.arange(len(rest), device=ids.device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return inputs | {name_for(sheet.family.model): cache}
 
 
 def _n_common(prompts: Sequence[Tensor]) -> int:

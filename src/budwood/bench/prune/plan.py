@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from budwood.catalogue import POSITIONS
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnknownNameError
 from budwood.prune.budget import Budget
@@ -13,7 +15,9 @@ from budwood.prune.methods import METHODS
 from budwood.prune.question import PUBLISHED, QUESTIONS
 from budwood.prune.selection import resolve_method
 from budwood.spec import parse_spec
-from budwood.sprout.questions import HIGH_KINDS, KINDS
+
+OWN = "own"
+"""In a list of positions: each method's own."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,12 @@ class Variant:
     Attributes:
         method: a name in ``METHODS``, also with parameters, or in ``SCHEDULES``.
         question: which text counts as the question; None if the method reads no text.
+        positions: where the LLM sees what is kept, as in ``attach``; None for the method's own.
     """
 
     method: str
     question: str | None = PUBLISHED
+    positions: str | None = None
 
     @property
     def inside(self) -> bool:
@@ -39,9 +45,20 @@ class Variant:
         return SCHEDULES.get(self.method)(average=False)
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, str | None]:
         """Arguments for ``attach``."""
-        return {"method": self.method, "question": self.question or PUBLISHED}
+        return {
+            "method": self.method,
+            "question": self.question or PUBLISHED,
+            "positions": self.positions,
+        }
+
+    @property
+    def placed(self) -> str:
+        """Where the LLM sees what is kept, one of ``POSITIONS``."""
+        if self.inside:
+            return "original"
+        return self.positions or resolve_method(self.method).positions
 
 
 @dataclass(frozen=True)
@@ -118,22 +135,24 @@ class Config:
             raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of question that the scenes allow."""
-        return HIGH_KINDS if self.high_resolution else KINDS
-
-    @property
     def runs(self) -> list[Run]:
         """All that is compared: baselines, then budget by budget."""
         pruned = [Run("", variant, keep) for keep in self.keeps for variant in self.variants]
         return [FULL, BLIND, *pruned]
 
     def first_question(self, run: Run) -> Run | None:
-        """The run of the same method and budget with the first choice of question."""
+        """The run of the same method, positions and budget with the first choice of question."""
+        if run.variant is None:
+            return None
+        like = {"question": run.variant.question}
         same = (
-            other for other in self.runs if (other.method, other.keep) == (run.method, run.keep)
+            other
+            for other in self.runs
+            if other.variant
+            and other.keep == run.keep
+            and dataclasses.replace(other.variant, **like) == run.variant
         )
-        return next(same) if run.variant else None
+        return next(same)
 
     def reference_run(self, keep: int | float | None) -> Run | None:
         """The run that others of this budget are compared to, if the reference takes part."""
@@ -142,7 +161,10 @@ class Config:
 
 
 def variants_of(
-    methods: Sequence[str], compat: str | None = None, questions: Sequence[str] = (PUBLISHED,)
+    methods: Sequence[str],
+    compat: str | None = None,
+    questions: Sequence[str] = (PUBLISHED,),
+    positions: Sequence[str] = (OWN,),
 ) -> list[Variant]:
     """List every variant of some methods, in order and without repeats.
 
@@ -150,24 +172,40 @@ def variants_of(
         methods: names in ``METHODS``, also with parameters, or in ``SCHEDULES``.
         compat: ``"official"`` adds ``NAME-official`` behind every method that has one.
         questions: choices of question; methods that read no text are run once.
+        positions: some of ``POSITIONS``, or ``"own"`` for each method's; methods inside the LLM
+            are run once.
 
     Raises:
         UnknownNameError: an unknown name.
-        InputError: no method, or no choice of question.
+        InputError: no method, no choice of question, or no positions.
     """
-    if not methods or not questions:
-        raise InputError("nothing to compare: give at least one method and one choice of question")
-    for question in questions:
-        if question not in QUESTIONS:
-            known = ", ".join(QUESTIONS)
-            raise UnknownNameError(f"unknown question {question!r}; known: {known}")
+    if not methods or not questions or not positions:
+        raise InputError(
+            "nothing to compare: give at least one method, choice of question and positions"
+        )
+    for what, given, known in (
+        ("question", questions, QUESTIONS),
+        ("positions", positions, (OWN, *POSITIONS)),
+    ):
+        for name in given:
+            if name not in known:
+                raise UnknownNameError(f"unknown {what} {name!r}; known: {', '.join(known)}")
     names = [name for method in methods for name in _forms(method, compat)]
     variants = [
-        Variant(name, question)
+        Variant(name, question, place)
         for name in names
         for question in (questions if _reads_text(name) else [None])
+        for place in _places(name, positions)
     ]
     return list(dict.fromkeys(variants))
+
+
+def _places(method: str, positions: Sequence[str]) -> list[str | None]:
+    """Positions of a method that are not its own, and None for its own."""
+    if method in SCHEDULES:
+        return [None]
+    own = resolve_method(method).positions
+    return [None if place in (OWN, own) else place for place in positions]
 
 
 def _forms(method: str, compat: str | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from budwood.bench.prune.accuracy import Asked, Outcome
 from budwood.bench.prune.plan import FULL, Config, Run
 from budwood.bootstrap import PairedBootstrap, interval, ratio
+from budwood.sprout.questions import KINDS
 from budwood.sprout.scenes import Box
 
 Row = dict[str, Any]
@@ -32,14 +33,13 @@ included, in px."""
 def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     """Make the rows of a record: ``full`` and ``blind``, then each method at each budget.
 
-    Every row has ``method, keep, question, n_visual, n_kept``; ``accuracy``, ``retention``
-    (accuracy over that with all tokens) and ``difference`` (to the reference at the same budget, in
-    accuracy), ``question_difference`` (to the same method with the first choice of question), each
-    with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
+    Every row has ``method, keep, question, positions, n_visual, n_kept``; ``accuracy``,
+    ``retention`` (accuracy over that with all tokens) and ``difference`` (to the reference at the
+    same budget, in accuracy), ``question_difference`` (to the same method with the first choice of
+    question), each with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
     ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; ``accuracy_SIZE`` for
     each of ``SIZES``; ``best``, the best other method at the same budget, and ``best_difference``
-    to it; and the times. What
-    is not known, such as the difference of a baseline, is None.
+    to it; and the times. What is not known, such as the difference of a baseline, is None.
     """
     draws = PairedBootstrap(
         [asked.scene for asked in outcome.asked], config.n_resamples, config.seed
@@ -47,21 +47,21 @@ def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     return [_row(run, outcome, config, draws) for run in config.runs]
 
 
-def counts(outcome: Outcome, config: Config) -> dict[str, int]:
+def counts(outcome: Outcome) -> dict[str, int]:
     """Count questions: all, in each group, of each kind and size."""
     numbers = {"n_questions": len(outcome.asked)}
     for group, belongs in GROUPS.items():
         if group:
             numbers[f"n_{group}"] = sum(map(belongs, outcome.asked))
-    for name, belongs in _parts(config).items():
+    for name, belongs in _parts().items():
         numbers[f"n_{name}"] = sum(map(belongs, outcome.asked))
     return numbers
 
 
-def _parts(config: Config) -> dict[str, Callable[[Asked], bool]]:
+def _parts() -> dict[str, Callable[[Asked], bool]]:
     """Questions of each kind and size."""
     parts: dict[str, Callable[[Asked], bool]] = {
-        kind: lambda asked, kind=kind: asked.question.kind == kind for kind in config.kinds
+        kind: lambda asked, kind=kind: asked.question.kind == kind for kind in KINDS
     }
     for size, fits in SIZES.items():
         parts[size] = lambda asked, fits=fits: (
@@ -81,13 +81,14 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
         "method": run.method,
         "keep": 1.0 if run.keep is None else run.keep,
         "question": run.variant.question if run.variant else None,
+        "positions": run.variant.placed if run.variant else None,
         "n_visual": _mean(outcome.n_visual),
         "n_kept": _mean(outcome.n_kept[run]),
         "best": best.method if best else None,
     }
     for group, belongs in GROUPS.items():
         row |= _scores(run, best, outcome, config, draws, group, belongs)
-    for name, belongs in _parts(config).items():
+    for name, belongs in _parts().items():
         counted = [belongs(asked) for asked in outcome.asked]
         row[f"accuracy_{name}"] = _accuracy(outcome.right[run], counted)
     return row | {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from budwood.cli import options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress
 from budwood.cli.results import Results
+from budwood.loading import SPROUT_256, load_vlm_model
 
 if TYPE_CHECKING:
     from budwood.bench.prune import Config
@@ -22,6 +25,7 @@ COLUMNS = Columns(
     Column("method", only="record"),
     Column("curve", heading="method", only="terminal"),
     Column("question", only="record"),
+    Column("positions", only="record"),
     Column("keep"),
     Column("n_kept", heading="tokens"),
     Column("accuracy", ".1%", only="record"),
@@ -49,9 +53,11 @@ COLUMNS = Columns(
 
 
 def bench_prune(
-    methods: options.BenchMethods = "adav,adav-contrast,fastervlm,t2i,random,uniform",
-    keep: options.Keeps = "0.11,0.055",
-    scenes: Annotated[int, typer.Option(help="Scenes, each with up to six questions.")] = 200,
+    methods: options.BenchMethods = "adav+,adav,adav-contrast,scope,fastervlm,random,uniform",
+    keep: options.Keeps = "0.1,0.05",
+    scenes: Annotated[
+        int, typer.Option(help="Scenes, each with one question of every kind that it allows.")
+    ] = 200,
     seed: Annotated[
         int, typer.Option(help="Seed of scenes, random draws and intervals, 0 to 999.")
     ] = 0,
@@ -59,10 +65,15 @@ def bench_prune(
         str, typer.Option(help="test; or shifted, with looks outside the training range.")
     ] = "test",
     high_resolution: Annotated[
-        bool,
-        typer.Option("--high-resolution", help="Large pictures with many small objects."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--high-resolution/--small-pictures",
+            help="672 px and other shapes with many small objects, the default but for "
+            "sprout-256; or 336 px.",
+        ),
+    ] = None,
     question: options.Questions = "all",
+    positions: options.SeveralPositions = "own",
     turns: Annotated[
         int, typer.Option(help="Questions in a chat, each about other objects; the last counts.")
     ] = 1,
@@ -74,6 +85,10 @@ def bench_prune(
     batch: Annotated[int, typer.Option(help="Questions answered at a time.")] = 24,
     timed: Annotated[int, typer.Option(help="Questions whose first token is timed.")] = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 4,
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes that answer, each with a copy of the model; for CPUs."),
+    ] = 1,
     out: options.Out = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against budget.")
@@ -91,17 +106,18 @@ def bench_prune(
 
     \b
     Example:
-      budwood bench prune --scenes 200 --keep 0.11,0.055 --out record.json --plot curve.png
+      budwood bench prune --scenes 200 --keep 0.1,0.05 --out record.json --plot curve.png
     """
     config = _config(
         methods=methods,
         keep=keep,
         compat=compat,
         question=question,
+        positions=positions,
         seed=seed,
         n_scenes=scenes,
         split=split,
-        high_resolution=high_resolution,
+        high_resolution=model != SPROUT_256 if high_resolution is None else high_resolution,
         batch=batch,
         max_new_tokens=max_new_tokens,
         n_timed=timed,
@@ -109,15 +125,19 @@ def bench_prune(
         reference=reference,
     )
     results = Results(out, force, json, plot, resumes=True)
-    record = _measure(config, (model, device, dtype), results)
+    record = _measure(config, (model, device, dtype), results, workers)
     shown = [_shown(row, record.rows) for row in record.rows]
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
 
-def _config(*, methods: str, keep: str, compat: str | None, question: str, **rest: Any) -> Config:
+def _config(
+    *, methods: str, keep: str, compat: str | None, question: str, positions: str, **rest: Any
+) -> Config:
     from budwood.bench.prune import Config, variants_of
 
-    variants = variants_of(options.listed(methods), compat, options.listed(question))
+    variants = variants_of(
+        options.listed(methods), compat, options.listed(question), options.listed(positions)
+    )
     keeps = tuple(options.keep_of(item) for item in options.listed(keep))
     _check_scenes(rest["seed"], rest["n_scenes"], rest["split"])
     return Config(tuple(variants), keeps, **rest)
@@ -131,9 +151,9 @@ def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
 
 
 def _measure(
-    config: Config, source: tuple[str | None, str, str], results: Results
+    config: Config, source: tuple[str | None, str, str], results: Results, n_workers: int
 ) -> records.Record:
-    from budwood.bench.prune import counts, rows_of, run
+    from budwood.bench.prune import Workers, counts, rows_of, run
     from budwood.cli.models import load
 
     loaded = load(*source)
@@ -141,18 +161,22 @@ def _measure(
         "bench prune", [], seed=config.seed, config=_described(config, loaded)
     )
     begun = results.begun(empty)
-    with progress("answers") as advance:
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if n_workers != 1:
+            workers = stack.enter_context(Workers(n_workers, partial(load_vlm_model, *source)))
         outcome = run(
             loaded.model,
             loaded.processor,
             config,
-            advance,
+            stack.enter_context(progress("answers")),
             begun,
             lambda rows: results.keep(dataclasses.replace(empty, rows=rows)),
+            workers and workers.answers,
         )
     rows = rows_of(outcome, config)
     return records.new_record(
-        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome, config)
+        "bench prune", rows, seed=config.seed, config=empty.config | counts(outcome)
     )
 
 
@@ -164,9 +188,10 @@ def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
 
 def _draw(rows: list[records.Row], path: Path) -> None:
     from budwood.bench.plots import plot_lines
+    from budwood.bench.report import label
 
     baselines = ("full", "blind")
-    curves = [row | {"curve": _label(row, rows)} for row in rows if row["method"] not in baselines]
+    curves = [row | {"curve": label(row, rows)} for row in rows if row["method"] not in baselines]
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
     plot_lines(
         curves,
@@ -184,17 +209,13 @@ def _draw(rows: list[records.Row], path: Path) -> None:
 
 def _shown(row: records.Row, rows: list[records.Row]) -> records.Row:
     """Put each interval of a row into one cell."""
+    from budwood.bench.report import label
+
     return row | {
-        "curve": _label(row, rows),
+        "curve": label(row, rows),
         "accuracy_interval": _interval(row, "accuracy", ".1%"),
         "difference_interval": _interval(row, "difference", "+.1%"),
     }
-
-
-def _label(row: records.Row, rows: list[records.Row]) -> str:
-    """The method, with its choice of question if there are several."""
-    several = {other["question"] for other in rows if other["method"] == row["method"]}
-    return f"{row['method']} ({row['question']})" if len(several) > 1 else row["method"]
 
 
 def _interval(row: records.Row, key: str, spec: str) -> str | None:

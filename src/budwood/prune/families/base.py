@@ -250,6 +250,7 @@ class Family(Visuals):
         videos: the same for videos; None where they are not pruned.
         has_whole_crops: it can give whole crops, as published LLaVA code does.
         merges_patches: it merges patches into one token, and knows all ``PATCH_SCORES``.
+        has_coordinates: :meth:`positions` gives some.
 
     Args:
         model: a transformers model for conditional generation.
@@ -263,6 +264,7 @@ class Family(Visuals):
     model_type: ClassVar[str]
     has_whole_crops: ClassVar[bool] = False
     merges_patches: ClassVar[bool] = False
+    has_coordinates: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any = None, whole_crops: bool = False) -> None:
         super().__init__(model)
@@ -301,7 +303,7 @@ class Family(Visuals):
     def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
         """Position ids that the kept tokens take along, int64, shape (n_axes, batch, n_tokens).
 
-        None for models whose positions simply count tokens: theirs become compact.
+        None for models whose positions simply count tokens.
 
         Args:
             inputs: what the model was called with.

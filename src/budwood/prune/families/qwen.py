@@ -36,6 +36,7 @@ class QwenVL(Family):
     """
 
     merges_patches: ClassVar[bool] = True
+    has_coordinates: ClassVar[bool] = True
 
     def __init__(
         self, model: Any, processor: Any = None, whole_crops: bool = False, kind: str = "image"

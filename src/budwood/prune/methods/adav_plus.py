@@ -1,7 +1,8 @@
-"""adav+: saliency and relevance in one score, times what a token adds to those already kept."""
+"""adav+: saliency and relevance in one score, times what a token adds to those kept nearby."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,25 +11,48 @@ from torch import Tensor
 
 from budwood.checks import need_number, need_positive
 from budwood.prune.methods.adav_contrast import Contrast
-from budwood.prune.methods.base import Selection
-from budwood.prune.methods.greedy import centred, most_covering
-from budwood.prune.methods.scores import relative
+from budwood.prune.methods.base import Extras, Selection
+from budwood.prune.methods.greedy import (
+    Coverage,
+    centred,
+    cosines,
+    in_blocks,
+    most_gaining,
+    targets_of,
+)
+from budwood.prune.methods.scores import descending, evenly_spaced, relative
+
+_DECIMALS = 6
 
 
 @dataclass(frozen=True)
 class AdaVPlus(Contrast):
-    """Keep salient or relevant tokens that show what no kept token shows yet. Ours.
+    """Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.
 
-    AdaV and the methods of its kind keep many tokens of one object. Here each step takes
-    ``argmax_i q_i · Σ_j max(0, cos_ij − best_j)`` with ``q = (1 − w) · s / max s + w · t / max t``:
-    s is the saliency and t the relevance of ``adav-contrast``, w is ``text_weight``, cosines are
-    those of tokens less their mean, and ``best_j`` is the largest of token j with a taken one, at
-    first 0. A question without tokens leaves saliency alone.
+    AdaV and the methods of its kind keep many tokens of one object. Here the best by relevance take
+    a small part of the budget, ``floor(reserve · keep)`` tokens. Then each step takes
+    ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where ``best_j`` is the largest c of token j with
+    a taken one, at least 0.
 
-    Source: ours; the coverage gain is SCOPE's (arXiv 2510.24214), centring Cen-Prune's.
+    1. The relevance t is that of ``adav-contrast``. Each token gets the mean over the picture,
+       weighted by ``exp(−d² / 2 blur²)``, where d is the distance of two tokens in the picture, in
+       tokens of the usual size. An overview and its tiles lie over each other.
+    2. ``q = (1 − w) · s / max s + w · t / max t``, where s is the saliency and w is
+       ``text_weight``. A question without tokens leaves saliency alone.
+    3. ``c_ij = max(0, cos_ij) · exp(−d² / 2 reach²)``, with cosines of tokens less their mean. A
+       token stands only for those around it, so that another copy of an object is kept too.
+
+    The LLM sees each kept token at its position in the whole prompt (see
+    :func:`budwood.prune.attach`). Without boxes in ``extras`` places do not count.
+
+    Source: ours. The coverage gain is SCOPE's (arXiv 2510.24214), centring Cen-Prune's, smoothing
+    EADP's.
 
     Args:
         text_weight: w, in [0, 1].
+        reserve: fraction of the budget that goes by relevance alone, at least 0 and below 1.
+        blur: in tokens, above 0.
+        reach: in tokens, above 0.
         temperature: as in ``adav-contrast``.
         common: likewise.
 
@@ -36,16 +60,24 @@ class AdaVPlus(Contrast):
         InputError: a parameter is outside its range.
     """
 
-    text_weight: float = 0.3
+    text_weight: float = 0.5
+    reserve: float = 0.125
+    blur: float = 1.0
+    reach: float = 3.0
 
     name: ClassVar[str] = "adav+"
     needs_text: ClassVar[bool] = True
     needs_saliency: ClassVar[bool] = True
-    source: ClassVar[str] = "ours, after AdaV, SCOPE and Cen-Prune"
+    needs_grid: ClassVar[bool] = True
+    positions: ClassVar[str] = "original"
+    source: ClassVar[str] = "ours, after AdaV, SCOPE, Cen-Prune and EADP"
 
     def __post_init__(self) -> None:
         need_number(lambda w: 0 <= w <= 1, "number from 0 to 1", text_weight=self.text_weight)
-        need_positive(temperature=self.temperature)
+        need_number(
+            lambda part: 0 <= part < 1, "number from 0 to less than 1", reserve=self.reserve
+        )
+        need_positive(temperature=self.temperature, blur=self.blur, reach=self.reach)
 
     def choose(
         self,
@@ -54,12 +86,51 @@ class AdaVPlus(Contrast):
         saliency: Tensor | None,
         keep: int,
         generator: torch.Generator | None = None,
+        extras: Extras | None = None,
     ) -> Selection:
         assert text is not None and saliency is not None  # select() has checked
+        places = None if extras is None or extras.boxes is None else centres(extras.boxes)
+        places = None if places is None else places.to(visual.device, non_blocking=True)
         log_t, s = self._log_relevance(visual, text), saliency.float()
-        quality = relative(s)
+        relevance, quality, first = log_t.exp(), relative(s), None
         if len(text) > 0:
-            by_text = (log_t - log_t.max()).exp().round(decimals=6)  # ties stay ties
+            t = (log_t - log_t.max()).exp()
+            t = t if places is None else blurred(t, places, self.blur)
+            by_text = relative(t).round(decimals=_DECIMALS)  # ties stay ties
             quality = torch.lerp(quality, by_text, self.text_weight)
-        indices = most_covering(centred(visual), keep, quality)
-        return Selection(indices, log_t.exp(), s)
+            first = descending(by_text)[: math.floor(self.reserve * keep)]
+        coverage = Coverage(self._covers(centred(visual), places))
+        return Selection(most_gaining(coverage, keep, quality, first), relevance, s)
+
+    def _covers(self, units: Tensor, places: Tensor | None) -> Tensor:
+        """How well each token stands for each target, shape (n, n_targets)."""
+        targets = targets_of(units)
+        table = cosines(units, targets).clamp_min_(0.0)
+        if places is not None:
+            around = places[evenly_spaced(len(units), len(targets), units.device)]
+            for start, rows in in_blocks(table, table.shape[1]):
+                here = places[start : start + len(rows)]
+                rows.mul_(closeness(here, around, self.reach).round_(decimals=_DECIMALS))
+        return table
+
+
+def centres(boxes: Tensor) -> Tensor:
+    """Centres of boxes (n, 4) in units of the median box, x and y, float32, shape (n, 2)."""
+    corners, opposite = boxes[:, :2].float(), boxes[:, 2:].float()
+    return (corners + opposite) / 2 / (opposite - corners).median(0).values.clamp_min(1e-6)
+
+
+def closeness(places: Tensor, others: Tensor, spread: float) -> Tensor:
+    """``exp(−d² / 2 spread²)`` of each pair, shape (n, n_others)."""
+    across, down = (places[:, axis, None] - others[:, axis] for axis in (0, 1))
+    squares = across.square_().add_(down.square_())
+    return squares.div_(-2 * spread**2).exp_()
+
+
+def blurred(scores: Tensor, places: Tensor, spread: float) -> Tensor:
+    """Mean of scores (n,) around each place (n, 2), weighted by closeness, shape (n,)."""
+    parts = []
+    for _, rows in in_blocks(places, len(places)):
+        weights = closeness(rows, places, spread)
+        parts.append(weights @ scores / weights.sum(1))
+    return torch.cat(parts)

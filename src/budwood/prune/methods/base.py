@@ -149,6 +149,7 @@ class Method(ABC):
         draws: ``choose`` reads ``generator``.
         whole_crops: it chooses from whole crops in the encoder's order, without unpadding or
             newlines, as published LLaVA code does; :meth:`for_crops` gets their number.
+        positions: where the LLM sees what is kept, if ``attach`` is not told: one of ``POSITIONS``.
         exact: it keeps exactly ``keep`` distinct tokens. False only for a method that reproduces
             published faults.
         source: the paper, for the documentation.
@@ -163,6 +164,7 @@ class Method(ABC):
     merges: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     whole_crops: ClassVar[bool] = False
+    positions: ClassVar[str] = "compact"
     exact: ClassVar[bool] = True
     source: ClassVar[str]
 

@@ -15,8 +15,8 @@ from budwood.prune.methods.base import Extras, Method, Selection
 from budwood.prune.methods.greedy import (
     Coverage,
     cosines,
-    greedy,
     minmax,
+    most_gaining,
     reported,
     targets_of,
     unit,
@@ -89,7 +89,7 @@ class EADP(Method):
         if len(targets) < len(units):
             weights = weights[evenly_spaced(len(units), len(targets), units.device)]
         coverage = Coverage(cosines(units, targets).add_(1).div_(2), weights)
-        indices = greedy(len(units), keep, units.device, coverage.gains, coverage.add)
+        indices = most_gaining(coverage, keep)
         return Selection(indices, reported(relevance, text))
 
     def _relevance(self, units: Tensor, text: Tensor) -> Tensor:

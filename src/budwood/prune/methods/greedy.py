@@ -1,4 +1,4 @@
-"""Steps that greedy methods share. None of them waits for the device.
+"""Steps that greedy methods share. None of them waits for a GPU.
 
 Cosines are rounded to six decimals. Equal tokens then have equal scores, whatever order a device
 adds in, and ties go to the lower index as everywhere.
@@ -26,6 +26,7 @@ _TINY = torch.finfo(torch.float32).tiny
 # What fits in the cache of a CPU core; a GPU wants few launches instead.
 _FLOATS_AT_ONCE = {"cpu": 2**18}
 _FLOATS_AT_ONCE_ELSEWHERE = 2**24
+_FRESH_AT_ONCE = 64
 
 
 def unit(x: Tensor) -> Tensor:
@@ -88,6 +89,7 @@ def greedy(
     device: torch.device,
     score: Callable[[], Tensor],
     add: Callable[[Tensor], None],
+    first: Tensor | None = None,
 ) -> Tensor:
     """Take the token of the highest score, ``keep`` times; ties go to the lower index.
 
@@ -97,6 +99,7 @@ def greedy(
         device: of the scores.
         score: gives the scores of all tokens, float32, shape (n,), as things stand.
         add: is called with each token that is taken but the last, int64, shape (1,).
+        first: tokens to begin with, int64, shape (n_first,), n_first < keep; None for none.
 
     Returns:
         Tokens in the order in which they were taken, int64, shape (keep,).
@@ -104,8 +107,11 @@ def greedy(
     if keep == n:
         return torch.arange(n, device=device)
     taken = torch.zeros(n, dtype=torch.bool, device=device)
-    chosen = []
-    for step in range(keep):
+    chosen = [] if first is None else [first[i : i + 1] for i in range(len(first))]
+    for index in chosen:
+        taken.index_fill_(0, index, True)
+        add(index)
+    for step in range(len(chosen), keep):
         index = score().masked_fill(taken, -math.inf).argmax(0, keepdim=True)
         chosen.append(index)
         if step + 1 < keep:
@@ -131,10 +137,11 @@ class Coverage:
         most = _FLOATS_AT_ONCE.get(table.device.type, _FLOATS_AT_ONCE_ELSEWHERE)
         self._rows = max(1, most // table.shape[1])
 
-    def gains(self) -> Tensor:
-        """Gain of each token, float32, shape (n_tokens,)."""
+    def gains(self, tokens: Tensor | None = None) -> Tensor:
+        """Gain of some tokens (n,), or of all, float32, one each."""
+        table = self.table if tokens is None else self.table.index_select(0, tokens)
         parts = []
-        for rows in self.table.split(self._rows):
+        for rows in table.split(self._rows):
             gain = (rows - self.best).clamp_min_(0.0)
             parts.append((gain if self.weights is None else gain.mul_(self.weights)).sum(1))
         return torch.cat(parts)
@@ -157,8 +164,58 @@ def most_covering(units: Tensor, keep: int, quality: Tensor) -> Tensor:
     Returns:
         Tokens in the order in which they were taken, int64, shape (keep,).
     """
-    coverage = Coverage(cosines(units, targets_of(units)))
-    return greedy(len(units), keep, units.device, lambda: quality * coverage.gains(), coverage.add)
+    return most_gaining(Coverage(cosines(units, targets_of(units))), keep, quality)
+
+
+def most_gaining(
+    coverage: Coverage, keep: int, quality: Tensor | None = None, first: Tensor | None = None
+) -> Tensor:
+    """Take the token of the largest gain, times its quality if given, ``keep`` times.
+
+    Gains only fall as more is covered, so that an old one is a bound. On a CPU only those tokens
+    are looked at again whose bounds are the highest; the result is the same.
+
+    Source: Minoux, Accelerated greedy algorithms for maximizing submodular set functions, 1978.
+
+    Args:
+        coverage: of nothing yet.
+        keep: how many to take.
+        quality: factor per token, at least 0, shape (n,); None counts all as 1.
+        first: as in :func:`greedy`.
+
+    Returns:
+        Tokens in the order in which they were taken, int64, shape (keep,).
+    """
+    n, device = coverage.table.shape[0], coverage.table.device
+
+    def score(tokens: Tensor | None = None) -> Tensor:
+        gains = coverage.gains(tokens)
+        if quality is None:
+            return gains
+        return gains * (quality if tokens is None else quality[tokens])
+
+    if device.type != "cpu":
+        return greedy(n, keep, device, score, coverage.add, first)
+    bounds: Tensor | None = None
+
+    def bounded() -> Tensor:
+        nonlocal bounds
+        if bounds is None:
+            bounds = score()
+            return bounds
+        fresh = torch.zeros(n, dtype=torch.bool)
+        while not fresh[bounds.argmax(0)]:
+            old = bounds.masked_fill(fresh, -math.inf)
+            again = old.topk(min(_FRESH_AT_ONCE, n)).indices
+            bounds[again], fresh[again] = score(again), True
+        return bounds
+
+    def add(index: Tensor) -> None:
+        coverage.add(index)
+        if bounds is not None:
+            bounds[index] = -math.inf
+
+    return greedy(n, keep, device, bounded, add, first)
 
 
 def farthest_points(units: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
@@ -232,21 +289,21 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
 
 def closest(a: Tensor, b: Tensor) -> Tensor:
     """Largest cosine of each unit row of a with one of b, shape (n_a,), in blocks."""
-    return torch.cat([cosines(rows, b).amax(1) for _, rows in _blocks(a, len(b))])
+    return torch.cat([cosines(rows, b).amax(1) for _, rows in in_blocks(a, len(b))])
 
 
 def _distance_to_neighbour(units: Tensor) -> Tensor:
     """1 − cosine of each row with the nearest other one, shape (n,), in blocks."""
     n = len(units)
     parts = []
-    for start, rows in _blocks(units, n):
+    for start, rows in in_blocks(units, n):
         table = cosines(rows, units)
         table.diagonal(start).fill_(-1.0)  # a row is not its own neighbour
         parts.append(1 - table.amax(1))
     return torch.cat(parts)
 
 
-def _blocks(rows: Tensor, n_columns: int) -> list[tuple[int, Tensor]]:
-    """Rows in blocks, with the place of the first, whose tables of n_columns are small."""
+def in_blocks(rows: Tensor, n_columns: int) -> list[tuple[int, Tensor]]:
+    """Views of rows in blocks, with the place of the first, whose tables of n_columns are small."""
     size = max(1, MOST_FLOATS // 4 // n_columns)
     return [(start, rows[start : start + size]) for start in range(0, len(rows), size)]

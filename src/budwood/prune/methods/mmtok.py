@@ -10,7 +10,7 @@ from torch import Tensor
 
 from budwood.checks import need_number, need_positive
 from budwood.prune.methods.base import Method, Selection
-from budwood.prune.methods.greedy import Coverage, cosines, greedy, reported, targets_of, unit
+from budwood.prune.methods.greedy import Coverage, cosines, most_gaining, reported, targets_of, unit
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,6 @@ class MMTok(Method):
         table = torch.cat((words / max(1, len(text)), picture), dim=1)
         del picture
         coverage = Coverage(table)
-        indices = greedy(len(units), keep, units.device, coverage.gains, coverage.add)
+        indices = most_gaining(coverage, keep)
         relevance = words.sum(1) / max(1, len(text))
         return Selection(indices, reported(relevance, text))
