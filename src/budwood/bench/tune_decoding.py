@@ -66,7 +66,8 @@ def measure_decoding(
         Method → what was measured.
     """
     torch.manual_seed(seed)
-    base = small_llama(width).to(device, dtype).requires_grad_(False).eval()
+    base: Any = small_llama(width)
+    base.to(device, dtype).requires_grad_(False).eval()
     ids = torch.randint(N_WORDS, (1, N_PROMPT + N_DECODED), device=device)
     models = {name: _model(name, base, slim, ids) for name in methods}
     times = side_by_side(
