@@ -133,7 +133,7 @@ def test_table(budwood, model_dir):
     head, *rows = result.stdout.splitlines()
     assert head.split()[:3] == ["method", "keep", "tokens"]
     assert [row.split()[0] for row in rows] == ["full", "blind", "uniform", "uniform"]
-    assert "questions about 4 scenes, seed 0" in result.stderr
+    assert "questions about 4 high-resolution scenes, seed 0" in result.stderr
 
 
 def test_interrupting_leaves_what_is_done(budwood, model_dir, tmp_path, monkeypatch):

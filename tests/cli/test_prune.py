@@ -7,7 +7,8 @@ from PIL import Image
 
 
 def test_json(budwood, picture, model_dir):
-    result = budwood("prune", picture, "What colour ?", "--model", model_dir, "--keep", 5, "--json")
+    command = ["prune", picture, "What colour ?", "--model", model_dir, "--keep", 5, "--json"]
+    result = budwood(*command, "--method", "adav")
     found = json.loads(result.stdout)
     assert (found["n_visual"], found["n_kept"], len(found["kept"])) == (16, 5, 5)
     assert sum(found["split"].values()) == 5
@@ -31,7 +32,7 @@ def test_keeping_everything_gives_the_same_answer(budwood, picture, model_dir):
 def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
     overlay = tmp_path / "kept.png"
     command = ["prune", picture, "What colour ?", "--model", model_dir, "--keep", "0.25"]
-    result = budwood(*command, "--overlay", overlay)
+    result = budwood(*command, "--method", "adav", "--overlay", overlay)
     assert result.exit_code == 0
     assert "all tokens" in result.stdout and "kept 4 of 16 candidates, 0 fixed: " in result.stdout
     assert "saliency" in result.stdout
@@ -60,6 +61,11 @@ def test_random_follows_the_seed(budwood, picture, model_dir):
         for seed in (1, 1, 2)
     ]
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_the_method_to_start_with(budwood, picture, model_dir):
+    command = ["prune", picture, "What ?", "--model", model_dir, "--keep", 5, "--json"]
+    assert json.loads(budwood(*command).stdout)["method"] == "adav+"
 
 
 def test_the_published_form_is_a_method_and_compat_its_alias(budwood, picture, model_dir):
