@@ -193,7 +193,7 @@ README = [code for _, code in blocks(ROOT / "README.md")]
 
 @pytest.mark.parametrize(
     ("code", "says"),
-    [*zip(README, ("yellow", "default", "after: 3"), strict=True)],
+    [*zip(README, ("red", "default", "after: 3"), strict=True)],
     ids=("prune", "tune", "points"),
 )
 def test_readme_runs_as_printed(code, says, tmp_path, monkeypatch, capsys):
