@@ -27,6 +27,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _FLOATS_AT_ONCE = {"cpu": 2**18}
 _FLOATS_AT_ONCE_ELSEWHERE = 2**24
 _FRESH_AT_ONCE = 64
+_READS_VALUES = ("cpu",)  # devices whose values may be read, since nothing waits for them
 
 
 def unit(x: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def most_gaining(
             return gains
         return gains * (quality if tokens is None else quality[tokens])
 
-    if device.type != "cpu":
+    if device.type not in _READS_VALUES:
         return greedy(n, keep, device, score, coverage.add, first)
     bounds: Tensor | None = None
 
