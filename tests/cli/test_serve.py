@@ -137,6 +137,7 @@ PARENT = """
 import signal, subprocess, sys
 from budwood.serve import launch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 real, launch._GRACE_S = subprocess.Popen, 2
 launch.subprocess.Popen = lambda command, **more: real([sys.executable, "-c", sys.argv[1]], **more)
 launch.run(launch.Line("model", {}))
