@@ -190,10 +190,8 @@ def _answer_shared(sheet: Sheet, encoded: Encoded, options: Mapping[str, Any]) -
             cut = session.pruner.cut(sheet.alone(sheet.rows[picture][0]), sheet.pad)
         (reports[picture],) = cut.report
         (origin,) = cut.origin
-        ids, outputs = (
-            cut.inputs["input_ids"][0, origin < n_shared],
-            cut.inputs["mm_encoder_outputs"],
-        )
+        ids = cut.inputs["input_ids"][0, origin < n_shared]
+        outputs = cut.inputs["mm_encoder_outputs"]
         if session.pruner.in_place:
             return _Beginning(ids, outputs, origin[origin < n_shared], n_shared)
         return _Beginning(ids, outputs, torch.arange(len(ids)), len(ids))

@@ -144,13 +144,13 @@ class Config:
         """The run of the same method, positions and budget with the first choice of question."""
         if run.variant is None:
             return None
-        like = {"question": run.variant.question}
+        question = run.variant.question
         same = (
             other
             for other in self.runs
             if other.variant
             and other.keep == run.keep
-            and dataclasses.replace(other.variant, **like) == run.variant
+            and dataclasses.replace(other.variant, question=question) == run.variant
         )
         return next(same)
 

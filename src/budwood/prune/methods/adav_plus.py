@@ -13,6 +13,7 @@ from budwood.checks import need_number, need_positive
 from budwood.prune.methods.adav_contrast import Contrast
 from budwood.prune.methods.base import Extras, Selection
 from budwood.prune.methods.greedy import (
+    DECIMALS,
     Coverage,
     centred,
     cosines,
@@ -21,8 +22,6 @@ from budwood.prune.methods.greedy import (
     targets_of,
 )
 from budwood.prune.methods.scores import descending, evenly_spaced, relative
-
-_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,15 @@ class AdaVPlus(Contrast):
         extras: Extras | None = None,
     ) -> Selection:
         assert text is not None and saliency is not None  # select() has checked
-        places = None if extras is None or extras.boxes is None else centres(extras.boxes)
-        places = None if places is None else places.to(visual.device, non_blocking=True)
+        places = None
+        if extras is not None and extras.boxes is not None:
+            places = centres(extras.boxes).to(visual.device, non_blocking=True)
         log_t, s = self._log_relevance(visual, text), saliency.float()
         relevance, quality, first = log_t.exp(), relative(s), None
         if len(text) > 0:
             t = (log_t - log_t.max()).exp()
             t = t if places is None else blurred(t, places, self.blur)
-            by_text = relative(t).round(decimals=_DECIMALS)  # ties stay ties
+            by_text = relative(t).round(decimals=DECIMALS)  # ties stay ties
             quality = torch.lerp(quality, by_text, self.text_weight)
             first = descending(by_text)[: math.floor(self.reserve * keep)]
         coverage = Coverage(self._covers(centred(visual), places))
@@ -110,7 +110,7 @@ class AdaVPlus(Contrast):
             around = places[evenly_spaced(len(units), len(targets), units.device)]
             for start, rows in in_blocks(table, table.shape[1]):
                 here = places[start : start + len(rows)]
-                rows.mul_(closeness(here, around, self.reach).round_(decimals=_DECIMALS))
+                rows.mul_(closeness(here, around, self.reach).round_(decimals=DECIMALS))
         return table
 
 

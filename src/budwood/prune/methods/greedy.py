@@ -20,7 +20,7 @@ from budwood.prune.methods.scores import evenly_spaced
 MOST_FLOATS = 2**26
 """Entries of the largest table of similarities."""
 
-_DECIMALS = 6
+DECIMALS = 6
 _SMALL = 1e-5
 _TINY = torch.finfo(torch.float32).tiny
 # What fits in the cache of a CPU core; a GPU wants few launches instead.
@@ -39,7 +39,7 @@ def unit(x: Tensor) -> Tensor:
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosines of unit rows, rounded, shape (n_a, n_b)."""
-    return (a @ b.T).round(decimals=_DECIMALS)
+    return (a @ b.T).round(decimals=DECIMALS)
 
 
 def centred(visual: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
         row = row / residual.index_select(0, index).clamp_min(floor.clamp_min(_TINY)).sqrt()
         factor[n_taken] = row
         # Sums over the factor may differ in the last bit between equal tokens.
-        residual = (residual - row.square()).round(decimals=_DECIMALS + 1)
+        residual = (residual - row.square()).round(decimals=DECIMALS + 1)
         n_taken += 1
 
     return greedy(len(units), keep, units.device, score, add)
