@@ -11,9 +11,11 @@ from budwood.errors import AttachError, UnknownNameError
 from budwood.prune import METHODS, attach, session
 from tests.contract import oracle
 from tests.contract.models import ROW_IMAGES, words
+from tests.contract.test_later_images import asked, pictures, turn
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 KEPT = {**GREEDY, "return_dict_in_generate": True}
+SCORED = {**KEPT, "output_logits": True}
 WAYS = {
     "greedy": {},
     "no cache": {"use_cache": False},
@@ -27,7 +29,7 @@ IN_PLACE = {"method": "fastervlm", "positions": "original"}
 def test_pruned_equals_oracle(case, batch, way):
     """Padded rows agree with rows by hand, whose kept tokens have their old positions."""
     with attach(case.model, keep=6, **IN_PLACE) as attached:
-        output = case.model.generate(**batch, **KEPT, **WAYS[way], output_logits=True)
+        output = case.model.generate(**batch, **SCORED, **WAYS[way])
     logits, n_prompt = torch.stack(output.logits, dim=1), batch["input_ids"].shape[1]
     for row, images in enumerate(ROW_IMAGES):
         single = oracle.row_of(batch, case, row, images)
@@ -94,17 +96,19 @@ def test_a_later_turn_goes_on_behind_the_whole_prompt(conversation):
     assert torch.equal(output[0, ids.shape[1] :], answer)
 
 
-def test_a_cache_keeps_its_positions_in_another_session(conversation):
+@pytest.mark.parametrize("new", [[words(4, 9)], [1, words(4, 9)]], ids=["text", "image"])
+def test_a_cache_keeps_its_positions_in_another_session(conversation, new):
     case, first = conversation
     with attach(case.model, keep=5, **IN_PLACE):
         begun = case.model.generate(**first, **KEPT)
-        ids = torch.cat((begun.sequences, torch.tensor([words(4, 9)])), 1)
-        expected = case.model.generate(
-            ids, past_key_values=copy.deepcopy(begun.past_key_values), **GREEDY
-        )
+        ids = torch.cat((begun.sequences, torch.tensor(turn(case, new))), 1)
+        given = pictures(case, (1,)) if 1 in new else {}
+        inputs = asked(case, ids, torch.ones_like(ids), given)
+        twin = copy.deepcopy(begun.past_key_values)
+        expected = case.model.generate(**inputs, past_key_values=twin, **SCORED)
     with attach(case.model, keep=5, method="fastervlm"):
-        again = case.model.generate(ids, past_key_values=begun.past_key_values, **GREEDY)
-    assert torch.equal(again, expected)
+        again = case.model.generate(**inputs, past_key_values=begun.past_key_values, **SCORED)
+    assert torch.equal(again.logits[0], expected.logits[0])
 
 
 def test_keeping_everything_changes_nothing(case, batch):
