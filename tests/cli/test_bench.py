@@ -7,6 +7,7 @@ from PIL import Image
 
 from budwood import records
 from budwood.bench import prune_shape_pictures as pictures
+from budwood.bench.prune.accuracy import _Exam
 from budwood.bench.prune_shapes import SHAPES, Shape, random_model
 from budwood.bench.prune_speed import SpeedConfig, largest_allocation, measure_speed
 from budwood.cli.columns import Column, Columns
@@ -118,13 +119,73 @@ def test_same_seed_same_answers(budwood, model_dir):
 
     def scores(seed):
         rows = json.loads(budwood(*command, "--seed", seed).stdout)["rows"]
-        return [{key: x for key, x in row.items() if not _is_time(key)} for row in rows]
+        return _without_times(rows)
 
     assert scores(3) == scores(3)
 
 
 def _is_time(key: str) -> bool:
     return key.endswith("_ms") or key == "speedup"
+
+
+def test_answers_of_an_earlier_record_are_taken_over(run, budwood, model_dir, monkeypatch):
+    folder, found = run
+    asked = []
+    sit = _Exam.sit
+    monkeypatch.setattr(
+        _Exam, "sit", lambda exam, run_: asked.append(run_.method) or sit(exam, run_)
+    )
+    command = ["bench", "prune", "--model", model_dir, *SMALL, "--json"]
+    command += ["--methods", "adav,random,uniform", "--keep", 3, "--question", "turn"]
+    reuse = ["--reuse", folder / "record.json"]
+
+    more = json.loads(budwood(*command, *reuse).stdout)
+    assert set(asked) == {"uniform"}
+    (origin,) = more["config"]["reused"]
+    assert origin["file"] == "record.json" and origin["command"] == found["command"]
+    before = {(row["resolved"], row["question"], row["keep"]): row for row in found["rows"]}
+    for row in more["rows"]:
+        key = (row["resolved"], row["question"], row["keep"])
+        if row["method"] != "uniform":
+            assert (
+                row["accuracy"] == before[key]["accuracy"] and row["right"] == before[key]["right"]
+            )
+
+    asked.clear()  # of more scenes, only the batches that are not whole there
+    command += ["--scenes", 7]
+    longer = json.loads(budwood(*command, *reuse).stdout)
+    reused, asked[:] = asked.count("adav"), []
+    plain = json.loads(budwood(*command).stdout)
+    assert 0 < reused < asked.count("adav")
+    assert _without_times(longer["rows"]) == _without_times(plain["rows"])
+
+
+def _without_times(rows):
+    return [{key: x for key, x in row.items() if not _is_time(key)} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "fragment"),
+    [
+        ({}, ["--seed", 1], "has other answers (seed 0, not 1)"),
+        ({}, ["--scenes", 2], "4 scenes, more than 2"),
+        ({"status": "partial"}, [], "is a partial record of 'bench prune'"),
+        ({"rows": [{"method": "full"}]}, [], "is older than answers in records"),
+        ({"rows": [{"method": "full", "keep": 1.0, "right": "AA=="}]}, [], "has 8 answers to"),
+        ({"rows": [{"method": "full", "keep": 1.0, "right": "?"}]}, [], "has damaged answers"),
+        ({}, ["--out", "same", "--force"], "--out and --reuse are both"),
+    ],
+)
+def test_records_that_cannot_be_reused(
+    changes, options, fragment, run, budwood, model_dir, tmp_path
+):
+    file = tmp_path / "same"
+    file.write_text(json.dumps(run[1] | changes))
+    options = [file if option == "same" else option for option in options]
+    command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random"]
+    result = budwood(*command, "--reuse", file, *options)
+    assert result.exit_code == 2 and fragment in result.stderr
+    assert str(file) in result.stderr and len(result.stderr.splitlines()) <= 2
 
 
 def test_table(budwood, model_dir):

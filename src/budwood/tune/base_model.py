@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from budwood.errors import InputError
+from budwood.fingerprint import sampled_weights
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size")
 SIZES = (*WIDTHS, "num_hidden_layers", "n_layer", "vocab_size")
-N_SAMPLED = 32
 FEWEST = 8
 """Fewest weights in common that are compared."""
 LIKENESS = 0.9
 """Least cosine of two samples of weights: about 1 for one model, near 0 for two of one kind."""
-_NUMBERED = re.compile(r"\.\d+\.")
 
 
 def describe_base(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -38,27 +32,6 @@ def describe_base(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     description: dict[str, Any] = {"model_type": config.get("model_type")}
     description |= {key: text[key] for key in SIZES if isinstance(text.get(key), int)}
     return {**description, "weights": sampled_weights(model)}
-
-
-def sampled_weights(model: nn.Module) -> dict[str, float]:
-    """One value from each of a few matrices of the layers, by name; unreadable ones are left out.
-
-    Args:
-        model: adapters in it are left out.
-    """
-    matrices = sorted(_matrices(model))
-    step = max(1, len(matrices) // N_SAMPLED)
-    sampled = {}
-    for name, weight in matrices[::step][:N_SAMPLED]:
-        place = zlib.crc32(name.encode()) % weight.numel()
-        row, column = divmod(place, weight.shape[1])
-        sampled[name] = float(f"{weight.detach()[row, column].item():.4g}")
-    return sampled
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """A digest of sampled weights, by which a run recognises its base model."""
-    return hashlib.sha256(json.dumps(sampled_weights(model)).encode()).hexdigest()[:16]
 
 
 def check_base(made_for: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
@@ -114,18 +87,3 @@ def _alike(weights: Mapping[str, float], other: Mapping[str, float]) -> bool:
     if len(shared) < FEWEST or not lengths > 0:
         return True
     return bool(a @ b >= LIKENESS * lengths)
-
-
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Linear layers of numbered blocks, without heads, which may be new, and without adapters."""
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or "lora_" in name:
-            continue
-        if _NUMBERED.search(name) and _is_readable(module.weight):
-            yield name.removesuffix(".base_layer"), module.weight
-
-
-def _is_readable(weight: Tensor) -> bool:
-    """Whether single values can be read; not from quantised, sharded or meta tensors."""
-    plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
-    return plain and weight.is_floating_point() and weight.numel() > 0

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.tune.base_model import sampled_weights
+from budwood.fingerprint import sampled_weights
 from budwood.tune.saved.files import check_adapter_files
 from tests import tiny_llm as tiny
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from budwood.bench.prune.answering import (
     answer,
     answer_full,
 )
+from budwood.bench.prune.earlier import Earlier
 from budwood.bench.prune.plan import BLIND, FULL, Config, Run
 from budwood.errors import InputError
 from budwood.evaluate.scenes import normalise
@@ -80,7 +81,7 @@ class Outcome:
 
     asked: list[Asked]
     right: dict[Run, list[bool]]
-    n_visual: list[int] = field(default_factory=list)
+    n_visual: list[float] = field(default_factory=list)
     n_kept: dict[Run, list[float]] = field(default_factory=dict)
     times: dict[Run, Times] = field(default_factory=dict)
 
@@ -130,6 +131,7 @@ def run(
     begun: Sequence[Row] = (),
     keep: Callable[[list[Row]], None] | None = None,
     answers_of: AnswersOf | None = None,
+    known: Mapping[Run, Earlier] | None = None,
 ) -> Outcome:
     """Ask every question with every method and budget, with all tokens, and blind.
 
@@ -144,6 +146,8 @@ def run(
         keep: called after each batch of scenes with all answers so far.
         answers_of: answers the questions, as :meth:`Workers.answers` does; None asks the model in
             this process.
+        known: answers of earlier comparisons. Of a run that is there, only batches with a question
+            that is not are asked.
 
     Raises:
         InputError: the scenes allow no question.
@@ -157,8 +161,8 @@ def run(
     asked = [one for _, of_scene in scenes for one in of_scene]
     if not asked:
         raise InputError(f"n_scenes={config.n_scenes} scenes allow no question; give more")
-    tasks = _tasks(config, scenes, begun)
-    rows, n_answers = list(begun), len(asked) * len(config.runs)
+    rows = [*begun, *_known_rows(config, scenes, begun, known or {})]
+    tasks, n_answers = _tasks(config, scenes, rows), len(asked) * len(config.runs)
     for more in (answers_of or partial(_in_turn, model, processor))(tasks):
         rows += more
         progress(sum(len(row["right"]) for row in rows), n_answers)
@@ -171,10 +175,30 @@ def run(
         answers = [row for row in rows if row["run"] == i]
         outcome.right[run_] = [right for row in answers for right in row["right"]]
         outcome.n_kept[run_] = [n_kept for row in answers for n_kept in row["n_kept"]]
-    outcome.n_visual = [int(n) for n in outcome.n_kept[FULL]]
+    outcome.n_visual = outcome.n_kept[FULL]
     timed = [(scenes[one.scene][0].image, one) for one in _spread(asked, config.n_timed)]
     outcome.times = measure(model, processor, config.runs, timed)
     return outcome
+
+
+def _known_rows(
+    config: Config,
+    scenes: Sequence[tuple[Scene, list[Asked]]],
+    begun: Sequence[Row],
+    known: Mapping[Run, Earlier],
+) -> list[Row]:
+    """Rows of batches that earlier comparisons answered whole and this one has not begun."""
+    done = {(row["chunk"], row["run"]) for row in begun}
+    rows, first = [], 0
+    for number, chunk in enumerate(_chunks(scenes, config.batch)):
+        last = first + sum(len(of_scene) for _, of_scene in chunk)
+        for i, run_ in enumerate(config.runs):
+            earlier = known.get(run_)
+            if earlier and last <= len(earlier.right) and (number, i) not in done:
+                right, n_kept = earlier.right[first:last], [earlier.n_kept] * (last - first)
+                rows.append({"chunk": number, "run": i, "n_kept": n_kept, "right": right})
+        first = last
+    return rows
 
 
 def _tasks(

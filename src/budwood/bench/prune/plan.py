@@ -45,6 +45,11 @@ class Variant:
         return SCHEDULES.get(self.method)(average=False)
 
     @property
+    def resolved(self) -> str:
+        """The method with all its parameters, such as ``"AdaV(reserve=0.1, temperature=50.0)"``."""
+        return repr(self.schedule if self.inside else resolve_method(self.method))
+
+    @property
     def options(self) -> dict[str, str | None]:
         """Arguments for ``attach``."""
         return {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from budwood.bench.prune.accuracy import Asked, Outcome
+from budwood.bench.prune.earlier import identity, pack
 from budwood.bench.prune.plan import FULL, Config, Run
 from budwood.bootstrap import PairedBootstrap, interval, ratio
 from budwood.sprout.questions import KINDS
@@ -33,13 +34,14 @@ included, in px."""
 def rows_of(outcome: Outcome, config: Config) -> list[Row]:
     """Make the rows of a record: ``full`` and ``blind``, then each method at each budget.
 
-    Every row has ``method, keep, question, positions, n_visual, n_kept``; ``accuracy``,
+    Every row has ``method, keep, question, positions, resolved, n_visual, n_kept``; ``accuracy``,
     ``retention`` (accuracy over that with all tokens) and ``difference`` (to the reference at the
     same budget, in accuracy), ``question_difference`` (to the same method with the first choice of
     question), each with ``_low`` and ``_high``; ``accuracy_full``; the same for the groups
     ``salient`` and ``other``; ``accuracy_KIND`` for each kind of question; ``accuracy_SIZE`` for
     each of ``SIZES``; ``best``, the best other method at the same budget, and ``best_difference``
-    to it; and the times. What is not known, such as the difference of a baseline, is None.
+    to it; the times; and ``right``, the answers, for comparisons that take them over. What is not
+    known, such as the difference of a baseline, is None.
     """
     draws = PairedBootstrap(
         [asked.scene for asked in outcome.asked], config.n_resamples, config.seed
@@ -78,10 +80,7 @@ def _shorter_side(box: Box) -> int:
 def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> Row:
     time, best = outcome.times[run], _best_other(run, outcome, config)
     row: Row = {
-        "method": run.method,
-        "keep": 1.0 if run.keep is None else run.keep,
-        "question": run.variant.question if run.variant else None,
-        "positions": run.variant.placed if run.variant else None,
+        **identity(run),
         "n_visual": _mean(outcome.n_visual),
         "n_kept": _mean(outcome.n_kept[run]),
         "best": best.method if best else None,
@@ -98,6 +97,7 @@ def _row(run: Run, outcome: Outcome, config: Config, draws: PairedBootstrap) -> 
         "encode_ms": round(time.first.encode_ms, 3),
         "select_ms": round(time.first.select_ms, 3),
         "prefill_ms": round(time.first.prefill_ms, 3),
+        "right": pack(outcome.right[run]),
     }
 
 

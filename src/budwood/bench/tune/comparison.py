@@ -17,9 +17,9 @@ from budwood.bench.tune.plan import Material, Plan, Trial, count_at, fit_rank, r
 from budwood.bench.tune.rows import best_rates, first_finals, summary
 from budwood.errors import DivergedError, InputError
 from budwood.files import read_json, write_text
+from budwood.fingerprint import fingerprint_of
 from budwood.progress import ProgressBar
 from budwood.runs import RunFolder
-from budwood.tune.base_model import fingerprint_of
 from budwood.tune.data.encoding import EncodedExample, encode, longest_for, n_supervised
 from budwood.tune.data.sources import read_text
 from budwood.tune.evaluate.divergence import CHAT, make_texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +14,15 @@ import typer
 from budwood import records
 from budwood.cli import options
 from budwood.cli.columns import Column, Columns
-from budwood.cli.console import progress
+from budwood.cli.console import progress, say
 from budwood.cli.results import Results
+from budwood.errors import InputError
 from budwood.loading import SPROUT_256, load_vlm_model
 
 if TYPE_CHECKING:
     from budwood.bench.prune import Config
+    from budwood.bench.prune.earlier import Earlier
+    from budwood.bench.prune.plan import Run
     from budwood.cli.models import Loaded
 
 COLUMNS = Columns(
@@ -89,6 +93,14 @@ def bench_prune(
         int,
         typer.Option(help="Processes that answer, each with a copy of the model; for CPUs."),
     ] = 1,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RECORD",
+            help="Take over the answers of an earlier record to the same questions and ask only "
+            "the rest. Can be given several times.",
+        ),
+    ] = None,
     out: options.Out = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against budget.")
@@ -103,10 +115,12 @@ def bench_prune(
     bootstrap over scenes, paired for differences and retention. Times are medians over questions
     asked one at a time, in turn. With --turns 2 a chat comes before each question, about other
     objects and with right answers. An interrupted run with --out continues where it was.
+    --reuse adds methods, budgets or scenes to a comparison without repeating it.
 
     \b
-    Example:
+    Examples:
       budwood bench prune --scenes 200 --keep 0.1,0.05 --out record.json --plot curve.png
+      budwood bench prune --methods adav,mmtok --reuse record.json --out more.json
     """
     config = _config(
         methods=methods,
@@ -124,8 +138,10 @@ def bench_prune(
         turns=turns,
         reference=reference,
     )
+    if out and any(out.absolute() == path.absolute() for path in reuse or []):
+        raise InputError(f"--out and --reuse are both {out}; give two names")
     results = Results(out, force, json, plot, resumes=True)
-    record = _measure(config, (model, device, dtype), results, workers)
+    record = _measure(config, (model, device, dtype), results, workers, reuse or [])
     shown = [_shown(row, record.rows) for row in record.rows]
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
@@ -151,15 +167,22 @@ def _check_scenes(seed: int, n_scenes: int, split: str) -> None:
 
 
 def _measure(
-    config: Config, source: tuple[str | None, str, str], results: Results, n_workers: int
+    config: Config,
+    source: tuple[str | None, str, str],
+    results: Results,
+    n_workers: int,
+    reuse: Sequence[Path],
 ) -> records.Record:
     from budwood.bench.prune import Workers, counts, rows_of, run
     from budwood.cli.models import load
 
+    earlier = {path: records.read(path) for path in reuse}
     loaded = load(*source)
-    empty = records.new_record(
-        "bench prune", [], seed=config.seed, config=_described(config, loaded)
-    )
+    described = _described(config, loaded)
+    known = _known(earlier, described, config)
+    if earlier:
+        described["reused"] = [_origin(path, record) for path, record in earlier.items()]
+    empty = records.new_record("bench prune", [], seed=config.seed, config=described)
     begun = results.begun(empty)
     with contextlib.ExitStack() as stack:
         workers = None
@@ -173,6 +196,7 @@ def _measure(
             begun,
             lambda rows: results.keep(dataclasses.replace(empty, rows=rows)),
             workers and workers.answers,
+            known,
         )
     rows = rows_of(outcome, config)
     return records.new_record(
@@ -180,10 +204,40 @@ def _measure(
     )
 
 
+def _known(
+    earlier: Mapping[Path, records.Record], described: dict[str, Any], config: Config
+) -> dict[Run, Earlier]:
+    from budwood.bench.prune import earlier_answers
+
+    known: dict[Run, Earlier] = {}
+    for path, record in earlier.items():
+        try:
+            found = earlier_answers(record, described, config)
+        except InputError as error:
+            raise InputError(f"{path} {error}") from None
+        say(f"takes over {len(found)} of {len(config.runs)} runs from {path}")
+        known |= found
+    return known
+
+
+def _origin(path: Path, record: records.Record) -> dict[str, Any]:
+    """Where answers that were taken over come from."""
+    keys = ("command", "created", "git", "versions", "hardware")
+    reused = record.config.get("reused", [])
+    return {"file": path.name, **{key: getattr(record, key) for key in keys}, "reused": reused}
+
+
 def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
+    from budwood.fingerprint import fingerprint_of
+
     plain = dataclasses.asdict(config) | {"keeps": list(config.keeps)}
     plain["variants"] = [dataclasses.asdict(variant) for variant in config.variants]
-    return plain | {"model": loaded.name, "dtype": loaded.dtype, "device": loaded.device}
+    return plain | {
+        "model": loaded.name,
+        "weights": fingerprint_of(loaded.model),
+        "dtype": loaded.dtype,
+        "device": loaded.device,
+    }
 
 
 def _draw(rows: list[records.Row], path: Path) -> None:

@@ -112,7 +112,9 @@ def _counts(threads: str) -> list[int]:
     names = options.listed(threads) if threads else []
     for name in names:
         if not name.isdigit() or int(name) < 1:
-            raise InputError(f"threads={name!r} is not a number of threads; give numbers such as 1,4,8")
+            raise InputError(
+                f"threads={name!r} is not a number of threads; give numbers such as 1,4,8"
+            )
     return list(map(int, names))
 
 

@@ -13,8 +13,9 @@ import torch
 from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.files import digest, read_json, write_text
+from budwood.fingerprint import fingerprint_of
 from budwood.progress import Progress, silent
-from budwood.tune.base_model import evaluating, fingerprint_of
+from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, pad_of
 from budwood.tune.data.encoding import (
     IGNORED,

@@ -19,9 +19,9 @@ from accelerate import PartialState
 from transformers import PrinterCallback
 
 from budwood.errors import DivergedError, InputError, OutputError
+from budwood.fingerprint import fingerprint_of
 from budwood.progress import Progress, silent
 from budwood.runs import RunFolder
-from budwood.tune.base_model import fingerprint_of
 from budwood.tune.data.batches import Padded
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.slim.keeper import SlimCallback, is_slim
