@@ -155,6 +155,7 @@ def adav_plus(
     reach: float = 3.0,
     reserve: float = 0.125,
     temperature: float = 10.0,
+    focus: int = 0,
 ) -> list[int]:
     n, s, w = len(visual), relative(saliency), text_weight if text else 0.0
     log_t = log_contrast(visual, text, temperature, [0.0] * len(visual[0]), [])
@@ -171,10 +172,13 @@ def adav_plus(
     t = [round(x, 6) for x in relative(t)]
     q = [(1 - w) * si + w * ti for si, ti in zip(s, t, strict=True)]
     taken: list[int] = []
-    while text and len(taken) < math.floor(reserve * keep):
+    n_asked = min(keep, focus or keep)
+    while text and len(taken) < math.floor(reserve * n_asked):
         taken.append(best_of(t, taken))
     while len(taken) < keep:
-        taken.append(best_of([x * y for x, y in zip(q, gains(covers, taken), strict=True)], taken))
+        quality = q if len(taken) < n_asked else s
+        gained = zip(quality, gains(covers, taken), strict=True)
+        taken.append(best_of([x * y for x, y in gained], taken))
     return sorted(taken)
 
 

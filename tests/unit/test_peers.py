@@ -107,12 +107,17 @@ KINDS = (
 )
 
 
-def check(name, inputs, keep):
+def check(name, inputs, keep, up_to_copies=False):
     visual, text, saliency, keys = inputs
     extras = Extras(boxes(), keys)
     got = select(visual, text, saliency, keep=keep, method=name, extras=extras)
     plain = [x.double().tolist() for x in (visual, text, saliency, keys)]
     want = REFERENCES[name](*plain, keep)
+    if up_to_copies:  # which copies are kept can hang on the last bit of a cosine
+        first = [plain[0].index(row) for row in plain[0]]
+        assert {first[i] for i in got.indices.tolist()} == {first[i] for i in want}
+        assert len(got.indices) == keep
+        return
     assert got.indices.tolist() == sorted(want)
     if isinstance(want, dict) and got.features is not None:
         features = torch.tensor([want[i] for i in got.indices.tolist()])
@@ -136,7 +141,7 @@ def test_adversarial_inputs(name, kind):
     # Tokens of 9 dimensions have a determinant of 0 from the tenth on, and rounding decides.
     beyond = 9 if name.endswith("cdpruner") else 16
     for seed, keep in ((0, 1), (1, 7), (2, beyond), (3, 42)):
-        check(name, make(kind, seed), keep)
+        check(name, make(kind, seed), keep, up_to_copies=kind == "duplicates")
 
 
 def test_every_peer_has_a_reference():
@@ -234,6 +239,9 @@ def test_scope_follows_alpha(alpha):
         {"text_weight": 1.0},
         {"reserve": 0.0},
         {"reserve": 0.5},
+        {"reserve": 0.5, "focus": 4},
+        {"focus": 1},
+        {"focus": 100},
         {"blur": 0.4, "reach": 1.5},
         {"blur": 2.0, "reach": 20.0, "temperature": 3.0},
     ],
@@ -258,6 +266,8 @@ def test_adav_plus_follows_its_parameters(parameters, with_boxes):
         ("temperature", 0.0),
         ("blur", 0.0),
         ("reach", -1.0),
+        ("focus", -1),
+        ("focus", 0.5),
     ],
 )
 def test_adav_plus_refuses_parameters_out_of_range(parameter, value):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_number, need_positive
+from budwood.checks import need_at_least, need_number, need_positive
 from budwood.prune.methods.adav_contrast import Contrast
 from budwood.prune.methods.base import Extras, Selection
 from budwood.prune.methods.greedy import (
@@ -29,9 +29,10 @@ class AdaVPlus(Contrast):
     """Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.
 
     AdaV and the methods of its kind keep many tokens of one object. Here the best by relevance take
-    a small part of the budget, ``floor(reserve · keep)`` tokens. Then each step takes
-    ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where ``best_j`` is the largest c of token j with
-    a taken one, at least 0.
+    a small part of the budget, ``floor(reserve · n)`` tokens, where n is the budget, at most
+    ``focus``. Then each step takes ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where
+    ``best_j`` is the largest c of token j with a taken one, at least 0. Once n tokens are taken, q
+    is the saliency alone.
 
     1. The relevance t is that of ``adav-contrast``. Each token gets the mean over the picture,
        weighted by ``exp(−d² / 2 blur²)``, where d is the distance of two tokens in the picture, in
@@ -49,9 +50,10 @@ class AdaVPlus(Contrast):
 
     Args:
         text_weight: w, in [0, 1].
-        reserve: fraction of the budget that goes by relevance alone, at least 0 and below 1.
+        reserve: fraction of n that goes by relevance alone, at least 0 and below 1.
         blur: in tokens, above 0.
         reach: in tokens, above 0.
+        focus: tokens on which the question has a say at most; 0 for no limit.
         temperature: as in ``adav-contrast``.
         common: likewise.
 
@@ -63,6 +65,7 @@ class AdaVPlus(Contrast):
     reserve: float = 0.125
     blur: float = 1.0
     reach: float = 3.0
+    focus: int = 0
 
     name: ClassVar[str] = "adav+"
     needs_text: ClassVar[bool] = True
@@ -77,6 +80,7 @@ class AdaVPlus(Contrast):
             lambda part: 0 <= part < 1, "number from 0 to less than 1", reserve=self.reserve
         )
         need_positive(temperature=self.temperature, blur=self.blur, reach=self.reach)
+        need_at_least(0, focus=self.focus)
 
     def choose(
         self,
@@ -93,13 +97,17 @@ class AdaVPlus(Contrast):
             places = centres(extras.boxes).to(visual.device, non_blocking=True)
         log_t, s = self._log_relevance(visual, text), saliency.float()
         relevance, quality, first = log_t.exp(), relative(s), None
+        coverage = Coverage(self._covers(centred(visual), places))
         if len(text) > 0:
+            n_asked = min(keep, self.focus or keep)
             t = (log_t - log_t.max()).exp()
             t = t if places is None else blurred(t, places, self.blur)
             by_text = relative(t).round(decimals=DECIMALS)  # ties stay ties
-            quality = torch.lerp(quality, by_text, self.text_weight)
-            first = descending(by_text)[: math.floor(self.reserve * keep)]
-        coverage = Coverage(self._covers(centred(visual), places))
+            mixture = torch.lerp(quality, by_text, self.text_weight)
+            best = descending(by_text)[: math.floor(self.reserve * n_asked)]
+            first = most_gaining(coverage, n_asked, mixture, best)
+            if n_asked == keep:
+                return Selection(first, relevance, s)
         return Selection(most_gaining(coverage, keep, quality, first), relevance, s)
 
     def _covers(self, units: Tensor, places: Tensor | None) -> Tensor:

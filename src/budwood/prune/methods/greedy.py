@@ -1,7 +1,8 @@
 """Steps that greedy methods share. None of them waits for a GPU.
 
 Cosines are rounded to six decimals. Equal tokens then have equal scores, whatever order a device
-adds in, and ties go to the lower index as everywhere.
+adds in, but for the few cosines that lie halfway between two decimals. Ties go to the lower index
+as everywhere.
 
 Memory: a table of similarities has at most ``MOST_FLOATS`` entries (256 MiB). Up to 8,192 tokens
 that is every pair. With more, the tokens to be covered are an evenly spaced subset of all.
