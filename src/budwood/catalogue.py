@@ -315,6 +315,9 @@ ENCODERS = {
     "sprout": _encoder(
         "sprout:SPROUT", "minilm", "this package", "sprout.safetensors", "Apache-2.0"
     ),
+    "sprout-dense": _encoder(
+        "sprout:SPROUT_DENSE", "minilm", "this package", "sprout-dense.safetensors", "Apache-2.0"
+    ),
     "ulip": _encoder(
         "pointbert:ULIP",
         "ulip",

@@ -54,4 +54,7 @@ def test_ls(budwood):
 def test_ls_labels(budwood):
     rows = json.loads(budwood("ls", "labels", "--json").stdout)["labels"]
     assert {"name": "chair", "part": "indoor"} in rows
-    assert f"indoor ({len(rows)}): " in budwood("ls", "labels").stdout
+    assert {"name": "car", "part": "road"} in rows
+    n_indoor = sum(row["part"] == "indoor" for row in rows)
+    shown = budwood("ls", "labels").stdout
+    assert f"indoor ({n_indoor}): " in shown and f"road ({len(rows) - n_indoor}): " in shown

@@ -17,7 +17,7 @@ FEATURES = json.loads((SAVED / "features.json").read_text())
 
 @pytest.fixture(scope="module")
 def encoder():
-    return load_encoder()
+    return load_encoder("sprout-dense")
 
 
 @pytest.mark.parametrize("name", ["vpt-deep", "vpt-shallow", "fused", "lora", "t3a"])

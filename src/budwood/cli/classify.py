@@ -51,7 +51,7 @@ def classify(
             metavar="DIR", help="An adapter for sparse clouds, by `budwood points adapt`."
         ),
     ] = None,
-    encoder: clouds.Encoder = "sprout",
+    encoder: clouds.EncoderOrAdapters = None,
     checkpoint: clouds.Checkpoint = None,
     sampler: clouds.Sampler = "random",
     up: clouds.Up = "auto",
@@ -97,11 +97,8 @@ def classify(
 
     # These import torch, which takes seconds.
     from budwood.points import classify as classify_clouds
-    from budwood.points.adapters.base import read_description
 
-    if adapter is not None:
-        read_description(adapter)  # before the encoder and the text model are loaded
-    model = clouds.load(encoder, checkpoint, device)
+    model = clouds.load(encoder, checkpoint, device, adapter)
     texts = clouds.embed(model, given, embeddings, text, templates, synonyms)
     strange = clouds.say_unfamiliar(model, texts, text)
     skipped = clouds.Skipped()

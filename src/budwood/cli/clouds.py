@@ -39,6 +39,13 @@ Embeddings = Annotated[
     ),
 ]
 Encoder = Annotated[str, typer.Option(help="One of `budwood ls encoders`.")]
+EncoderOrAdapters = Annotated[
+    str | None,
+    typer.Option(
+        help="One of `budwood ls encoders`; by default that of the adapter, or sprout.",
+        show_default=False,
+    ),
+]
 Checkpoint = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Local weights for that encoder.")
 ]
@@ -172,12 +179,19 @@ def reading_of(
     }
 
 
-def load(encoder: str, checkpoint: Path | None, device: str) -> PointEncoder:
-    """Load an encoder onto a device."""
+def load(
+    encoder: str | None, checkpoint: Path | None, device: str, adapter: Path | None = None
+) -> PointEncoder:
+    """Load an encoder onto a device; by default that of an adapter, or sprout."""
     from budwood.points import load_encoder
+    from budwood.points.adapters.base import encoder_name
+
+    if adapter is not None:
+        made_for = encoder_name(adapter)  # checks it before the encoder is loaded
+        encoder = encoder or made_for
 
     with working("loading the encoder"):
-        return load_encoder(encoder, checkpoint, device=device)
+        return load_encoder(encoder or "sprout", checkpoint, device=device)
 
 
 def embed(

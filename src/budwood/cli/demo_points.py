@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 COUNTS = (128, 64, 32)
+ENCODER = "sprout-dense"
 COLUMNS = Columns(
     Column("cloud"),
     Column("truth"),
@@ -37,9 +38,10 @@ def demo(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Adapt the embedded point encoder, and classify sparse clouds before and after.
+    """Adapt an embedded point encoder, and classify sparse clouds before and after.
 
-    Works offline. Adaptation sees dense clouds of some classes, without labels; the sparse clouds
+    It is sprout-dense, which was trained on dense clouds alone, as published encoders are. Works
+    offline. Adaptation sees dense clouds of some classes, without labels; the sparse clouds
     are of other classes.
 
     \b
@@ -55,7 +57,7 @@ def demo(
             raise InputError(f"{file} exists, perhaps from an earlier demo; choose another --dir")
     make_folder(folder)
     given = load_clouds()
-    model = clouds.load("sprout", None, "auto")
+    model = clouds.load(ENCODER, None, "auto")
     adapter = _adapt(given, model, adapted, steps, seed)
     tested = given.where(group="unseen", use="test")
     rows = _classify(tested, model, adapter, points, seed)
@@ -74,7 +76,7 @@ def demo(
     out().print(
         (f"\nThe first of them is drawn in {picture}.\n" if drawn else "") + "\nNext:\n"
         f'  budwood classify {shown[0]["cloud"]} --labels "{labels}" --adapter {adapted}\n'
-        "  budwood bench points --methods tokens,adabn,sparse-lora --points 64 --seeds 1",
+        f"  budwood bench points --encoder {ENCODER} --methods tokens,sparse-lora --points 64",
         markup=False,
         soft_wrap=True,
     )

@@ -115,7 +115,7 @@ def scan(
         Path | None,
         typer.Option(metavar="DIR", help="An adapter, by `budwood points adapt --sampler lidar`."),
     ] = None,
-    encoder: clouds.Encoder = "sprout",
+    encoder: clouds.EncoderOrAdapters = None,
     checkpoint: clouds.Checkpoint = None,
     points: Annotated[
         int | None,
@@ -174,7 +174,7 @@ def scan(
 
     be_quiet()
     skipped = clouds.Skipped()
-    model = clouds.load(encoder, checkpoint, device)
+    model = clouds.load(encoder, checkpoint, device, adapter)
     strange = clouds.say_unfamiliar(
         model, clouds.embed(model, given, embeddings, text, templates, synonyms), text
     )

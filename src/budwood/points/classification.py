@@ -14,7 +14,7 @@ from torch import Tensor
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.points.adapters import Adapter, load_adapter
-from budwood.points.adapters.base import read_description
+from budwood.points.adapters.base import encoder_name
 from budwood.points.batches import encode
 from budwood.points.encoders import PointEncoder, as_encoder
 from budwood.points.familiar import warn_unfamiliar
@@ -181,7 +181,8 @@ def load_adapted(
 ) -> tuple[PointEncoder, Adapter | None]:
     """An encoder and the adapter around it; arguments and errors as of :func:`classify`."""
     if isinstance(adapter, (str, os.PathLike)):
-        read_description(adapter)  # before the encoder is loaded
+        made_for = encoder_name(adapter)  # checks it before the encoder is loaded
+        encoder = encoder or made_for
     elif encoder is None and adapter is not None:
         encoder = adapter.encoder
     model = as_encoder(encoder or "sprout", checkpoint, device)

@@ -53,9 +53,10 @@ def load_encoder(
     spec: EncoderSpec = ENCODERS.get(name)
     where = device_of(device) if isinstance(device, str) else device
     if spec.hub is None:
-        from budwood.points.encoders.sprout import WEIGHTS, load_sprout
+        from budwood.points.encoders.sprout import DENSE, WEIGHTS, load_sprout
 
-        encoder: PointEncoder = load_sprout(WEIGHTS if checkpoint is None else checkpoint)
+        ships = WEIGHTS if name == "sprout" else DENSE
+        encoder: PointEncoder = load_sprout(ships if checkpoint is None else checkpoint, name)
     else:
         path = Path(checkpoint) if checkpoint is not None else download(spec.hub)
         with torch.device("meta"):

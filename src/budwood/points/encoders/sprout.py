@@ -33,6 +33,8 @@ from budwood.points.grouping import Grouping, gather
 from budwood.points.label_file import labels_beside, stamp_in
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "sprout.safetensors"
+DENSE = WEIGHTS.with_name("sprout-dense.safetensors")
+"""Weights that were trained on dense clouds of objects indoors alone."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ class Sprout(PointEncoder):
     stem = ("group_net", "scale_net", "pos_embed")
     text_center: Tensor
 
-    def __init__(self, config: SproutConfig | None = None) -> None:
+    def __init__(self, config: SproutConfig | None = None, name: str = "sprout") -> None:
         config = config or SproutConfig()
         grouping = Grouping(config.n_groups, config.k, config.n_points, k_min=config.k_min)
         prep = Preparation(config.n_points)
-        super().__init__("sprout", "minilm", config.dim, config.embed_dim, grouping, prep)
+        super().__init__(name, "minilm", config.dim, config.embed_dim, grouping, prep)
         self.config = config
         dim = config.dim
         self.group_net = GroupNet(3, dim, config.group_width)
@@ -160,7 +162,7 @@ def save_sprout(
         raise OutputError(f"cannot write {path}: {error}") from None
 
 
-def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
+def load_sprout(path: str | os.PathLike[str] = WEIGHTS, name: str = "sprout") -> Sprout:
     """Read what :func:`save_sprout` wrote, as float32.
 
     Raises:
@@ -180,7 +182,7 @@ def load_sprout(path: str | os.PathLike[str] = WEIGHTS) -> Sprout:
     if "sprout" not in metadata:
         raise UnsupportedModelError(f"{path} is not a sprout encoder: its metadata has no sizes")
     config, scale = _read_sizes(metadata, str(path))
-    encoder = Sprout(config)
+    encoder = Sprout(config, name)
     encoder.logit_scale = scale
     wanted = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     check_layout(wanted, state, f"{path} does not fit the sizes in its metadata")
@@ -228,3 +230,4 @@ def _read_sizes(metadata: dict[str, str], source: str) -> tuple[SproutConfig, fl
 
 
 SPROUT = EncoderSpec(Sprout)
+SPROUT_DENSE = EncoderSpec(Sprout, options={"name": "sprout-dense"})
