@@ -128,7 +128,7 @@ def test_adapt_then_classify(budwood, scans, tmp_path):
 
 
 def test_a_missing_adapter_is_refused_before_anything_is_loaded(budwood, scans, monkeypatch):
-    monkeypatch.delattr("budwood.cli.clouds.load")
+    monkeypatch.delattr("budwood.points.encoders.sprout.load_sprout")
     command = ["classify", scans, "--labels", NAMES, "--adapter", scans / "no"]
     refused(budwood(*command), "there is no adapter at")
 

@@ -25,7 +25,9 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_sprout(Sprout(config), folder / "tiny.safetensors")
-    monkeypatch.setattr("budwood.points.encoders.sprout.WEIGHTS", folder / "tiny.safetensors")
+    for weights in ("WEIGHTS", "DENSE"):
+        name = f"budwood.points.encoders.sprout.{weights}"
+        monkeypatch.setattr(name, folder / "tiny.safetensors")
     monkeypatch.setattr("budwood.points.towers.MiniLM", lambda: models.Words(12))
     monkeypatch.setenv("BUDWOOD_CACHE", str(folder / "cache"))
     data = folder / "data"

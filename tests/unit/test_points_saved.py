@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from budwood.points import load_adapter, load_encoder
+from budwood.points.adapters.base import encoder_name
 
 SAVED = Path(__file__).parents[1] / "points" / "saved"
 """Adapters for the embedded encoder, and the first four features of each for three clouds."""
@@ -22,6 +23,7 @@ def encoder():
 
 @pytest.mark.parametrize("name", ["vpt-deep", "vpt-shallow", "fused", "lora", "t3a"])
 def test_saved_adapters(name, encoder):
+    assert encoder_name(SAVED / name) == "sprout-dense"  # they were saved when it was sprout
     xyz = torch.randn(3, 32, 3, generator=torch.Generator().manual_seed(1))
     xyz = xyz / xyz.norm(dim=-1).amax(1)[:, None, None]
     with torch.inference_mode():
