@@ -5,10 +5,13 @@
 #
 # OUTPUT is an empty folder for the records; benchmarks/results has those that are kept. Stages, in
 # this order and all of them by default:
-#   start    the frozen encoder on road objects, without adaptation: points-road.json
+#   start    both encoders on road objects, without adaptation: points-road.json and -road-dense
 #   random   indoor, adapted to random points: points.json, points-peers.json, points-sparse.json
 #   lidar    indoor, adapted to points as a LiDAR sees them: points-lidar.json
+#   default  the same as random and lidar for the default encoder: points-default….json
 #   road     road objects, adapted to points as a LiDAR sees them: points-road-adapted.json
+# `random` and `lidar` are about sprout-dense, which was trained on dense clouds as published ones
+# are; `default` and `road` about sprout.
 # A record is written after each method, so a script that was stopped goes on where it was when it
 # is started again. On one core `start` takes about two minutes, the others hours: a method that
 # trains takes two to seven minutes six times, for three seeds and three rates. BUDWOOD names the
@@ -18,7 +21,7 @@ set -euo pipefail
 output=${1:?folder for the records}
 shift
 stages=("${@:-}")
-[ -n "${stages[0]}" ] || stages=(start random lidar road)
+[ -n "${stages[0]}" ] || stages=(start random lidar default road)
 mkdir -p "$output"
 
 budwood=${BUDWOOD:-budwood}
@@ -26,6 +29,7 @@ ours=sparse-lora,sparse-full
 free=frozen,tokens,adabn,tent,t3a,uni-adapter,point-cache,esp-zero,esp-zero-paper
 peers=lora,full,vpt-shallow,vpt-deep
 seen_by_lidar=(--points "" --lidar 256,128,64,32 --occluded 128,64 --sampler lidar --tune)
+dense=(--encoder sprout-dense)
 
 measure() {
     local record="$output/$1.json"
@@ -40,21 +44,30 @@ measure() {
 for stage in "${stages[@]}"; do
     case $stage in
     start)
-        measure points-road --part road --methods frozen,tokens \
-            --points "" --lidar 128,64 --occluded 128,64
+        start=(--part road --methods frozen,tokens --points "" --lidar 128,64 --occluded 128,64)
+        measure points-road "${start[@]}"
+        measure points-road-dense "${start[@]}" "${dense[@]}"
         ;;
     random)
-        measure points --methods "$free" --occluded 128,64 --tune
-        measure points-peers --methods "$peers" --occluded 128,64 --tune
-        measure points-sparse --methods "$ours" --occluded 128,64 --tune
+        measure points "${dense[@]}" --methods "$free" --occluded 128,64 --tune
+        measure points-peers "${dense[@]}" --methods "$peers" --occluded 128,64 --tune
+        measure points-sparse "${dense[@]}" --methods "$ours" --occluded 128,64 --tune
         ;;
-    lidar) measure points-lidar --methods "$free,$peers,$ours" "${seen_by_lidar[@]}" ;;
+    lidar)
+        measure points-lidar "${dense[@]}" --methods "$free,$peers,$ours" "${seen_by_lidar[@]}"
+        ;;
+    default)
+        measure points-default --methods "$free" --occluded 128,64 --tune
+        measure points-default-peers --methods "$peers" --occluded 128,64 --tune
+        measure points-default-sparse --methods "$ours" --occluded 128,64 --tune
+        measure points-default-lidar --methods "$free,$peers,$ours" "${seen_by_lidar[@]}"
+        ;;
     road)
         measure points-road-adapted --part road --methods "$free,$peers,$ours" \
             "${seen_by_lidar[@]}"
         ;;
     *)
-        echo "there is no stage $stage; give start, random, lidar or road" >&2
+        echo "there is no stage $stage; give start, random, lidar, default or road" >&2
         exit 2
         ;;
     esac
