@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from budwood import records
 from budwood.points import scan
-from budwood.points.encoders import as_encoder
 from budwood.points.io.meshes import sample_surface
 from budwood.points.scanning.boxes import UNKNOWN, Box
 
@@ -100,7 +99,7 @@ def standing(kind: str, place: Array, rng: np.random.Generator) -> Array:
 def swept(xyz: Array, beams: int, shots: int) -> tuple[NDArray[np.int64], Array]:
     """Indices of the points that a turn of the LiDAR hits first, and directions that hit none.
 
-    Each ray takes the nearest point within half of the angle between two rays.
+    Each ray takes the nearest point within a quarter of the angle between two beams.
     """
     step, turn = math.radians(UP - DOWN) / (beams - 1), 2 * math.pi / shots
     distance = np.linalg.norm(xyz, axis=1)
@@ -160,16 +159,14 @@ def measure(args: argparse.Namespace) -> records.Record:
         frame(args.seed * 100_000 + i, args.objects, args.beams, args.shots)
         for i in range(args.frames)
     ]
-    encoder = as_encoder("sprout", args.checkpoint)
-    scanned = scan(iter([xyz for xyz, _ in frames]), LABELS, encoder=encoder, up="z")
+    scanned = scan(iter([xyz for xyz, _ in frames]), LABELS, encoder=args.encoder, up="z")
     found = [
         (one, box_at(result.boxes, one.place))
         for (_, objects), result in zip(frames, scanned)
         for one in objects
         if one.n_points >= FEWEST
     ]
-    config = vars(args) | {"checkpoint": args.checkpoint and args.checkpoint.name}
-    del config["out"]
+    config = {name: value for name, value in vars(args).items() if name != "out"}
     return records.new_record("scan street", rows_of(found), seed=args.seed, config=config)
 
 
@@ -182,7 +179,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=2000, help="in a turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path, help="other weights of sprout points")
+    parser.add_argument("--encoder", default="sprout", help="one of `budwood ls encoders`")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 

@@ -141,7 +141,8 @@ def test_adversarial_inputs(name, kind):
     # Tokens of 9 dimensions have a determinant of 0 from the tenth on, and rounding decides.
     beyond = 9 if name.endswith("cdpruner") else 16
     for seed, keep in ((0, 1), (1, 7), (2, beyond), (3, 42)):
-        check(name, make(kind, seed), keep, up_to_copies=kind == "duplicates")
+        copies = kind == "duplicates" and name in ("divprune", "cdpruner", "tops")
+        check(name, make(kind, seed), keep, up_to_copies=copies)
 
 
 def test_every_peer_has_a_reference():
