@@ -298,68 +298,54 @@ TUNERS = {
 """Of `budwood tune`. ``kind``: an ablation is SLIM with a part left out or changed."""
 
 
-def _encoder(target: str, text: str, weights: str, file: str, licence: str) -> Entry:
+def _encoder(
+    target: str, trained_on: str, text: str, weights: str, file: str, licence: str = "Apache-2.0"
+) -> Entry:
     facts = {"text": text, "weights": weights, "file": file, "licence": licence}
-    return Entry("", weights, facts, f"budwood.points.encoders.{target}")
+    return Entry(trained_on, weights, facts, f"budwood.points.encoders.{target}")
 
 
-def _uni3d(size: str, name: str) -> Entry:
+def _sprout(name: str, trained_on: str) -> Entry:
+    file = f"{name}.safetensors"
     return _encoder(
-        f"uni3d:{name}", "eva02-e", "BAAI/Uni3D", f"modelzoo/uni3d-{size}/model.pt", "MIT"
+        f"sprout:{name.upper().replace('-', '_')}", trained_on, "minilm", "this package", file
     )
 
 
-_ULIP = "ULIP-2/pretrained_models/ULIP-2-PointBERT"
+def _ulip(name: str, trained_on: str, text: str, file: str) -> Entry:
+    path = f"ULIP-2/pretrained_models/ULIP-2-PointBERT-{file}-pretrained.pt"
+    return _encoder(f"pointbert:{name}", trained_on, text, "SFXX/ulip", path, "BSD-3-Clause")
+
+
+def _openshape(name: str, text: str, width: str) -> Entry:
+    repository = f"OpenShape/openshape-pointbert-vit{width}-rgb"
+    return _encoder(f"openshape:{name}", _FOUR_SETS, text, repository, "model.pt")
+
+
+def _uni3d(size: str, name: str) -> Entry:
+    file = f"modelzoo/uni3d-{size}/model.pt"
+    return _encoder(f"uni3d:{name}", _FOUR_SETS, "eva02-e", "BAAI/Uni3D", file, "MIT")
+
+
+_FOUR_SETS = "Objaverse, ShapeNet, ABO, 3D-FUTURE"
 
 ENCODERS = {
-    "sprout": _encoder(
-        "sprout:SPROUT", "minilm", "this package", "sprout.safetensors", "Apache-2.0"
+    "sprout": _sprout("sprout", "indoor and road objects, dense and as sensors see them"),
+    "sprout-dense": _sprout("sprout-dense", "indoor objects, dense; to try adaptation on"),
+    "ulip": _ulip("ULIP", "Objaverse, no colours", "ulip", "8k-xyz-pc-slip_vit_b-objaverse"),
+    "ulip2": _ulip(
+        "ULIP2", "Objaverse, ShapeNet", "bigg", "10k-xyzrgb-pc-vit_g-objaverse_shapenet"
     ),
-    "sprout-dense": _encoder(
-        "sprout:SPROUT_DENSE", "minilm", "this package", "sprout-dense.safetensors", "Apache-2.0"
-    ),
-    "ulip": _encoder(
-        "pointbert:ULIP",
-        "ulip",
-        "SFXX/ulip",
-        f"{_ULIP}-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt",
-        "BSD-3-Clause",
-    ),
-    "ulip2": _encoder(
-        "pointbert:ULIP2",
-        "bigg",
-        "SFXX/ulip",
-        f"{_ULIP}-10k-xyzrgb-pc-vit_g-objaverse_shapenet-pretrained.pt",
-        "BSD-3-Clause",
-    ),
-    "openshape": _encoder(
-        "openshape:OPENSHAPE",
-        "bigg",
-        "OpenShape/openshape-pointbert-vitg14-rgb",
-        "model.pt",
-        "Apache-2.0",
-    ),
-    "openshape-l14": _encoder(
-        "openshape:OPENSHAPE_L14",
-        "clip-l14",
-        "OpenShape/openshape-pointbert-vitl14-rgb",
-        "model.pt",
-        "Apache-2.0",
-    ),
-    "openshape-b32": _encoder(
-        "openshape:OPENSHAPE_B32",
-        "clip-b32",
-        "OpenShape/openshape-pointbert-vitb32-rgb",
-        "model.pt",
-        "Apache-2.0",
-    ),
+    "openshape": _openshape("OPENSHAPE", "bigg", "g14"),
+    "openshape-l14": _openshape("OPENSHAPE_L14", "clip-l14", "l14"),
+    "openshape-b32": _openshape("OPENSHAPE_B32", "clip-b32", "b32"),
     "uni3d-ti": _uni3d("ti", "TINY"),
     "uni3d-s": _uni3d("s", "SMALL"),
     "uni3d-b": _uni3d("b", "BASE"),
     "uni3d-l": _uni3d("l", "LARGE"),
     "uni3d-g": _uni3d("g", "GIANT"),
 }
-"""Point encoders: the text tower that each is aligned with, and where its weights are."""
+"""Point encoders: the shapes that each was trained on, its text tower, where its weights are."""
 
 
 def _adaptation(name: str, summary: str, source: str, sees: str = "one") -> Entry:

@@ -74,13 +74,13 @@ def models(json: options.Json = False) -> None:
 
 @app.command()
 def encoders(json: options.Json = False) -> None:
-    """Point encoders, their text towers and where their weights are.
+    """Point encoders, what they were trained on, their text towers and where their weights are.
 
     \b
     Example:
       budwood ls encoders
     """
-    _show("encoders", catalogue.ENCODERS, ("text", "weights", "file", "licence"), json)
+    _show("encoders", catalogue.ENCODERS, ("description", "text", "weights", "file", "licence"), json)
 
 
 @app.command()
