@@ -155,7 +155,7 @@ def adav_plus(
     reach: float = 3.0,
     reserve: float = 0.125,
     temperature: float = 10.0,
-    focus: int = 0,
+    focus: int = 16,
 ) -> list[int]:
     n, s, w = len(visual), relative(saliency), text_weight if text else 0.0
     log_t = log_contrast(visual, text, temperature, [0.0] * len(visual[0]), [])

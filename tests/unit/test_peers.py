@@ -241,6 +241,7 @@ def test_scope_follows_alpha(alpha):
         {"reserve": 0.0},
         {"reserve": 0.5},
         {"reserve": 0.5, "focus": 4},
+        {"focus": 0},
         {"focus": 1},
         {"focus": 100},
         {"blur": 0.4, "reach": 1.5},

@@ -28,11 +28,10 @@ from budwood.prune.methods.scores import descending, evenly_spaced, relative
 class AdaVPlus(Contrast):
     """Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.
 
-    AdaV and the methods of its kind keep many tokens of one object. Here the best by relevance take
-    a small part of the budget, ``floor(reserve · n)`` tokens, where n is the budget, at most
-    ``focus``. Then each step takes ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where
-    ``best_j`` is the largest c of token j with a taken one, at least 0. Once n tokens are taken, q
-    is the saliency alone.
+    AdaV and the methods of its kind keep many tokens of one object. Here the question has a say in
+    the first n tokens, at most ``focus``: ``floor(reserve · n)`` are the best by relevance. Then
+    each step takes ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where ``best_j`` is the largest c
+    of token j with a taken one, at least 0. After the first n tokens q is the saliency alone.
 
     1. The relevance t is that of ``adav-contrast``. Each token gets the mean over the picture,
        weighted by ``exp(−d² / 2 blur²)``, where d is the distance of two tokens in the picture, in
@@ -53,7 +52,7 @@ class AdaVPlus(Contrast):
         reserve: fraction of n that goes by relevance alone, at least 0 and below 1.
         blur: in tokens, above 0.
         reach: in tokens, above 0.
-        focus: tokens on which the question has a say at most; 0 for no limit.
+        focus: tokens in which the question has a say; 0 for all.
         temperature: as in ``adav-contrast``.
         common: likewise.
 
@@ -65,7 +64,7 @@ class AdaVPlus(Contrast):
     reserve: float = 0.125
     blur: float = 1.0
     reach: float = 3.0
-    focus: int = 0
+    focus: int = 16
 
     name: ClassVar[str] = "adav+"
     needs_text: ClassVar[bool] = True
