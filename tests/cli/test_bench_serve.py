@@ -15,8 +15,13 @@ from budwood import records
 class Fake(BaseHTTPRequestHandler):
     seen: list[dict]
 
+    version: str | None = "0.32.0"
+
     def do_GET(self):
-        self.answer(json.dumps({"data": [{"id": "tiny"}]}).encode())
+        if self.path == "/version":
+            self.answer(json.dumps({"version": self.version} if self.version else "?").encode())
+        else:
+            self.answer(json.dumps({"data": [{"id": "tiny"}]}).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -69,7 +74,7 @@ def test_a_record_and_a_table(budwood, server, tmp_path):
     ]
     for row in record.rows:
         assert row["n_requests"] == max(4, row["concurrency"]) and row["n_prompt"] == 40
-        assert row["model"] == "tiny"
+        assert row["model"] == "tiny" and row["version"] == "0.32.0"
         assert 20 <= row["first_token_ms"] <= row["total_ms"] <= row["slow_ms"]
     assert record.rows[2]["requests_per_s"] > record.rows[0]["requests_per_s"]
     assert len(seen) == 2 * (4 + 1) + 2 * (5 + 1)
@@ -80,6 +85,15 @@ def test_a_record_and_a_table(budwood, server, tmp_path):
     assert all(body["model"] == "tiny" and body["stream"] for body in seen)
     shown = budwood("bench", "show", tmp_path / "serve.json")
     assert "| pruned | many | same | 1 |" in shown.stdout
+
+
+def test_a_server_that_tells_no_version_is_measured(budwood, server, monkeypatch):
+    url, _ = server
+    monkeypatch.setattr(Fake, "version", None)
+    few = ["--concurrency", "1", "--requests", 1, "--pictures", "same", "--questions", "same"]
+    done = budwood("bench", "serve", f"other={url}", *few, "--side", 24, "--json")
+    assert done.exit_code == 0, done.output
+    assert [row["version"] for row in json.loads(done.stdout)["rows"]] == [None]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ class Server:
         with self.call("/v1/models") as response:
             return json.load(response)["data"][0]["id"]
 
+    def version(self) -> str | None:
+        """The version of vLLM that it runs; None if it does not tell one."""
+        try:
+            with self.call("/version") as response:
+                return json.load(response)["version"]
+        except (InputError, ValueError, KeyError, TypeError):
+            return None
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -135,22 +143,28 @@ def measure(servers: Sequence[Server], config: ServeConfig) -> list[Row]:
     Raises:
         InputError: a server does not answer, or answers with an error.
     """
-    names = {server.name: server.model() for server in servers}
+    served = {
+        server.name: {
+            "server": server.name,
+            "version": server.version(),
+            "model": server.model(),
+        }
+        for server in servers
+    }
     rows, settings = [], product(config.concurrency, config.pictures, config.questions)
     for setting, (concurrency, pictures, questions) in enumerate(settings):
         first = config.seed + (setting + 1) * 10_000
         n_requests = max(config.n_requests, concurrency)
         bodies = list(_bodies(config, n_requests, pictures, questions, first))
         for server in servers:
-            model = {"model": names[server.name]}
+            model = {"model": served[server.name]["model"]}
             ask(server, next(_bodies(config, 1, "many", "many", first + 5_000)) | model)
             started = time.perf_counter()
             with ThreadPoolExecutor(concurrency) as pool:
                 answers = list(pool.map(lambda body, s=server, m=model: ask(s, body | m), bodies))
             wall_s = time.perf_counter() - started
             setup = {"pictures": pictures, "questions": questions, "concurrency": concurrency}
-            served = {"server": server.name, "model": names[server.name]}
-            rows.append({**served, **setup, **_row(answers, wall_s)})
+            rows.append({**served[server.name], **setup, **_row(answers, wall_s)})
     return rows
 
 

@@ -80,7 +80,9 @@ def encoders(json: options.Json = False) -> None:
     Example:
       budwood ls encoders
     """
-    _show("encoders", catalogue.ENCODERS, ("description", "text", "weights", "file", "licence"), json)
+    _show(
+        "encoders", catalogue.ENCODERS, ("description", "text", "weights", "file", "licence"), json
+    )
 
 
 @app.command()
