@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -195,6 +199,33 @@ def test_workers_answer_the_same(vlm):
 def test_at_least_one_worker():
     with pytest.raises(InputError, match="workers=0"):
         Workers(0, load_vlm_model)
+
+
+KILLED = """
+import os, time
+from budwood.bench.prune.workers import Workers
+
+def load():
+    print(os.getpid(), flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    Workers(1, load)._pool.submit(int).result()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    started = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    worker = int(started.stdout.readline())
+    started.kill()
+    try:
+        started.communicate(timeout=30)  # ends once the worker, too, has closed its output
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 def test_chats_are_about_other_objects():

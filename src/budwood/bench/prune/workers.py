@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -20,7 +21,8 @@ class Workers:
     """Answers tasks in several processes; a context manager.
 
     One thread does not keep up with two cores on questions about small models. Answers are the
-    same as in one process of as many threads as a worker has.
+    same as in one process of as many threads as a worker has. A worker ends with the process that
+    started it, also where that one was killed.
 
     Args:
         n: how many processes. They share the cores.
@@ -55,10 +57,19 @@ def _begin(load: Callable[[], Loaded], threads: int) -> None:
     import torch
 
     global _model
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     _model = load()
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent has; a task would otherwise run on for minutes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _answer(task: Task) -> list[Row]:
