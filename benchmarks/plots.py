@@ -28,14 +28,7 @@ from budwood.sprout import example
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / records.RESULTS, ROOT / "docs" / "images"
 COLOURS = 128
-PRUNED = (
-    ("adav+", "original"),
-    ("scope", "original"),
-    ("scope", "compact"),
-    ("adav", "compact"),
-    ("fastervlm", "compact"),
-    ("random", "compact"),
-)
+PRUNED = ("adav+", "cen-scope", "scope", "mmtok", "adav", "fastervlm", "uniform", "random")
 POINTS = ("frozen", "tokens", "t3a", "esp-zero", "full", "lora", "sparse-lora")
 
 
@@ -48,18 +41,17 @@ def prune(path: Path) -> None:
     """Accuracy on large scenes by the number of visual tokens kept."""
     rows = rows_of("prune-high.json")
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
-    curves = [
-        row | {"curve": f"{method}, {positions} positions"}
-        for method, positions in PRUNED
-        for row in rows
-        if (row["method"], row["positions"]) == (method, positions)
-    ]
     plots.plot_lines(
-        curves,
+        [
+            row | {"n_kept": round(row["n_kept"])}
+            for method in PRUNED
+            for row in rows
+            if row["method"] == method
+        ],
         path,
         x="n_kept",
         y="accuracy",
-        by="curve",
+        by="method",
         low="accuracy_low",
         high="accuracy_high",
         baseline=full,
