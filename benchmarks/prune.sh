@@ -56,7 +56,7 @@ large() {
     shift
     local earlier=()
     [ "$name" = high ] || earlier=(--reuse "$output/prune-high.json")
-    measure "$name" --seed 1 --positions original --timed 2 "${earlier[@]}" "$@"
+    measure "$name" --seed 1 --positions original --timed 8 "${earlier[@]}" "$@"
 }
 
 for stage in "${stages[@]}"; do
