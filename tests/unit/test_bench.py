@@ -77,7 +77,7 @@ def sheet_of(vlm, exam) -> Sheet:
         Variant("random"),
         Variant("fastervlm", None),
         Variant("fastervlm", None, "original"),
-        Variant("adav+"),
+        Variant("adav+:focus=0"),  # the question has a say in every token
         Variant("visionzip", None),
         Variant("overview", None),
     ],
