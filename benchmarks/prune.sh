@@ -18,7 +18,8 @@
 # A stage takes over what an earlier one answered. A stage that was stopped goes on where it was when
 # the script is started again. Two cores give some 15 answers a second: 20 methods at three budgets
 # on 160 scenes take an hour and a quarter. SCENES is the number of scenes of `high`, by default 300;
-# the other stages follow from it. BUDWOOD names the command.
+# the other stages follow from it. EARLIER is a record of fewer scenes that `high` takes over, such as
+# benchmarks/results/prune-high.json. BUDWOOD names the command.
 set -euo pipefail
 
 output=${1:?folder for the records}
@@ -54,8 +55,8 @@ measure() {
 large() {
     local name=$1
     shift
-    local earlier=()
-    [ "$name" = high ] || earlier=(--reuse "$output/prune-high.json")
+    local earlier=(--reuse "$output/prune-high.json")
+    [ "$name" != high ] || earlier=(${EARLIER:+--reuse "$EARLIER"})
     measure "$name" --seed 1 --positions original --timed 8 "${earlier[@]}" "$@"
 }
 
