@@ -24,7 +24,7 @@ stages=("${@:-}")
 [ -n "${stages[0]}" ] || stages=(start random lidar default road)
 mkdir -p "$output"
 
-budwood=${BUDWOOD:-budwood}
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 ours=sparse-lora,sparse-full
 free=frozen,tokens,adabn,tent,t3a,uni-adapter,point-cache,esp-zero,esp-zero-paper
 peers=lora,full,vpt-shallow,vpt-deep
@@ -32,13 +32,7 @@ seen_by_lidar=(--points "" --lidar 256,128,64,32 --occluded 128,64 --sampler lid
 dense=(--encoder sprout-dense)
 
 measure() {
-    local record="$output/$1.json"
-    shift
-    if [ -f "$record" ] && grep -q '"status": "complete"' "$record"; then
-        echo "$record is complete"
-        return
-    fi
-    "$budwood" bench points --out "$record" "$@"
+    record "$output/$1.json" points "${@:2}"
 }
 
 for stage in "${stages[@]}"; do

@@ -15,11 +15,11 @@
 #   shifted    looks outside the range of training: prune-shifted.json
 #   question   which text counts as the question: prune-question.json
 #   turns      chats of two turns: prune-turns.json
-# A stage takes over what an earlier one answered. A stage that was stopped goes on where it was when
-# the script is started again. Two cores give some 15 answers a second: 20 methods at three budgets
-# on 160 scenes take an hour and a quarter. SCENES is the number of scenes of `high`, by default 300;
-# the other stages follow from it. EARLIER is a record of fewer scenes that `high` takes over, such as
-# benchmarks/results/prune-high.json. BUDWOOD names the command.
+# many, quarter, ablation and inside take over what `high` answered. A stage that was stopped goes on
+# where it was when the script is started again. Two cores give some 15 answers a second: 20 methods
+# at three budgets on 160 scenes take an hour and a quarter. SCENES is the number of scenes of `high`,
+# by default 300; the other stages follow from it. EARLIER is a record of fewer scenes that `high`
+# takes over, such as benchmarks/results/prune-high.json. BUDWOOD names the command.
 set -euo pipefail
 
 output=${1:?folder for the records}
@@ -29,7 +29,7 @@ all=(high many quarter ablation published inside small shifted question turns)
 [ -n "${stages[0]}" ] || stages=("${all[@]}")
 mkdir -p "$output"
 
-budwood=${BUDWOOD:-budwood}
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 scenes=${SCENES:-300}
 ours=adav+,adav,adav-official,adav-contrast
 peers=scope,mmtok,divprune,cdpruner,eadp,tops,prunesid,vispruner,visionzip,prumerge-plus
@@ -42,13 +42,7 @@ variants+=,adav-contrast:reserve=0,adav+:focus=0,adav+:focus=64,adav+:text_weigh
 variants+=,adav+:reach=1000
 
 measure() {
-    local record="$output/prune-$1.json"
-    shift
-    if [ -f "$record" ] && grep -q '"status": "complete"' "$record"; then
-        echo "$record is complete"
-        return
-    fi
-    "$budwood" bench prune --question current --dtype bfloat16 --workers 2 --out "$record" "$@"
+    record "$output/prune-$1.json" prune --question current --dtype bfloat16 --workers 2 "${@:2}"
 }
 
 # Large pictures of seed 1; adav+ was designed on validation scenes.
