@@ -305,11 +305,11 @@ def _encoder(
     return Entry(trained_on, weights, facts, f"budwood.points.encoders.{target}")
 
 
-def _sprout(name: str, trained_on: str) -> Entry:
-    file = f"{name}.safetensors"
-    return _encoder(
-        f"sprout:{name.upper().replace('-', '_')}", trained_on, "minilm", "this package", file
-    )
+def _sprout(name: str, file: str, trained_on: str) -> Entry:
+    return _encoder(f"sprout:{name}", trained_on, "minilm", "this package", file)
+
+
+_FOUR_SETS = "Objaverse, ShapeNet, ABO, 3D-FUTURE"
 
 
 def _ulip(name: str, trained_on: str, text: str, file: str) -> Entry:
@@ -327,11 +327,13 @@ def _uni3d(size: str, name: str) -> Entry:
     return _encoder(f"uni3d:{name}", _FOUR_SETS, "eva02-e", "BAAI/Uni3D", file, "MIT")
 
 
-_FOUR_SETS = "Objaverse, ShapeNet, ABO, 3D-FUTURE"
-
 ENCODERS = {
-    "sprout": _sprout("sprout", "indoor and road objects, dense and as sensors see them"),
-    "sprout-dense": _sprout("sprout-dense", "indoor objects, dense; to try adaptation on"),
+    "sprout": _sprout(
+        "SPROUT", "sprout.safetensors", "indoor and road objects, dense and as sensors see them"
+    ),
+    "sprout-dense": _sprout(
+        "SPROUT_DENSE", "sprout-dense.safetensors", "indoor objects, dense; to try adaptation on"
+    ),
     "ulip": _ulip("ULIP", "Objaverse, no colours", "ulip", "8k-xyz-pc-slip_vit_b-objaverse"),
     "ulip2": _ulip(
         "ULIP2", "Objaverse, ShapeNet", "bigg", "10k-xyzrgb-pc-vit_g-objaverse_shapenet"

@@ -14,7 +14,6 @@ from budwood import records
 
 class Fake(BaseHTTPRequestHandler):
     seen: list[dict]
-
     version: str | None = "0.32.0"
 
     def do_GET(self):

@@ -146,8 +146,8 @@ def measure(servers: Sequence[Server], config: ServeConfig) -> list[Row]:
     served = {
         server.name: {
             "server": server.name,
-            "version": server.version(),
             "model": server.model(),
+            "version": server.version(),
         }
         for server in servers
     }

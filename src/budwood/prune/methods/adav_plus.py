@@ -29,9 +29,10 @@ class AdaVPlus(Contrast):
     """Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.
 
     AdaV and the methods of its kind keep many tokens of one object. Here the question has a say in
-    the first n tokens, at most ``focus``: ``floor(reserve · n)`` are the best by relevance. Then
-    each step takes ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where ``best_j`` is the largest c
-    of token j with a taken one, at least 0. After the first n tokens q is the saliency alone.
+    the first n tokens, where n is the smaller of ``focus`` and the budget. The first
+    ``floor(reserve · n)`` are the best by relevance. Then each step takes
+    ``argmax_i q_i · Σ_j max(0, c_ij − best_j)``, where ``best_j`` is the largest c of token j with
+    a taken one, at least 0. After the first n tokens q is the saliency alone.
 
     1. The relevance t is that of ``adav-contrast``. Each token gets the mean over the picture,
        weighted by ``exp(−d² / 2 blur²)``, where d is the distance of two tokens in the picture, in
