@@ -15,8 +15,8 @@
 #   shifted    looks outside the range of training: prune-shifted.json
 #   question   which text counts as the question: prune-question.json
 #   turns      chats of two turns: prune-turns.json
-# many, quarter, ablation and inside take over what `high` answered. A stage that was stopped goes on
-# where it was when the script is started again. Two cores give some 15 answers a second: 20 methods
+# many, quarter and ablation take over what `high` answered. A stage that was stopped goes on where it
+# was when the script is started again. Two cores give some 15 answers a second: 20 methods
 # at three budgets on 160 scenes take an hour and a quarter. SCENES is the number of scenes of `high`,
 # by default 300; the other stages follow from it. EARLIER is a record of fewer scenes that `high`
 # takes over, such as benchmarks/results/prune-high.json. BUDWOOD names the command.
@@ -70,7 +70,10 @@ for stage in "${stages[@]}"; do
         measure compact --seed 1 --scenes $((scenes / 2)) --methods "$every" \
             --positions compact --keep 0.1,0.05,0.025 --timed 2
         ;;
-    inside) large inside --scenes $((scenes / 5)) --methods fastv,pyramiddrop,adav --keep 0.1,0.05 ;;
+    inside)
+        measure inside --seed 1 --scenes $((scenes / 5)) --methods fastv,pyramiddrop,adav \
+            --positions original --keep 0.1,0.05 --timed 8
+        ;;
     small)
         measure 256 --model sprout-256 --seed 1 --scenes "$scenes" --methods "$every" \
             --positions original --keep 0.25,0.11,0.055 --timed 6
