@@ -37,7 +37,8 @@ PRUNING_METHODS = {
         "adav_plus:AdaVPlus",
         "text, saliency, grid",
         "Keep salient or relevant tokens that show what no kept token nearby shows yet. Ours.",
-        "ours, after AdaV, SCOPE, Cen-Prune and EADP",
+        "ours, after AdaV, SCOPE, Cen-Prune, EADP and PruMerge",
+        merges="yes",
     ),
     "fastervlm": _method(
         "fastervlm:FasterVLM",

@@ -48,7 +48,7 @@ def test_a_count_stays_a_count(budwood, model_dir):
     [
         (["--keep", "0"], "below 1"),
         (["--keep", "1.5"], "outside"),
-        (["--method", "visionzip"], "merges tokens, which is not served"),
+        (["--method", "visionzip"], "reads keys of the vision encoder, which is not served"),
         (["--method", "adav-official"], "reads whole crops, which is not served"),
         (["--method", "adv"], "unknown method"),
         (["--question", "turns"], "unknown question"),

@@ -13,6 +13,7 @@ from tests.contract import oracle
 from tests.contract.models import IMAGE, ROW_IMAGES, words
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
+MERGING = ("adav+", "visionzip", "prumerge-plus")
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,14 @@ def test_keys_are_in_the_order_of_the_llm(cases):
     assert pictures.keys[0].shape[1] == attention.num_heads
 
 
-@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+@pytest.mark.parametrize("merging", MERGING)
 def test_keeping_everything_merges_nothing(case, batch, merging):
     before = case.model.generate(**batch, **GREEDY)
     with attach(case.model, keep=1.0, method=merging):
         assert torch.equal(case.model.generate(**batch, **GREEDY), before)
 
 
-@pytest.mark.parametrize("merging", ["visionzip", "prumerge-plus"])
+@pytest.mark.parametrize("merging", MERGING)
 def test_rows_of_a_batch_equal_single_rows(case, batch, merging):
     with attach(case.model, keep=5, method=merging):
         together = case.model.generate(**batch, **GREEDY)

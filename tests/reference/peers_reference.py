@@ -156,7 +156,9 @@ def adav_plus(
     reserve: float = 0.125,
     temperature: float = 10.0,
     focus: int = 16,
-) -> list[int]:
+    merge: float = 0.6,
+    alike: float = 0.5,
+) -> dict[int, list[float]]:
     n, s, w = len(visual), relative(saliency), text_weight if text else 0.0
     log_t = log_contrast(visual, text, temperature, [0.0] * len(visual[0]), [])
     t = [math.exp(x - max(log_t)) if text else 0.0 for x in log_t]
@@ -179,7 +181,19 @@ def adav_plus(
         quality = q if len(taken) < n_asked else s
         gained = zip(quality, gains(covers, taken), strict=True)
         taken.append(best_of([x * y for x, y in gained], taken))
-    return sorted(taken)
+    own: dict[int, list[int]] = {i: [] for i in taken}
+    for j in range(n):
+        best = max(taken, key=lambda i: covers[i][j])  # the first of equals
+        if j not in own and covers[best][j] > alike:
+            own[best].append(j)
+    merged = {}
+    for i, group in own.items():
+        total = sum(covers[i][j] for j in group)
+        parts = [[covers[i][j] / total * x for x in visual[j]] for j in group]
+        mean = [sum(column) for column in zip(*parts, strict=True)]
+        pairs = zip(visual[i], mean, strict=True)
+        merged[i] = [(1 - merge) * x + merge * y for x, y in pairs] if group else visual[i]
+    return merged
 
 
 def squares(boxes: Vectors) -> Vectors:

@@ -246,6 +246,10 @@ def test_scope_follows_alpha(alpha):
         {"focus": 100},
         {"blur": 0.4, "reach": 1.5},
         {"blur": 2.0, "reach": 20.0, "temperature": 3.0},
+        {"merge": 0.0},
+        {"merge": 1.0, "alike": 0.0},
+        {"merge": 0.3, "alike": 1.0},
+        {"alike": 0.2, "reach": 1.0},
     ],
 )
 @pytest.mark.parametrize("with_boxes", [True, False])
@@ -256,7 +260,10 @@ def test_adav_plus_follows_its_parameters(parameters, with_boxes):
     got = select(visual, text, saliency, keep=8, method=method, extras=extras)
     plain = [x.double().tolist() for x in (visual, text, saliency)]
     places = boxes().tolist() if with_boxes else None
-    assert got.indices.tolist() == reference.adav_plus(*plain, 8, places, **parameters)
+    want = reference.adav_plus(*plain, 8, places, **parameters)
+    assert got.indices.tolist() == sorted(want)
+    features = visual[got.indices] if got.features is None else got.features
+    torch.testing.assert_close(features, torch.tensor([want[i] for i in sorted(want)]))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +277,8 @@ def test_adav_plus_follows_its_parameters(parameters, with_boxes):
         ("reach", -1.0),
         ("focus", -1),
         ("focus", 0.5),
+        ("merge", 1.5),
+        ("alike", float("nan")),
     ],
 )
 def test_adav_plus_refuses_parameters_out_of_range(parameter, value):

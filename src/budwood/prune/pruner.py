@@ -15,6 +15,7 @@ from budwood.errors import BudgetError, InputError
 from budwood.prune.budget import Budget, Budgets
 from budwood.prune.encoded import Encoded, sample
 from budwood.prune.families.base import Family, Layout, Visuals
+from budwood.prune.merging import kept_features
 from budwood.prune.methods.base import Extras, Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
@@ -409,7 +410,7 @@ def _outputs(
     """Kept features as ``generate`` and ``forward`` take them, by kind."""
     left: dict[Visuals, list[Tensor]] = {}
     for one, selection, indices in zip(found, chosen, kept):
-        features = _left(one.features, one.layout, selection, indices)
+        features = kept_features(one.features, one.layout, selection, indices)
         left.setdefault(one.visuals, []).append(features)
     return {visuals.kind: visuals.outputs(features) for visuals, features in left.items()}
 
@@ -487,28 +488,6 @@ def _beside(
     text = None if text is None else text.to(visual.device)
     saliency = None if saliency is None else saliency.to(visual.device)
     return visual, text, saliency
-
-
-def _left(image: Tensor, layout: Layout, selection: Selection, kept: Tensor) -> Tensor:
-    """Features that go to the LLM, shape (n_kept + n_fixed, d_model), or with levels between.
-
-    Choosing is not differentiated through: a merged feature passes its gradient on to the kept
-    token's own. Only the first level is merged.
-    """
-    left = image[kept]
-    if selection.features is None:
-        return left
-    where = selection.indices
-    if layout.candidates is not None:
-        chosen = layout.candidates.to(kept.device, non_blocking=True)[where]
-        where = torch.searchsorted(kept, chosen)
-    else:
-        where = torch.arange(len(kept), device=kept.device)
-    first = left if left.ndim == 2 else left[:, 0]
-    merged = first.index_copy(0, where, selection.features)
-    if left.ndim == 3:
-        merged = torch.cat((merged[:, None], left[:, 1:]), dim=1)
-    return left + (merged - left).detach() if left.requires_grad else merged
 
 
 def _places(layout: Layout, kept: Tensor, device: torch.device) -> Tensor:

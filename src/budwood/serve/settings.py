@@ -74,10 +74,14 @@ def refuse_method(method: Method) -> None:
     """Refuse a method that a server cannot run.
 
     Raises:
-        UnsupportedModelError: it merges features, or reads whole crops.
+        UnsupportedModelError: it reads the encoder's keys, or whole crops.
     """
     reason = (
-        "merges tokens" if method.merges else "reads whole crops" if method.whole_crops else None
+        "reads keys of the vision encoder"
+        if method.needs_keys
+        else "reads whole crops"
+        if method.whole_crops
+        else None
     )
     if reason:
         raise UnsupportedModelError(

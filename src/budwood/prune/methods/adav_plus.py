@@ -1,4 +1,4 @@
-"""adav+: saliency and relevance in one score, times what a token adds to those kept nearby."""
+"""adav+: saliency and relevance times what a token adds to those kept nearby, and merging."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ class AdaVPlus(Contrast):
        ``text_weight``. A question without tokens leaves saliency alone.
     3. ``c_ij = max(0, cos_ij) · exp(−d² / 2 reach²)``, with cosines of tokens less their mean. A
        token stands only for those around it, so that another copy of an object is kept too.
+    4. A dropped token j goes to the kept token i of the largest ``c_ij``, the one taken first if
+       several have it, where that is above ``alike``. A kept token with features x becomes
+       ``(1 − merge) · x + merge · Σ_j c_ij x_j / Σ_j c_ij`` over the tokens that go to it.
 
     The LLM sees each kept token at its position in the whole prompt (see
     :func:`budwood.prune.attach`). Without boxes in ``extras`` places do not count.
 
     Source: ours. The coverage gain is SCOPE's (arXiv 2510.24214), centring Cen-Prune's, smoothing
-    EADP's.
+    EADP's; PruMerge merges dropped tokens into kept ones (arXiv 2403.15388).
 
     Args:
         text_weight: w, in [0, 1].
@@ -54,6 +57,9 @@ class AdaVPlus(Contrast):
         blur: in tokens, above 0.
         reach: in tokens, above 0.
         focus: tokens in which the question has a say; 0 for all.
+        merge: share of a kept token's features that comes from dropped ones, in [0, 1]; 0 merges
+            nothing.
+        alike: from which c on a dropped token is merged, in [0, 1].
         temperature: as in ``adav-contrast``.
         common: likewise.
 
@@ -66,16 +72,20 @@ class AdaVPlus(Contrast):
     blur: float = 1.0
     reach: float = 3.0
     focus: int = 16
+    merge: float = 0.6
+    alike: float = 0.5
 
     name: ClassVar[str] = "adav+"
     needs_text: ClassVar[bool] = True
     needs_saliency: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     positions: ClassVar[str] = "original"
-    source: ClassVar[str] = "ours, after AdaV, SCOPE, Cen-Prune and EADP"
+    source: ClassVar[str] = "ours, after AdaV, SCOPE, Cen-Prune, EADP and PruMerge"
 
     def __post_init__(self) -> None:
-        need_number(lambda w: 0 <= w <= 1, "number from 0 to 1", text_weight=self.text_weight)
+        shares = {"text_weight": self.text_weight, "merge": self.merge, "alike": self.alike}
+        need_number(lambda w: 0 <= w <= 1, "number from 0 to 1", **shares)
         need_number(
             lambda part: 0 <= part < 1, "number from 0 to less than 1", reserve=self.reserve
         )
@@ -96,19 +106,44 @@ class AdaVPlus(Contrast):
         if extras is not None and extras.boxes is not None:
             places = centres(extras.boxes).to(visual.device, non_blocking=True)
         log_t, s = self._log_relevance(visual, text), saliency.float()
-        relevance, quality, first = log_t.exp(), relative(s), None
         coverage = Coverage(self._covers(centred(visual), places))
-        if len(text) > 0:
-            n_asked = min(keep, self.focus or keep)
-            t = (log_t - log_t.max()).exp()
-            t = t if places is None else blurred(t, places, self.blur)
-            by_text = relative(t).round(decimals=DECIMALS)  # ties stay ties
-            mixture = torch.lerp(quality, by_text, self.text_weight)
-            best = descending(by_text)[: math.floor(self.reserve * n_asked)]
-            first = most_gaining(coverage, n_asked, mixture, best)
-            if n_asked == keep:
-                return Selection(first, relevance, s)
-        return Selection(most_gaining(coverage, keep, quality, first), relevance, s)
+        t = (log_t - log_t.max()).exp() if len(text) > 0 else None
+        if t is not None and places is not None:
+            t = blurred(t, places, self.blur)
+        indices = self._spread(coverage, relative(s), t, keep)
+        features = self._merged(visual, indices, coverage.table) if self.merge else None
+        return Selection(indices, log_t.exp(), s, features=features)
+
+    def _spread(self, coverage: Coverage, quality: Tensor, t: Tensor | None, keep: int) -> Tensor:
+        """Tokens in the order in which they are taken, shape (keep,); t is None without words."""
+        if t is None:
+            return most_gaining(coverage, keep, quality)
+        n_asked = min(keep, self.focus or keep)
+        by_text = relative(t).round(decimals=DECIMALS)  # ties stay ties
+        mixture = torch.lerp(quality, by_text, self.text_weight)
+        best = descending(by_text)[: math.floor(self.reserve * n_asked)]
+        first = most_gaining(coverage, n_asked, mixture, best)
+        return first if n_asked == keep else most_gaining(coverage, keep, quality, first)
+
+    def _merged(self, visual: Tensor, kept: Tensor, table: Tensor) -> Tensor:
+        """Features of the kept tokens with dropped ones merged in, float32, shape (keep, d_model).
+
+        Args:
+            visual: all tokens, shape (n, d_model).
+            kept: int64, shape (keep,).
+            table: how well each token covers each target, shape (n, n_targets).
+        """
+        n, n_targets = table.shape
+        targets = evenly_spaced(n, n_targets, kept.device)
+        covers = table[kept]
+        owner = covers.argmax(0)
+        is_kept = torch.zeros(n, dtype=torch.bool, device=kept.device).index_fill_(0, kept, True)
+        goes = (covers.max(0).values > self.alike) & ~is_kept[targets]
+        covers = covers * (owner == torch.arange(len(kept), device=kept.device)[:, None]) * goes
+        total = covers.sum(1, keepdim=True)
+        means = covers @ visual[targets].float() / total.clamp_min(1e-12)
+        own = visual[kept].float()
+        return torch.where(total > 0, torch.lerp(own, means, self.merge), own)
 
     def _covers(self, units: Tensor, places: Tensor | None) -> Tensor:
         """How well each token stands for each target, shape (n, n_targets)."""

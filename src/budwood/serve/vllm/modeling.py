@@ -16,6 +16,7 @@ from vllm.distributed import (
 
 from budwood.errors import UnsupportedModelError
 from budwood.prune.families.base import Layout
+from budwood.prune.merging import kept_features
 from budwood.prune.methods.base import Extras, Method, Selection
 from budwood.prune.methods.scores import Common
 from budwood.prune.saliency import Recorder
@@ -137,7 +138,9 @@ class PrunesImages:
             scores = mean_over_ranks(scores, n_ranks, tensor_model_parallel_all_reduce)
         selection = self.choose(features, layout, scores, question, int(count))
         kept = layout.kept(selection.indices)
-        return self.marked(features[kept], layout, kept)
+        levels = features.unflatten(1, (-1, self.config.get_text_config().hidden_size))
+        left = kept_features(levels, layout, selection, kept).flatten(1)
+        return self.marked(left, layout, kept)
 
     def choose(
         self, features: Tensor, layout: Layout, scores: Tensor | None, question: Tensor, count: int
