@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from budwood.errors import InputError
@@ -22,7 +23,8 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises:
         InputError: there is no such file, it is empty, truncated or no picture; or it has more than
-            ``MAX_PIXELS`` pixels, or one side is over ``MAX_ASPECT`` times the other.
+            ``MAX_PIXELS`` pixels, or one side is over ``MAX_ASPECT`` times the other; or its values
+            have no known range, as those of 32 bits.
     """
     if not path.exists():
         raise InputError(f"there is no file {path}")
@@ -36,7 +38,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 _check_size(path, picture.size)
-                return _enlarged(ImageOps.exif_transpose(picture).convert("RGB"))
+                return _enlarged(_rgb(ImageOps.exif_transpose(picture), path))
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that Pillow knows; give PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -59,6 +61,19 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
             f"{path} has {width} × {height} pixels, and one side is more than {MAX_ASPECT} times "
             "the other; cut it first"
         )
+
+
+def _rgb(picture: Image.Image, path: Path) -> Image.Image:
+    """A picture with 8 bits a channel; Pillow alone would cut 16 bits off at 255."""
+    of_16_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    if picture.mode in ("I", "F") and not of_16_bits:
+        raise InputError(
+            f"{path} has 32 bits a pixel (mode {picture.mode}), whose range is not known; save it "
+            "with 8 or 16 bits"
+        )
+    if of_16_bits:
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

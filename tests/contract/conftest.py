@@ -22,7 +22,7 @@ def case(request, cases) -> Case:
     return cases[request.param]
 
 
-EVERYWHERE = ("adav", "adav+", "fastervlm", "t2i", "eadp", "random", "uniform", "overview")
+EVERYWHERE = ("adav", "adav+:merge=0", "fastervlm", "t2i", "eadp", "random", "uniform", "overview")
 """Methods that run on every family: what they read covers all that a family gives.
 
 The others run on LLaVA-NeXT alone, and those that merge in test_merging.py.

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from budwood.errors import AttachError
-from budwood.prune import METHODS, attach
+from budwood.prune import attach
+from budwood.prune.selection import resolve_method
 from tests.contract import oracle
 from tests.contract.models import EOS, ROW_IMAGES, words
 
@@ -45,7 +46,7 @@ def test_loss_and_logits_equal_oracle(case, labelled, method):
     for row, images in enumerate(ROW_IMAGES):
         single = oracle.row_of(labelled, case, row, images)
         kept = oracle.kept_positions(case, single, session.report[images])
-        in_place = METHODS.get(method).positions == "original"
+        in_place = resolve_method(method).positions == "original"
         logits, labels = oracle.logits(case, single, kept, in_place), single["labels"][0][kept]
         seen = session.origin[row] >= 0
         torch.testing.assert_close(output.logits[row, seen], logits, rtol=1e-3, atol=1e-3)

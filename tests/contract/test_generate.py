@@ -17,7 +17,8 @@ from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from budwood.errors import AttachError, InputError
-from budwood.prune import METHODS, attach
+from budwood.prune import attach
+from budwood.prune.selection import resolve_method
 from tests.contract import oracle
 from tests.contract.models import IMAGE, ROW_IMAGES, words
 
@@ -75,7 +76,7 @@ def test_pruned_equals_oracle(case, batch, method, way):
         n_pad = n_prompt - single["input_ids"].shape[1]
         origin = session.origin[row]
         assert torch.equal(origin[origin >= 0] - n_pad, kept)
-        in_place = METHODS.get(method).positions == "original"
+        in_place = resolve_method(method).positions == "original"
         answer, expected = oracle.greedy(case, single, kept, GREEDY["max_new_tokens"], in_place)
         assert torch.equal(output.sequences[row, n_prompt:], answer)
         torch.testing.assert_close(logits[row], expected, rtol=1e-3, atol=1e-3)

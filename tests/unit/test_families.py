@@ -144,7 +144,7 @@ def test_boxes_allow_for_the_processors_crop():
     assert encoder_view(crop, (30, 90)) == pytest.approx((1 / 3, 0, 2 / 3, 1))
     padded = SimpleNamespace(do_pad=True)
     assert encoder_view(padded, (30, 90)) == pytest.approx((0, -1, 1, 2))
-    assert encoder_view(None, (30, 90)) == (0, 0, 1, 1)
+    assert encoder_view(None, (30, 90)) is None
     case = models.llava()
     tokenizer = SimpleNamespace(all_special_ids=[], unk_token_id=None, chat_template=None)
     processor = SimpleNamespace(image_processor=crop, tokenizer=tokenizer, chat_template=None)

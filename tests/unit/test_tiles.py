@@ -148,7 +148,7 @@ def test_boxes_hold_the_pixels_of_their_patches(cases, large_onevision, name, si
     assert layout.n_crops == len(tiles)
     assert layout.n_candidates == len(colours)
     torch.testing.assert_close(layout.ordered(patches.flatten(0, 1)), colours)
-    holds_pixels(family.boxes_on(layout, size), colours)
+    holds_pixels(family.placing(layout)(size), colours)
 
 
 def test_boxes_of_padded_squares_hold_the_pixels_of_their_patches(large_onevision):
@@ -161,7 +161,7 @@ def test_boxes_of_padded_squares_hold_the_pixels_of_their_patches(large_onevisio
     for layout, size, tile in zip(layouts, sizes, inputs["pixel_values"]):
         colours = patch_means(tile, 3)[0]
         # The border is of the mean colour: what is in it has no place in the picture.
-        boxes = family.boxes_on(layout, size)
+        boxes = family.placing(layout)(size)
         width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
         inside = torch.minimum(width / width.max(), height / height.max()) > 0.999
         assert inside.float().mean() > 0.2

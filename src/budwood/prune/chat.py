@@ -12,6 +12,8 @@ from torch import Tensor
 from budwood.errors import InputError, UnsupportedModelError
 
 GREEDY = {"do_sample": False, "num_beams": 1}
+_PLACEHOLDERS = ("image_token", "video_token", "boi_token")
+"""Names under which processors have the tokens that stand for pictures."""
 
 
 def check_question(question: str) -> str:
@@ -84,8 +86,10 @@ def prepare(
 
     Raises:
         UnsupportedModelError: the processor has no chat template.
+        InputError: a question or turn has a placeholder of pictures in its text.
     """
     turns = before or [()] * len(questions)
+    _refuse_placeholders(processor, questions, turns)
     prompts = [render(processor, *chat) for chat in zip(questions, turns, strict=True)]
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:  # masked, so any token will do
@@ -101,6 +105,19 @@ def prepare(
         return_tensors="pt",
     )
     return dict(batch.to(device))
+
+
+def _refuse_placeholders(
+    processor: Any, questions: Sequence[str], before: Sequence[Turns]
+) -> None:
+    texts = [*questions, *(text for chat in before for turn in chat for text in turn)]
+    for name in _PLACEHOLDERS:
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and any(token in text for text in texts):
+            raise InputError(
+                f"the question contains {token!r}, which stands for a picture in a prompt; leave "
+                "it out"
+            )
 
 
 def answers(processor: Any, sequences: Tensor, n_prompt: int) -> list[str]:

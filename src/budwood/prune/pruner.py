@@ -143,9 +143,11 @@ class Pruner:
                 transformers drops the mask, and then may take gaps for several packed sequences.
 
         Raises:
-            InputError: placeholders and images do not match, or features have NaN (CPU).
+            InputError: placeholders and images do not match, features have NaN (CPU), or an input
+                has not one entry per token.
             BudgetError: ``adav-official`` keeps more than the prompt has placeholders.
         """
+        _check_shapes(inputs)
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
         answers = _answers(inputs.get("labels"), len(ids))
 
@@ -393,7 +395,7 @@ class Pruner:
             grid=layout.grid,
             question=tuple(asked),
             boxes=layout.boxes,
-            placed=partial(one.visuals.boxes_on, layout),
+            placed=one.visuals.placing(layout),
             kind=one.visuals.kind,
             frames=layout.frames,
         )
@@ -402,6 +404,16 @@ class Pruner:
         if self.exact_timing and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def _check_shapes(inputs: dict[str, Any]) -> None:
+    """Refuse inputs that cannot be cut in step with the ids."""
+    shape = tuple(inputs["input_ids"].shape)
+    for name in FILLS:
+        value = inputs.get(name)
+        if value is not None and tuple(getattr(value, "shape", ())) != shape:
+            what = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
+            raise InputError(f"{name} is of shape {what}, input_ids of {shape}; give the same")
 
 
 def _outputs(

@@ -302,10 +302,26 @@ def _find(row: list[int], pattern: tuple[int, ...], start: int, end: int) -> int
 def _checked(found: Any, n_tokens: int) -> list[int]:
     if isinstance(found, slice):
         return list(range(*found.indices(n_tokens)))
-    positions = torch.as_tensor(found, dtype=torch.long).flatten().tolist()
-    if any(not 0 <= i < n_tokens for i in positions):
+    try:
+        tensor = torch.as_tensor(found).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(1)
+    if tensor.dtype == torch.bool and len(tensor) == n_tokens:
+        tensor = tensor.nonzero().flatten()
+    if len(tensor) and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise InputError(
+            f"the question function returned {_shortened(found)}; return positions in the row of "
+            f"{n_tokens} tokens, a slice, or a mask with an entry for each"
+        )
+    positions = sorted({int(i) for i in tensor.tolist()})
+    if positions and not 0 <= positions[0] <= positions[-1] < n_tokens:
         raise InputError(
             f"the question function returned positions outside the row of {n_tokens} tokens: "
-            f"{min(positions)} to {max(positions)}"
+            f"{positions[0]} to {positions[-1]}"
         )
     return positions
+
+
+def _shortened(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) < 60 else f"{text[:60]}…"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from budwood.prune.saliency import Recorder
 _PER_IMAGE = ("image_sizes",)
 """Inputs with one entry per image that may come as lists."""
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-"""The view of an encoder that sees the whole picture."""
+Placing: TypeAlias = Callable[[tuple[int, int]], Tensor]
+"""Height and width of a picture in pixels → x0, y0, x1, y1 of each candidate as fractions of its
+size in [0, 1], float32, shape (n_candidates, 4)."""
 
 _WRAPPING = (
     "image_token_id",
@@ -227,17 +229,15 @@ class Visuals(ABC):
         """
         return [None] * len(layouts)
 
-    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+    def placing(self, layout: Layout) -> Placing:
         """Boxes of the candidates in a picture or frame before the processor changed it.
+
+        Reports keep what is returned, so it must not hold the model, and be picklable.
 
         Args:
             layout: of the image or video.
-            image_size: height and width of the picture in pixels.
-
-        Returns:
-            x0, y0, x1, y1 as fractions of its size in [0, 1], float32, shape (n_candidates, 4).
         """
-        return layout.boxes
+        return partial(unmoved, layout.boxes)
 
 
 class Family(Visuals):
@@ -254,7 +254,7 @@ class Family(Visuals):
 
     Args:
         model: a transformers model for conditional generation.
-        processor: its processor, if there is one at hand; only :meth:`view` reads it.
+        processor: its processor, if there is one at hand; only :meth:`placing` reads it.
         whole_crops: give all crops one after the other, without unpadding or newlines.
 
     Raises:
@@ -328,18 +328,11 @@ class Family(Visuals):
     def release(self) -> None:
         """Put back what :meth:`placed` changed; called on detaching."""
 
-    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
-        x0, y0, x1, y1 = self.view(image_size)
-        scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
-        return (layout.boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
 
-    def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The part of a picture that the encoder sees: x0, y0, x1, y1 as fractions of its size.
 
-        Args:
-            image_size: height and width of the picture in pixels.
-        """
-        return WHOLE
+def unmoved(boxes: Tensor, _image_size: tuple[int, int]) -> Tensor:
+    """Boxes in a picture that the encoder sees whole."""
+    return boxes.clamp(0, 1)
 
 
 def wrapping_ids(config: Any) -> frozenset[int]:

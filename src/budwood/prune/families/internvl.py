@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from budwood.errors import UnsupportedModelError
-from budwood.prune.families.base import Layout, one_by_one
+from budwood.prune.families.base import Layout, Placing, one_by_one
 from budwood.prune.families.tiles import Run, Tiled, Tiles, tiled_layout
 from budwood.prune.families.towers import output_layer, refuse_tower
 from budwood.prune.saliency import ClsRecorder, Recorder
@@ -75,10 +76,9 @@ class InternVL(Tiled):
     def cut(self, ids: Tensor, runs: Sequence[Run]) -> list[Tiles]:
         return [square(len(run) // self.side**2) for run in runs]
 
-    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+    def placing(self, layout: Layout) -> Placing:
         """Use the arrangement of this many tiles that is nearest to the picture's proportions."""
-        tiles = _nearest(layout.n_crops, image_size[1] / image_size[0])
-        return tiled_layout(tiles, self.side, self.merged, self.run_per_tile).boxes
+        return partial(_arranged, layout.n_crops, (self.side, self.merged, self.run_per_tile))
 
 
 def merged_patches(config: Any) -> int:
@@ -95,6 +95,10 @@ def tokens_along(config: Any) -> int:
 def square(n_tiles: int) -> Tiles:
     """The arrangement where the picture's size is unknown: as square as can be."""
     return _nearest(n_tiles, 1.0)
+
+
+def _arranged(n_tiles: int, tile: tuple[int, int, bool], image_size: tuple[int, int]) -> Tensor:
+    return tiled_layout(_nearest(n_tiles, image_size[1] / image_size[0]), *tile).boxes
 
 
 def _nearest(n_tiles: int, proportions: float) -> Tiles:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from budwood.prune.families.base import WHOLE, Family, Layout, raster_boxes
+from budwood.prune.families.base import Family, Layout, Placing, raster_boxes, unmoved
 from budwood.prune.families.towers import Tower
 from budwood.prune.saliency import Recorder
 
@@ -48,9 +48,9 @@ class Llava(Family):
         keys = recorder.keys()
         return [row[-layout.n_candidates :] for row, layout in zip(keys, layouts, strict=True)]
 
-    def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The centre that is cropped, or the square that is padded, if the processor is known."""
-        return encoder_view(getattr(self.processor, "image_processor", None), image_size)
+    def placing(self, layout: Layout) -> Placing:
+        """In the centre that is cropped, or the square that is padded, if the processor is known."""
+        return partial(in_view, layout.boxes, getattr(self.processor, "image_processor", None))
 
 
 @lru_cache(maxsize=16)
@@ -73,9 +73,19 @@ def one_crop_layout(n_features: int, side: int, with_cls: bool) -> Layout:
     )
 
 
+def in_view(boxes: Tensor, image_processor: Any, image_size: tuple[int, int]) -> Tensor:
+    """Boxes in the picture, of boxes in the part of it that the encoder sees."""
+    view = encoder_view(image_processor, image_size)
+    if view is None:
+        return unmoved(boxes, image_size)
+    x0, y0, x1, y1 = view
+    scale = torch.tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+    return (boxes * scale + torch.tensor([x0, y0, x0, y0])).clamp(0, 1)
+
+
 def encoder_view(
     image_processor: Any, image_size: tuple[int, int]
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, float] | None:
     """Find the part of a picture that a CLIP-like image processor shows to the encoder.
 
     Args:
@@ -84,7 +94,8 @@ def encoder_view(
         image_size: height and width in pixels.
 
     Returns:
-        x0, y0, x1, y1 as fractions of the picture's size; outside [0, 1] where it is padded.
+        x0, y0, x1, y1 as fractions of the picture's size; outside [0, 1] where it is padded. None
+        for the whole picture.
     """
     height, width = image_size
     shortest_edge = _shortest_edge(image_processor)
@@ -95,7 +106,7 @@ def encoder_view(
         seen_h = image_processor.crop_size["height"] * pixels
         seen_w = image_processor.crop_size["width"] * pixels
     else:
-        return WHOLE
+        return None
     left, top = (1 - seen_w / width) / 2, (1 - seen_h / height) / 2
     return left, top, 1 - left, 1 - top
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from budwood.errors import UnsupportedModelError
-from budwood.prune.families.base import WHOLE, Layout, raster_boxes, tile_boxes
+from budwood.prune.families.base import Layout, Placing, raster_boxes, tile_boxes, unmoved
 from budwood.prune.families.llava import Llava
 from budwood.prune.saliency import OutputRecorder
 
@@ -73,9 +73,9 @@ class LlavaNext(Llava):
             for crops, layout in zip(per_image, layouts, strict=True)
         ]
 
-    def view(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The whole picture: the boxes of a layout already leave its padding out."""
-        return WHOLE
+    def placing(self, layout: Layout) -> Placing:
+        """In the whole picture: the boxes of a layout already leave its padding out."""
+        return partial(unmoved, layout.boxes)
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from math import ceil, sqrt
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import AttachError, UnsupportedModelError
-from budwood.prune.families.base import Layout, Visuals, one_by_one, raster_boxes
+from budwood.prune.families.base import Layout, Placing, Visuals, one_by_one, raster_boxes
 from budwood.prune.families.llava_next import LlavaNext, anyres_layout, canvas_of, on_picture
 from budwood.prune.families.towers import Tower
 from budwood.prune.saliency import Recorder
@@ -69,17 +69,22 @@ class LlavaOnevision(LlavaNext):
         sizes = [n for group in groups for n in _group_sizes(group)]
         return some | {"batch_num_images": torch.tensor(sizes)}
 
-    def boxes_on(self, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+    def placing(self, layout: Layout) -> Placing:
         """With one crop: without the padding that makes the picture square."""
         if layout.n_crops > 1:
-            return layout.boxes
-        square = (max(image_size), max(image_size))
-        return on_picture(layout.boxes, image_size, square).clamp(0, 1)
+            return super().placing(layout)
+        return partial(_in_square, layout.boxes)
 
     def _most_crops(self, inputs: Mapping[str, Any]) -> int:
         return most_crops(
             inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         )
+
+
+def _in_square(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Boxes in a picture, of boxes in the square that it was padded to."""
+    square = (max(image_size), max(image_size))
+    return on_picture(boxes, image_size, square).clamp(0, 1)
 
 
 class OnevisionVideos(Visuals):
