@@ -292,8 +292,11 @@ def test_a_cache_after_detaching_says_so(case):
     batch = case.batch([0, words(5, 2)])
     with attach(case.model, keep=5):
         first = case.model.generate(**batch, **KEPT)
+        early = copy.deepcopy(first.past_key_values)
+        earlier = copy.deepcopy({"prefix": early})["prefix"]
     ids = torch.cat((first.sequences, torch.tensor([words(4, 9)])), 1)
-    for cache in (first.past_key_values, copy.deepcopy(first.past_key_values)):
+    late = copy.deepcopy(first.past_key_values)
+    for cache in (first.past_key_values, early, earlier, late):
         with pytest.raises(AttachError, match="its session is detached"):
             case.model.generate(ids, past_key_values=cache, **GREEDY)
     assert pickle.loads(pickle.dumps(first.past_key_values)).layers

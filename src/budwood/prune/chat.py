@@ -107,9 +107,7 @@ def prepare(
     return dict(batch.to(device))
 
 
-def _refuse_placeholders(
-    processor: Any, questions: Sequence[str], before: Sequence[Turns]
-) -> None:
+def _refuse_placeholders(processor: Any, questions: Sequence[str], before: Sequence[Turns]) -> None:
     texts = [*questions, *(text for chat in before for turn in chat for text in turn)]
     for name in _PLACEHOLDERS:
         token = getattr(processor, name, None)

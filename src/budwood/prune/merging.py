@@ -39,5 +39,3 @@ def kept_features(image: Tensor, layout: Layout, selection: Selection, kept: Ten
     if left.ndim == 3:
         merged = torch.cat((merged[:, None], left[:, 1:]), dim=1)
     return left + (merged - left).detach() if left.requires_grad else merged
-
-

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -43,10 +42,10 @@ from budwood.prune.report import Call, ImageReport, Timing
 from budwood.prune.selection import resolve_method
 from budwood.prune.turns import (
     CachedPrompt,
+    Caches,
     cached_prompt,
     is_filled,
     length_of,
-    orphan,
     unpruned_prompt,
 )
 from budwood.unwrap import compiled_around, innermost, signature
@@ -184,7 +183,7 @@ class PruneSession:
         self.pruner = pruner
         self._saved: dict[str, Any] = {}
         self._calls = Calls()
-        self._caches: WeakSet[Any] = WeakSet()
+        self._caches = Caches()
         self._lock = threading.Lock()
         self._n_running = 0
         self._warned_of_video = False
@@ -249,15 +248,7 @@ class PruneSession:
 
     def _release(self) -> None:
         self.pruner.family.release()
-        for cache in self._caches:
-            orphan(cache)
-        self._caches.clear()
-
-    def _note(self, prompt: CachedPrompt, cache: Any) -> None:
-        """Write on a cache which prompt it holds."""
-        prompt.note(cache)
-        with contextlib.suppress(TypeError), self._lock:  # None and tuples have no weak references
-            self._caches.add(cache)
+        self._caches.orphan()
 
     @property
     def attached(self) -> bool:
@@ -335,14 +326,14 @@ class PruneSession:
                 if cached
                 else self._cut(kwargs, pad, masked=masked)
             )
-        self._note(prompt, cache)
+        prompt.note(cache, self._caches)
         n_pruned = cut["input_ids"].shape[1]
         swap = PromptSwap(ids, n_pruned)
         shorten_limits(cut, self.model, ids.shape[1] - n_pruned)
         self._calls.note(kwargs.get("streamer"))
         swap.wrap(cut)
         output = swap.restored(original(**cut))
-        self._note(prompt, cache_of(output))
+        prompt.note(cache_of(output), self._caches)
         return self._calls.note(output)
 
     def _continued(
@@ -376,7 +367,7 @@ class PruneSession:
         ids, cached = _prompts(kwargs), cached_prompt(cache, self.model)
         if ids is None or not self._has_visuals(kwargs):
             if cached is not None:
-                self._note(cached, cache)
+                cached.note(cache, self._caches)
                 kwargs |= cached.step(kwargs)
             return original(**kwargs)
         self._calls.begin()
@@ -388,7 +379,7 @@ class PruneSession:
                     "past_key_values was filled by a call without images, and forward() does not "
                     "say what it holds; call generate(), or start from an empty cache"
                 )
-            self._note(cached, cache)
+            cached.note(cache, self._caches)
             kwargs, n_cached = cached.before(kwargs, pad, FILLS), length_of(cache)
             n_new = ids.shape[1]
             held = cached.extended(
@@ -406,7 +397,7 @@ class PruneSession:
             if hasattr(hook, "note_inputs"):
                 hook.note_inputs((), cut)
         output = original(**cut)
-        self._note(prompt, cache_of(output))
+        prompt.note(cache_of(output), self._caches)
         return self._calls.note(output)
 
     def _cut(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -66,11 +69,17 @@ class CachedPrompt:
         """Images and videos of all rows."""
         return sum(map(sum, self.n_visuals.values()))
 
-    def note(self, cache: Any) -> None:
-        """Write it on a cache; None and caches that are plain tuples are left alone."""
+    def note(self, cache: Any, caches: Caches) -> None:
+        """Write it on a cache; None and caches that are plain tuples are left alone.
+
+        Args:
+            cache: of transformers.
+            caches: of the session. The cache is added, and each deep copy of it.
+        """
         if hasattr(cache, "__dict__"):
-            setattr(cache, _NOTE, self)
-            vars(cache).pop("get_seq_length", None)  # see `orphan`
+            setattr(cache, _NOTE, _Note(self, cache, caches))
+            vars(cache).pop("get_seq_length", None)  # see `_orphan`
+            caches.add(cache)
 
     def step(self, call: dict[str, Any]) -> dict[str, Any]:
         """What a step of decoding by hand needs that follows this prompt: a mask and positions.
@@ -234,6 +243,49 @@ class CachedPrompt:
         return self.coordinates(1).amax((0, 2))[:, None] + 1
 
 
+class _Note:
+    """A prompt on a cache. A deep copy of the cache gets a note too, and its session knows it.
+
+    Args:
+        prompt: what the cache holds.
+        cache: that it is on.
+        caches: of the session; None after unpickling, like the cache.
+    """
+
+    def __init__(self, prompt: CachedPrompt, cache: Any, caches: Caches | None) -> None:
+        self.prompt, self._caches = prompt, caches
+        self._cache = None if cache is None else weakref.ref(cache)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
+        cache = None if self._cache is None else memo.get(id(self._cache()))
+        if cache is not None and self._caches is not None:
+            self._caches.add(cache)
+        return _Note(copy.deepcopy(self.prompt, memo), cache, self._caches)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Note, (self.prompt, None, None)
+
+
+class Caches:
+    """Caches that hold a pruned prompt of one session, as long as they live."""
+
+    def __init__(self) -> None:
+        self._held: WeakSet[Any] = WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, cache: Any) -> None:
+        """Remember a cache."""
+        with self._lock:
+            self._held.add(cache)
+
+    def orphan(self) -> None:
+        """Make all refuse to be used, and forget them: their session is detached."""
+        with self._lock:
+            held, self._held = list(self._held), WeakSet()
+        for cache in held:
+            _orphan(cache)
+
+
 class Owner:
     """The model that filled a cache, remembered without keeping it alive.
 
@@ -276,10 +328,15 @@ def cached_prompt(cache: Any, model: Any) -> CachedPrompt | None:
     Raises:
         AttachError: another model filled it.
     """
-    held = getattr(cache, _NOTE, None) if is_filled(cache) else None
+    held = _noted(cache) if is_filled(cache) else None
     if held is not None:
         held.owner.refuse_other(model)
     return held
+
+
+def _noted(cache: Any) -> CachedPrompt | None:
+    note = getattr(cache, _NOTE, None)
+    return None if note is None else note.prompt
 
 
 def unpruned_prompt(
@@ -303,9 +360,9 @@ def _any_of(ids: Tensor, tokens: Collection[int]) -> bool:
     return bool(torch.isin(ids, torch.tensor(sorted(tokens), device=ids.device)).any())
 
 
-def orphan(cache: Any) -> None:
+def _orphan(cache: Any) -> None:
     """Make a cache refuse to be used: it holds a pruned prompt and its session is detached."""
-    held = getattr(cache, _NOTE, None)
+    held = _noted(cache)
     if held is not None and held.n_seen != held.n_kept:
         cache.get_seq_length = _refuse_orphan
 

@@ -329,7 +329,6 @@ class Family(Visuals):
         """Put back what :meth:`placed` changed; called on detaching."""
 
 
-
 def unmoved(boxes: Tensor, _image_size: tuple[int, int]) -> Tensor:
     """Boxes in a picture that the encoder sees whole."""
     return boxes.clamp(0, 1)

@@ -49,7 +49,7 @@ class Llava(Family):
         return [row[-layout.n_candidates :] for row, layout in zip(keys, layouts, strict=True)]
 
     def placing(self, layout: Layout) -> Placing:
-        """In the centre that is cropped, or the square that is padded, if the processor is known."""
+        """In the centre that is cropped or the square that is padded, if the processor is known."""
         return partial(in_view, layout.boxes, getattr(self.processor, "image_processor", None))
 
 
