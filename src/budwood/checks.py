@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
@@ -62,7 +61,11 @@ def need_number(allowed: Callable[[float], bool], what: str, **values: Any) -> N
     """
     for name, value in values.items():
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_number and allowed(float(value))):
+        try:
+            fits = is_number and allowed(float(value))
+        except OverflowError:  # an int above all floats
+            fits = False
+        if not fits:
             raise InputError(f"{name}={value!r}; give a {what}")
 
 
@@ -79,8 +82,12 @@ def need_seed(seed: int) -> None:
 
 
 def need_positive(**values: Any) -> None:
-    """Refuse values that are not finite numbers above 0; errors as in :func:`need_number`."""
-    need_number(lambda value: 0 < value < math.inf, "number above 0", **values)
+    """Refuse values that are not numbers above 0 and below 1e18, which fit in any tensor.
+
+    Raises:
+        InputError: as in :func:`need_number`.
+    """
+    need_number(lambda value: 0 < value < 1e18, "number above 0 and below 1e18", **values)
 
 
 def _is_whole(value: Any) -> bool:

@@ -38,7 +38,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 _check_size(path, picture.size)
-                return _enlarged(_rgb(ImageOps.exif_transpose(picture), path))
+                return _enlarged(_rgb(picture, path))
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that Pillow knows; give PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -64,8 +64,12 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
 
 
 def _rgb(picture: Image.Image, path: Path) -> Image.Image:
-    """A picture with 8 bits a channel; Pillow alone would cut 16 bits off at 255."""
+    """A picture turned as its camera says, with 8 bits a channel.
+
+    Pillow alone would cut 16 bits off at 255.
+    """
     of_16_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F") and not of_16_bits:
         raise InputError(
             f"{path} has 32 bits a pixel (mode {picture.mode}), whose range is not known; save it "

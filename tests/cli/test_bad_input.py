@@ -106,7 +106,9 @@ def test_unknown_method(budwood, picture, command):
 
 
 def test_unknown_choices(budwood, picture):
-    refused(budwood("prune", picture, "What?", "--question", "turns"), "unknown question 'turns'")
+    for question in ("turns", "", "current,all"):
+        done = budwood("prune", picture, "What?", "--question", question)
+        refused(done, f"unknown question {question!r}")
     refused(budwood("prune", picture, "What?", "--compat", "old"), "unknown compat 'old'")
     refused(budwood("prune", picture, "What?", "--dtype", "int8"), "unknown dtype 'int8'")
     refused(budwood("prune", picture, "What?", "--device", "tpu"), "device 'tpu'")
@@ -134,6 +136,27 @@ def test_seed_beyond_the_scenes(budwood):
 @pytest.mark.parametrize("option", ["--scenes", "--batch", "--timed", "--max-new-tokens"])
 def test_numbers_of_the_benchmark(budwood, option):
     refused(budwood("bench", "prune", option, 0), "below 1")
+
+
+def test_choices_of_the_benchmark(budwood):
+    refused(budwood("bench", "prune", "--workers", 0), "workers=0 is below 1")
+    refused(budwood("bench", "prune", "--methods", "fastv:layers=1"), "it has: average, layer")
+    refused(
+        budwood("bench", "prune", "--methods", "random", "--reference", "adav"), "takes no part"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("adav:reserve=0.1+reserve=0.2", "gives reserve twice"),
+        ("adav:temperature=100000000000000000000", "temperature=1e+20; give a number above 0"),
+        ("adav+:reach=1e200", "reach=1e+200; give a number from 0.01 to 1,000,000"),
+        ("mmtok:text_temperature=1e300", "text_temperature=1e+300"),
+    ],
+)
+def test_parameters_of_a_method(budwood, picture, model_dir, method, reason):
+    refused(budwood("prune", picture, "What?", "--model", model_dir, "--method", method), reason)
 
 
 def test_missing_model(budwood, picture, tmp_path):

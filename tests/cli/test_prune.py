@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from tests.refusals import refused
 
 
 def test_json(budwood, picture, model_dir):
@@ -83,6 +86,27 @@ def test_question_span_changes_the_choice(budwood, picture, model_dir):
         for span in ("turn", "all")
     ]
     assert kept[0] != kept[1]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_a_picture_of_16_bits_keeps_its_greys(tmp_path, suffix):
+    from budwood.pictures import read_picture
+
+    ramp = np.linspace(0, 65535, 20 * 30).astype("uint16").reshape(20, 30)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
+    read = np.asarray(read_picture(tmp_path / f"ramp.{suffix}"))
+    assert np.array_equal(read, np.repeat((ramp // 257)[:, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_a_picture_of_32_bits_is_refused(budwood, tmp_path, dtype):
+    Image.fromarray(np.ones((20, 30), dtype=dtype)).save(tmp_path / "deep.tiff")
+    refused(budwood("prune", tmp_path / "deep.tiff", "What?"), "has 32 bits a pixel", "8 or 16")
+
+
+def test_a_placeholder_in_the_question_is_refused(budwood, picture, model_dir):
+    done = budwood("prune", picture, "What is <image> ?", "--model", model_dir)
+    refused(done, "the question contains '<image>'", "leave it out")
 
 
 def test_picture_is_turned_as_the_camera_says(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from budwood.errors import AttachError
+from budwood.errors import AttachError, InputError
 from budwood.prune import attach
 from budwood.prune.selection import resolve_method
 from tests.contract import oracle
@@ -127,3 +127,14 @@ def test_a_video_beside_images_says_so(cases):
         session.pruner.family.videos = None  # as in a family that does not prune videos
         with pytest.raises(AttachError, match="video"):
             case.model(**batch)
+
+
+@pytest.mark.parametrize("name", ["labels", "attention_mask"])
+@pytest.mark.parametrize("columns", [-1, 1])
+def test_an_input_of_another_length_says_so(cases, name, columns):
+    case = cases["llava"]
+    batch = case.batch([words(3, 1), 0, words(5, 2)])
+    n_rows, n_tokens = batch["input_ids"].shape
+    batch[name] = torch.ones(n_rows, n_tokens + columns, dtype=torch.long)
+    with attach(case.model, keep=3, forward=True), pytest.raises(InputError, match=f"{name} is of"):
+        case.model(**batch)

@@ -8,7 +8,11 @@ from transformers import MllamaConfig, Pipeline
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.prune import METHODS, attach, encode
+from budwood.prune.methods.adav import AdaV
+from budwood.prune.methods.adav_official import AdaVOfficial
 from budwood.prune.methods.baselines import Random
+from budwood.prune.methods.cdpruner import CDPruner
+from budwood.prune.methods.t2i import T2I
 from tests.contract import models
 from tests.contract.models import words
 
@@ -101,3 +105,37 @@ def test_other_pictures_say_so():
         case.model.generate(**case.batch([0, 0, words(4, 3)]), **GREEDY)
     with pytest.raises(AttachError, match="method='adav-official'"):
         attach(case.model, method="adav-official", keep=5, encoded=encoded)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"processor": "folder"}, "processor is a str; give the model's processor"),
+        ({"processor": object()}, "processor is a object; give"),
+        ({"encoded": 5}, "encoded is a int; give what encode"),
+    ],
+)
+def test_something_else_says_so(case, given, reason):
+    with pytest.raises(InputError, match=reason):
+        attach(case.model, keep=2, **given)
+
+
+def test_nothing_to_encode_says_so(case):
+    with pytest.raises(InputError, match="no pictures to encode"):
+        encode(case.model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "value"),
+    [
+        (AdaV, "temperature", "x"),
+        (AdaV, "temperature", 10**400),
+        (AdaV, "reserve", True),
+        (T2I, "temperature", 10**30),
+        (CDPruner, "negated", "false"),
+        (AdaVOfficial, "n_crops", float("nan")),
+    ],
+)
+def test_parameters_of_another_kind_say_so(method, parameter, value):
+    with pytest.raises(InputError, match=f"{parameter}={value!r}"):
+        method(**{parameter: value})

@@ -30,7 +30,7 @@ from budwood.errors import InputError, UnknownNameError
 from budwood.loading import load_vlm_model
 from budwood.prune import attach
 from budwood.prune.chat import answers, prepare, render
-from budwood.prune.inside import SCHEDULES, FastV, PyramidDrop, attach_inside
+from budwood.prune.inside import FastV, PyramidDrop, attach_inside
 from budwood.prune.latency import FirstToken
 from budwood.sprout.questions import Question, ask, balanced, chats
 from tests import tiny_vlm
@@ -77,7 +77,7 @@ def sheet_of(vlm, exam) -> Sheet:
         Variant("random"),
         Variant("fastervlm", None),
         Variant("fastervlm", None, "original"),
-        Variant("adav+:focus=0"),  # the question has a say in every token
+        Variant("adav+:focus=0+merge=0.1"),  # the question has a say in every token
         Variant("visionzip", None),
         Variant("overview", None),
     ],
@@ -95,15 +95,19 @@ def test_shared_work_gives_the_same_answers(vlm, exam, variant, keep):
     assert len(set(found.texts)) > 1
 
 
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
-def test_pruning_inside_the_llm_gives_the_same_answers(vlm, exam, method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "schedule"),
+    [
+        ("fastv:layer=1", FastV(average=False, layer=1)),
+        ("pyramiddrop:stages=3", PyramidDrop(average=False, stages=3)),
+    ],
+)
+def test_pruning_inside_the_llm_gives_the_same_answers(vlm, exam, method, schedule):
     model, processor = vlm
     sheet = sheet_of(vlm, exam)
-    schedule = (
-        FastV(average=False, layer=1) if method == "fastv" else PyramidDrop(average=False, stages=3)
-    )
-    monkeypatch.setattr(SCHEDULES, "get", lambda _: lambda average: schedule)
-    found = answer(sheet, Variant(method, None), keep=0.5, seed=3)
+    (variant,) = variants_of([method])
+    assert variant.schedule == schedule
+    found = answer(sheet, variant, keep=0.5, seed=3)
     for row in range(len(WHICH)):
         inputs = sheet.alone(row)
         with attach_inside(model, method=schedule, keep=0.5) as session:
@@ -375,8 +379,12 @@ def test_variants():
 def test_reference_is_the_method_at_the_same_budget():
     config = Config(tuple(variants_of(["random", "adav"])), (4, 0.5))
     assert config.reference_run(0.5) == Run("", Variant("adav"), 0.5)
-    assert replace(config, reference="t2i").reference_run(0.5) is None
     assert config.runs[0] == FULL
+    others = Config(tuple(variants_of(["random", "uniform"])), (0.5,))
+    assert others.reference_run(0.5) is None
+    assert replace(others, reference="uniform").reference_run(0.5) == others.runs[3]
+    with pytest.raises(InputError, match="'t2i' takes no part; give one of random, adav"):
+        replace(config, reference="t2i")
 
 
 def test_template_that_writes_the_first_token_gets_no_second(vlm, exam):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -152,6 +155,20 @@ def test_boxes_allow_for_the_processors_crop():
         case.model.generate(**case.batch([0, words(3, 1)]), max_new_tokens=1)
     boxes = session.report[0].boxes_on((30, 90))
     torch.testing.assert_close(boxes[0], torch.tensor([1 / 3, 0, 1 / 3 + 1 / 12, 1 / 4]))
+
+
+@pytest.mark.parametrize("name", models.BUILDERS)
+def test_a_report_neither_holds_the_model_nor_pickles_it(name):
+    case = models.BUILDERS[name]()
+    with attach(case.model, keep=2, timing=False) as session:
+        case.model.generate(**case.batch([0, words(3, 1)]), max_new_tokens=1)
+    report = session.report[0]
+    again = pickle.loads(pickle.dumps(report))
+    assert torch.equal(again.boxes_on((30, 90)), report.boxes_on((30, 90)))
+    model = weakref.ref(case.model)
+    del case, session
+    gc.collect()
+    assert model() is None
 
 
 def test_official_llava_next_feeds_crop_ordered_features():

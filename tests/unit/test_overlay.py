@@ -105,6 +105,16 @@ def test_a_frame_of_a_video_has_its_own_tokens():
         draw(image, video, frame=2)
 
 
+def test_something_else_to_draw_says_so():
+    kept = report(QUARTERS, [0])
+    with pytest.raises(InputError, match=r"report is a list; give one entry.*report\[0\]"):
+        draw(Image.new("RGB", (30, 20)), [])
+    with pytest.raises(InputError, match="image is a str; give a PIL.Image"):
+        draw("picture.png", kept)
+    with pytest.raises(InputError, match="frame='1'; give an int"):
+        draw(Image.new("RGB", (30, 20)), kept, frame="1")
+
+
 def test_methods_are_compared_on_pictures():
     image = Image.new("RGB", (80, 80))
     video = dataclasses.replace(report(QUARTERS * 2, [1]), kind="video", frames=2)

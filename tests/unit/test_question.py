@@ -149,6 +149,19 @@ def test_a_function_says_which_positions(kind):
     assert ask(row, (2, 4), rule=rule) == [30, 31]
 
 
+def test_a_function_may_return_a_mask_and_positions_in_any_order():
+    row = [BOS, 20, IMAGE, IMAGE, 30, 31, 32]
+    assert ask(row, (2, 4), rule=lambda ids, *_: ids == 31) == [31]
+    assert ask(row, (2, 4), rule=lambda *_: [6, 4, 6]) == [30, 32]
+    assert ask(row, (2, 4), rule=lambda *_: []) == []
+
+
+@pytest.mark.parametrize("found", [None, "x", [1.5], [True], torch.ones(5, 2).bool(), [[1], "x"]])
+def test_a_function_that_returns_something_else_says_so(found):
+    with pytest.raises(InputError, match="question function returned .*return positions"):
+        ask([BOS, IMAGE, 30, 31, 32], (1, 2), rule=lambda *_: found)
+
+
 def test_positions_outside_the_row_say_so():
     with pytest.raises(InputError, match="5 tokens.*-1 to 7"):
         ask([BOS, IMAGE, 30, 31, 32], (1, 2), rule=lambda *_: [7, -1])

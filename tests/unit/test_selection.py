@@ -366,7 +366,7 @@ def test_a_name_may_have_parameters():
         ("adav-contrast:common=1", InputError, "has no parameter 'common'"),
         ("adav:reserve", InputError, "write key=value"),
         ("adav:reserve=much", InputError, "reserve='much' of method 'adav' must be of type float"),
-        ("adav:reserve=2", InputError, "outside \\[0, 0.5\\]"),
+        ("adav:reserve=2", InputError, "give a number in \\[0, 0.5\\]"),
         ("cdpruner:negated=1", InputError, "must be of type bool"),
         ("random:seed=0.5", InputError, "must be of type int"),
     ],

@@ -198,7 +198,7 @@ Question = Annotated[
     str,
     typer.Option(
         "--question",
-        callback=each(_check_question),
+        callback=_checked(_check_question),
         metavar="current|all|turn",
         help="Text that tokens are chosen by. current: the user's last turn; turn: the picture's "
         "own turn; all: everything after the picture, as published.",

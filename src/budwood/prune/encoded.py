@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budwood.errors import InputError
 from budwood.prune.families import family_of
 from budwood.prune.methods.base import Method
 from budwood.prune.selection import resolve_method
@@ -82,6 +83,7 @@ def encode(
 
     Raises:
         UnsupportedModelError: no family knows the model, or the method does not run on it.
+        InputError: there are no pictures.
     """
     whole_crops = resolve_method(method).whole_crops
     family = family_of(innermost(model), whole_crops=whole_crops, patches=patches)
@@ -95,6 +97,8 @@ def encode(
         encoded.keys.extend(visuals.keys(recorder, layouts))  # the saliency releases them
         encoded.saliency.extend(visuals.saliency(recorder, layouts))
         encoded.samples.extend(map(sample, visuals.pictures(inputs)))
+    if not encoded.features:
+        raise InputError("inputs have no pictures to encode; give pixel_values, …")
     return encoded
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from budwood.checks import need_int
 from budwood.errors import InputError
 from budwood.prune.report import ImageReport
 
@@ -84,9 +85,16 @@ def layers(image: Image.Image, report: ImageReport, frame: int = 0) -> dict[str,
         method uses them.
 
     Raises:
-        InputError: the video has no such frame.
+        InputError: the video has no such frame, or the image or the report is something else.
     """
-    if not 0 <= frame < report.frames:
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image is a {type(image).__name__}; give a PIL.Image")
+    if not isinstance(report, ImageReport):
+        raise InputError(
+            f"report is a {type(report).__name__}; give one entry, such as session.report[0]"
+        )
+    need_int(0, frame=frame)
+    if frame >= report.frames:
         raise InputError(f"frame={frame}, and the report has {report.frames}, counted from 0")
     picture = _fitted(image)
     n_tokens = report.n_before // report.frames

@@ -12,7 +12,7 @@ from budwood.errors import InputError, ShapeError, UnknownNameError
 from budwood.prune.budget import Budget
 from budwood.prune.methods import METHODS
 from budwood.prune.methods.base import Extras, Method, Selection
-from budwood.spec import parse_spec
+from budwood.spec import build
 
 
 @torch.no_grad()
@@ -67,6 +67,8 @@ def select(
     _check_tensors(visual=visual, text=text, saliency=saliency)
     _check_shapes(visual, text, saliency, chosen)
     _check_extras(extras, visual)
+    if not isinstance(generator, torch.Generator | None):
+        raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator")
     n_keep = Budget.parse(keep).count(len(visual))
     if validate:
         _check_values(visual=visual, text=text, saliency=saliency)
@@ -118,20 +120,7 @@ def method_of(spec: str) -> Method:
         UnknownNameError: unknown name.
         InputError: an unknown parameter, or a value that it does not take.
     """
-    name, values = parse_spec(spec) if isinstance(spec, str) else (spec, {})
-    chosen = METHODS.get(name)
-    defaults = {one.name: one.default for one in dataclasses.fields(chosen) if one.repr}
-    for parameter, value in values.items():
-        if parameter not in defaults:
-            known = ", ".join(defaults) or "none"
-            raise InputError(f"method {name!r} has no parameter {parameter!r}; it has: {known}")
-        kind = type(defaults[parameter])
-        if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise InputError(
-                f"{parameter}={value!r} of method {name!r} must be of type {kind.__name__}; the "
-                f"default is {defaults[parameter]}"
-            )
-    return chosen(**values)
+    return build(spec, METHODS)
 
 
 def usable(visual: Tensor, text: Tensor | None = None, saliency: Tensor | None = None) -> Tensor:

@@ -122,9 +122,10 @@ def attach(
             ``positions`` is not for this model.
         UnknownNameError: unknown method, ``compat``, ``question`` or ``positions``.
         BudgetError: ``keep`` is neither a count nor a fraction.
-        InputError: ``seed`` is out of range.
+        InputError: ``seed`` is out of range, or ``processor`` or ``encoded`` is something else.
     """
     need_seed(seed)
+    _check_given(processor, encoded)
     model = innermost(model)
     _refuse_attached(model)
     check_positions(positions)
@@ -524,6 +525,17 @@ def check_positions(positions: str | None) -> None:
     if positions not in (None, *POSITIONS):
         known = ", ".join(POSITIONS)
         raise UnknownNameError(f"unknown positions {positions!r}; known: {known}")
+
+
+def _check_given(processor: Any, encoded: Any) -> None:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if processor is not None and not hasattr(tokenizer, "all_special_ids"):
+        raise InputError(
+            f"processor is a {type(processor).__name__}; give the model's processor, as "
+            "AutoProcessor.from_pretrained returns it"
+        )
+    if not isinstance(encoded, Encoded | None):
+        raise InputError(f"encoded is a {type(encoded).__name__}; give what encode() returns")
 
 
 def _refuse_attached(model: Any) -> None:

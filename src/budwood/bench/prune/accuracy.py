@@ -160,7 +160,11 @@ def run(
     ]
     asked = [one for _, of_scene in scenes for one in of_scene]
     if not asked:
-        raise InputError(f"n_scenes={config.n_scenes} scenes allow no question; give more")
+        turns = f" in a chat of {config.turns} turns" if config.turns > 1 else ""
+        raise InputError(
+            f"{config.n_scenes} scenes allow no question{turns}; give more scenes"
+            + (" or fewer turns" if turns else "")
+        )
     rows = [*begun, *_known_rows(config, scenes, begun, known or {})]
     tasks, n_answers = _tasks(config, scenes, rows), len(asked) * len(config.runs)
     for more in (answers_of or partial(_in_turn, model, processor))(tasks):

@@ -29,7 +29,10 @@ def examples_of(
     """
     config = record.config
     if number > config["n_scenes"]:
-        raise InputError(f"{number} examples, and the record has {config['n_scenes']} scenes")
+        raise InputError(
+            f"{number} examples, one for each scene, and the record has {config['n_scenes']} "
+            "scenes; give fewer examples"
+        )
     methods = list(dict.fromkeys(variant["method"] for variant in config["variants"]))[:n_methods]
     texts = [variant["question"] for variant in config["variants"] if variant["question"]]
     # Budgets may be counts and fractions; rows have both as counts.

@@ -14,10 +14,11 @@ from budwood.prune.inside import SCHEDULES, Schedule
 from budwood.prune.methods import METHODS
 from budwood.prune.question import PUBLISHED, QUESTIONS
 from budwood.prune.selection import resolve_method
-from budwood.spec import parse_spec
+from budwood.spec import build, parse_spec
 
 OWN = "own"
 """In a list of positions: each method's own."""
+_REFERENCE = "adav"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Variant:
     """One way of pruning, at any budget.
 
     Attributes:
-        method: a name in ``METHODS``, also with parameters, or in ``SCHEDULES``.
+        method: a name in ``METHODS`` or ``SCHEDULES``, also with parameters.
         question: which text counts as the question; None if the method reads no text.
         positions: where the LLM sees what is kept, as in ``attach``; None for the method's own.
     """
@@ -37,12 +38,12 @@ class Variant:
     @property
     def inside(self) -> bool:
         """Whether it prunes inside the LLM, and not before it."""
-        return self.method in SCHEDULES
+        return _is_inside(self.method)
 
     @property
     def schedule(self) -> Schedule:
         """Of a method inside the LLM. The budget is what is left in the end, as papers count."""
-        return SCHEDULES.get(self.method)(average=False)
+        return build(self.method, SCHEDULES, average=False)
 
     @property
     def resolved(self) -> str:
@@ -109,10 +110,11 @@ class Config:
         n_resamples: of the bootstrap.
         turns: questions in a chat, of which the last counts; those before it are about other
             objects and have their right answers.
-        reference: a method; differences are to its first variant at the same budget.
+        reference: one of the methods; differences are to its first variant at the same budget.
+            None: ``adav``, if it takes part.
 
     Raises:
-        InputError: a number is too small, or a budget comes twice.
+        InputError: a number is too small, a budget comes twice, or the reference takes no part.
         BudgetError: a budget is neither a count nor a fraction.
     """
 
@@ -127,7 +129,7 @@ class Config:
     n_timed: int = 10
     n_resamples: int = 2000
     turns: int = 1
-    reference: str = "adav"
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         names = ("n_scenes", "batch", "max_new_tokens", "n_timed", "n_resamples", "turns")
@@ -138,6 +140,13 @@ class Config:
             Budget.parse(keep)
         if len(set(self.runs)) < len(self.runs):
             raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
+        methods = list(dict.fromkeys(variant.method for variant in self.variants))
+        if self.reference is None and _REFERENCE in methods:
+            object.__setattr__(self, "reference", _REFERENCE)
+        elif self.reference not in (None, *methods):
+            raise InputError(
+                f"reference={self.reference!r} takes no part; give one of {', '.join(methods)}"
+            )
 
     @property
     def runs(self) -> list[Run]:
@@ -174,7 +183,7 @@ def variants_of(
     """List every variant of some methods, in order and without repeats.
 
     Args:
-        methods: names in ``METHODS``, also with parameters, or in ``SCHEDULES``.
+        methods: names in ``METHODS`` or ``SCHEDULES``, also with parameters.
         compat: ``"official"`` adds ``NAME-official`` behind every method that has one.
         questions: choices of question; methods that read no text are run once.
         positions: some of ``POSITIONS``, or ``"own"`` for each method's; methods inside the LLM
@@ -207,7 +216,7 @@ def variants_of(
 
 def _places(method: str, positions: Sequence[str]) -> list[str | None]:
     """Positions of a method that are not its own, and None for its own."""
-    if method in SCHEDULES:
+    if _is_inside(method):
         return [None]
     own = resolve_method(method).positions
     return [None if place in (OWN, own) else place for place in positions]
@@ -215,7 +224,8 @@ def _places(method: str, positions: Sequence[str]) -> list[str | None]:
 
 def _forms(method: str, compat: str | None) -> list[str]:
     """A method, and its published form where ``compat`` asks for it and there is one."""
-    if method in SCHEDULES:
+    if _is_inside(method):
+        build(method, SCHEDULES)
         return [method]
     METHODS.check(parse_spec(method)[0])
     has_published = f"{method}-official" in METHODS
@@ -225,4 +235,8 @@ def _forms(method: str, compat: str | None) -> list[str]:
 
 
 def _reads_text(method: str) -> bool:
-    return method not in SCHEDULES and resolve_method(method).needs_text
+    return not _is_inside(method) and resolve_method(method).needs_text
+
+
+def _is_inside(method: str) -> bool:
+    return parse_spec(method)[0] in SCHEDULES

@@ -102,6 +102,8 @@ def show(
     """
     read = [records.read(file) for path in record for file in files_of(path)]
     rows = _matching([row for each in read for row in each.rows], where)
+    if columns is not None and not options.listed(columns):
+        raise InputError(f"--columns {columns!r} names none; leave it out for the usual ones")
     if columns is not None:
         shown = _parse_columns(columns, rows)
     elif read[0].name in COLUMNS:

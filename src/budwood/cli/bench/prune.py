@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood import records
+from budwood.checks import need_at_least
 from budwood.cli import options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import progress, say
@@ -82,7 +83,10 @@ def bench_prune(
         int, typer.Option(help="Questions in a chat, each about other objects; the last counts.")
     ] = 1,
     compat: options.Compat = None,
-    reference: Annotated[str, typer.Option(help="Differences are to this method.")] = "adav",
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Differences are to this one of --methods; by default to adav."),
+    ] = None,
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -138,6 +142,7 @@ def bench_prune(
         turns=turns,
         reference=reference,
     )
+    need_at_least(1, workers=workers)
     if out and any(out.absolute() == path.absolute() for path in reuse or []):
         raise InputError(f"--out and --reuse are both {out}; give two names")
     results = Results(out, force, json, plot, resumes=True)
@@ -283,9 +288,11 @@ def _legend(config: dict[str, Any]) -> str:
     fraction = config["n_salient"] / config["n_questions"]
     chats = f"in chats of {config['turns']} turns " if config["turns"] > 1 else ""
     size = "high-resolution " if config["high_resolution"] else ""
+    reference = config["reference"]
+    differences = f"differences are to {reference} at the same budget; " if reference else ""
     return (
         f"{config['n_questions']} questions {chats}about {config['n_scenes']} {size}scenes, seed "
         f"{config['seed']}, split {config['split']}; {fraction:.0%} of them about the salient "
-        f"object; differences are to {config['reference']} at the same budget; "
+        f"object; {differences}"
         f"model {config['model']}, {config['dtype']}"
     )

@@ -27,6 +27,7 @@ from budwood.prune.inside.schedules import Schedule, per_layer
 from budwood.prune.methods.scores import descending
 from budwood.prune.saliency import rotate
 from budwood.registry import Registry
+from budwood.spec import build
 from budwood.unwrap import innermost
 
 SCHEDULES = Registry("method", catalogue.INSIDE_METHODS)
@@ -264,7 +265,8 @@ def attach_inside(
 
     Args:
         model: a transformers model; may be wrapped by PEFT.
-        method: ``"fastv"``, ``"pyramiddrop"``, or a schedule with parameters of its own.
+        method: ``"fastv"`` or ``"pyramiddrop"``, also with parameters, such as
+            ``"fastv:layer=3"``, or a schedule.
         keep: visual tokens of a prompt, an int, or a fraction of them, a float in (0, 1]; by
             default a mean over layers, see :class:`Schedule`.
 
@@ -291,7 +293,7 @@ def attach_inside(
             f"{type(model).__name__} prunes inside already; detach that session first"
         )
     if isinstance(method, str):
-        method = SCHEDULES.get(method)()
+        method = build(method, SCHEDULES)
     if not isinstance(method, Schedule):
         raise InputError(
             f"method={method!r} is not a schedule; give one of {', '.join(SCHEDULES)}, or an "

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError
+from budwood.checks import need_number, need_positive
 from budwood.prune.methods.base import Method, Selection, Split
 from budwood.prune.methods.scores import best_split, descending, log_relevance, ranks
 
@@ -54,10 +54,9 @@ class AdaV(Method):
     source: ClassVar[str] = "AdaV, Findings of ACL 2025 (2025.findings-acl.258); arXiv 2501.09532"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.reserve <= 0.5:
-            raise InputError(f"reserve={self.reserve} is outside [0, 0.5]; the paper has 0.25")
-        if not 0.0 < self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature} must be above 0; the paper has 100")
+        what = "number in [0, 0.5]; the paper has 0.25"
+        need_number(lambda part: 0 <= part <= 0.5, what, reserve=self.reserve)
+        need_positive(temperature=self.temperature)
 
     def choose(
         self,

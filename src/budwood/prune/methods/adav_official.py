@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from budwood.checks import need_int
 from budwood.errors import BudgetError, ShapeError
 from budwood.prune.methods.adav import AdaV
 from budwood.prune.methods.base import Method, Selection, Split
@@ -56,6 +57,7 @@ class AdaVOfficial(AdaV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        need_int(None, n_crops=self.n_crops)
         if self.n_crops < 1:
             raise ShapeError(
                 f"n_crops={self.n_crops} is below 1; give the number of crops of the image"

@@ -54,8 +54,8 @@ class AdaVPlus(Contrast):
     Args:
         text_weight: w, in [0, 1].
         reserve: fraction of n that goes by relevance alone, at least 0 and below 1.
-        blur: in tokens, above 0.
-        reach: in tokens, above 0.
+        blur: in tokens, from 0.01 on.
+        reach: likewise.
         focus: tokens in which the question has a say; 0 for all.
         merge: share of a kept token's features that comes from dropped ones, in [0, 1]; 0 merges
             nothing.
@@ -89,7 +89,9 @@ class AdaVPlus(Contrast):
         need_number(
             lambda part: 0 <= part < 1, "number from 0 to less than 1", reserve=self.reserve
         )
-        need_positive(temperature=self.temperature, blur=self.blur, reach=self.reach)
+        need_positive(temperature=self.temperature)
+        lengths = {"blur": self.blur, "reach": self.reach}
+        need_number(lambda x: 0.01 <= x <= 1e6, "number from 0.01 to 1,000,000", **lengths)
         need_at_least(0, focus=self.focus)
 
     def choose(

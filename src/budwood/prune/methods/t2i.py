@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError
+from budwood.checks import need_positive
 from budwood.prune.methods.base import Method, Selection, Split
 from budwood.prune.methods.scores import descending, evenly_spaced, log_relevance
 
@@ -36,8 +35,7 @@ class T2I(Method):
     source: ClassVar[str] = "AdaV (text-to-image attention alone), 2025.findings-acl.258"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature} must be above 0; the paper has 100")
+        need_positive(temperature=self.temperature)
 
     def choose(
         self,
