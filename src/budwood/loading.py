@@ -167,6 +167,8 @@ def check_source(source: str | None, *embedded: str) -> None:
     """
     if source is None or source in embedded:
         return
+    if not source.strip():
+        raise InputError("the name of the model is empty; give a directory or a hub id")
     local, folder = is_path(source), Path(source).expanduser()
     if local and not folder.is_dir():
         raise InputError(f"there is no model directory {source}; give a directory or a hub id")

@@ -161,6 +161,10 @@ def test_parameters_of_a_method(budwood, picture, model_dir, method, reason):
 
 def test_missing_model(budwood, picture, tmp_path):
     refused(budwood("prune", picture, "What?", "--model", tmp_path / "gone"), "no model directory")
+    refused(budwood("prune", picture, "What?", "--model", ""), "the name of the model is empty")
+    (tmp_path / "a.jsonl").write_text('{"question": "Is it wet?", "answer": "yes"}')
+    done = budwood("tune", tmp_path / "a.jsonl", "--model", " ", "--output", tmp_path / "run")
+    refused(done, "the name of the model is empty")
 
 
 def test_directory_without_model(budwood, picture, tmp_path):

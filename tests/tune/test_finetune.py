@@ -651,3 +651,13 @@ def test_no_checkpoint_is_written_after_the_last_step(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", args=args, steps=0)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("method", ["lora", SLIM])
+def test_the_only_step_of_a_run_learns(tmp_path, method):
+    with pytest.warns(UserWarning, match="8 examples make 1 step of training; give more steps"):
+        done = run(tmp_path / "run", method=method, steps=0, batch=16)
+    assert done.history[-1]["step"] == 1
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    outputs = [value for name, value in weights.items() if "lora_B" in name or "slim_out" in name]
+    assert outputs and all(value.abs().max() > 0 for value in outputs)

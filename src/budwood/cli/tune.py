@@ -196,7 +196,7 @@ def run(
     be_quiet()
     with _warnings_said(), third_party_warnings_off(), progress("tune") as bar:
         result = finetune(
-            model or "smollm2",
+            "smollm2" if model is None else model,
             train,
             output,
             eval_data=evaluate,

@@ -234,3 +234,82 @@ def test_refuses_files(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as error:
         read_examples(str(path))
     assert "\n" not in str(error.value)
+
+
+TABLE = [
+    ("question,answer", "What is 2+2?,4", {"question": "What is 2+2?", "answer": "4"}),
+    ("question,answer", "Its code?,007", {"question": "Its code?", "answer": "007"}),
+    ("question,answer", "When?,2024-01-01", {"question": "When?", "answer": "2024-01-01"}),
+    ("question,answer", "Is it wet?,True", {"question": "Is it wet?", "answer": True}),
+    ("instruction,output", "Its state?,NA", {"instruction": "Its state?", "output": "NA"}),
+    (
+        "question,A,B,answer",
+        "Is it given?,NA,yes,B",
+        {"question": "Is it given?", "choices": ["NA", "yes"], "answer": 1},
+    ),
+    (
+        "question,A,B,C,answer",
+        "What is 1+1?,1,2,3,B",
+        {"question": "What is 1+1?", "choices": ["1", "2", "3"], "answer": 1},
+    ),
+    (
+        "question,A,B,answer",
+        "Is it wet?,no,yes,1",
+        {"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1},
+    ),
+    (
+        "question,context,answer",
+        "Is it wet?,,yes",
+        {"question": "Is it wet?", "answer": "yes"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("header", "line", "row"), TABLE)
+def test_tables_without_types_have_texts(tmp_path, header, line, row):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{header}\n{line}\n")
+    assert read_examples(str(path)) == [example_of(row)]
+
+
+def test_a_truth_value_among_texts_is_a_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\nIs it wet?,true\nIs it blue?,partly\n")
+    assert [one.messages[-1]["content"] for one in read_examples(str(path))] == ["true", "partly"]
+
+
+def test_a_table_that_is_no_utf8(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,answer\nf\xfcr,ja\n".encode("latin-1"))
+    with pytest.raises(InputError, match="cannot read .*a.csv: .*invalid UTF8"):
+        read_examples(str(path))
+
+
+@pytest.mark.parametrize("key", ["context", "input"])
+def test_a_context_stands_below_every_question(key):
+    asked = "Is it wet?\n\nIt rains."
+    free = example_of({"question": "Is it wet?", key: "It rains.", "answer": "yes"})
+    assert free.messages[0]["content"] == asked
+    row = {"question": "Is it wet?", key: "It rains.", "choices": ["no", "yes"], "answer": 1}
+    assert example_of(row).question == asked
+    with pytest.raises(InputError, match=f"the row has {key}, which is not understood"):
+        example_of({"prompt": "Is it wet?", key: "It rains.", "completion": " yes"})
+
+
+def test_a_system_column_comes_first():
+    turns = [{"from": "human", "value": "Is it wet?"}, {"from": "gpt", "value": "yes"}]
+    messages = [{"role": "user", "content": "Is it wet?"}, {"role": "assistant", "content": "yes"}]
+    system = {"role": "system", "content": "Be brief."}
+    for row in (
+        {"conversations": turns},
+        {"messages": messages},
+        {"question": "Is it wet?", "answer": "yes"},
+    ):
+        assert example_of({"system": "Be brief.", **row}).messages == (system, *messages)
+    for row, reason in (
+        ({"messages": [system, *messages]}, "beside a system message"),
+        ({"question": "Is it wet?", "choices": ["no", "yes"], "answer": 1}, "with choices has"),
+        ({"prompt": "Is it wet?", "completion": " yes"}, "the row has system"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            example_of({"system": "Be brief.", **row})

@@ -167,6 +167,7 @@ def test_routing_is_recorded_by_adapter_and_without_padding(model):
     ("names", "message"),
     [
         (["default"] * 3, "3 names.*4 rows"),
+        (["default", "second"], "2 names, and the batch 4 rows"),
         (["default", "other", BASE, BASE], "adapter_names has other; the adapters are __base__, "),
         ("default", "one name per row"),
         ([], "one name per row"),
@@ -179,6 +180,13 @@ def test_bad_names_are_refused(model, names, message):
     assert "\n" not in str(error.value)
     found = logits(model)  # no hook stays
     assert torch.equal(found, logits(model))
+
+
+def test_generating_needs_a_name_per_row(model):
+    data = tiny.batch()
+    for given in ({"input_ids": data["input_ids"]}, {"inputs": data["input_ids"]}):
+        with pytest.raises(InputError, match="2 names, and the batch 4 rows"):
+            model.generate(**given, num_beams=2, max_new_tokens=2, adapter_names=NAMES[:2])
 
 
 def test_training_is_refused(model):

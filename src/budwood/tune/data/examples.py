@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from budwood.errors import InputError, UnknownNameError
-from budwood.tune.data.other_formats import calls_of, canonical, index_of, tools_of
+from budwood.tune.data.other_formats import (
+    BELOW_THE_QUESTION,
+    asked_of,
+    calls_of,
+    canonical,
+    index_of,
+    system_of,
+    tools_of,
+)
 from budwood.tune.data.sources import rows_of
 
 STYLES = ("cloze", "listed")
@@ -23,6 +31,7 @@ FORMATS = (
 """The forms that a row can have, for error messages."""
 
 _ROLES = ("system", "user", "assistant", "tool")
+_ASKED = ("question", "question_stem")
 _FOR_TEMPLATES = ("functions", "documents", "chat_template_kwargs")
 """Columns that chat templates can use and that are not passed on."""
 _OF_MESSAGES = {
@@ -183,13 +192,14 @@ def example_of(row: Any, style: str = "cloze") -> Example:
     tools = tools_of(row["tools"]) if row.get("tools") else ()
     if "messages" in row:
         _refuse_filled(row, _FOR_TEMPLATES, "the row")
-        return Example(_messages(row["messages"]), tools=tools)
+        return Example(_with_system(row, _messages(row["messages"])), tools=tools)
     if "prompt" in row and "completion" in row:
-        _refuse_filled(row, _FOR_TEMPLATES, "the row")
+        _refuse_filled(row, (*_FOR_TEMPLATES, *BELOW_THE_QUESTION, "system"), "the row")
         return _completion(row["prompt"], row["completion"], tools)
-    question = row.get("question", row.get("question_stem"))
-    if question is not None:
-        return _question(row, question, style)
+    for asked in _ASKED:
+        if asked in row:
+            _need_text(row[asked], asked)
+            return _question(row, asked_of(row, asked), style)
     if "text" in row:
         _need_text(row["text"], "text")
         return Example((_said(row["text"]),), is_plain=True)
@@ -213,12 +223,22 @@ def _completion(prompt: Any, completion: Any, tools: tuple[dict[str, Any], ...])
     raise InputError(f"prompt and completion are {kinds}; give two texts or two lists of messages")
 
 
-def _question(row: Mapping[str, Any], question: Any, style: str) -> Example:
-    _need_text(question, "question")
+def _with_system(
+    row: Mapping[str, Any], messages: tuple[dict[str, Any], ...]
+) -> tuple[dict[str, Any], ...]:
+    """Messages behind the system's, where the row has that in a column of its own."""
+    own = system_of(row)
+    if own and messages[0]["role"] == "system":
+        raise InputError("has a system beside a system message; leave one of them out")
+    return (*map(_message, own), *messages)
+
+
+def _question(row: Mapping[str, Any], question: str, style: str) -> Example:
     choices, answer = _choices(row)
     if not choices:
         _need_text(answer, "answer")
-        return Example(_turns(question, answer))
+        return Example(_with_system(row, _turns(question, answer)))
+    _refuse_filled(row, ("system",), "a question with choices")
     return styled(Example(_turns(question, choices[answer]), tuple(choices), answer), style)
 
 

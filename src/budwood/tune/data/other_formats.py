@@ -18,7 +18,7 @@ _ASKED_AND_ANSWERED = (
 )
 """Columns of single questions and their answers."""
 
-_BELOW_THE_QUESTION = ("input", "context")
+BELOW_THE_QUESTION = ("input", "context")
 """Columns that continue the question: Alpaca's and Dolly's."""
 
 _ROLES = {
@@ -88,6 +88,8 @@ def index_of(answer: Any, choices: list[str], labels: list[str] | None = None) -
     found = sorted({*by_label, *by_text})
     if len(found) > 1:
         raise InputError(f"answer {answer!r} names more than one choice; give its index, from 0")
+    if not found and answer.strip().isdecimal():  # tables without types have texts alone
+        return int(answer)
     return found[0] if found else answer
 
 
@@ -157,17 +159,33 @@ def _single(row: Mapping[str, Any], asked: str, answered: str) -> Mapping[str, A
     """A question and its answer as a conversation."""
     if row.get("history"):
         raise InputError(f"has a history beside {asked}; give the whole conversation as messages")
-    parts = [row[asked], *(row[key] for key in _BELOW_THE_QUESTION if row.get(key))]
+    messages = [
+        {"role": "user", "content": asked_of(row, asked)},
+        {"role": "assistant", "content": row[answered]},
+    ]
+    return {"messages": [*system_of(row), *messages]}
+
+
+def asked_of(row: Mapping[str, Any], asked: str) -> str:
+    """A question with what stands below it.
+
+    Args:
+        row: without entries that are None.
+        asked: the question's column.
+
+    Raises:
+        InputError: one of them is no text.
+    """
+    parts = [row[asked], *(row[key] for key in BELOW_THE_QUESTION if row.get(key))]
     for part in parts:
         if not isinstance(part, str):
             raise InputError(f"{asked} must be a text and is {part!r}")
-    messages = [
-        {"role": "user", "content": "\n\n".join(parts)},
-        {"role": "assistant", "content": row[answered]},
-    ]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return {"messages": messages}
+    return "\n\n".join(parts)
+
+
+def system_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The system's message that a row has in a column of its own, if any."""
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 def _letters(row: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,9 @@ Rows = Iterable[tuple[str, Any]]
 TABLES = (".csv", ".tsv", ".parquet")
 """Endings of files that are tables; every other file has JSON lines, or one JSON array."""
 
+_ANSWERS = ("answer", "answerKey")
+"""Columns whose texts may stand for truth values."""
+
 
 def rows_of(source: str, split: str = "train") -> Rows:
     """Rows of a file, or of a dataset on the hub.
@@ -99,13 +102,31 @@ def _rows_of_table(path: Path) -> Rows:
             parsing = csv.ParseOptions(
                 delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True
             )
-            empty_is_null = csv.ConvertOptions(strings_can_be_null=True)
-            table = csv.read_csv(file, parse_options=parsing, convert_options=empty_is_null)
+            columns = csv.open_csv(file, parse_options=parsing).schema.names
+            as_text = csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string()),
+                null_values=[""],
+                strings_can_be_null=True,
+            )
+            table = csv.read_csv(file, parse_options=parsing, convert_options=as_text)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"cannot read {path}: {reason}") from error
+    if kind != ".parquet":
+        table = _with_truths(table)
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _with_truths(table: Any) -> Any:
+    """A table of texts, its answers as truth values where all are true or false."""
+    for number, name in enumerate(table.column_names):
+        if name in _ANSWERS:
+            texts = [text and text.strip().lower() for text in table[name].to_pylist()]
+            if set(texts) - {None} and set(texts) <= {"true", "false", None}:
+                values = [None if text is None else text == "true" for text in texts]
+                table = table.set_column(number, name, [values])
+    return table
 
 
 def _rows_of_hub(source: str, split: str) -> Rows:

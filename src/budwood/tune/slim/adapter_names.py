@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from budwood.tune.slim.keeper import SlimLayer, layers_of
 
 BASE = "__base__"
 """PEFT's name for a row that uses no adapter."""
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values")
 _ROUTED = re.compile(r"(^|\.)\w*experts\.\w*\d+\.")
 """A linear layer of one routed expert, which sees some of the tokens in an order of its own."""
 
@@ -40,6 +41,28 @@ def rows_by_adapter(model: nn.Module, names: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_rows(names: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse another number of names than a call of the model has rows.
+
+    Layers take multiples, since ``generate`` repeats rows for beams.
+
+    Args:
+        names: of the adapters.
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
+
+    Raises:
+        InputError: the numbers differ.
+    """
+    given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+    batch = next((one for one in given if isinstance(one, Tensor)), None)
+    if batch is not None and isinstance(names, Sequence) and len(names) != len(batch):
+        raise InputError(
+            f"adapter_names has {len(names)} names, and the batch {len(batch)} rows; give one name "
+            "per row"
+        )
 
 
 def owners(x: Tensor, names: Sequence[str], key: str) -> Tensor:

@@ -17,7 +17,7 @@ from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune.base_model import check_base, describe_base
 from budwood.tune.config import FORMAT, PREFIX, SLIM, SlimConfig
 from budwood.tune.saved.files import check_state, present_names
-from budwood.tune.slim.adapter_names import rows_by_adapter
+from budwood.tune.slim.adapter_names import check_rows, rows_by_adapter
 from budwood.tune.slim.architectures import (
     LEADERS,
     in_layers,
@@ -41,6 +41,7 @@ class SlimModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SlimLayer
+    _row_names: Any = None  # of the adapters of a batch's rows, in a call with adapter_names
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -115,8 +116,21 @@ class SlimModel(BaseTuner):
         names = kwargs.get("adapter_names")
         if kwargs.get("alora_offsets") is not None:
             raise InputError("alora_offsets is an option of LoRA; leave it out with SLIM")
-        with nullcontext() if names is None else rows_by_adapter(self, names):
+        if names is None:
             yield
+            return
+        check_rows(names, args, kwargs)
+        self._row_names = names
+        try:
+            with rows_by_adapter(self, names):
+                yield
+        finally:
+            self._row_names = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._row_names is not None:  # of a plain call; generate() goes past this, with beams
+            check_rows(self._row_names, args, kwargs)
+        return super().forward(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ from budwood.tune.training.trainer import AnswerTrainer, Probe, RunWatch, tell_s
 from budwood.tune.training.validation import KeepBest, Validation
 
 _KL_POSITIONS = 48
+_FEW_STEPS = 3
 """Positions of the prompt, counted from its end, at which ``kl`` compares with the base model."""
 
 WITHOUT_EFFECT = frozenset(
@@ -104,9 +106,16 @@ def train(
                 "which loads its adapter"
             )
         start = _resume_from(folder, model)
+        n_steps = _n_steps(rows, settings, model)
+        if n_steps < _FEW_STEPS and not settings.steps:
+            warnings.warn(
+                f"{len(rows)} examples make {n_steps} step{'s' * (n_steps > 1)} of training; give "
+                "more steps or epochs (--steps, --epochs)",
+                stacklevel=2,
+            )
         watch = RunWatch(folder, settings, progress, probe)
         n_before = _KL_POSITIONS if kl and not (texts or kl_on_others) else 0
-        every = settings.eval_every or _a_tenth(rows, settings, model)
+        every = settings.eval_every or max(1, n_steps // 10)
         validation = Validation(eval_rows, every, settings.patience)
         keeper = KeepBest(folder, validation, Padded.of(model, tokenizer), settings.batch)
         trainer = AnswerTrainer(
@@ -204,11 +213,10 @@ def _sharding(trainer: AnswerTrainer) -> Any:
     return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
 
 
-def _a_tenth(rows: Sequence[Any], settings: Settings, model: Any) -> int:
-    """A tenth of the steps of a run, at least one."""
+def _n_steps(rows: Sequence[Any], settings: Settings, model: Any) -> int:
+    """Steps of a run."""
     per_step = settings.batch * settings.accumulate * processes(model).num_processes
-    steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / per_step))
-    return max(1, steps // 10)
+    return settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / per_step))
 
 
 def _check_sharding(trainer: AnswerTrainer, validates: bool) -> None:

@@ -108,6 +108,12 @@ class AnswerTrainer(Trainer):
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGrouped(self._lengths, per_step * self.args.world_size, self.args.seed)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        # The Trainer rounds a part of a step up to a whole one, in which nothing is learnt.
+        if self.args.warmup_steps * num_training_steps < 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(
         self,
         model: nn.Module,
