@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
@@ -82,12 +83,17 @@ def need_seed(seed: int) -> None:
 
 
 def need_positive(**values: Any) -> None:
-    """Refuse values that are not numbers above 0 and below 1e18, which fit in any tensor.
+    """Refuse values that are not finite numbers above 0; errors as in :func:`need_number`."""
+    need_number(lambda value: 0 < value < math.inf, "number above 0", **values)
+
+
+def need_scale(**values: Any) -> None:
+    """Refuse factors and divisors of scores that are not above 0, or that overflow float32.
 
     Raises:
         InputError: as in :func:`need_number`.
     """
-    need_number(lambda value: 0 < value < 1e18, "number above 0 and below 1e18", **values)
+    need_number(lambda value: 1e-9 <= value <= 1e9, "number above 0, from 1e-9 to 1e9", **values)
 
 
 def _is_whole(value: Any) -> bool:

@@ -150,7 +150,10 @@ def test_choices_of_the_benchmark(budwood):
     ("method", "reason"),
     [
         ("adav:reserve=0.1+reserve=0.2", "gives reserve twice"),
-        ("adav:temperature=100000000000000000000", "temperature=1e+20; give a number above 0"),
+        (
+            "adav:temperature=100000000000000000000",
+            "temperature=1e+20; give a number above 0, from 1e-9 to 1e9",
+        ),
         ("adav+:reach=1e200", "reach=1e+200; give a number from 0.01 to 1,000,000"),
         ("mmtok:text_temperature=1e300", "text_temperature=1e+300"),
     ],

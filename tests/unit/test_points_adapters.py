@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -397,3 +398,40 @@ def test_every_weight_of_the_tiny_encoders_matters(encoder):
     adapter(*clouds()).square().mean().backward()
     for name, value in zip(adapter.names, adapter.values):
         assert value.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "adabn"])
+def test_threads_share_an_encoder(name):
+    """With and without an adapter at the same time, and the adapter itself in several threads."""
+    model = models.make("sprout")
+    adapter = make_adapter(name, model)
+    with torch.no_grad():
+        for value in adapter.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    xyz, rgb = clouds()
+    if adapter.statistics is not None:
+        adapter.estimate([(xyz, rgb)])
+    expected = [one(xyz, rgb).detach() for one in (model, adapter)]
+    assert not torch.equal(*expected)
+
+    def ask(i):
+        with torch.no_grad():
+            return (model, adapter)[i % 2](xyz, rgb)
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(ask, range(60))):
+            assert torch.equal(found, expected[i % 2])
+
+
+def test_an_adapter_sees_what_becomes_of_its_encoder():
+    model = models.make("sprout")
+    adapter = make_adapter("lora", model)
+    xyz, rgb = clouds()
+    before = adapter(xyz, rgb)
+    model.double()
+    adapter.double()
+    assert torch.allclose(adapter(xyz.double(), rgb.double()).float(), before, atol=1e-4)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    assert not adapter(xyz.double(), rgb.double()).any()

@@ -235,7 +235,8 @@ def _check_push(repo_id: str, model: str | None) -> None:
 def _warnings_said() -> Iterator[None]:
     """Print what the library warns of as a remark."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", message="left out ", category=UserWarning)
+        for remark in ("left out ", r"\d+ examples make "):
+            warnings.filterwarnings("always", message=remark, category=UserWarning)
         warnings.showwarning = lambda message, *rest, **more: say(str(message))
         yield
 

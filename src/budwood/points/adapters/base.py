@@ -1,20 +1,23 @@
 """The base of all adapters: parameters beside a frozen encoder, and their use in its forward pass.
 
 The encoder is neither patched nor written to. An adapter runs around its blocks, or replaces some
-of its parameters for the length of one call.
+of its parameters for the length of one call, in modules of the calling thread's own.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
+import threading
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -207,7 +210,8 @@ class Adapter(nn.Module, ABC):
             }
         if not values:
             return self.encoder(xyz, rgb, around)
-        return functional_call(self.encoder, values, (xyz, rgb, around))
+        own = {**dict(self.encoder.named_parameters()), **dict(self.encoder.named_buffers())}
+        return functional_call(_twin(self.encoder), own | values, (xyz, rgb, around))
 
     @torch.no_grad()
     def estimate(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -379,3 +383,19 @@ def check_fingerprint(expected: Mapping[str, Any], encoder: PointEncoder, source
                 f"{source} was made for another encoder: {what} {expected.get(key)!r}, here "
                 f"{actual[key]!r}"
             )
+
+
+_TWINS = threading.local()
+
+
+def _twin(encoder: PointEncoder) -> PointEncoder:
+    """This thread's own modules of an encoder, with the same tensors in them.
+
+    ``functional_call`` puts other tensors into the modules while they run. In the encoder itself
+    other threads would run with these too.
+    """
+    twins = vars(_TWINS).setdefault("twins", WeakKeyDictionary())
+    if encoder not in twins:
+        tensors = [*encoder.parameters(), *encoder.buffers()]
+        twins[encoder] = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors})
+    return twins[encoder]

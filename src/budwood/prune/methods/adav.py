@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_number, need_positive
+from budwood.checks import need_number, need_scale
 from budwood.prune.methods.base import Method, Selection, Split
 from budwood.prune.methods.scores import best_split, descending, log_relevance, ranks
 
@@ -56,7 +56,7 @@ class AdaV(Method):
     def __post_init__(self) -> None:
         what = "number in [0, 0.5]; the paper has 0.25"
         need_number(lambda part: 0 <= part <= 0.5, what, reserve=self.reserve)
-        need_positive(temperature=self.temperature)
+        need_scale(temperature=self.temperature)
 
     def choose(
         self,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_at_least, need_number, need_positive
+from budwood.checks import need_at_least, need_number, need_scale
 from budwood.prune.methods.adav_contrast import Contrast
 from budwood.prune.methods.base import Extras, Selection
 from budwood.prune.methods.greedy import (
@@ -89,7 +89,7 @@ class AdaVPlus(Contrast):
         need_number(
             lambda part: 0 <= part < 1, "number from 0 to less than 1", reserve=self.reserve
         )
-        need_positive(temperature=self.temperature)
+        need_scale(temperature=self.temperature)
         lengths = {"blur": self.blur, "reach": self.reach}
         need_number(lambda x: 0.01 <= x <= 1e6, "number from 0.01 to 1,000,000", **lengths)
         need_at_least(0, focus=self.focus)

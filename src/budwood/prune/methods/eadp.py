@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_number, need_positive
+from budwood.checks import need_number, need_scale
 from budwood.prune.methods.base import Extras, Method, Selection
 from budwood.prune.methods.greedy import (
     Coverage,
@@ -65,7 +65,7 @@ class EADP(Method):
 
     def __post_init__(self) -> None:
         need_number(lambda words: 0 < words <= 1, "number above 0 and up to 1", words=self.words)
-        need_positive(
+        need_scale(
             sharpness=self.sharpness,
             temperature=self.temperature,
             word_temperature=self.word_temperature,

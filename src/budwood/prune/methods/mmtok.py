@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_number, need_positive
+from budwood.checks import need_number, need_scale
 from budwood.prune.methods.base import Method, Selection
 from budwood.prune.methods.greedy import Coverage, cosines, most_gaining, reported, targets_of, unit
 
@@ -44,7 +44,7 @@ class MMTok(Method):
     source: ClassVar[str] = "MMTok, ICLR 2026, arXiv 2508.18264"
 
     def __post_init__(self) -> None:
-        need_positive(
+        need_scale(
             text_temperature=self.text_temperature, visual_temperature=self.visual_temperature
         )
         need_number(lambda alpha: 0 <= alpha <= 1e6, "number of at least 0", alpha=self.alpha)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_positive
+from budwood.checks import need_scale
 from budwood.prune.methods.base import Method, Selection
 from budwood.prune.methods.greedy import MOST_FLOATS, cosines, unit
 from budwood.prune.methods.scores import descending, evenly_spaced, ranks
@@ -54,7 +54,7 @@ class PruneSID(Method):
     source: ClassVar[str] = "PruneSID, ICLR 2026, arXiv 2603.09480"
 
     def __post_init__(self) -> None:
-        need_positive(components=self.components, threshold=self.threshold)
+        need_scale(components=self.components, threshold=self.threshold)
 
     def choose(
         self,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checks import need_positive
+from budwood.checks import need_scale
 from budwood.prune.methods.base import Method, Selection, Split
 from budwood.prune.methods.scores import descending, evenly_spaced, log_relevance
 
@@ -35,7 +35,7 @@ class T2I(Method):
     source: ClassVar[str] = "AdaV (text-to-image attention alone), 2025.findings-acl.258"
 
     def __post_init__(self) -> None:
-        need_positive(temperature=self.temperature)
+        need_scale(temperature=self.temperature)
 
     def choose(
         self,
