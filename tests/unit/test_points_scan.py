@@ -14,6 +14,7 @@ import torch
 from budwood.bench.frames import HEIGHT, Placed, street, sweep
 from budwood.errors import InputError, OutputError, UnknownNameError
 from budwood.points import ScanConfig, ScannedFrame, draw_from_above, scan, write_page
+from budwood.points.adapters import make_adapter
 from budwood.points.data import CloudSet
 from budwood.points.io import make_cloud
 from budwood.points.scanning import folder as folders
@@ -23,9 +24,15 @@ from budwood.points.scanning.formats import csv_text, kitti_text, nuscenes_resul
 from budwood.points.scanning.ground import find_ground
 from budwood.points.scanning.naming import batched_count
 from budwood.points.scanning.poses import CAMERA, check_poses, read_poses, stem
-from budwood.points.scanning.rejection import best_threshold, known_mass, with_background
+from budwood.points.scanning.rejection import (
+    best_threshold,
+    digest_of,
+    known_mass,
+    with_background,
+)
 from budwood.points.scanning.segments import cluster_points, in_range, segment
 from budwood.points.scanning.tracks import Tracker
+from budwood.points.text import TextEmbeddings
 from tests.points import models, sets
 
 pytest.importorskip("sklearn")
@@ -687,3 +694,43 @@ def test_the_page(by_shape, tmp_path):
     assert empty.boxes == () and empty.notices == ("no cluster has 10 points",)
     write_page(empty, tmp_path / "empty.html")
     draw_from_above(empty, tmp_path / "empty.png")
+
+
+def test_a_folder_takes_over_only_what_is_the_same(by_shape, tmp_path):
+    (one, _), (two, _) = frame(shots=300), frame(shots=200)
+    given = texts(by_shape)
+    options = {"encoder": by_shape, "output": tmp_path / "found"}
+
+    def boxes(xyz, **more):
+        (found,) = scan(xyz, given, **options, **more)
+        return [tuple(np.round(box.center, 3)) for box in found.boxes]
+
+    first = boxes(one)
+    assert boxes(one) == first
+    alone = scan(two, given, encoder=by_shape)[0].boxes
+    expected = [tuple(np.round(box.center, 3)) for box in alone]
+    assert expected != first and boxes(two) == expected  # another array of the same name
+    turned = TextEmbeddings(given.labels, given.vectors.flip(0))
+    with pytest.raises(OutputError, match="holds another run .*vectors"):
+        scan(one, turned, **options)
+
+
+def test_another_pose_of_a_frame_is_another_frame(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    options = {"encoder": by_shape, "output": tmp_path / "found", "formats": ["json"]}
+    for shift in (0.0, 5.0):
+        pose = np.eye(4)
+        pose[0, 3] = shift
+        (found,) = scan([xyz], texts(by_shape), poses=pose[None], **options)
+        assert found.pose[0, 3] == shift
+        (file,) = (tmp_path / "found" / "boxes").iterdir()
+        assert np.array_equal(json.loads(file.read_text())["pose"], pose)
+
+
+def test_weights_of_an_adapter_have_a_digest(by_shape):
+    adapter = make_adapter("lora", by_shape)
+    before = digest_of(adapter)
+    assert before == digest_of(adapter)
+    with torch.no_grad():
+        next(adapter.parameters()).add_(1.0)
+    assert digest_of(adapter) != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from budwood import catalogue
 from budwood.errors import InputError, OutputError
 from budwood.figures import need_matplotlib
 from budwood.files import need_parent, write_text, write_whole
+from budwood.points.io.cloud import Cloud
 from budwood.points.scanning.formats import (
     ScannedFrame,
     csv_text,
@@ -66,6 +68,7 @@ class ScanFolder:
         need_parent(self.path)
         self._run = RunFolder(self.path, settings | {"poses": poses is not None})
         self._names: dict[str, str] = {}
+        self._marks: dict[str, str] = {}
         self._order: list[str] = []
         self._n_done = 0
 
@@ -78,15 +81,18 @@ class ScanFolder:
 
         Args:
             source: name of the frame.
-            item: what it is read from; a file of another size is another frame.
+            item: what it is read from. A file of another size or time, or an array with other
+                values, is another frame, and so is one with another pose.
         """
         name = self._name(source)
+        pose = None if self.poses is None else self.poses.matrices[len(self._order)]
+        self._marks[name] = _mark(item, pose)
         self._order.append(name)
         try:
             frame, row = read_frame(self._file(name))
         except InputError:
             return None
-        if row.get("bytes") != _size(item):
+        if row.get("mark") != self._marks[name]:
             return None
         self._n_done += 1
         return frame
@@ -100,7 +106,7 @@ class ScanFolder:
         name = self._name(frame.source)
         try:
             self._write_others(frame, name)
-            text = json_text(frame, bytes=_size(frame.source))
+            text = json_text(frame, mark=self._marks[name])
             write_text(self._file(name), text)
         except OutputError as error:
             raise OutputError(
@@ -138,7 +144,7 @@ class ScanFolder:
             called = f"{name}-{i:04}" if box.track is None else f"object-{box.track:06}"
             file = self.path / "clusters" / f"{called}.npy"
             points = xyz.astype(np.float32)
-            denser = box.track is None or (_size(file) or 0) - NPY_HEADER < points.nbytes
+            denser = box.track is None or _size(file) - NPY_HEADER < points.nbytes
             if denser:
                 write_whole(file, lambda part, points=points: np.save(part, points))
 
@@ -189,8 +195,21 @@ def check_formats(formats: Sequence[str]) -> None:
         need_plotly()
 
 
-def _size(item: Any) -> int | None:
-    """Bytes of a file; None for other things."""
+def _mark(item: Any, pose: Any) -> str:
+    """What a frame is known by: the size and time of its file, or its values; and its pose."""
+    sha = hashlib.sha256()
     if isinstance(item, (str, os.PathLike)) and Path(item).is_file():
-        return Path(item).stat().st_size
-    return None
+        about = Path(item).stat()
+        sha.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+    else:
+        for part in (item.xyz, item.rgb) if isinstance(item, Cloud) else (item,):
+            values = np.asarray(part)
+            sha.update(f"{values.dtype} {values.shape}".encode() + values.tobytes())
+    if pose is not None:
+        sha.update(np.asarray(pose, dtype=np.float64).tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return file.stat().st_size if file.is_file() else 0

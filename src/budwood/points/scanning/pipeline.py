@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections import deque
@@ -27,7 +28,12 @@ from budwood.points.scanning.folder import ScanFolder
 from budwood.points.scanning.formats import ScannedFrame
 from budwood.points.scanning.naming import Name, Namer
 from budwood.points.scanning.poses import Poses, check_poses, read_poses
-from budwood.points.scanning.rejection import BACKGROUND, threshold_for, with_background
+from budwood.points.scanning.rejection import (
+    BACKGROUND,
+    digest_of,
+    threshold_for,
+    with_background,
+)
 from budwood.points.scanning.segments import Segments, segment
 from budwood.points.scanning.tracks import Tracker
 from budwood.points.text import TextEmbeddings, embed_labels_for
@@ -201,11 +207,13 @@ def make_namer(
 
 def about(namer: Namer, config: ScanConfig, options: InputOptions) -> dict[str, Any]:
     """The settings that boxes depend on, as JSON values."""
+    adapter, vectors = namer.adapter, namer.labels.texts.vectors.cpu().float()
     settings = {
         "labels": list(namer.labels.given),
         "background": list(namer.labels.texts.labels[namer.labels.n_given :]),
         "encoder": fingerprint(namer.encoder),
-        "adapter": None if namer.adapter is None else namer.adapter.name,
+        "adapter": None if adapter is None else f"{adapter.name} {digest_of(adapter)}",
+        "vectors": hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:16],
         "threshold": round(namer.threshold, 6),
     }
     reading = {key: getattr(options, key) for key in ("up", "columns", "box", "invalid")}

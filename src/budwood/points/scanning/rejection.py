@@ -241,6 +241,13 @@ def _key(encoder: PointEncoder, adapter: Adapter | None, background: TextEmbeddi
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     sha.update(background.vectors.numpy().tobytes())
     if adapter is not None:
-        for name, value in sorted(adapter.state_dict().items()):
-            sha.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+        sha.update(digest_of(adapter).encode())
     return sha.hexdigest()[:24]
+
+
+def digest_of(adapter: Adapter) -> str:
+    """A digest of an adapter's weights."""
+    sha = hashlib.sha256()
+    for name, value in sorted(adapter.state_dict().items()):
+        sha.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return sha.hexdigest()[:16]
