@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from budwood.errors import InputError
@@ -76,6 +75,8 @@ def _rgb(picture: Image.Image, path: Path) -> Image.Image:
             "with 8 or 16 bits"
         )
     if of_16_bits:
+        import numpy as np  # not at the start of every command
+
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     return picture.convert("RGB")
 

@@ -127,3 +127,17 @@ def test_bad_input(budwood, frames, tmp_path):
     refused(budwood("scan", one, *LABELS, "--output", tmp_path / "mine"), "holds no run of budwood")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
     refused(budwood("scan", one, *LABELS, "--poses", tmp_path / "no.txt"), "do not exist")
+
+
+def test_what_options_name_is_no_frame(budwood, frames):
+    """A folder as KITTI odometry has it, with the output in it, twice."""
+    lines = [f"1 0 0 0 0 1 0 0 0 0 1 {i}" for i in range(3)]
+    (frames / "poses.txt").write_text("\n".join(lines))
+    (frames / "calib.txt").write_text("Tr: 1 0 0 0 0 1 0 0 0 0 1 0")
+    command = ["scan", frames, *LABELS, "--poses", frames / "poses.txt"]
+    command += ["--calib", frames / "calib.txt", "--output", frames / "found"]
+    command += ["--format", "json,csv,clusters", "--json"]
+    for _ in range(2):
+        result = budwood(*command)
+        assert result.exit_code == 0, result.output
+        assert len(json.loads(result.stdout)["frames"]) == 3

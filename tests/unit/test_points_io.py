@@ -205,6 +205,7 @@ def test_colours():
     assert make_cloud([[0, 0, 0]], [[1, 0, 1]]).rgb[0, 0] == np.float32(1 / 255)
     assert make_cloud([[0, 0, 0]], [[1.0, 0, 0.5]]).rgb[0].tolist() == [1.0, 0.0, 0.5]
     assert make_cloud([[0, 0, 0]], [[65535, 0, 300]]).rgb[0, 0] == 1.0
+    assert make_cloud([[0, 0, 0]], [[1 + 1e-7, 0, 0.5]]).rgb[0].tolist() == [1.0, 0.0, 0.5]
     for bad in ([[-1, 0, 0]], [[1e6, 0, 0]], [[np.nan, 0, 0]], [[1, 2]]):
         with pytest.raises(InputError, match="colours"):
             make_cloud([[0, 0, 0]], bad)
@@ -500,3 +501,20 @@ def test_ten_million_points(tmp_path):
     path = tmp_path / "many.npy"
     np.save(path, np.ones((10_000_000, 3), dtype=np.float16))
     assert len(read(path)) == 10_000_000
+
+
+def test_fields_of_different_lengths(tmp_path):
+    some, fewer = np.ones(5), np.ones(4)
+    np.savez(tmp_path / "xyz.npz", x=some, y=fewer, z=some)
+    np.savez(tmp_path / "rgb.npz", x=some, y=some, z=some, r=some, g=some, b=fewer)
+    for name, fields in (("xyz", "x, y, z"), ("rgb", "r, g, b")):
+        with pytest.raises(InputError, match=f"{name}.npz.*fields {fields} have"):
+            read(tmp_path / f"{name}.npz")
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path):
+    names = ["10.npy", "2.npy", "000003.npy", "a2.npy", "a10.npy"]
+    for name in names:
+        np.save(tmp_path / name, np.ones((3, 3)))
+    found = [path.name for path in find_files([tmp_path])]
+    assert found == ["2.npy", "000003.npy", "10.npy", "a2.npy", "a10.npy"]

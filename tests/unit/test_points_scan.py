@@ -366,6 +366,11 @@ def test_poses_of_kitti(tmp_path):
     np.testing.assert_allclose(found.matrices, wanted, atol=1e-6)
     assert "no calib.txt" in found.notices[0]
     np.testing.assert_allclose(read_poses(path, frames[1:3]).matrices, wanted[1:3], atol=1e-6)
+    backwards = [f"{i}.bin" for i in (3, 1, 0, 2)]  # as many frames as lines, in another order
+    order = [3, 1, 0, 2]
+    np.testing.assert_allclose(read_poses(path, backwards).matrices, wanted[order], atol=1e-6)
+    unnumbered = [f"frame{i}.bin" for i in order]
+    np.testing.assert_allclose(read_poses(path, unnumbered).matrices, wanted, atol=1e-6)
     calibration = CAMERA.copy()
     calibration[:3, 3] = (0.1, -0.2, -0.3)
     path.write_text("\n".join(kitti_line(one @ np.linalg.inv(calibration)) for one in wanted))

@@ -134,7 +134,7 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
     return list(check_labels(read_lines(file)))
 
 
-def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
+def files_of(paths: list[Path], *others: Path | None, within: Path | None = None) -> list[Path]:
     """Files to read: those given, and those in folders that no other option names.
 
     Says how many files in folders are of no known format.
@@ -142,6 +142,7 @@ def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
     Args:
         paths: files and folders.
         others: files that other options name.
+        within: a folder that is written to, whose files are no input.
 
     Raises:
         InputError: a path does not exist, or there is nothing to read.
@@ -152,7 +153,13 @@ def files_of(paths: list[Path], *others: Path | None) -> list[Path]:
 
     given = {path.resolve() for path in paths}
     taken = {path.resolve() for path in others if path is not None} - given
-    files = [file for file in find_files(paths) if file.resolve() not in taken]
+    written = None if within is None else within.resolve()
+    files = [
+        file
+        for file in find_files(paths)
+        if file.resolve() not in taken
+        and (written not in file.resolve().parents or file.resolve() in given)
+    ]
     if not files:
         raise InputError(f"{paths[0]} has no clouds apart from the files that other options name")
     if unknown := unknown_files(paths):

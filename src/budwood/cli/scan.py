@@ -163,7 +163,7 @@ def scan(
         points=points,
         seed=seed,
     )
-    files = clouds.files_of(paths, labels_file, table)
+    files = clouds.files_of(paths, labels_file, table, poses, calibration, within=output)
     wanted = options.listed(formats)
     _reserve(files, table, plot, page, force)
     _check_packages(output, wanted, ground)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,13 @@ def _known_in(folder: Path) -> list[Path]:
         if path.suffix.lower() == ".gltf"
         for name in _buffers(path)
     }
-    return sorted(path for path in files if path not in buffers)
+    return sorted((path for path in files if path not in buffers), key=_in_order)
+
+
+def _in_order(path: Path) -> list[tuple[str, int]]:
+    """A key by which numbers in names count as numbers: 2.bin comes before 10.bin."""
+    pieces = re.findall(r"(\D*)(\d*)", str(path))
+    return [(text, int(number or -1)) for text, number in pieces]
 
 
 def _buffers(path: Path) -> list[str]:

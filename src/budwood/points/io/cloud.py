@@ -18,6 +18,9 @@ Array = NDArray[np.float64]
 
 NO_RETURN, INVALID = "no return", "invalid"
 """Reasons to leave a point out: a beam without a return, and damaged coordinates."""
+_ROUNDED = 1e-3
+"""By how much colours up to 1 may be above it."""
+
 DEGREES = (
     "the coordinates look like degrees of longitude and latitude, so the shape is squeezed; "
     "project them to metres first, for example to UTM"
@@ -187,9 +190,9 @@ def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np
     top = float(values.max(initial=0.0))
     if not np.isfinite(values).all() or float(values.min(initial=0.0)) < 0 or top > 65535:
         raise InputError(f"{source}: colours must be 0…1, 0…255 or 0…65535")
-    if raw.dtype.kind in "iu" or top > 1:
+    if raw.dtype.kind in "iu" or top > 1 + _ROUNDED:
         values = values / (255.0 if top <= 255 else 65535.0)
-    return values.astype(np.float32)
+    return values.clip(0, 1).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -77,21 +77,37 @@ def from_fields(
     """
     letters = letters_of(data)
     if set("xyz") <= set(letters):
-        xyz = np.stack([np.ravel(data[letters[letter]]) for letter in "xyz"], axis=1)
+        xyz = _columns(data, letters, "xyz", source)
     else:
         name = named((key for key, value in data.items() if value.ndim == 2), XYZ_NAMES)
         if name is None:
             raise no_coordinates(data, source)
         xyz = data[name]
-    return xyz, colors_of(data)
+    return xyz, colors_of(data, source)
 
 
-def colors_of(data: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
+def _columns(
+    data: Mapping[str, NDArray[Any]], letters: Mapping[str, str], wanted: str, source: str
+) -> NDArray[Any]:
+    """Fields side by side, shape (n_points, 3).
+
+    Raises:
+        InputError: they have different lengths.
+    """
+    columns = [np.ravel(data[letters[letter]]) for letter in wanted]
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) > 1:
+        names = ", ".join(letters[letter] for letter in wanted)
+        raise InputError(f"{source}: fields {names} have {lengths} values; give as many of each")
+    return np.stack(columns, axis=1)
+
+
+def colors_of(data: Mapping[str, NDArray[Any]], source: str) -> NDArray[Any] | None:
     """Colours among named fields, shape (n_points, 3); None if there are none, or all are 0."""
     letters = letters_of(data)
     name = named(data, RGB_NAMES)
     if set("rgb") <= set(letters):
-        rgb = np.stack([np.ravel(data[letters[letter]]) for letter in "rgb"], axis=1)
+        rgb = _columns(data, letters, "rgb", source)
     elif name is None:
         return None
     else:

@@ -182,7 +182,8 @@ def _ply_colors(trimesh: Any, path: Path) -> Array | None:
     if "visual" in loaded:  # a texture comes first, and gives the points another order
         return None
     element = loaded["metadata"]["_ply_raw"]["vertex"]
-    colors = colors_of({name: np.asarray(element["data"][name]) for name in element["properties"]})
+    data = {name: np.asarray(element["data"][name]) for name in element["properties"]}
+    colors = colors_of(data, str(path))
     return None if colors is None else unit_colors(colors, np.ones(len(colors), bool), str(path))
 
 

@@ -84,7 +84,7 @@ def read_npz(path: Path, options: ReadOptions) -> Cloud:
         color = named(names, RGB_NAMES)
         wanted = [*letters_of(names).values(), color, name]
         data = {key: arrays[key] for key in wanted if key is not None}
-    rgb = colors_of(data)
+    rgb = colors_of(data, str(path))
     if name is None:
         xyz, _ = from_fields(data, str(path))
         return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)

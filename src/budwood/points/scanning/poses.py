@@ -89,8 +89,7 @@ def _kitti(path: Path, frames: list[Path], calibration: str | os.PathLike[str] |
         raise InputError(
             f"{path} has {rows.shape[1]} numbers a line; poses of KITTI odometry have 12"
         )
-    if len(rows) != len(frames):
-        rows = rows[_lines(path, len(rows), frames)]
+    rows = rows[_lines(path, len(rows), frames)]
     matrices = np.tile(np.eye(4), (len(rows), 1, 1))
     matrices[:, :3] = rows.reshape(-1, 3, 4)
     file = _calibration(frames, calibration)
@@ -103,10 +102,13 @@ def _kitti(path: Path, frames: list[Path], calibration: str | os.PathLike[str] |
 
 
 def _lines(path: Path, n_lines: int, frames: list[Path]) -> list[int]:
-    """The line of each frame, by the number in its name."""
-    numbers = [stem(frame) for frame in frames]
-    if all(number.isdecimal() and int(number) < n_lines for number in numbers):
-        return [int(number) for number in numbers]
+    """The line of each frame: the number in its name, or its place among as many frames."""
+    names = [stem(frame) for frame in frames]
+    numbers = [int(name) for name in names if name.isdecimal() and int(name) < n_lines]
+    if len(set(numbers)) == len(frames):
+        return numbers
+    if n_lines == len(frames):
+        return list(range(n_lines))
     raise InputError(
         f"{path} has {n_lines} poses, and there are {len(frames)} frames; give the frames of the "
         "poses, or frames whose names are the numbers of their lines"
