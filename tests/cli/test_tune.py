@@ -420,10 +420,14 @@ def test_bench_goes_on_where_it_was(comparison, budwood, monkeypatch):
     assert [run["lr"] for run in runs if run["method"] == "lora"] == [1e-3, 1e-2]
     tried = ["tried" if word == "1e-3,1e-2" else word for word in line]
     assert plain(json.loads(budwood(*tried).stdout)["rows"]) == plain(found["rows"])
-    turned = ",".join(reversed(COMPARED))
-    rows = json.loads(budwood(*tried, "--methods", turned).stdout)["rows"]
+
+    def of(*methods):
+        place = tried.index("--methods") + 1
+        return budwood(*tried[:place], ",".join(methods), *tried[place + 1 :])
+
+    rows = json.loads(of(*reversed(COMPARED)).stdout)["rows"]
     assert [row["method"] for row in rows] == ["base", *reversed(COMPARED)]
-    refused_with_bars(budwood(*tried, "--methods", "dora"), "has no run of dora with seed 0")
+    refused_with_bars(of("dora"), "has no run of dora with seed 0")
     longer = [5 if word == 4 else word for word in line]
     refused_with_bars(budwood(*longer), "holds another run")
 

@@ -10,6 +10,7 @@ import typer
 import budwood
 from budwood.cli import bench, demo, ls, points, tune
 from budwood.cli.classify import classify
+from budwood.cli.commands import App
 from budwood.cli.compare import compare
 from budwood.cli.errors import Commands
 from budwood.cli.page import page
@@ -18,10 +19,9 @@ from budwood.cli.report import report
 from budwood.cli.scan import scan
 from budwood.cli.serve import PASSED_ON, serve
 
-app = typer.Typer(
+app = App(
     name="budwood",
     cls=Commands,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
 )

@@ -10,10 +10,11 @@ import typer
 from budwood import catalogue
 from budwood.cli import options
 from budwood.cli.columns import Column
+from budwood.cli.commands import App
 from budwood.cli.console import out, print_json, print_table
 from budwood.registry import Entry
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 
 
 @app.callback(invoke_without_command=True)

@@ -10,13 +10,14 @@ import typer
 
 from budwood.cli import clouds, demo_points, options
 from budwood.cli.assumed import json_of, say_assumed
+from budwood.cli.commands import App
 from budwood.cli.console import out, print_json, progress, say, working
 from budwood.cli.models import be_quiet
 from budwood.cli.output import reserve
 from budwood.errors import InputError, InputWarning
 from budwood.files import need_parent
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 app.command("demo")(demo_points.demo)
 
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
+from budwood.cli.commands import App
 from budwood.cli.console import print_json, print_table, progress, say
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
@@ -48,7 +49,7 @@ class _RunByDefault(TyperGroup):
         self.format_commands(ctx, formatter)
 
 
-app = typer.Typer(rich_markup_mode=None, cls=_RunByDefault)
+app = App(cls=_RunByDefault)
 app.command("eval", short_help="Score an adapter and its base model.")(tune_eval)
 app.command("push", short_help="Put an adapter on the hub.")(push)
 app.command("export-lora", short_help="Write an ordinary LoRA from an adapter.")(export_lora)

@@ -148,13 +148,21 @@ def test_parse_tuner_refuses():
         ("weight_decay=none", "weight_decay=None; give a number of at least 0"),
         ("r=4", "r=4 is not an option of a method; give --rank"),
         ("seed=1", "seed=1 is not an option of a method; give --seed"),
-        ("alpha=x", "alpha='x'; give a number"),
+        ("alpha=x", "alpha='x'; (give a number|it takes)"),
+        ("rank_pattern=3", "rank_pattern=3"),
+        ("layers_to_transform=x", r"layers_to_transform='x'; it takes .*int"),
+        ("use_rslora=1", "use_rslora=1; "),
+        ("task_type=SEQ_CLS", "task_type is set by budwood; leave it out"),
+        ("inference_mode=true", "inference_mode is set by budwood"),
         ("foo=1", "unexpected keyword argument 'foo'"),
     ],
 )
 def test_options_are_refused_before_a_model_is_loaded(method, option, reason):
     with pytest.raises(InputError, match=reason):
         parse_tuner(f"{method}:{option}")
+
+
+CHANGING = ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "3")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +175,12 @@ def test_options_are_refused_before_a_model_is_loaded(method, option, reason):
         ("slim:texts=8+distance=whitened", "leave texts out, or take distance=discriminant"),
         ("lora:alpha=0", "alpha=0; give a number above 0"),
         ("lora:dropout=1", r"dropout=1; give a fraction in \[0, 1\)"),
+        ("lora:strength=none", "strength=None; give a number above 0"),
+        ("lora:lora_alpha=8", "lora_alpha=8 is not an option of a method; give alpha, which is"),
+        ("oft:oft_block_size=4", "give --rank"),
+        ("osf:effective_rank=4", "give --rank"),
+        ("oft:eps=true", "eps=True; it takes float"),
+        *((f"lora:init_lora_weights={name}", "change the base model") for name in CHANGING),
         ("lora-late:skip_first=half", r"skip_first='half'; give a fraction in \[0, 1\)"),
     ],
 )

@@ -18,13 +18,14 @@ from budwood.cli.bench import (
     tune,
     tune_speed,
 )
+from budwood.cli.commands import App
 from budwood.cli.console import say
 from budwood.cli.output import reserve_picture
 from budwood.errors import InputError, UnknownNameError
 from budwood.figures import need_matplotlib
 from budwood.files import write_whole
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 app.command("prune")(prune.bench_prune)
 app.command("prune-speed")(prune_speed.bench_speed)
 app.command("points")(points.bench_points)

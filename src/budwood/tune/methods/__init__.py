@@ -94,6 +94,8 @@ METHODS = Registry(
 )
 """Name → tuner and options. Summaries are in ``budwood.catalogue``."""
 
+_REFUSALS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError)
+
 
 def parse_tuner(text: str) -> Tuner:
     """A tuner from its name, with options: ``slim`` or ``lora-wd:weight_decay=3``.
@@ -157,5 +159,5 @@ def attach(tuner: Tuner, model: Any, rank: int, seed: int) -> Any:
             return adapted
     except BudwoodError:
         raise
-    except (TypeError, ValueError) as error:  # PEFT on an option that it does not take
+    except _REFUSALS as error:  # PEFT on an option that it does not take
         raise InputError(f"cannot make the adapter: {error}") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from budwood.checks import need_number
 from budwood.errors import InputError, UnsupportedModelError, first_line
@@ -13,6 +16,16 @@ from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.slim.architectures import default_targets
 from budwood.tune.slim.fused_experts import is_fused
 from budwood.tune.slim.targets import decoder_modules, is_linear
+
+_GIVEN_ELSEWHERE = {
+    "r": "--rank",
+    "oft_block_size": "--rank",
+    "effective_rank": "--rank",
+    "seed": "--seed",
+    "lora_alpha": "alpha, which is multiplied by the rank",
+    "lora_dropout": "dropout",
+}
+"""Fields of PEFT's configs that have another name here, and which."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +47,21 @@ class Tuner:
 
     kl_on_texts: ClassVar[bool] = False
     """Whether ``kl`` is taken on self-generated text, and not on prompts."""
+    strength_by_data: ClassVar[bool] = False
+    """Whether ``strength`` may be None, and then follows from the amount of data."""
     own_rank: ClassVar[int] = 0
     """The rank in a comparison; 0 for a rank with as many parameters as the reference has."""
 
     def __post_init__(self) -> None:
-        for name, place in (("r", "rank"), ("seed", "seed")):
+        for name, place in _GIVEN_ELSEWHERE.items():
             if name in self.extra:
                 raise InputError(
-                    f"{name}={self.extra[name]!r} is not an option of a method; give --{place}"
+                    f"{name}={self.extra[name]!r} is not an option of a method; give {place}"
                 )
         weights = {"weight_decay": self.weight_decay, "kl": self.kl}
         need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
         allowed = "number above 0 and up to 1"
-        if self.strength is not None:
+        if self.strength is not None or not self.strength_by_data:
             need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
@@ -149,9 +164,49 @@ def peft_config(kind: Any, name: str, options: Mapping[str, Any], extra: Mapping
         extra: what the user sets, which takes precedence.
 
     Raises:
-        InputError: there is no such option.
+        InputError: there is no such option, or it does not take the value.
     """
+    check_options(kind, name, extra)
     try:
         return kind(**{**options, "task_type": "CAUSAL_LM", **extra})
     except (TypeError, ValueError) as error:  # an unknown option
         raise InputError(f"{name}: {first_line(error)}") from error
+
+
+def check_options(kind: Any, name: str, options: Mapping[str, Any]) -> None:
+    """Check options against the types of a config's fields, which PEFT does not look at.
+
+    Args:
+        kind: the class of the config.
+        name: of the method, for messages.
+        options: what the user sets; unknown ones are left to the class.
+
+    Raises:
+        InputError: a value is of another type, or the option describes a saved adapter.
+    """
+    from peft import PeftConfig
+
+    hints = get_type_hints(kind)
+    not_chosen = {one.name for one in dataclasses.fields(PeftConfig)}
+    for key, value in options.items():
+        if key in not_chosen:
+            raise InputError(f"{name}: {key} is set by budwood; leave it out")
+        if key in hints and not _takes(hints[key], value):
+            allowed = inspect.formatannotation(hints[key]).replace("typing.", "")
+            raise InputError(f"{name}: {key}={value!r}; it takes {allowed}")
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type, as far down as a text can tell."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_takes(one, value) for one in get_args(hint))
+    if origin is Literal:
+        return any(type(one) is type(value) and one == value for one in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, origin or hint)

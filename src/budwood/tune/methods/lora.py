@@ -16,6 +16,9 @@ from budwood.tune.slim.architectures import later_layers, with_attention
 from budwood.tune.slim.fitting import N_TEXTS
 from budwood.tune.slim.targets import is_linear
 
+_STARTS = (True, False, "gaussian", "orthogonal", "mica")
+"""PEFT's ``init_lora_weights`` that leave the base model as it is and need no data."""
+
 
 @dataclass(frozen=True)
 class Lora(Tuner):
@@ -38,6 +41,12 @@ class Lora(Tuner):
             raise InputError(
                 f"strength={self.strength!r} scales B, and what DoRA learns, or an adapter that "
                 "does not start at zero, is more than B·A; give strength=1"
+            )
+        start = self.extra.get("init_lora_weights", True)
+        if start not in _STARTS:
+            raise InputError(
+                f"init_lora_weights={start!r} is none of {', '.join(map(str, _STARTS)).lower()}; "
+                "others change the base model, or have to be fitted to data (for CorDA: corda)"
             )
         need_number(lambda value: 0 < value < math.inf, "number above 0", alpha=self.alpha)
         need_number(lambda value: 0 <= value < 1, "fraction in [0, 1)", dropout=self.dropout)

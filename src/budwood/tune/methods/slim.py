@@ -6,13 +6,13 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.config import PLENTY, SlimConfig
 from budwood.tune.data.encoding import EncodedExample, tokens_before_request
-from budwood.tune.methods.base import Tuner
+from budwood.tune.methods.base import Tuner, check_options
 from budwood.tune.slim.fitting import N_TEXTS, fit_discriminant
 
 STRENGTH = 0.7
@@ -39,6 +39,8 @@ class Slim(Tuner):
     strength: float | None = None  # type: ignore[assignment]
     n_supervised_tokens: int = _MANY
 
+    strength_by_data: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.texts is not None:
@@ -60,9 +62,11 @@ class Slim(Tuner):
         if self.texts is not None:
             options.setdefault("distance", "discriminant" if self.texts else "whitened")
         try:
-            return SlimConfig.recommended(self.n_supervised_tokens, r=rank, seed=seed, **options)
+            config = SlimConfig.recommended(self.n_supervised_tokens, r=rank, seed=seed, **options)
         except TypeError as error:  # an unknown option
             raise InputError(f"SLIM: {error}") from error
+        check_options(SlimConfig, "SLIM", options)
+        return config
 
     def fitted_to(self, n_supervised_tokens: int) -> Slim:
         return dataclasses.replace(self, n_supervised_tokens=n_supervised_tokens)
