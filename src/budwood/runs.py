@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from budwood.errors import InputError, OutputError
 from budwood.files import read_json, write_text
@@ -22,11 +22,13 @@ class RunFolder:
     """A folder that holds one run.
 
     A new or empty folder becomes that of the run. A folder that holds the same run continues it.
+    So does one whose run ended before it had anything to keep, such as a checkpoint.
 
     Args:
         path: the folder.
         config: the settings that identify the run, as JSON values.
         notes: keys in ``config``, at any depth, in which the same run may differ.
+        remade: names of files that are nothing to keep, since every run makes them anew.
 
     Raises:
         OutputError: the folder holds another run or other files, or can't be written.
@@ -37,37 +39,35 @@ class RunFolder:
         path: str | os.PathLike[str],
         config: Mapping[str, Any],
         notes: Collection[str] = (),
+        remade: Collection[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path, self._notes = Path(path), notes
         self.config = json.loads(json.dumps(config))
         state = self._read()
+        if state and self._differences(state) and self._keeps_nothing(remade):
+            self._clear(remade)
+            state = None
         if state is None:
             refuse_other_files(self.path)
             self._write("running")
             self.is_complete = False
             return
-        theirs, ours = (_without(notes, config) for config in (state["config"], self.config))
-        _refuse_another(self.path, theirs, ours)
+        self._refuse_another(state)
         self.is_complete = state.get("status") == "complete"
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Lock the run against other processes.
 
-        ``is_complete`` is read again, since another process may have finished the run meanwhile.
+        The state is read again, since another process may have finished the run meanwhile, or
+        begun another.
 
         Raises:
-            OutputError: another process has it.
+            OutputError: another process has it, or the folder holds another run by now.
         """
-        try:
-            lock = FileLock(self.path / _LOCK, timeout=0).acquire()
-        except Timeout as error:
-            raise OutputError(
-                f"another process works on the run in {self.path}; wait for it or stop it, or "
-                "choose another folder"
-            ) from error
-        with lock:
-            state = self._read()
+        with self._locked():
+            if state := self._read():
+                self._refuse_another(state)
             self.is_complete = state is not None and state.get("status") == "complete"
             yield
 
@@ -118,6 +118,41 @@ class RunFolder:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.path / _HISTORY, text)
 
+    def _locked(self) -> AcquireReturnProxy:
+        try:
+            return FileLock(self.path / _LOCK, timeout=0).acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"another process works on the run in {self.path}; wait for it or stop it, or "
+                "choose another folder"
+            ) from error
+
+    def _differences(self, state: Mapping[str, Any]) -> list[str]:
+        """The settings in which the run in the folder is another one."""
+        theirs, ours = (_without(self._notes, one) for one in (state["config"], self.config))
+        return [
+            f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key)
+        ]
+
+    def _refuse_another(self, state: Mapping[str, Any]) -> None:
+        if different := self._differences(state):
+            raise OutputError(
+                f"{self.path} holds another run ({'; '.join(different[:3])}); choose another "
+                "folder, or repeat its settings to continue it"
+            )
+
+    def _keeps_nothing(self, remade: Collection[str]) -> bool:
+        """Whether nothing would be lost with the run in the folder."""
+        return {file.name for file in self.path.iterdir()} <= {_STATE, _HISTORY, _LOCK, *remade}
+
+    def _clear(self, remade: Collection[str]) -> None:
+        """Remove the run that is in the folder, unless a process works on it."""
+        with self._locked():
+            for name in (_STATE, _HISTORY, *remade):
+                (self.path / name).unlink(missing_ok=True)
+
     def _read(self) -> dict[str, Any] | None:
         file = self.path / _STATE
         if not file.exists():
@@ -153,19 +188,6 @@ def _without(notes: Collection[str], config: Mapping[str, Any]) -> dict[str, Any
         if key not in notes and inner != {}:
             kept[key] = inner
     return kept
-
-
-def _refuse_another(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    different = [
-        f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
-    ]
-    if different:
-        raise OutputError(
-            f"{path} holds another run ({'; '.join(different[:3])}); choose another folder, or "
-            "repeat its settings to continue it"
-        )
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -458,6 +458,12 @@ class SlimConfig(PeftConfig):
             )
 
     def _check_patterns(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(
+                    f"{name}={getattr(self, name)!r}; give a dict of names of layers, such as "
+                    '{"down_proj": 8}'
+                )
         for name, value in self.rank_pattern.items():
             need_int(1, **{f"rank_pattern[{name!r}]": value})
         for name, value in self.alpha_pattern.items():

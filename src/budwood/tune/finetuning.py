@@ -179,7 +179,7 @@ def finetune(
     identity = (*identity, fingerprint(eval_rows) if eval_rows else None)
     with _attached(tuner, model, rank, chosen.seed) as adapted:
         with processes(model).main_process_first():
-            run = RunFolder(folder, run_identity(*identity), WITHOUT_EFFECT)
+            run = RunFolder(folder, run_identity(*identity), WITHOUT_EFFECT, (TEXTS_FILE,))
         was_complete = run.is_complete
         if was_complete:
             adapted = _saved(adapted.unload(), run)

@@ -149,7 +149,7 @@ def test_parse_tuner_refuses():
         ("r=4", "r=4 is not an option of a method; give --rank"),
         ("seed=1", "seed=1 is not an option of a method; give --seed"),
         ("alpha=x", "alpha='x'; (give a number|it takes)"),
-        ("rank_pattern=3", "rank_pattern=3"),
+        ("rank_pattern=3", "rank_pattern"),
         ("layers_to_transform=x", r"layers_to_transform='x'; it takes .*int"),
         ("use_rslora=1", "use_rslora=1; "),
         ("task_type=SEQ_CLS", "task_type is set by budwood; leave it out"),

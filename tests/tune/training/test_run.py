@@ -158,3 +158,28 @@ def test_another_gpu_than_the_first_is_refused_without_a_launcher(monkeypatch):
     check_trainable(on[0])
     monkeypatch.setenv("LOCAL_RANK", "1")
     check_trainable(on[1])
+
+
+def test_a_run_that_has_nothing_to_keep_makes_room_for_another(tmp_path):
+    for i in range(2):  # the first one diverges before its first checkpoint
+        folder = RunFolder(tmp_path, {"lr": i}, remade=["own.json"])
+        assert not folder.is_complete and not folder.history()
+        assert not (tmp_path / "own.json").exists()
+        folder.note({"step": 1})
+        (tmp_path / "own.json").write_text("texts")
+    (tmp_path / "own.json").unlink()
+    with RunFolder(tmp_path, {"lr": 1}).claimed():
+        with pytest.raises(OutputError, match="another process works on the run"):
+            RunFolder(tmp_path, {"lr": 2})
+    assert RunFolder(tmp_path, {"lr": 1}).history()
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(OutputError, match="holds another run .lr 1 there and 2 here"):
+        RunFolder(tmp_path, {"lr": 2})
+
+
+def test_a_run_whose_folder_another_one_took_over_does_not_go_on(tmp_path):
+    first = RunFolder(tmp_path, {"lr": 1})
+    RunFolder(tmp_path, {"lr": 2})
+    with pytest.raises(OutputError, match="holds another run .lr 2 there and 1 here"):
+        with first.claimed():
+            pass

@@ -32,8 +32,9 @@ from budwood.tune.training.trainer import AnswerTrainer, Probe, RunWatch, tell_s
 from budwood.tune.training.validation import KeepBest, Validation
 
 _KL_POSITIONS = 48
-_FEW_STEPS = 3
 """Positions of the prompt, counted from its end, at which ``kl`` compares with the base model."""
+_FEW_STEPS = 3
+"""Fewer steps than this, which nobody asked for, get a warning."""
 
 WITHOUT_EFFECT = frozenset(
     (
