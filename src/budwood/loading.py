@@ -396,8 +396,6 @@ def _language_model(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
 
 def _check_causal(source: str, model: Any, info: dict[str, Any]) -> None:
     """Refuse adapters, incomplete files and bidirectional models, which transformers loads."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _is_adapter(source)
     missing = sorted(info["missing_keys"])
@@ -406,11 +404,30 @@ def _check_causal(source: str, model: Any, info: dict[str, Any]) -> None:
             f"model {source} lacks {len(missing)} weights, such as {missing[0]}, which would be "
             "random: its files are incomplete, or it was made for something else"
         )
-    config = model.config
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+    check_one_direction(model, f"model {source}")
+
+
+def check_one_direction(model: Any, name: str) -> None:
+    """Refuse encoders, and encoders with a decoder.
+
+    Args:
+        model: a model of transformers.
+        name: what messages call it.
+
+    Raises:
+        InputError: it is no decoder alone.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config, kind = model.config, ""
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "has an encoder beside its decoder"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        kind = "reads in both directions"
+    if kind:
         raise InputError(
-            f"model {source} ({config.model_type}) reads in both directions; give a causal "
-            "language model, such as Llama, Qwen or GPT-2"
+            f"{name} ({config.model_type}) {kind}; give a causal language model, such as Llama, "
+            "Qwen or GPT-2"
         )
 
 

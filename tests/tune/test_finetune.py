@@ -13,7 +13,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import integration_utils
 from trl import SFTConfig
 from typer.testing import CliRunner
@@ -320,6 +326,9 @@ def test_models_that_cannot_be_used(tmp_path):
     for options in ({"device": "cpu"}, {"dtype": "float32"}):
         with pytest.raises(InputError, match="is for a model by name, and a model object is used"):
             run(out, data, **options)
+    both = BartForConditionalGeneration(BartConfig(vocab_size=99, d_model=16))
+    with pytest.raises(InputError, match="Bart.* .bart. has an encoder beside its decoder"):
+        finetune(both, data, out, tokenizer=TOKENS)
     with pytest.raises(InputError, match="model is a list; give a causal language model"):
         finetune([], data, out)
     adapted = run(tmp_path / "first", data).model

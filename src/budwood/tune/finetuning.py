@@ -22,6 +22,7 @@ from budwood.loading import (
     SMOLLM2_ID,
     Loaded,
     bare_name,
+    check_one_direction,
     is_file_name,
     is_path,
     load_language_model,
@@ -310,6 +311,7 @@ def _model_of(
     if not hasattr(model, "generate") or not hasattr(model, "config"):
         kind = type(model).__name__
         raise InputError(f"model is a {kind}; give a causal language model of transformers")
+    check_one_direction(model, f"the {type(model).__name__}")
     if getattr(args, "use_cpu", False) and model.device.type != "cpu":
         raise InputError(f"args.use_cpu is set and the model is on {model.device}; move it first")
     return model, tokenizer or _tokenizer_of(model)
