@@ -559,3 +559,9 @@ def test_embed_writes_labels_for_an_encoder(budwood, tmp_path, monkeypatch):
     monkeypatch.setattr("budwood.points.text.text_tower", lambda _: models.Words(7))
     narrow = budwood(*command, "--output", tmp_path / "other.safetensors")
     assert narrow.exit_code == 2 and "7 wide" in narrow.stderr
+
+
+def test_a_file_of_labels_in_one_line_is_refused(budwood, scans, tmp_path):
+    (tmp_path / "names.txt").write_text("ball, stick\n")
+    command = ["classify", scans, "--labels-file", tmp_path / "names.txt"]
+    refused(budwood(*command), "write a label on each line, or give --labels 'ball,stick'")

@@ -546,3 +546,17 @@ def test_json_of_gltf_is_not_trusted(tmp_path):
     for content in ([], {"buffers": 3}, {"buffers": [None]}):
         (tmp_path / "a.gltf").write_text(json.dumps(content))
         refused(tmp_path / "a.gltf")
+
+
+def test_columns_of_a_file_that_names_its_own_are_said_to_have_no_effect(tmp_path):
+    xyz = np.random.default_rng(0).normal(size=(20, 3)).astype("<f4")
+    trimesh.PointCloud(xyz).export(tmp_path / "cloud.ply")
+    fields = np.rec.fromarrays(xyz.T, names="x,y,z")
+    np.save(tmp_path / "fields.npy", fields)
+    np.savez(tmp_path / "named.npz", x=xyz[:, 0], y=xyz[:, 1], z=xyz[:, 2])
+    np.save(tmp_path / "plain.npy", xyz)
+    for file in tmp_path.iterdir():
+        notes = read(file, columns="zyx").assumed.notes
+        wanted = () if file.stem == "plain" else "columns='zyx' has no effect on"
+        assert notes == wanted or (wanted and wanted in notes[0]), file
+        assert not read(file).assumed.notes

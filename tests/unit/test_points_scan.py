@@ -403,11 +403,12 @@ def test_poses_of_nuscenes(tmp_path):
         "sample_data": [
             {
                 "filename": f"samples/LIDAR_TOP/{name}.pcd.bin",
+                "is_key_frame": name != "between",
                 "sample_token": f"s-{name}",
                 "ego_pose_token": "e",
                 "calibrated_sensor_token": "c",
             }
-            for name in ("one", "two")
+            for name in ("one", "between", "two")
         ],
         "ego_pose": [{"token": "e", "rotation": [half, 0, 0, half], "translation": [5, 0, 0]}],
         "calibrated_sensor": [{"token": "c", "rotation": [1, 0, 0, 0], "translation": [1, 0, 2]}],
@@ -416,7 +417,11 @@ def test_poses_of_nuscenes(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     found = read_poses(tmp_path, [Path("a/one.pcd.bin"), Path("a/two.pcd.bin")])
     np.testing.assert_allclose(found.matrices[0] @ (1, 0, 0, 1), (5, 2, 2, 1), atol=1e-9)
-    assert found.tokens == {"one.pcd.bin": "s-one", "two.pcd.bin": "s-two"}
+    assert found.tokens == {"one.pcd.bin": "s-one", "two.pcd.bin": "s-two"} and not found.notices
+    found = read_poses(tmp_path, [Path(f"{name}.pcd.bin") for name in ("one", "between")])
+    assert (
+        found.tokens == {"one.pcd.bin": "s-one"} and "1 of 2 frames are sweeps" in found.notices[0]
+    )
     assert stem(Path("a/one.pcd.bin")) == "one" and stem(Path("1.5.BIN")) == "1.5"
     with pytest.raises(InputError, match="no sample_data of other.bin"):
         read_poses(tmp_path, ["other.bin"])
@@ -573,9 +578,11 @@ def test_kitti_labels():
 
 def test_nuscenes_results():
     one = scanned(box(yaw=0.2), box(UNKNOWN), pose=pose(100.0, 5.0, math.pi / 2))
-    found = nuscenes_results([one, scanned(source="b.pcd.bin")], {"000003.bin": "token"})
+    other = scanned(source="b.pcd.bin")
+    assert nuscenes_results([other])["results"] == {"b": []}
+    found = nuscenes_results([one, other], {"000003.bin": "token"})
     assert found["meta"]["use_lidar"] and not found["meta"]["use_camera"]
-    assert found["results"]["b"] == []
+    assert list(found["results"]) == ["token"]  # the other one is a sweep between samples
     (row,) = found["results"]["token"]
     assert row["translation"] == [98.0, 15.0, -0.9] and row["size"] == [1.8, 4.0, 1.6]
     angle = math.pi / 2 + 0.2
@@ -621,6 +628,24 @@ def test_a_run_goes_on_where_it_ended(by_shape, tmp_path, monkeypatch):
         scan(files, config=ScanConfig(gap=0.7), **given)
     with pytest.raises(OutputError, match="holds another run"):
         scan(files, templates="plain", **given)
+
+
+def test_formats_that_a_later_run_adds(by_shape, tmp_path, monkeypatch):
+    xyz, _ = frame(shots=300)
+    files = [write(tmp_path / f"{i}.bin", xyz) for i in range(2)]
+    cut, found = spied(monkeypatch), tmp_path / "found"
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": found}
+    first = scan(files, **given)
+    cut.clear()
+    scan(files, formats=["kitti"], **given)  # is made of boxes alone
+    assert not cut and {file.name for file in (found / "kitti").iterdir()} == {"0.txt", "1.txt"}
+    again = scan(files, formats=["clusters", "html"], **given)
+    assert len(cut) == 2 and [one.as_json() for one in again] == [one.as_json() for one in first]
+    assert {file.name for file in (found / "pages").iterdir()} == {"0.html", "1.html"}
+    assert len(list((found / "clusters").iterdir())) == sum(len(one.boxes) for one in first)
+    cut.clear()
+    scan(files, formats=["json", "kitti", "clusters", "html"], **given)
+    assert not cut
 
 
 def test_frames_of_one_name(by_shape, tmp_path):

@@ -131,7 +131,13 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
         return list(check_labels(labels.split(",")))
     if file is None:
         return None
-    return list(check_labels(read_lines(file)))
+    lines = read_lines(file)
+    if len(lines) == 1 and "," in lines[0]:
+        raise InputError(
+            f"{file} has one line with commas; write a label on each line, or give "
+            f"--labels {','.join(label.strip() for label in lines[0].split(','))!r}"
+        )
+    return list(check_labels(lines))
 
 
 def files_of(paths: list[Path], *others: Path | None, within: Path | None = None) -> list[Path]:

@@ -168,9 +168,9 @@ def test_a_run_that_has_nothing_to_keep_makes_room_for_another(tmp_path):
         folder.note({"step": 1})
         (tmp_path / "own.json").write_text("texts")
     (tmp_path / "own.json").unlink()
-    with RunFolder(tmp_path, {"lr": 1}).claimed():
-        with pytest.raises(OutputError, match="another process works on the run"):
-            RunFolder(tmp_path, {"lr": 2})
+    refusal = pytest.raises(OutputError, match="another process works on the run")
+    with RunFolder(tmp_path, {"lr": 1}).claimed(), refusal:
+        RunFolder(tmp_path, {"lr": 2})
     assert RunFolder(tmp_path, {"lr": 1}).history()
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(OutputError, match="holds another run .lr 1 there and 2 here"):
@@ -180,6 +180,6 @@ def test_a_run_that_has_nothing_to_keep_makes_room_for_another(tmp_path):
 def test_a_run_whose_folder_another_one_took_over_does_not_go_on(tmp_path):
     first = RunFolder(tmp_path, {"lr": 1})
     RunFolder(tmp_path, {"lr": 2})
-    with pytest.raises(OutputError, match="holds another run .lr 2 there and 1 here"):
-        with first.claimed():
-            pass
+    refusal = pytest.raises(OutputError, match="holds another run .lr 2 there and 1 here")
+    with refusal, first.claimed():
+        pass

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from budwood.errors import InputError
 from budwood.points.io.cloud import Assumed, Cloud, ReadOptions, crop, make_cloud
+from budwood.points.io.columns import no_effect
 from budwood.points.io.mesh_files import gltf_files
 from budwood.points.io.tables import cloud_of
 from budwood.registry import Registry
@@ -26,11 +27,13 @@ class Format:
         up: the axis that points up in such files, by their specification or by custom: z in scans,
             y in meshes and in arrays of the usual datasets.
         units: of their coordinates, likewise; None: unknown.
+        names_columns: whether such files say what their values are, or have no columns.
     """
 
     reader: str
     up: str = "y"
     units: str | None = None
+    names_columns: bool = True
 
 
 FORMATS = {
@@ -39,13 +42,15 @@ FORMATS = {
     ".las": Format("las:read_las", "z", "m"),
     ".laz": Format("las:read_las", "z", "m"),
     ".e57": Format("e57:read_e57", "z", "m"),
-    ".bin": Format("bins:read_bin", "z", "m"),
-    ".pts": Format("tables:read_pts"),  # y in ShapeNet's; the reader says z for Leica's
-    ".npy": Format("tables:read_npy"),
-    ".npz": Format("tables:read_npz"),
-    ".xyz": Format("tables:read_text"),
-    ".txt": Format("tables:read_text"),
-    ".csv": Format("tables:read_text"),
+    ".bin": Format("bins:read_bin", "z", "m", names_columns=False),
+    ".pts": Format(
+        "tables:read_pts", names_columns=False
+    ),  # y in ShapeNet's; the reader says z for Leica's
+    ".npy": Format("tables:read_npy", names_columns=False),
+    ".npz": Format("tables:read_npz", names_columns=False),
+    ".xyz": Format("tables:read_text", names_columns=False),
+    ".txt": Format("tables:read_text", names_columns=False),
+    ".csv": Format("tables:read_text", names_columns=False),
     ".off": Format("meshes:read_mesh"),
     ".obj": Format("meshes:read_mesh"),
     ".stl": Format("meshes:read_mesh"),
@@ -126,6 +131,8 @@ def read(
         raise InputError(f"cannot read {source}: {error.strerror or error}") from None
     except MemoryError:
         raise InputError(f"{source} does not fit into memory; thin it out first") from None
+    if suffix in FORMATS and FORMATS[suffix].names_columns:
+        cloud = cloud.noting(no_effect(columns, f"{suffix} files"))
     return _by_format(cloud, suffix) if box is None else crop(_by_format(cloud, suffix), box)
 
 

@@ -106,3 +106,13 @@ def are_colors(values: NDArray[Any]) -> bool:
 
 def _counts(column: NDArray[Any]) -> bool:
     return bool(column[0] in (0, 1) and (np.diff(column) == 1).all())
+
+
+def no_effect(columns: str | None, what: str) -> str | None:
+    """A note that columns were given for what says itself what its values are.
+
+    Args:
+        columns: those given; None for no note.
+        what: it is.
+    """
+    return None if columns is None else f"columns={columns!r} has no effect on {what}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from budwood.errors import InputError, first_line
 from budwood.points.io.cloud import Cloud, ReadOptions, are_columns, make_cloud
-from budwood.points.io.columns import split_columns
+from budwood.points.io.columns import no_effect, split_columns
 from budwood.points.io.fields import (
     LON_LAT,
     RGB_NAMES,
@@ -55,7 +55,8 @@ def cloud_of(
     flat = table.ravel()
     fields = {name: flat[name] for name in table.dtype.names}
     xyz, rgb = from_fields(fields, source)
-    return make_cloud(xyz[:, :3], rgb, source=source, invalid=invalid)
+    cloud = make_cloud(xyz[:, :3], rgb, source=source, invalid=invalid)
+    return cloud.noting(no_effect(columns, "fields with names"))
 
 
 def read_npy(path: Path, options: ReadOptions) -> Cloud:
@@ -87,7 +88,8 @@ def read_npz(path: Path, options: ReadOptions) -> Cloud:
     rgb = colors_of(data, str(path))
     if name is None:
         xyz, _ = from_fields(data, str(path))
-        return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+        cloud = make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+        return cloud.noting(no_effect(options.columns, "arrays with names"))
     if rgb is None or data[name].dtype.names is not None:
         return cloud_of(data[name], str(path), options.columns, options.invalid)
     xyz, _, columns, _ = split_columns(data[name], options.columns, str(path))

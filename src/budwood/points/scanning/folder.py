@@ -33,12 +33,17 @@ from budwood.runs import RunFolder
 NPY_HEADER = 128
 """Bytes before the points in a .npy file."""
 BOX_FORMATS = Registry("box format", catalogue.BOX_FORMATS)
+_OF_POINTS = frozenset(("clusters", "png", "html"))
+"""Formats with a file a frame that show its points, which a finished frame has no more."""
+_OF_EACH = _OF_POINTS | {"kitti"}
+"""Formats with a file a frame."""
 
 
 class ScanFolder:
     """A folder with the boxes of frames.
 
-    ``boxes/NAME.json`` is written last of a frame's files: a frame that has it is finished.
+    ``boxes/NAME.json`` is written last of a frame's files: a frame that has it is finished, in the
+    formats that it lists.
 
     Args:
         path: a new folder, or one of an earlier run with the same settings.
@@ -69,6 +74,7 @@ class ScanFolder:
         self._run = RunFolder(self.path, settings | {"poses": poses is not None})
         self._names: dict[str, str] = {}
         self._marks: dict[str, str] = {}
+        self._written: dict[str, frozenset[str]] = {}
         self._order: list[str] = []
         self._n_done = 0
 
@@ -77,7 +83,7 @@ class ScanFolder:
         return self._run.claimed()
 
     def finished(self, source: str, item: Any) -> ScannedFrame | None:
-        """The frame as an earlier run left it; None if it has to be scanned.
+        """The frame as an earlier run left it; None if it has to be scanned, also for its points.
 
         Args:
             source: name of the frame.
@@ -94,7 +100,14 @@ class ScanFolder:
             return None
         if row.get("mark") != self._marks[name]:
             return None
-        self._n_done += 1
+        self._written[name] = frozenset(row.get("written", ()))
+        lacking = (self.formats & _OF_EACH) - self._written[name]
+        if lacking & _OF_POINTS:
+            return None
+        if lacking:
+            self.write(frame)
+        else:
+            self._n_done += 1
         return frame
 
     def write(self, frame: ScannedFrame) -> None:
@@ -106,7 +119,8 @@ class ScanFolder:
         name = self._name(frame.source)
         try:
             self._write_others(frame, name)
-            text = json_text(frame, mark=self._marks[name])
+            written = (self.formats & _OF_EACH) | self._written.get(name, frozenset())
+            text = json_text(frame, mark=self._marks[name], written=sorted(written))
             write_text(self._file(name), text)
         except OutputError as error:
             raise OutputError(
@@ -120,7 +134,7 @@ class ScanFolder:
         if "csv" in self.formats:
             write_text(self.path / "boxes.csv", csv_text(self._frames()))
         if "nuscenes" in self.formats:
-            tokens = {} if self.poses is None else self.poses.tokens
+            tokens = None if self.poses is None else self.poses.tokens
             results = nuscenes_results(self._frames(), tokens)
             write_text(self.path / "nuscenes.json", json.dumps(results))
         self._run.complete()

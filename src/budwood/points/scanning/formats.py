@@ -216,13 +216,16 @@ def nuscenes_results(
 
     Args:
         frames: of a recording.
-        tokens: name of a frame's file → token of its sample; default the name without suffixes.
+        tokens: name of a frame's file → token of its sample; frames without one are left out. None
+            for the names without suffixes.
     """
     transform = need("scipy.spatial.transform", "writing nuScenes' format")
     results: dict[str, list[dict[str, Any]]] = {}
     for frame in frames:
         file = Path(frame.source)
-        token = (tokens or {}).get(file.name, stem(file))
+        token = stem(file) if tokens is None else tokens.get(file.name)
+        if token is None:
+            continue
         pose = np.eye(4) if frame.pose is None else frame.pose
         rows = []
         for box in frame.known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ class Poses:
 
     Attributes:
         matrices: from the sensor's frame to the world's, one a frame, shape (n_frames, 4, 4).
-        tokens: name of a frame's file → its sample token in nuScenes; empty for other sources.
+        tokens: name of a frame's file → its sample token in nuScenes, without sweeps between
+            samples; None for other sources.
         notices: what was assumed.
     """
 
     matrices: Array
-    tokens: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, str] | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -174,10 +175,20 @@ def _nuscenes(folder: Path, frames: list[Path]) -> Poses:
             @ _rigid(tables["calibrated_sensor"][row["calibrated_sensor_token"]])
             for row in rows
         ]
-        tokens = {frame.name: str(row["sample_token"]) for frame, row in zip(frames, rows)}
+        tokens = {
+            frame.name: str(row["sample_token"])
+            for frame, row in zip(frames, rows)
+            if row.get("is_key_frame", True)
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder} holds no complete tables of nuScenes: {error}") from None
-    return Poses(check_poses(matrices, len(frames), str(folder)), tokens)
+    n_sweeps, notices = len(frames) - len(tokens), ()
+    if n_sweeps:
+        notices = (
+            f"{n_sweeps} of {len(frames)} frames are sweeps between samples, which nuScenes' "
+            "format has no place for",
+        )
+    return Poses(check_poses(matrices, len(frames), str(folder)), tokens, notices)
 
 
 def _by_token(folder: Path, name: str) -> dict[str, dict[str, Any]]:
