@@ -233,6 +233,8 @@ def device_of(name: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
         raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    if device.type == "meta":
+        raise InputError("device 'meta' holds no values; give cpu or a GPU, such as cuda:0")
     return device
 
 

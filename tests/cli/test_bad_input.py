@@ -112,6 +112,7 @@ def test_unknown_choices(budwood, picture):
     refused(budwood("prune", picture, "What?", "--compat", "old"), "unknown compat 'old'")
     refused(budwood("prune", picture, "What?", "--dtype", "int8"), "unknown dtype 'int8'")
     refused(budwood("prune", picture, "What?", "--device", "tpu"), "device 'tpu'")
+    refused(budwood("prune", picture, "What?", "--device", "meta"), "'meta' holds no values")
     refused(budwood("bench", "prune", "--split", "tset"), "unknown split 'tset'")
     refused(budwood("bench", "prune", "--methods", "random-official"), "random")
     refused(budwood("bench", "prune-speed", "--shape", "gpt"), "unknown shape 'gpt'")
