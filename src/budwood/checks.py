@@ -70,6 +70,33 @@ def need_number(allowed: Callable[[float], bool], what: str, **values: Any) -> N
             raise InputError(f"{name}={value!r}; give a {what}")
 
 
+def need_bool(**values: object) -> None:
+    """Refuse what is neither True nor False, such as the word "no".
+
+    Raises:
+        InputError: a value is something else; the message has its name.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name}={value!r}; give True or False")
+
+
+def need_kind(kinds: type | tuple[type, ...], what: str, **values: object) -> None:
+    """Refuse values of another type; None is of any.
+
+    Args:
+        kinds: types that are allowed.
+        what: these in words, such as ``"file"``.
+        values: name → value.
+
+    Raises:
+        InputError: a value is of another type; the message has its name.
+    """
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kinds):
+            raise InputError(f"{name} is of type {type(value).__name__}; give a {what}")
+
+
 def need_seed(seed: int) -> None:
     """Refuse a seed that a random number generator does not take.
 

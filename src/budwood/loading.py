@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood import optional
+from budwood.checks import need_kind
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.files import cache_folder
 from budwood.hub import check_repo, hub_or_cache, is_available
@@ -226,6 +227,7 @@ def device_of(name: str) -> Any:
     """
     import torch
 
+    need_kind(str, "name of a device, such as cpu", device=name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

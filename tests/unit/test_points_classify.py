@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,10 @@ LABELS = ("chair", "table", "desk lamp")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "cache"))
+
+
+GIVEN = ("encoder", "adapter", "embeddings", "checkpoint", "device")
+"""Arguments that are a name, a file or an object."""
 
 
 def shapes(n=4, points=80):
@@ -107,6 +112,8 @@ def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
         (["chair", " "], "label 2 of 2 is empty"),
         (["chair", "Chair "], "repeated"),
         (["desk  lamp", "desk lamp"], "repeated"),
+        (["caf\u00e9", "cafe\u0301"], "repeated"),
+        (["chair", "chair\u200b"], "repeated"),
         ("chair,table", "one string"),
     ],
 )
@@ -443,6 +450,46 @@ def test_rankings(name):
         assert ranking.best == LABELS[int(cosines.argmax())]
     top = classify_clouds(shapes(1), LABELS, encoder=encoder, text=tower, top=1)[0]
     assert len(top.labels) == 1 and top.n_points == 80
+
+
+def test_tables_of_pandas_go_by_names_and_masked_values_are_missing():
+    xyz = shapes(1)[0].xyz
+    labels = ["chair", "table", "car"]
+    table = pd.DataFrame(xyz, columns=list("xyz"))
+    named = table.assign(intensity=1, name="a")[["intensity", "name", "z", "y", "x"]]
+    wanted = classify_clouds(xyz, labels)[0].scores
+    for one in (table, named, pd.DataFrame(xyz)):
+        assert classify_clouds(one, labels)[0].scores == wanted
+    with pytest.raises(InputError, match="cloud 1 holds a, b, c; expected x, y and z"):
+        classify_clouds(table.set_axis(list("abc"), axis=1), labels)
+    masked = np.ma.masked_array(xyz, np.arange(len(xyz))[:, None] < [[5, 5, 5]])
+    found = classify_clouds(masked, labels)[0]
+    assert found.scores == classify_clouds(xyz[5:], labels)[0].scores
+    assert sum(found.assumed.dropped.values()) == 5
+    masked.mask[7, 1] = True
+    with pytest.raises(InputError, match="1 of .* points ha.* NaN"):
+        classify_clouds(masked, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"clouds": None}, "the clouds are of type NoneType; give files, arrays"),
+        ({"clouds": np.zeros((0, 3))}, "cloud 1 has no points"),
+        ({"clouds": []}, "there are no clouds"),
+        ({"labels": 5}, "labels is of type int; give a list"),
+        ({"labels": [None, "a"]}, "label None is of type NoneType; give texts"),
+        ({"columns": ["x", "y", "z"]}, "must have x, y, z once"),
+        ({"templates": None}, "templates is of type int|give a name, a file or a list"),
+        *(({name: 5}, f"{name} is of type int; give a ") for name in GIVEN),
+        ({"remove_ground": "no"}, "remove_ground='no'; give True or False"),
+        ({"synonyms": "no"}, "synonyms='no'; give True or False"),
+    ],
+)
+def test_arguments_of_the_wrong_type(options, reason):
+    given = {"clouds": shapes(1), "labels": ["chair", "table"], **options}
+    with pytest.raises(InputError, match=reason):
+        classify_clouds(**given)
 
 
 def test_a_cloud_of_two_million_points(tmp_path):

@@ -560,3 +560,43 @@ def test_columns_of_a_file_that_names_its_own_are_said_to_have_no_effect(tmp_pat
         wanted = () if file.stem == "plain" else "columns='zyx' has no effect on"
         assert notes == wanted or (wanted and wanted in notes[0]), file
         assert not read(file).assumed.notes
+
+
+ROWS = np.random.default_rng(3).normal(size=(20, 3)).round(3)
+
+
+def rows(form):
+    return "\n".join(form.format(*row, i=i) for i, row in enumerate(ROWS))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "X [m]\tY [m]\tZ [m]\tIntensity\n" + rows("{}\t{}\t{}\t5"),
+        "Point ID\tX\tY\tZ\tIntensity\n" + rows("{i}\t{}\t{}\t{}\t5"),
+        "# x y z label\n" + rows("{} {} {} car"),
+        "//X Y Z Intensity\n20\n" + rows("{} {} {} 3"),
+        "# c\n" * 300 + rows("{} {} {}"),
+        rows("{},{},{},"),
+        "x,y,z,\n" + rows("{},{},{},"),
+        ",x,y,z,name\n" + rows("{i},{},{},{},an oak"),
+    ],
+)
+def test_tables_of_other_programs(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    np.testing.assert_allclose(read(tmp_path / "a.txt").xyz, ROWS, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (rows("{};{};{}").replace(".", ","), "has decimal commas; write decimal points"),
+        ("x;y;z\n" + rows("{};{};{}").replace(".", ","), "has decimal commas"),
+        ("x,y,z\n" + rows("{},{},{},4"), "its header names 3 columns, and its first row has 4"),
+        (rows("{} {} {} car"), "has values that are no numbers, and no header above it"),
+        ("//X Y Z\n21\n" + rows("{} {} {}"), "declares 21 points"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, text, reason):
+    (tmp_path / "a.txt").write_text(text)
+    assert reason in refused(tmp_path / "a.txt")

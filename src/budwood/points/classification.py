@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from budwood.checks import need_at_least
+from budwood.checks import need_at_least, need_kind
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.points.adapters import Adapter, load_adapter
 from budwood.points.adapters.base import encoder_name
@@ -168,7 +168,7 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     rankings = _rankings(prepared, classes, model, adapter, top, batch_size)
     if not is_one_cloud(clouds) and isinstance(clouds, Iterator):
         return rankings
-    if isinstance(clouds, Sized) and len(clouds) == 0:
+    if not is_one_cloud(clouds) and isinstance(clouds, Sized) and len(clouds) == 0:
         raise InputError("there are no clouds; give at least one")
     return list(rankings)
 
@@ -180,6 +180,7 @@ def load_adapted(
     adapter: str | os.PathLike[str] | Adapter | None = None,
 ) -> tuple[PointEncoder, Adapter | None]:
     """An encoder and the adapter around it; arguments and errors as of :func:`classify`."""
+    need_kind((str, os.PathLike, Adapter), "folder or an adapter", adapter=adapter)
     if isinstance(adapter, (str, os.PathLike)):
         made_for = encoder_name(adapter)  # checks it before the encoder is loaded
         encoder = encoder or made_for

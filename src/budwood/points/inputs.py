@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from budwood.checks import need_bool
 from budwood.errors import InputError, InputWarning, MissingPackageError, first_line
 from budwood.points.axes import AUTO, check_up
 from budwood.points.cleaning import without_ground, without_strays
@@ -81,6 +82,7 @@ class InputOptions:
         ReadOptions(columns=self.columns, invalid=self.invalid, seed=self.seed)
         if self.strays not in ("drop", "keep"):
             raise InputError(f"strays={self.strays!r} is unknown; give 'drop' or 'keep'")
+        need_bool(remove_ground=self.remove_ground)
         if self.box is not None:
             corners(self.box)
 
@@ -232,8 +234,17 @@ def _is_tensor(item: Any) -> bool:
 
 
 def _as_array(item: Any, name: str) -> NDArray[Any]:
-    """An array of a tensor of any dtype and device, or of what NumPy reads as an array."""
+    """An array of a tensor of any dtype and device, or of what NumPy reads as an array.
+
+    A table of pandas goes by the names of its columns, where these are texts. Masked values count
+    as missing.
+    """
     try:
+        if hasattr(item, "to_records"):
+            has_names = all(isinstance(column, str) for column in item.columns)
+            item = item.to_records(index=False) if has_names else item.to_numpy()
+        if isinstance(item, np.ma.MaskedArray) and item.dtype.names is None:
+            item = item.astype(np.float64).filled(np.nan)
         if _is_tensor(item):
             item = item.detach().cpu()
             item = item.double() if item.is_floating_point() else item  # NumPy has no bfloat16
@@ -254,6 +265,8 @@ def named(
 ) -> Iterator[tuple[str, CloudLike]]:
     """Name each cloud; a folder becomes its files, and one without clouds goes to ``on_error``."""
     items = [clouds] if is_one_cloud(clouds) else cast(Iterable[CloudLike], clouds)
+    if not isinstance(items, Iterable):
+        raise InputError(f"the clouds are of type {type(clouds).__name__}; give files, arrays or Cloud objects")
     number = 0
     for item in items:
         if isinstance(item, (str, os.PathLike)) and Path(item).is_dir():

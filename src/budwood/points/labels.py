@@ -7,9 +7,11 @@ the lines of the original file as ``templates`` to reproduce published numbers t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from budwood.checks import need_kind
 from budwood.errors import InputError
 
 _MEDIA = (
@@ -114,17 +116,29 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(labels, str):
         raise InputError(f"labels={labels!r} is one string; give a list of labels")
-    cleaned = tuple(" ".join(str(label).split()) for label in labels)
+    need_kind(Iterable, "list of labels", labels=labels)
+    labels = list(labels)
+    for label in labels:
+        if not isinstance(label, str):
+            raise InputError(f"label {label!r} is of type {type(label).__name__}; give texts")
+    cleaned = tuple(" ".join(label.split()) for label in labels)
     if not cleaned:
         raise InputError("there are no labels; give at least one")
     if "" in cleaned:
         raise InputError(f"label {cleaned.index('') + 1} of {len(cleaned)} is empty")
     seen: set[str] = set()
     for label in cleaned:
-        if label.casefold() in seen:
+        key = _plain(label)
+        if key in seen:
             raise InputError(f"label {label!r} is repeated; give each label once")
-        seen.add(label.casefold())
+        seen.add(key)
     return cleaned
+
+
+def _plain(label: str) -> str:
+    """A label without case and without what is not seen, in one of Unicode's forms."""
+    shown = "".join(char for char in label if unicodedata.category(char) != "Cf")
+    return unicodedata.normalize("NFC", shown).casefold()
 
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -145,6 +159,7 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
             raise InputError(f"templates {str(templates)!r} are not a file; names: {known}")
         sentences = tuple(read_lines(templates))
     else:
+        need_kind(Iterable, "name, a file or a list of sentences", templates=templates or 0)
         sentences = tuple(templates)
     if not sentences:
         raise InputError("templates are empty; give at least '{}'")

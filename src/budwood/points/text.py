@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from budwood.checks import need_bool, need_kind
 from budwood.errors import InputError, OutputError, ShapeError, first_line
 from budwood.files import cache_folder, need_parent, write_whole
 from budwood.points.labels import check_labels, resolve_templates
@@ -89,6 +90,7 @@ def embed_labels(
         MissingPackageError: the tower's package is not installed.
         UnknownNameError: no such tower.
     """
+    need_bool(synonyms=synonyms)
     labels = check_labels(labels)
     sentences = resolve_templates(templates)
     if isinstance(tower, (str, os.PathLike)) and tower not in TOWERS:
@@ -234,6 +236,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
     Raises:
         InputError: no such file, or it is truncated or holds something else.
     """
+    need_kind((str, os.PathLike), "file", embeddings=path)
     if not Path(path).is_file():
         raise InputError(f"text embeddings {path} do not exist")
     try:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
-from budwood.checks import need_int, need_number
+from budwood.checks import need_bool, need_int, need_number
 from budwood.errors import InputError, OptionError, UnknownNameError
 from budwood.tune.saved.card import say_how_to_load
 from budwood.tune.saved.files import register_old_names
@@ -412,10 +412,7 @@ class SlimConfig(PeftConfig):
             )
 
     def _check_switches(self) -> None:
-        for name in SWITCHES:
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise InputError(f"{name}={value!r}; give True or False")
+        need_bool(**{name: getattr(self, name) for name in SWITCHES})
 
     def _check_counts(self) -> None:
         need_int(None, n_experts=self.n_experts)

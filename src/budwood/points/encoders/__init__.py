@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from budwood import catalogue
+from budwood.checks import need_kind
 from budwood.errors import InputError, first_line
 from budwood.hub import hub_or_cache
 from budwood.loading import device_of
@@ -51,7 +52,8 @@ def load_encoder(
             differ.
     """
     spec: EncoderSpec = ENCODERS.get(name)
-    where = device_of(device) if isinstance(device, str) else device
+    need_kind((str, os.PathLike), "file", checkpoint=checkpoint)
+    where = device if isinstance(device, torch.device) else device_of(device)
     if spec.hub is None:
         from budwood.points.encoders.sprout import DENSE, WEIGHTS, load_sprout
 
@@ -85,6 +87,7 @@ def as_encoder(
         return load_encoder(encoder, checkpoint, device=device or "cpu")
     if checkpoint is not None or device is not None:
         raise InputError("checkpoint and device are for an encoder given by its name")
+    need_kind(PointEncoder, "name or an encoder", encoder=encoder)
     return encoder
 
 

@@ -224,8 +224,10 @@ class ReadOptions:
             )
 
 
-def are_columns(columns: str) -> bool:
+def are_columns(columns: Any) -> bool:
     """Whether letters of columns have x, y, z once, and r, g, b once or not at all."""
+    if not isinstance(columns, str):
+        return False
     return sorted(columns.replace("_", "")) in (sorted("xyz"), sorted("xyzrgb"))
 
 

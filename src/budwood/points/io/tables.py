@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +31,7 @@ from budwood.points.io.fields import (
 
 TEXT = "utf-8-sig"  # UTF-8 with or without a byte-order mark, which spreadsheets write
 LEICA_COLUMNS = {7: "xyz_rgb"}
+_DECIMAL_COMMA = re.compile(r"(?:^|[;\s])-?\d+,\d+(?:[;\s]|$)")
 
 
 def cloud_of(
@@ -170,7 +170,8 @@ class _Layout:
         columns: letters of the columns, as given or by the header; None without either.
         n_points: how many the first line declares; None if it does not.
         has_names: whether the columns are named in the file.
-        has_words: whether other columns may hold text.
+        has_words: whether other columns may hold text, so that only those with letters are read.
+        width: columns before a separator at the end of each row; None without one.
     """
 
     separator: str | None
@@ -179,55 +180,129 @@ class _Layout:
     n_points: int | None = None
     has_names: bool = False
     has_words: bool = False
+    width: int | None = None
 
     @property
     def used(self) -> list[int] | None:
         """The columns to read; None for all."""
-        if not self.has_words or self.columns is None:
-            return None
-        return [at for at, letter in enumerate(self.columns) if letter != "_"]
+        if self.has_words and self.columns is not None:
+            return [at for at, letter in enumerate(self.columns) if letter != "_"]
+        return None if self.width is None else list(range(self.width))
 
     @property
     def letters(self) -> str | None:
         """Letters of the columns that are read."""
-        return self.columns.replace("_", "") if self.used and self.columns else self.columns
+        return self.columns.replace("_", "") if self.has_words and self.columns else self.columns
 
 
 def _layout(path: Path, columns: str | None) -> _Layout:
-    with path.open(encoding=TEXT, errors="replace") as file:
-        head = list(itertools.islice(file, 100))
-    if any("\0" in line for line in head):
-        raise InputError(f"{path} is binary, not a table of numbers")
-    skip, first, comment = _first_line(head)
-    separator = next((mark for mark in ",;" if mark in first), None)
-    fields = [field.strip() for field in first.split(separator)]
+    head = _head(path)
+    separator = _separator(head.first)
+    fields = head.fields(head.first, separator)
     numbers = [_is_number(field) for field in fields]
     if len(fields) == 1 and fields[0].isdecimal():
-        return _Layout(separator, skip + 1, columns, int(fields[0]))
+        return _Layout(separator, head.skip + 1, columns, int(fields[0]))
+    names = None if columns else _commented(head.comment, len(fields))
     if all(numbers):
-        names = None if columns else _commented(comment, len(fields))
-        return _Layout(separator, skip, columns or names, has_names=names is not None)
-    if columns is None:
-        columns = _header(path, first, fields)
-        return _Layout(separator, skip + 1, columns, has_names=True, has_words=True)
-    if not any(numbers):
-        return _Layout(separator, skip + 1, columns)
-    if len(columns) != len(fields):
-        raise InputError(
-            f"{path} has {len(fields)} columns, columns={columns!r} names {len(columns)}"
+        width = len(fields) if separator and head.first.endswith(separator) else None
+        return _Layout(
+            separator, head.skip, columns or names, has_names=names is not None, width=width
         )
-    return _Layout(separator, skip, columns, has_words=True)
+    if any(numbers):
+        if columns is None and names is None:
+            raise _no_numbers(path, head.first)
+        if columns is not None and len(columns) != len(fields):
+            raise InputError(
+                f"{path} has {len(fields)} columns, columns={columns!r} names {len(columns)}"
+            )
+        return _Layout(
+            separator, head.skip, columns or names, has_names=columns is None, has_words=True
+        )
+    return _below_header(path, head, separator, columns)
 
 
-def _first_line(head: list[str]) -> tuple[int, str, str]:
-    """Lines before the first that is no comment, that line, and the last comment up to it."""
-    comment = ""
-    for skip, line in enumerate(head):
-        first, _, remark = line.partition("#")
-        comment = remark.strip() or comment
-        if first.strip():
-            return skip, first.strip(), comment
-    return len(head), "", comment
+def _below_header(path: Path, head: _Head, separator: str | None, columns: str | None) -> _Layout:
+    """The layout of a table whose first line names its columns."""
+    if columns is not None:
+        return _Layout(separator, head.skip + 1, columns)
+    if _DECIMAL_COMMA.search(head.first):
+        raise _no_numbers(path, head.first)
+    if "\t" in head.first and separator is None:
+        separator = "\t"  # names may hold blanks
+    names = head.fields(head.first, separator)
+    columns = _header(path, head.first, names)
+    layout = _Layout(separator, head.skip + 1, columns, has_names=True, has_words=True)
+    values = head.fields(head.second, separator)
+    if len(values) == 1 and values[0].isdecimal():  # as CloudCompare writes it
+        return replace(layout, skip=head.skip + 2, n_points=int(values[0]))
+    if not head.second:
+        return layout
+    if len(values) != len(names):
+        raise InputError(
+            f"{path}: its header names {len(names)} columns, and its first row has {len(values)}; "
+            "correct it, or name the columns with columns='xyz_rgb'"
+        )
+    if not all(_is_number(values[at]) for at in layout.used or ()):
+        raise _no_numbers(path, head.second)
+    return layout
+
+
+def _separator(line: str) -> str | None:
+    """What is between values; a comma beside semicolons is a decimal one."""
+    return next((mark for mark in ";," if mark in line), None)
+
+
+def _no_numbers(path: Path, row: str) -> InputError:
+    """The error for a row with other values than numbers."""
+    if _DECIMAL_COMMA.search(row):
+        return InputError(f"{path}: its row {row[:60]!r} has decimal commas; write decimal points")
+    return InputError(
+        f"{path}: its row {row[:60]!r} has values that are no numbers, and no header above it "
+        "names the columns; add one, or name them with columns='xyz_' (_ for what to leave out)"
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The beginning of a text file.
+
+    Attributes:
+        skip: lines before the first that is no comment.
+        first: that line; "" if there is none.
+        second: the next such line.
+        comment: the last comment up to the first line.
+    """
+
+    skip: int
+    first: str
+    second: str
+    comment: str
+
+    @staticmethod
+    def fields(line: str, separator: str | None) -> list[str]:
+        """Values or names of a line; a separator at its end separates nothing."""
+        if separator is not None:
+            line = line.removesuffix(separator)
+        return [field.strip() for field in line.split(separator)]
+
+
+def _head(path: Path) -> _Head:
+    lines: list[str] = []
+    skip, comment = 0, ""
+    with path.open(encoding=TEXT, errors="replace") as file:
+        for line in file:
+            if "\0" in line:
+                raise InputError(f"{path} is binary, not a table of numbers")
+            plain, _, remark = line.partition("#")
+            if plain := plain.strip():
+                lines.append(plain)
+            if len(lines) == 2:
+                break
+            if not lines or (len(lines) == 1 and plain):
+                comment = remark.strip() or comment
+            skip += not lines
+    first, second = (*lines, "", "")[:2]
+    return _Head(skip, first, second, comment)
 
 
 def _header(path: Path, first: str, fields: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from budwood.checks import need_at_least, need_number, need_positive, need_seed
+from budwood.checks import need_at_least, need_bool, need_number, need_positive, need_seed
 from budwood.errors import InputError
 
 
@@ -66,5 +66,4 @@ class ScanConfig:
         if self.threshold is not None:
             need_number(lambda t: 0 <= t <= 1, "number from 0 to 1", threshold=self.threshold)
         need_seed(self.seed)
-        if not isinstance(self.ground, bool):
-            raise InputError(f"ground={self.ground!r}; give True or False")
+        need_bool(ground=self.ground)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from budwood.checks import need_at_least
+from budwood.checks import need_at_least, need_kind
 from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
 from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.axes import to_up
@@ -129,6 +129,7 @@ def scan(
         MissingPackageError: a package is not installed.
         UnsupportedModelError: an adapter for another encoder, or one that looks at other clouds.
     """
+    need_kind(ScanConfig, "ScanConfig", config=config)
     config = config or ScanConfig()
     need_at_least(1, batch_frames=batch_frames, batch_size=batch_size)
     options = InputOptions(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from budwood.checks import need_int
+from budwood.checks import need_bool, need_int
 from budwood.errors import BudgetError, InputError
 
 
@@ -29,8 +29,7 @@ class Schedule(ABC):
     source: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.average, bool):
-            raise InputError(f"average={self.average!r}; give True or False")
+        need_bool(average=self.average)
 
     @abstractmethod
     def drops(self, n_layers: int, n_visual: int, keep: int) -> dict[int, int]:

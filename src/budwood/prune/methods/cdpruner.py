@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budwood.errors import InputError
+from budwood.checks import need_bool
 from budwood.prune.methods.base import Method, Selection
 from budwood.prune.methods.greedy import greedy_map, mean_cosine, minmax, reported, unit
 
@@ -36,8 +36,7 @@ class CDPruner(Method):
     source: ClassVar[str] = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.negated, bool):
-            raise InputError(f"negated={self.negated!r}; give True or False")
+        need_bool(negated=self.negated)
 
     def choose(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from budwood.checks import need_int, need_number, need_positive, need_seed
+from budwood.checks import need_bool, need_int, need_number, need_positive, need_seed
 from budwood.errors import InputError, UnknownNameError
 
 SCHEDULES = (
@@ -85,8 +85,7 @@ class Settings:
         for name in (*above, "warmup"):  # NumPy's numbers are not JSON values
             if not isinstance(getattr(self, name), (int, float)):
                 object.__setattr__(self, name, float(getattr(self, name)))
-        if not isinstance(self.checkpointing, bool):
-            raise InputError(f"checkpointing={self.checkpointing!r}; give True or False")
+        need_bool(checkpointing=self.checkpointing)
         if self.schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
             raise UnknownNameError(f"unknown schedule {self.schedule!r}; known: {known}")
