@@ -205,11 +205,24 @@ def check_data_source(source: str) -> None:
         InputError: there is no such file, or the hub does not answer and its cache does not have
             the dataset.
     """
+    refuse_folder(source)
     if is_file_name(source):
         if not Path(source).expanduser().is_file():
             raise InputError(f"cannot read {source}: there is no such file")
     else:
         check_repo(source.partition(":")[0], kind="dataset", what="dataset", instead="give a file")
+
+
+def refuse_folder(source: str) -> None:
+    """Refuse a folder where a file or a dataset is meant.
+
+    Raises:
+        InputError: it is one.
+    """
+    if Path(source).expanduser().is_dir():
+        raise InputError(
+            f"{source} is a folder; give its files, such as {Path(source) / '*.jsonl'}"
+        )
 
 
 def is_file_name(source: str) -> bool:

@@ -329,6 +329,12 @@ def test_models_that_cannot_be_used(tmp_path):
     both = BartForConditionalGeneration(BartConfig(vocab_size=99, d_model=16))
     with pytest.raises(InputError, match="Bart.* .bart. has an encoder beside its decoder"):
         finetune(both, data, out, tokenizer=TOKENS)
+    with pytest.raises(InputError, match="tokenizer is the name 'here'; give the tokenizer itself"):
+        finetune(tiny_chat.model(), data, out, tokenizer="here")
+    longer = tiny_chat.tokenizer()
+    longer.add_tokens(["<new>"])
+    with pytest.raises(InputError, match="have token 259 .'<new>'., and the model 259 embeddings"):
+        finetune(tiny_chat.model(), [{"text": "a <new> text"}] * 4, out, tokenizer=longer)
     with pytest.raises(InputError, match="model is a list; give a causal language model"):
         finetune([], data, out)
     adapted = run(tmp_path / "first", data).model

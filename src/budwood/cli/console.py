@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,27 @@ def say(message: str) -> None:
     from rich.text import Text
 
     notes().print(Text(message), soft_wrap=True)
+
+
+@contextmanager
+def warnings_said(*beginnings: str) -> Iterator[None]:
+    """Print some warnings of the library as remarks, each once, also where others are silent.
+
+    Args:
+        beginnings: regular expressions that their messages begin with.
+    """
+    said: set[str] = set()
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            say(str(message))
+
+    with warnings.catch_warnings():
+        for beginning in beginnings:
+            warnings.filterwarnings("always", message=beginning, category=UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 def print_text(text: str) -> None:

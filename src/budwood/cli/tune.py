@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +13,7 @@ from typer.core import TyperGroup
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.commands import App
-from budwood.cli.console import print_json, print_table, progress, say
+from budwood.cli.console import print_json, print_table, progress, say, warnings_said
 from budwood.cli.tune_eval import tune_eval
 from budwood.cli.tune_export import export_lora
 from budwood.cli.tune_push import push, upload
@@ -195,7 +192,11 @@ def run(
         report_to=tuple(options.listed(report_to)) if report_to else (),
     )
     be_quiet()
-    with _warnings_said(), third_party_warnings_off(), progress("tune") as bar:
+    with (
+        warnings_said("left out ", r"\d+ examples make "),
+        third_party_warnings_off(),
+        progress("tune") as bar,
+    ):
         result = finetune(
             "smollm2" if model is None else model,
             train,
@@ -230,16 +231,6 @@ def _check_push(repo_id: str, model: str | None) -> None:
             "without it, then `budwood tune push ADAPTER ID --base HUB_ID`"
         )
     check_hub(repo_id)
-
-
-@contextmanager
-def _warnings_said() -> Iterator[None]:
-    """Print what the library warns of as a remark."""
-    with warnings.catch_warnings():
-        for remark in ("left out ", r"\d+ examples make "):
-            warnings.filterwarnings("always", message=remark, category=UserWarning)
-        warnings.showwarning = lambda message, *rest, **more: say(str(message))
-        yield
 
 
 def _summary(result: FinetuneResult, method: str, rank: int) -> dict[str, Any]:

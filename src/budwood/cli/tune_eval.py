@@ -10,7 +10,7 @@ import typer
 from budwood import records
 from budwood.cli import options, tune_options
 from budwood.cli.columns import Column, Columns
-from budwood.cli.console import progress, say
+from budwood.cli.console import progress, say, warnings_said
 from budwood.cli.results import Results
 from budwood.errors import InputError
 from budwood.loading import SMOLLM2, check_adapter_source, check_source
@@ -124,7 +124,8 @@ def tune_eval(
     # Refuses what it cannot tell apart, before the slow work.
     routed = suite.routed(loaded.model, loaded.tokenizer) if plot else {}
     name = Path(adapter).resolve().name
-    rows = [{"adapter": name, **row} for row in _measure(loaded, suite, seed, kept)]
+    with warnings_said(r"\d+ of \d+ prompts "):
+        rows = [{"adapter": name, **row} for row in _measure(loaded, suite, seed, kept)]
     record = records.new_record(
         "tune eval",
         rows,

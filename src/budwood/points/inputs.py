@@ -266,7 +266,8 @@ def named(
     """Name each cloud; a folder becomes its files, and one without clouds goes to ``on_error``."""
     items = [clouds] if is_one_cloud(clouds) else cast(Iterable[CloudLike], clouds)
     if not isinstance(items, Iterable):
-        raise InputError(f"the clouds are of type {type(clouds).__name__}; give files, arrays or Cloud objects")
+        kind = type(clouds).__name__
+        raise InputError(f"the clouds are of type {kind}; give files, arrays or Cloud objects")
     number = 0
     for item in items:
         if isinstance(item, (str, os.PathLike)) and Path(item).is_dir():

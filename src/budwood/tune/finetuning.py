@@ -236,7 +236,8 @@ def _held_out(eval_data: Any, style: str, settings: Settings) -> Sequence[Any]:
         for name in ("eval_every", "patience"):
             if getattr(settings, name):
                 raise InputError(
-                    f"{name}={getattr(settings, name)} needs held-out examples; give eval_data"
+                    f"{name}={getattr(settings, name)} needs held-out examples; give eval_data "
+                    "(--eval)"
                 )
         return ()
     return token_rows(eval_data) if _is_encoded(eval_data) else examples_of(eval_data, style)
@@ -278,6 +279,7 @@ def _encoded(
         n_left_out = len(examples) - len(rows)
         if not rows:
             raise InputError(f"all {n_left_out} examples are longer than {longest} tokens")
+    _check_ids(rows, tokenizer, model)
     if n_left_out:
         warnings.warn(
             f"left out {n_left_out} of {n_left_out + len(rows)} examples of more than {longest} "
@@ -287,10 +289,27 @@ def _encoded(
     return rows, n_left_out
 
 
+def _check_ids(rows: Sequence[EncodedExample], tokenizer: Any, model: Any) -> None:
+    """Refuse tokens that the model does not have."""
+    n_tokens = model.get_input_embeddings().weight.shape[0]
+    highest = max(max(*row["input_ids"], *row["labels"]) for row in rows)
+    if highest >= n_tokens:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise InputError(
+            f"the data have token {highest} ({token!r}), and the model {n_tokens} embeddings; call "
+            "model.resize_token_embeddings(len(tokenizer)), or give the model's own tokenizer"
+        )
+
+
 def _model_of(
     model: Any, tokenizer: Any, device: str, dtype: str, args: Any, progress: Progress
 ) -> tuple[Any, Any]:
     """The model and its tokenizer, loaded where they are given by name."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        raise InputError(
+            f"tokenizer is the name {os.fspath(tokenizer)!r}; give the tokenizer itself, such as "
+            "AutoTokenizer.from_pretrained(name)"
+        )
     if isinstance(model, (str, os.PathLike)) or model is None:
         name = SMOLLM2 if model is None else os.fspath(model)
         progress(0, 1, f"loading {name}")

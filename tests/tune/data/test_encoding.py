@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.loading import is_file_name
 from budwood.tune.data.batches import Padded
-from budwood.tune.data.encoding import IGNORED, encode, encode_one, prompt_tokens
+from budwood.tune.data.encoding import IGNORED, encode, encode_one, prompt_tokens, token_rows
 from budwood.tune.data.examples import example_of, read_examples, styled
 from budwood.tune.training.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.training.trainer import LengthGrouped, grouped_order
@@ -273,3 +273,41 @@ def test_each_epoch_has_its_own_order_that_a_resumed_run_finds_again():
     again = LengthGrouped([1] * 50, 4, seed=3)
     again.set_epoch(1)
     assert first != second == list(again) and len(sampler) == 50
+
+
+def test_the_end_of_a_turn_need_not_be_the_end_of_texts():
+    """As with Gemma and Phi, whose turns end with a token of their own."""
+    tokenizer = tiny_chat.tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    (row,) = encode([example_of({"question": "q", "answer": "a"})], tokenizer, 500).rows
+    assert tokenizer.decode([label for label in row["labels"] if label != IGNORED]) == "a<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]).endswith("a<|im_end|>")
+
+
+def test_an_answer_with_the_text_of_a_token_is_kept_whole():
+    answer = "I say <|im_end|> and go on"
+    (row,) = encode([example_of({"question": "q", "answer": answer})], TOKENS, 500).rows
+    assert TOKENS.decode([label for label in row["labels"] if label != IGNORED]) == (
+        f"{answer}<|im_end|>"
+    )
+
+
+def test_a_system_message_that_a_template_leaves_out():
+    tokenizer = tiny_chat.tokenizer()
+    tokenizer.chat_template = tiny_chat.TEMPLATE.replace(
+        "message in messages", "message in messages if message.role != 'system'"
+    )
+    row = example_of({"system": "Be brief.", "question": "q", "answer": "a"})
+    with pytest.raises(InputError, match="has no place for a system message"):
+        encode([row], tokenizer, 500)
+
+
+def test_tokens_below_zero():
+    for wrong in (
+        {"input_ids": [5, -1], "labels": [5, 5]},
+        {"input_ids": [5, 5], "labels": [5, -1]},
+    ):
+        with pytest.raises(
+            InputError, match="row 0 of the data has a token below 0; labels may be -100"
+        ):
+            token_rows([wrong])

@@ -208,7 +208,7 @@ def test_a_bad_row_is_named(file, tmp_path):
     path.write_bytes(file.read_bytes().replace(b"answer", b"anwser"))
     if file.suffix == ".parquet":
         datasets.Dataset.from_list([{**ROWS[0], "answer": "Z"}]).to_parquet(path)
-    place = "line 1" if file.suffix == ".jsonl" else "row 0"
+    place = {".jsonl": "line 1", ".csv": "line 2", ".tsv": "line 2"}.get(file.suffix, "row 0")
     with pytest.raises(InputError, match=f"bad{file.suffix}, {place}: ") as error:
         read_examples(str(path))
     assert "\n" not in str(error.value)
@@ -218,8 +218,18 @@ def test_a_bad_row_is_named(file, tmp_path):
     ("name", "content", "message"),
     [
         ("a.parquet", "no parquet", "cannot read .*a.parquet: "),
-        ("a.csv", 'question,answer\n"a', "cannot read .*a.csv: "),
-        ("a.csv", "", "cannot read .*a.csv: Empty CSV file"),
+        ("a.csv", 'question,answer\n"a', "cannot read .*a.csv, line 2: "),
+        ("a.csv", "", "a.csv is empty"),
+        (
+            "a.csv",
+            'question,answer\nq,a\nq,"b\nq,c\nq,d\n',
+            "line 3: .* opens there is never closed",
+        ),
+        ("a.csv", "question,answer,answer\nq,a,b\n", "has the column 'answer' more than once"),
+        ("a.csv", "question,answer\nq,a,b\n", "line 2: has 3 fields, and the header 2"),
+        ("a.csv", "question,A,B,answer\nq,x,,A\n", "line 2: choices must be a list of two"),
+        ("a.jsonl", "[" * 100_000, "begins with . and is no JSON array"),
+        ("a.jsonl", '{"a":' * 100_000, "line 1: is not JSON"),
         ("a.csv", "question,answer\n", "a.csv is empty"),
         ("a.json", "[{]", "begins with \\[ and is no JSON array"),
         ("a.json", "[]", "a.json is empty"),
@@ -265,6 +275,21 @@ TABLE = [
 ]
 
 
+def test_choices_that_are_true_and_false(tmp_path):
+    (tmp_path / "a.csv").write_text("question,A,B,C,answer\nq,true,false,,true\nq,x,,z,C\n")
+    first, second = read_examples(str(tmp_path / "a.csv"))
+    assert (first.choices, first.answer) == (("true", "false"), 0)
+    assert (second.choices, second.answer) == (("x", "z"), 1)
+
+
+def test_a_long_field_and_a_folder(tmp_path):
+    (tmp_path / "a.csv").write_text(f"question,answer\nq,{'x' * 3_000_000}\n")
+    (one,) = read_examples(str(tmp_path / "a.csv"))
+    assert len(one.messages[-1]["content"]) == 3_000_000
+    with pytest.raises(InputError, match=r"is a folder; give its files, such as .*jsonl"):
+        read_examples(str(tmp_path))
+
+
 @pytest.mark.parametrize(("header", "line", "row"), TABLE)
 def test_tables_without_types_have_texts(tmp_path, header, line, row):
     path = tmp_path / "a.csv"
@@ -281,7 +306,7 @@ def test_a_truth_value_among_texts_is_a_text(tmp_path):
 def test_a_table_that_is_no_utf8(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("question,answer\nf\xfcr,ja\n".encode("latin-1"))
-    with pytest.raises(InputError, match="cannot read .*a.csv: .*invalid UTF8"):
+    with pytest.raises(InputError, match="cannot read .*a.csv: it is not UTF-8 text"):
         read_examples(str(path))
 
 
@@ -313,3 +338,8 @@ def test_a_system_column_comes_first():
     ):
         with pytest.raises(InputError, match=reason):
             example_of({"system": "Be brief.", **row})
+
+
+def test_tables_of_pandas():
+    table = datasets.Dataset.from_list(ROWS).to_pandas()
+    assert examples_of(table) == [example_of(row) for row in ROWS]

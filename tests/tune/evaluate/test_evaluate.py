@@ -146,6 +146,7 @@ def test_shared_prompts_give_what_hflm_gives(adapted, monkeypatch, plain):
     assert [x for x, _ in ours] == pytest.approx([x for x, _ in theirs], abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*lose their beginnings")
 def test_answers_that_leave_little_room(adapted):
     from lm_eval.models.huggingface import HFLM
 
@@ -164,6 +165,7 @@ def test_answers_that_leave_little_room(adapted):
         ours._loglikelihood_tokens([(("", ""), [3], list(range(3, 28)))])
 
 
+@pytest.mark.filterwarnings("ignore:.*lose their beginnings")
 def test_answers_of_several_lengths_at_the_last_position():
     """GPT-2 reads where a token is from a table, which ends."""
     from budwood.tune.evaluate.harness import SharedPromptLM
@@ -582,3 +584,18 @@ def test_text_alone_and_mixed_examples_are_no_task(tmp_path):
         file = tiny_chat.write_lines(tmp_path / "mixed.jsonl", rows)
         with pytest.raises(InputError, match=reason):
             find_task(str(file), None)
+
+
+def test_prompts_that_the_model_cannot_read_whole_are_counted():
+    rows = [{"question": "why " * n, "choices": ["a", "b"], "answer": 0} for n in (5, 600, 700)]
+    task = task_of("long", [example_of(row) for row in rows])
+    with pytest.warns(UserWarning, match=r"4 of 6 prompts .* than the 1024 tokens .* lose their"):
+        run_tasks(tiny_chat.model(), TOKENS, [task])
+
+
+def test_an_answer_that_the_template_does_not_show_is_refused():
+    call = {"function": {"name": "f", "arguments": {}}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"messages": [{"role": "user", "content": "x"}, said]}
+    with pytest.raises(InputError, match="has no place for tool_calls"):
+        run_tasks(tiny_chat.model(), TOKENS, [task_of("tools", [example_of(row)])])

@@ -90,6 +90,8 @@ def token_rows(data: Iterable[Any], what: str = "the data") -> list[EncodedExamp
                 f"{where} has {len(ids)} input_ids and {len(labels)} labels; give equal numbers, "
                 f"and at least one label other than {IGNORED} after the first"
             )
+        if min(ids) < 0 or any(label < 0 for label in labels if label != IGNORED):
+            raise InputError(f"{where} has a token below 0; labels may be {IGNORED}, no others")
         rows.append(encoded)
     if not rows:
         raise InputError(f"{what} are empty; give rows with input_ids and labels")
@@ -148,20 +150,31 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
                 "turns cannot be found; train on single turns"
             )
         asked = _tokens(tokenizer, prompt[len(done) :])
-        said, tail = _cut(_tokens(tokenizer, whole[len(prompt) :]), tokenizer.eos_token_id)
+        said, tail = _cut(tokenizer, whole[len(prompt) :])
         input_ids += asked + said + tail
         labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
         done = whole
-    _need_place(tokenizer, example, done)
+    need_place(tokenizer, example, done)
     n_used = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
     return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
 
 
-def _need_place(tokenizer: Any, example: Example, rendered: str) -> None:
-    """Refuse a conversation if the chat template silently leaves out a part of it."""
+def need_place(tokenizer: Any, example: Example, rendered: str) -> None:
+    """Refuse a conversation if the chat template silently leaves out a part of it.
+
+    Args:
+        tokenizer: with a chat template.
+        example: the conversation.
+        rendered: what the template made of it.
+
+    Raises:
+        InputError: the template has no place for a part.
+    """
     last = example.messages[-1]
+    orders = [one["content"].strip() for one in example.messages if one["role"] == "system"]
     calls = [call for message in example.messages for call in message.get("tool_calls", ())]
     missing = [
+        *("a system message" for order in orders if order not in rendered),
         *(key for key in ("reasoning_content", "thinking") if last.get(key, "") not in rendered),
         *("tool_calls" for call in calls if call["function"]["name"] not in rendered),
     ]
@@ -246,13 +259,27 @@ def lead_of(tokenizer: Any) -> str:
     Args:
         tokenizer: with a chat template, or without one.
     """
+    return _around_reply(tokenizer)[0]
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """The text that a chat template writes behind the assistant's reply, such as ``<|im_end|>``.
+
+    Args:
+        tokenizer: with a chat template, or without one.
+    """
+    return _around_reply(tokenizer)[1]
+
+
+def _around_reply(tokenizer: Any) -> tuple[str, str]:
+    """What a chat template writes before and behind the assistant's reply in its turn."""
     if not getattr(tokenizer, "chat_template", None):
-        return ""
+        return "", ""
     asked, said = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _REPLY}
     prompt = render(tokenizer, [asked], True)
     whole = render(tokenizer, [asked, said], False)
-    lead, found, _ = whole.removeprefix(prompt).partition(_REPLY)
-    return lead if found and whole.startswith(prompt) else ""
+    lead, found, end = whole.removeprefix(prompt).partition(_REPLY)
+    return (lead, end) if found and whole.startswith(prompt) else ("", "")
 
 
 def tokens_before_request(tokenizer: Any) -> list[int]:
@@ -292,7 +319,11 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _cut(tokens: list[int], end: int | None) -> tuple[list[int], list[int]]:
-    """Cut a turn of the assistant behind its end token; the template may add more."""
-    n_said = tokens.index(end) + 1 if end in tokens else len(tokens)
+def _cut(tokenizer: Any, turn: str) -> tuple[list[int], list[int]]:
+    """Cut a turn of the assistant behind the token that ends it; the template may add more."""
+    tokens, end = _tokens(tokenizer, turn), end_of_turn(tokenizer)
+    behind = _tokens(tokenizer, end) if end and turn.endswith(end) else []
+    special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    place = next((i for i, token in enumerate(behind) if token in special), None)
+    n_said = len(tokens) if place is None else len(tokens) - len(behind) + place + 1
     return tokens[:n_said], tokens[n_said:]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from budwood import optional
 from budwood.errors import InputError, UnknownNameError
 from budwood.tune.data.other_formats import (
     BELOW_THE_QUESTION,
@@ -87,8 +88,8 @@ def examples_of(data: Any, style: str = "cloze") -> list[Example]:
 
     Args:
         data: a path to JSON, CSV or Parquet, or a hub id, a list of these, a
-            ``datasets.Dataset``, or a list of dicts or of :class:`Example`. Every row has one of
-            ``FORMATS``.
+            ``datasets.Dataset``, a DataFrame of pandas, or a list of dicts or of :class:`Example`.
+            Every row has one of ``FORMATS``.
         style: one of ``STYLES``; examples that are read already keep theirs.
 
     Raises:
@@ -98,6 +99,10 @@ def examples_of(data: Any, style: str = "cloze") -> list[Example]:
     check_style(style)
     if isinstance(data, (str, Path)):
         return read_examples(str(data), style)
+    if hasattr(data, "to_records"):  # a table of pandas
+        data = optional.need("datasets", "a DataFrame").Dataset.from_pandas(
+            data, preserve_index=False
+        )
     if hasattr(data, "column_names") and isinstance(data, Mapping):  # datasets.DatasetDict
         splits = ", ".join(map(str, data))
         raise InputError(f"data has the splits {splits}; give one of them, such as data['train']")

@@ -60,9 +60,15 @@ def canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
         if asked in row and answered in row:
             return _single(row, asked, answered)
     letters = _letters(row)
-    if "question" in row and "choices" not in row and len(letters) > 1:
-        return {**row, "choices": [row[letter] for letter in letters]}
+    if "question" in row and "choices" not in row and letters:
+        choices = {"text": [row[letter] for letter in letters], "label": letters}
+        return {**row, "choices": choices}
     return row
+
+
+def has_choices(row: Mapping[str, Any]) -> bool:
+    """Whether a row, with or without entries that are None, has choices to answer with."""
+    return row.get("choices") is not None or bool(_letters(row))
 
 
 def index_of(answer: Any, choices: list[str], labels: list[str] | None = None) -> Any:
@@ -189,10 +195,5 @@ def system_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _letters(row: Mapping[str, Any]) -> list[str]:
-    """The columns A, B, … that a row has, from A on."""
-    letters = []
-    for letter in ascii_uppercase:
-        if letter not in row:
-            break
-        letters.append(letter)
-    return letters
+    """The columns A, B, … that a row has."""
+    return [letter for letter in ascii_uppercase if row.get(letter) is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ from typing import Any
 from budwood import optional
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.hub import hub_or_cache
-from budwood.loading import is_file_name
+from budwood.loading import is_file_name, refuse_folder
+from budwood.tune.data.other_formats import has_choices
 
 Rows = Iterable[tuple[str, Any]]
 """Where each row stands, for messages, and the row."""
 
-TABLES = (".csv", ".tsv", ".parquet")
-"""Endings of files that are tables; every other file has JSON lines, or one JSON array."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""Endings of tables of text. Apart from these and .parquet, files have JSON lines or an array."""
 
 _ANSWERS = ("answer", "answerKey")
 """Columns whose texts may stand for truth values."""
@@ -34,10 +37,14 @@ def rows_of(source: str, split: str = "train") -> Rows:
         InputError: there is no such file or dataset, or it is damaged; while it is read, a line is
             not JSON.
     """
+    refuse_folder(source)
     if not is_file_name(source):
         return _rows_of_hub(source, split)
     path = Path(source)
-    return _rows_of_table(path) if path.suffix.lower() in TABLES else _rows_of_json(path)
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _rows_of_parquet(path)
+    return _rows_of_csv(path, DELIMITERS[kind]) if kind in DELIMITERS else _rows_of_json(path)
 
 
 def read_text(path: Path) -> str:
@@ -49,9 +56,9 @@ def read_text(path: Path) -> str:
     return "".join(_lines(path))
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
     try:
-        with path.expanduser().open(encoding="utf-8-sig") as file:
+        with path.expanduser().open(encoding="utf-8-sig", newline=newline) as file:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -72,7 +79,7 @@ def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}, line {number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number}: is not JSON ({error}); give one object a line, or one "
                 "array of objects"
@@ -82,51 +89,75 @@ def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
 def _rows_of_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} begins with [ and is no JSON array ({error})") from error
     for i, row in enumerate(rows):
         yield f"{path}, row {i}", row
 
 
-def _rows_of_table(path: Path) -> Rows:
+def _rows_of_parquet(path: Path) -> Rows:
     optional.need("pyarrow", f"{path}, a table,")
     import pyarrow as pa
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
-    kind = path.suffix.lower()
-    file = path.expanduser()
     try:
-        if kind == ".parquet":
-            table = parquet.read_table(file)
-        else:
-            parsing = csv.ParseOptions(
-                delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True
-            )
-            columns = csv.open_csv(file, parse_options=parsing).schema.names
-            as_text = csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string()),
-                null_values=[""],
-                strings_can_be_null=True,
-            )
-            table = csv.read_csv(file, parse_options=parsing, convert_options=as_text)
+        table = parquet.read_table(path.expanduser())
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"cannot read {path}: {reason}") from error
-    if kind != ".parquet":
-        table = _with_truths(table)
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
-def _with_truths(table: Any) -> Any:
-    """A table of texts, its answers as truth values where all are true or false."""
-    for number, name in enumerate(table.column_names):
-        if name in _ANSWERS:
-            texts = [text and text.strip().lower() for text in table[name].to_pylist()]
-            if set(texts) - {None} and set(texts) <= {"true", "false", None}:
-                values = [None if text is None else text == "true" for text in texts]
-                table = table.set_column(number, name, [values])
-    return table
+def _rows_of_csv(path: Path, delimiter: str) -> Rows:
+    """Rows of a table of texts; an empty field is missing."""
+    reader = csv.reader(_lines(path, newline=""), delimiter=delimiter, strict=True)
+    records = _records(path, reader)
+    names = [name.strip() for name in next(records, ("", []))[1]]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path} has the column {twice[0]!r} more than once; rename it")
+    rows = []
+    for where, values in records:
+        if len(values) != len(names):
+            raise InputError(
+                f"{where}: has {len(values)} fields, and the header {len(names)}; put fields with "
+                f"{delimiter!r} in quotes"
+            )
+        rows.append((where, {key: value or None for key, value in zip(names, values)}))
+    return _with_truths(rows)
+
+
+def _records(path: Path, reader: Any) -> Iterator[tuple[str, list[str]]]:
+    """What the reader of a table gives, without empty lines; see :func:`_rows_of_csv`."""
+    largest = csv.field_size_limit(sys.maxsize // 2**32)
+    begin = 1
+    try:
+        for values in reader:
+            if values:
+                yield f"{path}, line {begin}", values
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        hint = (
+            "; a quote that opens there is never closed" if "unexpected end" in str(error) else ""
+        )
+        raise InputError(f"cannot read {path}, line {begin}: {first_line(error)}{hint}") from error
+    finally:
+        csv.field_size_limit(largest)
+
+
+def _with_truths(rows: list[tuple[str, dict[str, Any]]]) -> Rows:
+    """Rows of texts, their answers as truth values where all are true or false.
+
+    Rows with choices stay as they are: there, true and false are choices.
+    """
+    for name in _ANSWERS:
+        answers = {str(row.get(name) or "").strip().lower() for _, row in rows}
+        chosen = any(has_choices(row) for _, row in rows)
+        if answers - {""} and answers <= {"true", "false", ""} and not chosen:
+            for _, row in rows:
+                if row.get(name):
+                    row[name] = row[name].strip().lower() == "true"
+    return rows
 
 
 def _rows_of_hub(source: str, split: str) -> Rows:

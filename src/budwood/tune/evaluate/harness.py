@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError, first_line
 from budwood.progress import Progress, silent
 from budwood.tune.data.batches import is_stateful, positions, takes
-from budwood.tune.data.encoding import dated_template, lead_of, render
+from budwood.tune.data.encoding import dated_template, end_of_turn, lead_of, need_place, render
 from budwood.tune.data.examples import Example, styled
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, expanded, quiet_harness, task_manager
@@ -141,8 +142,11 @@ def _conversation(example: Example, tokenizer: Any) -> dict[str, Any]:
     if not example.has_more_than_content:
         return {"question": prompt, "answer": last["content"]}
     whole = render(tokenizer, example.messages, False, example.where, example.tools)
-    answer, _, _ = whole.removeprefix(prompt).partition(tokenizer.eos_token)
-    return {"question": prompt, "answer": answer}
+    need_place(tokenizer, example, whole)
+    return {
+        "question": prompt,
+        "answer": whole.removeprefix(prompt).removesuffix(end_of_turn(tokenizer)),
+    }
 
 
 def _scores(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:
@@ -266,6 +270,7 @@ class SharedPromptLM(_Base):
         if self._is_stateful:  # there is no cache that answers could share
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        self._say_cut(requests)
         for i, (_, prompt, answer) in enumerate(requests):
             answers[tuple(prompt[-self._room(answer) :])].append(i)
         prompts = sorted(answers, key=len, reverse=True)
@@ -279,6 +284,16 @@ class SharedPromptLM(_Base):
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], pair)
             self._progress(len(found), len(requests))
         return [found[i] for i in range(len(requests))]
+
+    def _say_cut(self, requests: list[Request]) -> None:
+        """Warn of prompts whose beginning the model cannot read."""
+        n_cut = sum(len(prompt) > self._room(answer) for _, prompt, answer in requests)
+        if n_cut:
+            warnings.warn(
+                f"{n_cut} of {len(requests)} prompts with their answers are longer than the "
+                f"{self.max_length} tokens that the model reads, and lose their beginnings",
+                stacklevel=2,
+            )
 
     def _room(self, answer: list[int]) -> int:
         """Longest prompt beside an answer, in tokens; the answer's last token is not read."""
