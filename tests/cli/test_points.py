@@ -448,7 +448,7 @@ def test_ls(budwood):
         ([], "give one of --labels"),
         (["--labels", "a,b", "--labels-file", "x"], "give one of --labels"),
         (["--labels", "ball,,stick"], "label 2 of 3 is empty"),
-        (["--labels", ""], "is empty"),
+        (["--labels", ""], "there are no labels"),
         (["--labels", "ball,stick,Ball"], "'Ball' is repeated"),
         (["--labels-file", "no.txt"], "cannot read no.txt"),
         (["--embeddings", "no.safetensors"], "do not exist"),
@@ -510,7 +510,7 @@ def test_existing_files_stay(budwood, scans, tmp_path):
     [
         (["--counts", "64,x"], "give whole numbers with commas"),
         (["--counts", ""], "give whole numbers with commas"),
-        (["--counts", "12,1"], "must be 2 or more each"),
+        (["--counts", "12,1"], "counts[1]=1 is below 2"),
         (["--counts", "120,150"], "does nothing at 120, 150 points"),
         (["--method", "esp"], "unknown method"),
         (["--lr", "0"], "lr=0.0"),
@@ -565,3 +565,28 @@ def test_a_file_of_labels_in_one_line_is_refused(budwood, scans, tmp_path):
     (tmp_path / "names.txt").write_text("ball, stick\n")
     command = ["classify", scans, "--labels-file", tmp_path / "names.txt"]
     refused(budwood(*command), "write a label on each line, or give --labels 'ball,stick'")
+
+
+def test_labels_with_commas_and_comments(budwood, scans, tmp_path):
+    (tmp_path / "names.txt").write_text("# what stands there\nball,\nstick, \n")
+    by_file = budwood("classify", scans, "--labels-file", tmp_path / "names.txt", "--json")
+    by_list = budwood("classify", scans, "--labels", "ball,stick", "--json")
+    assert json.loads(by_file.stdout)["rows"] == json.loads(by_list.stdout)["rows"]
+    quoted = budwood("classify", scans, "--labels", 'ball,"stick, thin"', "--json")
+    assert set(json.loads(quoted.stdout)["rows"][0]["names"]) == {"ball", "stick, thin"}
+    (tmp_path / "names.txt").write_text("id,name\n0,ball\n1,stick\n")
+    refused(budwood("classify", scans, "--labels-file", tmp_path / "names.txt"), "is a table")
+
+
+def test_a_file_that_is_read_is_not_written_over(budwood, scans):
+    file = next(scans.glob("*.npy"))
+    before = file.read_bytes()
+    for command in ("classify", "scan"):
+        done = budwood(command, file, "--labels", "ball,stick", "--csv", file, "--force")
+        refused(done, "is one of the files that are read; give another name")
+    assert file.read_bytes() == before
+
+
+def test_counts_above_those_of_the_clouds(budwood, tmp_path):
+    command = ["bench", "points", "--methods", "tokens", "--lidar", "", "--seeds", 1]
+    refused(budwood(*command, "--points", 5000), "points each; 5,000 are more")

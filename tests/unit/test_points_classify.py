@@ -24,13 +24,24 @@ from budwood.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from budwood.points import (
+    accumulate,
+    crop,
+    embed_labels,
+    make_adapter,
+    read_embeddings,
+    sample,
+    save_embeddings,
+    towers,
+    trained_labels,
+)
 from budwood.points import classify as classify_clouds
-from budwood.points import embed_labels, make_adapter, read_embeddings, save_embeddings, towers
 from budwood.points.batches import encode
+from budwood.points.cleaning import without_ground, without_strays
 from budwood.points.clip_tokens import clip_tokenizer
 from budwood.points.encoders import ENCODERS
 from budwood.points.encoders.checkpoints import read_checkpoint
-from budwood.points.io import Assumed, make_cloud
+from budwood.points.io import Assumed, Cloud, make_cloud
 from budwood.points.labels import TEMPLATES
 from budwood.points.text import tower_of
 from budwood.points.towers import (
@@ -797,8 +808,8 @@ def test_sprout_takes_its_centre_from_the_labels():
         ({"labels": None}, InputError, "give labels, or a file"),
         ({"labels": []}, InputError, "no labels"),
         ({"text": models.Words(11)}, ShapeError, "11 wide"),
-        ({"points": 1}, InputError, "n_points=1 must be an integer of 2 or more"),
-        ({"seed": -1}, InputError, "seed=-1 must be an integer of 0 or more"),
+        ({"points": 1}, InputError, "n_points=1 is below 2"),
+        ({"seed": -1}, InputError, "seed=-1 is out of range"),
         ({"top": 0}, InputError, "top=0"),
         ({"batch_size": 0}, InputError, "batch_size=0"),
         ({"up": "w"}, InputError, "give one of auto, x, -x, y, -y, z, -z"),
@@ -819,3 +830,43 @@ def test_refusals(change, error, message):
     with pytest.raises(error, match=message) as caught:
         classify_clouds(**{**given, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_clouds_made_by_hand_are_checked_as_arrays_are():
+    xyz = shapes(1)[0].xyz
+    labels = ["chair", "table"]
+    wanted = classify_clouds(xyz, labels)[0].scores
+    assert classify_clouds(Cloud(xyz.tolist()), labels)[0].scores == wanted
+    assert classify_clouds(Cloud(xyz, None, "mine", Assumed(up="y")), labels)[0].scores == wanted
+    bytes_, units = np.full(xyz.shape, 51), np.full(xyz.shape, 0.2)
+    of_bytes, of_units = (classify_clouds(Cloud(xyz, rgb), labels)[0] for rgb in (bytes_, units))
+    assert of_bytes.scores == of_units.scores
+    broken = xyz.copy()
+    broken[3, 1] = np.nan
+    for cloud, reason in (
+        (Cloud(xyz, units[:3]), "colours have shape"),
+        (Cloud(broken), "1 of 80 points have NaN"),
+        (Cloud(xyz[:0]), "has no points"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            classify_clouds(cloud, labels)
+
+
+def test_functions_of_clouds_refuse_arrays():
+    xyz = shapes(1)[0].xyz
+    moves = np.eye(4)[None]
+    for call in (
+        lambda: accumulate([xyz], moves),
+        lambda: sample(xyz, 16),
+        lambda: crop(xyz, [0, 0, 0, 1, 1, 1]),
+        lambda: without_strays(xyz),
+        lambda: without_ground(xyz, "z"),
+    ):
+        with pytest.raises(InputError, match="is of type ndarray; give a Cloud"):
+            call()
+    with pytest.raises(InputError, match="encoder is of type str; give a encoder, as load_enc"):
+        trained_labels("sprout")
+    with pytest.raises(InputError, match="seed=4294967296 is out of range"):
+        classify_clouds(xyz, ["chair"], seed=2**32)
+    with pytest.raises(InputError, match="give either a text model .--text., or a file"):
+        classify_clouds(xyz, embeddings="e.safetensors", text="minilm")

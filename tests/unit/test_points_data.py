@@ -37,6 +37,9 @@ def test_where():
     assert len(seen) == 4 and seen.classes == ("ball", "stick")
     assert len(given.where(use="adapt")) == 4 and len(given.where()) == len(given)
     assert given.where(group="novel", use="adapt").xyz.shape == (0, 60, 3)
+    for options in ({"use": "Test"}, {"group": "nope"}):
+        with pytest.raises(UnknownNameError, match="unknown (use|group) .*; give one of "):
+            load_clouds().where(**options)
 
 
 def test_bad_files(tmp_path):

@@ -318,9 +318,9 @@ def test_prepare():
     cloud = make_cloud(np.vstack([xyz, xyz]), np.ones((1000, 3)))
     points, rgb = encoder.prepare(cloud, 64, seed=1)
     for n in (1, 0, -4, 2.5):
-        with pytest.raises(InputError, match=f"n_points={n} must be an integer of 2 or more"):
+        with pytest.raises(InputError, match=f"n_points={n}(; give a whole| is below 2)"):
             encoder.prepare(cloud, n)
-    with pytest.raises(InputError, match="seed=-1 must be an integer of 0 or more"):
+    with pytest.raises(InputError, match="seed=-1 is out of range"):
         encoder.prepare(cloud, seed=-1)
     assert points.shape == rgb.shape == (64, 3) and points.dtype == torch.float32
     assert points.norm(dim=1).max().item() == pytest.approx(1, abs=1e-6)
@@ -334,7 +334,7 @@ def test_prepare():
         pointbert().prepare(turned, up="z")[0], pointbert().prepare(axes)[0], rtol=0, atol=1e-6
     )
     for scale in (1e-170, 1e200, 1e308):
-        with pytest.raises(InputError, match="extends over .* units; give lengths between"):
+        with pytest.raises(InputError, match="extends over .* units; give|look for damaged ones"):
             encoder.prepare(make_cloud(axes.xyz * scale))
     many = make_cloud(np.tile(xyz, (4000, 1)))  # two million
     assert pointbert().prepare(many, 64)[0].shape == (64, 3)

@@ -580,6 +580,8 @@ def rows(form):
         rows("{},{},{},"),
         "x,y,z,\n" + rows("{},{},{},"),
         ",x,y,z,name\n" + rows("{i},{},{},{},an oak"),
+        "0,1,2\n" + rows("{},{},{}"),  # pandas, of a table without names
+        "note,x,y,z\n" + rows("#{i},{},{},{}"),
     ],
 )
 def test_tables_of_other_programs(tmp_path, text):
@@ -600,3 +602,41 @@ def test_tables_of_other_programs(tmp_path, text):
 def test_tables_that_are_refused(tmp_path, text, reason):
     (tmp_path / "a.txt").write_text(text)
     assert reason in refused(tmp_path / "a.txt")
+
+
+def test_points_behind_those_that_a_pcd_declares(tmp_path):
+    head = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH {n}\nHEIGHT 1\nPOINTS {n}\nDATA {kind}\n"
+    path = tmp_path / "a.pcd"
+    path.write_bytes(head.format(n=15, kind="binary").encode() + ROWS.astype("<f4").tobytes())
+    cloud = read(path)
+    assert len(cloud) == 15
+    assert cloud.assumed.notes == ("5 points behind those of its header are left out",)
+    path.write_text(head.format(n=15, kind="ascii") + rows("{} {} {}") + "\n")
+    assert "is damaged: 20 points, and its header says 15" in refused(path)
+    path.write_text(head.format(n=-5, kind="ascii") + rows("{} {} {}") + "\n")
+    assert "is damaged: POINTS -5" in refused(path)
+
+
+def test_withheld_points_of_las_are_left_out(tmp_path):
+    laspy = pytest.importorskip("laspy")
+    data = laspy.create(point_format=6, file_version="1.4")
+    data.header.scales = [0.001] * 3
+    data.x, data.y, data.z = ROWS.T
+    data.withheld = np.arange(len(ROWS)) < 6
+    data.write(tmp_path / "a.las")
+    cloud = read(tmp_path / "a.las")
+    np.testing.assert_allclose(cloud.xyz, ROWS[6:], atol=1e-3)
+    assert cloud.assumed.dropped == {"withheld": 6}
+    data.withheld = np.ones(len(ROWS), dtype=bool)
+    data.write(tmp_path / "a.las")
+    assert "all points are marked as withheld" in refused(tmp_path / "a.las")
+
+
+def test_messages_about_tables_have_no_advice_of_numpy(tmp_path):
+    (tmp_path / "a.txt").write_text("1 2 3\n4 5 6\n7 8 9 10\n")
+    assert refused(tmp_path / "a.txt").endswith(
+        "the number of columns changed from 3 to 4 at row 3"
+    )
+    for wrong in ("5", 5.5, 0):
+        with pytest.raises(InputError, match="n_points"):
+            read(tmp_path / "a.txt", n_points=wrong)

@@ -15,8 +15,9 @@ from budwood.bench.frames import HEIGHT, Placed, street, sweep
 from budwood.errors import InputError, OutputError, UnknownNameError
 from budwood.points import ScanConfig, ScannedFrame, draw_from_above, scan, write_page
 from budwood.points.adapters import make_adapter
+from budwood.points.axes import turn_up
 from budwood.points.data import CloudSet
-from budwood.points.io import make_cloud
+from budwood.points.io import Assumed, make_cloud
 from budwood.points.scanning import folder as folders
 from budwood.points.scanning import naming, pipeline, rejection
 from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
@@ -544,6 +545,90 @@ def test_json_keeps_everything():
     assert again.boxes == one.boxes and again.notices == one.notices
     assert again.known == one.boxes[:1] and np.array_equal(again.pose, one.pose)
     assert again.as_json() == one.as_json()
+
+
+@pytest.mark.parametrize("up", ["y", "-y", "x"])
+def test_frames_in_other_axes_are_tracked_and_placed_as_they_are(by_shape, tmp_path, up):
+    """The same street, with the same poses, as a sensor with other axes has them."""
+    turn = np.eye(4)
+    turn[:3, :3] = turn_up("z", up)
+    xyz, _ = frame(shots=300)
+    poses = np.stack([pose(x=1.5 * i) for i in range(3)])
+    frames = [xyz - (1.5 * i, 0, 0) for i in range(3)]
+    given = {"labels": texts(by_shape), "encoder": by_shape}
+    known = scan(frames, poses=poses, **given)
+    frames = [one @ turn[:3, :3].T for one in frames]
+    found = scan(frames, poses=turn @ poses @ np.linalg.inv(turn), up=up, **given)
+    for one, other in zip(known, found):
+        assert [box.track for box in one.boxes] == [box.track for box in other.boxes]
+        assert [box.n_used for box in one.boxes] == [box.n_used for box in other.boxes]
+        for box, same in zip(one.boxes, other.boxes):  # at the same place of the world
+            place = (turn @ one.pose) @ (*box.center, 1)
+            np.testing.assert_allclose(other.pose @ (*same.center, 1), place, atol=0.05)
+    tracks = {box.track for one in found for box in one.boxes}
+    assert len(tracks) < sum(len(one.boxes) for one in found)
+
+
+def test_kitti_labels_of_frames_in_other_axes():
+    line = kitti_text(scanned(box())).split()
+    to_box = turn_up("-y", "z")  # the frame's boxes are in axes that were turned so that z is up
+    camera = np.array([-2.0, 0.9, 10.0])
+    ahead = to_box @ (0, 0, 1)
+    turned = box(center=tuple(to_box @ camera), yaw=math.atan2(ahead[1], ahead[0]))
+    there = replace(scanned(turned), assumed=Assumed(up="-y"))
+    found = kitti_text(there).split()
+    np.testing.assert_allclose([float(v) for v in found[8:14]], [float(v) for v in line[8:14]])
+    assert abs(float(found[14])) == pytest.approx(math.pi / 2, abs=0.01)
+    with pytest.raises(InputError, match="x points up, so that a camera's axes are not known"):
+        kitti_text(replace(there, assumed=Assumed(up="x")))
+
+
+def test_options_without_effect_and_labels_alike_are_refused(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    given = {"labels": texts(by_shape), "encoder": by_shape}
+    out = {"output": tmp_path / "found"}
+    for options, reason in (
+        ({"formats": ["csv"]}, "formats says what to write into output"),
+        ({"formats": "csv", **out}, "formats='csv' is one string; give a list of names"),
+        ({"output": 5}, "output is of type int; give a folder"),
+        ({"calibration": "nope.txt"}, "a calibration .* is for poses and for boxes in KITTI's"),
+        ({"calibration": "nope.txt", **out}, "a calibration .* is for poses and for boxes"),
+        ({"config": ScanConfig(window=3)}, "window=3 is for frames with poses"),
+        ({"labels": texts(by_shape, ["car", "Unknown"])}, "'unknown' is that of objects without"),
+        (
+            {"labels": texts(by_shape, ["a b", "a_b"]), "formats": ["kitti"], **out},
+            "labels 'a b' and 'a_b' have the same name",
+        ),
+    ):
+        with pytest.raises(InputError, match=reason):
+            scan(xyz, **{**given, **options})
+    assert not (tmp_path / "found").exists()
+
+
+def test_another_calibration_writes_labels_anew(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    file, calibration = write(tmp_path / "0.bin", xyz), tmp_path / "calib.txt"
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
+    labels = []
+    for shift in (0.0, 5.0):
+        tr = CAMERA[:3].copy()
+        tr[0, 3] = shift
+        calibration.write_text("Tr: " + " ".join(map(str, tr.ravel())))
+        scan([file], formats=["kitti"], calibration=calibration, **given)
+        labels.append((tmp_path / "found/kitti/0.txt").read_text())
+    x, moved = (float(text.split()[11]) for text in labels)
+    assert moved == pytest.approx(x + 5, abs=0.02)
+
+
+def test_clusters_of_a_frame_that_changed_are_written_anew(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    file = write(tmp_path / "0.bin", xyz)
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
+    (first,) = scan([file], formats=["clusters"], **given)
+    write(file, xyz[xyz[:, 0] < np.median(xyz[:, 0])])
+    (second,) = scan([file], formats=["clusters"], **given)
+    assert len(second.boxes) < len(first.boxes)
+    assert len(list((tmp_path / "found/clusters").iterdir())) == len(second.boxes)
 
 
 def test_csv():

@@ -126,10 +126,13 @@ def run(
         seed); None throughout for a group without test clouds.
 
     Raises:
-        InputError: there are no clouds to adapt to, or to tune on.
+        InputError: there are no clouds to adapt to, or to tune on, or they have too few points.
     """
     if config.tune and not len(clouds.where(use="val")):
         raise InputError("tuning needs clouds for validation, and there are none")
+    most = clouds.xyz.shape[1]
+    if too_many := [n for _, n in config.densities if n > most]:
+        raise InputError(f"the clouds have {most:,} points each; {too_many[0]:,} are more")
     evaluation = _Evaluation(clouds, texts, encoder, config.warm_up)
     rows = {name: [row for row in begun if row["method"] == name] for name in config.methods}
     grouping = encoder.grouping

@@ -139,6 +139,7 @@ def classify(
 
 def _reserve(files: list[Path], table: Path | None, plot: Path | None, force: bool) -> None:
     """Check that the outputs can be written, before slow work."""
+    clouds.refuse_inputs(files, table, plot)
     if plot:
         if len(files) > 1:
             raise InputError(f"--plot draws one cloud, and there are {len(files)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,7 +120,7 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
     Raises:
         InputError: no option, two lists, an unreadable file, or an empty or repeated label.
     """
-    from budwood.points.labels import check_labels, read_lines
+    from budwood.points.labels import check_labels, read_labels
 
     given = [option for option in (labels, file) if option is not None]
     if len(given) > 1 or (not given and embeddings is None):
@@ -128,16 +129,8 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
             "it to choose among its labels"
         )
     if labels is not None:
-        return list(check_labels(labels.split(",")))
-    if file is None:
-        return None
-    lines = read_lines(file)
-    if len(lines) == 1 and "," in lines[0]:
-        raise InputError(
-            f"{file} has one line with commas; write a label on each line, or give "
-            f"--labels {','.join(label.strip() for label in lines[0].split(','))!r}"
-        )
-    return list(check_labels(lines))
+        return list(check_labels(next(csv.reader([labels], skipinitialspace=True), [""])))
+    return None if file is None else list(check_labels(read_labels(file)))
 
 
 def files_of(paths: list[Path], *others: Path | None, within: Path | None = None) -> list[Path]:
@@ -171,6 +164,18 @@ def files_of(paths: list[Path], *others: Path | None, within: Path | None = None
     if unknown := unknown_files(paths):
         say(f"left out: {left_out_note(unknown)}")
     return files
+
+
+def refuse_inputs(files: list[Path], *outputs: Path | None) -> None:
+    """Refuse to write over a file that is read.
+
+    Raises:
+        InputError: an output is one of the files.
+    """
+    read = {file.resolve() for file in files}
+    for output in outputs:
+        if output is not None and output.resolve() in read:
+            raise InputError(f"{output} is one of the files that are read; give another name")
 
 
 def reading_of(

@@ -225,6 +225,7 @@ def _reserve(
     files: list[Path], table: Path | None, plot: Path | None, page: Path | None, force: bool
 ) -> None:
     """Check that the outputs can be written, before slow work."""
+    clouds.refuse_inputs(files, table, plot, page)
     named = [path for path in (table, plot, page) if path is not None]
     if len({path.resolve() for path in named}) < len(named):
         raise InputError("--csv, --plot and --page must be different files")

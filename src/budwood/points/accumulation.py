@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from budwood.checks import need_kind
 from budwood.errors import InputError
 from budwood.points.io.cloud import Cloud
 
@@ -34,6 +35,9 @@ def accumulate(clouds: Sequence[Cloud], poses: ArrayLike, source: str = "accumul
         InputError: no frames, another number of poses, poses that are no rigid motions, or frames
             with different axes up.
     """
+    clouds = list(clouds)
+    for cloud in clouds:
+        need_kind(Cloud, "Cloud, such as read() gives", frame=cloud)
     moves = rigid_motions(poses, len(clouds))
     axes = {cloud.assumed.up for cloud in clouds}
     if len(axes) > 1:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budwood.checks import need_at_least, need_positive, need_seed
+from budwood.checks import need_at_least, need_kind, need_positive, need_seed
 from budwood.errors import DivergedError, InputError, InputWarning
 from budwood.points.adapters import Adapter, make_adapter
 from budwood.points.adapters.base import Usage, check_folder
@@ -78,6 +78,8 @@ class AdaptConfig:
         SAMPLERS.get(self.sampler)
         need_at_least(1, steps=self.steps, batch_size=self.batch_size)
         need_seed(self.seed)
+        need_kind(Curriculum, "Curriculum", curriculum=self.curriculum)
+        need_kind(Objective, "Objective", objective=self.objective)
         if self.lr is not None:
             need_positive(lr=self.lr)
 

@@ -27,6 +27,20 @@ def check_up(axis: str, *, auto: bool = False) -> None:
         raise InputError(f"up={axis!r} is unknown; give one of {names}")
 
 
+def turn_up(current: str, wanted: str) -> NDArray[np.float64]:
+    """The rotation that makes another axis point up, shape (3, 3); see :func:`to_up`."""
+    check_up(current)
+    check_up(wanted)
+    old, new = _unit(current), _unit(wanted)
+    if current == wanted:
+        return np.eye(3)
+    if current[-1] == wanted[-1]:
+        kept = _unit("y" if wanted[-1] == "x" else "x")
+        return 2 * np.outer(kept, kept) - np.eye(3)
+    third = np.outer(np.cross(old, new), np.cross(old, new))
+    return np.outer(new, old) - np.outer(old, new) + third
+
+
 def to_up(xyz: NDArray[np.float64], current: str, wanted: str) -> NDArray[np.float64]:
     """Turn a cloud so that another axis points up, without mirroring it.
 
@@ -41,18 +55,19 @@ def to_up(xyz: NDArray[np.float64], current: str, wanted: str) -> NDArray[np.flo
     Raises:
         InputError: another axis.
     """
-    check_up(current)
-    check_up(wanted)
-    if current == wanted:
-        return xyz
-    old, new = _unit(current), _unit(wanted)
-    if current[-1] == wanted[-1]:
-        kept = _unit("y" if wanted[-1] == "x" else "x")
-        turn = 2 * np.outer(kept, kept) - np.eye(3)
-    else:
-        third = np.outer(np.cross(old, new), np.cross(old, new))
-        turn = np.outer(new, old) - np.outer(old, new) + third
-    return xyz @ turn.T
+    turn = turn_up(current, wanted)
+    return xyz if current == wanted else xyz @ turn.T
+
+
+def from_turned(up: str) -> NDArray[np.float64]:
+    """From a frame that was turned so that z points up, back to its own axes, shape (4, 4).
+
+    Args:
+        up: the axis that points up in the frame, in ``AXES``.
+    """
+    back = np.eye(4)
+    back[:3, :3] = turn_up(up, "z").T
+    return back
 
 
 def _unit(axis: str) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from budwood.checks import need_kind
 from budwood.errors import InputError
 from budwood.optional import need
 from budwood.points.axes import to_up
@@ -65,6 +66,7 @@ def without_strays(cloud: Cloud, seed: int = 0) -> Cloud:
         cloud: one object, or a scene.
         seed: of the draw of `ANCHORS` in large clouds.
     """
+    need_kind(Cloud, "Cloud, such as read() gives", cloud=cloud)
     n_points = len(cloud)
     if n_points < FEWEST:
         return cloud
@@ -103,6 +105,7 @@ def without_ground(cloud: Cloud, up: str, seed: int = 0) -> Cloud:
         InputError: nothing is left.
         MissingPackageError: scikit-learn is not installed.
     """
+    need_kind(Cloud, "Cloud, such as read() gives", cloud=cloud)
     points = to_up(cloud.xyz, up, "z")
     extent = np.ptp(np.quantile(points, (0.01, 0.99), axis=0), axis=0).max()
     thickness = THICKNESS_M if cloud.assumed.units == "m" else THICKNESS * float(extent)

@@ -7,12 +7,14 @@ Source: ESP-Zero (arXiv 2404.19639), a reconstruction; parts of ours are marked.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budwood.checks import need_int, need_kind
 from budwood.errors import InputError
 from budwood.points.logits import cosine_logits, entropies
 
@@ -187,8 +189,11 @@ class Curriculum:
     order: str = "mixed"
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 2:
-            raise InputError(f"counts={self.counts} must be 2 or more each, at least one")
+        need_kind(Sequence, "list of numbers of points", counts=self.counts)
+        for i, count in enumerate(self.counts):
+            need_int(2, **{f"counts[{i}]": count})
+        if not self.counts:
+            raise InputError("counts is empty; give at least one number of points")
         if self.order not in ("mixed", "falling"):
             raise InputError(f"order={self.order!r} is unknown; give 'mixed' or 'falling'")
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from budwood.checks import need_kind
 from budwood.errors import InputWarning
 from budwood.files import write_whole
 from budwood.points.encoders.base import PointEncoder
@@ -48,6 +49,7 @@ def trained_labels(encoder: PointEncoder) -> dict[str, tuple[str, ...]] | None:
         Such as ``{"indoor": ("chair", …), "road": ("car", …)}``; None if it is not known, as for
         the published encoders.
     """
+    need_kind(PointEncoder, "encoder, as load_encoder() gives", encoder=encoder)
     return None if encoder.labels_file is None else names_in(encoder.labels_file)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from budwood.points.io import (
     cloud_of,
     crop,
     find_files,
+    make_cloud,
     read,
     unknown_files,
 )
@@ -94,7 +95,9 @@ class InputOptions:
             name: name of an array, for messages.
         """
         if isinstance(item, Cloud):
-            cloud = item
+            made = make_cloud(item.xyz, item.rgb, source=item.source, invalid=self.invalid)
+            dropped = {**item.assumed.dropped, **made.assumed.dropped}
+            cloud = replace(made, assumed=replace(item.assumed, dropped=dropped))
         elif isinstance(item, (str, os.PathLike)):
             cloud = read(item, columns=self.columns, invalid=self.invalid, seed=self.seed)
         else:

@@ -7,6 +7,7 @@ the lines of the original file as ``templates`` to reproduce published numbers t
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -108,6 +109,29 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def read_labels(path: str | os.PathLike[str]) -> list[str]:
+    """The labels in a text file, one a line; lines that begin with # are comments.
+
+    Raises:
+        InputError: it cannot be read, or is a table, or one line with commas.
+    """
+    lines = [line.strip() for line in read_lines(path)]
+    lines = [line.rstrip(", ") for line in lines if not line.startswith("#")]
+    if len(lines) == 1 and "," in lines[0]:
+        labels = ",".join(label.strip() for label in lines[0].split(","))
+        raise InputError(
+            f"{path} has one line with commas; write a label on each line, or give --labels "
+            f"{labels!r}"
+        )
+    numbered = [line for line in lines if re.match(r"\d+\s*[,;\t]", line)]
+    if numbered:
+        raise InputError(
+            f"{path} is a table, with lines such as {numbered[0]!r}; write a label on each line, "
+            "and nothing else"
+        )
+    return lines
+
+
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Return labels without surrounding or repeated blanks.
 
@@ -116,7 +140,7 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(labels, str):
         raise InputError(f"labels={labels!r} is one string; give a list of labels")
-    need_kind(Iterable, "list of labels", labels=labels)
+    need_kind(Iterable, "list of texts", labels=labels)
     labels = list(labels)
     for label in labels:
         if not isinstance(label, str):
@@ -159,7 +183,8 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
             raise InputError(f"templates {str(templates)!r} are not a file; names: {known}")
         sentences = tuple(read_lines(templates))
     else:
-        need_kind(Iterable, "name, a file or a list of sentences", templates=templates or 0)
+        if not isinstance(templates, Iterable) or isinstance(templates, bytes):
+            raise InputError(f"templates={templates!r}; give a name, a file or a list of sentences")
         sentences = tuple(templates)
     if not sentences:
         raise InputError("templates are empty; give at least '{}'")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
 
+from budwood.checks import need_at_least, need_kind, need_seed
 from budwood.errors import InputError
 from budwood.points.axes import to_up
 from budwood.points.io.cloud import Array, Cloud
@@ -159,6 +159,7 @@ def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -
         UnknownNameError: no such method in ``SAMPLERS``.
         InputError: ``n_points`` is below 1, or ``seed`` below 0.
     """
+    need_kind(Cloud, "Cloud, such as read() gives", cloud=cloud)
     return cloud.take(SAMPLERS.get(method)(cloud.xyz, n_points, seed))
 
 
@@ -217,11 +218,10 @@ def check_draw(n_points: int, seed: int, least: int = 1) -> None:
         least: the fewest points allowed.
 
     Raises:
-        InputError: too few points, a negative seed, or not an integer.
+        InputError: too few points, a seed that generators do not take, or not an integer.
     """
-    for name, value, low in (("n_points", n_points, least), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-            raise InputError(f"{name}={value!r} must be an integer of {low} or more")
+    need_at_least(least, n_points=n_points)
+    need_seed(seed)
 
 
 def check_extent(cloud: Cloud) -> None:

@@ -141,6 +141,8 @@ def embed_labels_for(
     if embeddings is not None:
         if isinstance(labels, TextEmbeddings):
             raise InputError("give either embeddings of labels, or a file with them")
+        if text is not None:
+            raise InputError("give either a text model (--text), or a file of embeddings")
         result = read_embeddings(embeddings)
         if labels is not None:
             result = result.only(check_labels(labels))

@@ -21,6 +21,7 @@ from budwood.errors import InputError, UnknownNameError
 FOLDER = Path(__file__).parent
 PARTS = catalogue.CLOUDS
 GROUPS = ("seen", "unseen", "novel")
+USES = ("adapt", "val", "test")
 LEVELS = 1023
 """Coordinates are stored in 10 bits: steps of 0.2 % of the radius."""
 
@@ -67,7 +68,14 @@ class CloudSet:
         return tuple(sorted(set(self.labels)))
 
     def where(self, *, group: str | None = None, use: str | None = None) -> CloudSet:
-        """Select the clouds of a group and a use; None is any."""
+        """Select the clouds of a group and a use; None is any.
+
+        Raises:
+            UnknownNameError: there is no such group or use.
+        """
+        for name, value, known in (("group", group, GROUPS), ("use", use, USES)):
+            if value is not None and value not in known:
+                raise UnknownNameError(f"unknown {name} {value!r}; give one of {', '.join(known)}")
         kept = [
             i
             for i, split in enumerate(self.about)
@@ -90,7 +98,7 @@ def load_clouds(paths: Sequence[Path] | None = None, *, part: str = "indoor") ->
     """
     parts = parts_of(part)
     shipped = [FOLDER / name for one in parts for name in PARTS[one]]
-    sets = [_read(path) for path in (shipped if paths is None else paths)]
+    sets = [_read(Path(path)) for path in (shipped if paths is None else paths)]
     xyz = np.concatenate([one.xyz for one in sets])
     about = tuple(split for one in sets for split in one.about)
     return CloudSet(xyz, about if len(parts) == 1 else _one_group_each(about))

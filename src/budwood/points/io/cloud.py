@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from budwood.checks import need_at_least
+from budwood.checks import need_at_least, need_int, need_kind
 from budwood.errors import InputError, first_line
 
 Array = NDArray[np.float64]
@@ -18,6 +18,8 @@ Array = NDArray[np.float64]
 
 NO_RETURN, INVALID = "no return", "invalid"
 """Reasons to leave a point out: a beam without a return, and damaged coordinates."""
+HIGHEST = 1e30
+"""Coordinates above have squares that overflow."""
 _ROUNDED = 1e-3
 """By how much colours up to 1 may be above it."""
 
@@ -130,6 +132,8 @@ def make_cloud(
     kept = np.asarray(~(empty | bad))
     if not kept.any():
         raise InputError(f"{source}: all {len(points)} points have NaN or infinite coordinates")
+    if (largest := np.abs(points[kept]).max()) > HIGHEST:
+        raise InputError(f"{source} has coordinates up to {largest:.0e}; look for damaged ones")
     colors = None if rgb is None else unit_colors(rgb, kept, source)
     counts = {NO_RETURN: int(empty.sum()), INVALID: int(bad.sum())}
     dropped = {reason: n for reason, n in counts.items() if n}
@@ -214,7 +218,8 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if self.invalid not in ("error", "drop"):
             raise InputError(f"invalid={self.invalid!r} is unknown; give 'error' or 'drop'")
-        if not 1 <= self.n_points <= 100_000_000:
+        need_int(1, n_points=self.n_points)
+        if self.n_points > 100_000_000:
             raise InputError(f"n_points={self.n_points} is outside 1…100,000,000")
         need_at_least(0, seed=self.seed)
         if self.columns is not None and not are_columns(self.columns):
@@ -246,6 +251,7 @@ def crop(cloud: Cloud, box: Sequence[float | str]) -> Cloud:
     Raises:
         InputError: the box is malformed or holds no point.
     """
+    need_kind(Cloud, "Cloud, such as read() gives", cloud=cloud)
     low, high = corners(box)
     inside = ((cloud.xyz >= low) & (cloud.xyz <= high)).all(axis=1)
     if not inside.any():

@@ -21,6 +21,8 @@ IN_DEGREES = (
     "its coordinate system is of degrees, so the shape is squeezed; project it to metres first, "
     "for example to UTM"
 )
+WITHHELD = "withheld"
+"""Reason to leave a point out: its flag says that it counts as deleted."""
 LAZ_VARIABLE = 2**32 - 1  # chunks of different numbers of points
 LAZ_CHUNK_MAX = 2**24  # points; writers take 50,000
 
@@ -39,6 +41,7 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
         rgb = None
         if {"red", "green", "blue"} <= names:
             rgb = np.stack([np.asarray(data[name]) for name in ("red", "green", "blue")], axis=1)
+        withheld = np.asarray(data.withheld, dtype=bool)
         n_declared = data.header.point_count
     except InputError:
         raise
@@ -48,7 +51,13 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
         raise InputError(f"{path} is truncated: {len(xyz)} of {n_declared} points")
     if rgb is not None and not rgb.any():
         rgb = None  # the point format has colours, but the writer filled in none
-    cloud = make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+    if withheld.all():
+        raise InputError(f"{path}: all points are marked as withheld, which means deleted")
+    rgb = None if rgb is None else rgb[~withheld]
+    cloud = make_cloud(xyz[~withheld], rgb, source=str(path), invalid=options.invalid)
+    if withheld.any():
+        dropped = {**cloud.assumed.dropped, WITHHELD: int(withheld.sum())}
+        cloud = cloud.assuming(dropped=dropped)
     if not in_degrees:
         return cloud
     return cloud.assuming(units="degrees", notes=(IN_DEGREES,))

@@ -40,8 +40,20 @@ def read_pcd(path: Path, options: ReadOptions) -> Cloud:
         raise damaged(path, error) from None
     xyz, rgb = from_fields(fields, str(path))
     if len(xyz) != n_declared:
-        raise InputError(f"{path} is truncated: {len(xyz)} of {n_declared} points")
-    return make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+        kind = "is truncated" if len(xyz) < n_declared else "is damaged"
+        raise InputError(f"{path} {kind}: {len(xyz)} points, and its header says {n_declared}")
+    cloud = make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+    return cloud.noting(_behind(header, body))
+
+
+def _behind(header: dict[str, list[str]], body: bytes) -> str | None:
+    """A note where binary points go on behind those that the header declares."""
+    if header["DATA"] != ["binary"]:
+        return None
+    sizes = (int(size) * int(count) for size, count in zip(header["SIZE"], header["COUNT"]))
+    width = sum(sizes)
+    n_more = len(body) // width - int(header["POINTS"][0])
+    return f"{n_more} points behind those of its header are left out" if n_more > 0 else None
 
 
 def _header(path: Path, file: BinaryIO) -> dict[str, list[str]]:
@@ -72,6 +84,8 @@ def _header(path: Path, file: BinaryIO) -> dict[str, list[str]]:
     header |= {"WIDTH": width, "HEIGHT": height}
     header["VIEWPOINT"] = ["0", "0", "0", "1", "0", "0", "0"]
     header["POINTS"] = given.get("POINTS") or [_product(path, width, height)]
+    if not header["POINTS"][0].isdecimal():
+        raise InputError(f"{path} is damaged: POINTS {header['POINTS'][0]}")
     return {**header, "DATA": given["DATA"]}
 
 

@@ -135,9 +135,11 @@ def _table(
                 usecols=layout.used,
                 ndmin=2,
                 encoding=TEXT,
+                comments=None if layout.has_header else "#",
             )
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a table of numbers: {first_line(error)}") from None
+        reason = first_line(error).partition("; use `usecols`")[0]
+        raise InputError(f"{path} is not a table of numbers: {reason}") from None
     if table.size == 0:
         raise InputError(f"{path} has no points")
     return table
@@ -171,6 +173,7 @@ class _Layout:
         n_points: how many the first line declares; None if it does not.
         has_names: whether the columns are named in the file.
         has_words: whether other columns may hold text, so that only those with letters are read.
+        has_header: whether a line that is no comment names the columns; # may then be data.
         width: columns before a separator at the end of each row; None without one.
     """
 
@@ -180,6 +183,7 @@ class _Layout:
     n_points: int | None = None
     has_names: bool = False
     has_words: bool = False
+    has_header: bool = False
     width: int | None = None
 
     @property
@@ -203,6 +207,8 @@ def _layout(path: Path, columns: str | None) -> _Layout:
     if len(fields) == 1 and fields[0].isdecimal():
         return _Layout(separator, head.skip + 1, columns, int(fields[0]))
     names = None if columns else _commented(head.comment, len(fields))
+    if separator == "," and _counts_columns(fields, head.second):
+        return _Layout(separator, head.skip + 1, columns)
     if all(numbers):
         width = len(fields) if separator and head.first.endswith(separator) else None
         return _Layout(
@@ -231,7 +237,9 @@ def _below_header(path: Path, head: _Head, separator: str | None, columns: str |
         separator = "\t"  # names may hold blanks
     names = head.fields(head.first, separator)
     columns = _header(path, head.first, names)
-    layout = _Layout(separator, head.skip + 1, columns, has_names=True, has_words=True)
+    layout = _Layout(
+        separator, head.skip + 1, columns, has_names=True, has_words=True, has_header=True
+    )
     values = head.fields(head.second, separator)
     if len(values) == 1 and values[0].isdecimal():  # as CloudCompare writes it
         return replace(layout, skip=head.skip + 2, n_points=int(values[0]))
@@ -245,6 +253,11 @@ def _below_header(path: Path, head: _Head, separator: str | None, columns: str |
     if not all(_is_number(values[at]) for at in layout.used or ()):
         raise _no_numbers(path, head.second)
     return layout
+
+
+def _counts_columns(fields: list[str], row: str) -> bool:
+    """Whether 0, 1, 2, … stand above decimals, as pandas writes a table without names."""
+    return fields == [str(i) for i in range(len(fields))] and len(fields) > 2 and "." in row
 
 
 def _separator(line: str) -> str | None:

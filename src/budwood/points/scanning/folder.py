@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -75,6 +76,8 @@ class ScanFolder:
         self._names: dict[str, str] = {}
         self._marks: dict[str, str] = {}
         self._written: dict[str, frozenset[str]] = {}
+        self._wanted = frozenset(self._called(one) for one in self.formats & _OF_EACH)
+        self._tracks: set[int] = set()
         self._order: list[str] = []
         self._n_done = 0
 
@@ -101,9 +104,10 @@ class ScanFolder:
         if row.get("mark") != self._marks[name]:
             return None
         self._written[name] = frozenset(row.get("written", ()))
-        lacking = (self.formats & _OF_EACH) - self._written[name]
+        lacking = self._wanted - self._written[name]
         if lacking & _OF_POINTS:
             return None
+        self._tracks |= {box.track for box in frame.boxes if box.track is not None}
         if lacking:
             self.write(frame)
         else:
@@ -119,7 +123,7 @@ class ScanFolder:
         name = self._name(frame.source)
         try:
             self._write_others(frame, name)
-            written = (self.formats & _OF_EACH) | self._written.get(name, frozenset())
+            written = self._wanted | self._written.get(name, frozenset())
             text = json_text(frame, mark=self._marks[name], written=sorted(written))
             write_text(self._file(name), text)
         except OutputError as error:
@@ -154,13 +158,24 @@ class ScanFolder:
 
     def _write_clusters(self, frame: ScannedFrame, name: str) -> None:
         """Write the points of each object, of an object in several frames those of the densest."""
+        for old in (self.path / "clusters").glob(f"{glob.escape(name)}-[0-9][0-9][0-9][0-9].npy"):
+            old.unlink()
         for i, (box, xyz) in enumerate(zip(frame.boxes, frame.clusters)):
             called = f"{name}-{i:04}" if box.track is None else f"object-{box.track:06}"
             file = self.path / "clusters" / f"{called}.npy"
             points = xyz.astype(np.float32)
-            denser = box.track is None or _size(file) - NPY_HEADER < points.nbytes
-            if denser:
+            known = box.track in self._tracks  # others are of an earlier run
+            if not known or _size(file) - NPY_HEADER < points.nbytes:
                 write_whole(file, lambda part, points=points: np.save(part, points))
+            if box.track is not None:
+                self._tracks.add(box.track)
+
+    def _called(self, name: str) -> str:
+        """A format as it is noted with a frame: KITTI's also depends on the camera."""
+        if name != "kitti" or not self.camera:
+            return name
+        values = b"".join(self.camera[key].tobytes() for key in sorted(self.camera))
+        return f"kitti {hashlib.sha256(values).hexdigest()[:8]}"
 
     def _frames(self) -> Iterator[ScannedFrame]:
         """The finished frames, in the order of the run."""
@@ -201,6 +216,8 @@ def check_formats(formats: Sequence[str]) -> None:
         UnknownNameError: no such format.
         MissingPackageError: a package is not installed.
     """
+    if isinstance(formats, str):
+        raise InputError(f"formats={formats!r} is one string; give a list of names")
     for name in formats:
         BOX_FORMATS.check(name)
     if "png" in formats:

@@ -16,6 +16,7 @@ import numpy as np
 from budwood.errors import InputError
 from budwood.files import read_json
 from budwood.optional import need
+from budwood.points.axes import from_turned
 from budwood.points.io.cloud import Array, Assumed, Cloud
 from budwood.points.scanning.boxes import Box
 from budwood.points.scanning.poses import CAMERA, stem
@@ -168,12 +169,24 @@ def kitti_text(
     without a projection. The angle is that of the longer side, up to half a turn.
 
     Args:
-        frame: with boxes in the axes of the LiDAR.
-        to_camera: from the LiDAR to the rectified camera, shape (4, 4); default a camera at the
-            place of the LiDAR.
+        frame: with its boxes.
+        to_camera: from the axes of the frame's file to the rectified camera, shape (4, 4); default
+            a camera at the place of the LiDAR (x forward, z up), or of a frame in a camera's axes
+            (-y up).
         projection: of the camera, shape (3, 4).
+
+    Raises:
+        InputError: another axis of the frame points up, and there is no calibration.
     """
-    turn = CAMERA if to_camera is None else to_camera
+    up = frame.assumed.up or "z"
+    if to_camera is None:
+        to_camera = {"z": CAMERA, "-y": np.eye(4)}.get(up)
+    if to_camera is None:
+        raise InputError(
+            f"{frame.source}: {up} points up, so that a camera's axes are not known, which KITTI's "
+            "labels are in; give --calib"
+        )
+    turn = to_camera @ from_turned(up)
     lines = []
     for box in frame.known:
         length, width, height = box.size
@@ -184,10 +197,15 @@ def kitti_text(
         sides = _in_picture(box, turn, projection)
         numbers = [*sides, height, width, length, x, y, z, angle]
         alpha = _turned(angle - math.atan2(x, z))
-        name = "_".join(box.label.split()).capitalize()
+        name = detection_name(box.label).capitalize()
         values = " ".join(f"{number:.2f}" for number in numbers)
         lines.append(f"{name} -1 -1 {alpha:.2f} {values} {box.score:.4f}\n")
     return "".join(lines)
+
+
+def detection_name(label: str) -> str:
+    """A label as KITTI and nuScenes write it, without blanks."""
+    return "_".join(label.split())
 
 
 def _in_picture(box: Box, turn: Array, projection: Array | None) -> list[float]:
@@ -239,7 +257,7 @@ def nuscenes_results(
                     "size": [round(side, DIGITS) for side in (width, length, height)],
                     "rotation": [round(value, 6) for value in (w, x, y, z)],
                     "velocity": [0.0, 0.0],
-                    "detection_name": "_".join(box.label.split()),
+                    "detection_name": detection_name(box.label),
                     "detection_score": round(box.score, DIGITS),
                     "attribute_name": "",
                 }

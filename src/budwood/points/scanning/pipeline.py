@@ -15,17 +15,17 @@ import torch
 from budwood.checks import need_at_least, need_kind
 from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
 from budwood.points.adapters import Adapter, fingerprint
-from budwood.points.axes import to_up
+from budwood.points.axes import from_turned, to_up
 from budwood.points.classification import load_adapted
 from budwood.points.encoders import PointEncoder
 from budwood.points.familiar import warn_unfamiliar
 from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, named
 from budwood.points.io import find_files
 from budwood.points.io.cloud import Array, Cloud
-from budwood.points.scanning.boxes import Box, fit_box
+from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
 from budwood.points.scanning.config import ScanConfig
-from budwood.points.scanning.folder import ScanFolder
-from budwood.points.scanning.formats import ScannedFrame
+from budwood.points.scanning.folder import ScanFolder, check_formats
+from budwood.points.scanning.formats import ScannedFrame, detection_name
 from budwood.points.scanning.naming import Name, Namer
 from budwood.points.scanning.poses import Poses, check_poses, read_poses
 from budwood.points.scanning.rejection import (
@@ -135,6 +135,7 @@ def scan(
     options = InputOptions(
         up=up, columns=columns, box=box, invalid=invalid, strays="keep", seed=config.seed
     )
+    _check_used(output, formats, poses, calibration, config)
     if isinstance(frames, Sized) and not isinstance(frames, (str, Cloud)) and len(frames) == 0:
         raise InputError("there are no frames; give at least one")
     many = not is_one_cloud(frames) and isinstance(frames, Iterator)
@@ -154,6 +155,7 @@ def scan(
         background=background,
         batch_size=batch_size,
     )
+    _check_names(namer.labels.given, formats)
     folder = None
     if output is not None:
         settings = about(namer, config, options)
@@ -162,6 +164,43 @@ def scan(
         folder = ScanFolder(output, settings, formats, calibration, poses)
     found = _Scan(config, options, namer, poses, folder, on_error)(frames, batch_frames)
     return found if many else list(found)
+
+
+def _check_used(
+    output: Any, formats: Any, poses: Any, calibration: Any, config: ScanConfig
+) -> None:
+    """Refuse options that have no effect without others."""
+    need_kind((str, os.PathLike), "folder", output=output)
+    check_formats(formats)
+    if output is None and list(formats) != ["json"]:
+        raise InputError("formats says what to write into output (--output); give both")
+    if calibration is not None and poses is None and (output is None or "kitti" not in formats):
+        raise InputError(
+            "a calibration (--calib) is for poses and for boxes in KITTI's format; give one of "
+            "these, or leave it out"
+        )
+    if poses is None and config.window != ScanConfig.window:
+        raise InputError(
+            f"window={config.window} is for frames with poses (--poses); give both, or neither"
+        )
+
+
+def _check_names(labels: Sequence[str], formats: Sequence[str]) -> None:
+    """Refuse labels that KITTI and nuScenes would write alike.
+
+    Raises:
+        InputError: two labels differ only in blanks, underscores or case.
+    """
+    if not {"kitti", "nuscenes"} & {*formats}:
+        return
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(detection_name(label).lower(), label)
+        if other != label:
+            raise InputError(
+                f"labels {other!r} and {label!r} have the same name in KITTI's and nuScenes' "
+                "formats; give one of them"
+            )
 
 
 def make_namer(
@@ -190,6 +229,8 @@ def make_namer(
     given = embed_labels_for(
         model, labels, embeddings=embeddings, text=text, templates=templates, synonyms=synonyms
     )
+    if any(label.casefold() == UNKNOWN for label in given.labels):
+        raise InputError(f"the label {UNKNOWN!r} is that of objects without a label; rename it")
     if text is None:
         warn_unfamiliar(model, given)
     around = background
@@ -331,7 +372,8 @@ class _Scan:
             finished: the frame as an earlier run left it, whose objects keep their numbers.
         """
         cloud = self.options.read(item, name)
-        xyz = to_up(cloud.xyz, cloud.assumed.up or "z", "z")
+        up = cloud.assumed.up or "z"
+        xyz = to_up(cloud.xyz, up, "z")
         segments = segment(replace(cloud, xyz=xyz), self.config)
         frame = ScannedFrame.unnamed(name, cloud, segments)
         own = [segments.cloud.take(members) for members in segments.members()]
@@ -341,7 +383,7 @@ class _Scan:
         known = None
         if finished is not None and len(finished.boxes) == len(own):
             known = [box.track for box in finished.boxes]
-        pose = self.poses.matrices[index]
+        pose = self.poses.matrices[index] @ from_turned(up)
         tracks = self.tracker.update(shapes, pose, known)
         dense = [Cloud(xyz, None, name) for _, xyz in tracks]
         notices = (*frame.notices, *self._about_poses(index, self.tracker, self.poses))
