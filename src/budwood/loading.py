@@ -20,6 +20,8 @@ SPROUT, SPROUT_256 = EMBEDDED_VLMS = ("sprout", "sprout-256")
 """The embedded vision-language model in its high-resolution layout, and in one of 256 tokens."""
 SMOLLM2 = "smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_TOKENS = 49_152
+"""Its embeddings."""
 """What records and adapters call the embedded language model."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

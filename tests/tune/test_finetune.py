@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
@@ -62,7 +63,8 @@ FORMATS = {
 def run(folder, data=None, method="lora", model=None, **options):
     data = [FORMATS["messages"]] * 8 if data is None else data
     model = model or tiny_chat.model()
-    return finetune(model, data, folder, method=method, tokenizer=TOKENS, **{**QUICK, **options})
+    options = {"tokenizer": TOKENS, **QUICK, **options}
+    return finetune(model, data, folder, method=method, **options)
 
 
 def weights(folder):
@@ -676,3 +678,38 @@ def test_the_only_step_of_a_run_learns(tmp_path, method):
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     outputs = [value for name, value in weights.items() if "lora_B" in name or "slim_out" in name]
     assert outputs and all(value.abs().max() > 0 for value in outputs)
+
+
+def test_held_out_examples_that_are_left_out_are_called_so(tmp_path):
+    data = [{"question": "q", "answer": "a"}] * 4
+    held_out = [{"question": "x" * 600, "answer": "a"}, data[0]]
+    with pytest.warns(UserWarning, match="left out 1 of 2 held-out examples of more than 300"):
+        run(tmp_path / "out", data, eval_data=held_out, max_length=300)
+    with pytest.raises(InputError, match="all 1 held-out examples are longer than"):
+        run(tmp_path / "other", data, eval_data=held_out[:1], max_length=300)
+
+
+def test_rows_from_a_generator_are_those_of_a_list(tmp_path):
+    data = [{"question": f"q {i}", "answer": "a"} for i in range(6)]
+    one, other = (run(tmp_path / str(i), rows) for i, rows in enumerate((data, iter(data))))
+    assert same(weights(one.output), weights(other.output))
+
+
+def test_new_tokens_and_a_template_come_back_with_the_adapter(tmp_path):
+    """As PEFT saves embeddings whose number was changed, and the tokenizer that was trained with."""
+    tokenizer = tiny_chat.tokenizer()
+    tiny_chat.save(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.chat_template = tiny_chat.TEMPLATE.replace("<|im_start|>", "<|im_start|>the ")
+    model.resize_token_embeddings(len(tokenizer))
+    data = [{"question": f"<new> {i}", "answer": "<new>, indeed"} for i in range(6)]
+    result = run(tmp_path / "out", data, model=model, tokenizer=tokenizer, method="lora")
+    loaded = load_adapted(result.output)
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded.tokenizer.chat_template == tokenizer.chat_template
+    ids = torch.tensor([[len(tokenizer) - 1, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, result.model.eval()(ids).logits)
+    plain = run(tmp_path / "plain")
+    assert not any("embed" in name for name in weights(plain.output))

@@ -113,10 +113,13 @@ def _export(
     from budwood.tune.data.encoding import encode, longest_for
 
     longest = longest_for(loaded.model, max_length)
-    batches = {
-        name: _batches(encode(some, loaded.tokenizer, longest).rows, loaded)
-        for name, some in examples.items()
-    }
+    batches = {}
+    for name, some in examples.items():
+        encoded = encode(some, loaded.tokenizer, longest)
+        if encoded.n_too_long:
+            n_out = encoded.n_too_long
+            say(f"left out {n_out} of {len(some)} examples of more than {longest} tokens")
+        batches[name] = _batches(encoded.rows, loaded)
     with working("averaging and measuring"):
         report = write_lora(
             loaded.model,

@@ -12,6 +12,7 @@ from torch import nn
 
 from budwood.errors import InputError
 from budwood.fingerprint import sampled_weights
+from budwood.loading import SMOLLM2_ID, SMOLLM2_TOKENS
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size")
 SIZES = (*WIDTHS, "num_hidden_layers", "n_layer", "vocab_size")
@@ -87,3 +88,20 @@ def _alike(weights: Mapping[str, float], other: Mapping[str, float]) -> bool:
     if len(shared) < FEWEST or not lengths > 0:
         return True
     return bool(a @ b >= LIKENESS * lengths)
+
+
+def is_resized(model: Any) -> bool:
+    """Whether a model has another number of embeddings than where it was loaded from.
+
+    No hub is asked; a model that was not loaded by a name, or is not in its cache, has not.
+    """
+    from transformers import AutoConfig
+
+    n_tokens = model.get_input_embeddings().weight.shape[0]
+    if model.name_or_path == SMOLLM2_ID:
+        return n_tokens != SMOLLM2_TOKENS
+    try:
+        saved = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return False
+    return saved.get_text_config().vocab_size != n_tokens

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,6 @@ from budwood.tune.training.settings import Settings, default_lr, settings_from
 from budwood.tune.training.trainer import Probe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import TrainingArguments
 
 TEXTS_FILE = "own.json"
@@ -122,10 +120,10 @@ def finetune(
     Args:
         model: a causal language model of transformers, or a hub id or directory; ``"smollm2"`` is
             SmolLM2-135M-Instruct.
-        data: a ``datasets.Dataset``, a list of dicts, a path to JSON lines, a JSON array, CSV or
-            Parquet, a hub id, or a list of these. Rows are ``{"messages": […]}``,
-            ``{"conversations": […]}``, ``{"prompt": …, "completion": …}`` (texts or lists of
-            messages), ``{"instruction": …, "output": …}``, ``{"question": …, "choices": […],
+        data: a ``datasets.Dataset``, a path to JSON lines, a JSON array, CSV or Parquet, a hub id,
+            a list of these, a DataFrame of pandas, or dicts in a list or from a generator. Rows are
+            ``{"messages": […]}``, ``{"conversations": […]}``, ``{"prompt": …, "completion": …}``
+            (texts or lists of messages), ``{"instruction": …, "output": …}``, ``{"question": …, "choices": […],
             "answer": index or letter}``, ``{"question": …, "answer": text}``, ``{"text": …}``, or
             tokens as ``{"input_ids": …, "labels": …}``; with messages also ``tools``. The loss is
             on the assistant's turns, the completion, the answer, or the whole text.
@@ -166,6 +164,7 @@ def finetune(
     folder = _output_of(output, args)
     tuner = parse_tuner(method)  # these refuse bad input before a model is loaded
     need_int(1, rank=rank)
+    data, eval_data = (list(one) if isinstance(one, Iterator) else one for one in (data, eval_data))
     examples = token_rows(data) if _is_encoded(data) else examples_of(data, style)
     held_out = _held_out(eval_data, style, chosen)
     refuse_other_files(folder)
@@ -173,7 +172,9 @@ def finetune(
     check_trainable(model)
     chosen = dataclasses.replace(chosen, lr=chosen.lr or default_lr(model))
     rows, n_left_out = _encoded(examples, tokenizer, model, chosen.max_length)
-    eval_rows = _encoded(held_out, tokenizer, model, chosen.max_length)[0] if held_out else []
+    eval_rows = []
+    if held_out:
+        eval_rows, _ = _encoded(held_out, tokenizer, model, chosen.max_length, "held-out examples")
     tuner = tuner.fitted_to(n_supervised(rows)).suited_to(tokenizer)
     name = _name_of(model)
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
@@ -261,28 +262,33 @@ def _output_of(output: str | os.PathLike[str] | None, args: Any) -> Path:
 def _is_encoded(data: Any) -> bool:
     """Whether the data are tokens already."""
     columns = getattr(data, "column_names", None)
-    if columns is None and isinstance(data, list) and data and isinstance(data[0], Mapping):
+    if (
+        columns is None
+        and isinstance(data, (list, tuple))
+        and data
+        and isinstance(data[0], Mapping)
+    ):
         columns = data[0]
     return isinstance(columns, (list, Mapping)) and {"input_ids", "labels"} <= set(columns)
 
 
 def _encoded(
-    examples: Sequence[Any], tokenizer: Any, model: Any, max_length: int
+    examples: Sequence[Any], tokenizer: Any, model: Any, max_length: int, what: str = "examples"
 ) -> tuple[list[EncodedExample], int]:
     """Tokenised examples that fit the model, and how many were left out."""
     longest = longest_for(model, max_length)
     if isinstance(examples[0], Example):
-        encoded = encode(examples, tokenizer, longest)
+        encoded = encode(examples, tokenizer, longest, what)
         rows, n_left_out = encoded.rows, encoded.n_too_long
     else:
         rows = [row for row in examples if len(row["input_ids"]) <= longest]
         n_left_out = len(examples) - len(rows)
         if not rows:
-            raise InputError(f"all {n_left_out} examples are longer than {longest} tokens")
+            raise InputError(f"all {n_left_out} {what} are longer than {longest} tokens")
     _check_ids(rows, tokenizer, model)
     if n_left_out:
         warnings.warn(
-            f"left out {n_left_out} of {n_left_out + len(rows)} examples of more than {longest} "
+            f"left out {n_left_out} of {n_left_out + len(rows)} {what} of more than {longest} "
             "tokens",
             stacklevel=3,
         )

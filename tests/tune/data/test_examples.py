@@ -343,3 +343,19 @@ def test_a_system_column_comes_first():
 def test_tables_of_pandas():
     table = datasets.Dataset.from_list(ROWS).to_pandas()
     assert examples_of(table) == [example_of(row) for row in ROWS]
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", None])
+def test_rows_of_arrays_and_tuples(form):
+    table = datasets.Dataset.from_list([{"question": "q", "choices": ["a", "b"], "answer": 1}] * 2)
+    (first, second) = examples_of(table.with_format(form))
+    assert first == second == example_of({"question": "q", "choices": ("a", "b"), "answer": 1})
+    assert first.answer == 1 and first.choices == ("a", "b")
+    assert len(examples_of([table, table])) == 4
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    assert example_of({"messages": turns}) == example_of({"messages": list(turns)})
+
+
+def test_of_two_equal_choices_the_first_counts():
+    """As accuracy does, which asks which choice is most probable."""
+    assert example_of({"question": "q", "choices": ["b", "a", "a"], "answer": 2}).answer == 1

@@ -15,7 +15,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from budwood.errors import InputError
+from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data.encoding import encode_one, lead_of, render
 from budwood.tune.data.examples import example_of, styled
 from budwood.tune.data.self_generated import replies, self_generate
@@ -599,3 +599,13 @@ def test_an_answer_that_the_template_does_not_show_is_refused():
     row = {"messages": [{"role": "user", "content": "x"}, said]}
     with pytest.raises(InputError, match="has no place for tool_calls"):
         run_tasks(tiny_chat.model(), TOKENS, [task_of("tools", [example_of(row)])])
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    tokenizer = tiny_chat.tokenizer()
+    tokenizer.chat_template = None
+    task = task_of("asked", [example_of({"question": "q", "answer": "a"})])
+    with pytest.raises(
+        UnsupportedModelError, match="no chat template, through which the tasks are"
+    ):
+        run_tasks(tiny_chat.model(), tokenizer, [task])

@@ -36,7 +36,9 @@ class Encoded:
     n_too_long: int
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
+def encode(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, what: str = "examples"
+) -> Encoded:
     """Tokenise examples; the loss is on the assistant's turns, or on completions, only.
 
     Prompt and answer are tokenised apart, since that is what generation sees.
@@ -45,6 +47,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
         examples: what to train on.
         tokenizer: with a chat template, unless all examples are plain text.
         max_length: longer examples are left out.
+        what: they are, for messages.
 
     Raises:
         UnsupportedModelError: there is no chat template, or one that can't be cut into turns.
@@ -60,7 +63,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
     if not fitting:
         shortest = min(len(row["input_ids"]) for row in encoded)
         raise InputError(
-            f"all {len(encoded)} examples are longer than max_length={max_length} tokens; "
+            f"all {len(encoded)} {what} are longer than max_length={max_length} tokens; "
             f"the shortest has {shortest}"
         )
     return Encoded(fitting, len(encoded) - len(fitting))

@@ -16,6 +16,7 @@ from budwood.tune.data.other_formats import (
     calls_of,
     canonical,
     index_of,
+    plain,
     system_of,
     tools_of,
 )
@@ -87,9 +88,9 @@ def examples_of(data: Any, style: str = "cloze") -> list[Example]:
     """Examples from whatever :func:`budwood.tune.finetune` takes as data.
 
     Args:
-        data: a path to JSON, CSV or Parquet, or a hub id, a list of these, a
-            ``datasets.Dataset``, a DataFrame of pandas, or a list of dicts or of :class:`Example`.
-            Every row has one of ``FORMATS``.
+        data: a path to JSON, CSV or Parquet, a hub id, a ``datasets.Dataset`` in any format, a
+            list of these, a DataFrame of pandas, or a list of dicts or of :class:`Example`. Every
+            row has one of ``FORMATS``.
         style: one of ``STYLES``; examples that are read already keep theirs.
 
     Raises:
@@ -114,8 +115,8 @@ def examples_of(data: Any, style: str = "cloze") -> list[Example]:
     for i, item in enumerate(data):
         if isinstance(item, Example):
             examples.append(item)
-        elif isinstance(item, (str, Path)):
-            examples += read_examples(str(item), style)
+        elif isinstance(item, (str, Path)) or hasattr(item, "column_names"):
+            examples += examples_of(item, style)
         else:
             examples.append(_parsed(item, style, f"row {i} of the data"))
     if not examples:
@@ -193,7 +194,7 @@ def example_of(row: Any, style: str = "cloze") -> Example:
     if not isinstance(row, Mapping):
         raise InputError(f"is not an object; give {FORMATS}")
     # Datasets fill the columns that a row does not have with None.
-    row = canonical({key: value for key, value in row.items() if value is not None})
+    row = canonical({key: plain(value) for key, value in row.items() if value is not None})
     tools = tools_of(row["tools"]) if row.get("tools") else ()
     if "messages" in row:
         _refuse_filled(row, _FOR_TEMPLATES, "the row")
@@ -330,7 +331,7 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
             f"answer {answer!r} must be an index from 0 to {len(choices) - 1}, the letter of a "
             "choice, or its text"
         )
-    return choices, answer
+    return choices, choices.index(choices[answer])  # the first of two that are the same
 
 
 def _need_text(value: Any, what: str) -> None:

@@ -145,6 +145,15 @@ def calls_of(calls: Any) -> list[dict[str, Any]]:
     return read
 
 
+def plain(value: Any) -> Any:
+    """Nested data as lists, dicts and Python's own values: datasets also give arrays and tuples."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if hasattr(value, "tolist"):  # an array, a tensor, or one of their numbers
+        value = value.tolist()
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def without_none(value: Any) -> Any:
     """Nested data without entries that are None, which datasets fill in."""
     if isinstance(value, Mapping):

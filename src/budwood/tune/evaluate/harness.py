@@ -18,7 +18,7 @@ from torch import Tensor
 
 from budwood.caches import cache_of, name_for
 from budwood.checks import need_at_least
-from budwood.errors import InputError, first_line
+from budwood.errors import InputError, UnsupportedModelError, first_line
 from budwood.progress import Progress, silent
 from budwood.tune.data.batches import is_stateful, positions, takes
 from budwood.tune.data.encoding import dated_template, end_of_turn, lead_of, need_place, render
@@ -61,12 +61,20 @@ def run_tasks(
         InputError: lm-eval is not installed, or can't run a task; two tasks have the same name, or
             a count is too low.
         UnknownNameError: lm-eval has no such task.
+        UnsupportedModelError: a task is asked through the chat template, and there is none.
     """
     need_at_least(1, batch=batch)
     need_at_least(0, limit=limit)
     if not tasks:
         return []
     tasks = expanded(tasks)
+    if any(task.asked != "text" for task in tasks) and not getattr(
+        tokenizer, "chat_template", None
+    ):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template, through which the tasks are asked; use an "
+            "instruct model, or set tokenizer.chat_template"
+        )
     with quiet_harness(), tempfile.TemporaryDirectory(prefix="budwood-tasks-") as folder:
         model.eval()
         lm = SharedPromptLM(model, tokenizer, batch, progress)

@@ -13,6 +13,8 @@ from budwood.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""Ends of names that embeddings of tokens have in models of transformers."""
 RECORD_FILE = "record.json"
 """Of the training, beside the adapter."""
 PICKLED_FILE = "adapter_model.bin"
@@ -41,6 +43,18 @@ def check_adapter_files(folder: Path) -> None:
         check_safetensors(weights)
     elif not (folder / PICKLED_FILE).exists():
         raise InputError(f"{folder} has no {WEIGHTS_FILE}; save the adapter again")
+
+
+def embeddings_in(folder: Path) -> int:
+    """The number of the base model's embeddings that an adapter brings along; 0 for none."""
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith(EMBEDDINGS)]  # noqa: SIM118
+        return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
 
 
 def check_safetensors(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.hub import hub_or_cache
@@ -16,6 +17,7 @@ from budwood.loading import (
     load_language_model,
     third_party_warnings_off,
 )
+from budwood.tune.saved.files import embeddings_in
 
 
 def load_adapted(
@@ -48,6 +50,9 @@ def load_adapter(
 ) -> Loaded:
     """Put a saved PEFT adapter on its base model.
 
+    The tokenizer is that of the adapter's folder, with its chat template and added tokens, if there
+    is one. A base model whose embeddings the adapter replaces gets as many of them.
+
     Args:
         base: the base model; the adapter's modules go into it.
         adapter: its folder, or hub id.
@@ -61,12 +66,26 @@ def load_adapter(
     adapter = os.fspath(adapter)
     try:
         with _access(adapter), third_party_warnings_off():
+            if n_tokens := embeddings_in(Path(adapter)):
+                base.model.resize_token_embeddings(n_tokens, mean_resizing=False)
             model = PeftModel.from_pretrained(base.model, adapter, is_trainable=trainable)
     except BudwoodError:
         raise
     except Exception as error:  # peft, safetensors and torch have no common error for bad files
         raise InputError(f"cannot load adapter {adapter}: {first_line(error)}") from error
-    return Loaded(base.name, model.eval(), base.processor)
+    return Loaded(base.name, model.eval(), _tokenizer_in(Path(adapter)) or base.processor)
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that was saved with an adapter; None if there is none."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise InputError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
 
 
 def need_adapter(folder: str | os.PathLike[str]) -> None:

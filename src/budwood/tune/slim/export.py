@@ -88,7 +88,14 @@ def export_lora(
         OutputError: the directory holds something already, or cannot be written.
     """
     layers = [one for one in layers_of(model) if adapter in one.slim_in]
-    active = list(layers[0].active_adapters) if layers else []
+    if not layers:
+        there = sorted({name for one in layers_of(model) for name in one.slim_in})
+        raise InputError(
+            f"there is no SLIM adapter {adapter!r}; there is {', '.join(there) or 'none'}"
+        )
+    if layers[0].disable_adapters:
+        raise InputError("the adapters are off; leave the block with disable_adapter() first")
+    active = list(layers[0].active_adapters)
     if active != [adapter]:
         raise InputError(
             f"active SLIM adapters are {active or 'none'}, and {adapter!r} is to be exported by "

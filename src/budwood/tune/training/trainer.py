@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from budwood.errors import DivergedError
 from budwood.progress import Progress
 from budwood.runs import RunFolder
+from budwood.tune.base_model import is_resized
 from budwood.tune.data.encoding import IGNORED, EncodedExample
 from budwood.tune.slim.keeper import is_slim, layers_of, tell_labels
 from budwood.tune.slim.observe import observe
@@ -179,8 +180,8 @@ class AnswerTrainer(Trainer):
             return model(**inputs).logits
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The Trainer would look up the base model's config on the hub at every checkpoint, to find
-        # out whether the vocabulary was changed.
+        # PEFT would look up the base model's config on the hub at every checkpoint, to find out
+        # whether the vocabulary was changed.
         if self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir or "", state_dict)
 
@@ -190,8 +191,9 @@ def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None 
 
 
 def save_adapter(model: Any, folder: str, state_dict: dict | None = None) -> None:
-    """Save an adapter as PEFT does, without the base model's embeddings."""
-    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    """Save an adapter as PEFT does, with the embeddings if their number was changed."""
+    resized = is_resized(model.get_base_model())
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=resized)
 
 
 def tell_slim(model: nn.Module, labels: Tensor | None) -> None:
