@@ -696,7 +696,7 @@ def test_rows_from_a_generator_are_those_of_a_list(tmp_path):
 
 
 def test_new_tokens_and_a_template_come_back_with_the_adapter(tmp_path):
-    """As PEFT saves embeddings whose number was changed, and the tokenizer that was trained with."""
+    """The embeddings, since their number was changed, and the tokenizer that was trained with."""
     tokenizer = tiny_chat.tokenizer()
     tiny_chat.save(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -123,10 +123,11 @@ def finetune(
         data: a ``datasets.Dataset``, a path to JSON lines, a JSON array, CSV or Parquet, a hub id,
             a list of these, a DataFrame of pandas, or dicts in a list or from a generator. Rows are
             ``{"messages": […]}``, ``{"conversations": […]}``, ``{"prompt": …, "completion": …}``
-            (texts or lists of messages), ``{"instruction": …, "output": …}``, ``{"question": …, "choices": […],
-            "answer": index or letter}``, ``{"question": …, "answer": text}``, ``{"text": …}``, or
-            tokens as ``{"input_ids": …, "labels": …}``; with messages also ``tools``. The loss is
-            on the assistant's turns, the completion, the answer, or the whole text.
+            (texts or lists of messages), ``{"instruction": …, "output": …}``, ``{"question": …,
+            "choices": […], "answer": index or letter}``, ``{"question": …, "answer": text}``,
+            ``{"text": …}``, or tokens as ``{"input_ids": …, "labels": …}``; with messages also
+            ``tools``. The loss is on the assistant's turns, the completion, the answer, or the
+            whole text.
         output: folder of the run, new or empty, or that of the same run; its parent must exist.
             None for the ``output_dir`` of ``args``.
         method: ``"slim"`` or another of ``budwood ls tuners``, with options as in

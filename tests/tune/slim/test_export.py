@@ -43,6 +43,15 @@ def test_export_is_a_plain_lora_with_its_measured_loss(model, tmp_path):
     assert torch.allclose(logits(merged), logits(loaded), atol=1e-5)
 
 
+def test_what_cannot_be_exported_is_said(tmp_path):
+    model = tiny.trained()
+    with pytest.raises(InputError, match="there is no SLIM adapter 'zz'; there is default"):
+        export_lora(model, [tiny.batch()], tmp_path / "lora", adapter="zz")
+    off = pytest.raises(InputError, match="the adapters are off; leave the block")
+    with model.disable_adapter(), off:
+        export_lora(model, [tiny.batch()], tmp_path / "lora")
+
+
 @pytest.mark.parametrize("inference", ["mask", "expectation"])
 def test_export_of_even_routing_is_exact(inference, tmp_path):
     model = tiny.trained(router=False, yielding=False, merge_inference=inference)
