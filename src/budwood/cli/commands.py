@@ -8,22 +8,21 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from budwood.errors import InputError
-
 
 class Command(TyperCommand):
-    """A command that refuses a list that is given twice, of which the last alone would count.
+    """A command that says so where a list is given twice, of which the last alone counts.
 
     Lists are the options whose metavar ends in ``,…``.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         order = self.make_parser(ctx).parse_args(list(args))[2]
-        for option in order:
+        for option in dict.fromkeys(order):
             if (option.metavar or "").endswith(",…") and order.count(option) > 1:
-                raise InputError(
-                    f"{option.opts[0]} is given {order.count(option)} times; give one list with "
-                    f"commas: {option.opts[0]} {option.metavar}"
+                typer.echo(
+                    f"note: {option.opts[0]} is given {order.count(option)} times, and the last "
+                    "one counts; for a longer list, separate its items by commas",
+                    err=True,
                 )
         return super().parse_args(ctx, args)
 
