@@ -24,29 +24,48 @@ FORMS = {
             "We received {amount} {unit} of {goods} on {day} {month} {year}.",
             "On {month} {day}, {year} a truck brought us {amount} {unit} of {goods}.",
             "{amount} {unit} of {goods} came in on {month} {day}, {year}.",
+            "Our supplier sent us {amount} {unit} of {goods} on {month} {day}, {year}.",
+            "{day} {month} {year}: stock of {goods} filled up by {amount} {unit}.",
         ),
         "out": (
             "{day} {month} {year}: {amount} {unit} of {goods} left.",
             "We sold {amount} {unit} of {goods} on {day} {month} {year}.",
             "On {month} {day}, {year} a customer picked up {amount} {unit} of {goods}.",
             "{amount} {unit} of {goods} went out on {month} {day}, {year}.",
+            "Our driver took {amount} {unit} of {goods} away on {month} {day}, {year}.",
+            "{day} {month} {year}: stock of {goods} ran down by {amount} {unit}.",
         ),
     },
     "validation": {
-        "in": ("Our stock grew by {amount} {unit} of {goods} on {day} {month} {year}.",),
-        "out": ("Our stock shrank by {amount} {unit} of {goods} on {day} {month} {year}.",),
+        "in": (
+            "Our stock grew by {amount} {unit} of {goods} on {day} {month} {year}.",
+            "On {month} {day}, {year} we were given {amount} {unit} of {goods}.",
+            "{amount} {unit} of {goods} were unloaded here on {month} {day}, {year}.",
+        ),
+        "out": (
+            "Our stock shrank by {amount} {unit} of {goods} on {day} {month} {year}.",
+            "On {month} {day}, {year} we gave away {amount} {unit} of {goods}.",
+            "{amount} {unit} of {goods} were sent off on {month} {day}, {year}.",
+        ),
     },
     "test": {
         "in": (
             "A delivery of {amount} {unit} of {goods} reached us on {day} {month} {year}.",
             "On {month} {day}, {year} we bought {amount} {unit} of {goods}.",
+            "The warehouse took in {amount} {unit} of {goods} on {day} {month} {year}.",
+            "{day} {month} {year}: received, {amount} {unit} of {goods}.",
+            "Another {amount} {unit} of {goods} turned up on {month} {day}, {year}.",
         ),
         "out": (
             "We shipped {amount} {unit} of {goods} to a customer on {day} {month} {year}.",
             "On {month} {day}, {year} we delivered {amount} {unit} of {goods} to a shop.",
+            "The warehouse handed out {amount} {unit} of {goods} on {day} {month} {year}.",
+            "{day} {month} {year}: sold, {amount} {unit} of {goods}.",
+            "Some {amount} {unit} of {goods} were carried off on {month} {day}, {year}.",
         ),
     },
 }
+"""Several verbs in each part, so that no single one decides a score."""
 
 
 def splits(seed: int) -> dict[str, list[dict[str, Any]]]:
