@@ -34,7 +34,7 @@ FORMAT = 2
 """
 CHOICES = {
     "distance": ("max", "rms", "whitened", "discriminant"),
-    "fit_on": ("supervised", "all"),
+    "fit_on": ("supervised", "content", "all"),
     "yield_at": ("block", "module"),
     "boundary": ("running", "fixed"),
     "merge_inference": ("expectation", "mask"),
@@ -187,6 +187,8 @@ class SlimConfig(PeftConfig):
             other distances.
         fit_on: tokens that the statistics describe. ``"supervised"``: those whose next token has a
             label; of TRL's DPO and KTO the chosen answers, of GRPO and RLOO what the model wrote.
+            ``"content"``: also what the user wrote, without the chat template. It takes a fixed
+            boundary, since only :func:`budwood.tune.fit_discriminant` knows these tokens.
             ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
             ``"module"``: each yields by the distance of its own input.
@@ -473,6 +475,11 @@ class SlimConfig(PeftConfig):
                 raise UnknownNameError(
                     f"unknown {name} {getattr(self, name)!r}; give {' or '.join(allowed)}"
                 )
+        if self.fit_on == "content" and self.boundary != "fixed":
+            raise InputError(
+                "fit_on='content' takes boundary='fixed': a training step does not know "
+                "which tokens the user wrote"
+            )
         if self.boundary == "fixed" and self.distance != "discriminant":
             raise InputError(
                 f"boundary='fixed' and distance={self.distance!r}, which does not know where other "

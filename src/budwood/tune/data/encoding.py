@@ -15,11 +15,14 @@ from budwood.tune.data.examples import Example
 _MARK, _REPLY = "@@request@@", "@@reply@@"
 DAY = date(2025, 1, 1)
 """The date that chat templates get as today's."""
+_WRITTEN = ("user", "tool")
+"""Who writes what is asked."""
 IGNORED = -100
 """Label of a token that is not supervised."""
 
 EncodedExample = dict[str, list[int]]
-"""Lists ``input_ids`` and ``labels``."""
+"""Lists ``input_ids`` and ``labels``; also ``asked`` where it is known: 1 for the tokens of what
+the user wrote, 0 for answers and for what the chat template adds."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def token_rows(data: Iterable[Any], what: str = "the data") -> list[EncodedExamp
             raise InputError(f"{where} is a {type(row).__name__}; give dicts of lists of int")
         ids, labels = (_ints(row.get(key), f"{where}: {key}") for key in ("input_ids", "labels"))
         encoded = {"input_ids": ids, "labels": labels}
+        if row.get("asked") is not None:
+            encoded["asked"] = _ints(row["asked"], f"{where}: asked")
         if len(ids) != len(labels) or not n_supervised([encoded]):
             raise InputError(
                 f"{where} has {len(ids)} input_ids and {len(labels)} labels; give equal numbers, "
@@ -128,7 +133,11 @@ def _plain(example: Example, tokenizer: Any) -> EncodedExample:
     completion = _tokens(tokenizer, last)
     if end is not None and completion[-1:] != [end]:
         completion = [*completion, end]
-    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+    return {
+        "input_ids": prompt + completion,
+        "labels": [IGNORED] * len(prompt) + completion,
+        "asked": [int(token != tokenizer.bos_token_id) for token in prompt] + [0] * len(completion),
+    }
 
 
 def _chat(example: Example, tokenizer: Any) -> EncodedExample:
@@ -141,7 +150,8 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
     messages = list(example.messages)
     input_ids: list[int] = []
     labels: list[int] = []
-    done = ""
+    written: list[int] = []
+    done, first = "", 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < example.n_context:
             continue
@@ -156,10 +166,40 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
         said, tail = _cut(tokenizer, whole[len(prompt) :])
         input_ids += asked + said + tail
         labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
-        done = whole
+        by_user = [one["content"] for one in messages[first:i] if one["role"] in _WRITTEN]
+        written += _places(tokenizer, prompt[len(done) :], by_user, len(asked))
+        written += [0] * len(said + tail)
+        done, first = whole, i + 1
     need_place(tokenizer, example, done)
     n_used = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
-    return {"input_ids": input_ids[:n_used], "labels": labels[:n_used]}
+    return {
+        "input_ids": input_ids[:n_used],
+        "labels": labels[:n_used],
+        "asked": written[:n_used],
+    }
+
+
+def _places(tokenizer: Any, text: str, parts: Sequence[str], n_tokens: int) -> list[int]:
+    """Which tokens of a rendered text are those of some parts of it: 1 or 0 for each."""
+    places = [0] * n_tokens
+    end = 0
+    for part in parts:
+        begin = text.find(part.strip(), end)
+        if begin < 0:  # the template rewrites it
+            continue
+        end = begin + len(part.strip())
+        first, last = (len(_tokens(tokenizer, text[:at])) for at in (begin, end))
+        places[first:last] = [1] * (last - first)
+    return places[:n_tokens]
+
+
+def told_labels(row: EncodedExample) -> list[int]:
+    """Labels that tell SLIM of the tokens that the user wrote as well: the next one has a label."""
+    labels = list(row["labels"])
+    for i, asked in enumerate(row.get("asked", ())[: len(labels) - 1]):
+        if asked:
+            labels[i + 1] = row["input_ids"][i + 1]
+    return labels
 
 
 def need_place(tokenizer: Any, example: Example, rendered: str) -> None:
@@ -291,20 +331,29 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
     Raises:
         UnsupportedModelError: the template shows no such place.
     """
+    return around_request(tokenizer)[0]
+
+
+def around_request(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a chat template puts before a user's message, and those up to the reply.
+
+    Raises:
+        UnsupportedModelError: the template shows no such place.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise UnsupportedModelError(
             "the tokenizer has no chat template, which self-generated text needs; train with "
             "slim:texts=0"
         )
     turns = [{"role": "user", "content": _MARK}]
-    before, found, _ = render(tokenizer, turns, True).partition(_MARK)
+    before, found, behind = render(tokenizer, turns, True).partition(_MARK)
     tokens = _tokens(tokenizer, before)
     if not found or not tokens:
         raise UnsupportedModelError(
             "the chat template does not show where a user's turn begins, which self-generated text "
             "needs; train with slim:texts=0"
         )
-    return tokens
+    return tokens, _tokens(tokenizer, behind)
 
 
 def longest_for(model: Any, max_length: int) -> int:

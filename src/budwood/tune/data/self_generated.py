@@ -20,6 +20,7 @@ from budwood.tune.data.batches import Padded, pad_of
 from budwood.tune.data.encoding import (
     IGNORED,
     EncodedExample,
+    around_request,
     prompt_tokens,
     token_rows,
     tokens_before_request,
@@ -163,6 +164,23 @@ def replies(
         {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}
         for prompt, reply in zip(asked, drawn)
     ]
+
+
+def with_asked(rows: Sequence[EncodedExample], tokenizer: Any) -> list[EncodedExample]:
+    """Self-generated texts with ``asked``: what is between the template's parts of the prompt.
+
+    Args:
+        rows: of :func:`self_generate`, ``input_ids`` and ``labels``.
+        tokenizer: of the model.
+    """
+    before, behind = around_request(tokenizer)
+    found = []
+    for row in rows:
+        n_prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+        n_asked = max(0, n_prompt - len(before) - len(behind))
+        asked = [0] * len(before) + [1] * n_asked
+        found.append({**row, "asked": asked + [0] * (len(row["labels"]) - len(asked))})
+    return found
 
 
 @torch.inference_mode()

@@ -20,8 +20,8 @@ from budwood.errors import InputError
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, on_device
-from budwood.tune.data.encoding import EncodedExample, n_supervised
-from budwood.tune.data.self_generated import self_generate
+from budwood.tune.data.encoding import EncodedExample, n_supervised, told_labels
+from budwood.tune.data.self_generated import self_generate, with_asked
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
 from budwood.tune.slim.state import DiscriminantStatistics, InputStatistics
@@ -57,7 +57,8 @@ def fit_discriminant(
         tokenizer: of the model.
         rows: training data, ``input_ids`` and ``labels``. Rows are drawn until ``MOST_TOKENS``
             count, and at least ``N_EXAMPLES``. A token counts if its next token's label is not
-            −100; with ``fit_on="all"`` every token counts.
+            −100; with ``fit_on="content"`` also what the user wrote (``asked``), and with ``"all"``
+            every token.
         other: text on which the model should not change, in the same form. None for ``N_TEXTS``
             self-generated texts, which need a chat template.
         batch: rows at a time.
@@ -79,6 +80,8 @@ def fit_discriminant(
     if other is None:
         other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
+    if fresh[0].config.fit_on == "content":
+        rows, other = map(_with_content, (rows, with_asked(other, tokenizer)))
     rows = _draw(rows, seed)
     surveys = []
     for text in (rows, other):
@@ -93,6 +96,11 @@ def fit_discriminant(
         if layer.config.boundary == "fixed":
             layer.set_boundary(*_midway(layer, *texts))
     return n_supervised(rows), n_supervised(other)
+
+
+def _with_content(rows: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """The rows with labels behind what the user wrote."""
+    return [{"input_ids": row["input_ids"], "labels": told_labels(row)} for row in rows]
 
 
 class Survey:

@@ -260,7 +260,7 @@ class SlimLinear(SlimLayer):
 
     def _counting(self, x: Tensor, config: SlimConfig) -> Tensor | None:
         """Tokens that enter the statistics, bool of shape (n_tokens,); None for all."""
-        return self._tokens(x, supervised=config.fit_on == "supervised", warn=True)
+        return self._tokens(x, supervised=config.fit_on != "all", warn=True)
 
     def _tokens(self, x: Tensor, *, supervised: bool, warn: bool = False) -> Tensor | None:
         """Supervised tokens, or all but padding, bool of shape (n_tokens,); None for all."""
