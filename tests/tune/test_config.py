@@ -125,6 +125,12 @@ def test_only_a_distance_that_knows_other_text_has_a_fixed_boundary(distance):
         SlimConfig(distance=distance, boundary="fixed")
 
 
+def test_what_the_user_wrote_is_known_before_training_alone():
+    with pytest.raises(InputError, match="fit_on='content' takes boundary='fixed'"):
+        SlimConfig(fit_on="content", distance="discriminant")
+    assert SlimConfig(fit_on="content", distance="discriminant", boundary="fixed")
+
+
 def test_a_config_can_be_saved_alone(tmp_path):
     config = SlimConfig.recommended(5000, target_modules=["down_proj"], l1=0.5)
     config.save_pretrained(str(tmp_path))

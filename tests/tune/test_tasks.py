@@ -37,7 +37,7 @@ def test_every_fact_is_taught_and_asked():
 def test_answers_of_extract_are_json_and_its_forms_are_new():
     for example in made("extract")["test"]:
         answer = json.loads(example.messages[-1]["content"])
-        assert set(answer) == {"date", "amount", "unit", "way"}
+        assert set(answer) == {"date", "amount", "unit", "kind"}
         assert str(answer["amount"]) in example.question and answer["date"][:4] in example.question
 
 

@@ -10,8 +10,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.loading import is_file_name
 from budwood.tune.data.batches import Padded
-from budwood.tune.data.encoding import IGNORED, encode, encode_one, prompt_tokens, token_rows
+from budwood.tune.data.encoding import (
+    IGNORED,
+    encode,
+    encode_one,
+    prompt_tokens,
+    token_rows,
+    told_labels,
+)
 from budwood.tune.data.examples import example_of, read_examples, styled
+from budwood.tune.data.self_generated import with_asked
 from budwood.tune.training.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.training.trainer import LengthGrouped, grouped_order
 from tests import tiny_chat
@@ -311,3 +319,39 @@ def test_tokens_below_zero():
             InputError, match="row 0 of the data has a token below 0; labels may be -100"
         ):
             token_rows([wrong])
+
+
+def asked(row):
+    return TOKENS.decode([i for i, mark in zip(row["input_ids"], row["asked"]) if mark])
+
+
+def test_what_the_user_wrote_is_marked():
+    row = encode_one(example_of(QUESTION), TOKENS)
+    assert asked(row) == "Is it wet?" and len(row["asked"]) == len(row["labels"])
+    turns = [
+        ("system", "Be brief."),
+        ("user", "A?"),
+        ("assistant", "b"),
+        ("user", "A?"),
+        ("assistant", "d"),
+    ]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    row = encode_one(example_of(chat), TOKENS)
+    assert asked(row) == "A?A?" and len(row["asked"]) == len(row["labels"])
+    row = encode_one(example_of({"prompt": "The sky is", "completion": " blue."}), TOKENS)
+    assert asked(row) == "The sky is"
+    assert asked(encode_one(example_of({"text": "All of it."}), TOKENS)) == ""
+
+
+def test_told_labels_have_a_label_behind_what_was_written():
+    row = encode_one(example_of(QUESTION), TOKENS)
+    counted = [i for i, label in zip(row["input_ids"], told_labels(row)[1:]) if label != IGNORED]
+    assert TOKENS.decode(counted) == "Is it wet?\nyes"  # the line break is before the answer
+    bare = {key: row[key] for key in ("input_ids", "labels")}
+    assert told_labels(bare) == row["labels"] and token_rows([row]) == [row]
+
+
+def test_marks_of_self_generated_text_are_those_of_chats():
+    row = encode_one(example_of({"question": "Is it wet?", "answer": "yes"}), TOKENS)
+    bare = {key: row[key] for key in ("input_ids", "labels")}
+    assert with_asked([bare], TOKENS) == [row]

@@ -7,7 +7,15 @@ import torch
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.data.encoding import IGNORED, prompt_tokens, tokens_before_request
+from budwood.tune.data.encoding import (
+    IGNORED,
+    encode,
+    n_supervised,
+    prompt_tokens,
+    tokens_before_request,
+    told_labels,
+)
+from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import replies, self_generate
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.slim.distance import discriminant, gap_to_other
@@ -78,6 +86,25 @@ def test_the_direction_is_that_of_the_tokens_that_count(fit_on):
         assert int(statistics.n_fitted) == len(own) + len(rest)
         assert torch.allclose(statistics.direction, direction, rtol=1e-3, atol=1e-4)
         assert torch.allclose(statistics.offset, offset, rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_user_wrote_counts_as_well():
+    def chats(words):
+        rows = [{"question": f"Is {word} wet?", "answer": f"{word}, yes indeed"} for word in words]
+        return encode([example_of(row) for row in rows], TOKENS, 200).rows
+
+    rows, other = chats(["ice", "fog", "dew", "rain"]), chats(["fire", "sand", "dust"])
+    bare = [{key: row[key] for key in ("input_ids", "labels")} for row in other]
+    config = {"distance": "discriminant", "boundary": "fixed", "fit_on": "content"}
+    model = tiny.slim(tiny_chat.model(), **config).train()
+    fit_discriminant(model, TOKENS, rows, bare)
+    told = [[{**row, "labels": told_labels(row)} for row in text] for text in (rows, other)]
+    assert sum(map(n_supervised, told)) > 2 * n_supervised(rows + other)
+    for layer, statistics in owned(model):
+        own, rest = (read(model, text, layer) for text in told)
+        assert int(statistics.n_fitted) == len(own) + len(rest)
+        direction, _ = discriminant(own, rest)
+        assert torch.allclose(statistics.direction, direction, rtol=1e-3, atol=1e-4)
 
 
 def test_fitting_changes_nothing_else():
