@@ -59,7 +59,7 @@ def reply(models: Models, prompt: str, n_tokens: float) -> str:
     with models.tuned.held() as loaded:
         import torch
 
-        from budwood.tune.data.encoding import prompt_tokens
+        from budwood.tune.data.template import prompt_tokens
         from budwood.tune.slim.observe import identity_by_token
 
         given = torch.tensor(prompt_tokens(loaded.tokenizer, prompt.strip()))

@@ -10,16 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.loading import is_file_name
 from budwood.tune.data.batches import Padded
-from budwood.tune.data.encoding import (
-    IGNORED,
-    encode,
-    encode_one,
-    prompt_tokens,
-    token_rows,
-    told_labels,
-)
+from budwood.tune.data.encoding import IGNORED, encode, encode_one, token_rows, told_labels
 from budwood.tune.data.examples import example_of, read_examples, styled
 from budwood.tune.data.self_generated import with_asked
+from budwood.tune.data.template import prompt_tokens
 from budwood.tune.training.losses import answer_kl, answer_loss, prompt_kl, token_kl
 from budwood.tune.training.trainer import LengthGrouped, grouped_order
 from tests import tiny_chat

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.tune.data.encoding import encode_one, lead_of, render
+from budwood.tune.data.encoding import encode_one
 from budwood.tune.data.examples import example_of, styled
 from budwood.tune.data.self_generated import replies, self_generate
+from budwood.tune.data.template import lead_of, render
 from budwood.tune.evaluate.divergence import (
     chat_prompts,
     make_texts,

@@ -7,16 +7,10 @@ import torch
 
 from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
-from budwood.tune.data.encoding import (
-    IGNORED,
-    encode,
-    n_supervised,
-    prompt_tokens,
-    tokens_before_request,
-    told_labels,
-)
+from budwood.tune.data.encoding import IGNORED, encode, n_supervised, told_labels
 from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import replies, self_generate
+from budwood.tune.data.template import prompt_tokens, tokens_before_request
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.fitting import Survey

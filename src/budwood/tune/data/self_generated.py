@@ -17,14 +17,8 @@ from budwood.fingerprint import fingerprint_of
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, pad_of
-from budwood.tune.data.encoding import (
-    IGNORED,
-    EncodedExample,
-    around_request,
-    prompt_tokens,
-    token_rows,
-    tokens_before_request,
-)
+from budwood.tune.data.encoding import IGNORED, EncodedExample, token_rows
+from budwood.tune.data.template import around_request, prompt_tokens, tokens_before_request
 from budwood.unwrap import innermost
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24

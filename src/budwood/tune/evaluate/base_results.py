@@ -19,7 +19,13 @@ _PACKAGES = ("budwood", "torch", "transformers", "lm_eval")
 """Whose version may change a result."""
 _CODE = (
     *("harness", "scores", "tasks"),
-    *("../data/examples", "../data/encoding", "../data/batches", "../data/self_generated"),
+    *(
+        "../data/examples",
+        "../data/encoding",
+        "../data/template",
+        "../data/batches",
+        "../data/self_generated",
+    ),
 )
 """Modules that results come from."""
 _OF_ADAPTERS = (".modules_to_save.", ".token_adapter.", ".trainable_tokens_")

@@ -21,8 +21,8 @@ from budwood.checks import need_at_least
 from budwood.errors import InputError, UnsupportedModelError, first_line
 from budwood.progress import Progress, silent
 from budwood.tune.data.batches import is_stateful, positions, takes
-from budwood.tune.data.encoding import dated_template, end_of_turn, lead_of, need_place, render
 from budwood.tune.data.examples import Example, styled
+from budwood.tune.data.template import dated_template, end_of_turn, lead_of, need_place, render
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, expanded, quiet_harness, task_manager
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.config import PLENTY, SlimConfig
-from budwood.tune.data.encoding import EncodedExample, tokens_before_request
+from budwood.tune.data.encoding import EncodedExample
+from budwood.tune.data.template import tokens_before_request
 from budwood.tune.methods.base import Tuner, check_options
 from budwood.tune.slim.fitting import N_TEXTS, fit_discriminant
 

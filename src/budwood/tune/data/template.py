@@ -1,0 +1,194 @@
+"""What a chat template writes around the turns of a chat, as text and as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+from jinja2 import TemplateError
+
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.tune.data.examples import Example
+
+_MARK, _REPLY = "@@request@@", "@@reply@@"
+DAY = date(2025, 1, 1)
+"""The date that chat templates get as today's."""
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    prompt: bool,
+    where: str = "",
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Render a conversation through the chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: dicts of ``role`` and ``content``.
+        prompt: continue to where the assistant begins.
+        where: file and line of the conversation, for error messages.
+        tools: schemas of tools.
+
+    Raises:
+        InputError: the chat template refuses the conversation, such as one with a system prompt.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=dated_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{where + ': ' if where else ''}the model's chat template refuses turns of {roles} "
+            f"({reason}); leave out or rewrite what it refuses"
+        ) from error
+
+
+def dated_template(tokenizer: Any) -> str:
+    """The chat template, in which today is always ``DAY``.
+
+    Otherwise no run could be resumed, and no score be repeated, on the next day.
+
+    Raises:
+        ValueError: there is none.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{code}" for code in ("-d", "-m", *"aAbBcdHIjmMpSxXyY")]
+    filled = "".join(f"|replace('{code}', '{DAY.strftime(code)}')" for code in codes)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filled} }}}}{{% endmacro %}}{template}"
+
+
+def need_place(tokenizer: Any, example: Example, rendered: str) -> None:
+    """Refuse a conversation if the chat template silently leaves out a part of it.
+
+    Args:
+        tokenizer: with a chat template.
+        example: the conversation.
+        rendered: what the template made of it.
+
+    Raises:
+        InputError: the template has no place for a part.
+    """
+    last = example.messages[-1]
+    orders = [one["content"].strip() for one in example.messages if one["role"] == "system"]
+    calls = [call for message in example.messages for call in message.get("tool_calls", ())]
+    missing = [
+        *("a system message" for order in orders if order not in rendered),
+        *(key for key in ("reasoning_content", "thinking") if last.get(key, "") not in rendered),
+        *("tool_calls" for call in calls if call["function"]["name"] not in rendered),
+    ]
+    if example.tools and rendered == render(tokenizer, example.messages, False, example.where):
+        missing.append("tools")
+    if missing:
+        where = f"{example.where}: " if example.where else ""
+        raise InputError(
+            f"{where}the model's chat template has no place for {missing[0]}; write into the "
+            "content what the model should see"
+        )
+
+
+def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
+    """The tokens of a question up to where the assistant begins."""
+    turns = [{"role": "user", "content": question}]
+    return text_tokens(tokenizer, render(tokenizer, turns, True))
+
+
+def lead_of(tokenizer: Any) -> str:
+    """The text that a chat template writes between the assistant's start and its reply.
+
+    An empty block of thoughts (Qwen3), or a space (Mistral); it is supervised with the answer.
+
+    Args:
+        tokenizer: with a chat template, or without one.
+    """
+    return _around_reply(tokenizer)[0]
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """The text that a chat template writes behind the assistant's reply, such as ``<|im_end|>``.
+
+    Args:
+        tokenizer: with a chat template, or without one.
+    """
+    return _around_reply(tokenizer)[1]
+
+
+def _around_reply(tokenizer: Any) -> tuple[str, str]:
+    """What a chat template writes before and behind the assistant's reply in its turn."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", ""
+    asked, said = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _REPLY}
+    prompt = render(tokenizer, [asked], True)
+    whole = render(tokenizer, [asked, said], False)
+    lead, found, end = whole.removeprefix(prompt).partition(_REPLY)
+    return (lead, end) if found and whole.startswith(prompt) else ("", "")
+
+
+def tokens_before_request(tokenizer: Any) -> list[int]:
+    """The tokens that a chat template puts before a user's message.
+
+    Raises:
+        UnsupportedModelError: the template shows no such place.
+    """
+    return around_request(tokenizer)[0]
+
+
+def around_request(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a chat template puts before a user's message, and those up to the reply.
+
+    Raises:
+        UnsupportedModelError: the template shows no such place.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedModelError(
+            "the tokenizer has no chat template, which self-generated text needs; train with "
+            "slim:texts=0"
+        )
+    turns = [{"role": "user", "content": _MARK}]
+    before, found, behind = render(tokenizer, turns, True).partition(_MARK)
+    tokens = text_tokens(tokenizer, before)
+    if not found or not tokens:
+        raise UnsupportedModelError(
+            "the chat template does not show where a user's turn begins, which self-generated text "
+            "needs; train with slim:texts=0"
+        )
+    return tokens, text_tokens(tokenizer, behind)
+
+
+def cut_turn(tokenizer: Any, turn: str) -> tuple[list[int], list[int]]:
+    """Cut a turn of the assistant behind the token that ends it; the template may add more."""
+    tokens, end = text_tokens(tokenizer, turn), end_of_turn(tokenizer)
+    behind = text_tokens(tokenizer, end) if end and turn.endswith(end) else []
+    special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    place = next((i for i, token in enumerate(behind) if token in special), None)
+    n_said = len(tokens) if place is None else len(tokens) - len(behind) + place + 1
+    return tokens[:n_said], tokens[n_said:]
+
+
+def places_of(tokenizer: Any, text: str, parts: Sequence[str], n_tokens: int) -> list[int]:
+    """Which tokens of a rendered text are those of some parts of it: 1 or 0 for each."""
+    places = [0] * n_tokens
+    end = 0
+    for part in parts:
+        begin = text.find(part.strip(), end)
+        if begin < 0:  # the template rewrites it
+            continue
+        end = begin + len(part.strip())
+        first, last = (len(text_tokens(tokenizer, text[:at])) for at in (begin, end))
+        places[first:last] = [1] * (last - first)
+    return places[:n_tokens]
+
+
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text by itself, without those that a tokenizer adds around texts."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
