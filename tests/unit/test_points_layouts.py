@@ -582,6 +582,7 @@ def rows(form):
         ",x,y,z,name\n" + rows("{i},{},{},{},an oak"),
         "0,1,2\n" + rows("{},{},{}"),  # pandas, of a table without names
         "note,x,y,z\n" + rows("#{i},{},{},{}"),
+        "# c\nx,y,z\n# made by hand\n\n" + rows("{},{},{}"),
     ],
 )
 def test_tables_of_other_programs(tmp_path, text):
