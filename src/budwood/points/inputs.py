@@ -246,8 +246,8 @@ def _as_array(item: Any, name: str) -> NDArray[Any]:
         if hasattr(item, "to_records"):
             has_names = all(isinstance(column, str) for column in item.columns)
             item = item.to_records(index=False) if has_names else item.to_numpy()
-        if isinstance(item, np.ma.MaskedArray) and item.dtype.names is None:
-            item = item.astype(np.float64).filled(np.nan)
+        if np.ma.isMaskedArray(item) and item.dtype.names is None:
+            item = np.ma.filled(item.astype(np.float64), np.nan)
         if _is_tensor(item):
             item = item.detach().cpu()
             item = item.double() if item.is_floating_point() else item  # NumPy has no bfloat16
