@@ -243,14 +243,14 @@ def _as_array(item: Any, name: str) -> NDArray[Any]:
     as missing.
     """
     try:
-        if hasattr(item, "to_records"):
-            has_names = all(isinstance(column, str) for column in item.columns)
-            item = item.to_records(index=False) if has_names else item.to_numpy()
-        if np.ma.isMaskedArray(item) and item.dtype.names is None:
-            item = np.ma.filled(item.astype(np.float64), np.nan)
         if _is_tensor(item):
             item = item.detach().cpu()
             item = item.double() if item.is_floating_point() else item  # NumPy has no bfloat16
+        elif hasattr(item, "to_records"):
+            has_names = all(isinstance(column, str) for column in item.columns)
+            item = item.to_records(index=False) if has_names else item.to_numpy()
+        elif np.ma.isMaskedArray(item) and item.dtype.names is None:
+            item = np.ma.filled(item.astype(np.float64), np.nan)
         return np.asarray(item)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} is not an array of numbers: {first_line(error)}") from None
