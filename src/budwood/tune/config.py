@@ -187,8 +187,9 @@ class SlimConfig(PeftConfig):
             other distances.
         fit_on: tokens that the statistics describe. ``"supervised"``: those whose next token has a
             label; of TRL's DPO and KTO the chosen answers, of GRPO and RLOO what the model wrote.
-            ``"content"``: also what the user wrote, without the chat template. It takes a fixed
-            boundary, since only :func:`budwood.tune.fit_discriminant` knows these tokens.
+            ``"content"``: also what the user wrote, without the chat template, in the first 70 %
+            of the model's layers. It takes a fixed boundary, since only
+            :func:`budwood.tune.fit_discriminant` knows these tokens.
             ``"all"``: all but padding. ``"learnt"`` is an older spelling of the former.
         yield_at: ``"block"``: all modules of an MLP yield by the distance of its input.
             ``"module"``: each yields by the distance of its own input.

@@ -22,6 +22,7 @@ from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, on_device
 from budwood.tune.data.encoding import EncodedExample, n_supervised, told_labels
 from budwood.tune.data.self_generated import self_generate, with_asked
+from budwood.tune.slim.architectures import layer_number
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
 from budwood.tune.slim.state import DiscriminantStatistics, InputStatistics
@@ -32,6 +33,8 @@ N_EXAMPLES = 256
 """Fewest training examples that are read; more until ``MOST_TOKENS`` count."""
 MOST_TOKENS = 4096
 """Tokens of each text whose inputs are kept, evenly drawn if there are more."""
+CONTENT_UNTIL = 0.7
+"""Fraction of the model's layers, from the input on, in which what the user wrote may count."""
 LEAST_TOKENS = 32
 WAY = 0.5
 """Where a fixed boundary lies, as a fraction of the way from training data to other text."""
@@ -80,22 +83,47 @@ def fit_discriminant(
     if other is None:
         other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
-    if fresh[0].config.fit_on == "content":
-        rows, other = map(_with_content, (rows, with_asked(other, tokenizer)))
     rows = _draw(rows, seed)
-    surveys = []
-    for text in (rows, other):
-        survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
-        _read(model, tokenizer, text, batch, survey)
-        surveys.append(survey)
-    _check_reached(fresh, surveys)
-    inputs = [tuple(survey.inputs_of(layer) for survey in surveys) for layer in fresh]
-    fitted = [_fit(layer, *texts) for layer, texts in zip(fresh, inputs)]  # all, before any is set
-    for layer, texts, direction in zip(fresh, inputs, fitted):
+    inputs = _inputs(model, tokenizer, fresh, (rows, other), batch)
+    if early := _reading_content(fresh):
+        texts = tuple(map(_with_content, (rows, with_asked(other, tokenizer))))
+        inputs |= _inputs(model, tokenizer, early, texts, batch)
+    fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
+    for layer, direction in fitted.items():
+        texts = inputs[layer]
         layer.set_direction(*direction, sum(map(len, texts)))
         if layer.config.boundary == "fixed":
             layer.set_boundary(*_midway(layer, *texts))
     return n_supervised(rows), n_supervised(other)
+
+
+def _inputs(
+    model: nn.Module,
+    tokenizer: Any,
+    layers: Sequence[DiscriminantStatistics],
+    texts: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
+    batch: int,
+) -> dict[DiscriminantStatistics, tuple[Tensor, Tensor]]:
+    """What layers read at the tokens that count, of training data and of other text."""
+    surveys = []
+    for text in texts:
+        survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
+        _read(model, tokenizer, text, batch, survey)
+        surveys.append(survey)
+    _check_reached(layers, surveys)
+    training, other = surveys
+    return {layer: (training.inputs_of(layer), other.inputs_of(layer)) for layer in layers}
+
+
+def _reading_content(layers: Sequence[DiscriminantStatistics]) -> list[DiscriminantStatistics]:
+    """The layers for which what the user wrote counts: with ``fit_on="content"`` the earlier ones.
+
+    Ours. What a later layer adds there hardly reaches the answer any more, and its inputs tell
+    training data from other text less well (benchmarks/LOG.md).
+    """
+    numbers = {layer: layer_number(layer.key) or 0 for layer in layers}
+    end = CONTENT_UNTIL * (max(numbers.values()) + 1)
+    return [layer for layer in layers if layer.config.fit_on == "content" and numbers[layer] < end]
 
 
 def _with_content(rows: Sequence[EncodedExample]) -> list[EncodedExample]:
