@@ -11,7 +11,9 @@
 #   few       48 examples of examples/tune: LoRA and SLIM as `budwood tune` trains them
 #   closed    OpenBookQA, BoolQ and ARC-Easy for 600 steps, LoRA and SLIM, in OUTPUT-closed
 # Each finished run is a record in OUTPUT/runs, so a script that was stopped goes on where it was when
-# it is started again. BUDWOOD names the command.
+# it is started again: copy benchmarks/results/tune-learn to OUTPUT to go on from what is kept. A run
+# of 400 steps takes some 17 minutes of one core, of which the training takes 15. BUDWOOD names the
+# command.
 set -euo pipefail
 
 data=${1:?folder with the data} output=${2:?folder for runs and records}
@@ -23,8 +25,8 @@ budwood=${BUDWOOD:-budwood}
 general=winogrande,social_iqa,gsm8k,arc_challenge
 [ -z "${PIQA:-}" ] || general+=,piqa
 settings=(
-    --batch 8 --max-length 192 --windows 32 --prompts 32 --n-validation 120
-    --limit 300 --general-limit 150 --general "$general" --probe-every 0 --strengths 0.7,0.5
+    --batch 8 --max-length 192 --per-task 600 --windows 16 --prompts 32 --n-validation 60
+    --limit 120 --general-limit 100 --general "$general" --probe-every 0 --strengths 0.7,0.5
 )
 # Rotations and singular directions take higher and lower rates than low-rank differences do.
 usual=lora,lora-r10,lora-wd:weight_decay=30,dora,lora-kl,lora-own,lora-mask,moe,corda,slim
