@@ -97,7 +97,8 @@ class InputOptions:
         if isinstance(item, Cloud):
             made = make_cloud(item.xyz, item.rgb, source=item.source, invalid=self.invalid)
             dropped = {**item.assumed.dropped, **made.assumed.dropped}
-            cloud = replace(made, assumed=replace(item.assumed, dropped=dropped))
+            notes = tuple(dict.fromkeys((*item.assumed.notes, *made.assumed.notes)))
+            cloud = replace(made, assumed=replace(item.assumed, dropped=dropped, notes=notes))
         elif isinstance(item, (str, os.PathLike)):
             cloud = read(item, columns=self.columns, invalid=self.invalid, seed=self.seed)
         else:
