@@ -29,7 +29,7 @@ from budwood import hub, records
 from budwood.errors import InputError, OutputError, UnknownNameError, UnsupportedModelError
 from budwood.files import read_json
 from budwood.loading import load_language_model
-from budwood.tune import Settings, SlimConfig, finetune, load_adapted
+from budwood.tune import Settings, SlimConfig, finetune, load_adapted, observe
 from budwood.tune.data.encoding import IGNORED, encode, encode_one, n_supervised
 from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import cached_texts
@@ -713,3 +713,19 @@ def test_new_tokens_and_a_template_come_back_with_the_adapter(tmp_path):
         assert torch.equal(loaded.model(ids).logits, result.model.eval()(ids).logits)
     plain = run(tmp_path / "plain")
     assert not any("embed" in name for name in weights(plain.output))
+
+
+def test_what_the_user_wrote_is_adapted_as_well(tmp_path):
+    data = [
+        {"question": f"What is {i} made of?", "answer": "of stone, all of it"} for i in range(12)
+    ]
+    shares = []
+    for fit_on in ("supervised", "content"):
+        method = f"{SLIM}+boundary=fixed+distance=discriminant+skip_first=0+fit_on={fit_on}"
+        result = run(tmp_path / fit_on, data, method=method)
+        assert result.model.peft_config["default"].fit_on == fit_on
+        row = encode_one(example_of(data[0]), TOKENS)
+        with observe(result.model) as seen, torch.no_grad():
+            result.model(input_ids=torch.tensor([row["input_ids"]]))
+        shares.append(np.mean([layer.bypassed / layer.n_tokens for layer in seen.layers.values()]))
+    assert shares[1] < shares[0]  # fewer tokens of the question bypass
