@@ -446,7 +446,7 @@ def test_ls(budwood):
     ("options", "fragment"),
     [
         ([], "give one of --labels"),
-        (["--labels", "a,b", "--labels-file", "x"], "give one of --labels"),
+        (["--labels", "a,b", "--labels-file", "x"], "are both given; give one of them"),
         (["--labels", "ball,,stick"], "label 2 of 3 is empty"),
         (["--labels", ""], "there are no labels"),
         (["--labels", "ball,stick,Ball"], "'Ball' is repeated"),

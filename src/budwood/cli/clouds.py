@@ -114,7 +114,12 @@ Synonyms = Annotated[
 ]
 
 
-def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) -> list[str] | None:
+def labels_of(
+    labels: str | None,
+    file: Path | None,
+    embeddings: Path | None = None,
+    ways: str = "--labels, --labels-file and --embeddings",
+) -> list[str] | None:
     """Labels from the options; None for all that a file of embeddings has.
 
     Raises:
@@ -123,11 +128,10 @@ def labels_of(labels: str | None, file: Path | None, embeddings: Path | None) ->
     from budwood.points.labels import check_labels, read_labels
 
     given = [option for option in (labels, file) if option is not None]
-    if len(given) > 1 or (not given and embeddings is None):
-        raise InputError(
-            "give one of --labels and --labels-file, or --embeddings, which may have either beside "
-            "it to choose among its labels"
-        )
+    if len(given) > 1:
+        raise InputError("--labels and --labels-file are both given; give one of them")
+    if not given and embeddings is None:
+        raise InputError(f"there are no labels; give one of {ways}")
     if labels is not None:
         return list(check_labels(next(csv.reader([labels], skipinitialspace=True), [""])))
     return None if file is None else list(check_labels(read_labels(file)))

@@ -181,7 +181,7 @@ def embed(
     reserve(output, False)
     chosen = list(dict.fromkeys(label for part in COMMON_LABELS.values() for label in part))
     if labels is not None or labels_file is not None:
-        chosen = clouds.labels_of(labels, labels_file, None) or []
+        chosen = clouds.labels_of(labels, labels_file, ways="--labels and --labels-file") or []
 
     # These import torch, which takes seconds.
     from budwood.points import save_embeddings
