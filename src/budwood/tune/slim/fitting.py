@@ -86,7 +86,7 @@ def fit_discriminant(
     rows = _draw(rows, seed)
     inputs = _inputs(model, tokenizer, fresh, (rows, other), batch)
     if early := _reading_content(fresh):
-        texts = tuple(map(_with_content, (rows, with_asked(other, tokenizer))))
+        texts = _with_content(rows), _with_content(with_asked(other, tokenizer))
         inputs |= _inputs(model, tokenizer, early, texts, batch)
     fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
     for layer, direction in fitted.items():
