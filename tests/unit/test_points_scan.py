@@ -733,6 +733,18 @@ def test_formats_that_a_later_run_adds(by_shape, tmp_path, monkeypatch):
     assert not cut
 
 
+def test_labels_that_a_later_run_adds_leave_other_files_alone(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    file, found = write(tmp_path / "0.bin", xyz), tmp_path / "found"
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": found}
+    scan([file], formats=["clusters", "html"], **given)
+    kept = sorted([*(found / "clusters").iterdir(), found / "pages/0.html"])
+    before = [one.read_bytes() for one in kept]
+    scan([file], formats=["clusters", "html", "kitti"], **given)
+    assert (found / "kitti/0.txt").read_text() and len(before) > 1
+    assert [one.read_bytes() for one in kept] == before
+
+
 def test_frames_of_one_name(by_shape, tmp_path):
     xyz, _ = frame(shots=300)
     given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}

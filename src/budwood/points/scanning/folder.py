@@ -108,8 +108,8 @@ class ScanFolder:
         if lacking & _OF_POINTS:
             return None
         self._tracks |= {box.track for box in frame.boxes if box.track is not None}
-        if lacking:
-            self.write(frame)
+        if lacking:  # labels, which boxes suffice for
+            self._write(frame, frozenset(("kitti",)))
         else:
             self._n_done += 1
         return frame
@@ -120,10 +120,15 @@ class ScanFolder:
         Raises:
             OutputError: one cannot be written; the message says what stays.
         """
+        self._write(frame, self.formats)
+
+    def _write(self, frame: ScannedFrame, formats: frozenset[str]) -> None:
         name = self._name(frame.source)
         try:
-            self._write_others(frame, name)
-            written = self._wanted | self._written.get(name, frozenset())
+            self._write_others(frame, name, formats)
+            earlier = self._written.get(name, frozenset())
+            kept = {one for one in earlier if one.partition(" ")[0] not in self.formats}
+            written = self._wanted | kept
             text = json_text(frame, mark=self._marks[name], written=sorted(written))
             write_text(self._file(name), text)
         except OutputError as error:
@@ -143,16 +148,16 @@ class ScanFolder:
             write_text(self.path / "nuscenes.json", json.dumps(results))
         self._run.complete()
 
-    def _write_others(self, frame: ScannedFrame, name: str) -> None:
-        if "kitti" in self.formats:
+    def _write_others(self, frame: ScannedFrame, name: str, formats: frozenset[str]) -> None:
+        if "kitti" in formats:
             text = kitti_text(frame, self.camera.get("Tr"), self.camera.get("P"))
             write_text(self.path / "kitti" / f"{name}.txt", text)
-        if "clusters" in self.formats:
+        if "clusters" in formats:
             self._write_clusters(frame, name)
-        if "png" in self.formats:
+        if "png" in formats:
             file = self.path / "views" / f"{name}.png"
             write_whole(file, lambda part: draw_from_above(frame, part))
-        if "html" in self.formats:
+        if "html" in formats:
             file = self.path / "pages" / f"{name}.html"
             write_whole(file, lambda part: write_page(frame, part))
 
