@@ -610,14 +610,14 @@ def test_another_calibration_writes_labels_anew(by_shape, tmp_path):
     file, calibration = write(tmp_path / "0.bin", xyz), tmp_path / "calib.txt"
     given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
     labels = []
-    for shift in (0.0, 5.0):
+    for shift in (0.0, 5.0, 0.0):
         tr = CAMERA[:3].copy()
         tr[0, 3] = shift
         calibration.write_text("Tr: " + " ".join(map(str, tr.ravel())))
         scan([file], formats=["kitti"], calibration=calibration, **given)
         labels.append((tmp_path / "found/kitti/0.txt").read_text())
-    x, moved = (float(text.split()[11]) for text in labels)
-    assert moved == pytest.approx(x + 5, abs=0.02)
+    x, moved, back = (float(text.split()[11]) for text in labels)
+    assert moved == pytest.approx(x + 5, abs=0.02) and back == x
 
 
 def test_clusters_of_a_frame_that_changed_are_written_anew(by_shape, tmp_path):
