@@ -349,3 +349,11 @@ def test_marks_of_self_generated_text_are_those_of_chats():
     row = encode_one(example_of({"question": "Is it wet?", "answer": "yes"}), TOKENS)
     bare = {key: row[key] for key in ("input_ids", "labels")}
     assert with_asked([bare], TOKENS) == [row]
+
+
+def test_marks_that_a_row_has_stay():
+    """Such as those of a chat whose system message is another one than the template's."""
+    turns = [("system", "Be brief, and kind."), ("user", "Is it wet?"), ("assistant", "yes")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    row = encode_one(example_of(chat), TOKENS)
+    assert asked(row) == "Is it wet?" and with_asked([row], TOKENS) == [row]

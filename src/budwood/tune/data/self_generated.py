@@ -164,12 +164,16 @@ def with_asked(rows: Sequence[EncodedExample], tokenizer: Any) -> list[EncodedEx
     """Self-generated texts with ``asked``: what is between the template's parts of the prompt.
 
     Args:
-        rows: of :func:`self_generate`, ``input_ids`` and ``labels``.
+        rows: of :func:`self_generate`, ``input_ids`` and ``labels``. Rows that have ``asked``, as
+            those of :func:`budwood.tune.data.encoding.encode`, stay as they are.
         tokenizer: of the model.
     """
     before, behind = around_request(tokenizer)
     found = []
     for row in rows:
+        if "asked" in row:
+            found.append(row)
+            continue
         n_prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
         n_asked = max(0, n_prompt - len(before) - len(behind))
         asked = [0] * len(before) + [1] * n_asked

@@ -84,8 +84,11 @@ def fit_discriminant(
         other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
     rows = _draw(rows, seed)
-    inputs = _inputs(model, tokenizer, fresh, (rows, other), batch)
-    if early := _reading_content(fresh):
+    early = _reading_content(fresh)
+    inputs = {}
+    if late := [layer for layer in fresh if layer not in early]:
+        inputs |= _inputs(model, tokenizer, late, (rows, other), batch)
+    if early:
         texts = _with_content(rows), _with_content(with_asked(other, tokenizer))
         inputs |= _inputs(model, tokenizer, early, texts, batch)
     fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
