@@ -8,7 +8,14 @@ from typing import Any
 
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data.examples import Example
-from budwood.tune.data.template import cut_turn, need_place, places_of, render, text_tokens
+from budwood.tune.data.template import (
+    end_of_turn,
+    n_behind_turn,
+    need_place,
+    places_of,
+    render,
+    text_tokens,
+)
 
 _WRITTEN = ("user", "tool")
 """Who writes what is asked."""
@@ -52,7 +59,9 @@ def encode(
         InputError: all examples are too long, the chat template refuses one, or one has no
             supervised token.
     """
-    encoded = [encode_one(example, tokenizer) for example in examples]
+    has_chats = any(not example.is_plain for example in examples)
+    turn_end = turn_end_of(tokenizer) if has_chats else None
+    encoded = [encode_one(example, tokenizer, turn_end) for example in examples]
     for i, row in enumerate(encoded):
         if not n_supervised([row]):
             where = examples[i].where or f"row {i} of the data"
@@ -113,9 +122,23 @@ def _ints(values: Any, what: str) -> list[int]:
     return plain
 
 
-def encode_one(example: Example, tokenizer: Any) -> EncodedExample:
-    """One example as ``input_ids`` and ``labels``; arguments and errors as in :func:`encode`."""
-    return _plain(example, tokenizer) if example.is_plain else _chat(example, tokenizer)
+def encode_one(
+    example: Example, tokenizer: Any, turn_end: tuple[str, int] | None = None
+) -> EncodedExample:
+    """One example as ``input_ids`` and ``labels``.
+
+    Args:
+        example: what to train on.
+        tokenizer: as of :func:`encode`, with its errors.
+        turn_end: of :func:`turn_end_of`, where it is known.
+    """
+    return _plain(example, tokenizer) if example.is_plain else _chat(example, tokenizer, turn_end)
+
+
+def turn_end_of(tokenizer: Any) -> tuple[str, int]:
+    """What a template writes behind a reply, and its tokens behind the one that ends the turn."""
+    end = end_of_turn(tokenizer)
+    return end, n_behind_turn(tokenizer, end)
 
 
 def _plain(example: Example, tokenizer: Any) -> EncodedExample:
@@ -135,13 +158,14 @@ def _plain(example: Example, tokenizer: Any) -> EncodedExample:
     }
 
 
-def _chat(example: Example, tokenizer: Any) -> EncodedExample:
+def _chat(example: Example, tokenizer: Any, turn_end: tuple[str, int] | None) -> EncodedExample:
     """A conversation through the chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UnsupportedModelError(
             "the tokenizer has no chat template; use an instruct model, or give prompts and "
             "completions as text"
         )
+    end, n_behind = turn_end or turn_end_of(tokenizer)
     messages = list(example.messages)
     input_ids: list[int] = []
     labels: list[int] = []
@@ -158,7 +182,9 @@ def _chat(example: Example, tokenizer: Any) -> EncodedExample:
                 "turns cannot be found; train on single turns"
             )
         asked = text_tokens(tokenizer, prompt[len(done) :])
-        said, tail = cut_turn(tokenizer, whole[len(prompt) :])
+        turn = text_tokens(tokenizer, whole[len(prompt) :])
+        n_said = len(turn) - (n_behind if whole.endswith(end) else 0)
+        said, tail = turn[:n_said], turn[n_said:]
         input_ids += asked + said + tail
         labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
         by_user = [one["content"] for one in messages[first:i] if one["role"] in _WRITTEN]

@@ -150,10 +150,11 @@ def _with_truths(rows: list[tuple[str, dict[str, Any]]]) -> Rows:
 
     Rows with choices stay as they are: there, true and false are choices.
     """
+    if any(has_choices(row) for _, row in rows):
+        return rows
     for name in _ANSWERS:
         answers = {str(row.get(name) or "").strip().lower() for _, row in rows}
-        chosen = any(has_choices(row) for _, row in rows)
-        if answers - {""} and answers <= {"true", "false", ""} and not chosen:
+        if answers - {""} and answers <= {"true", "false", ""}:
             for _, row in rows:
                 if row.get(name):
                     row[name] = row[name].strip().lower() == "true"

@@ -165,14 +165,17 @@ def around_request(tokenizer: Any) -> tuple[list[int], list[int]]:
     return tokens, text_tokens(tokenizer, behind)
 
 
-def cut_turn(tokenizer: Any, turn: str) -> tuple[list[int], list[int]]:
-    """Cut a turn of the assistant behind the token that ends it; the template may add more."""
-    tokens, end = text_tokens(tokenizer, turn), end_of_turn(tokenizer)
-    behind = text_tokens(tokenizer, end) if end and turn.endswith(end) else []
+def n_behind_turn(tokenizer: Any, end: str) -> int:
+    """How many tokens a template writes behind the token that ends the assistant's turn.
+
+    Args:
+        tokenizer: with a chat template.
+        end: of :func:`end_of_turn`.
+    """
+    behind = text_tokens(tokenizer, end)
     special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     place = next((i for i, token in enumerate(behind) if token in special), None)
-    n_said = len(tokens) if place is None else len(tokens) - len(behind) + place + 1
-    return tokens[:n_said], tokens[n_said:]
+    return 0 if place is None else len(behind) - place - 1
 
 
 def places_of(tokenizer: Any, text: str, parts: Sequence[str], n_tokens: int) -> list[int]:
