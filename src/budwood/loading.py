@@ -26,7 +26,7 @@ SMOLLM2_TOKENS = 49_152
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _ADAPTER_FILE = "adapter_config.json"
-_PLAIN: dict[str, Any] = {"trust_remote_code": False}
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Of ``from_pretrained``: without it transformers asks on the terminal, and waits for an answer."""
 
 
@@ -345,7 +345,7 @@ def config_of(source: str) -> Any:
     with _opened(source) as folder:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(folder, **_PLAIN)
+        return AutoConfig.from_pretrained(folder, **NO_CODE)
 
 
 def _has_vision(source: str) -> bool:
@@ -396,21 +396,21 @@ def _vlm(source: str, folder: str, dtype: Any, device_map: str | None = None) ->
 
     from budwood.prune.families import family_class
 
-    config = AutoConfig.from_pretrained(folder, **_PLAIN)
+    config = AutoConfig.from_pretrained(folder, **NO_CODE)
     family_class(config, f"model {source}")  # before weights are read
-    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map, **_PLAIN}
+    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map, **NO_CODE}
     model = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    return model, AutoProcessor.from_pretrained(folder, **_PLAIN)
+    return model, AutoProcessor.from_pretrained(folder, **NO_CODE)
 
 
 def _language_model(source: str, folder: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **_PLAIN}
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **NO_CODE}
     result: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = result
     _check_causal(source, model, info)
-    return model, AutoTokenizer.from_pretrained(folder, **_PLAIN)
+    return model, AutoTokenizer.from_pretrained(folder, **NO_CODE)
 
 
 def _check_causal(source: str, model: Any, info: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from budwood.errors import InputError
 from budwood.fingerprint import sampled_weights
-from budwood.loading import SMOLLM2_ID, SMOLLM2_TOKENS
+from budwood.loading import NO_CODE, SMOLLM2_ID, SMOLLM2_TOKENS
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size")
 SIZES = (*WIDTHS, "num_hidden_layers", "n_layer", "vocab_size")
@@ -101,7 +101,7 @@ def is_resized(model: Any) -> bool:
     if model.name_or_path == SMOLLM2_ID:
         return n_tokens != SMOLLM2_TOKENS
     try:
-        saved = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True)
+        saved = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True, **NO_CODE)
     except (OSError, ValueError, KeyError):
         return False
     return saved.get_text_config().vocab_size != n_tokens

@@ -18,6 +18,7 @@ from budwood.errors import InputError
 from budwood.files import need_parent
 from budwood.hub import hub_or_cache
 from budwood.loading import (
+    NO_CODE,
     SMOLLM2,
     SMOLLM2_ID,
     Loaded,
@@ -357,7 +358,7 @@ def _tokenizer_of(model: Any) -> Any:
             return load_llm_tokenizer()
         hub = hub_or_cache(name, "tokenizer_config.json", what="tokenizer")
         with nullcontext() if is_path(name) else hub:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, **NO_CODE)
     except (InputError, OSError, ValueError, ImportError) as error:
         called = f" {name!r}" if name else ""
         raise InputError(f"the model{called} has no tokenizer at hand; give tokenizer=…") from error

@@ -10,6 +10,7 @@ from typing import Any
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.hub import hub_or_cache
 from budwood.loading import (
+    NO_CODE,
     SMOLLM2_ID,
     Loaded,
     check_adapter_source,
@@ -83,7 +84,7 @@ def _tokenizer_in(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # as above
         raise InputError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
 
