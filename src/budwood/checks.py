@@ -94,7 +94,8 @@ def need_kind(kinds: type | tuple[type, ...], what: str, **values: object) -> No
     """
     for name, value in values.items():
         if value is not None and not isinstance(value, kinds):
-            raise InputError(f"{name} is of type {type(value).__name__}; give a {what}")
+            article = "an" if what[0] in "aeiou" else "a"
+            raise InputError(f"{name} is of type {type(value).__name__}; give {article} {what}")
 
 
 def need_seed(seed: int) -> None:

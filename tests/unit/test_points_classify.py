@@ -864,7 +864,7 @@ def test_functions_of_clouds_refuse_arrays():
     ):
         with pytest.raises(InputError, match="is of type ndarray; give a Cloud"):
             call()
-    with pytest.raises(InputError, match="encoder is of type str; give a encoder, as load_enc"):
+    with pytest.raises(InputError, match="encoder is of type str; give an encoder, as load_enc"):
         trained_labels("sprout")
     with pytest.raises(InputError, match="seed=4294967296 is out of range"):
         classify_clouds(xyz, ["chair"], seed=2**32)

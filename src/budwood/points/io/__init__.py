@@ -43,9 +43,8 @@ FORMATS = {
     ".laz": Format("las:read_las", "z", "m"),
     ".e57": Format("e57:read_e57", "z", "m"),
     ".bin": Format("bins:read_bin", "z", "m", names_columns=False),
-    ".pts": Format(
-        "tables:read_pts", names_columns=False
-    ),  # y in ShapeNet's; the reader says z for Leica's
+    # y in ShapeNet's; the reader says z for Leica's
+    ".pts": Format("tables:read_pts", names_columns=False),
     ".npy": Format("tables:read_npy", names_columns=False),
     ".npz": Format("tables:read_npz", names_columns=False),
     ".xyz": Format("tables:read_text", names_columns=False),
