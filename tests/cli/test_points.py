@@ -13,6 +13,7 @@ from PIL import Image
 
 from budwood import records
 from budwood.bench import points as bench
+from budwood.errors import InputError
 from budwood.points import ENCODERS, METHODS, classification
 from budwood.points.adapters.base import read_description
 from budwood.points.encoders.sprout import Sprout, SproutConfig, save_sprout
@@ -182,7 +183,8 @@ def test_what_is_said_about_files(budwood, tmp_path):
     left_out, assumed = result.stderr.splitlines()
     assert left_out == "left out: 3 files are of no known format: 2 .md, 1 .jpg"
     assert assumed == (
-        "assumed z up (1), y up (1) (--up), columns xyz_ (1), columns xyz (1) (--columns), metres; "
+        "assumed z up (1), y up (1) (--up), columns xyz_ (1), columns xyz (1) (--columns), "
+        "metres (1), unknown units (1); "
         "left out 50 rows without a return, 1 stray point (--keep-strays)"
     )
     one, two = json.loads(result.stdout)["rows"]
@@ -217,6 +219,30 @@ def test_ground_and_templates(budwood, tmp_path):
     assert row["assumed"]["dropped"] == {"ground": 300}
     assert "left out 300 points of the ground" in found.stderr
     assert row["scores"] != plain["scores"]
+
+
+def test_embeddings_have_their_phrasings(budwood, scans, tmp_path):
+    from budwood.points import classify, save_embeddings
+    from budwood.points.encoders import load_encoder
+    from budwood.points.text import embed_labels_for
+
+    file = tmp_path / "labels.safetensors"
+    known = embed_labels_for(load_encoder("sprout"), ["ball", "stick"], templates="plain")
+    save_embeddings(known, file)
+    command = ["classify", scans / "0.npy", "--embeddings", file]
+    assert budwood(*command).exit_code == 0
+    refused(budwood(*command, "--templates", "short"), "templates='short' has no effect")
+    refused(budwood(*command, "--no-synonyms"), "synonyms=False has no effect")
+    for labels, options in ((known, {}), (None, {"embeddings": file})):
+        with pytest.raises(InputError, match="has no effect on embeddings"):
+            classify(scans / "0.npy", labels, templates="plain", **options)
+
+
+def test_files_without_units_are_counted(budwood, tmp_path):
+    np.save(tmp_path / "a.npy", layouts.car(200))
+    layouts.kitti(layouts.car(200)).tofile(tmp_path / "b.bin")
+    result = budwood("classify", tmp_path / "a.npy", tmp_path / "b.bin", "--labels", NAMES)
+    assert "unknown units (1), metres (1)" in result.stderr
 
 
 def test_more_points_than_sprout_was_made_for(budwood, tmp_path):

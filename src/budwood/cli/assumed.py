@@ -47,7 +47,8 @@ def line_of(assumed: list[Assumed], reading: Mapping[str, Any]) -> str:
     if reading["columns"] is None:
         columns = [f"columns {about.columns}" for about in assumed if about.columns]
         parts.append(_counted(columns, "--columns"))
-    parts.append(_counted(UNITS[about.units] for about in assumed if about.units))
+    if any(about.units for about in assumed):
+        parts.append(_counted(UNITS.get(about.units or "", "unknown units") for about in assumed))
     said = [f"assumed {', '.join(filter(None, parts))}"] if any(parts) else []
     dropped: Counter[str] = Counter()
     for about in assumed:

@@ -97,7 +97,10 @@ def classify(
 
     # These import torch, which takes seconds.
     from budwood.points import classify as classify_clouds
+    from budwood.points.text import refuse_phrasing
 
+    if embeddings:
+        refuse_phrasing(templates, synonyms)
     model = clouds.load(encoder, checkpoint, device, adapter)
     texts = clouds.embed(model, given, embeddings, text, templates, synonyms)
     strange = clouds.say_unfamiliar(model, texts, text)

@@ -28,7 +28,7 @@ from budwood.points.inputs import (
 )
 from budwood.points.io import Assumed
 from budwood.points.logits import cosine_logits
-from budwood.points.text import TextEmbeddings, embed_labels_for
+from budwood.points.text import TextEmbeddings, embed_labels_for, refuse_phrasing
 from budwood.points.towers import TextTower
 
 
@@ -158,6 +158,8 @@ def classify(  # pyright: ignore[reportInconsistentOverload]  (above, **options 
     """
     options = InputOptions(points, sampler, up, columns, box, invalid, strays, remove_ground, seed)
     need_at_least(1, top=1 if top is None else top, batch_size=batch_size)
+    if embeddings is not None or isinstance(labels, TextEmbeddings):
+        refuse_phrasing(templates, synonyms)
     model, adapter = load_adapted(encoder, checkpoint, device, adapter)
     classes = embed_labels_for(
         model, labels, embeddings=embeddings, text=text, templates=templates, synonyms=synonyms

@@ -164,6 +164,25 @@ def embed_labels_for(
     return result
 
 
+def refuse_phrasing(templates: str | Sequence[str], synonyms: bool) -> None:
+    """Refuse phrasings beside embeddings, which were made with their own.
+
+    Args:
+        templates: as of :func:`embed_labels`.
+        synonyms: as there, by default True.
+
+    Raises:
+        InputError: they are other than the default.
+    """
+    unused = [f"templates={templates!r}"] if templates != "points64" else []
+    unused += ["synonyms=False"] if not synonyms else []
+    if unused:
+        raise InputError(
+            f"{unused[0]} has no effect on embeddings, which have their phrasings already; leave it "
+            "out, or give labels and no embeddings"
+        )
+
+
 def embed_labels_without_encoder(
     name: str,
     labels: Sequence[str],
