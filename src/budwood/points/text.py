@@ -178,7 +178,7 @@ def refuse_phrasing(templates: str | Sequence[str], synonyms: bool) -> None:
     unused += ["synonyms=False"] if not synonyms else []
     if unused:
         raise InputError(
-            f"{unused[0]} has no effect on embeddings, which have their phrasings already; leave it "
+            f"{unused[0]} has no effect on embeddings, which have their own phrasings; leave it "
             "out, or give labels and no embeddings"
         )
 
