@@ -13,7 +13,7 @@ from budwood.tune.data.self_generated import replies, self_generate
 from budwood.tune.data.template import prompt_tokens, tokens_before_request
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.slim.distance import discriminant, gap_to_other
-from budwood.tune.slim.fitting import Survey
+from budwood.tune.slim.fitting import Survey, most_tokens
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 
@@ -59,6 +59,12 @@ def fitted(rows=None, other=None, batch=4, **changes):
     model = fresh(**changes)
     fit_discriminant(model, TOKENS, rows or rows_of(), other or rows_of(seed=1), batch=batch)
     return model
+
+
+def keep_at_most(monkeypatch, n_tokens, n_examples):
+    monkeypatch.setattr("budwood.tune.slim.fitting.N_EXAMPLES", n_examples)
+    monkeypatch.setattr("budwood.tune.slim.fitting.MOST_TOKENS", n_tokens)
+    monkeypatch.setattr("budwood.tune.slim.fitting.MOST_VALUES", 1)
 
 
 def after(steps):
@@ -122,8 +128,7 @@ def test_rows_at_a_time_do_not_matter():
 
 
 def test_much_text_is_thinned_out(monkeypatch):
-    monkeypatch.setattr("budwood.tune.slim.fitting.N_EXAMPLES", 10)
-    monkeypatch.setattr("budwood.tune.slim.fitting.MOST_TOKENS", 30)
+    keep_at_most(monkeypatch, 30, n_examples=10)
     rows, other = rows_of(40), rows_of(25, seed=1)
     one, again = (fitted(rows, other, batch=5) for _ in range(2))
     for (_, statistics), (_, same) in zip(owned(one), owned(again)):
@@ -132,9 +137,14 @@ def test_much_text_is_thinned_out(monkeypatch):
     lengths = sorted(9 + i for i in range(40))
     n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
     assert sum(lengths[:10]) < n < sum(lengths[-10:])  # ten rows, neither first nor last
-    monkeypatch.setattr("budwood.tune.slim.fitting.MOST_TOKENS", 700)
+    keep_at_most(monkeypatch, 700, n_examples=10)
     n, _ = fit_discriminant(fresh(), TOKENS, rows, other)
     assert 700 <= n < 700 + lengths[-1]  # ten rows do not have as many tokens
+
+
+def test_narrow_layers_keep_more_tokens():
+    assert most_tokens(576) == 14_563
+    assert most_tokens(4096) == most_tokens(2048) == 4096
 
 
 def test_a_trained_adapter_beside_a_fresh_one_stays_as_it_was():
@@ -274,8 +284,7 @@ def test_refused(model, rows, error, words):
 
 def test_a_bad_row_is_the_users_row(monkeypatch):
     """Also where few rows are drawn."""
-    for name in ("N_EXAMPLES", "MOST_TOKENS"):
-        monkeypatch.setattr(f"budwood.tune.slim.fitting.{name}", 4)
+    keep_at_most(monkeypatch, 4, n_examples=4)
     rows = rows_of(40)
     rows[33]["labels"] = [IGNORED] * len(rows[33]["labels"])
     for seed in range(3):

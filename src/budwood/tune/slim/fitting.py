@@ -24,7 +24,7 @@ from budwood.tune.data.encoding import EncodedExample, n_supervised, told_labels
 from budwood.tune.data.self_generated import self_generate, with_asked
 from budwood.tune.slim.architectures import layer_number
 from budwood.tune.slim.distance import discriminant, gap_to_other
-from budwood.tune.slim.keeper import keeper_of, layers_of, tell_labels
+from budwood.tune.slim.keeper import keeper_of, layers_of
 from budwood.tune.slim.state import DiscriminantStatistics, InputStatistics
 
 N_TEXTS = 128
@@ -32,7 +32,9 @@ N_TEXTS = 128
 N_EXAMPLES = 256
 """Fewest training examples that are read; more until ``MOST_TOKENS`` count."""
 MOST_TOKENS = 4096
-"""Tokens of each text whose inputs are kept, evenly drawn if there are more."""
+"""Tokens of each text whose inputs are kept in wide layers, evenly drawn if there are more."""
+MOST_VALUES = 2**23
+"""Values of each text that are kept of a narrower layer: 14,563 tokens of 576 channels."""
 CONTENT_UNTIL = 0.7
 """Fraction of the model's layers, from the input on, in which what the user wrote may count."""
 LEAST_TOKENS = 32
@@ -58,10 +60,10 @@ def fit_discriminant(
     Args:
         model: from ``peft.get_peft_model``; its adapters that are trained are SLIM's and fresh.
         tokenizer: of the model.
-        rows: training data, ``input_ids`` and ``labels``. Rows are drawn until ``MOST_TOKENS``
-            count, and at least ``N_EXAMPLES``. A token counts if its next token's label is not
-            −100; with ``fit_on="content"`` also what the user wrote (``asked``), and with ``"all"``
-            every token.
+        rows: training data, ``input_ids`` and ``labels``. Rows are drawn until enough tokens count
+            (:func:`most_tokens`), and at least ``N_EXAMPLES``. A token counts if its next token's
+            label is not −100; with ``fit_on="content"`` also what the user wrote (``asked``), and
+            with ``"all"`` every token.
         other: text on which the model should not change, in the same form. None for ``N_TEXTS``
             self-generated texts, which need a chat template.
         batch: rows at a time.
@@ -83,14 +85,12 @@ def fit_discriminant(
     if other is None:
         other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
-    rows = _draw(rows, seed)
     early = _reading_content(fresh)
-    inputs = {}
-    if late := [layer for layer in fresh if layer not in early]:
-        inputs |= _inputs(model, tokenizer, late, (rows, other), batch)
+    most = max(most_tokens(layer.d_in) for layer in fresh)
+    rows = _draw(rows, most, seed, content=bool(early))
     if early:
-        texts = _with_content(rows), _with_content(with_asked(other, tokenizer))
-        inputs |= _inputs(model, tokenizer, early, texts, batch)
+        other = with_asked(other, tokenizer)
+    inputs = _inputs(model, tokenizer, fresh, early, (rows, other), batch)
     fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
     for layer, direction in fitted.items():
         texts = inputs[layer]
@@ -104,13 +104,14 @@ def _inputs(
     model: nn.Module,
     tokenizer: Any,
     layers: Sequence[DiscriminantStatistics],
+    early: Sequence[DiscriminantStatistics],
     texts: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
     batch: int,
 ) -> dict[DiscriminantStatistics, tuple[Tensor, Tensor]]:
     """What layers read at the tokens that count, of training data and of other text."""
     surveys = []
     for text in texts:
-        survey = Survey(MOST_TOKENS / (1 + len(text) // batch))
+        survey = Survey(early, 1 + len(text) // batch)
         _read(model, tokenizer, text, batch, survey)
         surveys.append(survey)
     _check_reached(layers, surveys)
@@ -129,21 +130,38 @@ def _reading_content(layers: Sequence[DiscriminantStatistics]) -> list[Discrimin
     return [layer for layer in layers if layer.config.fit_on == "content" and numbers[layer] < end]
 
 
-def _with_content(rows: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """The rows with labels behind what the user wrote."""
-    return [{"input_ids": row["input_ids"], "labels": told_labels(row)} for row in rows]
+def most_tokens(d_in: int) -> int:
+    """Tokens of each text whose inputs are kept of a layer: the more, the better the direction.
+
+    Args:
+        d_in: input channels of the layer.
+    """
+    return max(MOST_TOKENS, MOST_VALUES // d_in)
 
 
 class Survey:
     """Keeps the inputs that layers show it.
 
     Args:
-        most: tokens to keep of a layer in one forward pass.
+        content: layers for which what the user wrote counts.
+        n_passes: forward passes, over which the tokens that are kept are spread.
+
+    Attributes:
+        labels: of the rows of the present pass, shape (n_rows, length).
+        told: the same with labels behind what the user wrote.
     """
 
-    def __init__(self, most: float) -> None:
-        self.most = max(1, round(most))
+    labels: Tensor
+    told: Tensor
+
+    def __init__(self, content: Sequence[InputStatistics] = (), n_passes: int = 1) -> None:
+        self.n_passes = n_passes
+        self._content = {id(layer) for layer in content}
         self._kept: dict[InputStatistics, list[Tensor]] = {}
+
+    def labels_of(self, statistics: InputStatistics) -> Tensor:
+        """Labels behind the tokens that count for a layer."""
+        return self.told if id(statistics) in self._content else self.labels
 
     def __contains__(self, statistics: InputStatistics) -> bool:
         return statistics in self._kept
@@ -152,8 +170,9 @@ class Survey:
         """Keep inputs of a layer: tokens that count, shape (n_tokens, d_in)."""
         if not len(x):
             return
-        if len(x) > self.most:
-            x = x[torch.linspace(0, len(x) - 1, self.most).round().long().to(x.device)]
+        most = max(1, round(most_tokens(statistics.d_in) / self.n_passes))
+        if len(x) > most:
+            x = x[torch.linspace(0, len(x) - 1, most).round().long().to(x.device)]
         self._kept.setdefault(statistics, []).append(x.clone())
 
     def inputs_of(self, statistics: InputStatistics) -> Tensor:
@@ -195,16 +214,23 @@ def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
         )
 
 
-def _draw(rows: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
+def _draw(
+    rows: Sequence[EncodedExample], most: int, seed: int, *, content: bool
+) -> list[EncodedExample]:
     """Draw rows until there are enough rows and tokens; they stay in their order."""
     drawn: list[int] = []
     n_tokens = 0
     for i in random.Random(seed).sample(range(len(rows)), len(rows)):
-        if len(drawn) >= N_EXAMPLES and n_tokens >= MOST_TOKENS:
+        if len(drawn) >= N_EXAMPLES and n_tokens >= most:
             break
         drawn.append(i)
-        n_tokens += n_supervised([rows[i]])
+        n_tokens += n_supervised([_told(rows[i]) if content else rows[i]])
     return [rows[i] for i in sorted(drawn)]
+
+
+def _told(row: EncodedExample) -> EncodedExample:
+    """A row with labels behind what the user wrote."""
+    return {**row, "labels": told_labels(row)}
 
 
 def _read(
@@ -215,19 +241,21 @@ def _read(
     collate = Padded.of(model, tokenizer)
     with _surveyed(model, survey), evaluating(model):
         for start in range(0, len(rows), batch):
-            inputs = on_device(collate(rows[start : start + batch]), device)
-            tell_labels(model, inputs.pop("labels"))
+            some = rows[start : start + batch]
+            inputs = on_device(collate(some), device)
+            survey.labels = inputs.pop("labels")
+            survey.told = on_device(collate([_told(row) for row in some]), device)["labels"]
             model(**inputs)
 
 
 @contextmanager
 def _surveyed(model: nn.Module, survey: Survey) -> Iterator[None]:
     keeper = keeper_of(model)
-    keeper.survey = survey.see
+    keeper.survey = survey
     try:
         yield
     finally:
-        keeper.survey, keeper.labels = None, None
+        keeper.survey = None
 
 
 def _midway(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -126,6 +125,17 @@ class RoutingRecorder(Protocol):
         """Take the routing of one pass of one layer."""
 
 
+class InputSurvey(Protocol):
+    """Takes the inputs of the layers; see :func:`budwood.tune.fit_discriminant`."""
+
+    def labels_of(self, statistics: InputStatistics) -> Tensor:
+        """Labels behind the tokens that count for a layer, shape (n_rows, length)."""
+        ...
+
+    def see(self, statistics: InputStatistics, x: Tensor) -> None:
+        """Take the inputs of a layer at these tokens, shape (n_tokens, d_in)."""
+
+
 class StepKeeper:
     """Notices optimiser steps, and commits what was gathered since the last one.
 
@@ -149,7 +159,7 @@ class StepKeeper:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.recorder: RoutingRecorder | None = None
-        self.survey: Callable[[InputStatistics, Tensor], None] | None = None
+        self.survey: InputSurvey | None = None
         self.labels: Tensor | None = None
         self.inherited: dict[str, str] = {}
         self._incomplete: set[str] = set()

@@ -232,7 +232,7 @@ class SlimLinear(SlimLayer):
             return statistics.last_distance(x.shape[:-1].numel()), None
         if not now.gather and now.name in self.slim_clusters and statistics.steps == 0:
             self.keeper.check_complete(now.name, self.weights(now.name)[1])
-        counting = functools.partial(self._counting, x, now.config)
+        counting = functools.partial(self._counting, x, now.config, self.keeper.labels)
         return statistics.distance(x, counting, gather=now.gather, training=now.training)
 
     def _distance_in_graph(
@@ -242,7 +242,7 @@ class SlimLinear(SlimLayer):
         shared = self.shared_statistics.get(now.name)
         if shared is not None and shared.follows:
             return last_in_graph(statistics, x), None
-        keep = self._counting(x, now.config) if now.gather else None
+        keep = self._counting(x, now.config, self.keeper.labels) if now.gather else None
         distance, moments = distance_in_graph(
             statistics, x, keep, gather=now.gather, training=now.training
         )
@@ -252,22 +252,25 @@ class SlimLinear(SlimLayer):
 
     def _show(self, x: Tensor) -> None:
         """Show the inputs to the survey, for discriminants of adapters that are being trained."""
-        assert self.keeper.survey is not None
+        survey = self.keeper.survey
+        assert survey is not None
         flat = x.detach().reshape(-1, x.shape[-1])
         for name, statistics in self.discriminants().items():
-            keep = self._counting(x, self.slim_config[name])
-            self.keeper.survey(statistics, flat if keep is None else flat[keep])
+            keep = self._counting(x, self.slim_config[name], survey.labels_of(statistics))
+            survey.see(statistics, flat if keep is None else flat[keep])
 
-    def _counting(self, x: Tensor, config: SlimConfig) -> Tensor | None:
+    def _counting(self, x: Tensor, config: SlimConfig, labels: Tensor | None) -> Tensor | None:
         """Tokens that enter the statistics, bool of shape (n_tokens,); None for all."""
-        return self._tokens(x, supervised=config.fit_on != "all", warn=True)
+        return self._tokens(x, labels, supervised=config.fit_on != "all", warn=True)
 
-    def _tokens(self, x: Tensor, *, supervised: bool, warn: bool = False) -> Tensor | None:
+    def _tokens(
+        self, x: Tensor, labels: Tensor | None, *, supervised: bool, warn: bool = False
+    ) -> Tensor | None:
         """Supervised tokens, or all but padding, bool of shape (n_tokens,); None for all."""
         if self.watch is None:
             return None
         if supervised:
-            return self.watch.supervised(x, self.keeper.labels, warn=warn)
+            return self.watch.supervised(x, labels, warn=warn)
         return self.watch.not_padding(x)
 
     def _used(
@@ -423,7 +426,8 @@ class SlimLinear(SlimLayer):
         """Tokens of a pass that the recorder counts, bool, shape (n_tokens,); None for all."""
         assert self.keeper.recorder is not None
         whole, rows = now.part or (x, None)
-        keep = self._tokens(whole, supervised=self.keeper.recorder.supervised)
+        supervised = self.keeper.recorder.supervised
+        keep = self._tokens(whole, self.keeper.labels, supervised=supervised)
         if keep is None or rows is None:
             return keep
         return keep.view(len(whole), -1)[rows].flatten()
