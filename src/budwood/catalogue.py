@@ -283,7 +283,8 @@ TUNERS = {
     "slim-no-router": _ablation("SLIM without a router: all experts weigh the same."),
     "slim-no-clustering": _ablation("SLIM with the whitened distance to one running mean."),
     "slim-no-yielding": _ablation("SLIM whose experts do not yield far from the training data."),
-    "slim-no-merging": _ablation("SLIM without random masks on B·A."),
+    "slim-merging": _ablation("SLIM with random masks on B·A (dynamic merging)."),
+    "slim-answers": _ablation("SLIM for which answers alone count as training data."),
     "slim-no-l1": _ablation("SLIM without its L1 penalty."),
     "slim-whitened": _ablation("SLIM with the distance to the training data alone."),
     "slim-paper": _ablation(
@@ -294,7 +295,7 @@ TUNERS = {
     "slim-all-tokens": _ablation("SLIM whose statistics include the tokens of prompts."),
     "slim-by-module": _ablation("SLIM in which each module yields by its own input's distance."),
     "slim-all-layers": _ablation("SLIM in all layers at the same rank, so with more parameters."),
-    "slim-mask": _ablation("SLIM that keeps its last mask at inference."),
+    "slim-mask": _ablation("SLIM with random masks on B·A, the last of which stays at inference."),
 }
 """Of `budwood tune`. ``kind``: an ablation is SLIM with a part left out or changed."""
 

@@ -84,9 +84,9 @@ def test_alpha_is_a_number_once_the_config_is_made(alpha):
     [
         (0, "whitened", 8, 1.5),
         (31, "whitened", 8, 1.5),
-        (32, "discriminant", 8, 1.5),
-        (160, "discriminant", 16, 1.5),
-        (1279, "discriminant", 127, 1.5),
+        (32, "discriminant", 8, 1.0),
+        (160, "discriminant", 16, 1.0),
+        (1279, "discriminant", 127, 1.0),
         (1280, "discriminant", 128, 1.0),
         (10**6, "discriminant", 128, 1.0),
     ],
@@ -95,23 +95,26 @@ def test_the_recommended_config_follows_the_amount_of_data(
     n_tokens, distance, n_directions, margin
 ):
     config = SlimConfig.recommended(n_tokens)
-    assert (config.r, config.alpha, config.task_type) == (4, 8.0, "CAUSAL_LM")
+    assert (config.r, config.alpha, config.task_type) == (4, 32.0, "CAUSAL_LM")
     assert (config.distance, config.n_directions) == (distance, n_directions)
-    assert (config.margin_of(training=True), config.margin_of(training=False)) == (1.5, margin)
-    assert config.merging == (n_tokens >= 1280)
-    assert config.boundary == ("fixed" if 32 <= n_tokens < 1280 else "running")
+    assert config.margin_of(training=True) == config.margin_of(training=False) == margin
+    fixed = ("fixed", "content", 0.2) if n_tokens >= 32 else ("running", "supervised", 0.4)
+    assert (config.boundary, config.fit_on, config.skip_first) == fixed
+    assert not config.merging
 
 
 def test_options_take_precedence_over_the_recommended_ones():
     config = SlimConfig.recommended(50, r=2, distance="discriminant", n_directions=5, seed=3)
-    assert (config.r, config.alpha, config.n_directions, config.seed) == (2, 4.0, 5, 3)
-    assert config.boundary == "fixed" and config.margin_of(training=False) == 1.5
-    config = SlimConfig.recommended(50, boundary="running", merging=True)
-    assert config.merging and config.margin_of(training=False) == 1.0
+    assert (config.r, config.alpha, config.n_directions, config.seed) == (2, 16.0, 5, 3)
+    assert config.boundary == "fixed" and config.margin_of(training=False) == 1.0
+    config = SlimConfig.recommended(50, boundary="running", merging=True, alpha=3)
+    assert config.merging and config.alpha == 3 and config.fit_on == "supervised"
+    assert (config.margin_of(training=True), config.margin_of(training=False)) == (1.5, 1.0)
     assert SlimConfig.recommended(50, distance="max").boundary == "running"
-    config = SlimConfig.recommended(5000, boundary="fixed")
-    assert config.boundary == "fixed" and config.margin_of(training=False) == 1.5
-    config = SlimConfig.recommended(5000, margin=0.5)
+    config = SlimConfig.recommended(5000, margin=0.5, fit_on="all", skip_first=0)
+    assert (config.boundary, config.fit_on, config.skip_first) == ("fixed", "all", 0)
+    assert config.margin_of(training=True) == config.margin_of(training=False) == 0.5
+    config = SlimConfig.recommended(5000, boundary="running", margin=0.5)
     assert config.distance == "discriminant" and config.margin_of(training=False) == 0.5
     assert SlimConfig.recommended(5000, distance="max", margin_inference=0).margin_inference == 0
     for wrong in (-1, 2.5, None, True):

@@ -54,10 +54,12 @@ TOKENS_PER_DIRECTION = 10
 """Supervised tokens for each direction of the whitened distance; fewer would overfit it."""
 FEWEST_DIRECTIONS = 8
 """Directions of the whitened distance for the smallest data sets."""
-PLENTY = 1_280
-"""Supervised tokens from which the boundary runs with the training data, and parts are merged."""
 FEWEST_FITTED = 32
 """Supervised tokens from which the distance is the discriminant."""
+SCALE = 8.0
+"""alpha / r of the recommended config: with less, a token's two experts learn slowly."""
+FIXED: dict[str, Any] = {"fit_on": "content", "margin": 1.0, "skip_first": 0.2}
+"""Options that go with a fixed boundary."""
 MARGIN_INFERENCE = 1.0
 """Margin at inference that goes with the discriminant and a running boundary."""
 LORA_NAMES = {
@@ -143,13 +145,13 @@ class SlimConfig(PeftConfig):
       ``slim`` row train. Unless there is next to no data it takes the ``"discriminant"``
       distance, which has to be fitted before training (:func:`budwood.tune.fit_discriminant`).
 
-    ``finetune`` adds three steps around the config: it lets the base model write the text that the
-    discriminant needs, fits the discriminant, and with enough data scales the trained adapter to a
-    strength of 0.7.
+    ``finetune`` adds two steps before training: it lets the base model write the text that the
+    discriminant needs, and fits the discriminant.
 
     Attributes: Most important options
         r: rank of one LoRA expert.
         alpha: the experts' output is scaled by alpha / r; None for 2 · r. Open.
+            :meth:`recommended` has 8 · r, with which the experts learn faster.
         n_experts: LoRA experts, ≥ 1.
         n_identity: identity experts. They add nothing and take routing weight from the others, so
             that tokens unlike the training data bypass the adapter.
@@ -302,11 +304,11 @@ class SlimConfig(PeftConfig):
     def recommended(cls, n_supervised_tokens: int, *, r: int = 4, **options: Any) -> SlimConfig:
         """Make the config that ``finetune``, ``budwood tune`` and the benchmark's SLIM row train.
 
-        From 1,280 supervised tokens on, the distance is the discriminant with a running boundary
-        and a margin of 1.0 at inference. Below that the boundary is fixed, since few examples
-        leave gaps in which others of the same task lie, and there is no dynamic merging, whose
-        expectation halves what a short run has learnt. Below 32, too few for a discriminant, the
-        distance is the whitened one with a direction for every ten tokens.
+        The distance is the discriminant. Its boundary is fixed before training, and what the user
+        wrote counts as training data too, since answers depend on it. Experts begin after the first
+        fifth of the layers. alpha is 8 · r, and there is no dynamic merging, whose expectation
+        halves what was learnt (benchmarks/LOG.md, 2026-11-30). Below 32 supervised tokens, too few
+        for a discriminant, the distance is the whitened one with a direction for every ten tokens.
 
         Args:
             n_supervised_tokens: tokens of one pass over the training data whose label is not −100.
@@ -322,18 +324,20 @@ class SlimConfig(PeftConfig):
         need_int(0, n_supervised_tokens=n_supervised_tokens)
         wanted = n_supervised_tokens // TOKENS_PER_DIRECTION
         n_directions = min(cls.n_directions, max(FEWEST_DIRECTIONS, wanted))
-        few = n_supervised_tokens < PLENTY
         defaults: dict[str, Any] = {
             "task_type": "CAUSAL_LM",
             "n_directions": n_directions,
             "distance": "discriminant" if n_supervised_tokens >= FEWEST_FITTED else "whitened",
-            "merging": not few,
+            "merging": False,
+            "alpha": SCALE * r,
         }
         merged = {**defaults, **options}
         if merged["distance"] == "discriminant":
-            merged.setdefault("boundary", "fixed" if few else "running")
-            if merged["boundary"] == "running" and "margin" not in merged:
-                merged.setdefault("margin_inference", MARGIN_INFERENCE)
+            merged = {"boundary": "fixed", **merged}
+            if merged["boundary"] == "fixed":
+                merged = {**FIXED, **merged}
+            elif "margin" not in merged:
+                merged = {"margin_inference": MARGIN_INFERENCE, **merged}
         return cls(r=r, **merged)
 
     @property

@@ -357,3 +357,5 @@ def test_marks_that_a_row_has_stay():
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
     row = encode_one(example_of(chat), TOKENS)
     assert asked(row) == "Is it wet?" and with_asked([row], TOKENS) == [row]
+    bare = {key: row[key] for key in ("input_ids", "labels")}
+    assert with_asked([bare], TOKENS) == [bare]  # the template does not begin it

@@ -51,20 +51,17 @@ def test_only_methods_that_take_it_have_text_written(text, n):
 
 
 @pytest.mark.parametrize(
-    ("n_learnt", "n", "distance", "strength"),
+    ("n_learnt", "n", "distance"),
     [
-        (31, 0, "whitened", 1.0),
-        (32, FEWER_TEXTS, "discriminant", 1.0),
-        (1279, FEWER_TEXTS, "discriminant", 1.0),
-        (1280, N_TEXTS, "discriminant", 0.7),
+        (31, 0, "whitened"),
+        (32, FEWER_TEXTS, "discriminant"),
+        (1279, FEWER_TEXTS, "discriminant"),
+        (1280, N_TEXTS, "discriminant"),
     ],
 )
-def test_slim_follows_the_amount_of_data(n_learnt, n, distance, strength):
+def test_slim_follows_the_amount_of_data(n_learnt, n, distance):
     found = parse_tuner("slim").fitted_to(n_learnt)
     assert found.n_texts == n and found.config(1, None, 0).distance == distance
-    assert found.training(())["strength"] == strength
-    given = parse_tuner("slim:strength=0.4").fitted_to(n_learnt)
-    assert given.training(())["strength"] == 0.4
     assert parse_tuner("slim:texts=8").fitted_to(n_learnt).n_texts == 8
     assert parse_tuner("slim:texts=0").fitted_to(n_learnt).config(1, None, 0).distance == "whitened"
     asked = parse_tuner("slim:distance=discriminant").fitted_to(n_learnt)
@@ -90,10 +87,9 @@ def test_few_examples_of_a_model_that_cannot_write_take_the_whitened_distance():
     ("text", "margin"),
     [("slim", 1.0), ("slim:texts=0", 1.5), ("slim:margin=0", 0), ("slim-rms", 1.5)],
 )
-def test_the_margin_at_inference_goes_with_the_distance(text, margin):
+def test_the_margin_goes_with_the_distance(text, margin):
     config = parse_tuner(text).config(1, None, 0)
-    assert config.margin_of(training=False) == margin
-    assert config.margin_of(training=True) == (0 if margin == 0 else 1.5)
+    assert config.margin_of(training=False) == config.margin_of(training=True) == margin
 
 
 @pytest.mark.parametrize("n_tokens", [40, 1279, 1280, 10**6])
@@ -108,9 +104,9 @@ def test_the_plain_reading_has_nothing_of_ours():
     config = plain.config(1, None, 0)
     assert (config.distance, config.fit_on, config.yield_at) == ("max", "all", "module")
     assert config.margin_of(training=True) == config.margin_of(training=False) == 0
-    assert config.skip_first == 0 and plain.strength == 1 and plain.n_texts == 0
-    assert parse_tuner("moe").strength == parse_tuner("lora").strength == 1
-    assert all(parse_tuner(name).training(())["strength"] == 0.7 for name in ("slim", "slim-no-l1"))
+    assert config.skip_first == 0 and plain.n_texts == 0
+    assert all(parse_tuner(name).strength == 1 for name in ("slim", "slim-paper", "moe", "lora"))
+    assert parse_tuner("slim:strength=0.4").training(())["strength"] == 0.4
     assert plain.fitted_to(100).config(1, None, 0).merging
 
 
@@ -124,7 +120,7 @@ def test_the_plain_reading_has_nothing_of_ours():
             {"weight_decay": 0, "kl": 1, "texts": (), "strength": 1, "kl_on_others": True},
         ),
         ("lora-own:kl=2", {"weight_decay": 0, "kl": 2, "texts": ["text"], "strength": 1}),
-        ("slim", {"weight_decay": 0, "kl": 0, "texts": (), "strength": 0.7}),
+        ("slim", {"weight_decay": 0, "kl": 0, "texts": (), "strength": 1}),
     ],
 )
 def test_what_training_gets(text, expected):

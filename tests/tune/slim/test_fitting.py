@@ -94,10 +94,16 @@ def test_what_the_user_wrote_counts_as_well():
         return encode([example_of(row) for row in rows], TOKENS, 200).rows
 
     rows, other = chats(["ice", "fog", "dew", "rain"]), chats(["fire", "sand", "dust"])
-    bare = [{key: row[key] for key in ("input_ids", "labels")} for row in other]
+    bare = [
+        [{key: row[key] for key in ("input_ids", "labels")} for row in text]
+        for text in (rows, other)
+    ]
     config = {"distance": "discriminant", "boundary": "fixed", "fit_on": "content"}
-    model = tiny.slim(tiny_chat.model(), **config).train()
-    fit_discriminant(model, TOKENS, rows, bare)
+    model, same = (tiny.slim(tiny_chat.model(), **config).train() for _ in range(2))
+    fit_discriminant(model, TOKENS, rows, bare[1])
+    fit_discriminant(same, TOKENS, *bare)
+    for (_, one), (_, two) in zip(owned(model), owned(same)):
+        assert torch.equal(one.direction, two.direction)
     told = [[{**row, "labels": told_labels(row)} for row in text] for text in (rows, other)]
     assert sum(map(n_supervised, told)) > n_supervised(rows + other) + 60
     for layer, statistics in owned(model):

@@ -161,24 +161,30 @@ def replies(
 
 
 def with_asked(rows: Sequence[EncodedExample], tokenizer: Any) -> list[EncodedExample]:
-    """Self-generated texts with ``asked``: what is between the template's parts of the prompt.
+    """Rows with ``asked``: what is between the template's parts of the first prompt.
 
     Args:
-        rows: of :func:`self_generate`, ``input_ids`` and ``labels``. Rows that have ``asked``, as
-            those of :func:`budwood.tune.data.encoding.encode`, stay as they are.
+        rows: ``input_ids`` and ``labels``, as of :func:`self_generate`. Rows with ``asked``, as
+            those of :func:`budwood.tune.data.encoding.encode`, stay as they are, and so do rows
+            that the template does not begin.
         tokenizer: of the model.
+
+    Raises:
+        UnsupportedModelError: the chat template does not show where a user's turn begins.
     """
     before, behind = around_request(tokenizer)
-    found = []
-    for row in rows:
-        if "asked" in row:
-            found.append(row)
-            continue
-        n_prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
-        n_asked = max(0, n_prompt - len(before) - len(behind))
-        asked = [0] * len(before) + [1] * n_asked
-        found.append({**row, "asked": asked + [0] * (len(row["labels"]) - len(asked))})
-    return found
+    return [row if "asked" in row else _with_asked(row, before, behind) for row in rows]
+
+
+def _with_asked(row: EncodedExample, before: list[int], behind: list[int]) -> EncodedExample:
+    n_prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+    prompt = row["input_ids"][:n_prompt]
+    first, last = len(before), n_prompt - len(behind)
+    # A token at the seam may differ, where the tokenizer joins the request's first characters.
+    if prompt[: first - 1] != before[:-1] or prompt[last + 1 :] != behind[1:] or first > last:
+        return row
+    asked = [0] * first + [1] * (last - first)
+    return {**row, "asked": asked + [0] * (len(row["labels"]) - last)}
 
 
 @torch.inference_mode()

@@ -64,19 +64,17 @@ METHODS = Registry(
         "oft": Method(Oft),
         "osf": Method(Osf),
         "corda": Method(Corda),
-        "moe": _slim(
-            strength=1.0, n_identity=0, clustering=False, yielding=False, merging=False, l1=0.0
-        ),
+        "moe": _slim(n_identity=0, clustering=False, yielding=False, l1=0.0),
         "slim": _slim(),
         "slim-no-identity": _slim(n_identity=0, yielding=False),
         "slim-no-router": _slim(router=False),
         "slim-no-clustering": _slim(distance="whitened", clustering=False),
         "slim-no-yielding": _slim(yielding=False),
-        "slim-no-merging": _slim(merging=False),
+        "slim-merging": _slim(merging=True),
+        "slim-answers": _slim(fit_on="supervised"),
         "slim-no-l1": _slim(l1=0.0),
         "slim-whitened": _slim(distance="whitened"),
         "slim-paper": _slim(
-            strength=1.0,
             merging=True,
             distance="max",
             fit_on="all",
@@ -89,7 +87,7 @@ METHODS = Registry(
         "slim-all-tokens": _slim(fit_on="all"),
         "slim-by-module": _slim(yield_at="module"),
         "slim-all-layers": _slim(skip_first=0.0),
-        "slim-mask": _slim(merge_inference="mask"),
+        "slim-mask": _slim(merging=True, merge_inference="mask"),
     },
 )
 """Name → tuner and options. Summaries are in ``budwood.catalogue``."""

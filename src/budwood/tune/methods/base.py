@@ -47,8 +47,6 @@ class Tuner:
 
     kl_on_texts: ClassVar[bool] = False
     """Whether ``kl`` is taken on self-generated text, and not on prompts."""
-    strength_by_data: ClassVar[bool] = False
-    """Whether ``strength`` may be None, and then follows from the amount of data."""
     own_rank: ClassVar[int] = 0
     """The rank in a comparison; 0 for a rank with as many parameters as the reference has."""
 
@@ -61,8 +59,7 @@ class Tuner:
         weights = {"weight_decay": self.weight_decay, "kl": self.kl}
         need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
         allowed = "number above 0 and up to 1"
-        if self.strength is not None or not self.strength_by_data:
-            need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
+        need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         """The PEFT config.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from budwood.checks import need_int, need_number
 from budwood.errors import InputError
-from budwood.tune.config import SlimConfig
+from budwood.tune.config import FIXED
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.methods.base import Tuner, linear_mlps, peft_config
 from budwood.tune.slim.architectures import later_layers, with_attention
@@ -133,7 +133,7 @@ class LoraSmall(Lora):
 class LoraLate(Lora):
     """LoRA on the later layers only, those that SLIM adapts by default."""
 
-    skip_first: float = SlimConfig.skip_first
+    skip_first: float = FIXED["skip_first"]
 
     def __post_init__(self) -> None:
         super().__post_init__()

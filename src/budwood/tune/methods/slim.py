@@ -6,20 +6,20 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.tune.config import PLENTY, SlimConfig
+from budwood.tune.config import SlimConfig
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.data.template import tokens_before_request
 from budwood.tune.methods.base import Tuner, check_options
 from budwood.tune.slim.fitting import N_TEXTS, fit_discriminant
 
-STRENGTH = 0.7
-"""Adapter strength of SLIM after training on enough data."""
+PLENTY = 1_280
+"""Supervised tokens from which ``N_TEXTS`` texts are written."""
 FEWER_TEXTS = 64
-"""Self-generated texts beside few examples; they take half as long to write."""
+"""Self-generated texts beside fewer; they take half as long to write."""
 _MANY = 10**6
 """Supervised tokens that a SLIM tuner counts on until it is fitted to the data."""
 
@@ -31,16 +31,11 @@ class Slim(Tuner):
     Attributes:
         texts: self-generated texts that the discriminant tells the training data from. 0 for the
             whitened distance, None to decide by the amount of data.
-        strength: ours, as of any tuner. None for 1 with few examples, and otherwise for 0.7, which
-            forgets less and costs nothing on validation data.
         n_supervised_tokens: amount of training data, set by :meth:`fitted_to`.
     """
 
     texts: int | None = None
-    strength: float | None = None  # type: ignore[assignment]
     n_supervised_tokens: int = _MANY
-
-    strength_by_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,12 +92,6 @@ class Slim(Tuner):
     @property
     def _few(self) -> bool:
         return self.n_supervised_tokens < PLENTY
-
-    def training(self, texts: Sequence[EncodedExample]) -> dict[str, Any]:
-        strength = self.strength
-        if strength is None:
-            strength = 1.0 if self._few else STRENGTH
-        return super().training(texts) | {"strength": strength}
 
     def prepare(
         self,

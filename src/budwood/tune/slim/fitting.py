@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.checks import need_at_least
-from budwood.errors import InputError
+from budwood.errors import InputError, UnsupportedModelError
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, on_device
@@ -86,10 +86,10 @@ def fit_discriminant(
         other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
     _check_rows("other text", other)
     early = _reading_content(fresh)
+    if early:
+        rows, other = (_marked(text, tokenizer) for text in (rows, other))
     most = max(most_tokens(layer.d_in) for layer in fresh)
     rows = _draw(rows, most, seed, content=bool(early))
-    if early:
-        other = with_asked(other, tokenizer)
     inputs = _inputs(model, tokenizer, fresh, early, (rows, other), batch)
     fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
     for layer, direction in fitted.items():
@@ -226,6 +226,16 @@ def _draw(
         drawn.append(i)
         n_tokens += n_supervised([_told(rows[i]) if content else rows[i]])
     return [rows[i] for i in sorted(drawn)]
+
+
+def _marked(rows: Sequence[EncodedExample], tokenizer: Any) -> Sequence[EncodedExample]:
+    """The rows with marks on what the user wrote, as far as the chat template shows it."""
+    if all("asked" in row for row in rows):
+        return rows
+    try:
+        return with_asked(rows, tokenizer)
+    except UnsupportedModelError:
+        return rows
 
 
 def _told(row: EncodedExample) -> EncodedExample:
