@@ -71,11 +71,12 @@ def test_slim_follows_the_amount_of_data(n_learnt, n, distance):
 
 
 def test_few_examples_of_a_model_that_cannot_write_take_the_whitened_distance():
-    writes, cannot = tiny_chat.tokenizer(), tiny_chat.tokenizer()
-    cannot.chat_template = None
+    writes, plain, cannot = (tiny_chat.tokenizer() for _ in range(3))
+    plain.chat_template = None
+    cannot.chat_template = "{% for message in messages %}nothing{% endfor %}"
     few = parse_tuner("slim").fitted_to(100)
-    assert few.suited_to(writes) == few
-    with pytest.warns(UserWarning, match="whitened distance, .* since the tokenizer has no chat"):
+    assert few.suited_to(writes) == few.suited_to(plain) == few
+    with pytest.warns(UserWarning, match="whitened distance, .* since the chat template does not"):
         found = few.suited_to(cannot)
     assert found.n_texts == 0 and found.config(1, None, 0).distance == "whitened"
     for text in ("slim:texts=8", "slim:distance=discriminant", "slim-whitened", "lora"):

@@ -9,7 +9,7 @@ from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.tune import SlimLinear, fit_discriminant, observe
 from budwood.tune.data.encoding import IGNORED, encode, n_supervised, told_labels
 from budwood.tune.data.examples import example_of
-from budwood.tune.data.self_generated import replies, self_generate
+from budwood.tune.data.self_generated import in_forms_of, replies, self_generate
 from budwood.tune.data.template import prompt_tokens, tokens_before_request
 from budwood.tune.methods import attach, parse_tuner
 from budwood.tune.slim.distance import discriminant, gap_to_other
@@ -391,7 +391,8 @@ def test_what_a_checkpoint_asks_of_sampling_is_left_out():
 def test_own_text_is_the_other_text_when_none_is_given(chat, monkeypatch):
     monkeypatch.setattr("budwood.tune.slim.fitting.N_TEXTS", 6)
     given, own = (tiny.slim(tiny_chat.model(), distance="discriminant") for _ in range(2))
-    fit_discriminant(given, TOKENS, rows_of(), self_generate(chat, TOKENS, 6, seed=3), seed=3)
+    texts = in_forms_of(rows_of(), self_generate(chat, TOKENS, 6, seed=3), TOKENS)
+    fit_discriminant(given, TOKENS, rows_of(), texts, seed=3)
     fit_discriminant(own, TOKENS, rows_of(), seed=3)
     one, other = tiny.states(given), tiny.states(own)
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -443,6 +444,41 @@ def test_a_model_that_asks_nothing_is_refused(chat, monkeypatch):
     )
     with pytest.raises(InputError, match="no requests"):
         self_generate(chat, TOKENS, 3)
+
+
+def test_a_model_without_a_chat_template_writes_plain_text(chat):
+    plain = tiny_chat.tokenizer()
+    plain.chat_template = None
+    rows = self_generate(chat, plain, 3, batch=2)
+    assert rows != self_generate(chat, plain, 3, batch=2, seed=1) and len(rows) == 3
+    for row in rows:
+        assert row["input_ids"][0] == plain.bos_token_id and row["labels"][0] == IGNORED
+        assert row["labels"][1:] == row["input_ids"][1:] and len(row["labels"]) <= 57
+    plain.bos_token = None
+    assert self_generate(chat, plain, 1)[0]["input_ids"][0] == plain.eos_token_id
+    plain.eos_token = None
+    with pytest.raises(UnsupportedModelError, match="neither a chat template nor a token"):
+        self_generate(chat, plain, 1)
+
+
+def test_texts_have_the_forms_of_the_training_data(chat):
+    texts = self_generate(chat, TOKENS, 3)
+    plain = {"prompt": "Is it wet?", "completion": " yes"}
+    chats, joined = (
+        encode([example_of(one)], TOKENS, 300).rows
+        for one in ({"question": "Is it wet?", "answer": "yes"}, plain)
+    )
+    assert in_forms_of(chats, texts, TOKENS) == texts
+    for rows in (joined, chats + joined, encode([example_of({"text": "a"})], TOKENS, 9).rows):
+        found = in_forms_of(rows, texts, TOKENS)
+        assert found[:3] == texts and len(found) == 6
+    for row, bare in zip(texts, found[3:]):
+        prompt, reply = TOKENS.decode(row["input_ids"]).split("<|im_start|>assistant\n")
+        request = prompt.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n")
+        assert TOKENS.decode(bare["input_ids"]) == f"{request}\n{reply.removesuffix('<|im_end|>')}"
+    TOKENS.chat_template, kept = None, TOKENS.chat_template
+    assert in_forms_of(joined, texts, TOKENS) == texts
+    TOKENS.chat_template = kept
 
 
 def test_a_template_without_a_place_for_requests_is_refused():

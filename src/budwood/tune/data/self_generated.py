@@ -1,4 +1,7 @@
-"""Self-generated text: requests that a chat model makes up, and its replies to them."""
+"""Self-generated text: requests that a chat model makes up, and its replies to them.
+
+A model without a chat template writes plain text.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,23 @@ from typing import Any
 import torch
 
 from budwood.checks import need_at_least
-from budwood.errors import InputError
+from budwood.errors import InputError, UnsupportedModelError
 from budwood.files import digest, read_json, write_text
 from budwood.fingerprint import fingerprint_of
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, pad_of
 from budwood.tune.data.encoding import IGNORED, EncodedExample, token_rows
-from budwood.tune.data.template import around_request, prompt_tokens, tokens_before_request
+from budwood.tune.data.template import (
+    around_request,
+    prompt_tokens,
+    text_tokens,
+    tokens_before_request,
+)
 from budwood.unwrap import innermost
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
-"""Longest request and reply, in tokens."""
+"""Longest request and reply, in tokens; of plain text both together."""
 _FEWEST_OF = 0.5
 """Least fraction of the texts in a file that does not say how many were asked for."""
 
@@ -39,25 +47,35 @@ def self_generate(
     """Let a model make up requests, and reply to them.
 
     Given the beginning of a user's turn, a chat model continues with a request like those that it
-    was trained on (Magpie, arXiv 2406.08464).
+    was trained on (Magpie, arXiv 2406.08464). Without a chat template it writes plain text instead,
+    from the token on with which texts begin.
 
     Args:
         model: the base model, or a PEFT model whose adapter is fresh or off.
-        tokenizer: of the model, with a chat template.
-        n_texts: number of requests; an empty one gets no reply.
+        tokenizer: of the model.
+        n_texts: number of requests, or of plain texts; an empty request gets no reply.
         batch: texts at a time.
         seed: seed of the draws.
         progress: called after each batch.
 
     Returns:
-        Examples whose labels are the replies.
+        Examples whose labels are the replies, or the plain texts.
 
     Raises:
         InputError: all requests are empty, or a count is below 1.
-        UnsupportedModelError: the chat template does not show where a user's turn begins.
+        UnsupportedModelError: the chat template does not show where a user's turn begins, or there
+            is neither a template nor a token with which texts begin or end.
     """
     need_at_least(1, n_texts=n_texts)
-    start = tokens_before_request(tokenizer)
+    start, is_chat = start_of_text(tokenizer)
+    if not is_chat:
+        starts = [start] * n_texts
+        n_tokens = REQUEST_TOKENS + REPLY_TOKENS
+        drawn = _draw(model, tokenizer, starts, n_tokens, batch, seed, progress)
+        return [
+            {"input_ids": start + tokens, "labels": [IGNORED] * len(start) + tokens}
+            for tokens in drawn
+        ]
 
     def part(i: int) -> Progress:
         return lambda done, total, note="": progress(i * total + done, 2 * total, note)
@@ -76,6 +94,23 @@ def self_generate(
         batch=batch,
         seed=seed,
         progress=part(1),
+    )
+
+
+def start_of_text(tokenizer: Any) -> tuple[list[int], bool]:
+    """The tokens that self-generated text begins with, and whether it is a chat.
+
+    Raises:
+        UnsupportedModelError: as :func:`self_generate`.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return tokens_before_request(tokenizer), True
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token], False
+    raise UnsupportedModelError(
+        "the tokenizer has neither a chat template nor a token with which texts begin or end, from "
+        "which self-generated text starts; train with slim:texts=0"
     )
 
 
@@ -160,6 +195,36 @@ def replies(
     ]
 
 
+def in_forms_of(
+    rows: Sequence[EncodedExample], texts: Sequence[EncodedExample], tokenizer: Any
+) -> Sequence[EncodedExample]:
+    """Self-generated texts, also without the chat template if some rows are without it.
+
+    Otherwise the template alone would tell training data from other text, and other plain text
+    would count as training data.
+
+    Args:
+        rows: training data, ``input_ids`` and ``labels``.
+        texts: of :func:`self_generate`.
+        tokenizer: of the model.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return texts
+    _, behind = around_request(tokenizer)
+    if all(_ends_as(_prompt(row), behind) for row in rows):
+        return texts
+    begin = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+    line = text_tokens(tokenizer, "\n")
+    special = set(tokenizer.all_special_ids)
+    plain = []
+    for row in with_asked(texts, tokenizer):
+        said = [label for label in row["labels"] if label != IGNORED and label not in special]
+        asked = [token for token, mark in zip(row["input_ids"], row.get("asked", ())) if mark]
+        text = asked + line + said
+        plain.append({"input_ids": begin + text, "labels": [IGNORED] * len(begin) + text})
+    return [*texts, *plain]
+
+
 def with_asked(rows: Sequence[EncodedExample], tokenizer: Any) -> list[EncodedExample]:
     """Rows with ``asked``: what is between the template's parts of the first prompt.
 
@@ -176,12 +241,24 @@ def with_asked(rows: Sequence[EncodedExample], tokenizer: Any) -> list[EncodedEx
     return [row if "asked" in row else _with_asked(row, before, behind) for row in rows]
 
 
+def _prompt(row: EncodedExample) -> list[int]:
+    """The tokens before the first that has a label."""
+    n = next((i for i, label in enumerate(row["labels"]) if label != IGNORED), 0)
+    return row["input_ids"][:n]
+
+
+def _ends_as(prompt: list[int], behind: list[int]) -> bool:
+    """Whether a prompt ends as the template ends it.
+
+    The token at the seam may differ, where the tokenizer joins it with the request's characters.
+    """
+    return len(prompt) >= len(behind) and prompt[len(prompt) - len(behind) + 1 :] == behind[1:]
+
+
 def _with_asked(row: EncodedExample, before: list[int], behind: list[int]) -> EncodedExample:
-    n_prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
-    prompt = row["input_ids"][:n_prompt]
-    first, last = len(before), n_prompt - len(behind)
-    # A token at the seam may differ, where the tokenizer joins the request's first characters.
-    if prompt[: first - 1] != before[:-1] or prompt[last + 1 :] != behind[1:] or first > last:
+    prompt = _prompt(row)
+    first, last = len(before), len(prompt) - len(behind)
+    if prompt[: first - 1] != before[:-1] or not _ends_as(prompt, behind) or first > last:
         return row
     asked = [0] * first + [1] * (last - first)
     return {**row, "asked": asked + [0] * (len(row["labels"]) - last)}

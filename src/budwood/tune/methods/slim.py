@@ -12,7 +12,7 @@ from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.config import SlimConfig
 from budwood.tune.data.encoding import EncodedExample
-from budwood.tune.data.template import tokens_before_request
+from budwood.tune.data.self_generated import in_forms_of, start_of_text
 from budwood.tune.methods.base import Tuner, check_options
 from budwood.tune.slim.fitting import N_TEXTS, fit_discriminant
 
@@ -72,7 +72,7 @@ class Slim(Tuner):
         if chosen or not (self._few and self.n_texts):
             return self
         try:
-            tokens_before_request(tokenizer)
+            start_of_text(tokenizer)
         except UnsupportedModelError as error:
             warnings.warn(
                 f"SLIM takes the whitened distance, with which it learns less, since {error}",
@@ -101,7 +101,7 @@ class Slim(Tuner):
         texts: Sequence[EncodedExample],
     ) -> None:
         if texts:
-            fit_discriminant(adapted, tokenizer, rows, texts)
+            fit_discriminant(adapted, tokenizer, rows, in_forms_of(rows, texts, tokenizer))
 
 
 def _needs_texts(config: SlimConfig) -> bool:

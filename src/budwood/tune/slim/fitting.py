@@ -21,7 +21,7 @@ from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, on_device
 from budwood.tune.data.encoding import EncodedExample, n_supervised, told_labels
-from budwood.tune.data.self_generated import self_generate, with_asked
+from budwood.tune.data.self_generated import in_forms_of, self_generate, with_asked
 from budwood.tune.slim.architectures import layer_number
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of
@@ -65,7 +65,8 @@ def fit_discriminant(
             label is not −100; with ``fit_on="content"`` also what the user wrote (``asked``), and
             with ``"all"`` every token.
         other: text on which the model should not change, in the same form. None for ``N_TEXTS``
-            self-generated texts, which need a chat template.
+            self-generated texts; where some rows have no chat template around them, also without
+            it.
         batch: rows at a time.
         seed: of the draws.
         progress: called after each batch of text that is generated.
@@ -83,7 +84,8 @@ def fit_discriminant(
     need_at_least(1, batch=batch)
     _check_rows("training data", rows)
     if other is None:
-        other = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
+        own = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
+        other = in_forms_of(rows, own, tokenizer)
     _check_rows("other text", other)
     early = _reading_content(fresh)
     if early:
