@@ -34,6 +34,7 @@ from budwood.tune.data.encoding import IGNORED, encode, encode_one, n_supervised
 from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import cached_texts
 from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.methods.slim import Slim
 from budwood.tune.saved.loading import load_adapter
 from budwood.tune.training import run as train
 from budwood.tune.training import trainer
@@ -532,6 +533,15 @@ def test_slim_is_the_recommended_config(tmp_path, n_rows):
     for name in SlimConfig.__dataclass_fields__:
         if name not in ("base", "target_modules", "peft_version", "auto_mapping"):
             assert getattr(config, name) == getattr(expected, name), name
+
+
+def test_a_run_with_other_default_options_is_not_continued(tmp_path, monkeypatch):
+    for method in ("lora", SLIM):
+        run(tmp_path / method[:4], method=method)
+    monkeypatch.setattr(Slim, "defaults", "2030-01-01")
+    assert run(tmp_path / "lora", method="lora").was_complete
+    with pytest.raises(OutputError, match="defaults '2026-11-30' there and '2030-01-01' here"):
+        run(tmp_path / "slim", method=SLIM)
 
 
 @pytest.mark.parametrize("method", ["lora", SLIM])

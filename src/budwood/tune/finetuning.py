@@ -180,7 +180,7 @@ def finetune(
     tuner = tuner.fitted_to(n_supervised(rows)).suited_to(tokenizer)
     name = _name_of(model)
     identity = (name, model, method, chosen, rank, fingerprint(rows), arguments)
-    identity = (*identity, fingerprint(eval_rows) if eval_rows else None)
+    identity = (*identity, fingerprint(eval_rows) if eval_rows else None, tuner.defaults)
     with _attached(tuner, model, rank, chosen.seed) as adapted:
         with processes(model).main_process_first():
             run = RunFolder(folder, run_identity(*identity), WITHOUT_EFFECT, (TEXTS_FILE,))

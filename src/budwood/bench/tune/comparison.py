@@ -28,6 +28,7 @@ from budwood.tune.evaluate.suite import TEXT, Suite, routing_rows
 from budwood.tune.evaluate.tasks import Task, draw, find_tasks, task_of
 from budwood.tune.finetuning import FinetuneResult, finetune
 from budwood.tune.methods import attach, is_ablation, parse_tuner
+from budwood.tune.methods.slim import Slim
 from budwood.tune.slim.keeper import is_slim
 from budwood.tune.tasks import MADE
 from budwood.tune.training.run import fingerprint
@@ -75,6 +76,7 @@ class Comparison:
         state = plan.comparable | {
             "model": name,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "defaults": Slim.defaults,
             "data": fingerprint(self.rows),
             "weights": fingerprint_of(model),
             "tests": self._tested(),

@@ -45,6 +45,8 @@ class Tuner:
     strength: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    defaults: ClassVar[str] = ""
+    """The day from which on the method has its default options, if it once had others."""
     kl_on_texts: ClassVar[bool] = False
     """Whether ``kl`` is taken on self-generated text, and not on prompts."""
     own_rank: ClassVar[int] = 0

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
@@ -36,6 +36,8 @@ class Slim(Tuner):
 
     texts: int | None = None
     n_supervised_tokens: int = _MANY
+
+    defaults: ClassVar[str] = "2026-11-30"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -276,6 +276,7 @@ def run_identity(
     data: str,
     arguments: Mapping[str, Any] | None = None,
     eval_data: str | None = None,
+    defaults: str = "",
 ) -> dict[str, Any]:
     """What distinguishes a run from others, for its folder.
 
@@ -288,11 +289,14 @@ def run_identity(
         data: :func:`fingerprint` of the training data.
         arguments: further arguments of the Trainer.
         eval_data: :func:`fingerprint` of the validation data; None without.
+        defaults: of the method, as of :class:`budwood.tune.methods.base.Tuner`.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     identity = {"model": name, "weights": fingerprint_of(model), "dtype": dtype}
     identity |= {"method": method, "rank": rank, "data": data}
     how = dataclasses.asdict(settings)
+    if defaults:
+        identity["defaults"] = defaults
     if eval_data:
         identity["eval_data"] = eval_data
     else:  # runs of older versions have no such settings
