@@ -20,7 +20,7 @@ from budwood.errors import InputError, UnsupportedModelError
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, on_device
-from budwood.tune.data.encoding import EncodedExample, n_supervised, told_labels
+from budwood.tune.data.encoding import IGNORED, EncodedExample, n_supervised, told_labels
 from budwood.tune.data.self_generated import in_forms_of, self_generate, with_asked
 from budwood.tune.slim.architectures import layer_number
 from budwood.tune.slim.distance import discriminant, gap_to_other
@@ -60,10 +60,11 @@ def fit_discriminant(
     Args:
         model: from ``peft.get_peft_model``; its adapters that are trained are SLIM's and fresh.
         tokenizer: of the model.
-        rows: training data, ``input_ids`` and ``labels``. Rows are drawn until enough tokens count
-            (:func:`most_tokens`), and at least ``N_EXAMPLES``. A token counts if its next token's
-            label is not −100; with ``fit_on="content"`` also what the user wrote (``asked``), and
-            with ``"all"`` every token.
+        rows: training data, ``input_ids`` and ``labels``. Rows are drawn until they have enough
+            supervised tokens (:func:`most_tokens`), and at least ``N_EXAMPLES``. A token counts if
+            its next token's label is not −100; with ``fit_on="content"`` also what the user wrote
+            (``asked``), and with ``"all"`` every token. The first token of a row never counts,
+            unless with ``"all"``.
         other: text on which the model should not change, in the same form. None for ``N_TEXTS``
             self-generated texts; where some rows have no chat template around them, also without
             it.
@@ -91,7 +92,7 @@ def fit_discriminant(
     if early:
         rows, other = (_marked(text, tokenizer) for text in (rows, other))
     most = max(most_tokens(layer.d_in) for layer in fresh)
-    rows = _draw(rows, most, seed, content=bool(early))
+    rows = [_without_first(row) for row in _draw(rows, most, seed)]
     inputs = _inputs(model, tokenizer, fresh, early, (rows, other), batch)
     fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
     for layer, direction in fitted.items():
@@ -216,9 +217,7 @@ def _check_rows(what: str, rows: Sequence[EncodedExample]) -> None:
         )
 
 
-def _draw(
-    rows: Sequence[EncodedExample], most: int, seed: int, *, content: bool
-) -> list[EncodedExample]:
+def _draw(rows: Sequence[EncodedExample], most: int, seed: int) -> list[EncodedExample]:
     """Draw rows until there are enough rows and tokens; they stay in their order."""
     drawn: list[int] = []
     n_tokens = 0
@@ -226,7 +225,7 @@ def _draw(
         if len(drawn) >= N_EXAMPLES and n_tokens >= most:
             break
         drawn.append(i)
-        n_tokens += n_supervised([_told(rows[i]) if content else rows[i]])
+        n_tokens += n_supervised([rows[i]])
     return [rows[i] for i in sorted(drawn)]
 
 
@@ -238,6 +237,18 @@ def _marked(rows: Sequence[EncodedExample], tokenizer: Any) -> Sequence[EncodedE
         return with_asked(rows, tokenizer)
     except UnsupportedModelError:
         return rows
+
+
+def _without_first(row: EncodedExample) -> EncodedExample:
+    """A row whose first token does not count.
+
+    All later tokens attend to it, whatever it is (an attention sink, arXiv 2309.17453), and it
+    looks alike in all texts. With experts there, a model changes on every text.
+    """
+    changed = {**row, "labels": [IGNORED] * 2 + row["labels"][2:]}
+    if "asked" in row:
+        changed["asked"] = [0, *row["asked"][1:]]
+    return changed
 
 
 def _told(row: EncodedExample) -> EncodedExample:
