@@ -3,8 +3,9 @@
 #
 #   benchmarks/tune.sh DATA OUTPUT [STAGE...]
 #
-# DATA holds the files that docs/tune.md lists; OUTPUT is benchmarks/results/tune for the runs that
-# are kept here, without their adapters. Stages, in this order and all of them by default:
+# DATA holds the files that docs/tune.md lists; OUTPUT is a new folder. The runs that are kept in
+# benchmarks/results/tune are of SLIM's former options (docs/results/tune.md), and are not continued
+# with today's. Stages, in this order and all of them by default:
 #   sweep      each method at each learning rate, one seed
 #   ablation   SLIM without each of its parts, at its rate, and others of which as much is kept
 #   final      two more seeds of each method, at the rate that did best on validation questions
@@ -23,7 +24,7 @@ stages=("${@:-}")
 budwood=${BUDWOOD:-budwood}
 methods=lora,lora-wd:weight_decay=30,dora,lora-kl,moe,slim
 ablations=slim-no-identity,slim-no-router,slim-whitened,slim-no-clustering,slim-no-yielding
-ablations+=,slim-no-merging,slim-no-l1,slim-paper
+ablations+=,slim-merging,slim-answers,slim-no-l1,slim-paper
 settings=(
     --steps 200 --batch 8 --max-length 160 --per-task 1100 --n-validation 150
     --windows 32 --prompts 32
