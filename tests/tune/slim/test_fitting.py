@@ -113,6 +113,20 @@ def test_what_the_user_wrote_counts_as_well():
         assert torch.allclose(statistics.direction, direction, rtol=1e-3, atol=1e-4)
 
 
+def test_the_first_token_is_no_training_data():
+    rows, other = rows_of(n_prompt=0), rows_of(4, n_prompt=0, seed=1)
+    for row in rows:
+        row["asked"] = [1, 1] + [0] * (len(row["labels"]) - 2)
+    config = {"boundary": "fixed", "fit_on": "content"}
+    later = [{**row, "labels": [IGNORED] * 2 + row["labels"][2:]} for row in rows]
+    for changes in ({}, config):
+        for layer, statistics in owned(fitted(rows, other, **changes)):
+            model = fresh()
+            (layer,) = (one for one, same in owned(model) if same.key == statistics.key)
+            direction, _ = discriminant(read(model, later, layer), read(model, other, layer))
+            assert torch.allclose(statistics.direction, direction, rtol=1e-3, atol=1e-4)
+
+
 def test_fitting_changes_nothing_else():
     model = fresh()
     before = tiny.states(model)
