@@ -137,6 +137,26 @@ def test_eval_draws_where_tokens_go(slim, budwood, lm_dir, data, tmp_path, monke
     refused(bare, "no text to show")
 
 
+def test_a_base_model_without_a_chat_template(budwood, tmp_path):
+    folder, bare = tmp_path / "lm", tiny_chat.tokenizer()
+    bare.chat_template = None
+    tiny_chat.model().save_pretrained(folder)
+    bare.save_pretrained(folder)
+    file, text = tmp_path / "train.jsonl", tmp_path / "text.txt"
+    row = json.dumps({"prompt": "The sky is", "completion": " blue today."})
+    file.write_text(f"{row}\n" * 12)
+    text.write_text("Some text here. " * 100)
+    tuned = budwood("tune", file, "--model", folder, "--output", tmp_path / "tuned", "--steps", 2)
+    assert tuned.exit_code == 0, tuned.output
+    line = ["tune", "eval", tmp_path / "tuned", "--target", file, "--text", text]
+    result = budwood(*line, "--out", tmp_path / "record.json")
+    assert result.exit_code == 0, result.output
+    assert "no divergence on replies is measured" in result.stderr
+    rows = records.read(tmp_path / "record.json").rows
+    assert {row["task"] for row in rows} == {"train", "text"}
+    refused_with_bars(budwood(*line[:3]), "nothing to evaluate: the tokenizer has no chat template")
+
+
 def test_slim_adapters_that_cannot_be_used(slim, budwood, lm_dir, tmp_path):
     def broken(name, change):
         other = tmp_path / name

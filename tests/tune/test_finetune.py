@@ -197,16 +197,22 @@ def test_long_examples_are_left_out_with_a_warning(tmp_path):
 
 
 def test_without_a_chat_template_only_plain_text(tmp_path):
-    bare = tiny_chat.tokenizer()
-    bare.chat_template = None
-    options = {"rank": 2, "steps": 1, "tokenizer": bare}
-    with pytest.warns(UserWarning, match="SLIM takes the whitened distance, .* no chat template"):
-        result = finetune(tiny_chat.model(), [FORMATS["text"]] * 4, tmp_path / "a", **options)
-    assert result.model.peft_config["default"].distance == "whitened"
+    bare, mute = tiny_chat.tokenizer(), tiny_chat.tokenizer()
+    bare.chat_template = mute.chat_template = None
+    mute.bos_token = mute.eos_token = None
+    data, options = [FORMATS["text"]] * 4, {"rank": 2, "steps": 1}
+    result = finetune(tiny_chat.model(), data, tmp_path / "a", tokenizer=bare, **options)
+    assert result.model.peft_config["default"].distance == "discriminant"
     with pytest.raises(UnsupportedModelError, match="has no chat template; use an instruct"):
-        finetune(tiny_chat.model(), [FORMATS["messages"]], tmp_path / "b", **options)
-    with pytest.raises(UnsupportedModelError, match="self-generated text needs"):
-        finetune(tiny_chat.model(), [FORMATS["text"]] * 4, tmp_path / "c", method=SLIM, **options)
+        finetune(
+            tiny_chat.model(), [FORMATS["messages"]], tmp_path / "b", tokenizer=bare, **options
+        )
+    options["tokenizer"] = mute
+    with pytest.warns(UserWarning, match="SLIM takes the whitened distance, .* neither a chat"):
+        result = finetune(tiny_chat.model(), data, tmp_path / "c", **options)
+    assert result.model.peft_config["default"].distance == "whitened"
+    with pytest.raises(UnsupportedModelError, match="neither a chat template nor a token"):
+        finetune(tiny_chat.model(), data, tmp_path / "d", method=SLIM, **options)
 
 
 # --- the model ----------------------------------------------------------------------------------

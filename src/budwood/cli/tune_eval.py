@@ -118,6 +118,14 @@ def tune_eval(
         raise InputError("--plot has no text to show: give --text, --prompts, or files as --target")
     loaded = load_adapted(adapter, model, device, dtype)
     _check_drawn(loaded, adapter, plot)
+    if prompts and not getattr(loaded.tokenizer, "chat_template", None):
+        if not tasks and text is None:
+            raise InputError(
+                "nothing to evaluate: the tokenizer has no chat template, and so the base model no "
+                "replies; give --target, --general, --text or --data"
+            )
+        say("note: no divergence on replies is measured, since the tokenizer has no chat template")
+        prompts = 0
     kept = None if fresh else Kept.of(loaded.model, loaded.tokenizer)
     texts = _texts(loaded, text, windows, prompts, seed, kept)
     suite = Suite(tasks, texts, style, batch, limit)
