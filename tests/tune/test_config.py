@@ -95,7 +95,7 @@ def test_the_recommended_config_follows_the_amount_of_data(
     n_tokens, distance, n_directions, margin
 ):
     config = SlimConfig.recommended(n_tokens)
-    assert (config.r, config.alpha, config.task_type) == (4, 32.0, "CAUSAL_LM")
+    assert (config.r, config.alpha, config.task_type) == (4, 16.0, "CAUSAL_LM")
     assert (config.distance, config.n_directions) == (distance, n_directions)
     assert config.margin_of(training=True) == config.margin_of(training=False) == margin
     fixed = ("fixed", "content", 0.2) if n_tokens >= 32 else ("running", "supervised", 0.4)

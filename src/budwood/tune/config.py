@@ -56,8 +56,9 @@ FEWEST_DIRECTIONS = 8
 """Directions of the whitened distance for the smallest data sets."""
 FEWEST_FITTED = 32
 """Supervised tokens from which the distance is the discriminant."""
-SCALE = 8.0
-"""alpha / r of the recommended config: with less, a token's two experts learn slowly."""
+ALPHA = 16.0
+"""alpha of the recommended config, at any rank: Adam changes every weight by as much, and so a layer's
+output in proportion to alpha. With less, a token's two experts learn slowly."""
 FIXED: dict[str, Any] = {"fit_on": "content", "margin": 1.0, "skip_first": 0.2}
 """Options that go with a fixed boundary."""
 MARGIN_INFERENCE = 1.0
@@ -151,7 +152,7 @@ class SlimConfig(PeftConfig):
     Attributes: Most important options
         r: rank of one LoRA expert.
         alpha: the experts' output is scaled by alpha / r; None for 2 · r. Open.
-            :meth:`recommended` has 8 · r, with which the experts learn faster.
+            :meth:`recommended` has 16, with which the experts learn faster.
         n_experts: LoRA experts, ≥ 1.
         n_identity: identity experts. They add nothing and take routing weight from the others, so
             that tokens unlike the training data bypass the adapter.
@@ -306,7 +307,7 @@ class SlimConfig(PeftConfig):
 
         The distance is the discriminant. Its boundary is fixed before training, and what the user
         wrote counts as training data too, since answers depend on it. Experts begin after the first
-        fifth of the layers. alpha is 8 · r, and there is no dynamic merging, whose expectation
+        fifth of the layers. alpha is 16, and there is no dynamic merging, whose expectation
         halves what was learnt (benchmarks/LOG.md, 2026-11-30). Below 32 supervised tokens, too few
         for a discriminant, the distance is the whitened one with a direction for every ten tokens.
 
@@ -329,7 +330,7 @@ class SlimConfig(PeftConfig):
             "n_directions": n_directions,
             "distance": "discriminant" if n_supervised_tokens >= FEWEST_FITTED else "whitened",
             "merging": False,
-            "alpha": SCALE * r,
+            "alpha": ALPHA,
         }
         merged = {**defaults, **options}
         if merged["distance"] == "discriminant":
