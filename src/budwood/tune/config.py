@@ -57,8 +57,8 @@ FEWEST_DIRECTIONS = 8
 FEWEST_FITTED = 32
 """Supervised tokens from which the distance is the discriminant."""
 ALPHA = 16.0
-"""alpha of the recommended config, at any rank: Adam changes every weight by as much, and so a layer's
-output in proportion to alpha. With less, a token's two experts learn slowly."""
+"""alpha of the recommended config, at any rank: Adam changes every weight by as much, and so the
+layer's output in proportion to alpha. With less, a token's two experts learn slowly."""
 FIXED: dict[str, Any] = {"fit_on": "content", "margin": 1.0, "skip_first": 0.2}
 """Options that go with a fixed boundary."""
 MARGIN_INFERENCE = 1.0
