@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from budwood.errors import AttachError, InputError
-from budwood.prune import attach
+from budwood.errors import InputError
 from budwood.prune.inside import FastV, PyramidDrop, attach_inside
 from tests.contract.models import BUILDERS, words
 
@@ -23,19 +22,6 @@ def test_a_method_is_a_name_or_a_schedule():
 def test_average_is_a_bool(schedule):
     with pytest.raises(InputError, match="average=0.5; give True or False"):
         schedule(average=0.5)
-
-
-def test_a_model_prunes_before_the_llm_or_inside():
-    case = BUILDERS["llava"]()
-    session = attach(case.model, method="uniform", keep=3)
-    with pytest.raises(AttachError, match="already attached to.*detach that session first"):
-        attach_inside(case.model)
-    session.detach()
-    with attach_inside(case.model):
-        for again in (attach_inside, lambda model: attach(model, method="uniform", keep=3)):
-            with pytest.raises(AttachError, match="prunes inside already; detach that session"):
-                again(case.model)
-    attach(case.model, method="uniform", keep=3).detach()
 
 
 def test_what_counts_the_whole_prompt_is_refused():

@@ -18,7 +18,6 @@ from budwood.caches import by_new_name, by_one_name, cache_of, takes_new_name
 from budwood.catalogue import POSITIONS
 from budwood.checks import need_seed
 from budwood.errors import AttachError, InputError, UnknownNameError
-from budwood.prune.attached import refuse_attached
 from budwood.prune.budget import Budgets
 from budwood.prune.bypass import Guard
 from budwood.prune.encoded import Encoded
@@ -119,8 +118,8 @@ def attach(
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no vision.
-        AttachError: the model is attached already, or prunes inside (``attach_inside``), or
-            ``encoded`` is for other methods, or ``positions`` is not for this model.
+        AttachError: the model is already attached to, or ``encoded`` is for other methods, or
+            ``positions`` is not for this model.
         UnknownNameError: unknown method, ``compat``, ``question`` or ``positions``.
         BudgetError: ``keep`` is neither a count nor a fraction.
         InputError: ``seed`` is out of range, or ``processor`` or ``encoded`` is something else.
@@ -128,7 +127,7 @@ def attach(
     need_seed(seed)
     _check_given(processor, encoded)
     model = innermost(model)
-    refuse_attached(model)
+    _refuse_attached(model)
     check_positions(positions)
     chosen = resolve_method(method, compat)
     family = family_of(model, processor, chosen.whole_crops, patches)
@@ -537,6 +536,15 @@ def _check_given(processor: Any, encoded: Any) -> None:
         )
     if not isinstance(encoded, Encoded | None):
         raise InputError(f"encoded is a {type(encoded).__name__}; give what encode() returns")
+
+
+def _refuse_attached(model: Any) -> None:
+    held = getattr(getattr(model, "__dict__", {}).get("generate"), "budwood_session", None)
+    if held is not None:
+        raise AttachError(
+            f"{type(model).__name__} is already attached to (method {held.pruner.method.name!r}, "
+            f"keep={held.pruner.budgets.keep}); detach that session first"
+        )
 
 
 def _refuse_compiled(family: Any, method: str) -> None:

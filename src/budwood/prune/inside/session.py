@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from budwood import catalogue
-from budwood.errors import InputError, UnsupportedModelError
-from budwood.prune.attached import refuse_attached
+from budwood.errors import AttachError, InputError, UnsupportedModelError
 from budwood.prune.budget import Budget
 from budwood.prune.inside.schedules import Schedule, per_layer
 from budwood.prune.methods.scores import descending
@@ -239,8 +238,6 @@ class _Hook:
         call: what to do.
     """
 
-    prunes_inside = True
-
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
@@ -280,7 +277,7 @@ def attach_inside(
             dynamic cache, an image behind a cache, ``labels``, or ``logits_to_keep`` as positions.
         BudgetError: ``keep`` is neither a count nor a fraction. At the call: it is less than the
             layers before the first drop take.
-        AttachError: pruning is attached already, inside the LLM or before it.
+        AttachError: pruning inside is attached already.
     """
     model = innermost(model)
     config: Any = getattr(model, "config", None)
@@ -291,7 +288,10 @@ def attach_inside(
             f"pruning inside the LLM is for {' and '.join(_MODELS)} with a Llama decoder, and this "
             f"is {kind!r} with {decoder!r}; choose a method that prunes before it (attach)"
         )
-    refuse_attached(model)
+    if any(isinstance(hook, _Hook) for hook in model._forward_pre_hooks.values()):
+        raise AttachError(
+            f"{type(model).__name__} prunes inside already; detach that session first"
+        )
     if isinstance(method, str):
         method = build(method, SCHEDULES)
     if not isinstance(method, Schedule):
