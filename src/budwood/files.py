@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,22 +31,27 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file or folder that gets its final name only when it is complete.
 
     Args:
-        path: the target; missing folders above it are made. A file that exists is replaced.
+        path: the target; missing folders above it are made. A file that exists is replaced and
+            keeps its permissions; a link stays, and what it leads to is written.
         write: writes to the path that it is given, which has the same name in a temporary folder.
 
     Raises:
         OutputError: it cannot be written.
     """
+    given = path
     try:
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
-            part = Path(folder, path.name)
+            part = Path(folder, given.name)  # whose suffix gives the format
             write(part)
+            if path.is_file() and part.is_file():
+                part.chmod(stat.S_IMODE(path.stat().st_mode))
             part.replace(path)
     except (OSError, SafetensorError) as error:
         cause = error.__cause__ or error  # what drew a figure has named the temporary file
         reason = getattr(cause, "strerror", None) or first_line(cause)
-        raise OutputError(f"cannot write {path}: {reason}") from error
+        raise OutputError(f"cannot write {given}: {reason}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,5 +86,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except RecursionError:
+        raise InputError(f"{path} is not JSON that can be read: it is nested too deep") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error

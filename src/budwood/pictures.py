@@ -17,8 +17,9 @@ MIN_SIDE = 4
 def read_picture(path: Path) -> Image.Image:
     """Read a picture in RGB, turned as its camera says; of an animation the first frame.
 
-    The size in the file's header is checked before anything is decoded. A picture narrower than
-    ``MIN_SIDE`` pixels is enlarged, because image processors take its sides for channels.
+    Transparent parts become white, as on a page. The size in the file's header is checked before
+    anything is decoded. A picture narrower than ``MIN_SIDE`` pixels is enlarged, because image
+    processors take its sides for channels.
 
     Raises:
         InputError: there is no such file, it is empty, truncated or no picture; or it has more than
@@ -37,7 +38,9 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 _check_size(path, picture.size)
-                return _enlarged(_rgb(picture, path))
+                turned = ImageOps.exif_transpose(picture)
+                turned.format = picture.format  # by which 16 bits in a PPM are told
+                return _enlarged(in_rgb(turned, str(path)))
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that Pillow knows; give PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -62,22 +65,31 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
         )
 
 
-def _rgb(picture: Image.Image, path: Path) -> Image.Image:
-    """A picture turned as its camera says, with 8 bits a channel.
+def in_rgb(picture: Image.Image, name: str = "the picture") -> Image.Image:
+    """A picture with 8 bits a channel, on white where it is transparent.
 
-    Pillow alone would cut 16 bits off at 255.
+    Pillow alone would cut 16 bits off at 255, and show what transparent pixels hide.
+
+    Args:
+        picture: of any mode.
+        name: of the picture, for messages.
+
+    Raises:
+        InputError: its values have no known range, as those of 32 bits or signed ones.
     """
     of_16_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
-    picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F") and not of_16_bits:
         raise InputError(
-            f"{path} has 32 bits a pixel (mode {picture.mode}), whose range is not known; save it "
-            "with 8 or 16 bits"
+            f"{name} has signed values or 32 bits a pixel (mode {picture.mode}), so that their "
+            "range is not known; save it with 8 or 16 unsigned bits"
         )
     if of_16_bits:
         import numpy as np  # not at the start of every command
 
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        paper = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(paper, picture.convert("RGBA"))
     return picture.convert("RGB")
 
 

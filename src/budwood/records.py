@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ Row = dict[str, Any]
 
 FORMAT = 1
 """Version of the file format, raised when a reader of old files would be misled."""
+STATUSES = ("complete", "partial", "failed")
 RESULTS = "benchmarks/results"
 """Where the project keeps its records."""
 
@@ -64,8 +65,20 @@ class Record:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.status not in ("complete", "partial", "failed"):
+        if self.status not in STATUSES:
             raise InputError(f"status {self.status!r} is unknown; give complete, partial or failed")
+
+
+_KINDS: dict[str, type] = {
+    "name": str,
+    "command": str,
+    "created": str,
+    "config": dict,
+    "git": dict,
+    "versions": dict,
+    "hardware": dict,
+}
+_JSON_NAMES = {str: "text", dict: "an object"}
 
 
 def new_record(
@@ -138,12 +151,33 @@ def read(path: str | os.PathLike[str]) -> Record:
         raise InputError(f"{path} is not a benchmark record: it has no list of rows")
     if data.get("format") != FORMAT:
         raise InputError(f"{path} has format {data.get('format')!r}; this version reads {FORMAT}")
-    if not all(isinstance(row, dict) for row in data["rows"]):
-        raise InputError(f"{path} is malformed: a row is not an object")
-    try:
-        return Record(**data)
-    except TypeError as error:
-        raise InputError(f"{path} is malformed: {error}") from error
+    if wrong := _wrong_in(data):
+        raise InputError(f"{path} is malformed: {wrong}")
+    return Record(**data)
+
+
+def _wrong_in(data: Mapping[str, Any]) -> str | None:
+    """What makes a JSON object no record; None if it is one."""
+    fields = {one.name: one for one in dataclasses.fields(Record)}
+    for key, value in data.items():
+        if key not in fields:
+            return f"{key!r} is no field of a record"
+        kind = _KINDS.get(key)
+        if kind and not isinstance(value, kind):
+            return f"{key!r} is {value!r}, not {_JSON_NAMES[kind]}"
+    if data.get("status", "complete") not in STATUSES:
+        return f"its status is {data['status']!r}, none of {', '.join(STATUSES)}"
+    for row in data["rows"]:
+        if not isinstance(row, dict):
+            return "a row is not an object"
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{key!r} of a row is {value}, not a finite number"
+    for name, one in fields.items():
+        has_default = one.default is not MISSING or one.default_factory is not MISSING
+        if name not in data and not has_default:
+            return f"it has no {name!r}"
+    return None
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:

@@ -22,7 +22,9 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: an option is malformed, or given twice.
     """
-    name, _, rest = text.partition(":")
+    name, colon, rest = text.partition(":")
+    if colon and not rest.strip():
+        raise InputError(f"{text!r} ends in a colon; write key=value behind it, or leave it out")
     options: dict[str, Any] = {}
     for item in filter(None, rest.split("+")):
         key, equals, value = item.strip().partition("=")

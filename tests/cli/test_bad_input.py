@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from budwood import records
+from budwood.pictures import read_picture
 from tests.refusals import refused
 
 
@@ -73,6 +74,24 @@ def test_tiny_picture_is_handled(budwood, tmp_path, model_dir, next_dir, size):
         assert result.exit_code == 0, result.output
 
 
+def test_transparent_pictures_are_seen_on_white(tmp_path):
+    for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))):
+        Image.new(mode, (20, 20), colour).save(tmp_path / "logo.png")
+        assert read_picture(tmp_path / "logo.png").getcolors() == [(400, (255, 255, 255))]
+    palette = Image.new("P", (20, 20), 0)
+    palette.save(tmp_path / "logo.gif", transparency=0)
+    assert read_picture(tmp_path / "logo.gif").getcolors() == [(400, (255, 255, 255))]
+
+
+def test_numbers_say_what_was_given(budwood):
+    for options, said in (
+        (("demo", "--scenes", 101), "101 should be less than or equal to 100"),
+        (("report", "x", "--out", "r.html", "--examples", "abc"), "abc"),
+    ):
+        result = budwood(*options)
+        assert result.exit_code == 2 and said in result.stderr
+
+
 @pytest.mark.parametrize("question", ["", "  \n "])
 def test_empty_question(budwood, picture, question):
     refused(budwood("prune", picture, question), "question is empty")
@@ -108,7 +127,7 @@ def test_unknown_method(budwood, picture, command):
 def test_unknown_choices(budwood, picture):
     for question in ("turns", "", "current,all"):
         done = budwood("prune", picture, "What?", "--question", question)
-        refused(done, f"unknown question {question!r}")
+        refused(done, f"unknown --question {question!r}")
     refused(budwood("prune", picture, "What?", "--compat", "old"), "unknown compat 'old'")
     refused(budwood("prune", picture, "What?", "--dtype", "int8"), "unknown dtype 'int8'")
     refused(budwood("prune", picture, "What?", "--device", "tpu"), "device 'tpu'")

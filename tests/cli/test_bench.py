@@ -113,6 +113,40 @@ def test_show_several_side_by_side(budwood, tmp_path):
         assert result.exit_code == 2 and fragment in result.stderr
 
 
+def test_show_chooses_records_and_formats(budwood, tmp_path):
+    rows = [{"method": "a", "n": 1234, "x": 0.5, "none": None}]
+    for name, kind, status in (
+        ("one/record.json", "r", "complete"),
+        ("one/runs/a/record.json", "r run", "complete"),
+        ("other.json", "s", "partial"),
+    ):
+        record = records.new_record(kind, rows, seed=0, config={}, status=status)
+        records.write(record, tmp_path / name)
+    one, other = tmp_path / "one", tmp_path / "other.json"
+    # A folder is its own record, and keys without a value are no columns.
+    assert budwood("bench", "show", one).stdout.splitlines()[0] == "| method | n | x |"
+    assert budwood("bench", "show", one).stdout.count("\n") == 3
+    assert "other.json is not complete" in budwood("bench", "show", other).stderr
+    for columns, cells in (
+        ("n:d,method", "| 1234 | a |"),
+        ("n:,,method", "| 1,234 | a |"),
+        ("n:,.1f,x:.0%", "| 1,234.0 | 50% |"),
+        ("x:,.2f", "| 0.50 |"),
+    ):
+        shown = budwood("bench", "show", one, "--columns", columns)
+        assert shown.exit_code == 0 and shown.stdout.splitlines()[2] == cells
+    for arguments, fragment in (
+        ((one, other), "records of several kinds: r ("),
+        ((other, other), "other.json is given twice"),
+        ((one, "--columns", "n,n:d"), "--columns has n twice"),
+        ((one, "--columns", "x:d"), "format 'd' of column 'x' is unusable"),
+        ((one, "--columns", "n,x", "--across", "n"), "needs --columns without n"),
+        ((one, "--across", "n"), "needs --columns without n"),
+    ):
+        result = budwood("bench", "show", *arguments)
+        assert result.exit_code == 2 and fragment in result.stderr
+
+
 def test_same_seed_same_answers(budwood, model_dir):
     command = ["bench", "prune", "--model", model_dir, *SMALL, "--methods", "random", "--json"]
     command += ["--reference", "random", "--keep", 5]

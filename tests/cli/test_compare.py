@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from budwood.errors import InputError
-from budwood.prune.compare import compare_methods
+from budwood.prune.chat import check_question
+from budwood.prune.compare import compare, compare_methods
 
 METHODS = "adav,adav-official,visionzip,uniform"
 
@@ -43,7 +44,10 @@ def test_table_and_picture(budwood, picture, model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
-        ("adav,adav", "--methods has one twice"),
+        ("adav,adav", "adav and adav are the same method"),
+        ("adav:reserve=0.2,adav:reserve=.20", "adav:reserve=.20 are the same method"),
+        ("adav,uniform:", "'uniform:' ends in a colon"),
+        ("adav:rserve=0.1", "has no parameter 'rserve'"),
         (",", "give at least one"),
         ("adav,none", "unknown method 'none'"),
     ],
@@ -52,6 +56,39 @@ def test_bad_methods(budwood, picture, model_dir, methods, said):
     result = budwood("compare", picture, "What ?", "--model", model_dir, "--methods", methods)
     assert result.exit_code == 2 and said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def not_loaded(monkeypatch):
+    from budwood.cli import models
+
+    def load(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(models, "load", load)
+
+
+def test_bad_parameters_are_refused_before_the_model_is_loaded(budwood, picture, not_loaded):
+    result = budwood("compare", picture, "What ?", "--methods", "adav:rserve=0.1")
+    assert result.exit_code == 2 and "has no parameter 'rserve'" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("compare", "--methods", "uniform"), ("prune",)])
+def test_questions_beyond_the_context(budwood, picture, model_dir, command):
+    name, *options = command
+    result = budwood(name, picture, "What ? " * 20_000, "--model", model_dir, *options)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "tokens, and the model was made for" in result.stderr
+
+
+def test_what_is_no_question_or_picture():
+    image = Image.new("RGB", (9, 9))
+    with pytest.raises(InputError, match="image is a str; give a PIL.Image"):
+        compare_methods(None, None, "picture.png", "What ?", ["adav"], {})
+    with pytest.raises(InputError, match="repeats=0 is below 1"):
+        compare(None, None, image, "What ?", {}, repeats=0)
+    with pytest.raises(InputError, match="question is a int; give text"):
+        check_question(3)
 
 
 def test_methods_are_a_list():

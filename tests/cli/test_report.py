@@ -10,6 +10,7 @@ import pytest
 
 from budwood import records
 from budwood.bench.prune import examples
+from budwood.errors import InputError
 from budwood.sprout import balanced
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -98,10 +99,10 @@ def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):
     given = {}
 
     def noted(*args, **kwargs):
-        given.update(args[5])
+        given.update(args[4][0])
         raise InterruptedError
 
-    monkeypatch.setattr(examples, "compare_methods", noted)
+    monkeypatch.setattr(examples, "compare_ways", noted)
     record = records.read(RESULTS / "prune-high.json")
     record.config["keeps"] = [16, 0.5]
     keeps = ((1.0, 256), (0.5, 128), (16, 16))
@@ -115,12 +116,62 @@ def test_examples_of_a_high_resolution_record_are_of_its_scenes(monkeypatch):
     def noted(*args, **kwargs):
         raise InterruptedError(args[2].size)
 
-    monkeypatch.setattr(examples, "compare_methods", noted)
+    monkeypatch.setattr(examples, "compare_ways", noted)
     record = records.read(RESULTS / "prune-high.json")
     record.config["high_resolution"] = True
     size = balanced(record.config["seed"], 1, high_resolution=True)[0][0].image.size
     with pytest.raises(InterruptedError, match=re.escape(str(size))):
         examples.examples_of(None, None, record, 1, 6)
+
+
+def test_examples_prune_as_the_record_did(monkeypatch):
+    asked = []
+
+    def noted(*args, **kwargs):
+        asked.extend(args[4])
+        raise InterruptedError
+
+    monkeypatch.setattr(examples, "compare_ways", noted)
+    record = records.read(RESULTS / "prune-high.json")
+    with pytest.raises(InterruptedError):
+        examples.examples_of(None, None, record, 1, 3)
+    variants = record.config["variants"][:3]
+    assert {variant["positions"] for variant in variants} == {None, "original"}
+    for way, variant in zip(asked, variants, strict=True):
+        assert {name: way[name] for name in ("method", "positions")} == {
+            name: variant[name] for name in ("method", "positions")
+        }
+    record.config["turns"] = 2
+    with pytest.raises(InputError, match="the record is of chats of 2 turns"):
+        examples.examples_of(None, None, record, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["tune", "tune-learn", "tune-curves"])
+def test_comparisons_of_tuning(budwood, tmp_path, name):
+    out = tmp_path / "report.html"
+    result = budwood("report", RESULTS / name, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    page = Page(out.read_text())
+    assert page.tags.count("section") == 1  # the comparison, and not each of its runs
+    assert page.tags.count("img") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("prune-high.json", "method", None),
+        ("prune-high.json", "accuracy", "high"),
+        ("points.json", "sampler", {}),
+    ],
+)
+def test_records_that_cannot_be_drawn(budwood, tmp_path, name, key, value):
+    record = records.read(RESULTS / name)
+    record.rows[2][key] = value
+    records.write(record, tmp_path / name)
+    out = tmp_path / "report.html"
+    result = budwood("report", tmp_path / name, "--out", out)
+    assert result.exit_code == 2 and not out.exists()
+    assert f"is malformed: {key!r} of a row is {value!r}" in result.stderr
 
 
 def test_examples_show_what_the_records_methods_keep(budwood, tmp_path):

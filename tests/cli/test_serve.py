@@ -51,7 +51,7 @@ def test_a_count_stays_a_count(budwood, model_dir):
         (["--method", "visionzip"], "reads keys of the vision encoder, which is not served"),
         (["--method", "adav-official"], "reads whole crops, which is not served"),
         (["--method", "adv"], "unknown method"),
-        (["--question", "turns"], "unknown question"),
+        (["--question", "turns"], "unknown --question"),
         (["--hf-overrides", "{}"], "is written by budwood serve"),
         (["--mm_encoder_tp_mode=data"], "leave it out"),
     ],

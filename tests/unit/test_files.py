@@ -21,6 +21,16 @@ def test_folders_are_made_and_nothing_else_is_left(tmp_path):
     assert path.stat().st_mode == other.stat().st_mode  # not for its owner alone
 
 
+def test_links_and_permissions_stay(tmp_path):
+    target, link = tmp_path / "deep" / "real.txt", tmp_path / "link.txt"
+    link.symlink_to(target)
+    write_text(link, "one")  # what it leads to is made
+    target.chmod(0o600)
+    write_text(link, "two")
+    assert link.is_symlink() and target.read_text() == "two"
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_file_stays_as_it_was_when_writing_fails(tmp_path):
     path = tmp_path / "picture.png"
     path.write_text("before")

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from budwood.errors import InputError
+from budwood.errors import InputError, InputWarning
 from budwood.prune import attach
 from budwood.prune.chat import prepare
 from budwood.prune.methods.base import Split
@@ -113,6 +114,37 @@ def test_something_else_to_draw_says_so():
         draw("picture.png", kept)
     with pytest.raises(InputError, match="frame='1'; give an int"):
         draw(Image.new("RGB", (30, 20)), kept, frame="1")
+    with pytest.raises(InputError, match="image is a str; give a PIL.Image"):
+        draw_methods("picture.png", {"adav": kept}, {"adav": ""})
+    with pytest.raises(InputError, match="report is a int"):
+        draw_methods(Image.new("RGB", (30, 20)), {"adav": 3}, {"adav": ""})
+    with pytest.raises(InputError, match="there is no title for 'adav'"):
+        draw_methods(Image.new("RGB", (30, 20)), {"adav": kept}, {})
+
+
+def test_a_caption_of_one_line():
+    image, kept = Image.new("RGB", (80, 80)), report(QUARTERS, [0])
+    one, listed = draw(image, kept, "Hello"), draw(image, kept, ["Hello"])
+    assert (np.asarray(one) == np.asarray(listed)).all()
+
+
+def test_other_scripts_and_what_no_font_has():
+    pytest.importorskip("matplotlib")
+    image, kept = Image.new("RGB", (80, 80)), report(QUARTERS, [0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words, others = (np.asarray(draw(image, kept, text)) for text in ("Что", "Кто"))
+    assert (words != others).any()  # letters, not one box for all
+    with pytest.warns(InputWarning, match="the picture shows boxes for 图里, which"):
+        draw(image, kept, "图里")
+
+
+def test_sixteen_bits_and_transparency_are_drawn_as_they_are_read():
+    kept = report(QUARTERS, [0, 1, 2, 3])
+    grey = Image.fromarray(np.full((80, 80), 60 * 257, dtype=np.uint16))
+    assert (pixels(draw(grey, kept), 0, 1) == 60).all()
+    clear = Image.new("RGBA", (80, 80), (0, 0, 0, 0))
+    assert (pixels(draw(clear, kept), 0, 1) == 255).all()
 
 
 def test_methods_are_compared_on_pictures():

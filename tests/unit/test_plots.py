@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -43,19 +45,55 @@ def test_axes_have_words_and_units(drawn, tmp_path):
     assert set(written) == {"all tokens", "adav", "random"}
     bottom, top = axes.get_ylim()
     apart = abs(written["adav"].xyann[1] - written["random"].xyann[1]) / (top - bottom)
-    assert apart == pytest.approx(plots._GAP)
+    assert apart == pytest.approx(plots._LABEL / (drawn[0].get_figheight() - plots._BESIDE))
 
 
 @pytest.mark.parametrize(
     ("heights", "expected"),
     [
         ([0.9, 0.1], [0.9, 0.1]),
-        ([0.5, 0.5], [0.5 - plots._GAP / 2, 0.5 + plots._GAP / 2]),
-        ([0.5, 0.5, 0.52], [0.5066667 + plots._GAP * k for k in (-1, 0, 1)]),
+        ([0.5, 0.5], [0.47, 0.53]),
+        ([0.5, 0.5, 0.52], [0.5066667 + 0.06 * k for k in (-1, 0, 1)]),
+        ([0.99, 1.0, 0.98], [0.94, 1.0, 0.88]),  # room ends at 1
+        ([0.0, 0.01], [0.0, 0.06]),
+        ([0.9, 0.99, 1.0, 0.1], [0.88, 0.94, 1.0, 0.1]),
     ],
 )
-def test_labels_move_apart(heights, expected):
-    assert plots._spread(heights) == pytest.approx(expected)
+def test_labels_move_apart_and_stay_inside(heights, expected):
+    assert plots._spread(heights, 0.06) == pytest.approx(expected)
+
+
+def test_many_curves_differ_and_their_labels_have_room(drawn, tmp_path):
+    rows = [{"method": f"m{i}", "n_kept": 8, "accuracy": 0.5 + i / 1000} for i in range(40)]
+    plots.plot_lines(rows, tmp_path / "c.png", **LINES)
+    axes = drawn[0].axes[0]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 40
+    bottom, top = axes.get_ylim()
+    places = sorted((text.xyann[1] - bottom) / (top - bottom) for text in axes.texts)
+    assert places[0] > -0.01 and places[-1] < 1.01
+    gaps = [above - below for below, above in itertools.pairwise(places)]
+    assert min(gaps) * (drawn[0].get_figheight() - plots._BESIDE) > 0.19
+
+
+def test_ticks_keep_apart(drawn, tmp_path):
+    values = (28.25, 28.6, 55.2, 55.6, 110.35, 112.98, 112.99)
+    rows = [{"method": "m", "n_kept": value, "accuracy": 0.5} for value in values]
+    plots.plot_lines(rows, tmp_path / "c.png", **LINES, log=True)
+    assert [tick.get_text() for tick in drawn[0].axes[0].get_xticklabels()] == ["28", "55", "110"]
+
+
+def test_what_is_no_number_is_left_out_or_refused(drawn, tmp_path):
+    empty = {"method": "none", "n_kept": 8, "accuracy": None}
+    plots.plot_lines([*ROWS, empty], tmp_path / "c.png", **LINES)
+    assert {text.get_text() for text in drawn[0].axes[0].texts} == {"adav", "random"}
+    for bad, said in (
+        ("0.5", "cannot plot 'accuracy': it is '0.5' in a row"),
+        (float("nan"), "cannot plot 'accuracy': it is nan"),
+    ):
+        with pytest.raises(InputError, match=said):
+            plots.plot_lines([{**empty, "accuracy": bad}], tmp_path / "c.png", **LINES)
+    with pytest.raises(InputError, match="cannot plot 'accuracy': no row has a value"):
+        plots.plot_lines([empty], tmp_path / "c.png", **LINES)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,14 @@ def test_write_refuses_what_is_not_json(tmp_path, value):
         ('{"rows": [], "format": 99}', "has format 99; this version reads 1"),
         ('{"rows": [1], "format": 1}', "a row is not an object"),
         ('{"rows": [], "format": 1}', "malformed"),
-        ('{"rows": [], "format": 1, "name": "x", "surprise": 1}', "malformed"),
+        ('{"rows": [], "format": 1, "name": "x", "surprise": 1}', "'surprise' is no field"),
+        ('{"rows": [], "format": 1, "name": ["x"]}', r"'name' is \['x'\], not text"),
+        ('{"rows": [], "format": 1, "git": null}', "'git' is None, not an object"),
+        ('{"rows": [], "format": 1, "config": [1]}', "'config' is .*, not an object"),
+        ('{"rows": [], "format": 1, "hardware": []}', "'hardware' is .*, not an object"),
+        ('{"rows": [], "format": 1, "status": "done"}', "run.json .*status is 'done', none of"),
+        ('{"rows": [{"accuracy": NaN}], "format": 1}', "'accuracy' of a row is nan"),
+        ("[" * 200_000, "nested too deep"),
     ],
 )
 def test_read_refuses_what_is_no_record(tmp_path, text, message):

@@ -44,11 +44,13 @@ WORDS = KL | {
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6A3D9A", "#8C564B")
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX*"  # another marker for each round of colours, so that 64 curves differ
 # References that are not methods: nothing adapted, or chance.
 _PLAIN = {"random": "#444444", "uniform": "#888888", "frozen": "#444444", "tokens": "#888888"}
 _FONT: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-_GAP = 0.062  # least distance between the labels of two curves, in heights of the axes
+_LABEL = 0.2  # height of the label of a curve, inches
+_BESIDE = 0.9  # room for the horizontal axis and its label, inches
+_NEXT_TICK = 1.15  # least ratio of two ticks of a logarithmic axis
 
 
 def plot_lines(
@@ -78,28 +80,27 @@ def plot_lines(
         baseline_label: what the dashed line is.
         log: a logarithmic horizontal axis, with a tick at each value.
 
+    Rows whose y is None are left out.
+
     Raises:
-        InputError: matplotlib is not installed, or the rows lack a key.
+        InputError: matplotlib is not installed, or the rows lack a key or a number.
         OutputError: the file cannot be written.
     """
-    rows = list(rows)
-    figure, (axes,) = _figure(1, width=7.2, height=4.2)
+    rows = _with_numbers(rows, x, y, *(key for key in (low, high) if key))
     groups = _grouped(rows, by)
+    figure, (axes,) = _figure(1, width=7.2, height=max(4.2, _BESIDE + _LABEL * len(groups)))
     scale = _scale(y)
     ends: list[tuple[str, float, float, str]] = []
     for i, (name, group) in enumerate(groups.items()):
         colour, marker = _style(name, i)
-        try:
-            points = sorted(group, key=lambda row: row[x])
-            xs = [row[x] * _dodge(i, len(groups), bool(log and low)) for row in points]
-            ys = [row[y] * scale for row in points]
-            axes.plot(xs, ys, marker=marker, markersize=5, color=colour, linewidth=1.6)
-            if low and high:
-                lows, highs = ([row[key] * scale for row in points] for key in (low, high))
-                axes.vlines(xs, lows, highs, color=colour, alpha=0.4, linewidth=1.4)
-        except KeyError as error:
-            raise InputError(f"cannot plot: a row has no {error}") from error
-        ends.append((str(name), xs[-1], ys[-1], colour))
+        points = sorted(group, key=lambda row: row[x])
+        xs = [row[x] * _dodge(i, len(groups), bool(log and low)) for row in points]
+        ys = [row[y] * scale for row in points]
+        axes.plot(xs, ys, marker=marker, markersize=5, color=colour, linewidth=1.6)
+        if low and high:
+            lows, highs = ([row[key] * scale for row in points] for key in (low, high))
+            axes.vlines(xs, lows, highs, color=colour, alpha=0.4, linewidth=1.4)
+        ends.append((name, xs[-1], ys[-1], colour))
     _label_axes(axes, x, y)
     if log:
         _log_ticks(axes, sorted({row[x] for row in rows}))
@@ -125,11 +126,14 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
         path: the picture.
 
     Raises:
-        InputError: the runs have neither a divergence nor a perplexity in common.
+        InputError: no run is complete, or the runs have neither a divergence nor a perplexity in
+            common.
     """
     methods = _sweep(rows)
     runs = [row for group in methods.values() for row in group]
-    keys = _kl_of(runs) + (["perplexity"] if all("perplexity" in row for row in runs) else [])
+    if not runs:
+        raise InputError("no picture of forgetting: no run is complete")
+    keys = _forgetting(runs)
     if not keys:
         raise InputError("no picture of forgetting: the runs were measured on no text")
     base = next((row for row in rows if row["method"] == "base"), None)
@@ -147,6 +151,12 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
     axes[0].set_ylabel(WORDS["validation"])
     _legend(figure, axes[0], markers)
     return save_figure(figure, path)
+
+
+def has_front(rows: Sequence[Row]) -> bool:
+    """Whether :func:`plot_front` can draw these runs."""
+    runs = [row for group in _sweep(rows).values() for row in group]
+    return bool(runs and _forgetting(runs))
 
 
 def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
@@ -214,10 +224,10 @@ def _figure(n_axes: int, width: float, height: float, shared: bool = False) -> t
     return figure, axes
 
 
-def _style(name: Any, place: int) -> tuple[str, str]:
+def _style(name: str, place: int) -> tuple[str, str]:
     """Colour and marker of a curve; grey for references that are not methods."""
-    colour = _PLAIN.get(str(name), _COLOURS[place % len(_COLOURS)])
-    return colour, _MARKERS[place % len(_MARKERS)]
+    colour = _PLAIN.get(name, _COLOURS[place % len(_COLOURS)])
+    return colour, _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
 
 
 def _scale(key: str) -> float:
@@ -236,16 +246,22 @@ def _dodge(place: int, n_curves: int, apart: bool) -> float:
     return 1.012 ** (place - (n_curves - 1) / 2) if apart else 1.0
 
 
-def _log_ticks(axis: Any, ticks: Sequence[float]) -> None:
+def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with a tick at each value, or at one of several close together."""
+    ticks: list[float] = []
+    for value in sorted(values):
+        if not ticks or value >= _NEXT_TICK * ticks[-1]:
+            ticks.append(value)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in ticks])
     axis.minorticks_off()
 
 
 def _label_ends(axis: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write each name beside the end of its curve, far enough from the next one."""
     bottom, top = axis.get_ylim()
-    heights = _spread([(y - bottom) / (top - bottom) for _, _, y, _ in ends])
+    gap = _LABEL / (axis.figure.get_figheight() - _BESIDE)
+    heights = _spread([(y - bottom) / (top - bottom) for _, _, y, _ in ends], gap)
     transform = axis.get_yaxis_transform()  # x in widths of the axes, y in data
     for (name, x, y, colour), height in zip(ends, heights):
         place = bottom + height * (top - bottom)
@@ -259,25 +275,36 @@ def _label_ends(axis: Any, ends: Sequence[tuple[str, float, float, str]]) -> Non
         )  # fmt: skip
 
 
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Move labels apart, up and down alike, until no two are nearer than the gap."""
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move labels apart, up and down alike, until no two are nearer than the gap.
+
+    Args:
+        heights: in heights of the axes; between 0 and 1 there is room.
+        gap: likewise.
+    """
     order = sorted(range(len(heights)), key=heights.__getitem__)
-    clusters: list[list[float]] = []  # [sum of the heights, number] of labels that touch
+    clusters: list[tuple[float, int]] = []  # middle and number of labels that touch
     for i in order:
-        clusters.append([heights[i], 1])
-        while len(clusters) > 1 and _touch(*clusters[-2:]):
-            total, number = clusters.pop()
-            clusters[-1] = [clusters[-1][0] + total, clusters[-1][1] + number]
+        clusters.append((_within(heights[i], 1, gap), 1))
+        while len(clusters) > 1 and _touch(clusters[-2], clusters[-1], gap):
+            (upper, n_upper), (lower, n_lower) = clusters.pop(), clusters.pop()
+            number = n_upper + n_lower
+            middle = (upper * n_upper + lower * n_lower) / number
+            clusters.append((_within(middle, number, gap), number))
     spread = [
-        total / number + _GAP * (k - (number - 1) / 2)
-        for total, number in clusters
-        for k in range(int(number))
+        middle + gap * (k - (number - 1) / 2) for middle, number in clusters for k in range(number)
     ]
     return [height for _, height in sorted(zip(order, spread))]
 
 
-def _touch(below: Sequence[float], above: Sequence[float]) -> bool:
-    return above[0] / above[1] - below[0] / below[1] < _GAP * (above[1] + below[1]) / 2
+def _within(middle: float, number: int, gap: float) -> float:
+    """The middle of some labels, moved so that all are between 0 and 1 if there is room."""
+    half = gap * (number - 1) / 2
+    return 0.5 if half > 0.5 else min(max(middle, half), 1 - half)
+
+
+def _touch(below: tuple[float, int], above: tuple[float, int], gap: float) -> bool:
+    return above[0] - below[0] < gap * (above[1] + below[1]) / 2 - 1e-9
 
 
 def _legend(figure: Any, axis: Any, markers: Mapping[float, str]) -> None:
@@ -323,13 +350,41 @@ def _sweep(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return methods
 
 
+def _forgetting(runs: Sequence[Row]) -> list[str]:
+    """Keys of the measures of forgetting that all runs have."""
+    return _kl_of(runs) + (["perplexity"] if all("perplexity" in row for row in runs) else [])
+
+
 def _kl_of(rows: Sequence[Row]) -> list[str]:
     """The first divergence that all rows have, in a list; an empty list if there is none."""
     return [key for key in KL if all(key in row for row in rows)][:1]
 
 
-def _grouped(rows: Iterable[Row], by: str) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = defaultdict(list)
+def _with_numbers(rows: Iterable[Row], x: str, y: str, *others: str) -> list[Row]:
+    """The rows that have a y, checked.
+
+    Raises:
+        InputError: a row lacks a key, a value is no finite number, or no row has a y.
+    """
+    kept = []
     for row in rows:
-        groups[row.get(by)].append(row)
+        for key in (x, y, *others):
+            if key not in row:
+                raise InputError(f"cannot plot: a row has no {key!r}")
+        if row[y] is None:
+            continue
+        for key in (x, y, *others):
+            value = row[key]
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"cannot plot {key!r}: it is {value!r} in a row, not a number")
+        kept.append(row)
+    if not kept:
+        raise InputError(f"cannot plot {y!r}: no row has a value")
+    return kept
+
+
+def _grouped(rows: Iterable[Row], by: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[str(row.get(by))].append(row)
     return dict(groups)

@@ -15,11 +15,17 @@ from typing import Any
 from PIL import Image
 
 from budwood import records
-from budwood.bench.plots import plot_front, plot_lines
+from budwood.bench.plots import has_front, plot_front, plot_lines
 from budwood.errors import InputError
 from budwood.records import Record, Row
 
 TEMPLATE = Path(__file__).parent / "report.html"
+
+_NEEDED = {
+    "bench prune": {"method": str, "n_kept": int | float, "accuracy": int | float},
+    "bench points": {"method": str, "sampler": str, "points": int},
+}
+"""What each row of a record has that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,15 @@ def page(
         read: records by what the page calls them.
         columns: of the table of each kind of record, by its name (``"bench prune"``, …). A kind
             that is not in it gets all keys of its first row.
-        examples: pictures for the top of the page.
+        examples: pictures for the top of the page; asked for when the records have been checked
+            and drawn.
         title: of the page.
 
     Returns:
         HTML that needs no other file.
 
     Raises:
-        InputError: there is no record, or one has no rows.
+        InputError: there is no record, or one has no rows or lacks what is drawn of it.
         MissingPackageError: matplotlib is not installed.
     """
     import jinja2
@@ -75,6 +82,12 @@ def page(
 def _section(name: str, record: Record, columns: Mapping[str, Sequence[Column]]) -> dict[str, Any]:
     if not record.rows:
         raise InputError(f"record {name} has no rows, so there is nothing to report")
+    for key, kind in _NEEDED.get(record.name, {}).items():
+        for row in record.rows:
+            if not isinstance(row.get(key), kind):
+                raise InputError(
+                    f"record {name} is malformed: {key!r} of a row is {row.get(key)!r}"
+                )
     table = columns.get(record.name) or [Column(key, "", key) for key in record.rows[0]]
     tables = [_table("", record.rows, table)]
     if kinds := _kinds(record.rows):
@@ -100,10 +113,15 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("seed", record.seed),
         ("commit", f"{commit[:12]}{state}" if commit else None),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.versions.items() if v)),
-        ("hardware", ", ".join(f"{v} {k}" for k, v in record.hardware.items() if v)),
+        ("hardware", ", ".join(_hardware(k, v) for k, v in record.hardware.items() if v)),
         ("date", record.created),
     ]
     return [(term, str(value)) for term, value in named if value not in (None, "")]
+
+
+def _hardware(kind: str, value: Any) -> str:
+    """Such as "2 cores"."""
+    return f"{value} {kind.removesuffix('s') if value == 1 else kind}"
 
 
 def _table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, Any]:
@@ -144,8 +162,15 @@ def _charts(record: Record) -> list[Chart]:
     if record.name == "bench points":
         return _points_charts(record.rows)
     if record.name == "bench tune":
-        return [("What was learnt against what was forgotten", partial(plot_front, record.rows))]
+        return _tune_charts(record.config.get("runs"))
     return []
+
+
+def _tune_charts(runs: Any) -> list[Chart]:
+    """What was learnt against what was forgotten, if the runs were measured on texts."""
+    if not isinstance(runs, list) or not has_front(runs):
+        return []
+    return [("What was learnt against what was forgotten", partial(plot_front, runs))]
 
 
 def _prune_charts(rows: Sequence[Row]) -> list[Chart]:

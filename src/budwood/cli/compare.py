@@ -9,7 +9,7 @@ import typer
 
 from budwood.cli import options
 from budwood.cli.columns import Column, Columns
-from budwood.cli.console import print_json, print_table, say, working
+from budwood.cli.console import print_json, print_table, say, warnings_said, working
 from budwood.cli.output import reserve_picture
 from budwood.errors import InputError
 from budwood.files import write_whole
@@ -61,8 +61,6 @@ def compare(
     names = options.listed(methods)
     if not names:
         raise InputError(f"--methods is {methods!r}; give at least one of `budwood ls methods`")
-    if len(set(names)) < len(names):
-        raise InputError(f"--methods has one twice: {methods}; give each once")
     shown = read_picture(image)
     attached = {
         "keep": options.keep_of(keep),
@@ -95,12 +93,13 @@ def drawn(
     """Draw what each method kept, with its answer below."""
     from budwood.prune.overlay import draw_methods
 
-    return draw_methods(
-        picture,
-        {one.method: one.report for one in compared},
-        {one.method: f"answer: {one.answer}" for one in compared},
-        [question, f"all tokens: {full}"],
-    )
+    with warnings_said("the picture shows boxes "):
+        return draw_methods(
+            picture,
+            {one.method: one.report for one in compared},
+            {one.method: f"answer: {one.answer}" for one in compared},
+            [question, f"all tokens: {full}"],
+        )
 
 
 def _compared(
@@ -113,9 +112,10 @@ def _compared(
 ) -> tuple[str, list[MethodAnswer], str]:
     from budwood.cli.models import load
     from budwood.prune.chat import check_question
-    from budwood.prune.compare import compare_methods
+    from budwood.prune.compare import check_methods, compare_methods
 
     check_question(question)
+    check_methods(names)
     loaded = load(*source)
     with working("answering"):
         full, compared = compare_methods(

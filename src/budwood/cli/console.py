@@ -21,7 +21,7 @@ from budwood.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FILE_WIDTH = 200
+_FILE_WIDTH = 100_000
 _LINE_EVERY = 30.0
 """Seconds between lines of progress where there is no terminal."""
 
@@ -76,7 +76,8 @@ def print_text(text: str) -> None:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    readable = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=not readable) + "\n")
 
 
 def print_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from budwood.cli.columns import Column, Columns
 from budwood.cli.console import print_json, print_table, print_text, progress
 from budwood.cli.output import make_folder, reserve_picture
 from budwood.cli.prune import drawn
+from budwood.errors import OutputError
 from budwood.files import write_whole
-from budwood.loading import SPROUT_256
+from budwood.loading import EMBEDDED_VLMS, SPROUT_256
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from budwood.sprout.scenes import Scene
 
 SEED = 24
+SOFTWARE = "budwood demo"
+"""By which pictures of a demo are told from others."""
 N_OF_KIND = {"presence": 1, "colour": 2}
 """Questions about a scene, of the kinds that the embedded model answers best."""
 
@@ -41,7 +45,8 @@ def demo(
     keep: options.Keep = "0.05",
     method: options.Method = "adav+",
     overlay_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the pictures; replaces earlier ones.")
+        Path,
+        typer.Option(metavar="DIR", help="Folder for the pictures; replaces those of a demo."),
     ] = Path("budwood-demo"),
     seed: options.Seed = SEED,
     model: options.Model = None,
@@ -68,7 +73,7 @@ def demo(
         for number in range(1, scenes + 1)
     ]
     for path in (path for pair in paths for path in pair):
-        reserve_picture(path, force=True)
+        _reserve(path)
     chosen = _choose(scenes, seed, high_resolution=model != SPROUT_256)
     loaded = load(model, device, dtype)
     rows = _ask_all(loaded, chosen, paths, attached)
@@ -76,6 +81,24 @@ def demo(
         print_json({"model": loaded.name, **attached, "rows": rows})
     else:
         _print(rows, method)
+        _print_next(rows[-1], method, keep, model)
+
+
+def _reserve(path: Path) -> None:
+    """Check that a picture can be written; one of an earlier demo may be replaced."""
+    if path.is_file() and not _is_of_demo(path):
+        raise OutputError(f"{path} exists and is not of a demo; give another --overlay-dir")
+    reserve_picture(path, force=True)
+
+
+def _is_of_demo(path: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
 
 
 def _choose(n_scenes: int, seed: int, high_resolution: bool) -> list[tuple[Scene, list[Question]]]:
@@ -148,7 +171,11 @@ def _ask(
 
 
 def _saver(picture: Any) -> Callable[[Path], None]:
-    return lambda part: picture.save(part)
+    from PIL.PngImagePlugin import PngInfo
+
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    return lambda part: picture.save(part, pnginfo=mark)
 
 
 def _print(rows: list[dict[str, Any]], method: str) -> None:
@@ -166,8 +193,16 @@ def _print(rows: list[dict[str, Any]], method: str) -> None:
         f"visual tokens, {n_right['answer']} with the {row['n_kept']} that {method} keeps, "
         f"{n_right['answer_random']} with {row['n_kept']} at random.\n"
         f"Time to the first token: {full:.0f} ms with all, {first:.0f} ms with {row['n_kept']}.\n"
-        f"Pictures: {rows[0]['image']}, the tokens kept in it {rows[0]['overlay']}, and so on.\n\n"
-        "Next:\n"
-        f'  budwood prune {row["image"]} "{row["asked"]}" --keep 0.05 --overlay kept.png\n'
-        "  budwood bench prune --scenes 20 --methods adav+,random --keep 0.05"
+        f"Pictures: {rows[0]['image']}, the tokens kept in it {rows[0]['overlay']}, and so on."
     )
+
+
+def _print_next(row: dict[str, Any], method: str, keep: str, model: str | None) -> None:
+    """Print commands that go on from a demo."""
+    options = ["--keep", keep, *(["--model", model] if model else [])]
+    commands = [["prune", row["image"], row["asked"], "--method", method, *options]]
+    if model is None or model in EMBEDDED_VLMS:
+        methods = ",".join(dict.fromkeys((method, "random")))
+        commands.append(["bench", "prune", "--scenes", "20", "--methods", methods, *options])
+    lines = [f"  budwood {shlex.join(command)}" for command in commands]
+    print_text("\n".join(["\nNext:", *lines]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from typing import Any, NoReturn
 
@@ -25,22 +27,64 @@ class Commands(TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
+        _prepare_streams()
         try:
             code = super().main(*args, standalone_mode=False, **extra)
             if code == INTERRUPTED:
                 typer.echo("budwood: interrupted", err=True)
+            else:
+                _flush()
             sys.exit(code)
         except _UsageError as error:
             hint = getattr(getattr(error, "ctx", None), "command_path", "budwood")
-            message = error.format_message()  # type: ignore[attr-defined]
-            _refuse(f"{message.rstrip('.')}; see {hint} --help")
+            _refuse(f"{_message(error).rstrip('.')}; see {hint} --help")
         except BudwoodError as error:
             _refuse(str(error))
         except typer.Abort:
             sys.exit(1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _end("cannot write the output: no space left")
+
+
+def _message(error: Any) -> str:
+    """What is wrong with an option, and what was given; newer versions of typer leave that out."""
+    wrong = getattr(error.__cause__, "errors", list)()  # of pydantic
+    message = error.format_message()
+    return message.replace("Input should", f"{wrong[0]['input']} should") if wrong else message
+
+
+def _prepare_streams() -> None:
+    """Let output go on where it is closed, or in an encoding that lacks some characters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Write what is left of the output.
+
+    Raises:
+        OSError: there is no space; what is left is dropped, so that Python does not try again.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # whoever reads has enough
+    except OSError:
+        sys.stdout = io.StringIO()
+        raise
 
 
 def _refuse(message: str) -> NoReturn:
+    _end(message, BAD_INPUT)
+
+
+def _end(message: str, code: int = 1) -> NoReturn:
     line = " ".join(message.split())
     typer.echo(f"budwood: error: {line}", err=True)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)

@@ -11,7 +11,7 @@ from budwood import catalogue
 from budwood.cli import options
 from budwood.cli.columns import Column
 from budwood.cli.commands import App
-from budwood.cli.console import out, print_json, print_table
+from budwood.cli.console import print_json, print_table, print_text
 from budwood.registry import Entry
 
 app = App()
@@ -42,7 +42,7 @@ def methods(json: options.Json = False) -> None:
 
 @app.command()
 def families(json: options.Json = False) -> None:
-    """Model families that can be pruned, by the model_type in their configuration.
+    """Model families that can be pruned, by names like the model_type in their configuration.
 
     \b
     Example:
@@ -105,7 +105,7 @@ def labels(json: options.Json = False) -> None:
         )
         return
     for part, names in parts.items():
-        out().print(f"{part} ({len(names)}): {', '.join(names)}", markup=False, highlight=False)
+        print_text(f"{part} ({len(names)}): {', '.join(names)}")
 
 
 @app.command()

@@ -53,7 +53,7 @@ def _check_tuner(spec: str) -> None:
 def _check_question(name: str) -> None:
     if name not in catalogue.QUESTIONS:
         raise UnknownNameError(
-            f"unknown question {name!r}; give {' or '.join(catalogue.QUESTIONS)}"
+            f"unknown --question {name!r}; give one of {', '.join(catalogue.QUESTIONS)}"
         )
 
 

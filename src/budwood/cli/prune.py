@@ -9,7 +9,7 @@ import typer
 
 from budwood.cli import options
 from budwood.cli.columns import Column, Columns
-from budwood.cli.console import out, print_json, print_table, say, working
+from budwood.cli.console import out, print_json, print_table, say, warnings_said, working
 from budwood.cli.output import reserve_picture
 from budwood.files import write_whole
 from budwood.loading import EMBEDDED_VLMS, check_source
@@ -97,7 +97,8 @@ def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.
         f"all tokens: {comparison.answer_full} · kept tokens: {comparison.answer}",
         _split_line(comparison),
     ]
-    return draw(picture, comparison.report, caption)
+    with warnings_said("the picture shows boxes "):
+        return draw(picture, comparison.report, caption)
 
 
 def _attach_options(

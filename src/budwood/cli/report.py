@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,15 +53,15 @@ def report(
       budwood report prune.json prune-speed.json --out report.html --examples 3
     """
     if out.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{out} must end in .html")
+        raise OutputError(f"{out} must end in .html or .htm")
     need_at_least(0, examples=examples)
     need_matplotlib()
-    files = [file for path in record for file in bench.files_of(path)]
-    read = dict(zip(_names(files), map(records.read, files), strict=True))
+    given = bench.read_all(record)
+    read = dict(zip(_names([*given]), given.values(), strict=True))
     reserve(out, force)
     from budwood.bench.report import page
 
-    shown = _examples(list(read.values()), examples) if examples else []
+    shown = _examples(list(read.values()), examples) if examples else ()
     columns = {name: _columns(name) for name in bench.COLUMNS}
     write_text(out, page(read, columns, shown, title))
     say(f"wrote {out}")
@@ -68,8 +69,6 @@ def report(
 
 def _names(files: list[Path]) -> list[str]:
     """Short names that tell the files apart."""
-    if len({file.resolve() for file in files}) < len(files):
-        raise InputError("a record is given twice; give each once")
     stems = [file.stem if file.stem != "record" else file.parent.name for file in files]
     return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
 
@@ -82,10 +81,10 @@ def _columns(name: str) -> list[Column]:
     return [Column(key, spec, headings.get(key) or key) for key, spec in specs.items()]
 
 
-def _examples(read: list[records.Record], number: int) -> list[Example]:
-    """Questions of a record's scenes, answered again at its smallest budget."""
+def _examples(read: list[records.Record], number: int) -> Iterator[Example]:
+    """Questions of a record's scenes, answered again at its smallest budget when asked for."""
     pruning = next((record for record in read if record.name == "bench prune"), None)
-    if pruning is None or pruning.config["model"] not in EMBEDDED_VLMS:
+    if pruning is None or pruning.config.get("model") not in EMBEDDED_VLMS:
         raise InputError(
             f"--examples {number} needs a record of `budwood bench prune` on the embedded model"
         )
@@ -96,4 +95,4 @@ def _examples(read: list[records.Record], number: int) -> list[Example]:
     small = not pruning.config.get("high_resolution", False)
     loaded = load(SPROUT_256 if small else SPROUT)
     with working("answering"):
-        return examples_of(loaded.model, loaded.processor, pruning, number, METHODS_SHOWN)
+        yield from examples_of(loaded.model, loaded.processor, pruning, number, METHODS_SHOWN)

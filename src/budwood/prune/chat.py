@@ -20,8 +20,10 @@ def check_question(question: str) -> str:
     """Strip white space from a question.
 
     Raises:
-        InputError: nothing is left.
+        InputError: nothing is left, or it is no text.
     """
+    if not isinstance(question, str):
+        raise InputError(f"question is a {type(question).__name__}; give text")
     text = question.strip()
     if not text:
         raise InputError("the question is empty; ask something about the picture")

@@ -8,10 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from budwood.checks import need_at_least
 from budwood.errors import InputError
 from budwood.prune.chat import GREEDY, answers, check_question, prepare
 from budwood.prune.encoded import Encoded, encode
 from budwood.prune.latency import FirstToken, generate_timed
+from budwood.prune.methods.base import Method
 from budwood.prune.report import ImageReport
 from budwood.prune.selection import resolve_method
 from budwood.prune.session import attach
@@ -61,9 +63,10 @@ def compare(
         warm_up: run each once more before them, without timing it.
 
     Raises:
-        InputError: the question is empty.
+        InputError: the question is empty, or longer with the picture than the model's context.
     """
-    inputs = prepare(processor, [image], [check_question(question)], model.device)
+    need_at_least(1, repeats=repeats)
+    inputs = _asked(model, processor, image, question)
     n_prompt = inputs["input_ids"].shape[1]
     texts: dict[str, str] = {}
     reports: list[ImageReport] = []
@@ -117,8 +120,6 @@ def compare_methods(
 ) -> tuple[str, list[MethodAnswer]]:
     """Answer a question with all visual tokens, then with those that each method keeps.
 
-    The picture is encoded once for all methods that read it in the same form. Answers are greedy.
-
     Args:
         model: a transformers model of a known family, with nothing attached.
         processor: its processor.
@@ -132,29 +133,85 @@ def compare_methods(
         The answer with all tokens, and one entry per method in their order.
 
     Raises:
-        InputError: the question is empty, no method is given, one is given twice, or ``methods``
-            is a single string.
+        InputError: the question is empty, or longer with the picture than the model's context; no
+            method is given, or one twice, also spelled differently; or ``methods`` is a string.
         UnknownNameError: an unknown method.
     """
+    check_methods(methods)
+    ways = [{**options, "method": method} for method in methods]
+    return compare_ways(model, processor, image, question, ways, max_new_tokens=max_new_tokens)
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a list of methods that cannot be compared; raises as :func:`compare_methods` does."""
     if isinstance(methods, str):
         raise InputError(f"methods={methods!r} is a string; give a list of names")
     if not methods:
         raise InputError("nothing to compare: give at least one method")
-    if len(set(methods)) < len(methods):
-        raise InputError(f"methods has one twice: {', '.join(methods)}")
-    forms = {method: resolve_method(method).whole_crops for method in methods}
-    inputs = prepare(processor, [image], [check_question(question)], model.device)
+    seen: dict[Method, str] = {}
+    for method in methods:
+        chosen = resolve_method(method)
+        if chosen in seen:
+            raise InputError(f"{seen[chosen]} and {method} are the same method; give each once")
+        seen[chosen] = method
+
+
+def compare_ways(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    ways: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 32,
+) -> tuple[str, list[MethodAnswer]]:
+    """Answer a question with all visual tokens, then in each of some ways to prune.
+
+    The picture is encoded once for all methods that read it in the same form. Answers are greedy.
+
+    Args:
+        model: as in :func:`compare_methods`, and so are the other arguments.
+        processor: its processor.
+        image: RGB.
+        question: what is asked.
+        ways: options of ``attach`` for each, with ``method`` and without ``encoded``.
+        max_new_tokens: where an answer is cut.
+
+    Returns:
+        The answer with all tokens, and one entry per way in their order.
+
+    Raises:
+        InputError: the question is empty, or longer with the picture than the model's context.
+    """
+    inputs = _asked(model, processor, image, question)
     n_prompt = inputs["input_ids"].shape[1]
     generation: dict[str, Any] = {**GREEDY, "max_new_tokens": max_new_tokens}
-    full = answers(processor, model.generate(**inputs, **generation), n_prompt)[0]
     encoded: dict[bool, Encoded] = {}
     compared = []
-    for method, form in forms.items():
+    for way in ways:
+        method = way["method"]
+        form = resolve_method(method).whole_crops
         if form not in encoded:
             encoded[form] = encode(model, inputs, method)
-        given = {**options, "method": method, "encoded": encoded[form]}
-        with attach(model, processor=processor, **given) as session:
+        with attach(model, processor=processor, encoded=encoded[form], **way) as session:
             output = model.generate(**inputs, **generation)
         answer = answers(processor, output, n_prompt)[0]
         compared.append(MethodAnswer(method, answer, session.report[0]))
+    # The slowest answer comes last, when every way is known to be possible.
+    full = answers(processor, model.generate(**inputs, **generation), n_prompt)[0]
     return full, compared
+
+
+def _asked(model: Any, processor: Any, image: Image.Image, question: str) -> dict[str, Any]:
+    """The inputs of one question about one picture, checked."""
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image is a {type(image).__name__}; give a PIL.Image")
+    inputs = prepare(processor, [image], [check_question(question)], model.device)
+    n_tokens = inputs["input_ids"].shape[1]
+    n_most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if n_most and n_tokens > n_most:
+        raise InputError(
+            f"the question and the picture have {n_tokens:,} tokens, and the model was made for "
+            f"{n_most:,}; ask a shorter question"
+        )
+    return inputs

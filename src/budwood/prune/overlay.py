@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from budwood.checks import need_int
-from budwood.errors import InputError
+from budwood.errors import InputError, InputWarning
+from budwood.pictures import in_rgb
 from budwood.prune.report import ImageReport
 
 PANEL = 420
@@ -39,7 +42,7 @@ class Panel:
 
 
 def draw(
-    image: Image.Image, report: ImageReport, caption: Sequence[str] = (), frame: int = 0
+    image: Image.Image, report: ImageReport, caption: str | Sequence[str] = (), frame: int = 0
 ) -> Image.Image:
     """Draw panels side by side: kept patches bright and the rest dimmed, then the score maps.
 
@@ -51,7 +54,7 @@ def draw(
     Args:
         image: the picture as the processor was given it.
         report: what was kept of it.
-        caption: lines above the panels.
+        caption: a line above the panels, or several.
         frame: of a video, counted as in ``report.frames``; ``image`` is a picture of it.
 
     Returns:
@@ -87,12 +90,7 @@ def layers(image: Image.Image, report: ImageReport, frame: int = 0) -> dict[str,
     Raises:
         InputError: the video has no such frame, or the image or the report is something else.
     """
-    if not isinstance(image, Image.Image):
-        raise InputError(f"image is a {type(image).__name__}; give a PIL.Image")
-    if not isinstance(report, ImageReport):
-        raise InputError(
-            f"report is a {type(report).__name__}; give one entry, such as session.report[0]"
-        )
+    _check(image, report)
     need_int(0, frame=frame)
     if frame >= report.frames:
         raise InputError(f"frame={frame}, and the report has {report.frames}, counted from 0")
@@ -117,7 +115,7 @@ def draw_methods(
     image: Image.Image,
     reports: Mapping[str, ImageReport],
     titles: Mapping[str, str],
-    caption: Sequence[str] = (),
+    caption: str | Sequence[str] = (),
 ) -> Image.Image:
     """Draw what several methods kept of one picture, three panels in a row.
 
@@ -125,16 +123,21 @@ def draw_methods(
         image: the picture as the processor was given it.
         reports: what each method kept of it.
         titles: a second line below each panel, such as the answer.
-        caption: lines above the panels.
+        caption: a line above the panels, or several.
 
     Returns:
         An RGB picture.
 
     Raises:
-        InputError: there is no report, or one is of a video.
+        InputError: there is no report, one is of a video or has no title, or the image or a report
+            is something else.
     """
     if not reports:
         raise InputError("nothing to draw: give the report of at least one method")
+    for method, report in reports.items():
+        _check(image, report)
+        if method not in titles:
+            raise InputError(f"there is no title for {method!r}; give one for each report")
     if any(report.kind == "video" for report in reports.values()):
         raise InputError("a report is of a video; draw its frames with draw(..., frame=...)")
     picture = _fitted(image)
@@ -151,7 +154,16 @@ def _fitted(image: Image.Image) -> Image.Image:
     """The picture at the size of a panel."""
     scale = PANEL / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return in_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _check(image: Image.Image, report: ImageReport) -> None:
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image is a {type(image).__name__}; give a PIL.Image")
+    if not isinstance(report, ImageReport):
+        raise InputError(
+            f"report is a {type(report).__name__}; give one entry, such as session.report[0]"
+        )
 
 
 def _pixels(boxes: Tensor, size: tuple[int, int]) -> list[Box]:
@@ -222,8 +234,9 @@ def _as_image(pixels: NDArray) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def _sheet(panels: Sequence[Panel], caption: Sequence[str], columns: int) -> Image.Image:
+def _sheet(panels: Sequence[Panel], caption: str | Sequence[str], columns: int) -> Image.Image:
     """Panels in rows, caption above, titles and colour bars below each."""
+    caption = [caption] if isinstance(caption, str) else caption
     # A narrow picture still needs room for its legend.
     width = max(PANEL, *(panel.picture.width for panel in panels))
     height = max(panel.picture.height for panel in panels)
@@ -234,7 +247,7 @@ def _sheet(panels: Sequence[Panel], caption: Sequence[str], columns: int) -> Ima
     size = (columns * (width + _GAP) + _GAP, top + n_rows * row_height)
     sheet = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(_TEXT)
+    font = _font_for([*caption, *(title for panel in panels for title in panel.titles)])
     for number, line in enumerate(caption):
         place = (_GAP, _GAP + number * _LINE)
         pen.text(place, _clipped(line, size[0] - 2 * _GAP, font), _INK, font)
@@ -249,6 +262,49 @@ def _sheet(panels: Sequence[Panel], caption: Sequence[str], columns: int) -> Ima
         if panel.has_bar:
             _colour_bar(sheet, (left, below), font)
     return sheet
+
+
+def _font_for(lines: Sequence[str]) -> Font:
+    """Pillow's font, or matplotlib's if that has more of the characters and is installed.
+
+    Warns of characters that neither has.
+    """
+    characters = sorted(set("".join(lines)) - set(" \n"))
+    font, lacking = ImageFont.load_default(_TEXT), []
+    for name in (None, "DejaVuSans.ttf"):
+        try:
+            other = font if name is None else ImageFont.truetype(_matplotlib_font(name), _TEXT)
+        except (ImportError, OSError):
+            break
+        without = _lacking(other, characters)
+        if name is None or len(without) < len(lacking):
+            font, lacking = other, without
+        if not lacking:
+            return font
+    warnings.warn(
+        f"the picture shows boxes for {''.join(lacking)}, which its font does not have",
+        InputWarning,
+        stacklevel=4,
+    )
+    return font
+
+
+def _matplotlib_font(name: str) -> str:
+    import matplotlib as mpl
+
+    return str(Path(mpl.get_data_path(), "fonts", "ttf", name))
+
+
+def _lacking(font: Font, characters: Sequence[str]) -> list[str]:
+    """The characters that a font draws as it draws what is no character."""
+    box = _drawn("\U0010ffff", font)
+    return [one for one in characters if _drawn(one, font) == box]
+
+
+def _drawn(character: str, font: Font) -> bytes:
+    canvas = Image.new("L", (2 * _TEXT, 2 * _TEXT))
+    ImageDraw.Draw(canvas).text((0, 0), character, 255, font)
+    return canvas.tobytes()
 
 
 def _colour_bar(sheet: Image.Image, where: tuple[int, int], font: Font) -> None:

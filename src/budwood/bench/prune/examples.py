@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from budwood.bench.prune.plan import Variant
 from budwood.bench.report import Example
 from budwood.errors import InputError
-from budwood.prune.compare import compare_methods
+from budwood.prune.compare import compare_ways
 from budwood.prune.overlay import draw_methods
 from budwood.records import Record
 from budwood.sprout.questions import balanced
@@ -22,35 +23,34 @@ def examples_of(
         processor: its processor.
         record: of `budwood bench prune`.
         number: pictures.
-        n_methods: methods in each, the first of the record.
+        n_methods: methods in each, the first of the record that prune before the LLM.
 
     Raises:
-        InputError: the record has fewer scenes, or no method.
+        InputError: the record has fewer scenes, no such method, or is of chats.
     """
     config = record.config
+    if config.get("turns", 1) > 1:
+        raise InputError(
+            f"the record is of chats of {config['turns']} turns, and examples are single "
+            "questions; leave --examples out, or give another record"
+        )
     if number > config["n_scenes"]:
         raise InputError(
             f"{number} examples, one for each scene, and the record has {config['n_scenes']} "
             "scenes; give fewer examples"
         )
-    methods = list(dict.fromkeys(variant["method"] for variant in config["variants"]))[:n_methods]
-    texts = [variant["question"] for variant in config["variants"] if variant["question"]]
-    # Budgets may be counts and fractions; rows have both as counts.
-    fewest = min(record.rows, key=lambda row: row["n_kept"])
-    options = {"keep": fewest["keep"], "seed": config["seed"]}
-    options |= {"question": texts[0]} if texts else {}
+    ways = _ways(record, n_methods)
     made = []
     large = config.get("high_resolution", False)  # records from before it lack it
     drawn = balanced(config["seed"], number, config["split"], large)
     for place, (scene, questions) in enumerate(drawn):
         question = questions[place % len(questions)]
-        full, compared = compare_methods(
+        full, compared = compare_ways(
             model,
             processor,
             scene.image,
             question.text,
-            methods,
-            options,
+            ways,
             max_new_tokens=config["max_new_tokens"],
         )
         picture = draw_methods(
@@ -61,3 +61,19 @@ def examples_of(
         caption = f"{question.text} Right: {question.answer}; all tokens: {full}."
         made.append(Example(picture, caption))
     return made
+
+
+def _ways(record: Record, n_methods: int) -> list[dict[str, Any]]:
+    """Options of ``attach`` for the first methods of a record, at the smallest of its budgets."""
+    first: dict[str, Variant] = {}
+    for given in record.config["variants"]:
+        # Older records lack some fields.
+        variant = Variant(given["method"], given.get("question"), given.get("positions"))
+        if not variant.inside:
+            first.setdefault(variant.method, variant)
+    if not first:
+        raise InputError("the record has no method that prunes before the LLM to show")
+    # Budgets may be counts and fractions; rows have both as counts.
+    fewest = min(record.rows, key=lambda row: row["n_kept"])
+    shared = {"keep": fewest["keep"], "seed": record.config["seed"]}
+    return [{**variant.options, **shared} for variant in [*first.values()][:n_methods]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +35,9 @@ app.command("points-speed")(points_speed.bench_points_speed)
 app.command("tune")(tune.bench_tune)
 app.command("tune-speed")(tune_speed.bench_tune_speed)
 app.command("serve")(serve.bench_serve)
+
+_REST = re.compile(r"(\.\d+)?[bcdeEfFgGnosxX%]?")
+"""What can come in a format of Python behind a comma."""
 
 COLUMNS = {
     "bench prune": prune.COLUMNS,
@@ -75,8 +80,8 @@ def show(
         str | None,
         typer.Option(
             metavar="KEY[:FORMAT],…",
-            help="Columns to show; FORMAT is Python's, such as .1%. By default those of the table "
-            "that the benchmark itself prints.",
+            help="Columns to show; FORMAT is Python's, such as .1% or ,.0f. By default those of "
+            "the table that the benchmark itself prints.",
         ),
     ] = None,
     where: Annotated[
@@ -101,33 +106,71 @@ def show(
       budwood bench show record.json --columns method,unseen_top1:.1% --across points
       budwood bench show comparison/runs --where seed=0
     """
-    read = [records.read(file) for path in record for file in files_of(path)]
-    rows = _matching([row for each in read for row in each.rows], where)
+    read = read_all(record)
+    rows = _matching([row for each in read.values() for row in each.rows], where)
+    if not rows:
+        raise InputError(f"there is nothing to show: {', '.join(map(str, read))} has no rows")
     if columns is not None and not options.listed(columns):
         raise InputError(f"--columns {columns!r} names none; leave it out for the usual ones")
-    if columns is not None:
-        shown = _parse_columns(columns, rows)
-    elif read[0].name in COLUMNS:
-        shown = COLUMNS[read[0].name].of_record()
-    else:
-        shown = dict.fromkeys(rows[0] if rows else [], "")
+    shown = _usual(read, rows) if columns is None else _parse_columns(columns, rows)
     table = rows, shown
     if across is not None:
         _check_key(across, rows)
+        if columns is None or across in shown:
+            raise InputError(
+                f"--across {across} needs --columns without {across}, of which the last is repeated"
+            )
         table = records.spread(rows, shown, across)
     if plot is not None:
         _draw(rows, list(shown), across, plot, force)
     typer.echo(records.table(*table), nl=False)
 
 
-def files_of(path: Path) -> list[Path]:
-    """The record itself, or all records inside a folder."""
+def read_all(paths: Iterable[Path]) -> dict[Path, records.Record]:
+    """The records themselves, and those of folders; says which are not complete.
+
+    A folder stands for its ``record.json``, or if it has none, for all those inside.
+
+    Raises:
+        InputError: a folder has no record, a file is none, or one is given twice.
+    """
+    read: dict[Path, records.Record] = {}
+    known: dict[Path, Path] = {}
+    for path in paths:
+        for file in _files_of(path):
+            if file.resolve() in known:
+                raise InputError(f"{file} is given twice; give each record once")
+            known[file.resolve()] = file
+            read[file] = records.read(file)
+            if read[file].status != "complete":
+                say(f"{file} is not complete")
+    return read
+
+
+def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(path.rglob("record.json"))
+    own = path / "record.json"
+    files = [own] if own.is_file() else sorted(path.rglob("record.json"))
     if not files:
         raise InputError(f"there is no record.json in {path}")
     return files
+
+
+def _usual(read: Mapping[Path, records.Record], rows: list[records.Row]) -> dict[str, str]:
+    """The columns of the table that the benchmark itself prints, as far as a row has a value.
+
+    Raises:
+        InputError: the records are of several kinds.
+    """
+    of_kind = {one.name: path for path, one in read.items()}
+    if len(of_kind) > 1:
+        named = ", ".join(f"{name} ({path})" for name, path in of_kind.items())
+        raise InputError(f"records of several kinds: {named}; show one kind, or give --columns")
+    (name,) = of_kind
+    usual = COLUMNS[name].of_record() if name in COLUMNS else dict.fromkeys(rows[0], "")
+    filled = {key for row in rows for key, value in row.items() if value is not None}
+    return {key: spec for key, spec in usual.items() if key in filled}
 
 
 def _matching(rows: list[records.Row], where: str) -> list[records.Row]:
@@ -166,18 +209,34 @@ def _draw(
 def _check_key(key: str, rows: list[records.Row]) -> None:
     known = {key for row in rows for key in row}
     if key not in known:
-        raise UnknownNameError(f"unknown column {key!r}; known: {', '.join(sorted(known))}")
+        raise UnknownNameError(
+            f"unknown column {key!r}; known: {', '.join(sorted(known)) or 'none'}"
+        )
 
 
 def _parse_columns(text: str, rows: list[records.Row]) -> dict[str, str]:
     """Key → format, of ``KEY[:FORMAT],…``."""
-    columns = {}
-    for item in options.listed(text):
+    columns: dict[str, str] = {}
+    for item in _items(text, {key for row in rows for key in row}):
         key, _, spec = item.partition(":")
         _check_key(key, rows)
+        if key in columns:
+            raise InputError(f"--columns has {key} twice; give it once")
         try:
-            format(1.0, spec)
+            for row in rows:
+                records.cells_of([row], {key: spec})
         except ValueError as error:
             raise InputError(f"format {spec!r} of column {key!r} is unusable: {error}") from error
         columns[key] = spec
     return columns
+
+
+def _items(text: str, known: set[str]) -> list[str]:
+    """Split columns at commas, but for those that belong to a format, as in ``n:,.1f``."""
+    items: list[str] = []
+    for part in text.split(","):
+        if items and ":" in items[-1] and _REST.fullmatch(part) and part not in known:
+            items[-1] += f",{part}"
+        else:
+            items.append(part.strip())
+    return [item for item in items if item]
