@@ -83,6 +83,24 @@ def test_transparent_pictures_are_seen_on_white(tmp_path):
     assert read_picture(tmp_path / "logo.gif").getcolors() == [(400, (255, 255, 255))]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo", "--overlay-dir", ""),
+        ("bench", "show", ""),
+        ("compare", "", "What?"),
+        ("tune", "x.jsonl", "--output", ""),
+        ("tune", "x.jsonl", ""),
+        ("classify", "", "--labels", "a,b"),
+    ],
+)
+def test_empty_paths(budwood, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    result = budwood(*command)
+    assert result.exit_code == 2 and "it is empty; give " in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_say_what_was_given(budwood):
     for options, said in (
         (("demo", "--scenes", 101), "101 should be less than or equal to 100"),

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
+_PATHS = re.compile(r"^(?!.*\bID\b).*\b(FILE|DIR|IMAGE|RECORD|ADAPTER|FRAME|CLOUD|TRAIN)\b")
+"""In the metavar of what can only be a path."""
+
 
 class Command(TyperCommand):
-    """A command that says so where a list is given twice, of which the last alone counts.
+    """A command that refuses empty paths, and says so where a list is given twice.
 
-    Lists are the options whose metavar ends in ``,…``.
+    An empty path, such as that of a shell variable that is not set, would be the current folder. Of
+    a list that is given twice the last alone counts. Lists are the options whose metavar ends in
+    ``,…``.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        order = self.make_parser(ctx).parse_args(list(args))[2]
+        values, _, order = self.make_parser(ctx).parse_args(list(args))
+        for param in self.params:
+            value, metavar = values.get(param.name or ""), getattr(param, "metavar", None) or ""
+            given = value if isinstance(value, list | tuple) else [value]
+            if "" in given and _PATHS.search(metavar):
+                kind = metavar.rstrip("….")
+                raise typer.BadParameter(f"it is empty; give {kind}", ctx=ctx, param=param)
         for option in dict.fromkeys(order):
             if (option.metavar or "").endswith(",…") and order.count(option) > 1:
                 typer.echo(
