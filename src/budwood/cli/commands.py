@@ -23,8 +23,9 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         values, _, order = self.make_parser(ctx).parse_args(list(args))
-        for param in self.params:
-            value, metavar = values.get(param.name or ""), getattr(param, "metavar", None) or ""
+        params: list[Any] = self.params  # of types that are not public
+        for param in params:
+            value, metavar = values.get(param.name), param.metavar or ""
             given = value if isinstance(value, list | tuple) else [value]
             if "" in given and _PATHS.search(metavar):
                 kind = metavar.rstrip("….")
