@@ -46,7 +46,6 @@ FEW := --steps 40 --batch 12
 ASKED := --target $(EXAMPLES)/test.jsonl --general $(EXAMPLES)/general.jsonl --prompts 12
 
 demo: $(STAMP)
-	@rm -f budwood-demo/scene-*.png  # older versions did not mark them as a demo's
 	@echo "1 of 3. Token pruning: answers from one in twenty visual tokens, chosen or random"
 	$(BIN)/budwood demo
 	@rm -rf $(TUNED) $(TUNED)-lora budwood-demo/points

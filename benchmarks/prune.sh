@@ -63,11 +63,11 @@ for stage in "${stages[@]}"; do
         ;;
     quarter) large quarter --scenes "$scenes" --methods "$every" --keep 0.25 ;;
     ablation)
-        large ablation --scenes $((scenes / 3)) --methods "$ours,$variants,fastervlm,t2i" \
+        large ablation --scenes "$scenes" --methods "$ours,$variants,fastervlm,t2i" \
             --keep 0.1,0.05,0.025
         ;;
     published)
-        measure compact --seed 1 --scenes $((scenes / 3)) --methods "$every" \
+        measure compact --seed 1 --scenes $((scenes / 2)) --methods "$every" \
             --positions compact --keep 0.1,0.05,0.025 --timed 2
         ;;
     inside)
@@ -75,7 +75,7 @@ for stage in "${stages[@]}"; do
             --positions original --keep 0.1,0.05 --timed 8
         ;;
     small)
-        measure 256 --model sprout-256 --seed 1 --scenes $((scenes / 3)) --methods "$every" \
+        measure 256 --model sprout-256 --seed 1 --scenes $((scenes / 2)) --methods "$every" \
             --positions original --keep 0.25,0.11,0.055 --timed 6
         ;;
     shifted)

@@ -32,15 +32,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the target; missing folders above it are made. A file that exists is replaced and
-            keeps its permissions; a link stays, and what it leads to is written.
+            keeps its permissions. A symbolic link stays, and what it leads to is written.
         write: writes to the path that it is given, which has the same name in a temporary folder.
 
     Raises:
         OutputError: it cannot be written.
     """
-    given = path
+    given, path = path, target_of(path)
     try:
-        path = Path(os.path.realpath(path)) if path.is_symlink() else path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
             part = Path(folder, given.name)  # whose suffix gives the format
@@ -52,6 +51,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         cause = error.__cause__ or error  # what drew a figure has named the temporary file
         reason = getattr(cause, "strerror", None) or first_line(cause)
         raise OutputError(f"cannot write {given}: {reason}") from error
+
+
+def target_of(path: Path) -> Path:
+    """Where a file is written: what a symbolic link leads to, or the path itself.
+
+    Raises:
+        OutputError: a link leads to itself.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise OutputError(f"{path} is a link that leads to itself; remove it, or give another name")
+    return target
 
 
 def write_text(path: Path, text: str) -> None:

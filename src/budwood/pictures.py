@@ -86,7 +86,10 @@ def in_rgb(picture: Image.Image, name: str = "the picture") -> Image.Image:
     if of_16_bits:
         import numpy as np  # not at the start of every command
 
+        clear = picture.info.get("transparency")
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        if isinstance(clear, int):
+            picture.info["transparency"] = clear // 257
     if picture.has_transparency_data:
         paper = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(paper, picture.convert("RGBA"))

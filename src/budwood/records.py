@@ -170,14 +170,22 @@ def _wrong_in(data: Mapping[str, Any]) -> str | None:
     for row in data["rows"]:
         if not isinstance(row, dict):
             return "a row is not an object"
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                return f"{key!r} of a row is {value}, not a finite number"
+    if not _is_finite(data):
+        return "a number in it is infinite or NaN"
     for name, one in fields.items():
         has_default = one.default is not MISSING or one.default_factory is not MISSING
         if name not in data and not has_default:
             return f"it has no {name!r}"
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in a JSON value are finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -78,6 +79,9 @@ def test_transparent_pictures_are_seen_on_white(tmp_path):
     for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))):
         Image.new(mode, (20, 20), colour).save(tmp_path / "logo.png")
         assert read_picture(tmp_path / "logo.png").getcolors() == [(400, (255, 255, 255))]
+    deep = Image.fromarray(np.zeros((20, 20), dtype=np.uint16))
+    deep.save(tmp_path / "deep.png", transparency=0)
+    assert read_picture(tmp_path / "deep.png").getcolors() == [(400, (255, 255, 255))]
     palette = Image.new("P", (20, 20), 0)
     palette.save(tmp_path / "logo.gif", transparency=0)
     assert read_picture(tmp_path / "logo.gif").getcolors() == [(400, (255, 255, 255))]
@@ -92,6 +96,7 @@ def test_transparent_pictures_are_seen_on_white(tmp_path):
         ("tune", "x.jsonl", "--output", ""),
         ("tune", "x.jsonl", ""),
         ("classify", "", "--labels", "a,b"),
+        ("tune", "eval", "x", "--target", ""),
     ],
 )
 def test_empty_paths(budwood, tmp_path, monkeypatch, command):
@@ -103,8 +108,9 @@ def test_empty_paths(budwood, tmp_path, monkeypatch, command):
 
 def test_numbers_say_what_was_given(budwood):
     for options, said in (
-        (("demo", "--scenes", 101), "101 should be less than or equal to 100"),
-        (("report", "x", "--out", "r.html", "--examples", "abc"), "abc"),
+        (("demo", "--scenes", 101), "101"),  # how it goes on depends on the version of typer
+        (("report", "x", "--out", "r.html", "--examples", "abc"), "'abc'"),
+        (("demo", "--scenes", ""), "''"),
     ):
         result = budwood(*options)
         assert result.exit_code == 2 and said in result.stderr

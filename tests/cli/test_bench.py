@@ -132,6 +132,8 @@ def test_show_chooses_records_and_formats(budwood, tmp_path):
         ("n:,,method", "| 1,234 | a |"),
         ("n:,.1f,x:.0%", "| 1,234.0 | 50% |"),
         ("x:,.2f", "| 0.50 |"),
+        ("method,x:.2f,", "| a | 0.50 |"),
+        ("n:,", "| 1,234 |"),
     ):
         shown = budwood("bench", "show", one, "--columns", columns)
         assert shown.exit_code == 0 and shown.stdout.splitlines()[2] == cells
@@ -140,6 +142,7 @@ def test_show_chooses_records_and_formats(budwood, tmp_path):
         ((other, other), "other.json is given twice"),
         ((one, "--columns", "n,n:d"), "--columns has n twice"),
         ((one, "--columns", "x:d"), "format 'd' of column 'x' is unusable"),
+        ((one, "--columns", "x:.1%,f"), "unknown column 'f'"),
         ((one, "--columns", "n,x", "--across", "n"), "needs --columns without n"),
         ((one, "--across", "n"), "needs --columns without n"),
     ):
@@ -197,16 +200,6 @@ def test_answers_of_an_earlier_record_are_taken_over(
     assert 0 < reused < asked.count("adav")
     assert _without_times(longer["rows"]) == _without_times(plain["rows"])
 
-    many = tmp_path / "many.json"  # of fewer scenes, all but the last batch, which goes on there
-    budwood(*command, "--out", many)
-    command[-1] = 3
-    asked.clear()
-    fewer = json.loads(budwood(*command, "--reuse", many).stdout)
-    reused, asked[:] = asked.count("adav"), []
-    plain = json.loads(budwood(*command).stdout)
-    assert 0 < reused < asked.count("adav")
-    assert _without_times(fewer["rows"]) == _without_times(plain["rows"])
-
 
 def _without_times(rows):
     return [{key: x for key, x in row.items() if not _is_time(key)} for row in rows]
@@ -216,6 +209,7 @@ def _without_times(rows):
     ("changes", "options", "fragment"),
     [
         ({}, ["--seed", 1], "has other answers (seed 0, not 1)"),
+        ({}, ["--scenes", 2], "4 scenes, more than 2"),
         ({"status": "partial"}, [], "is a partial record of 'bench prune'"),
         ({"rows": [{"method": "full"}]}, [], "is older than answers in records"),
         ({"rows": [{"method": "full", "keep": 1.0, "right": "AA=="}]}, [], "has 8 answers to"),

@@ -44,8 +44,11 @@ def test_table_and_picture(budwood, picture, model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
-        ("adav,adav", "adav and adav are the same method"),
-        ("adav:reserve=0.2,adav:reserve=.20", "adav:reserve=.20 are the same method"),
+        ("adav,adav", "adav is given twice; give each method once"),
+        (
+            "adav:reserve=0.2,adav:reserve=.20",
+            "adav:reserve=.20 is given twice, also as adav:reserve=0.2",
+        ),
         ("adav,uniform:", "'uniform:' ends in a colon"),
         ("adav:rserve=0.1", "has no parameter 'rserve'"),
         (",", "give at least one"),
@@ -78,7 +81,7 @@ def test_questions_beyond_the_context(budwood, picture, model_dir, command):
     name, *options = command
     result = budwood(name, picture, "What ? " * 20_000, "--model", model_dir, *options)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert "tokens, and the model was made for" in result.stderr
+    assert "tokens and the answer up to 32, and the model was made for" in result.stderr
 
 
 def test_what_is_no_question_or_picture():

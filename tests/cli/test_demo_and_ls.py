@@ -40,7 +40,10 @@ def test_demo_replaces_pictures_of_a_demo_alone(budwood, model_dir, tmp_path):
             mine.write_bytes(content)
         before = mine.read_bytes()
         result = budwood("demo", "--model", model_dir, "--scenes", 1, "--overlay-dir", tmp_path)
-        assert result.exit_code == 2 and "scene-1.png exists and is not of a demo" in result.stderr
+        assert (
+            result.exit_code == 2
+            and "scene-1.png exists and is not marked as a demo's" in result.stderr
+        )
         assert mine.read_bytes() == before and list(tmp_path.iterdir()) == [mine]
 
 
@@ -52,6 +55,20 @@ def test_what_a_demo_says_comes_next_works(budwood, model_dir, tmp_path):
     assert again.exit_code == 0, again.stderr
     found = json.loads(again.stdout)
     assert (found["method"], found["n_kept"], found["model"]) == ("uniform", 3, model_dir.name)
+
+
+@pytest.mark.parametrize("model", [None, "sprout-256"])
+def test_the_embedded_models_can_be_measured_next(capsys, model):
+    from budwood.cli.demo import _print_next
+
+    chosen = {"keep": "8", "dtype": "bfloat16"} | ({"model": model} if model else {})
+    _print_next({"image": "my demo/a.png", "asked": "What's it?"}, "random", chosen)
+    options = ["--keep", "8", "--dtype", "bfloat16", *(["--model", model] if model else [])]
+    prune, bench = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:])
+    assert prune[:4] == ["budwood", "prune", "my demo/a.png", "What's it?"]
+    assert prune[4:] == ["--method", "random", *options]
+    assert bench[:3] == ["budwood", "bench", "prune"]
+    assert bench[3:] == ["--scenes", "20", "--methods", "random", *options]
 
 
 @pytest.mark.parametrize("high_resolution", [True, False])
@@ -83,18 +100,24 @@ FULL = Path("/dev/full")
 
 
 def shell(*command, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "budwood.cli", *command], stderr=subprocess.PIPE, **options
-    )
+    env = os.environ | options.pop("env", {})
+    env.pop("PYTHONUNBUFFERED", None)
+    program = [sys.executable, "-m", "budwood.cli", *command]
+    return subprocess.run(program, stderr=subprocess.PIPE, env=env, **options)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux")
-@pytest.mark.parametrize("command", [("ls", "labels"), ("ls", "methods", "--json")])
+@pytest.mark.parametrize("command", [("ls", "labels"), ("ls", "methods", "--json"), ("--help",)])
 def test_output_that_cannot_be_written(command):
     with FULL.open("w") as full:
         result = shell(*command, stdout=full)
     assert result.returncode == 1
-    assert result.stderr == b"budwood: error: cannot write the output: no space left\n"
+    assert result.stderr == b"budwood: error: cannot write the output: No space left on device\n"
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does when it has enough
+    result = shell(*command, stdout=writing)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, b"")
     closed = "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])"
     program = [sys.executable, "-m", "budwood.cli", *command]
     result = subprocess.run([sys.executable, "-c", closed, *program], stderr=subprocess.PIPE)
@@ -103,7 +126,7 @@ def test_output_that_cannot_be_written(command):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_in_other_encodings(encoding):
-    options = {"env": os.environ | {"PYTHONIOENCODING": encoding}, "stdout": subprocess.PIPE}
+    options = {"env": {"PYTHONIOENCODING": encoding}, "stdout": subprocess.PIPE}
     assert rb"bill 10\u20ac" in shell("ls", "labels", **options).stdout
     found = json.loads(shell("ls", "labels", "--json", **options).stdout)
     assert any(row["name"] == "bill 10€" for row in found["labels"])

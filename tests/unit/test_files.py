@@ -29,6 +29,10 @@ def test_links_and_permissions_stay(tmp_path):
     write_text(link, "two")
     assert link.is_symlink() and target.read_text() == "two"
     assert target.stat().st_mode & 0o777 == 0o600
+    around = tmp_path / "around"
+    around.symlink_to(around)
+    with pytest.raises(OutputError, match="around is a link that leads to itself"):
+        write_text(around, "three")
 
 
 def test_a_file_stays_as_it_was_when_writing_fails(tmp_path):

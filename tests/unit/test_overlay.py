@@ -139,12 +139,13 @@ def test_other_scripts_and_what_no_font_has():
         draw(image, kept, "图里")
 
 
-def test_sixteen_bits_and_transparency_are_drawn_as_they_are_read():
-    kept = report(QUARTERS, [0, 1, 2, 3])
-    grey = Image.fromarray(np.full((80, 80), 60 * 257, dtype=np.uint16))
-    assert (pixels(draw(grey, kept), 0, 1) == 60).all()
-    clear = Image.new("RGBA", (80, 80), (0, 0, 0, 0))
-    assert (pixels(draw(clear, kept), 0, 1) == 255).all()
+@pytest.mark.parametrize("space", ["\t", "\r\n", "\x85", "\u2029"])
+def test_white_space_in_a_caption_is_one_space(space):
+    image, kept = Image.new("RGB", (80, 80)), report(QUARTERS, [0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, other = (np.asarray(draw(image, kept, f"Wie groß?{gap}Что")) for gap in (" ", space))
+    assert (one == other).all()
 
 
 def test_methods_are_compared_on_pictures():

@@ -45,7 +45,7 @@ def test_axes_have_words_and_units(drawn, tmp_path):
     assert set(written) == {"all tokens", "adav", "random"}
     bottom, top = axes.get_ylim()
     apart = abs(written["adav"].xyann[1] - written["random"].xyann[1]) / (top - bottom)
-    assert apart == pytest.approx(plots._LABEL / (drawn[0].get_figheight() - plots._BESIDE))
+    assert apart == pytest.approx(plots._LABEL / (drawn[0].get_figheight() - plots._BELOW))
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,18 @@ def test_many_curves_differ_and_their_labels_have_room(drawn, tmp_path):
     places = sorted((text.xyann[1] - bottom) / (top - bottom) for text in axes.texts)
     assert places[0] > -0.01 and places[-1] < 1.01
     gaps = [above - below for below, above in itertools.pairwise(places)]
-    assert min(gaps) * (drawn[0].get_figheight() - plots._BESIDE) > 0.19
+    assert min(gaps) * (drawn[0].get_figheight() - plots._BELOW) > 0.19
 
 
 def test_ticks_keep_apart(drawn, tmp_path):
     values = (28.25, 28.6, 55.2, 55.6, 110.35, 112.98, 112.99)
     rows = [{"method": "m", "n_kept": value, "accuracy": 0.5} for value in values]
     plots.plot_lines(rows, tmp_path / "c.png", **LINES, log=True)
-    assert [tick.get_text() for tick in drawn[0].axes[0].get_xticklabels()] == ["28", "55", "110"]
+    assert [tick.get_text() for tick in drawn[0].axes[0].get_xticklabels()] == [
+        "28.2",
+        "55.2",
+        "110",
+    ]
 
 
 def test_what_is_no_number_is_left_out_or_refused(drawn, tmp_path):

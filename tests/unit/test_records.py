@@ -100,7 +100,8 @@ def test_write_refuses_what_is_not_json(tmp_path, value):
         ('{"rows": [], "format": 1, "config": [1]}', "'config' is .*, not an object"),
         ('{"rows": [], "format": 1, "hardware": []}', "'hardware' is .*, not an object"),
         ('{"rows": [], "format": 1, "status": "done"}', "run.json .*status is 'done', none of"),
-        ('{"rows": [{"accuracy": NaN}], "format": 1}', "'accuracy' of a row is nan"),
+        ('{"rows": [{"accuracy": NaN}], "format": 1}', "infinite or NaN"),
+        ('{"rows": [], "config": {"runs": [{"loss": [1e999]}]}, "format": 1}', "infinite or NaN"),
         ("[" * 200_000, "nested too deep"),
     ],
 )

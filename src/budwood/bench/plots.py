@@ -49,7 +49,7 @@ _MARKERS = "osD^vPX*"  # another marker for each round of colours, so that 64 cu
 _PLAIN = {"random": "#444444", "uniform": "#888888", "frozen": "#444444", "tokens": "#888888"}
 _FONT: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 _LABEL = 0.2  # height of the label of a curve, inches
-_BESIDE = 0.9  # room for the horizontal axis and its label, inches
+_BELOW = 0.9  # room for the horizontal axis and its label, inches
 _NEXT_TICK = 1.15  # least ratio of two ticks of a logarithmic axis
 
 
@@ -78,7 +78,7 @@ def plot_lines(
         high: key of the upper end.
         baseline: a dashed line at this height, such as the accuracy with all tokens.
         baseline_label: what the dashed line is.
-        log: a logarithmic horizontal axis, with a tick at each value.
+        log: a logarithmic horizontal axis, with ticks at the values that are not too close.
 
     Rows whose y is None are left out.
 
@@ -88,7 +88,7 @@ def plot_lines(
     """
     rows = _with_numbers(rows, x, y, *(key for key in (low, high) if key))
     groups = _grouped(rows, by)
-    figure, (axes,) = _figure(1, width=7.2, height=max(4.2, _BESIDE + _LABEL * len(groups)))
+    figure, (axes,) = _figure(1, width=7.2, height=max(4.2, _BELOW + _LABEL * len(groups)))
     scale = _scale(y)
     ends: list[tuple[str, float, float, str]] = []
     for i, (name, group) in enumerate(groups.items()):
@@ -155,8 +155,12 @@ def plot_front(rows: Sequence[Row], path: Path) -> Path:
 
 def has_front(rows: Sequence[Row]) -> bool:
     """Whether :func:`plot_front` can draw these runs."""
+    if not all(isinstance(row, Mapping) for row in rows):
+        return False
     runs = [row for group in _sweep(rows).values() for row in group]
-    return bool(runs and _forgetting(runs))
+    return bool(
+        runs and _forgetting(runs) and all(_is_number(row.get("validation")) for row in runs)
+    )
 
 
 def plot_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> Path:
@@ -253,14 +257,14 @@ def _log_ticks(axis: Any, values: Sequence[float]) -> None:
         if not ticks or value >= _NEXT_TICK * ticks[-1]:
             ticks.append(value)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.3g}" for tick in ticks])
     axis.minorticks_off()
 
 
 def _label_ends(axis: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write each name beside the end of its curve, far enough from the next one."""
     bottom, top = axis.get_ylim()
-    gap = _LABEL / (axis.figure.get_figheight() - _BESIDE)
+    gap = _LABEL / (axis.figure.get_figheight() - _BELOW)
     heights = _spread([(y - bottom) / (top - bottom) for _, _, y, _ in ends], gap)
     transform = axis.get_yaxis_transform()  # x in widths of the axes, y in data
     for (name, x, y, colour), height in zip(ends, heights):
@@ -352,12 +356,17 @@ def _sweep(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _forgetting(runs: Sequence[Row]) -> list[str]:
     """Keys of the measures of forgetting that all runs have."""
-    return _kl_of(runs) + (["perplexity"] if all("perplexity" in row for row in runs) else [])
+    has_perplexity = all(_is_number(row.get("perplexity")) for row in runs)
+    return _kl_of(runs) + (["perplexity"] if has_perplexity else [])
 
 
 def _kl_of(rows: Sequence[Row]) -> list[str]:
     """The first divergence that all rows have, in a list; an empty list if there is none."""
-    return [key for key in KL if all(key in row for row in rows)][:1]
+    return [key for key in KL if all(_is_number(row.get(key)) for row in rows)][:1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _with_numbers(rows: Iterable[Row], x: str, y: str, *others: str) -> list[Row]:
@@ -375,7 +384,7 @@ def _with_numbers(rows: Iterable[Row], x: str, y: str, *others: str) -> list[Row
             continue
         for key in (x, y, *others):
             value = row[key]
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not _is_number(value):
                 raise InputError(f"cannot plot {key!r}: it is {value!r} in a row, not a number")
         kept.append(row)
     if not kept:

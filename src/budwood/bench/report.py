@@ -111,7 +111,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("command", record.command),
         ("model", record.config.get("model") or record.config.get("encoder")),
         ("seed", record.seed),
-        ("commit", f"{commit[:12]}{state}" if commit else None),
+        ("commit", f"{str(commit)[:12]}{state}" if commit else None),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.versions.items() if v)),
         ("hardware", ", ".join(_hardware(k, v) for k, v in record.hardware.items() if v)),
         ("date", record.created),
@@ -189,7 +189,7 @@ def label(row: Row, rows: Sequence[Row]) -> str:
     """The method of a row, with its choices of question and positions if there are several."""
     same = [other for other in rows if other["method"] == row["method"]]
     several = [
-        str(row[name])
+        str(row.get(name))
         for name in ("question", "positions")
         if len({other.get(name) for other in same}) > 1
     ]

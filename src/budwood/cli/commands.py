@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 _PATHS = re.compile(r"^(?!.*\bID\b).*\b(FILE|DIR|IMAGE|RECORD|ADAPTER|FRAME|CLOUD|TRAIN)\b")
-"""In the metavar of what can only be a path."""
+"""In metavars of paths. A name on the hub (ID) is checked where it is looked up."""
 
 
 class Command(TyperCommand):
@@ -28,7 +28,7 @@ class Command(TyperCommand):
             value, metavar = values.get(param.name), param.metavar or ""
             given = value if isinstance(value, list | tuple) else [value]
             if "" in given and _PATHS.search(metavar):
-                kind = metavar.rstrip("….")
+                kind = metavar.rstrip(",….")
                 raise typer.BadParameter(f"it is empty; give {kind}", ctx=ctx, param=param)
         for option in dict.fromkeys(order):
             if (option.metavar or "").endswith(",…") and order.count(option) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from budwood.cli.output import make_folder, reserve_picture
 from budwood.cli.prune import drawn
 from budwood.errors import OutputError
 from budwood.files import write_whole
-from budwood.loading import EMBEDDED_VLMS, SPROUT_256
+from budwood.loading import EMBEDDED_VLMS, SPROUT, SPROUT_256
 
 if TYPE_CHECKING:
     from budwood.loading import Loaded
@@ -81,13 +82,16 @@ def demo(
         print_json({"model": loaded.name, **attached, "rows": rows})
     else:
         _print(rows, method)
-        _print_next(rows[-1], method, keep, model)
+        chosen = {"keep": keep, "model": model, "device": device, "dtype": dtype}
+        _print_next(rows[-1], method, {k: v for k, v in chosen.items() if v not in (None, "auto")})
 
 
 def _reserve(path: Path) -> None:
     """Check that a picture can be written; one of an earlier demo may be replaced."""
     if path.is_file() and not _is_of_demo(path):
-        raise OutputError(f"{path} exists and is not of a demo; give another --overlay-dir")
+        raise OutputError(
+            f"{path} exists and is not marked as a demo's; move it, or give another --overlay-dir"
+        )
     reserve_picture(path, force=True)
 
 
@@ -95,9 +99,10 @@ def _is_of_demo(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")
             return picture.info.get("Software") == SOFTWARE
-    except OSError:
+    except Exception:  # whatever Pillow has against it, it is none of a demo
         return False
 
 
@@ -197,11 +202,11 @@ def _print(rows: list[dict[str, Any]], method: str) -> None:
     )
 
 
-def _print_next(row: dict[str, Any], method: str, keep: str, model: str | None) -> None:
-    """Print commands that go on from a demo."""
-    options = ["--keep", keep, *(["--model", model] if model else [])]
+def _print_next(row: dict[str, Any], method: str, chosen: dict[str, str]) -> None:
+    """Print commands that go on from a demo, with the options that were chosen."""
+    options = [part for name, value in chosen.items() for part in (f"--{name}", value)]
     commands = [["prune", row["image"], row["asked"], "--method", method, *options]]
-    if model is None or model in EMBEDDED_VLMS:
+    if chosen.get("model", SPROUT) in EMBEDDED_VLMS:
         methods = ",".join(dict.fromkeys((method, "random")))
         commands.append(["bench", "prune", "--scenes", "20", "--methods", methods, *options])
     lines = [f"  budwood {shlex.join(command)}" for command in commands]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -15,6 +16,9 @@ from budwood.errors import BudwoodError
 BAD_INPUT = 2
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
+
+_NOT_WRITTEN = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
+"""Of output that cannot be written."""
 
 # The base of typer's usage errors. It has no public name: newer versions of typer contain click,
 # older ones import it.
@@ -32,8 +36,7 @@ class Commands(TyperGroup):
             code = super().main(*args, standalone_mode=False, **extra)
             if code == INTERRUPTED:
                 typer.echo("budwood: interrupted", err=True)
-            else:
-                _flush()
+            sys.stdout.flush()
             sys.exit(code)
         except _UsageError as error:
             hint = getattr(getattr(error, "ctx", None), "command_path", "budwood")
@@ -42,17 +45,24 @@ class Commands(TyperGroup):
             _refuse(str(error))
         except typer.Abort:
             sys.exit(1)
+        except BrokenPipeError:  # whoever reads has enough
+            _drop_output()
+            sys.exit(1)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.filename is not None or error.errno not in _NOT_WRITTEN:
                 raise
-            _end("cannot write the output: no space left")
+            _drop_output()
+            _end(f"cannot write the output: {error.strerror or error}")
 
 
 def _message(error: Any) -> str:
     """What is wrong with an option, and what was given; newer versions of typer leave that out."""
-    wrong = getattr(error.__cause__, "errors", list)()  # of pydantic
     message = error.format_message()
-    return message.replace("Input should", f"{wrong[0]['input']} should") if wrong else message
+    wrong: Any = getattr(error.__cause__, "errors", None)  # of pydantic
+    if not callable(wrong):
+        return message
+    details: Any = wrong()
+    return message.replace("Input should", f"{details[0]['input']!r} should")
 
 
 def _prepare_streams() -> None:
@@ -61,23 +71,19 @@ def _prepare_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
             setattr(sys, name, io.StringIO())
-        elif hasattr(stream, "reconfigure"):
+        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _flush() -> None:
-    """Write what is left of the output.
-
-    Raises:
-        OSError: there is no space; what is left is dropped, so that Python does not try again.
-    """
+def _drop_output() -> None:
+    """Drop what is left of the output, so that Python does not try to write it in the end."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass  # whoever reads has enough
-    except OSError:
-        sys.stdout = io.StringIO()
-        raise
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
 
 
 def _refuse(message: str) -> NoReturn:

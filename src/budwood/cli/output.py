@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from budwood.errors import OutputError
-from budwood.files import need_parent
+from budwood.files import need_parent, target_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -20,12 +20,13 @@ def reserve(path: Path, force: bool = False) -> Path:
     """
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file")
-    if path.exists() and not force:
+    target = target_of(path)
+    if target.exists() and not force:
         raise OutputError(f"{path} exists; choose another name, or overwrite it with --force")
-    need_parent(path)
+    need_parent(target)
     try:
         # Trying is the only test that sees read-only file systems and full disks as well.
-        with tempfile.TemporaryFile(dir=path.parent) as probe:
+        with tempfile.TemporaryFile(dir=target.parent) as probe:
             probe.write(b"budwood")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

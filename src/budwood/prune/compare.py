@@ -66,7 +66,7 @@ def compare(
         InputError: the question is empty, or longer with the picture than the model's context.
     """
     need_at_least(1, repeats=repeats)
-    inputs = _asked(model, processor, image, question)
+    inputs = _asked(model, processor, image, question, max_new_tokens)
     n_prompt = inputs["input_ids"].shape[1]
     texts: dict[str, str] = {}
     reports: list[ImageReport] = []
@@ -152,7 +152,8 @@ def check_methods(methods: Sequence[str]) -> None:
     for method in methods:
         chosen = resolve_method(method)
         if chosen in seen:
-            raise InputError(f"{seen[chosen]} and {method} are the same method; give each once")
+            same = f", also as {seen[chosen]}" if seen[chosen] != method else ""
+            raise InputError(f"{method} is given twice{same}; give each method once")
         seen[chosen] = method
 
 
@@ -181,9 +182,12 @@ def compare_ways(
         The answer with all tokens, and one entry per way in their order.
 
     Raises:
-        InputError: the question is empty, or longer with the picture than the model's context.
+        InputError: the question is empty, or longer with the picture than the model's context; or
+            there is no way.
     """
-    inputs = _asked(model, processor, image, question)
+    if not ways:
+        raise InputError("nothing to compare: give at least one method")
+    inputs = _asked(model, processor, image, question, max_new_tokens)
     n_prompt = inputs["input_ids"].shape[1]
     generation: dict[str, Any] = {**GREEDY, "max_new_tokens": max_new_tokens}
     encoded: dict[bool, Encoded] = {}
@@ -202,16 +206,19 @@ def compare_ways(
     return full, compared
 
 
-def _asked(model: Any, processor: Any, image: Image.Image, question: str) -> dict[str, Any]:
+def _asked(
+    model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int
+) -> dict[str, Any]:
     """The inputs of one question about one picture, checked."""
+    need_at_least(1, max_new_tokens=max_new_tokens)
     if not isinstance(image, Image.Image):
         raise InputError(f"image is a {type(image).__name__}; give a PIL.Image")
     inputs = prepare(processor, [image], [check_question(question)], model.device)
     n_tokens = inputs["input_ids"].shape[1]
     n_most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if n_most and n_tokens > n_most:
+    if n_most and n_tokens + max_new_tokens > n_most:
         raise InputError(
-            f"the question and the picture have {n_tokens:,} tokens, and the model was made for "
-            f"{n_most:,}; ask a shorter question"
+            f"the question and the picture have {n_tokens:,} tokens and the answer up to "
+            f"{max_new_tokens:,}, and the model was made for {n_most:,}; ask a shorter question"
         )
     return inputs

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from budwood.checks import need_int
 from budwood.errors import InputError, InputWarning
-from budwood.pictures import in_rgb
 from budwood.prune.report import ImageReport
 
 PANEL = 420
 """Longer side of each panel in pixels."""
 
 _GAP, _LINE, _TEXT = 16, 20, 14
+_MOST_NAMED = 10  # characters in a warning
 _DIM, _GREY_OF = 0.35, (0.299, 0.587, 0.114)
 _OUTLINE = (255, 176, 0)
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
@@ -154,7 +154,7 @@ def _fitted(image: Image.Image) -> Image.Image:
     """The picture at the size of a panel."""
     scale = PANEL / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    return in_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _check(image: Image.Image, report: ImageReport) -> None:
@@ -269,30 +269,31 @@ def _font_for(lines: Sequence[str]) -> Font:
 
     Warns of characters that neither has.
     """
-    characters = sorted(set("".join(lines)) - set(" \n"))
-    font, lacking = ImageFont.load_default(_TEXT), []
-    for name in (None, "DejaVuSans.ttf"):
-        try:
-            other = font if name is None else ImageFont.truetype(_matplotlib_font(name), _TEXT)
-        except (ImportError, OSError):
-            break
+    characters = sorted(set("".join("".join(lines).split())))  # white space is drawn as one space
+    font: Font = ImageFont.load_default(_TEXT)
+    lacking = _lacking(font, characters)
+    if lacking and (other := _matplotlib_font()):
         without = _lacking(other, characters)
-        if name is None or len(without) < len(lacking):
+        if len(without) < len(lacking):
             font, lacking = other, without
-        if not lacking:
-            return font
-    warnings.warn(
-        f"the picture shows boxes for {''.join(lacking)}, which its font does not have",
-        InputWarning,
-        stacklevel=4,
-    )
+    if lacking:
+        some = "".join(lacking[:_MOST_NAMED]) + ("…" if len(lacking) > _MOST_NAMED else "")
+        warnings.warn(
+            f"the picture shows boxes for {some}, which its font does not have",
+            InputWarning,
+            stacklevel=4,
+        )
     return font
 
 
-def _matplotlib_font(name: str) -> str:
-    import matplotlib as mpl
+def _matplotlib_font() -> Font | None:
+    try:
+        import matplotlib as mpl
 
-    return str(Path(mpl.get_data_path(), "fonts", "ttf", name))
+        file = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+        return ImageFont.truetype(str(file), _TEXT)
+    except (ImportError, OSError):
+        return None
 
 
 def _lacking(font: Font, characters: Sequence[str]) -> list[str]:

@@ -191,21 +191,14 @@ def _known_rows(
     begun: Sequence[Row],
     known: Mapping[Run, Earlier],
 ) -> list[Row]:
-    """Rows of batches that earlier comparisons answered whole and this one has not begun.
-
-    The last batch may be the beginning of a larger one there, and is asked anew.
-    """
+    """Rows of batches that earlier comparisons answered whole and this one has not begun."""
     done = {(row["chunk"], row["run"]) for row in begun}
-    n_questions = sum(len(of_scene) for _, of_scene in scenes)
     rows, first = [], 0
     for number, chunk in enumerate(_chunks(scenes, config.batch)):
         last = first + sum(len(of_scene) for _, of_scene in chunk)
         for i, run_ in enumerate(config.runs):
             earlier = known.get(run_)
-            if not earlier or (number, i) in done:
-                continue
-            n_there = len(earlier.right)
-            if last <= n_there and not last == n_questions < n_there:
+            if earlier and last <= len(earlier.right) and (number, i) not in done:
                 right, n_kept = earlier.right[first:last], [earlier.n_kept] * (last - first)
                 rows.append({"chunk": number, "run": i, "n_kept": n_kept, "right": right})
         first = last

@@ -42,13 +42,13 @@ def earlier_answers(
     The code of a method may have changed since: a record has its commit.
 
     Args:
-        record: of ``budwood bench prune``; of the same scenes, fewer or more.
+        record: of ``budwood bench prune``; of the same scenes, or of the first of them.
         described: the config of this comparison, as its record will have it.
         config: this comparison.
 
     Raises:
-        InputError: the record is of something else, unfinished, without answers, or of other
-            questions or weights. The message lacks the name of the record.
+        InputError: the record is of something else, unfinished, without answers, of more scenes, or
+            of other questions or weights. The message lacks the name of the record.
     """
     if record.name != "bench prune" or record.status != "complete":
         raise InputError(
@@ -61,6 +61,8 @@ def earlier_answers(
         for key in SAME
         if record.config.get(key) != described[key]
     ]
+    if record.config["n_scenes"] > config.n_scenes:
+        differing.append(f"{record.config['n_scenes']} scenes, more than {config.n_scenes}")
     if differing:
         raise InputError(f"has other answers ({', '.join(differing)}); give the same settings")
     rows = {tuple(row.get(key) for key in _IDENTITY): row for row in record.rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,8 +37,10 @@ app.command("tune")(tune.bench_tune)
 app.command("tune-speed")(tune_speed.bench_tune_speed)
 app.command("serve")(serve.bench_serve)
 
+_OPEN = re.compile(r"[^:]*:(.?[<>=^])?[-+ ]?#?0?\d*")
+"""A column and the beginning of its format, which a comma can follow."""
 _REST = re.compile(r"(\.\d+)?[bcdeEfFgGnosxX%]?")
-"""What can come in a format of Python behind a comma."""
+"""What can follow a comma in a format of Python."""
 
 COLUMNS = {
     "bench prune": prune.COLUMNS,
@@ -135,12 +138,13 @@ def read_all(paths: Iterable[Path]) -> dict[Path, records.Record]:
         InputError: a folder has no record, a file is none, or one is given twice.
     """
     read: dict[Path, records.Record] = {}
-    known: dict[Path, Path] = {}
+    known: set[str] = set()
     for path in paths:
         for file in _files_of(path):
-            if file.resolve() in known:
+            place = os.path.realpath(file)  # which lets links that lead nowhere pass
+            if place in known:
                 raise InputError(f"{file} is given twice; give each record once")
-            known[file.resolve()] = file
+            known.add(place)
             read[file] = records.read(file)
             if read[file].status != "complete":
                 say(f"{file} is not complete")
@@ -170,7 +174,8 @@ def _usual(read: Mapping[Path, records.Record], rows: list[records.Row]) -> dict
     (name,) = of_kind
     usual = COLUMNS[name].of_record() if name in COLUMNS else dict.fromkeys(rows[0], "")
     filled = {key for row in rows for key, value in row.items() if value is not None}
-    return {key: spec for key, spec in usual.items() if key in filled}
+    shown = {key: spec for key, spec in usual.items() if key in filled}
+    return shown or dict.fromkeys(sorted(filled), "")
 
 
 def _matching(rows: list[records.Row], where: str) -> list[records.Row]:
@@ -223,8 +228,7 @@ def _parse_columns(text: str, rows: list[records.Row]) -> dict[str, str]:
         if key in columns:
             raise InputError(f"--columns has {key} twice; give it once")
         try:
-            for row in rows:
-                records.cells_of([row], {key: spec})
+            records.cells_of(rows, {key: spec})
         except ValueError as error:
             raise InputError(f"format {spec!r} of column {key!r} is unusable: {error}") from error
         columns[key] = spec
@@ -235,7 +239,7 @@ def _items(text: str, known: set[str]) -> list[str]:
     """Split columns at commas, but for those that belong to a format, as in ``n:,.1f``."""
     items: list[str] = []
     for part in text.split(","):
-        if items and ":" in items[-1] and _REST.fullmatch(part) and part not in known:
+        if items and _OPEN.fullmatch(items[-1]) and _REST.fullmatch(part) and part not in known:
             items[-1] += f",{part}"
         else:
             items.append(part.strip())
