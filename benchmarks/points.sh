@@ -7,9 +7,11 @@
 # this order and all of them by default:
 #   start    both encoders on road objects, without adaptation: points-road.json and -road-dense
 #   random   indoor, adapted to random points: points.json, points-peers.json, points-sparse.json
-#   lidar    indoor, adapted to points as a LiDAR sees them: points-lidar.json
+#            and points-streams.json
+#   lidar    indoor, adapted to points as a LiDAR sees them: points-lidar.json and -lidar-more
 #   default  the same as random and lidar for the default encoder: points-default….json
-#   road     road objects, adapted to points as a LiDAR sees them: points-road-adapted.json
+#   road     road objects, adapted to points as a LiDAR sees them: points-road-adapted.json and
+#            points-road-more.json
 # `random` and `lidar` are about sprout-dense, which was trained on dense clouds as published ones
 # are; `default` and `road` about sprout.
 # A record is written after each method, so a script that was stopped goes on where it was when it
@@ -26,9 +28,14 @@ mkdir -p "$output"
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 ours=sparse-lora,sparse-full
-free=frozen,tokens,adabn,tent,t3a,uni-adapter,point-cache,esp-zero,esp-zero-paper
+free=frozen,tokens,adabn,t3a
+streams=uni-adapter,point-cache
+papers=esp-zero,tent,esp-zero-paper
 peers=lora,full,vpt-shallow,vpt-deep
-seen_by_lidar=(--points "" --lidar 256,128,64,32 --occluded 128,64 --sampler lidar --tune)
+first=tokens,adabn,sparse-lora
+others=frozen,t3a,$streams,sparse-full,$papers,$peers
+tuned=(--occluded 128,64 --tune)
+seen_by_lidar=(--points "" "${tuned[@]}" --sampler lidar)
 dense=(--encoder sprout-dense)
 
 measure() {
@@ -43,22 +50,29 @@ for stage in "${stages[@]}"; do
         measure points-road-dense "${start[@]}" "${dense[@]}"
         ;;
     random)
-        measure points "${dense[@]}" --methods "$free" --occluded 128,64 --tune
-        measure points-peers "${dense[@]}" --methods "$peers" --occluded 128,64 --tune
-        measure points-sparse "${dense[@]}" --methods "$ours" --occluded 128,64 --tune
+        measure points "${dense[@]}" --methods "$free,$papers" "${tuned[@]}"
+        measure points-peers "${dense[@]}" --methods "$peers" "${tuned[@]}"
+        measure points-sparse "${dense[@]}" --methods "$ours" "${tuned[@]}"
+        measure points-streams "${dense[@]}" --methods "$streams" "${tuned[@]}"
         ;;
     lidar)
-        measure points-lidar "${dense[@]}" --methods "$free,$peers,$ours" "${seen_by_lidar[@]}"
+        lidar=("${dense[@]}" --lidar 256,128,64,32 "${seen_by_lidar[@]}")
+        measure points-lidar "${lidar[@]}" --methods "$first"
+        measure points-lidar-more "${lidar[@]}" --methods "$others"
         ;;
     default)
-        measure points-default --methods "$free" --occluded 128,64 --tune
-        measure points-default-peers --methods "$peers" --occluded 128,64 --tune
-        measure points-default-sparse --methods "$ours" --occluded 128,64 --tune
-        measure points-default-lidar --methods "$free,$peers,$ours" "${seen_by_lidar[@]}"
+        measure points-default --methods "$free" "${tuned[@]}"
+        measure points-default-more --methods "$streams,$papers" "${tuned[@]}"
+        measure points-default-peers --methods "$peers" "${tuned[@]}"
+        measure points-default-sparse --methods "$ours" "${tuned[@]}"
+        lidar=(--lidar 256,128,64,32 "${seen_by_lidar[@]}")
+        measure points-default-lidar "${lidar[@]}" --methods "$first"
+        measure points-default-lidar-more "${lidar[@]}" --methods "$others"
         ;;
     road)
-        measure points-road-adapted --part road --methods "$free,$peers,$ours" \
-            "${seen_by_lidar[@]}"
+        lidar=(--part road --lidar 128,64,32 "${seen_by_lidar[@]}")
+        measure points-road-adapted "${lidar[@]}" --methods "$first"
+        measure points-road-more "${lidar[@]}" --methods "$others"
         ;;
     *)
         echo "there is no stage $stage; give start, random, lidar, default or road" >&2
