@@ -99,9 +99,10 @@ def _is_of_demo(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("ignore")
-            return picture.info.get("Software") == SOFTWARE
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of very large pictures, which are not read
+            with Image.open(path) as picture:
+                return picture.info.get("Software") == SOFTWARE
     except Exception:  # whatever Pillow has against it, it is none of a demo
         return False
 
