@@ -216,8 +216,11 @@ def test_curve(tmp_path):
 def test_a_record_of_something_else(tmp_path):
     with pytest.raises(InputError, match=r"^record.json has no numbers under kl_chat or"):
         tune.curve(record(tmp_path, [{"method": "adav", "accuracy": 1.0}]))
-    nan = {"method": "slim", "target": 0.5, "kl_chat": float("nan")}
+    none = {"method": "slim", "target": 0.5, "kl_chat": None}
     with pytest.raises(InputError, match=r"^record.json has no numbers under kl_chat or"):
+        tune.curve(record(tmp_path, [none]))
+    nan = {"method": "slim", "target": 0.5, "kl_chat": float("nan")}
+    with pytest.raises(InputError, match=r"^record.json is malformed: .* infinite or NaN"):
         tune.curve(record(tmp_path, [nan]))
     with pytest.raises(InputError, match="there is no record"):
         tune.curve(None)

@@ -101,7 +101,7 @@ def test_a_picture_of_16_bits_keeps_its_greys(tmp_path, suffix):
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
 def test_a_picture_of_32_bits_is_refused(budwood, tmp_path, dtype):
     Image.fromarray(np.ones((20, 30), dtype=dtype)).save(tmp_path / "deep.tiff")
-    refused(budwood("prune", tmp_path / "deep.tiff", "What?"), "has 32 bits a pixel", "8 or 16")
+    refused(budwood("prune", tmp_path / "deep.tiff", "What?"), "32 bits a pixel", "8 or 16")
 
 
 def test_a_placeholder_in_the_question_is_refused(budwood, picture, model_dir):
