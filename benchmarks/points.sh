@@ -8,10 +8,10 @@
 #   start    both encoders on road objects, without adaptation: points-road.json and -road-dense
 #   random   indoor, adapted to random points: points.json, points-peers.json, points-sparse.json
 #            and points-streams.json
-#   lidar    indoor, adapted to points as a LiDAR sees them: points-lidar.json and -lidar-more
+#   lidar    indoor, adapted to points as a LiDAR sees them: points-lidar….json
 #   default  the same as random and lidar for the default encoder: points-default….json
-#   road     road objects, adapted to points as a LiDAR sees them: points-road-adapted.json and
-#            points-road-more.json
+#   road     road objects, adapted to points as a LiDAR sees them: points-road-adapted.json,
+#            points-road-more.json and points-road-peers.json
 # `random` and `lidar` are about sprout-dense, which was trained on dense clouds as published ones
 # are; `default` and `road` about sprout.
 # A record is written after each method, so a script that was stopped goes on where it was when it
@@ -33,7 +33,8 @@ streams=uni-adapter,point-cache
 papers=esp-zero,tent,esp-zero-paper
 peers=lora,full,vpt-shallow,vpt-deep
 first=tokens,adabn,sparse-lora
-others=frozen,t3a,$streams,sparse-full,$papers,$peers
+untrained=frozen,t3a,$streams
+rest=sparse-full,tent,esp-zero-paper,full,vpt-shallow,vpt-deep
 tuned=(--occluded 128,64 --tune)
 seen_by_lidar=(--points "" "${tuned[@]}" --sampler lidar)
 dense=(--encoder sprout-dense)
@@ -58,7 +59,8 @@ for stage in "${stages[@]}"; do
     lidar)
         lidar=("${dense[@]}" --lidar 256,128,64,32 "${seen_by_lidar[@]}")
         measure points-lidar "${lidar[@]}" --methods "$first"
-        measure points-lidar-more "${lidar[@]}" --methods "$others"
+        measure points-lidar-more "${lidar[@]}" --methods "$untrained,lora,esp-zero"
+        measure points-lidar-peers "${lidar[@]}" --methods "$rest"
         ;;
     default)
         measure points-default --methods "$free" "${tuned[@]}"
@@ -67,12 +69,14 @@ for stage in "${stages[@]}"; do
         measure points-default-sparse --methods "$ours" "${tuned[@]}"
         lidar=(--lidar 256,128,64,32 "${seen_by_lidar[@]}")
         measure points-default-lidar "${lidar[@]}" --methods "$first"
-        measure points-default-lidar-more "${lidar[@]}" --methods "$others"
+        measure points-default-lidar-more "${lidar[@]}" --methods "$untrained,lora,esp-zero"
+        measure points-default-lidar-peers "${lidar[@]}" --methods "$rest"
         ;;
     road)
         lidar=(--part road --lidar 128,64,32 "${seen_by_lidar[@]}")
         measure points-road-adapted "${lidar[@]}" --methods "$first"
-        measure points-road-more "${lidar[@]}" --methods "$others"
+        measure points-road-more "${lidar[@]}" --methods "$untrained"
+        measure points-road-peers "${lidar[@]}" --methods "lora,esp-zero,$rest"
         ;;
     *)
         echo "there is no stage $stage; give start, random, lidar, default or road" >&2
