@@ -38,9 +38,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 _check_size(path, picture.size)
-                turned = ImageOps.exif_transpose(picture)
-                turned.format = picture.format  # by which 16 bits in a PPM are told
-                return _enlarged(in_rgb(turned, str(path)))
+                return _enlarged(_rgb(picture, path))
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that Pillow knows; give PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -65,22 +63,16 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
         )
 
 
-def in_rgb(picture: Image.Image, name: str = "the picture") -> Image.Image:
-    """A picture with 8 bits a channel, on white where it is transparent.
+def _rgb(picture: Image.Image, path: Path) -> Image.Image:
+    """A picture turned as its camera says, 8 bits a channel, white where it is transparent.
 
     Pillow alone would cut 16 bits off at 255, and show what transparent pixels hide.
-
-    Args:
-        picture: of any mode.
-        name: of the picture, for messages.
-
-    Raises:
-        InputError: its values have no known range, as those of 32 bits or signed ones.
     """
     of_16_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F") and not of_16_bits:
         raise InputError(
-            f"{name} has signed values or 32 bits a pixel (mode {picture.mode}), so that their "
+            f"{path} has signed values or 32 bits a pixel (mode {picture.mode}), so that their "
             "range is not known; save it with 8 or 16 unsigned bits"
         )
     if of_16_bits:

@@ -68,6 +68,8 @@ def plot_lines(
 ) -> Path:
     """Draw one curve per group of rows, each with its name at the right end.
 
+    Rows whose y is None are left out.
+
     Args:
         rows: dicts, such as ``record.rows``.
         path: the picture; its suffix gives the format. An existing file is replaced.
@@ -79,8 +81,6 @@ def plot_lines(
         baseline: a dashed line at this height, such as the accuracy with all tokens.
         baseline_label: what the dashed line is.
         log: a logarithmic horizontal axis, with ticks at the values that are not too close.
-
-    Rows whose y is None are left out.
 
     Raises:
         InputError: matplotlib is not installed, or the rows lack a key or a number.
@@ -103,7 +103,7 @@ def plot_lines(
         ends.append((name, xs[-1], ys[-1], colour))
     _label_axes(axes, x, y)
     if log:
-        _log_ticks(axes, sorted({row[x] for row in rows}))
+        _log_ticks(axes, {row[x] for row in rows})
     if baseline is not None:
         axes.axhline(baseline * scale, linestyle="--", color="grey", linewidth=1)
         axes.margins(y=0.08)
@@ -250,7 +250,7 @@ def _dodge(place: int, n_curves: int, apart: bool) -> float:
     return 1.012 ** (place - (n_curves - 1) / 2) if apart else 1.0
 
 
-def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+def _log_ticks(axis: Any, values: Iterable[float]) -> None:
     """A logarithmic axis with a tick at each value, or at one of several close together."""
     ticks: list[float] = []
     for value in sorted(values):

@@ -143,11 +143,14 @@ def compare_methods(
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a list of methods that cannot be compared; raises as :func:`compare_methods` does."""
+    """Refuse a string, and methods that are unknown or given twice.
+
+    Raises:
+        InputError: see :func:`compare_methods`.
+        UnknownNameError: likewise.
+    """
     if isinstance(methods, str):
         raise InputError(f"methods={methods!r} is a string; give a list of names")
-    if not methods:
-        raise InputError("nothing to compare: give at least one method")
     seen: dict[Method, str] = {}
     for method in methods:
         chosen = resolve_method(method)
