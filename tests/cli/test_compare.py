@@ -97,3 +97,5 @@ def test_what_is_no_question_or_picture():
 def test_methods_are_a_list():
     with pytest.raises(InputError, match="methods='adav' is a string; give a list"):
         compare_methods(None, None, Image.new("RGB", (9, 9)), "What ?", "adav", {})
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare_methods(None, None, Image.new("RGB", (9, 9)), "What ?", [], {})
