@@ -579,7 +579,9 @@ def test_embed_writes_labels_for_an_encoder(budwood, tmp_path, monkeypatch):
     assert {"car", "pedestrian", "chair", "noise"} <= set(known.labels)
     assert torch.allclose(known.vectors.norm(dim=1), torch.ones(len(known)))
     again = budwood(*command, "--output", file)
-    assert again.exit_code == 2 and "exists" in again.stderr
+    refused(again, "exists; choose another name, or overwrite it with --force")
+    two = budwood(*command, "--output", file, "--labels", "car,bus", "--force")
+    assert two.exit_code == 0 and read_embeddings(file).labels == ("car", "bus")
     wrong = budwood("points", "embed", "--output", tmp_path / "labels.txt")
     assert wrong.exit_code == 2 and ".safetensors" in wrong.stderr
     monkeypatch.setattr("budwood.points.text.text_tower", lambda _: models.Words(7))

@@ -45,6 +45,15 @@ def test_table_and_overlay(budwood, picture, model_dir, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"kept.png", picture.name}
 
 
+@pytest.mark.parametrize("command", [["prune", "--overlay"], ["compare", "--out"]])
+def test_the_picture_is_not_written_over(budwood, picture, model_dir, command):
+    name, option = command
+    before = picture.read_bytes()
+    done = budwood(name, picture, "What ?", "--model", model_dir, option, picture, "--force")
+    refused(done, "is one of the files that are read; give another name")
+    assert picture.read_bytes() == before
+
+
 def test_picture_with_fewer_tokens_than_keep(budwood, picture, model_dir):
     result = budwood("prune", picture, "What ?", "--model", model_dir, "--keep", 99, "--json")
     assert json.loads(result.stdout)["n_kept"] == 16

@@ -93,7 +93,8 @@ def classify(
     how |= reading
     inputs = InputOptions(**how)
     files = clouds.files_of(paths, labels_file, table)
-    _reserve(files, table, plot, force)
+    reads = [*files, labels_file, embeddings, checkpoint, adapter, text]
+    _reserve(files, table, plot, force, reads)
 
     # These import torch, which takes seconds.
     from budwood.points import classify as classify_clouds
@@ -140,18 +141,23 @@ def classify(
     skipped.refuse(len(files), "clouds have no label")
 
 
-def _reserve(files: list[Path], table: Path | None, plot: Path | None, force: bool) -> None:
+def _reserve(
+    files: list[Path],
+    table: Path | None,
+    plot: Path | None,
+    force: bool,
+    reads: list[Path | str | None],
+) -> None:
     """Check that the outputs can be written, before slow work."""
-    clouds.refuse_inputs(files, table, plot)
     if plot:
         if len(files) > 1:
             raise InputError(f"--plot draws one cloud, and there are {len(files)}")
         if table and table.resolve() == plot.resolve():
             raise InputError(f"--csv and --plot are both {plot}; give two names")
-        reserve_picture(plot, force)
+        reserve_picture(plot, force, reads)
         need_matplotlib()
     if table:
-        reserve(table, force)
+        reserve(table, force, reads)
 
 
 def _rows(rankings: list[Ranking]) -> list[dict[str, Any]]:

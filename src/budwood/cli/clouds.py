@@ -170,18 +170,6 @@ def files_of(paths: list[Path], *others: Path | None, within: Path | None = None
     return files
 
 
-def refuse_inputs(files: list[Path], *outputs: Path | None) -> None:
-    """Refuse to write over a file that is read.
-
-    Raises:
-        InputError: an output is one of the files.
-    """
-    read = {file.resolve() for file in files}
-    for output in outputs:
-        if output is not None and output.resolve() in read:
-            raise InputError(f"{output} is one of the files that are read; give another name")
-
-
 def reading_of(
     columns: str | None,
     box: str | None,

@@ -57,7 +57,7 @@ def compare(
     """
     check_source(model, *EMBEDDED_VLMS)
     if picture:
-        reserve_picture(picture, force)
+        reserve_picture(picture, force, [image])
     names = options.listed(methods)
     if not names:
         raise InputError(f"--methods is {methods!r}; give at least one of `budwood ls methods`")

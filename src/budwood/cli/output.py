@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from budwood.errors import OutputError
+from budwood.errors import InputError, OutputError
 from budwood.files import need_parent, target_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def reserve(path: Path, force: bool = False) -> Path:
+MODELS_FILES = (".bin", ".json", ".model", ".safetensors", ".txt")
+"""Suffixes of files that models, adapters and tables of poses consist of."""
+
+
+def reserve(path: Path, force: bool = False, reads: Iterable[Path | str | None] = ()) -> Path:
     """Check that a file can be written.
 
+    Args:
+        path: the file.
+        force: whether one that exists may be overwritten.
+        reads: files and folders that the command reads, which it never overwrites.
+
     Raises:
+        InputError: it is one of the files that are read.
         OutputError: its folder does not exist, it exists and ``force`` is off, or it cannot be
             written.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file")
     target = target_of(path)
+    if target.exists() and any(_belongs(target, Path(read)) for read in reads if read is not None):
+        raise InputError(f"{path} is one of the files that are read; give another name")
     if target.exists() and not force:
         raise OutputError(f"{path} exists; choose another name, or overwrite it with --force")
     need_parent(target)
@@ -33,15 +46,30 @@ def reserve(path: Path, force: bool = False) -> Path:
     return path
 
 
-def reserve_picture(path: Path, force: bool = False) -> Path:
+def _belongs(file: Path, read: Path) -> bool:
+    """Whether a file is one that is read, or belongs to a folder that is read."""
+    if read.is_dir():
+        return file.suffix in MODELS_FILES and file.resolve().parent == read.resolve()
+    return file.resolve() == read.resolve()
+
+
+def reserve_picture(
+    path: Path, force: bool = False, reads: Iterable[Path | str | None] = ()
+) -> Path:
     """Check that a picture can be written; its suffix gives the format.
 
+    Args:
+        path: the file.
+        force: as of :func:`reserve`.
+        reads: likewise.
+
     Raises:
+        InputError: as in :func:`reserve`.
         OutputError: as in :func:`reserve`, or the suffix is that of no format.
     """
     if path.suffix.lower() not in PICTURES:
         raise OutputError(f"{path} must end in .png, .jpg or .webp, which gives the format")
-    return reserve(path, force)
+    return reserve(path, force, reads)
 
 
 def make_folder(path: Path) -> Path:

@@ -161,6 +161,7 @@ def embed(
     templates: clouds.Templates = "points64",
     synonyms: clouds.Synonyms = True,
     encoder: clouds.Encoder = "ulip2",
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Write text embeddings for an encoder, for machines that have no text model.
@@ -178,7 +179,7 @@ def embed(
 
     if output.suffix != ".safetensors":
         raise InputError(f"{output} must end in .safetensors")
-    reserve(output, False)
+    reserve(output, force, [labels_file, text])
     chosen = list(dict.fromkeys(label for part in COMMON_LABELS.values() for label in part))
     if labels is not None or labels_file is not None:
         chosen = clouds.labels_of(labels, labels_file, ways="--labels and --labels-file") or []
@@ -192,7 +193,7 @@ def embed(
         texts = embed_labels_without_encoder(
             encoder, chosen, text=text, templates=templates, synonyms=synonyms
         )
-    save_embeddings(texts, output)
+    save_embeddings(texts, output, overwrite=force)
     if json:
         about = {"encoder": encoder, "labels": list(texts.labels), "output": str(output)}
         print_json(about | {"width": texts.vectors.shape[1]})

@@ -70,7 +70,7 @@ def prune(
     """
     check_source(model, *EMBEDDED_VLMS)
     if overlay:
-        reserve_picture(overlay, force)
+        reserve_picture(overlay, force, [image])
     picture = read_picture(image)
     attached = _attach_options(keep, method, compat, span, seed, positions)
     comparison, name = _compare(

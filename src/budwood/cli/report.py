@@ -58,7 +58,7 @@ def report(
     need_matplotlib()
     given = bench.read_all(record)
     read = dict(zip(_names([*given]), given.values(), strict=True))
-    reserve(out, force)
+    reserve(out, force, given)
     from budwood.bench.report import page
 
     shown = _examples(list(read.values()), examples) if examples else ()

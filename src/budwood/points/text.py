@@ -233,14 +233,22 @@ def average_embeddings(labels: Sequence[str], tower: TextTower, templates: Seque
     return vectors.view(len(labels), len(templates), -1).mean(dim=1)
 
 
-def save_embeddings(embeddings: TextEmbeddings, path: str | os.PathLike[str]) -> None:
+def save_embeddings(
+    embeddings: TextEmbeddings, path: str | os.PathLike[str], overwrite: bool = False
+) -> None:
     """Write embeddings to a .safetensors file.
 
+    Args:
+        embeddings: of labels.
+        path: the file.
+        overwrite: whether a file that exists is replaced.
+
     Raises:
-        OutputError: the file exists, its folder does not, or it cannot be written.
+        OutputError: the file exists and ``overwrite`` is off, its folder does not exist, or it
+            cannot be written.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; choose another name")
     need_parent(path)
     labels = json.dumps(list(embeddings.labels), ensure_ascii=False)
