@@ -100,6 +100,60 @@ def test_frames_that_cannot_be_read(budwood, frames):
     refused(budwood("scan", frames / "000001.bin", *LABELS), "000001.bin")
 
 
+def test_what_is_assumed_of_a_frame_is_said(budwood, frames):
+    command = ["scan", frames / "000000.bin", *LABELS, "--threshold", 0]
+    assumed = "assumed z up (--up), columns xyz_ (--columns), metres"
+    assert assumed in budwood(*command).stderr
+    given = budwood(*command, "--up", "z", "--units", "cm", "--range", 10)
+    assert "assumed columns xyz_ (--columns)\n" in given.stderr
+    found = json.loads(budwood(*command, "--units", "cm", "--json").stdout)["frames"][0]
+    assert (found["assumed"]["units"], found["assumed"]["up"]) == ("cm", "z")
+    assert found["n_ground"] == found["n_in_range"]  # a street of a few decimetres is flat
+    refused(budwood(*command, "--units", "miles"), "units='miles' is unknown; give one of auto, m")
+
+
+def test_embeddings_without_a_background_are_noted(budwood, frames, tmp_path):
+    from budwood.points import save_embeddings
+    from budwood.points.encoders import load_encoder
+    from budwood.points.text import embed_labels_for
+
+    known = embed_labels_for(load_encoder("sprout"), ["car", "wall"], templates="short")
+    save_embeddings(known, tmp_path / "all.safetensors")
+    command = ["scan", frames / "000000.bin", "--embeddings", tmp_path / "all.safetensors"]
+    assert "no object can be 'unknown'" in budwood(*command).stderr
+    assert "no object can be" not in budwood(*command, "--labels", "car").stderr
+
+
+def test_files_that_are_read_are_not_written_over(budwood, frames, tmp_path):
+    """Also other files than the frames, with --force."""
+    from budwood.points import save_embeddings
+    from budwood.points.encoders import load_encoder
+    from budwood.points.text import embed_labels_for
+
+    names, vectors = tmp_path / "names.txt", tmp_path / "names.safetensors"
+    names.write_text("car\npedestrian\n")
+    known = embed_labels_for(load_encoder("sprout"), ["car", "wall"], templates="short")
+    save_embeddings(known, vectors)
+    poses = tmp_path / "poses.txt"
+    poses.write_text("1 0 0 0 0 1 0 0 0 0 1 0")
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "sample.json").write_text("[]")
+    one = frames / "000000.bin"
+    for command in (
+        ["scan", one, "--labels-file", names, "--csv", names],
+        ["scan", one, "--embeddings", vectors, "--csv", vectors],
+        ["scan", one, *LABELS, "--poses", poses, "--csv", poses],
+        ["scan", one, *LABELS, "--poses", tables, "--csv", tables / "sample.json"],
+        ["classify", one, "--labels-file", names, "--csv", names],
+        ["classify", one, "--embeddings", vectors, "--csv", vectors],
+        ["points", "embed", "--labels-file", vectors, "--output", vectors],
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        refused(budwood(*command, "--force"), "is one of the files that are read; give another")
+        assert before == {path: path.read_bytes() for path in before}
+
+
 def test_frames_out_of_range(budwood, tmp_path):
     xyz = np.random.default_rng(0).normal(size=(500, 3))
     xyz += np.array([500_000, 5_000_000, 30])

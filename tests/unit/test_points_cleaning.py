@@ -12,6 +12,7 @@ from budwood.errors import InputError, MissingPackageError
 from budwood.points import load_clouds
 from budwood.points.axes import AXES, to_up
 from budwood.points.cleaning import without_ground, without_strays
+from budwood.points.inputs import InputOptions
 from budwood.points.io import make_cloud
 from budwood.points.sampling import normalize
 from tests.points import layouts
@@ -43,6 +44,32 @@ def test_scans_and_cameras_as_before():
     for axis in ("w", "+y", "", "zz"):
         with pytest.raises(InputError, match="give one of x, -x, y, -y, z, -z"):
             to_up(points, axis, "y")
+
+
+# --- repeated points ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [(1.2, 0, 1.8), (9999, 9999, 9999), (-1000, 0, 0), (1e10, 0, 0)])
+@pytest.mark.parametrize("n_copies", [50, 500, 5000])
+def test_rows_that_repeat_one_place_count_once(place, n_copies):
+    car = layouts.car(1024) + np.array([15, -6, 0])
+    damaged = np.vstack([car, np.tile(place, (n_copies, 1))])
+    np.random.default_rng(0).shuffle(damaged)
+    cloud = InputOptions(up="z").read(damaged)
+    assert cloud.assumed.dropped == {"repeated": n_copies - 1, "stray": 1}
+    assert len(cloud) == 1024
+    kept = InputOptions(up="z", strays="keep").read(damaged)
+    assert len(kept) == 1024 + n_copies and kept.assumed.dropped == {}
+
+
+def test_repeats_below_the_ground_leave_the_ground():
+    rng = np.random.default_rng(0)
+    car = layouts.car(800, at=(0, 0, 0))
+    ground = np.column_stack([rng.uniform(-3, 3, (600, 2)), rng.normal(0, 0.01, 600)])
+    ground[:, 2] += car[:, 2].min()
+    scene = np.vstack([car, ground, np.tile([0.5, 0.5, -4], (200, 1))])
+    cloud = InputOptions(up="z", remove_ground=True).read(make_cloud(scene).assuming(units="m"))
+    assert cloud.assumed.dropped["repeated"] == 199 and cloud.assumed.dropped["ground"] > 500
 
 
 # --- strays ---------------------------------------------------------------------------------------

@@ -315,6 +315,68 @@ def test_las_in_degrees(by, tmp_path):
     assert "coordinate system is of degrees" in cloud.assumed.notes[0]
 
 
+FEET = 'UNIT["US survey foot",0.304800609601219]'
+DEGREES = 'GEOGCS["NAD83",DATUM["D",SPHEROID["GRS 1980",6378137,298.25]],UNIT["degree",0.01745329]]'
+UTM = 'BASEGEOGCRS["WGS 84",DATUM["W",ELLIPSOID["WGS 84",6378137,298.25,LENGTHUNIT["metre",1]]]]'
+
+
+@pytest.mark.parametrize(
+    ("wkt", "units", "noted"),
+    [
+        (f'PROJCS["NY",{DEGREES},PROJECTION["LCC"],{FEET},AXIS["X",EAST]]', "us-ft", False),
+        (
+            f'COMPD_CS["NY",PROJCS["NY",{DEGREES},PROJECTION["LCC"],{FEET}],VERT_CS["N",{FEET}]]',
+            "us-ft",
+            False,
+        ),
+        (
+            f'COMPD_CS["NY",PROJCS["NY",{DEGREES},{FEET}],VERT_CS["N",UNIT["metre",1]]]',
+            "us-ft",
+            True,
+        ),
+        (f'PROJCS["U",{DEGREES},PROJECTION["TM"],UNIT["metre",1]]', "m", False),
+        (
+            f'PROJCRS["A",{UTM},CS[Cartesian,2],AXIS["E",east],LENGTHUNIT["foot",0.3048]]',
+            "ft",
+            False,
+        ),
+        ("", "m", False),
+        ('LOCAL_CS["site",UNIT["hands",0.1016]]', "m", False),
+    ],
+)
+def test_units_of_las_by_wkt(wkt, units, noted, tmp_path):
+    from laspy.vlrs.known import WktCoordinateSystemVlr
+
+    _las_with(WktCoordinateSystemVlr(wkt), tmp_path / "a.las")
+    about = read(tmp_path / "a.las").assumed
+    assert about.units == units
+    assert [("shape is stretched" in note) for note in about.notes] == [True] * noted
+
+
+@pytest.mark.parametrize(
+    ("code", "units"), [(9001, "m"), (9002, "ft"), (9003, "us-ft"), (9999, "m")]
+)
+def test_units_of_las_by_geotiff_keys(code, units, tmp_path):
+    from laspy.vlrs.known import GeoKeyDirectoryVlr, GeoKeyEntryStruct
+
+    record = GeoKeyDirectoryVlr()
+    record.geo_keys = [
+        GeoKeyEntryStruct(id=key, tiff_tag_location=0, count=1, value_offset=value)
+        for key, value in ((1024, 1), (3076, code))
+    ]
+    record.geo_keys_header.number_of_keys = 2
+    _las_with(record, tmp_path / "a.las")
+    assert read(tmp_path / "a.las").assumed.units == units
+
+
+def _las_with(record, path):
+    header = laspy.LasHeader(point_format=3)
+    header.vlrs.append(record)
+    data = laspy.LasData(header)
+    data.x, data.y, data.z = np.random.default_rng(0).uniform(size=(3, 50))
+    data.write(path)
+
+
 # --- PCD ------------------------------------------------------------------------------------------
 
 PCD = {

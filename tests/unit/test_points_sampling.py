@@ -8,13 +8,14 @@ import pytest
 from budwood.errors import InputError, UnknownNameError
 from budwood.points import sampling
 from budwood.points.axes import to_up
-from budwood.points.io import make_cloud
+from budwood.points.io import Cloud, make_cloud
 from budwood.points.sampling import (
     SAMPLERS,
     far_points,
     lidar_points,
     normalize,
     random_points,
+    repeated_points,
     sample,
     visible_points,
     voxel_points,
@@ -147,6 +148,9 @@ def test_duplicates():
     grid = make_cloud(np.random.default_rng(0).integers(-2, 2, (500, 3)) * -0.5)
     _, first = np.unique(grid.xyz, axis=0, return_index=True)
     assert np.array_equal(without_duplicates(grid).xyz, grid.xyz[np.sort(first)])
+    assert repeated_points(np.array([[0.0, 1, 2], [-0.0, 1, 2], [2, 1, 0]])).tolist() == [0, 1, 0]
+    narrow = Cloud(xyz.astype(np.float32))  # type: ignore[arg-type]
+    assert without_duplicates(narrow) is narrow
 
 
 def test_refusals():

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from budwood.bench.frames import HEIGHT, Placed, street, sweep
-from budwood.errors import InputError, OutputError, UnknownNameError
+from budwood.errors import InputError, InputWarning, OutputError, UnknownNameError
 from budwood.points import ScanConfig, ScannedFrame, draw_from_above, scan, write_page
 from budwood.points.adapters import make_adapter
 from budwood.points.axes import turn_up
 from budwood.points.data import CloudSet
 from budwood.points.io import Assumed, make_cloud
+from budwood.points.io.units import METRES
 from budwood.points.scanning import folder as folders
 from budwood.points.scanning import naming, pipeline, rejection
 from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
@@ -33,7 +34,7 @@ from budwood.points.scanning.rejection import (
 )
 from budwood.points.scanning.segments import cluster_points, in_range, segment
 from budwood.points.scanning.tracks import Tracker
-from budwood.points.text import TextEmbeddings
+from budwood.points.text import TextEmbeddings, save_embeddings
 from tests.points import models, sets
 
 pytest.importorskip("sklearn")
@@ -95,6 +96,21 @@ def test_ground_on_hills():
     assert found.is_ground[:40_000].mean() > 0.95 and found.is_ground[40_000:].mean() < 0.1
 
 
+@pytest.mark.parametrize("n_ghosts", [1, 60, 240])
+def test_points_below_the_road_do_not_pull_the_ground_down(n_ghosts):
+    xyz, hit = frame(street(), shots=1500)
+    rng = np.random.default_rng(0)
+    ghosts = np.column_stack([rng.uniform(-30, 30, (n_ghosts, 2)), rng.uniform(-7, -2.2, n_ghosts)])
+    found = find_ground(np.vstack([xyz, ghosts]))
+    assert found.is_ground[: len(xyz)][hit == -1].mean() > 0.97
+    tall = (hit >= 0) & (xyz[:, 2] + HEIGHT > 0.35)
+    assert found.is_ground[: len(xyz)][tall].mean() < 0.01
+    cut = segment(make_cloud(np.vstack([xyz, ghosts])), ScanConfig(max_range=None))
+    alone = segment(make_cloud(xyz), ScanConfig(max_range=None))
+    is_found, was_found = cut.cluster[: len(xyz)] >= 0, alone.cluster >= 0
+    assert (is_found != was_found).mean() < 0.001
+
+
 def test_frames_without_ground():
     cars, _ = frame(ground=False)
     assert find_ground(cars) is None
@@ -142,6 +158,19 @@ def test_gaps_grow_with_the_distance():
     assert counts == [2, 2, 1, 1]
     far = np.array([[90, 0, 0], [90, 1.5, 0]])
     assert len(set(cluster_points(far, 0.6, 1))) == 2
+
+
+def test_gaps_do_not_grow_in_map_coordinates():
+    rng = np.random.default_rng(0)
+    blocks = [rng.uniform((0, y, 0), (1, y + 1, 1), (300, 3)) for y in (20, 22, 24, 26)]
+    xyz = np.vstack(blocks)
+    whole = ScanConfig(ground=False, max_range=None)
+    assert segment(make_cloud(xyz + np.array([40, 0, 0])), ScanConfig(ground=False)).n_clusters == 1
+    assert segment(make_cloud(xyz + np.array([458_000, 5_428_000, 100])), whole).n_clusters == 4
+    around = np.vstack(
+        [xyz + np.array([40, 0, 0]), [[-60, -60, 0]]]
+    )  # the sensor is among the points
+    assert segment(make_cloud(around), whole).n_clusters == 1
 
 
 def test_clusters_that_are_left_out():
@@ -300,6 +329,71 @@ def test_objects_like_the_background_are_unknown(by_shape):
         xyz, given, ScanConfig(threshold=0), encoder=by_shape, background=background
     )
     assert {box.label for box in all_named.boxes} == {"car"}
+
+
+def test_a_file_of_embeddings_has_a_background(by_shape, tmp_path):
+    xyz, _ = frame()
+    stored = TextEmbeddings(("pole", "car", "wall"), torch.eye(by_shape.embed_dim)[[1, 0, 2]])
+    save_embeddings(stored, tmp_path / "all.safetensors")
+    save_embeddings(stored.only(["car"]), tmp_path / "car.safetensors")
+    how = {"encoder": by_shape, "config": ScanConfig(threshold=0.5)}
+    (found,) = scan(xyz, ["car"], embeddings=tmp_path / "all.safetensors", **how)
+    assert [box.label for box in found.boxes] == ["car", "car", UNKNOWN]
+    some = {"embeddings": tmp_path / "all.safetensors", "background": ["wall"]}
+    (found,) = scan(xyz, ["car"], **some, **how)
+    assert found.boxes[2].known == pytest.approx(0.5)  # like neither
+    for given, rest in (
+        (["car"], {"embeddings": tmp_path / "car.safetensors"}),
+        (None, {"embeddings": tmp_path / "all.safetensors"}),
+        (texts(by_shape, ("car",)), {}),
+    ):
+        with pytest.warns(InputWarning, match="no object can be 'unknown'.*such as wall"):
+            (found,) = scan(xyz, given, **rest, **how)
+        assert UNKNOWN not in {box.label for box in found.boxes}
+    with pytest.raises(InputError, match="no text embedding of 'tree'"):
+        scan(xyz, ["car"], embeddings=tmp_path / "all.safetensors", background=["tree"], **how)
+
+
+def test_calibration_with_a_file_of_embeddings(monkeypatch):
+    model = models.make("sprout")
+    monkeypatch.setattr(rejection, "load_clouds", lambda part: sets.clouds(2))
+    monkeypatch.setattr(rejection, "embed_labels_for", None)  # there is no text tower
+    rounds = []
+    monkeypatch.setattr(rejection, "best_threshold", lambda _, known: rounds.append(known) or 0.5)
+    background = sets.texts(model.embed_dim, ("wall",))
+    for labels, threshold in ((("ball", "cat"), 0.5), (("ball", "stick"), 0.5), (("cat",), 0.0)):
+        stored = sets.texts(model.embed_dim, labels)
+        assert rejection.calibrate(model, None, background, embeddings=stored) == threshold
+    one, other = rounds
+    assert 0 < one.mean() < 1 and 0 < other.mean() < 1  # some are kept, some rejected
+    keys = {
+        rejection._key(model, None, background, stored)
+        for stored in (None, background, background.only(["wall"]), sets.texts(model.embed_dim))
+    }
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("units", ["mm", "ft", "us-ft", "cm"])
+def test_boxes_are_metres_in_all_units(by_shape, tmp_path, units):
+    xyz, _ = frame()
+    (metres,) = scan(xyz, texts(by_shape), encoder=by_shape)
+    assert metres.assumed.units == "m"
+    other = xyz / METRES[units]
+    (found,) = scan(other, texts(by_shape), encoder=by_shape, units=units)
+    named = make_cloud(other).assuming(units=units)
+    (known,) = scan(named, texts(by_shape), encoder=by_shape)
+    for one in (found, known):
+        assert one.assumed.units == units
+        for box, right in zip(one.boxes, metres.boxes, strict=True):
+            np.testing.assert_allclose(box.center, right.center, atol=1e-6)
+            np.testing.assert_allclose(box.size, right.size, atol=1e-6)
+    with pytest.raises(InputError, match="units='furlong' is unknown; give one of auto, m, cm"):
+        scan(xyz, texts(by_shape), encoder=by_shape, units="furlong")
+    file = write(tmp_path / "a.bin", other)
+    how = {"encoder": by_shape, "output": tmp_path / "out"}
+    scan([file], texts(by_shape), units=units, **how)
+    with pytest.raises(OutputError, match="units"):
+        scan([file], texts(by_shape), **how)
 
 
 def test_lists_and_iterators(by_shape, tmp_path):

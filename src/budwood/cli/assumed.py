@@ -12,10 +12,20 @@ from budwood.cli.console import say
 if TYPE_CHECKING:
     from budwood.points.io import Assumed
 
-UNITS = {"m": "metres", "mm": "millimetres", "degrees": "degrees"}
+UNITS = {
+    "m": "metres",
+    "cm": "centimetres",
+    "mm": "millimetres",
+    "micron": "micrometres",
+    "in": "inches",
+    "ft": "feet",
+    "us-ft": "US survey feet",
+    "degrees": "degrees",
+}
 DROPPED = {
     "no return": ("row without a return", "rows without a return"),
     "invalid": ("invalid point", "invalid points"),
+    "repeated": ("repeated point", "repeated points"),
     "stray": ("stray point", "stray points"),
     "ground": ("point of the ground", "points of the ground"),
 }
@@ -47,7 +57,7 @@ def line_of(assumed: list[Assumed], reading: Mapping[str, Any]) -> str:
     if reading["columns"] is None:
         columns = [f"columns {about.columns}" for about in assumed if about.columns]
         parts.append(_counted(columns, "--columns"))
-    if any(about.units for about in assumed):
+    if reading.get("units", "auto") == "auto" and any(about.units for about in assumed):
         parts.append(_counted(UNITS.get(about.units or "", "unknown units") for about in assumed))
     said = [f"assumed {', '.join(filter(None, parts))}"] if any(parts) else []
     dropped: Counter[str] = Counter()

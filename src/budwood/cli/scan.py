@@ -13,7 +13,7 @@ from budwood import catalogue, optional
 from budwood.cli import clouds, options
 from budwood.cli.assumed import say_assumed
 from budwood.cli.columns import Column, Columns
-from budwood.cli.console import print_json, print_table, progress, say, working
+from budwood.cli.console import print_json, print_table, progress, say, warnings_said, working
 from budwood.cli.output import reserve, reserve_picture
 from budwood.errors import InputError, InputWarning
 from budwood.figures import need_matplotlib
@@ -38,6 +38,7 @@ _FORMATS = Registry("box format", catalogue.BOX_FORMATS)
 
 
 def scan(
+    context: typer.Context,
     paths: Annotated[
         list[Path],
         typer.Argument(
@@ -122,6 +123,14 @@ def scan(
         typer.Option(min=2, help="Most points of an object that are encoded."),
     ] = None,
     up: clouds.Up = "z",
+    units: Annotated[
+        str,
+        typer.Option(
+            metavar="UNIT",
+            help="Of the frames: m, cm, mm, micron, in, ft, us-ft; auto: as the file says, or "
+            "metres. Boxes are in metres.",
+        ),
+    ] = "auto",
     columns: clouds.Columns = None,
     box: clouds.Box = None,
     drop_invalid: clouds.DropInvalid = False,
@@ -146,8 +155,10 @@ def scan(
       budwood scan velodyne/ --labels car,pedestrian --output found --format json,csv,kitti
       budwood scan velodyne/ --labels-file labels.txt --poses poses/00.txt --output found
     """
+    from budwood.points.io.units import check_units
     from budwood.points.scanning.config import ScanConfig
 
+    check_units(units)
     given = clouds.labels_of(labels, labels_file, embeddings)
     reading = clouds.reading_of(columns, box, drop_invalid, up, True, False)
     how = {key: reading[key] for key in ("columns", "box", "invalid", "up")}
@@ -165,7 +176,8 @@ def scan(
     )
     files = clouds.files_of(paths, labels_file, table, poses, calibration, within=output)
     wanted = options.listed(formats)
-    _reserve(files, table, plot, page, force)
+    used = (labels_file, embeddings, checkpoint, adapter, poses, calibration, text)
+    _reserve(files, table, plot, page, force, [*files, *used])
     _check_packages(output, wanted, ground)
 
     # These import torch, which takes seconds.
@@ -180,24 +192,26 @@ def scan(
     )
     with working("preparing the labels"), warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)  # say_unfamiliar says it
-        found = scan_frames(
-            iter(files),
-            given,
-            config,
-            poses=poses,
-            calibration=calibration,
-            output=output,
-            formats=wanted,
-            encoder=model,
-            adapter=adapter,
-            embeddings=embeddings,
-            batch_frames=batch,
-            on_error=skipped,
-            text=text,
-            templates=templates,
-            synonyms=synonyms,
-            **how,
-        )
+        with warnings_said("no object can be "):
+            found = scan_frames(
+                iter(files),
+                given,
+                config,
+                poses=poses,
+                calibration=calibration,
+                output=output,
+                formats=wanted,
+                encoder=model,
+                adapter=adapter,
+                embeddings=embeddings,
+                batch_frames=batch,
+                on_error=skipped,
+                units=units,
+                text=text,
+                templates=templates,
+                synonyms=synonyms,
+                **how,
+            )
     frames: list[ScannedFrame] = []
     with progress("frames") as advance:
         for frame in found:
@@ -206,7 +220,9 @@ def scan(
             advance(len(frames) + len(skipped), len(files))
     if not frames:
         raise InputError(skipped.rows[0]["reason"])
-    say_assumed({frame.source: _noted(frame) for frame in frames}, reading)
+    is_assumed = context.get_parameter_source("up").name == "DEFAULT"  # type: ignore[union-attr]
+    about = reading | {"units": units, "up": "auto" if is_assumed else up}
+    say_assumed({frame.source: _noted(frame) for frame in frames}, about)
     if table:
         from budwood.points.scanning.formats import csv_text
 
@@ -214,18 +230,22 @@ def scan(
         say(f"wrote {table}")
     if json:
         rows = [frame.as_json() for frame in frames]
-        about = {"encoder": model.name, "unfamiliar": strange}
-        print_json({**about, "frames": rows, "skipped": skipped.rows})
+        named = {"encoder": model.name, "unfamiliar": strange}
+        print_json({**named, "frames": rows, "skipped": skipped.rows})
     else:
         _print(frames, output)
     skipped.refuse(len(files), "frames have no boxes")
 
 
 def _reserve(
-    files: list[Path], table: Path | None, plot: Path | None, page: Path | None, force: bool
+    files: list[Path],
+    table: Path | None,
+    plot: Path | None,
+    page: Path | None,
+    force: bool,
+    reads: list[Path | str | None],
 ) -> None:
     """Check that the outputs can be written, before slow work."""
-    clouds.refuse_inputs(files, table, plot, page)
     named = [path for path in (table, plot, page) if path is not None]
     if len({path.resolve() for path in named}) < len(named):
         raise InputError("--csv, --plot and --page must be different files")
@@ -235,15 +255,15 @@ def _reserve(
             "--format png,html"
         )
     if plot:
-        reserve_picture(plot, force)
+        reserve_picture(plot, force, reads)
         need_matplotlib()
     if page:
         if page.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"{page} must end in .html")
-        reserve(page, force)
+        reserve(page, force, reads)
         optional.check("plotly", "a 3D page")
     if table:
-        reserve(table, force)
+        reserve(table, force, reads)
 
 
 def _check_packages(output: Path | None, formats: list[str], ground: bool) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from budwood.checks import need_bool
 from budwood.errors import InputError, InputWarning, MissingPackageError, first_line
 from budwood.points.axes import AUTO, check_up
-from budwood.points.cleaning import without_ground, without_strays
+from budwood.points.cleaning import without_ground, without_repeats, without_strays
 from budwood.points.io import (
     Assumed,
     Cloud,
@@ -90,6 +90,8 @@ class InputOptions:
     def read(self, item: CloudLike, name: str = "cloud") -> Cloud:
         """Read one file, array or cloud; then crop it, and leave out the ground and strays.
 
+        Points at the same place count once, unless strays and ground are kept.
+
         Args:
             item: what to read.
             name: name of an array, for messages.
@@ -107,6 +109,8 @@ class InputOptions:
         cloud = cloud.assuming(up=up)
         if self.box is not None:
             cloud = crop(cloud, self.box)
+        if self.remove_ground or self.strays == "drop":
+            cloud = without_repeats(cloud)
         if self.remove_ground:
             cloud = without_ground(cloud, up, self.seed)
         return cloud if self.strays == "keep" else without_strays(cloud, self.seed)

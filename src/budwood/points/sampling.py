@@ -26,6 +26,8 @@ LIDAR_POOL = 131_072
 """The same before the simulation of a LiDAR."""
 MOST_VOXELS = 1 << 20
 """Voxels along the longest side of a cloud at most."""
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Spreads the bits of a key: 2⁶⁴ over the golden ratio."""
 
 
 def random_points(xyz: Array, n_points: int, seed: int = 0) -> Indices:
@@ -165,11 +167,28 @@ def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -
 
 def without_duplicates(cloud: Cloud) -> Cloud:
     """Keep the first of all points at the same place."""
-    order = np.lexsort(cloud.xyz.T)
-    ranked = cloud.xyz[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
-    return cloud if first.all() else cloud.take(np.sort(order[first]))
+    repeats = repeated_points(cloud.xyz)
+    return cloud.take(np.flatnonzero(~repeats)) if repeats.any() else cloud
+
+
+def repeated_points(xyz: Array) -> NDArray[np.bool_]:
+    """Which points are at the place of an earlier one, shape (n,).
+
+    Args:
+        xyz: shape (n, 3).
+    """
+    bits = (np.asarray(xyz, dtype=np.float64) + 0.0).view(np.uint64)  # −0 and 0 are one place
+    keys = np.zeros(len(bits), dtype=np.uint64)
+    for column in bits.T:
+        keys = (keys ^ column) * _ODD
+        keys ^= keys >> np.uint64(32)
+    order = np.argsort(keys)  # one sort of integers, and not of rows
+    ranked = xyz[order]
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    repeats = np.ones(len(order), dtype=bool)
+    repeats[np.minimum.reduceat(order, np.flatnonzero(starts))] = False
+    return repeats
 
 
 def voxel_points(xyz: Array, least: int) -> Indices:

@@ -37,7 +37,8 @@ class Assumed:
         columns: letters of the columns of a table, such as ``"xyz_"``; None where they have names.
         up: the axis that points up, in ``AXES``; by the format of the file, or as given. None:
             unknown, as in an array; y is taken.
-        units: of the coordinates, by the format: ``"m"``, ``"mm"`` or ``"degrees"``; None: unknown.
+        units: of the coordinates, by the file or its format: a name in
+            ``budwood.points.io.units.METRES`` or ``"degrees"``; None: unknown.
         dropped: number of points that were left out, by reason.
         notes: what may make the result wrong, each in a few words.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ import numpy as np
 from budwood.errors import InputError
 from budwood.optional import need
 from budwood.points.io.cloud import Cloud, ReadOptions, damaged, make_cloud
+from budwood.points.io.units import METRES
 
 # Bytes of the headers of LAS 1.4 and of the oldest, and of a record before and behind the points.
 LAS_HEADER, LAS_HEADER_MIN = 375, 227
 LAS_RECORD, LAS_LATE_RECORD = 54, 60
 MODEL_TYPE, GEOGRAPHIC_TYPE, GEOGRAPHIC = 1024, 2048, 2  # GeoTIFF keys, and a value of the first
+LENGTHS, HEIGHTS = 3076, 4099  # GeoTIFF keys of the units
+EPSG_UNITS = {9001: "m", 9002: "ft", 9003: "us-ft"}
+SAME_UNIT = 1e-7
+"""How far two lengths of one unit are apart in texts, relative to it; both feet differ by 2e-6."""
 IN_DEGREES = (
     "its coordinate system is of degrees, so the shape is squeezed; project it to metres first, "
     "for example to UTM"
@@ -36,6 +42,7 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
             _check_points(path, reader.header)
             data = reader.read()
             in_degrees = _is_geographic(reader.header)
+            units, height_units = _units(reader.header)
         xyz = np.stack([np.asarray(data.x), np.asarray(data.y), np.asarray(data.z)], axis=1)
         names = set(data.point_format.dimension_names)
         rgb = None
@@ -58,9 +65,14 @@ def read_las(path: Path, options: ReadOptions) -> Cloud:
     if withheld.any():
         dropped = {**cloud.assumed.dropped, WITHHELD: int(withheld.sum())}
         cloud = cloud.assuming(dropped=dropped)
-    if not in_degrees:
-        return cloud
-    return cloud.assuming(units="degrees", notes=(IN_DEGREES,))
+    if in_degrees:
+        return cloud.assuming(units="degrees", notes=(IN_DEGREES,))
+    if units != height_units:
+        cloud = cloud.noting(
+            f"its coordinate system has x and y in {units} and heights in {height_units}, so the "
+            "shape is stretched; convert it to one unit"
+        )
+    return cloud.assuming(units=units)
 
 
 def _is_geographic(header: Any) -> bool:
@@ -73,6 +85,30 @@ def _is_geographic(header: Any) -> bool:
         if "GEOGC" in text and "PROJC" not in text:  # GEOGCS or GEOGCRS, PROJCS or PROJCRS
             return True
     return False
+
+
+def _units(header: Any) -> tuple[str, str]:
+    """Units of x and y, and of heights, by GeoTIFF keys or WKT; metres where nothing is said."""
+    along, up = None, None
+    for record in (*header.vlrs, *(header.evlrs or ())):
+        keys = {key.id: key.value_offset for key in getattr(record, "geo_keys", ())}
+        along = along or EPSG_UNITS.get(keys.get(LENGTHS, 0))
+        up = up or EPSG_UNITS.get(keys.get(HEIGHTS, 0))
+        text = str(getattr(record, "string", ""))
+        flat, _, vertical = re.sub(r"VERT(_CS|CRS)", "\0VERT", text, flags=re.I).partition("\0")
+        along, up = along or _last_length(flat), up or _last_length(vertical)
+    along = along or "m"
+    return along, up or along
+
+
+def _last_length(wkt: str) -> str | None:
+    """The unit of length that WKT names last: that of the axes, and not that of the ellipsoid."""
+    found = re.findall(r'(?:LENGTH)?UNIT\s*\[\s*"([^"]*)"\s*,\s*([0-9.eE+-]+)', wkt, re.I)
+    lengths = [float(size) for name, size in found if "deg" not in name.lower()]
+    if not lengths:
+        return None
+    near = (name for name, size in METRES.items() if abs(lengths[-1] / size - 1) < SAME_UNIT)
+    return next(near, None)
 
 
 # Compare what a LAS or LAZ header declares with the size of the file. laspy and lazrs trust the

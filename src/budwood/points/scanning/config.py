@@ -21,7 +21,8 @@ class ScanConfig:
         ground: whether ground points are removed.
         ground_height: points up to this far above the ground are ground.
         gap: points at most this far apart are in one cluster; heights count half. From 15 m on the
-            gap grows in proportion to the distance, up to twice.
+            gap grows in proportion to the distance, up to twice. In map coordinates, far from the
+            origin, it does not grow.
         min_points: smaller clusters are left out.
         max_size: longer clusters (walls, hedges, buildings) are left out.
         max_clusters: at most this many clusters of a frame are named, those of most points first.

@@ -18,6 +18,9 @@ CELL = 0.5
 """Side of the squares in which the lowest point is looked for, metres."""
 WINDOW = 10.0
 """Side of the opening, metres: what is narrower stands on the ground, what is wider is ground."""
+AROUND, LOW = 7, 30
+"""Points below the road, of reflections for example, are lower than the second percentage of the
+squares around, over so many squares along one axis and then the other."""
 STEEPEST = math.tan(math.radians(30))
 """Slope of the steepest plane that counts as ground."""
 LEAST_FLAT, LEAST_POINTS = 0.15, 3
@@ -44,8 +47,9 @@ def find_ground(xyz: Array, height: float = 0.2, seed: int = 0) -> Ground | None
     """Find the ground, level, tilted or hilly.
 
     The lowest points in squares of the map are what may be ground. scikit-learn's RANSAC puts a
-    plane through them, which takes out a tilt of the sensor. An opening of the remaining heights
-    by scipy follows hills and passes below objects.
+    plane through them, which takes out a tilt of the sensor. Squares that lie deeper than those
+    around are passed over: a few points below the road would pull the ground down. An opening of
+    the remaining heights by scipy follows hills and passes below objects.
 
     Source: the opening is that of Zhang et al., *A progressive morphological filter*, IEEE TGRS
     2003, with one window.
@@ -72,7 +76,8 @@ def find_ground(xyz: Array, height: float = 0.2, seed: int = 0) -> Ground | None
         return None
     relief = np.full(math.prod(shape), np.inf)
     relief[used] = lowest[used] - plane
-    surface = plane + _opened(relief.reshape(shape), side)[used]
+    relief = _without_holes(relief.reshape(shape), height)
+    surface = plane + _opened(relief, side)[used]
     clear = np.bincount(cells)[used] >= LEAST_POINTS
     if (highest[used] - surface < height)[clear].sum() < LEAST_FLAT * clear.sum():
         return None
@@ -80,6 +85,23 @@ def find_ground(xyz: Array, height: float = 0.2, seed: int = 0) -> Ground | None
     below[used] = surface
     below = below[cells]
     return Ground(xyz[:, 2] < below + height, below)
+
+
+def _without_holes(relief: Array, depth: float) -> Array:
+    """Heights of squares; those that lie deeper than most around become infinite.
+
+    Args:
+        relief: heights above the plane, metres, infinite where not known, shape (rows, columns).
+        depth: how far a square may lie below those around, metres; see `AROUND`.
+    """
+    ndimage = need("scipy.ndimage", "removing the ground")
+    nearest = ndimage.distance_transform_edt(
+        np.isinf(relief), return_distances=False, return_indices=True
+    )
+    around = relief[tuple(nearest)]
+    for size in ((AROUND, 1), (1, AROUND)):  # much faster than both at once
+        around = ndimage.percentile_filter(around, LOW, size)
+    return np.where(relief < around - depth, np.inf, relief)
 
 
 def _opened(relief: Array, side: float) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from budwood.checks import need_at_least, need_kind
-from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
+from budwood.errors import InputError, InputWarning, MissingPackageError, UnsupportedModelError
 from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.axes import from_turned, to_up
 from budwood.points.classification import load_adapted
@@ -22,6 +23,7 @@ from budwood.points.familiar import warn_unfamiliar
 from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, named
 from budwood.points.io import find_files
 from budwood.points.io.cloud import Array, Cloud
+from budwood.points.io.units import AUTO, METRES, check_units
 from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
 from budwood.points.scanning.config import ScanConfig
 from budwood.points.scanning.folder import ScanFolder, check_formats
@@ -36,11 +38,15 @@ from budwood.points.scanning.rejection import (
 )
 from budwood.points.scanning.segments import Segments, segment
 from budwood.points.scanning.tracks import Tracker
-from budwood.points.text import TextEmbeddings, embed_labels_for
+from budwood.points.text import TextEmbeddings, embed_labels_for, read_embeddings
 from budwood.points.towers import TextTower
 
 FOLLOWED = 0.2
 """Poses that let fewer objects than this fraction be followed from frame to frame are doubted."""
+NO_BACKGROUND = (
+    f"no object can be {UNKNOWN!r}, since no label of the background is left; give labels, and "
+    "embeddings of others too, such as wall, tree and pole"
+)
 
 
 def scan(
@@ -57,6 +63,7 @@ def scan(
     device: str | torch.device | None = None,
     adapter: str | os.PathLike[str] | Adapter | None = None,
     up: str = "z",
+    units: str = AUTO,
     columns: str | None = None,
     box: Sequence[float | str] | None = None,
     invalid: str = "error",
@@ -102,8 +109,10 @@ def scan(
         adapter: a folder that an adapter was saved to, or an adapter.
         up: the axis of the frames that points up, in ``AXES``; ``"auto"``: by the format of the
             file. Boxes are in the frame turned so that it is z.
+        units: of the frames, a name in ``budwood.points.io.units.METRES``; ``"auto"``: as the file
+            or its format says, or metres. Boxes are in metres.
         columns: letters of the columns of tables and arrays, such as ``"xyz_"``.
-        box: x0, y0, z0, x1, y1, z1 in the axes of the file: keep the points inside.
+        box: x0, y0, z0, x1, y1, z1 in the axes and units of the file: keep the points inside.
         invalid: ``"error"``, or ``"drop"`` to leave out points of which one or two coordinates are
             NaN or infinite.
         text: a text tower instead of the encoder's.
@@ -111,8 +120,9 @@ def scan(
             those are taken from it.
         templates: a name in ``TEMPLATES``, or sentences with ``{}``; also of the background.
         synonyms: as of :func:`budwood.points.classify`.
-        background: labels of what is around, to be told from the objects; default ``BACKGROUND``.
-            With embeddings from a file there is none unless it is given as embeddings.
+        background: labels of what is around, to be told from the objects; default ``BACKGROUND``,
+            or what a file of embeddings has of it. Beside embeddings given as ``labels`` there is
+            none unless it is given as embeddings too.
         batch_frames: frames whose clusters are encoded together.
         batch_size: clusters at once.
         on_error: called with the name of a frame that cannot be used and the error; the frame is
@@ -132,6 +142,7 @@ def scan(
     need_kind(ScanConfig, "ScanConfig", config=config)
     config = config or ScanConfig()
     need_at_least(1, batch_frames=batch_frames, batch_size=batch_size)
+    check_units(units)
     options = InputOptions(
         up=up, columns=columns, box=box, invalid=invalid, strays="keep", seed=config.seed
     )
@@ -161,8 +172,10 @@ def scan(
         settings = about(namer, config, options)
         settings["text"] = text.id if isinstance(text, TextTower) else text and str(text)
         settings["templates"] = templates
+        if units != AUTO:  # folders of earlier versions do not have it
+            settings["units"] = units
         folder = ScanFolder(output, settings, formats, calibration, poses)
-    found = _Scan(config, options, namer, poses, folder, on_error)(frames, batch_frames)
+    found = _Scan(config, options, units, namer, poses, folder, on_error)(frames, batch_frames)
     return found if many else list(found)
 
 
@@ -233,18 +246,42 @@ def make_namer(
         raise InputError(f"the label {UNKNOWN!r} is that of objects without a label; rename it")
     if text is None:
         warn_unfamiliar(model, given)
-    around = background
-    if around is None and embeddings is None and not isinstance(labels, TextEmbeddings):
-        around = BACKGROUND
-    if around is not None:
-        around = embed_labels_for(model, around, text=text, templates=templates)
+    stored = None if embeddings is None else read_embeddings(embeddings)
+    if background is None:
+        around = _usual_background(model, labels, stored, text, templates)
+    elif stored is not None and not isinstance(background, TextEmbeddings):
+        around = stored.only(background)
+    else:
+        around = embed_labels_for(model, background, text=text, templates=templates)
+    known = with_background(given, around)
+    expects_unknown = config.threshold or (
+        config.threshold is None and not isinstance(labels, TextEmbeddings)
+    )
+    if expects_unknown and background is None and len(known.texts) == known.n_given:
+        warnings.warn(NO_BACKGROUND, InputWarning, stacklevel=4)
     threshold = config.threshold
     if threshold is None:
         threshold = 0.0
-        if around is not None:
-            threshold = threshold_for(model, adapter, around, text=text, templates=templates)
-    known = with_background(given, around)
+        if around is not None and len(around) > 0:
+            threshold = threshold_for(
+                model, adapter, around, text=text, templates=templates, embeddings=stored
+            )
     return Namer(model, adapter, known, threshold, config.points, config.seed, batch_size)
+
+
+def _usual_background(
+    model: PointEncoder,
+    labels: Sequence[str] | TextEmbeddings | None,
+    stored: TextEmbeddings | None,
+    text: str | TextTower | None,
+    templates: str | Sequence[str],
+) -> TextEmbeddings | None:
+    """Embeddings of `BACKGROUND`: from a file those it has, none beside embeddings of labels."""
+    if stored is not None:
+        return stored.only([label for label in BACKGROUND if label in stored.labels])
+    if isinstance(labels, TextEmbeddings):
+        return None
+    return embed_labels_for(model, BACKGROUND, text=text, templates=templates)
 
 
 def about(namer: Namer, config: ScanConfig, options: InputOptions) -> dict[str, Any]:
@@ -304,12 +341,13 @@ class _Scan:
         self,
         config: ScanConfig,
         options: InputOptions,
+        units: str,
         namer: Namer,
         poses: Poses | None,
         folder: ScanFolder | None,
         on_error: OnError | None,
     ) -> None:
-        self.config, self.options, self.namer = config, options, namer
+        self.config, self.options, self.units, self.namer = config, options, units, namer
         self.poses, self.folder = poses, folder
         self.refuse = _raise if on_error is None else on_error
         self.tracker = Tracker(config.window) if poses is not None else None
@@ -373,7 +411,11 @@ class _Scan:
         """
         cloud = self.options.read(item, name)
         up = cloud.assumed.up or "z"
-        xyz = to_up(cloud.xyz, up, "z")
+        cloud = cloud.assuming(
+            units=(cloud.assumed.units or "m") if self.units == AUTO else self.units
+        )
+        scale = METRES.get(cloud.assumed.units or "", 1.0)  # degrees stay, and are noted
+        xyz = to_up(cloud.xyz * scale, up, "z")
         segments = segment(replace(cloud, xyz=xyz), self.config)
         frame = ScannedFrame.unnamed(name, cloud, segments)
         own = [segments.cloud.take(members) for members in segments.members()]

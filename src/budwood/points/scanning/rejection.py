@@ -137,6 +137,7 @@ def threshold_for(
     *,
     text: str | TextTower | None = None,
     templates: str | Sequence[str] = "short",
+    embeddings: TextEmbeddings | None = None,
 ) -> float:
     """The calibrated threshold of an encoder, from the cache if it is there.
 
@@ -146,11 +147,14 @@ def threshold_for(
         background: labels of the background.
         text: a text tower instead of the encoder's.
         templates: sentences around the labels; see :func:`budwood.points.embed_labels`.
+        embeddings: of a file, instead of a text tower.
     """
-    file = cache_folder() / "scan" / f"{_key(encoder, adapter, background)}.json"
+    file = cache_folder() / "scan" / f"{_key(encoder, adapter, background, embeddings)}.json"
     with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
         return float(read_json(file)["threshold"])
-    threshold = calibrate(encoder, adapter, background, text=text, templates=templates)
+    threshold = calibrate(
+        encoder, adapter, background, text=text, templates=templates, embeddings=embeddings
+    )
     with contextlib.suppress(OutputError):  # the answer does not depend on the cache
         write_text(file, json.dumps({"threshold": threshold}))
     return threshold
@@ -163,6 +167,7 @@ def calibrate(
     *,
     text: str | TextTower | None = None,
     templates: str | Sequence[str] = "short",
+    embeddings: TextEmbeddings | None = None,
     seed: int = 0,
 ) -> float:
     """Find the threshold of :func:`known_mass` that tells objects with a label from others best.
@@ -179,10 +184,11 @@ def calibrate(
         background: labels of the background.
         text: a text tower instead of the encoder's.
         templates: sentences around the labels.
+        embeddings: of a file, instead of a text tower. The labels are those classes that it has.
         seed: of the draws.
 
     Returns:
-        In [0, 1].
+        In [0, 1]; 0 if there is nothing to tell apart.
     """
     rng = np.random.default_rng(seed)
     trained = trained_labels(encoder)
@@ -191,14 +197,18 @@ def calibrate(
     chosen = rng.permutation(len(clouds))[:CALIBRATION_CLOUDS]
     truth = np.array(clouds.labels)[chosen]
     features = encode(encoder, [_seen(clouds.xyz[i], int(i)) for i in chosen], adapter)
-    classes = sorted(set(truth))
-    if len(classes) < 2:
+    meaning = {label: alike([label])[0] for label in set(truth)}
+    classes = sorted(meaning if embeddings is None else meaning.keys() & {*embeddings.labels})
+    if not classes or len(meaning) < 2:
         return 0.0
-    meaning = {label: alike([label])[0] for label in classes}
-    texts = embed_labels_for(encoder, classes, text=text, templates=templates)
+    if embeddings is None:
+        texts = embed_labels_for(encoder, classes, text=text, templates=templates)
+    else:
+        texts = embeddings.only(classes)
     masses, rightly = [], []
+    most = min(len(classes), len(meaning) - 1)  # one is left to be rejected
     for _ in range(ROUNDS):
-        given = rng.choice(classes, min(LABELS_A_ROUND, len(classes) - 1), replace=False).tolist()
+        given = rng.choice(classes, min(LABELS_A_ROUND, most), replace=False).tolist()
         labels = with_background(texts.only(given), background)
         masses.append(known_mass(features, labels, encoder.logit_scale).numpy())
         wanted = {meaning[label] for label in given}
@@ -236,10 +246,17 @@ def _seen(xyz: np.ndarray, seed: int) -> PreparedCloud:
     )
 
 
-def _key(encoder: PointEncoder, adapter: Adapter | None, background: TextEmbeddings) -> str:
+def _key(
+    encoder: PointEncoder,
+    adapter: Adapter | None,
+    background: TextEmbeddings,
+    embeddings: TextEmbeddings | None,
+) -> str:
     about = [2, fingerprint(encoder), background.labels, encoder.grouping.density_aware]
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     sha.update(background.vectors.numpy().tobytes())
+    if embeddings is not None:
+        sha.update(json.dumps(embeddings.labels).encode() + embeddings.vectors.numpy().tobytes())
     if adapter is not None:
         sha.update(digest_of(adapter).encode())
     return sha.hexdigest()[:24]

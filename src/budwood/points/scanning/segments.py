@@ -72,7 +72,8 @@ def segment(cloud: Cloud, config: ScanConfig) -> Segments:
         if ground is None:
             notices.append("no ground was found, and none removed")
     stands = np.arange(len(cloud)) if ground is None else np.flatnonzero(~ground.is_ground)
-    labels = cluster_points(cloud.xyz[stands], config.gap, config.min_points)
+    grows = config.max_range is not None or sensor_is_near(cloud.xyz)
+    labels = cluster_points(cloud.xyz[stands], config.gap, config.min_points, grows)
     labels, n_long, n_flat = _without_long(cloud.xyz[stands], labels, config.max_size)
     if n_flat:
         notices.append(f"clusters with all points at one place, left out: {n_flat}")
@@ -105,21 +106,38 @@ def in_range(cloud: Cloud, min_range: float, max_range: float | None) -> Cloud:
         raise InputError(
             f"{cloud.source} has no point at {min_range:g}{limit} m from the sensor, which is at "
             f"the origin: x spans {low[0]:g} to {high[0]:g} and y {low[1]:g} to {high[1]:g}; give "
-            "another range, or none for files in map coordinates"
+            "another range, none for files in map coordinates, or the unit (--units) if it is "
+            "not metres"
         )
     return cloud if inside.all() else cloud.take(np.flatnonzero(inside))
 
 
-def cluster_points(xyz: Array, gap: float, min_points: int) -> NDArray[np.int64]:
+def sensor_is_near(xyz: Array) -> bool:
+    """Whether the sensor can be at the origin: no farther from the points than these extend.
+
+    In map coordinates the origin is kilometres away.
+
+    Args:
+        xyz: shape (n, 3), n ≥ 1.
+    """
+    low, high = xyz[:, :2].min(axis=0), xyz[:, :2].max(axis=0)
+    away = np.linalg.norm(np.clip(0.0, low, high))
+    return bool(away <= (high - low).max())
+
+
+def cluster_points(
+    xyz: Array, gap: float, min_points: int, grows: bool = True
+) -> NDArray[np.int64]:
     """Cluster points by single linkage: points at most ``gap`` apart are in one cluster.
 
     The same as DBSCAN with ``min_samples=1`` on voxels of a third of the gap, by scipy's k-d tree
     and connected components. Heights count half, and the gap grows from `NEAR` on.
 
     Args:
-        xyz: shape (n, 3), metres, the sensor at the origin.
+        xyz: shape (n, 3), metres.
         gap: largest gap within a cluster near the sensor, metres.
         min_points: smaller clusters are left out.
+        grows: whether the gap grows with the distance from the origin, where the sensor is.
 
     Returns:
         The cluster of each point, −1 for none; cluster 0 has most points, and of equally large
@@ -130,7 +148,8 @@ def cluster_points(xyz: Array, gap: float, min_points: int) -> NDArray[np.int64]
     spatial = need("scipy.spatial", "clustering")
     sparse, graph = need("scipy.sparse", "clustering"), need("scipy.sparse.csgraph", "clustering")
     centers, voxel = voxels(xyz * (1, 1, FLATTEN), gap / VOXELS)
-    growth = np.clip(np.hypot(centers[:, 0], centers[:, 1]) / NEAR, 1.0, MOST_GROWTH)
+    distance = np.hypot(centers[:, 0], centers[:, 1]) if grows else np.zeros(len(centers))
+    growth = np.clip(distance / NEAR, 1.0, MOST_GROWTH)
     pairs = spatial.cKDTree(centers).query_pairs(gap * growth.max(), output_type="ndarray")
     apart = np.linalg.norm(centers[pairs[:, 0]] - centers[pairs[:, 1]], axis=1)
     pairs = pairs[apart <= gap * growth[pairs].min(axis=1)]
