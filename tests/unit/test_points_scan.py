@@ -111,6 +111,12 @@ def test_points_below_the_road_do_not_pull_the_ground_down(n_ghosts):
     assert (is_found != was_found).mean() < 0.001
 
 
+def test_a_line_of_points_gives_no_warning_of_scikit_learn():
+    rng = np.random.default_rng(6)
+    along = np.arange(4.0)
+    find_ground(np.stack([along, along, rng.normal(size=4) * 0.3], axis=1))
+
+
 def test_frames_without_ground():
     cars, _ = frame(ground=False)
     assert find_ground(cars) is None
@@ -639,6 +645,16 @@ def test_json_keeps_everything():
     assert again.boxes == one.boxes and again.notices == one.notices
     assert again.known == one.boxes[:1] and np.array_equal(again.pose, one.pose)
     assert again.as_json() == one.as_json()
+
+
+def test_a_warning_shows_the_line_of_the_user(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    write(tmp_path / "0.bin", xyz)
+    (tmp_path / "readme.md").write_text("no frame")
+    found = scan(iter([tmp_path]), texts(by_shape), encoder=by_shape)
+    with pytest.warns(InputWarning, match=r"1 file is of no known format: 1 \.md") as warned:
+        assert len(list(found)) == 1
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("up", ["y", "-y", "x"])

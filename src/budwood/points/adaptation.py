@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from budwood.checks import need_at_least, need_kind, need_positive, need_seed
-from budwood.errors import DivergedError, InputError, InputWarning
+from budwood.errors import DivergedError, InputError
+from budwood.notices import warn_user
 from budwood.points.adapters import Adapter, make_adapter
 from budwood.points.adapters.base import Usage, check_folder
 from budwood.points.batches import SparseSampler, encode
@@ -222,11 +222,9 @@ def _check_labels(labels: Sequence[str] | TextEmbeddings | None, config: AdaptCo
 
 def _warn_of_unused(usage: Usage) -> None:
     if usage.n_used < usage.n_clouds:
-        warnings.warn(
+        warn_user(
             f"{usage.n_clouds - usage.n_used} of {usage.n_clouds} clouds have too few points for "
-            f"steps on {min(usage.by_count)}, and are not used",
-            InputWarning,
-            stacklevel=3,
+            f"steps on {min(usage.by_count)}, and are not used"
         )
 
 

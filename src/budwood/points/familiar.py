@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from budwood.checks import need_kind
-from budwood.errors import InputWarning
 from budwood.files import write_whole
+from budwood.notices import warn_user
 from budwood.points.encoders.base import PointEncoder
 from budwood.points.label_file import names_in
 from budwood.points.text import TextEmbeddings, read_embeddings
@@ -92,7 +91,7 @@ def notice_of(strange: list[Unfamiliar]) -> str:
 def warn_unfamiliar(encoder: PointEncoder, texts: TextEmbeddings) -> None:
     """Warn of labels that nothing in training resembles (:class:`InputWarning`)."""
     if notice := notice_of(unfamiliar(encoder, texts)):
-        warnings.warn(notice, InputWarning, stacklevel=3)
+        warn_user(notice)
 
 
 def save_trained_labels(

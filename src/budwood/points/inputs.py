@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budwood.checks import need_bool
-from budwood.errors import InputError, InputWarning, MissingPackageError, first_line
+from budwood.errors import InputError, MissingPackageError, first_line
+from budwood.notices import warn_user
 from budwood.points.axes import AUTO, check_up
 from budwood.points.cleaning import without_ground, without_repeats, without_strays
 from budwood.points.io import (
@@ -200,7 +200,7 @@ def prepare_each(
         for note in prepared.assumed.notes if prepared.assumed else ():
             if note not in noted:
                 noted.add(note)
-                warnings.warn(f"{prepared.source}: {note}", InputWarning, stacklevel=2)
+                warn_user(f"{prepared.source}: {note}")
         yield prepared
 
 
@@ -285,7 +285,7 @@ def named(
                 on_error(str(item), error)
                 continue
             if left_out := unknown_files(item):
-                warnings.warn(f"{item}: {left_out_note(left_out)}", InputWarning, stacklevel=3)
+                warn_user(f"{item}: {left_out_note(left_out)}")
             for file in files:
                 number += 1
                 yield str(file), file

@@ -6,6 +6,7 @@ Functions on arrays of shape (n_points, 3) in metres, z up.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,6 +157,8 @@ def _plane(centers: Array, lowest: Array, height: float, seed: int) -> Array | N
         random_state=seed,
     )
     try:
-        return fit.fit(centers, lowest).predict(centers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of trials that few points agree with
+            return fit.fit(centers, lowest).predict(centers)
     except ValueError:  # no three of the points give a level plane
         return None
