@@ -523,6 +523,7 @@ def test_poses_of_nuscenes(tmp_path):
     assert (
         found.tokens == {"one.pcd.bin": "s-one"} and "1 of 2 frames are sweeps" in found.notices[0]
     )
+    assert found.times is None and found.order() == [0, 1]  # these tables do not have them
     assert stem(Path("a/one.pcd.bin")) == "one" and stem(Path("1.5.BIN")) == "1.5"
     with pytest.raises(InputError, match="no sample_data of other.bin"):
         read_poses(tmp_path, ["other.bin"])
@@ -532,6 +533,48 @@ def test_poses_of_nuscenes(tmp_path):
     (tmp_path / "sample_data.json").write_text("{}")
     with pytest.raises(InputError, match="not a nuScenes table"):
         read_poses(tmp_path, ["one.pcd.bin"])
+
+
+def drive_of_nuscenes(folder):
+    """Four frames of a drive, of which the third is a sweep, and their tables."""
+    xyz, _ = frame(shots=300)
+    (folder / "samples").mkdir()
+    (folder / "sweeps").mkdir()
+    tables = {
+        "calibrated_sensor": [{"token": "c", "rotation": [1, 0, 0, 0], "translation": [0, 0, 0]}]
+    }
+    for i, part in enumerate(("samples", "samples", "sweeps", "samples")):
+        write(folder / part / f"{i}.pcd.bin", xyz - (1.5 * i, 0, 0))
+        shot = {
+            "filename": f"{part}/{i}.pcd.bin",
+            "is_key_frame": part == "samples",
+            "sample_token": f"s{i}",
+            "ego_pose_token": f"e{i}",
+            "calibrated_sensor_token": "c",
+            "timestamp": 1532402927647951 + 50_000 * i,
+        }
+        at = {"token": f"e{i}", "rotation": [1, 0, 0, 0], "translation": [1.5 * i, 0, 0]}
+        tables.setdefault("sample_data", []).append(shot)
+        tables.setdefault("ego_pose", []).append(at)
+    for name, rows in tables.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return [folder / "samples", folder / "sweeps"]
+
+
+def test_samples_and_sweeps_are_put_into_the_order_of_time(by_shape, tmp_path):
+    parts = drive_of_nuscenes(tmp_path)
+    given = {"labels": texts(by_shape), "encoder": by_shape, "poses": tmp_path}
+    with pytest.warns(InputWarning, match="are not in the order of time, in which") as warned:
+        found = scan(parts, output=tmp_path / "found", formats=["nuscenes"], **given)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    files = [Path(one.source) for one in found]
+    assert [file.name for file in files] == [f"{i}.pcd.bin" for i in range(4)]
+    assert [one.pose[0, 3] for one in found] == [0.0, 1.5, 3.0, 4.5]
+    results = json.loads((tmp_path / "found/nuscenes.json").read_text())["results"]
+    assert list(results) == ["s0", "s1", "s3"] and all(results.values())
+    again = scan(files, **given)  # in their order: nothing to say
+    assert [one.as_json() for one in again] == [one.as_json() for one in found]
+    assert read_poses(tmp_path, files[::-1]).order() == [3, 2, 1, 0]
 
 
 def test_arrays_of_poses():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 from budwood.checks import need_at_least, need_kind
-from budwood.errors import InputError, InputWarning, MissingPackageError, UnsupportedModelError
+from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
+from budwood.notices import warn_user
 from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.axes import from_turned, to_up
 from budwood.points.classification import load_adapted
@@ -258,7 +258,7 @@ def make_namer(
         config.threshold is None and not isinstance(labels, TextEmbeddings)
     )
     if expects_unknown and background is None and len(known.texts) == known.n_given:
-        warnings.warn(NO_BACKGROUND, InputWarning, stacklevel=4)
+        warn_user(NO_BACKGROUND)
     threshold = config.threshold
     if threshold is None:
         threshold = 0.0
@@ -303,12 +303,19 @@ def about(namer: Namer, config: ScanConfig, options: InputOptions) -> dict[str, 
 def _with_poses(
     frames: CloudLike | Iterable[CloudLike], poses: Any, calibration: Any
 ) -> tuple[list[CloudLike], Poses]:
-    """The frames as a list, and a pose for each."""
+    """The frames as a list, in the order of time where it is known, and a pose for each."""
     if isinstance(poses, (str, os.PathLike)):
         items = frames if not is_one_cloud(frames) else [frames]
         paths = [item for item in items if isinstance(item, (str, os.PathLike))]  # type: ignore[union-attr]
         files = find_files(paths)
-        return list(files), read_poses(poses, files, calibration)
+        found = read_poses(poses, files, calibration)
+        order = found.order()
+        if order != sorted(order):
+            warn_user(
+                "the frames are not in the order of time, in which objects are tracked; they are "
+                "put into it"
+            )
+        return [files[i] for i in order], found.take(order)
     listed: list[CloudLike] = [item for _, item in named(frames, _raise)]
     return listed, Poses(check_poses(poses, len(listed)))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from budwood.errors import InputError, first_line
 from budwood.files import read_json
@@ -30,12 +31,25 @@ class Poses:
         matrices: from the sensor's frame to the world's, one a frame, shape (n_frames, 4, 4).
         tokens: name of a frame's file → its sample token in nuScenes, without sweeps between
             samples; None for other sources.
+        times: of the frames, microseconds, shape (n_frames,); None where the source has none.
         notices: what was assumed.
     """
 
     matrices: Array
     tokens: Mapping[str, str] | None = None
+    times: NDArray[np.int64] | None = None
     notices: tuple[str, ...] = ()
+
+    def order(self) -> list[int]:
+        """The frames in the order of time; as they are where times are not known."""
+        if self.times is None:
+            return list(range(len(self.matrices)))
+        return self.times.argsort(kind="stable").tolist()
+
+    def take(self, order: Sequence[int]) -> Poses:
+        """The poses of the frames in another order."""
+        times = None if self.times is None else self.times[order]
+        return replace(self, matrices=self.matrices[order], times=times)
 
 
 def read_poses(
@@ -188,7 +202,15 @@ def _nuscenes(folder: Path, frames: list[Path]) -> Poses:
             f"{n_sweeps} of {len(frames)} frames are sweeps between samples, which nuScenes' "
             "format has no place for",
         )
-    return Poses(check_poses(matrices, len(frames), str(folder)), tokens, notices)
+    matrices = check_poses(matrices, len(frames), str(folder))
+    return Poses(matrices, tokens, _times(rows), notices)
+
+
+def _times(rows: list[dict[str, Any]]) -> NDArray[np.int64] | None:
+    """When frames were taken, microseconds; None where a row does not say it."""
+    times = [row.get("timestamp") for row in rows]
+    known = all(isinstance(time, int) for time in times)
+    return np.array(times, dtype=np.int64) if known else None
 
 
 def _by_token(folder: Path, name: str) -> dict[str, dict[str, Any]]:
