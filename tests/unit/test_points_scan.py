@@ -829,6 +829,32 @@ def test_nuscenes_results():
     assert row["detection_name"] == "car" and row["sample_token"] == "token"
 
 
+def test_nuscenes_takes_500_boxes_of_a_sample():
+    boxes = [box(score=i / 1000) for i in range(502)]
+    with pytest.warns(InputWarning, match="in 1 frames with more, 2 boxes with the lowest scores"):
+        found = nuscenes_results([scanned(*boxes), scanned(box(), source="b.bin")])
+    scores = [row["detection_score"] for row in found["results"]["000003"]]
+    assert len(scores) == 500 and min(scores) == 0.002 and len(found["results"]["b"]) == 1
+
+
+def test_what_the_devkit_of_nuscenes_does_not_take_is_said(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    given = {"encoder": by_shape, "formats": ["nuscenes"], "output": tmp_path / "found"}
+    with pytest.warns(InputWarning) as warned:
+        scan([xyz], texts(by_shape, ["Traffic  Cone", "cyclist", "van"]), **given)
+    strange, tokens = (str(one.message) for one in warned)
+    assert (
+        "refuses results with the labels cyclist, van; those of its detection task are" in strange
+    )
+    assert "names of files as sample tokens, and boxes are in the sensor's frame" in tokens
+    results = json.loads((tmp_path / "found/nuscenes.json").read_text())["results"]
+    names = {row["detection_name"] for rows in results.values() for row in rows}
+    assert "traffic_cone" in names
+    given["output"] = tmp_path / "posed"
+    with pytest.warns(InputWarning, match="sample tokens; give the folder of nuScenes' tables"):
+        scan([xyz], texts(by_shape), poses=[np.eye(4)], **given)
+
+
 # The folder of a run
 
 
@@ -841,6 +867,7 @@ def spied(monkeypatch):
     return cut
 
 
+@pytest.mark.filterwarnings("ignore:KITTI's labels", "ignore:nuScenes' results")
 def test_a_run_goes_on_where_it_ended(by_shape, tmp_path, monkeypatch):
     xyz, _ = frame(shots=300)
     files = [write(tmp_path / f"{i}.bin", xyz) for i in range(5)]
@@ -868,6 +895,7 @@ def test_a_run_goes_on_where_it_ended(by_shape, tmp_path, monkeypatch):
         scan(files, templates="plain", **given)
 
 
+@pytest.mark.filterwarnings("ignore:KITTI's labels", "ignore:nuScenes' results")
 def test_formats_that_a_later_run_adds(by_shape, tmp_path, monkeypatch):
     xyz, _ = frame(shots=300)
     files = [write(tmp_path / f"{i}.bin", xyz) for i in range(2)]
@@ -886,6 +914,7 @@ def test_formats_that_a_later_run_adds(by_shape, tmp_path, monkeypatch):
     assert not cut
 
 
+@pytest.mark.filterwarnings("ignore:KITTI's labels", "ignore:nuScenes' results")
 def test_labels_that_a_later_run_adds_leave_other_files_alone(by_shape, tmp_path):
     xyz, _ = frame(shots=300)
     file, found = write(tmp_path / "0.bin", xyz), tmp_path / "found"

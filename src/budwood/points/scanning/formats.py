@@ -15,6 +15,7 @@ import numpy as np
 
 from budwood.errors import InputError
 from budwood.files import read_json
+from budwood.notices import warn_user
 from budwood.optional import need
 from budwood.points.axes import from_turned
 from budwood.points.io.cloud import Array, Assumed, Cloud
@@ -24,6 +25,21 @@ from budwood.points.scanning.segments import GROUND, Segments
 
 DIGITS = 4
 FORMAT = 1
+DETECTED: tuple[str, ...] = (
+    "car",
+    "truck",
+    "bus",
+    "trailer",
+    "construction_vehicle",
+    "pedestrian",
+    "motorcycle",
+    "bicycle",
+    "traffic_cone",
+    "barrier",
+)
+"""What nuScenes' detection task has; its devkit refuses results with others."""
+MOST_BOXES = 500
+"""Boxes of a sample that nuScenes' devkit takes."""
 CSV_FIELDS: tuple[str, ...] = (
     "frame",
     "label",
@@ -224,13 +240,40 @@ def _turned(angle: float) -> float:
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
+def nuscenes_notes(labels: Iterable[str], has_tokens: bool, has_poses: bool) -> list[str]:
+    """What nuScenes' devkit will not take of results with these labels, or not understand.
+
+    Args:
+        labels: that boxes may have.
+        has_tokens: whether the tokens of the samples are known.
+        has_poses: whether the poses of the sensor are.
+    """
+    notes = []
+    strange = [label for label in labels if detection_name(label).lower() not in DETECTED]
+    if strange:
+        notes.append(
+            f"nuScenes' devkit refuses results with the labels {', '.join(strange)}; those of its "
+            f"detection task are {', '.join(DETECTED)}"
+        )
+    if not has_tokens:
+        boxes = "" if has_poses else ", and boxes are in the sensor's frame, not the world's"
+        notes.append(
+            f"nuScenes' results have the names of files as sample tokens{boxes}; give the folder "
+            "of nuScenes' tables as poses (--poses)"
+        )
+    return notes
+
+
 def nuscenes_results(
     frames: Iterable[ScannedFrame], tokens: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Results as nuScenes' detection task has them; unknown objects are left out.
 
     Boxes are in the world's frame where poses are known, else in the sensor's. Sizes are width,
-    length, height, rotations quaternions w, x, y, z. Velocities are 0.
+    length, height, rotations quaternions w, x, y, z. Velocities are 0. Labels are in lower case.
+
+    Of a frame with more than 500 boxes, those with the highest scores are taken; warns
+    (:class:`InputWarning`) of how many are left out.
 
     Args:
         frames: of a recording.
@@ -239,6 +282,7 @@ def nuscenes_results(
     """
     transform = need("scipy.spatial.transform", "writing nuScenes' format")
     results: dict[str, list[dict[str, Any]]] = {}
+    n_left_out = n_full = 0
     for frame in frames:
         file = Path(frame.source)
         token = stem(file) if tokens is None else tokens.get(file.name)
@@ -246,7 +290,10 @@ def nuscenes_results(
             continue
         pose = np.eye(4) if frame.pose is None else frame.pose
         rows = []
-        for box in frame.known:
+        boxes = sorted(frame.known, key=lambda box: -box.score)
+        n_left_out += len(boxes[MOST_BOXES:])
+        n_full += len(boxes) > MOST_BOXES
+        for box in boxes[:MOST_BOXES]:
             turn = transform.Rotation.from_euler("z", box.yaw)
             x, y, z, w = (transform.Rotation.from_matrix(pose[:3, :3]) * turn).as_quat().tolist()
             length, width, height = box.size
@@ -257,12 +304,17 @@ def nuscenes_results(
                     "size": [round(side, DIGITS) for side in (width, length, height)],
                     "rotation": [round(value, 6) for value in (w, x, y, z)],
                     "velocity": [0.0, 0.0],
-                    "detection_name": detection_name(box.label),
+                    "detection_name": detection_name(box.label).lower(),
                     "detection_score": round(box.score, DIGITS),
                     "attribute_name": "",
                 }
             )
         results[token] = rows
+    if n_left_out:
+        warn_user(
+            f"nuScenes' results take {MOST_BOXES} boxes of a sample: in {n_full:,} frames with "
+            f"more, {n_left_out:,} boxes with the lowest scores are left out"
+        )
     uses = {f"use_{sensor}": sensor == "lidar" for sensor in ("camera", "lidar", "radar", "map")}
     return {"meta": uses | {"use_external": False}, "results": results}
 

@@ -27,7 +27,7 @@ from budwood.points.io.units import AUTO, METRES, check_units
 from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
 from budwood.points.scanning.config import ScanConfig
 from budwood.points.scanning.folder import ScanFolder, check_formats
-from budwood.points.scanning.formats import ScannedFrame, detection_name
+from budwood.points.scanning.formats import ScannedFrame, detection_name, nuscenes_notes
 from budwood.points.scanning.naming import Name, Namer
 from budwood.points.scanning.poses import Poses, check_poses, read_poses
 from budwood.points.scanning.rejection import (
@@ -167,6 +167,10 @@ def scan(
         batch_size=batch_size,
     )
     _check_names(namer.labels.given, formats)
+    if "nuscenes" in formats:
+        has_tokens = poses is not None and poses.tokens is not None
+        for note in nuscenes_notes(namer.labels.given, has_tokens, poses is not None):
+            warn_user(note)
     folder = None
     if output is not None:
         settings = about(namer, config, options)
