@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from budwood.bench.frames import Placed, sweep
+from budwood.points.familiar import Unfamiliar
 from tests.points import shipped
 from tests.refusals import refused
 
@@ -49,6 +50,14 @@ def test_one_frame(budwood, frames, tmp_path):
     assert [box["label"] for box in found["boxes"]] == [box["label"] for box in boxes]
     assert np.hypot(*np.subtract(found["boxes"][0]["center"][:2], (8, 4))) < 1.2
     refused(budwood(*command, *files), "exists; choose another name")
+
+
+def test_unfamiliar_labels_are_said_once(budwood, frames, monkeypatch):
+    strange = [Unfamiliar("zebra", "horse", 0.1)]
+    monkeypatch.setattr("budwood.points.familiar.unfamiliar", lambda *_: strange)
+    result = budwood("scan", frames / "000000.bin", "--labels", "car,zebra")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("trained on nothing like 'zebra'") == 1
 
 
 def test_the_threshold_is_calibrated_once(budwood, frames, tmp_path, monkeypatch):

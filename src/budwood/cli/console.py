@@ -49,22 +49,26 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def warnings_said(*beginnings: str) -> Iterator[None]:
+def warnings_said(
+    *beginnings: str, category: type[Warning] = UserWarning, lead: str = ""
+) -> Iterator[None]:
     """Print some warnings of the library as remarks, each once, also where others are silent.
 
     Args:
         beginnings: regular expressions that their messages begin with.
+        category: of the warnings.
+        lead: what each remark begins with.
     """
     said: set[str] = set()
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         if str(message) not in said:
             said.add(str(message))
-            say(str(message))
+            say(f"{lead}{message}")
 
     with warnings.catch_warnings():
         for beginning in beginnings:
-            warnings.filterwarnings("always", message=beginning, category=UserWarning)
+            warnings.filterwarnings("always", message=beginning, category=category)
         warnings.showwarning = show
         yield
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -190,30 +192,28 @@ def scan(
     strange = clouds.say_unfamiliar(
         model, clouds.embed(model, given, embeddings, text, templates, synonyms), text
     )
-    with working("preparing the labels"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # say_unfamiliar says it
-        with warnings_said("no object can be "):
-            found = scan_frames(
-                iter(files),
-                given,
-                config,
-                poses=poses,
-                calibration=calibration,
-                output=output,
-                formats=wanted,
-                encoder=model,
-                adapter=adapter,
-                embeddings=embeddings,
-                batch_frames=batch,
-                on_error=skipped,
-                units=units,
-                text=text,
-                templates=templates,
-                synonyms=synonyms,
-                **how,
-            )
+    with working("preparing the labels"), _notes_said():
+        found = scan_frames(
+            iter(files),
+            given,
+            config,
+            poses=poses,
+            calibration=calibration,
+            output=output,
+            formats=wanted,
+            encoder=model,
+            adapter=adapter,
+            embeddings=embeddings,
+            batch_frames=batch,
+            on_error=skipped,
+            units=units,
+            text=text,
+            templates=templates,
+            synonyms=synonyms,
+            **how,
+        )
     frames: list[ScannedFrame] = []
-    with progress("frames") as advance:
+    with progress("frames") as advance, _notes_said():
         for frame in found:
             _draw(frame, plot, page)
             frames.append(_without_points(frame))
@@ -235,6 +235,14 @@ def scan(
     else:
         _print(frames, output)
     skipped.refuse(len(files), "frames have no boxes")
+
+
+@contextmanager
+def _notes_said() -> Iterator[None]:
+    """Print warnings as notes, but for that of labels, which ``say_unfamiliar`` prints."""
+    with warnings_said("", category=InputWarning, lead="note: "):
+        warnings.filterwarnings("ignore", "the encoder was trained on nothing", InputWarning)
+        yield
 
 
 def _reserve(
