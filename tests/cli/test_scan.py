@@ -192,6 +192,39 @@ def test_bad_input(budwood, frames, tmp_path):
     refused(budwood("scan", one, *LABELS, "--poses", tmp_path / "no.txt"), "do not exist")
 
 
+def test_what_files_assume_is_said_in_a_line_each(budwood, frames, tmp_path):
+    command = ["scan", frames, "--labels", "car,cyclist", "--threshold", 0, "--json"]
+    command += ["--output", tmp_path / "found", "--format", "kitti,nuscenes"]
+    for _ in range(2):  # also of frames that are finished
+        result = budwood(*command)
+        assert result.exit_code == 0, result.output
+        notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+        for start in (
+            "note: nuScenes' devkit refuses results with the labels cyclist; ",
+            "note: nuScenes' results have the names of files as sample tokens, ",
+            "note: KITTI's labels: the camera is assumed at the place of the LiDAR",
+        ):
+            assert sum(line.startswith(start) for line in notes) == 1
+        assert ".py:" not in result.stderr and "Warning" not in result.stderr
+
+
+def test_a_folder_of_calibrations(budwood, frames, tmp_path):
+    """Beside the frames or among them; a frame without one is skipped."""
+    for i in range(2):
+        (frames / f"{i:06}.txt").write_text("Tr: 0 -1 0 0 0 0 -1 0 1 0 0 0\n")
+    command = ["scan", frames, *LABELS, "--threshold", 0, "--calib", frames, "--json"]
+    command += ["--output", tmp_path / "found", "--format", "kitti"]
+    result = budwood(*command)
+    assert result.exit_code == 2
+    assert len(json.loads(result.stdout)["frames"]) == 2
+    assert "has no 000002.txt for the frame" in result.stderr.splitlines()[-2]
+    assert result.stderr.splitlines()[-1].endswith("1 of 3 frames have no boxes; see above")
+    assert {file.name for file in (tmp_path / "found/kitti").iterdir()} == {
+        "000000.txt",
+        "000001.txt",
+    }
+
+
 def test_what_options_name_is_no_frame(budwood, frames):
     """A folder as KITTI odometry has it, with the output in it, twice."""
     lines = [f"1 0 0 0 0 1 0 0 0 0 1 {i}" for i in range(3)]

@@ -17,15 +17,16 @@ from budwood.points import ScanConfig, ScannedFrame, draw_from_above, scan, writ
 from budwood.points.adapters import make_adapter
 from budwood.points.axes import turn_up
 from budwood.points.data import CloudSet
-from budwood.points.io import Assumed, make_cloud
+from budwood.points.io import Assumed, make_cloud, stem
 from budwood.points.io.units import METRES
 from budwood.points.scanning import folder as folders
 from budwood.points.scanning import naming, pipeline, rejection
 from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
+from budwood.points.scanning.calibration import CAMERA
 from budwood.points.scanning.formats import csv_text, kitti_text, nuscenes_results
 from budwood.points.scanning.ground import find_ground
 from budwood.points.scanning.naming import batched_count
-from budwood.points.scanning.poses import CAMERA, check_poses, read_poses, stem
+from budwood.points.scanning.poses import check_poses, read_poses
 from budwood.points.scanning.rejection import (
     best_threshold,
     digest_of,
@@ -722,6 +723,23 @@ def test_frames_in_other_axes_are_tracked_and_placed_as_they_are(by_shape, tmp_p
     assert len(tracks) < sum(len(one.boxes) for one in found)
 
 
+def test_kitti_labels_end_at_the_edges_of_the_picture():
+    projection = np.array([[700.0, 0, 600, 0], [0, 700, 180, 0], [0, 0, 1, 0]])
+
+    def sides(center, size=None):
+        line = kitti_text(scanned(box(center=center)), CAMERA, projection, size)
+        return [float(value) for value in line.split()[4:8]]
+
+    inside, over, beside = (20.0, 2.0, -0.9), (8.0, -6.0, 0.0), (8.0, -20.0, 0.0)
+    size = (1242, 375)
+    assert sides(inside, size) == sides(inside)
+    left, top, right, bottom = sides(over)
+    assert 0 < left < 1241 < right
+    assert sides(over, size) == [left, top, 1241.0, bottom]
+    assert sides(over, (1224, 200)) == [left, top, 1223.0, 199.0]
+    assert sides(beside)[0] > 1242 and sides(beside, size) == [-1.0] * 4
+
+
 def test_kitti_labels_of_frames_in_other_axes():
     line = kitti_text(scanned(box())).split()
     to_box = turn_up("-y", "z")  # the frame's boxes are in axes that were turned so that z is up
@@ -771,6 +789,88 @@ def test_another_calibration_writes_labels_anew(by_shape, tmp_path):
         labels.append((tmp_path / "found/kitti/0.txt").read_text())
     x, moved, back = (float(text.split()[11]) for text in labels)
     assert moved == pytest.approx(x + 5, abs=0.02) and back == x
+
+
+def calibrated(shift=0.0):
+    """The text of a calibration: a camera that is moved to the side."""
+    to_camera = CAMERA.copy()
+    to_camera[0, 3] = shift
+    return f"P2: 700 0 600 0 0 700 180 0 0 0 1 0\nTr: {kitti_line(to_camera)}\n"
+
+
+def sides_of(file):
+    return [float(line.split()[11]) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:KITTI's labels. pictures of 1242")
+def test_labels_use_the_calibration_beside_the_frames(by_shape, tmp_path):
+    """With poses, which use it as well, and without."""
+    frames, _ = drive(2)
+    (tmp_path / "velodyne").mkdir()
+    files = [write(tmp_path / f"velodyne/{i}.bin", xyz) for i, xyz in enumerate(frames)]
+    (tmp_path / "00.txt").write_text("\n".join([kitti_line(np.eye(4))] * 2))
+    given = {"labels": texts(by_shape), "encoder": by_shape, "formats": ["kitti"]}
+    alone, posed = {**given, "output": tmp_path / "a"}, {**given, "output": tmp_path / "b"}
+    posed["poses"] = tmp_path / "00.txt"
+    with pytest.warns(InputWarning, match="the camera is assumed at the place of the LiDAR") as one:
+        scan(files, **alone)
+    assert len(one) == 1 and one[0].filename == __file__
+    assumed = sides_of(tmp_path / "a/kitti/1.txt")
+    (tmp_path / "calib.txt").write_text(calibrated(5.0))
+    for options in (alone, posed):  # the first one was written with another camera
+        scan(files, **options)
+        labels = sides_of(options["output"] / "kitti/1.txt")
+        np.testing.assert_allclose(sorted(labels), np.sort(assumed) + 5, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:KITTI's labels. pictures of 1242")
+def test_a_calibration_for_each_frame(by_shape, tmp_path):
+    xyz, _ = frame(shots=300)
+    files = [write(tmp_path / f"{i:06}.bin", xyz) for i in range(3)]
+    folder = tmp_path / "calib"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{i:06}.txt").write_text(calibrated(3.0 * i))
+    given = {"labels": texts(by_shape), "encoder": by_shape, "calibration": folder}
+    labels = {"output": tmp_path / "found", "formats": ["kitti"], **given}
+    refused = {}
+    found = scan(files, on_error=refused.__setitem__, **labels)
+    assert [Path(one.source).stem for one in found] == ["000000", "000001"]
+    first, second = (sides_of(tmp_path / f"found/kitti/00000{i}.txt") for i in range(2))
+    np.testing.assert_allclose(np.array(first) + 3, second, atol=0.02)
+    assert list(refused) == [str(files[2])]
+    reason = "calib has no 000002.txt for the frame .*000002.bin; add it, or give one file for all"
+    with pytest.raises(InputError, match=reason):
+        scan(files, **labels)
+    poses = tmp_path / "00.txt"
+    poses.write_text("\n".join([kitti_line(np.eye(4))] * 3))
+    moved = read_poses(poses, files[:2], folder).matrices
+    np.testing.assert_allclose(moved[1] - moved[0], 3.0 * np.eye(4)[0][:, None] * np.eye(4)[3])
+    with pytest.raises(InputError, match=reason):
+        scan(files, poses=poses, **given)
+
+
+def test_the_picture_says_where_boxes_end(by_shape, tmp_path):
+    from PIL import Image
+
+    xyz, _ = frame([Placed("car", 8, -6, 1.2)], shots=300)
+    (tmp_path / "velodyne").mkdir()
+    (tmp_path / "image_2").mkdir()
+    file, calibration = write(tmp_path / "velodyne/0.bin", xyz), tmp_path / "calib.txt"
+    calibration.write_text(calibrated())
+    given = {"labels": texts(by_shape), "encoder": by_shape, "output": tmp_path / "found"}
+
+    def right():
+        scan([file], formats=["kitti"], **given)
+        return float((tmp_path / "found/kitti/0.txt").read_text().split()[6])
+
+    with pytest.warns(InputWarning, match="pictures of 1242 × 375 pixels are assumed"):
+        assert right() == 1241.0
+    calibration.write_text(calibrated().replace("600", "960"))  # of a wider picture
+    with pytest.warns(InputWarning, match="may go beyond the edges of the picture, whose size"):
+        assert right() > 1400
+    Image.new("L", (1300, 400)).save(tmp_path / "image_2/0.png")
+    assert right() == 1299.0
 
 
 def test_clusters_of_a_frame_that_changed_are_written_anew(by_shape, tmp_path):

@@ -85,7 +85,11 @@ def scan(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option("--calib", metavar="FILE", help="KITTI's calib.txt, for poses and labels."),
+        typer.Option(
+            "--calib",
+            metavar="FILE|DIR",
+            help="KITTI's calib.txt, or a folder with a file per frame, for poses and labels.",
+        ),
     ] = None,
     reach: Annotated[
         float,
@@ -176,7 +180,8 @@ def scan(
         points=points,
         seed=seed,
     )
-    files = clouds.files_of(paths, labels_file, table, poses, calibration, within=output)
+    others = (labels_file, table, poses, *_named_by(calibration))
+    files = clouds.files_of(paths, *others, within=output)
     wanted = options.listed(formats)
     used = (labels_file, embeddings, checkpoint, adapter, poses, calibration, text)
     _reserve(files, table, plot, page, force, [*files, *used])
@@ -272,6 +277,13 @@ def _reserve(
         optional.check("plotly", "a 3D page")
     if table:
         reserve(table, force, reads)
+
+
+def _named_by(calibration: Path | None) -> list[Path]:
+    """The files that --calib names: one, or those of a folder, which are no frames."""
+    if calibration is None:
+        return []
+    return sorted(calibration.glob("*.txt")) if calibration.is_dir() else [calibration]
 
 
 def _check_packages(output: Path | None, formats: list[str], ground: bool) -> None:

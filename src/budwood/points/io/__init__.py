@@ -76,6 +76,7 @@ __all__ = [
     "find_files",
     "make_cloud",
     "read",
+    "stem",
     "unknown_files",
 ]
 
@@ -172,6 +173,14 @@ def unknown_files(
             path.suffix.lower() for path in _visible(folder) if path.suffix.lower() not in READERS
         )
     return dict(left_out.most_common())
+
+
+def stem(path: Path) -> str:
+    """The name of a file without its suffixes: nuScenes writes ``.pcd.bin``."""
+    name = path.name
+    while (suffix := Path(name).suffix).lower() in READERS:
+        name = name.removesuffix(suffix)
+    return name
 
 
 def _paths(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Path]:

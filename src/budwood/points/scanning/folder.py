@@ -17,7 +17,10 @@ from budwood import catalogue
 from budwood.errors import InputError, OutputError
 from budwood.figures import need_matplotlib
 from budwood.files import need_parent, write_text, write_whole
+from budwood.notices import warn_user
+from budwood.points.io import stem
 from budwood.points.io.cloud import Cloud
+from budwood.points.scanning.calibration import Camera, Cameras
 from budwood.points.scanning.formats import (
     ScannedFrame,
     csv_text,
@@ -26,7 +29,7 @@ from budwood.points.scanning.formats import (
     nuscenes_results,
     read_frame,
 )
-from budwood.points.scanning.poses import Poses, read_calibration, stem
+from budwood.points.scanning.poses import Poses
 from budwood.points.scanning.views import draw_from_above, need_plotly, write_page
 from budwood.registry import Registry
 from budwood.runs import RunFolder
@@ -44,13 +47,13 @@ class ScanFolder:
     """A folder with the boxes of frames.
 
     ``boxes/NAME.json`` is written last of a frame's files: a frame that has it is finished, in the
-    formats that it lists.
+    formats that it lists. Warns once (:class:`InputWarning`) of what labels of KITTI assume.
 
     Args:
         path: a new folder, or one of an earlier run with the same settings.
         settings: what the boxes depend on, as JSON values.
         formats: names in ``BOX_FORMATS``; ``"json"`` is always written.
-        calibration: KITTI's, for labels in its format.
+        calibration: KITTI's, for labels in its format, as of :func:`calibration_of`.
         poses: of the frames, for nuScenes' format.
 
     Raises:
@@ -70,13 +73,14 @@ class ScanFolder:
     ) -> None:
         check_formats(formats)
         self.path, self.formats, self.poses = Path(path), frozenset(formats), poses
-        self.camera = {} if calibration is None else read_calibration(calibration)
+        self._cameras = Cameras(calibration) if "kitti" in self.formats else None
         need_parent(self.path)
         self._run = RunFolder(self.path, settings | {"poses": poses is not None})
         self._names: dict[str, str] = {}
         self._marks: dict[str, str] = {}
         self._written: dict[str, frozenset[str]] = {}
-        self._wanted = frozenset(self._called(one) for one in self.formats & _OF_EACH)
+        self._camera: dict[str, Camera] = {}
+        self._said: set[str] = set()
         self._tracks: set[int] = set()
         self._order: list[str] = []
         self._n_done = 0
@@ -85,17 +89,23 @@ class ScanFolder:
         """Lock the folder against other processes."""
         return self._run.claimed()
 
-    def finished(self, source: str, item: Any) -> ScannedFrame | None:
+    def finished(self, index: int, source: str, item: Any) -> ScannedFrame | None:
         """The frame as an earlier run left it; None if it has to be scanned, also for its points.
 
         Args:
+            index: of the frame among all.
             source: name of the frame.
             item: what it is read from. A file of another size or time, or an array with other
                 values, is another frame, and so is one with another pose.
+
+        Raises:
+            InputError: two frames of one name, or no usable calibration of this one.
         """
         name = self._name(source)
-        pose = None if self.poses is None else self.poses.matrices[len(self._order)]
+        pose = None if self.poses is None else self.poses.matrices[index]
         self._marks[name] = _mark(item, pose)
+        if self._cameras is not None:
+            self._camera[name] = self._cameras.of(source)
         self._order.append(name)
         try:
             frame, row = read_frame(self._file(name))
@@ -104,13 +114,14 @@ class ScanFolder:
         if row.get("mark") != self._marks[name]:
             return None
         self._written[name] = frozenset(row.get("written", ()))
-        lacking = self._wanted - self._written[name]
+        lacking = self._wanted(name) - self._written[name]
         if lacking & _OF_POINTS:
             return None
         self._tracks |= {box.track for box in frame.boxes if box.track is not None}
         if lacking:  # labels, which boxes suffice for
             self._write(frame, frozenset(("kitti",)))
         else:
+            self._note(frame, name)
             self._n_done += 1
         return frame
 
@@ -128,7 +139,7 @@ class ScanFolder:
             self._write_others(frame, name, formats)
             earlier = self._written.get(name, frozenset())
             kept = {one for one in earlier if one.partition(" ")[0] not in self.formats}
-            written = self._wanted | kept
+            written = self._wanted(name) | kept
             text = json_text(frame, mark=self._marks[name], written=sorted(written))
             write_text(self._file(name), text)
         except OutputError as error:
@@ -150,7 +161,9 @@ class ScanFolder:
 
     def _write_others(self, frame: ScannedFrame, name: str, formats: frozenset[str]) -> None:
         if "kitti" in formats:
-            text = kitti_text(frame, self.camera.get("Tr"), self.camera.get("P"))
+            self._note(frame, name)
+            camera = self._camera[name]
+            text = kitti_text(frame, camera.to_camera, camera.projection, camera.size)
             write_text(self.path / "kitti" / f"{name}.txt", text)
         if "clusters" in formats:
             self._write_clusters(frame, name)
@@ -175,12 +188,19 @@ class ScanFolder:
             if box.track is not None:
                 self._tracks.add(box.track)
 
-    def _called(self, name: str) -> str:
-        """A format as it is noted with a frame: KITTI's also depends on the camera."""
-        if name != "kitti" or not self.camera:
-            return name
-        values = b"".join(self.camera[key].tobytes() for key in sorted(self.camera))
-        return f"kitti {hashlib.sha256(values).hexdigest()[:8]}"
+    def _wanted(self, name: str) -> frozenset[str]:
+        """The formats of a frame, as they are noted with it: KITTI's also depends on the camera."""
+        camera = self._camera.get(name, Camera())
+        labels = f"kitti {camera.mark}".rstrip()
+        return frozenset(labels if one == "kitti" else one for one in self.formats & _OF_EACH)
+
+    def _note(self, frame: ScannedFrame, name: str) -> None:
+        """Say once what the labels of frames assume."""
+        camera = self._camera.get(name)
+        note = camera and camera.note(frame.assumed.up or "z")
+        if note and note not in self._said:
+            self._said.add(note)
+            warn_user(note)
 
     def _frames(self) -> Iterator[ScannedFrame]:
         """The finished frames, in the order of the run."""

@@ -18,9 +18,10 @@ from budwood.files import read_json
 from budwood.notices import warn_user
 from budwood.optional import need
 from budwood.points.axes import from_turned
+from budwood.points.io import stem
 from budwood.points.io.cloud import Array, Assumed, Cloud
 from budwood.points.scanning.boxes import Box
-from budwood.points.scanning.poses import CAMERA, stem
+from budwood.points.scanning.calibration import CAMERA
 from budwood.points.scanning.segments import GROUND, Segments
 
 DIGITS = 4
@@ -177,12 +178,17 @@ def csv_text(frames: Iterable[ScannedFrame]) -> str:
 
 
 def kitti_text(
-    frame: ScannedFrame, to_camera: Array | None = None, projection: Array | None = None
+    frame: ScannedFrame,
+    to_camera: Array | None = None,
+    projection: Array | None = None,
+    size: tuple[int, int] | None = None,
 ) -> str:
     """The labels of a frame in the format of KITTI's object detection, without unknown objects.
 
     Truncation and occlusion are −1 (not known), and so are the sides of the box in the picture
-    without a projection. The angle is that of the longer side, up to half a turn.
+    without a projection, and of a box outside it or partly behind the camera. KITTI's evaluation
+    leaves out what is lower than 25 pixels there, and so these. The angle is that of the longer
+    side, up to half a turn.
 
     Args:
         frame: with its boxes.
@@ -190,6 +196,7 @@ def kitti_text(
             a camera at the place of the LiDAR (x forward, z up), or of a frame in a camera's axes
             (-y up).
         projection: of the camera, shape (3, 4).
+        size: width and height of the picture, pixels: boxes in it end at its edges.
 
     Raises:
         InputError: another axis of the frame points up, and there is no calibration.
@@ -210,7 +217,7 @@ def kitti_text(
         x, y, z = (turn @ bottom)[:3]
         ahead = turn[:3, :3] @ (math.cos(box.yaw), math.sin(box.yaw), 0.0)
         angle = _turned(math.atan2(-ahead[2], ahead[0]))
-        sides = _in_picture(box, turn, projection)
+        sides = _in_picture(box, turn, projection, size)
         numbers = [*sides, height, width, length, x, y, z, angle]
         alpha = _turned(angle - math.atan2(x, z))
         name = detection_name(box.label).capitalize()
@@ -224,15 +231,23 @@ def detection_name(label: str) -> str:
     return "_".join(label.split())
 
 
-def _in_picture(box: Box, turn: Array, projection: Array | None) -> list[float]:
-    """Left, top, right and bottom of a box in the picture; −1 where it is not in front."""
+def _in_picture(
+    box: Box, turn: Array, projection: Array | None, size: tuple[int, int] | None
+) -> list[float]:
+    """Left, top, right and bottom of a box in the picture; −1 where it is not wholly in front."""
     if projection is None:
         return [-1.0] * 4
     corners = np.column_stack([box.corners(), np.ones(8)]) @ (projection @ turn).T
     if (corners[:, 2] <= 0).any():
         return [-1.0] * 4
     flat = corners[:, :2] / corners[:, 2:]
-    return [*flat.min(axis=0), *flat.max(axis=0)]
+    low, high = flat.min(axis=0), flat.max(axis=0)
+    if size is not None:
+        last = np.array(size) - 1  # pixels count from 0
+        low, high = low.clip(0, last), high.clip(0, last)
+        if (low == high).any():
+            return [-1.0] * 4
+    return [*low, *high]
 
 
 def _turned(angle: float) -> float:

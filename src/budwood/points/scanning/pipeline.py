@@ -98,8 +98,11 @@ def scan(
         config: how frames are cut into objects.
         poses: of the sensor, in the order of the frames: a file of KITTI odometry or a folder with
             nuScenes' tables, both as in :func:`read_poses`, or an array of shape (n_frames, 4, 4)
-            that leads from the sensor's frame to the world's.
-        calibration: KITTI's ``calib.txt``, for poses and labels in KITTI's format.
+            that leads from the sensor's frame to the world's. Frames of nuScenes are put into the
+            order of time.
+        calibration: KITTI's ``calib.txt``, or a folder with a file for each frame, such as
+            ``000000.txt``; for poses and labels in KITTI's format. Default: the ``calib.txt``
+            beside the folder of a frame, or, without one, a camera at the place of the LiDAR.
         output: a folder for boxes, a file a frame; frames that are finished there are not scanned
             again, and come without points.
         formats: names in ``BOX_FORMATS`` that are written there.
@@ -127,6 +130,10 @@ def scan(
         batch_size: clusters at once.
         on_error: called with the name of a frame that cannot be used and the error; the frame is
             left out. Default: raise the error.
+
+    Warns once each (:class:`InputWarning`) of labels that nothing in the encoder's training
+    resembles, of frames that are put into the order of time, and of what KITTI's labels and
+    nuScenes' results assume or lack.
 
     Returns:
         A :class:`ScannedFrame` for each usable frame, in their order.
@@ -393,20 +400,21 @@ class _Scan:
         """
         waiting: deque[tuple[int, str, CloudLike, ScannedFrame]] = deque(maxlen=self.config.window)
         for index, (name, item) in enumerate(named(frames, self.refuse)):
-            finished = None if self.folder is None else self.folder.finished(name, item)
+            try:
+                finished = None if self.folder is None else self.folder.finished(index, name, item)
+                if finished is None:
+                    while waiting and self.tracker is not None:
+                        self._cut(*waiting.popleft())
+                    cut = self._cut(index, name, item)
+                else:
+                    cut = _Cut(finished, [], [], [])
+            except (InputError, MissingPackageError) as error:
+                self.refuse(name, error)
+                continue
             if finished is not None:
                 waiting.append((index, name, item, finished))
                 if self.tracker is not None:
                     self.tracker.reserve(box.track for box in finished.boxes)
-                yield _Cut(finished, [], [], [])
-                continue
-            try:
-                while waiting and self.tracker is not None:
-                    self._cut(*waiting.popleft())
-                cut = self._cut(index, name, item)
-            except (InputError, MissingPackageError) as error:
-                self.refuse(name, error)
-                continue
             yield cut
 
     def _cut(

@@ -16,11 +16,9 @@ from budwood.errors import InputError, first_line
 from budwood.files import read_json
 from budwood.optional import need
 from budwood.points.accumulation import rigid_motions
-from budwood.points.io import READERS
+from budwood.points.io import stem
 from budwood.points.io.cloud import Array
-
-CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
-"""From a LiDAR (x forward, y left, z up) to a camera at the same place (x right, y down)."""
+from budwood.points.scanning.calibration import CAMERA, calibration_of, read_calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +61,14 @@ def read_poses(
         path: a text file of KITTI odometry (12 numbers a line, camera to world, a line a frame),
             or a folder with nuScenes' tables ``sample_data.json``, ``ego_pose.json`` and
             ``calibrated_sensor.json``.
-        frames: files of the frames, in order of time. If a KITTI file has more lines, the number
-            in the name of a frame is its line.
-        calibration: KITTI's ``calib.txt``; default the one beside the folder of the frames, or,
-            without one, a camera at the place of the LiDAR.
+        frames: files of the frames. If a KITTI file has more lines, the number in the name of a
+            frame is its line; names that are no numbers stand in the order of the lines.
+        calibration: KITTI's ``calib.txt``, or a folder with a file for each frame, such as
+            ``000000.txt``; default the one beside the folder of the frames, or, without one, a
+            camera at the place of the LiDAR.
+
+    Returns:
+        The poses in the order of the frames.
 
     Raises:
         InputError: no such file, something else in it, or poses that do not match the frames.
@@ -107,13 +109,15 @@ def _kitti(path: Path, frames: list[Path], calibration: str | os.PathLike[str] |
     rows = rows[_lines(path, len(rows), frames)]
     matrices = np.tile(np.eye(4), (len(rows), 1, 1))
     matrices[:, :3] = rows.reshape(-1, 3, 4)
-    file = _calibration(frames, calibration)
-    if file is None:
-        note = (
-            "poses are read as those of a camera at the place of the LiDAR: there is no calib.txt"
+    files = [calibration_of(frame, calibration) for frame in frames]
+    moves = {file: CAMERA if file is None else read_calibration(file)["Tr"] for file in {*files}}
+    matrices @= np.stack([moves[file] for file in files])
+    notices = ()
+    if None in moves:
+        notices = (
+            "poses are read as those of a camera at the place of the LiDAR: there is no calib.txt",
         )
-        return Poses(check_poses(matrices @ CAMERA, len(frames), str(path)), notices=(note,))
-    return Poses(check_poses(matrices @ read_calibration(file)["Tr"], len(frames), str(path)))
+    return Poses(check_poses(matrices, len(frames), str(path)), notices=notices)
 
 
 def _lines(path: Path, n_lines: int, frames: list[Path]) -> list[int]:
@@ -128,49 +132,6 @@ def _lines(path: Path, n_lines: int, frames: list[Path]) -> list[int]:
         f"{path} has {n_lines} poses, and there are {len(frames)} frames; give the frames of the "
         "poses, or frames whose names are the numbers of their lines"
     )
-
-
-def _calibration(frames: list[Path], given: str | os.PathLike[str] | None) -> Path | None:
-    if given is not None:
-        return Path(given)
-    beside = frames[0].absolute().parent.parent / "calib.txt"
-    return beside if beside.is_file() else None
-
-
-def read_calibration(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """Read a calibration of KITTI, of odometry or of object detection.
-
-    Returns:
-        ``Tr``: from the LiDAR to the (rectified) camera, shape (4, 4); ``P``: the left colour
-        camera's projection, shape (3, 4), where the file has it.
-
-    Raises:
-        InputError: the file cannot be read, or has no ``Tr`` or ``Tr_velo_to_cam``.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        parts = [line.partition(":") for line in lines if ":" in line]
-        values = {key.strip(): np.array(text.split(), dtype=float) for key, _, text in parts}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not a KITTI calibration: {error}") from None
-    name = next((key for key in ("Tr_velo_to_cam", "Tr") if key in values), None)
-    if name is None or values[name].size != 12:
-        raise InputError(f"{path} is not a KITTI calibration: it has no Tr of 12 numbers")
-    found = {"Tr": _square(values[name])}
-    rectify = values.get("R0_rect")
-    if rectify is not None and rectify.size == 9:
-        turn = np.eye(4)
-        turn[:3, :3] = rectify.reshape(3, 3)
-        found["Tr"] = turn @ found["Tr"]
-    if values.get("P2", np.empty(0)).size == 12:
-        found["P"] = values["P2"].reshape(3, 4)
-    return found
-
-
-def _square(numbers: Array) -> Array:
-    return np.vstack([numbers.reshape(3, 4), [0, 0, 0, 1]])
 
 
 def _nuscenes(folder: Path, frames: list[Path]) -> Poses:
@@ -232,11 +193,3 @@ def _rigid(row: dict[str, Any]) -> Array:
     matrix[:3, :3] = transform.Rotation.from_quat([x, y, z, w]).as_matrix()
     matrix[:3, 3] = row["translation"]
     return matrix
-
-
-def stem(path: Path) -> str:
-    """The name of a file without its suffixes: nuScenes writes ``.pcd.bin``."""
-    name = path.name
-    while (suffix := Path(name).suffix).lower() in READERS:
-        name = name.removesuffix(suffix)
-    return name
