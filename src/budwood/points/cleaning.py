@@ -17,6 +17,7 @@ from budwood.errors import InputError
 from budwood.optional import need
 from budwood.points.axes import to_up
 from budwood.points.io.cloud import Array, Cloud
+from budwood.points.io.units import METRES
 from budwood.points.sampling import random_points, repeated_points
 
 STRAY, GROUND, REPEATED = "stray", "ground", "repeated"
@@ -121,7 +122,8 @@ def without_ground(cloud: Cloud, up: str, seed: int = 0) -> Cloud:
     need_kind(Cloud, "Cloud, such as read() gives", cloud=cloud)
     points = to_up(cloud.xyz, up, "z")
     extent = np.ptp(np.quantile(points, (0.01, 0.99), axis=0), axis=0).max()
-    thickness = THICKNESS_M if cloud.assumed.units == "m" else THICKNESS * float(extent)
+    metre = METRES.get(cloud.assumed.units or "")
+    thickness = THICKNESS_M / metre if metre else THICKNESS * float(extent)
     fitted = points[random_points(points, FITTED, seed)]
     plane = _level_plane(fitted, thickness, seed) if thickness > 0 else None
     if plane is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,14 @@ RGB_NAMES = ("rgb", "rgba", "colors", "color", "colours", "colour")
 """Fields that hold all colours, as three or four columns or packed into one number."""
 LON_LAT = ("lon", "long", "longitude", "lng"), ("lat", "latitude")
 
+EASTING, NORTHING = ("easting", "east", "e"), ("northing", "north", "n")
+HEIGHT = ("height", "elevation", "altitude", "alt", "up", "h", "u")
+"""Names of coordinates in surveys; they count where x and y have no names."""
+
 _UNIT = re.compile(r"\s*[(\[].*[)\]]$")  # "X (m)"
 _NUMBERED = re.compile(r"(?:points?|xyz)(?:_m_xyz)?[ _.:]?([012])")  # ParaView, VeloView
-_OF_POINTS = r"(?:cartesian|position|pos|points?|coords?|vertex)?[ _.:]?"
-_COORDINATE = re.compile(_OF_POINTS + r"([xyz])(?:[ _](?:coord|coordinate|m))?")
+_OF_POINTS = r"(?:cartesian|position|pos|points?|coords?|vertex|field)?[ _.:]?"
+_COORDINATE = re.compile(_OF_POINTS + r"([xyz])(?:[ _](?:coord|coordinate|[mck]?m|ft))?")
 _OF_COLORS = r"(?:diffuse|vertex|points?|colou?rs?|rgb)?[ _.:]?"
 _COLOR = re.compile(_OF_COLORS + r"([rgb]|red|green|blue)(?:[ _]?(?:8|16|channel))?")
 
@@ -34,13 +38,41 @@ def letter_of(name: str) -> str | None:
     >>> [letter_of(name) for name in ("X", "cartesianY", "Points:2", "diffuse_red", "nx")]
     ['x', 'y', 'z', 'r', None]
     """
-    plain = _UNIT.sub("", name.strip().strip("\"'").lower().removeprefix("//").strip())
+    plain = _plain(name)
     if numbered := _NUMBERED.fullmatch(plain):
         return "xyz"[int(numbered[1])]
     if coordinate := _COORDINATE.fullmatch(plain):
         return coordinate[1]
     color = _COLOR.fullmatch(plain)
     return color[1][0] if color else None
+
+
+def header_letters(names: Sequence[str]) -> str:
+    """Letters of the columns that a header names, ``_`` for those that are left out.
+
+    >>> header_letters(["Time (ns)", "X (mm)", "Y (mm)", "Z (mm)"]), header_letters(["E", "N", "h"])
+    ('_xyz', 'xyz')
+    """
+    letters = [letter_of(name) or "_" for name in names]
+    if is_survey(names):
+        plain = [_plain(name) for name in names]
+        for letter, spellings in zip("xyz", (EASTING, NORTHING, HEIGHT)):
+            name = named(plain, spellings)
+            if name is not None and letter not in letters:
+                letters[plain.index(name)] = letter
+    return "".join(letters)
+
+
+def is_survey(names: Iterable[str]) -> bool:
+    """Whether the coordinates are easting and northing, above which height points up."""
+    plain = [_plain(name) for name in names]
+    has_others = {"x", "y"} & {letter_of(name) for name in plain}
+    return not has_others and all(named(plain, wanted) for wanted in (EASTING, NORTHING))
+
+
+def _plain(name: str) -> str:
+    """A name in small letters, without quotes, the mark of a comment, and its unit in brackets."""
+    return _UNIT.sub("", name.strip().strip("\"'").lower().removeprefix("//").strip())
 
 
 def letters_of(names: Iterable[str]) -> dict[str, str]:

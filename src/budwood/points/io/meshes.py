@@ -30,19 +30,10 @@ from budwood.points.io.mesh_checks import CHECKS
 from budwood.points.io.mesh_colors import GREY, Paint, paint_of, vertex_colors, vertex_paint
 from budwood.points.io.mesh_files import missing_files
 from budwood.points.io.ply_header import plain_names, uncommon_colors
+from budwood.points.io.units import SPELLINGS
 
 Array = NDArray[Any]
 NEEDS = {".3mf": ("lxml", "networkx")}
-UNITS = {
-    "meter": "m",
-    "centimeter": "cm",
-    "millimeter": "mm",
-    "micrometer": "micron",
-    "micron": "micron",
-    "inch": "in",
-    "foot": "ft",
-}
-"""By trimesh's and 3MF's names, without a plural's s."""
 
 
 def read_mesh(path: Path, options: ReadOptions) -> Cloud:
@@ -64,17 +55,12 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
     if not parts:
         raise InputError(f"{path} has no points")
     cloud = _cloud(path, _recolored(parts, recolored), options)
-    if units := UNITS.get(_singular(str(scene.units))):
+    if units := SPELLINGS.get(str(scene.units)):
         cloud = cloud.assuming(units=units)
     if missing := missing_files(path):
         names = ", ".join(missing[:3])
         cloud = cloud.noting(f"{names} cannot be found, so its colours are not used")
     return cloud
-
-
-def _singular(unit: str) -> str:
-    """A unit's name in the singular: feet, inches and meters have one each."""
-    return {"feet": "foot", "inches": "inch"}.get(unit, unit.removesuffix("s"))
 
 
 class Draw(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from budwood.points.io.fields import (
     XYZ_NAMES,
     colors_of,
     from_fields,
+    is_survey,
     letters_of,
     named,
     no_coordinates,
 )
+from budwood.points.io.text_cells import number_of
 from budwood.points.io.text_layout import TEXT, Layout, layout_of
+from budwood.points.io.units import with_named_units
 
 LEICA_COLUMNS = {7: "xyz_rgb"}
 
@@ -51,6 +55,7 @@ def cloud_of(
     fields = {name: flat[name] for name in table.dtype.names}
     xyz, rgb = from_fields(fields, source)
     cloud = make_cloud(xyz[:, :3], rgb, source=source, invalid=invalid)
+    cloud = with_named_units(cloud, [*letters_of(fields).values()])
     return cloud.noting(no_effect(columns, "fields with names"))
 
 
@@ -84,6 +89,7 @@ def read_npz(path: Path, options: ReadOptions) -> Cloud:
     if name is None:
         xyz, _ = from_fields(data, str(path))
         cloud = make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+        cloud = with_named_units(cloud, [*letters_of(names).values()])
         return cloud.noting(no_effect(options.columns, "arrays with names"))
     if rgb is None or data[name].dtype.names is not None:
         return cloud_of(data[name], str(path), options.columns, options.invalid)
@@ -94,14 +100,17 @@ def read_npz(path: Path, options: ReadOptions) -> Cloud:
 def read_text(path: Path, options: ReadOptions) -> Cloud:
     """Read rows of numbers, separated by blanks, commas or semicolons; # starts a comment.
 
-    A header, in a comment or not, names the columns. An integer alone in the first line is the
-    number of rows, as in some .xyz files.
+    A header, in a comment or not, names the columns and perhaps their units. Empty cells
+    are NaN. An integer alone in the first line is the number of rows, as in some .xyz files.
     """
     layout = layout_of(path, options.columns)
     table = _table(path, path, layout, layout.skip)
     _check_count(path, layout.n_points, table)
-    cloud = cloud_of(table, str(path), layout.letters, options.invalid)
-    return cloud.assuming(columns=None) if layout.has_names else cloud
+    cloud = cloud_of(table, str(path), layout.letters, options.invalid).noting(layout.note)
+    if layout.names is None:
+        return cloud
+    cloud = with_named_units(cloud, layout.names).assuming(columns=None)
+    return cloud.assuming(up="z") if is_survey(layout.names) else cloud
 
 
 def read_pts(path: Path, options: ReadOptions) -> Cloud:
@@ -120,19 +129,27 @@ def read_pts(path: Path, options: ReadOptions) -> Cloud:
 def _table(
     path: Path, rows: Path | Iterator[str], layout: Layout, skip: int = 0
 ) -> NDArray[np.float64]:
+    load = functools.partial(
+        np.loadtxt,
+        rows,
+        delimiter=layout.separator,
+        skiprows=skip,
+        usecols=layout.used,
+        ndmin=2,
+        encoding=TEXT,
+        comments=None if layout.has_header else "#",
+        quotechar='"',
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of a file without data: checked below
-            table = np.loadtxt(
-                rows,
-                delimiter=layout.separator,
-                skiprows=skip,
-                usecols=layout.used,
-                ndmin=2,
-                encoding=TEXT,
-                comments=None if layout.has_header else "#",
-            )
-    except (ValueError, UnicodeDecodeError) as error:
+            try:
+                table = load()
+            except ValueError:
+                if layout.separator is None:
+                    raise
+                table = load(converters=number_of)  # slower: cells may be empty
+    except ValueError as error:  # UnicodeDecodeError is one
         reason = first_line(error).partition("; use `usecols`")[0]
         raise InputError(f"{path} is not a table of numbers: {reason}") from None
     if table.size == 0:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from budwood.errors import InputError
 from budwood.points.io.cloud import are_columns
-from budwood.points.io.fields import LON_LAT, letter_of, named, no_coordinates
+from budwood.points.io.fields import LON_LAT, header_letters, named, no_coordinates
+from budwood.points.io.text_cells import cells_of, is_empty, is_number, names_of, separator_of
 
 TEXT = "utf-8-sig"  # UTF-8 with or without a byte-order mark, which spreadsheets write
 _DECIMAL_COMMA = re.compile(r"(?:^|[;\s])-?\d+,\d+(?:[;\s]|$)")
@@ -23,20 +25,22 @@ class Layout:
         skip: lines to skip.
         columns: letters of the columns, as given or by the header; None without either.
         n_points: how many the first line declares; None if it does not.
-        has_names: whether the columns are named in the file.
+        names: of the columns, if they come from the file.
         has_words: whether other columns may hold text, so that only those with letters are read.
         has_header: whether a line that is no comment names the columns; # may then be data.
         width: columns before a separator at the end of each row; None without one.
+        note: for the user, on a header that is not used.
     """
 
     separator: str | None
     skip: int
     columns: str | None = None
     n_points: int | None = None
-    has_names: bool = False
+    names: tuple[str, ...] | None = None
     has_words: bool = False
     has_header: bool = False
     width: int | None = None
+    note: str | None = None
 
     @property
     def used(self) -> list[int] | None:
@@ -62,68 +66,115 @@ def layout_of(path: Path, columns: str | None) -> Layout:
         InputError: it is no table, its header names no coordinates, or has no header and words.
     """
     head = _head(path)
-    separator = _separator(head.first)
-    fields = head.fields(head.first, separator)
-    numbers = [_is_number(field) for field in fields]
-    if len(fields) == 1 and fields[0].isdecimal():
-        return Layout(separator, head.skip + 1, columns, int(fields[0]))
-    names = None if columns else _commented(head.comment, len(fields))
-    if separator == "," and _counts_columns(fields, head.second):
+    separator = separator_of(head.first)
+    cells = cells_of(head.first, separator)
+    if len(cells) == 1 and cells[0].isdecimal():
+        return Layout(separator, head.skip + 1, columns, int(cells[0]))
+    if separator == "," and _counts_columns(cells, head.second):
         return Layout(separator, head.skip + 1, columns)
-    if all(numbers):
-        width = len(fields) if separator and head.first.endswith(separator) else None
-        return Layout(
-            separator, head.skip, columns or names, has_names=names is not None, width=width
-        )
-    if any(numbers):
-        if columns is None and names is None:
-            raise _no_numbers(path, head.first)
-        if columns is not None and len(columns) != len(fields):
-            raise InputError(
-                f"{path} has {len(fields)} columns, columns={columns!r} names {len(columns)}"
-            )
-        return Layout(
-            separator, head.skip, columns or names, has_names=columns is None, has_words=True
-        )
-    return _below_header(path, head, separator, columns)
+    numbers = [is_number(cell) for cell in cells if not is_empty(cell)]
+    if any(numbers) or not numbers:
+        return _below_comments(path, head, separator, columns)
+    return _below_header(path, head, columns)
 
 
-def _below_header(path: Path, head: _Head, separator: str | None, columns: str | None) -> Layout:
-    """The layout of a table whose first line names its columns."""
-    if columns is not None:
-        return Layout(separator, head.skip + 1, columns)
-    if _DECIMAL_COMMA.search(head.first):
+def _below_comments(path: Path, head: _Head, separator: str | None, columns: str | None) -> Layout:
+    """The layout of a table whose first line is a row; a comment may name its columns."""
+    cells = cells_of(head.first, separator)
+    names, note = None, None
+    if columns is None:
+        names, note = _commented(path, head.comments, separator, cells)
+    letters = header_letters(names) if names else columns
+    layout = Layout(separator, head.skip, letters, names=names, note=note)
+    second = cells_of(head.second, separator)
+    wanted = letters or (second if second and second[-1] else "")
+    n_columns = _n_columns(cells, len(wanted))
+    if all(is_number(cell) or is_empty(cell) for cell in cells):
+        return layout if n_columns == len(cells) else replace(layout, width=n_columns)
+    if letters is None:
         raise _no_numbers(path, head.first)
+    if len(letters) != n_columns:
+        raise InputError(
+            f"{path} has {n_columns} columns, columns={letters!r} names {len(letters)}"
+        )
+    return replace(layout, has_words=True)
+
+
+def _below_header(path: Path, head: _Head, columns: str | None) -> Layout:
+    """The layout of a table whose first line names its columns."""
+    declared = int(head.second) if head.second.isdecimal() else None  # as CloudCompare writes it
+    row = head.first if declared is not None or not head.second else head.second
+    separator = separator_of(row)
     if "\t" in head.first and separator is None:
         separator = "\t"  # names may hold blanks
-    names = head.fields(head.first, separator)
-    columns = _header(path, head.first, names)
+    values = cells_of(row, separator)
+    if columns is not None:
+        n_columns = _n_columns(values, len(columns))
+        width = None if n_columns == len(values) else n_columns
+        return Layout(separator, head.skip + 1, columns, width=width)
+    if _DECIMAL_COMMA.search(head.first):
+        raise _no_numbers(path, head.first)
+    names = next(_fitting(head.first, separator, values), None)
+    if names is None:
+        raise _unequal(path, head, separator, values)
     layout = Layout(
-        separator, head.before_second, columns, has_names=True, has_words=True, has_header=True
+        separator,
+        head.before_second + (declared is not None),
+        _header(path, head.first, names),
+        n_points=declared,
+        names=tuple(names),
+        has_words=True,
+        has_header=True,
     )
-    values = head.fields(head.second, separator)
-    if len(values) == 1 and values[0].isdecimal():  # as CloudCompare writes it
-        return replace(layout, skip=head.before_second + 1, n_points=int(values[0]))
-    if not head.second:
-        return layout
-    if len(values) != len(names):
-        raise InputError(
-            f"{path}: its header names {len(names)} columns, and its first row has {len(values)}; "
-            "correct it, or name the columns with columns='xyz_rgb'"
-        )
-    if not all(_is_number(values[at]) for at in layout.used or ()):
+    used = [values[at] for at in layout.used or ()]
+    if (
+        head.second
+        and declared is None
+        and not all(is_number(cell) or is_empty(cell) for cell in used)
+    ):
         raise _no_numbers(path, head.second)
     return layout
 
 
-def _counts_columns(fields: list[str], row: str) -> bool:
-    """Whether 0, 1, 2, … stand above decimals, as pandas writes a table without names."""
-    return fields == [str(i) for i in range(len(fields))] and len(fields) > 2 and "." in row
+def _n_columns(cells: Sequence[str], wanted: int) -> int:
+    """How many columns a row has.
+
+    A separator at its end separates nothing, but where as many columns are wanted.
+    """
+    at_end = any(cells) and not cells[-1]
+    return len(cells) - (at_end and len(cells) != wanted)
 
 
-def _separator(line: str) -> str | None:
-    """What is between values; a comma beside semicolons is a decimal one."""
-    return next((mark for mark in ";," if mark in line), None)
+def _fitting(line: str, separator: str | None, row: Sequence[str]) -> Iterator[list[str]]:
+    """The ways to split a line into as many names as a row has columns."""
+    for names in names_of(line, separator):
+        if len(names) > 1 and not names[-1] and len(names) == len(row) + 1:
+            names = names[:-1]
+        if _n_columns(row, len(names)) == len(names):
+            yield names
+
+
+def _unequal(path: Path, head: _Head, separator: str | None, row: Sequence[str]) -> InputError:
+    """The error for a header with more or fewer names than the first row has values."""
+    names = next(names_of(head.first, separator))
+    letters = header_letters(names)
+    if all(named(names, spellings) for spellings in LON_LAT) or not set("xyz") <= set(letters):
+        return _no_names(path, head.first, names)
+    if _DECIMAL_COMMA.search(head.second):
+        return _no_numbers(path, head.second)
+    return InputError(
+        f"{path}: its header names {len(names)} columns, and its first row has {len(row)}; "
+        "correct it, or name the columns with columns='xyz_rgb'"
+    )
+
+
+def _counts_columns(cells: list[str], row: str) -> bool:
+    """Whether 0, 1, 2, … stand above decimals, as pandas writes a table without names.
+
+    The index of the rows has no name.
+    """
+    counts = cells[1:] if not cells[0] else cells
+    return counts == [str(i) for i in range(len(counts))] and len(counts) > 2 and "." in row
 
 
 def _no_numbers(path: Path, row: str) -> InputError:
@@ -145,26 +196,20 @@ class _Head:
         first: that line; "" if there is none.
         second: the next such line.
         before_second: lines before it.
-        comment: the last comment up to the first line.
+        comments: up to the first line.
     """
 
     skip: int
     first: str
     second: str
     before_second: int
-    comment: str
-
-    @staticmethod
-    def fields(line: str, separator: str | None) -> list[str]:
-        """Values or names of a line; a separator at its end separates nothing."""
-        if separator is not None:
-            line = line.removesuffix(separator)
-        return [field.strip() for field in line.split(separator)]
+    comments: tuple[str, ...]
 
 
 def _head(path: Path) -> _Head:
     lines: list[str] = []
-    skip, at, comment = 0, 0, ""
+    comments: list[str] = []
+    skip, at = 0, 0
     with path.open(encoding=TEXT, errors="replace") as file:
         for line in file:
             if "\0" in line:
@@ -175,44 +220,61 @@ def _head(path: Path) -> _Head:
             if len(lines) == 2:
                 break
             at += 1
-            if not lines or (len(lines) == 1 and plain):
-                comment = remark.strip() or comment
+            if (not lines or plain) and (remark := remark.strip("# \t\r\n")):
+                comments.append(remark)
             skip += not lines
     first, second = (*lines, "", "")[:2]
-    return _Head(skip, first, second, at, comment)
+    return _Head(skip, first, second, at, tuple(comments))
 
 
 def _as_row(line: str, header: str) -> str:
     """A line that begins with #, where it has as many fields as the header; else an empty one."""
-    mark = _separator(header) or "\t"
+    mark = separator_of(header) or "\t"
     return line.strip() if line.count(mark) == header.count(mark) > 0 else ""
 
 
-def _header(path: Path, first: str, fields: list[str]) -> str:
+def _header(path: Path, first: str, names: Sequence[str]) -> str:
     """Letters of the columns that a header names."""
-    columns = "".join(letter_of(field) or "_" for field in fields)
-    if all(named(fields, spellings) for spellings in LON_LAT):
-        raise no_coordinates(fields, str(path))
-    if not all(letter in columns for letter in "xyz"):
-        raise InputError(f"{path}: its header {first[:60]!r} names no columns x, y and z")
-    if not are_columns(columns):
+    letters = header_letters(names)
+    if all(named(names, spellings) for spellings in LON_LAT) or not set("xyz") <= set(letters):
+        raise _no_names(path, first, names)
+    if not are_columns(letters):
         raise InputError(
             f"{path}: its header {first[:60]!r} must name x, y, z once and r, g, b once or not at "
             "all; correct it, or name the columns with columns='xyz_rgb'"
         )
-    return columns
+    return letters
 
 
-def _commented(comment: str, width: int) -> str | None:
-    """Letters of the columns that a comment above the rows names; None if it names none."""
-    names = re.split(r"[\s,;]+", comment)
-    columns = "".join(letter_of(name) or "_" for name in names)
-    return columns if len(names) == width and are_columns(columns) else None
+def _no_names(path: Path, first: str, names: Sequence[str]) -> InputError:
+    """The error for a header without the names of coordinates."""
+    if all(named(names, spellings) for spellings in LON_LAT):
+        return no_coordinates(names, str(path))
+    return InputError(f"{path}: its header {first[:60]!r} names no columns x, y and z")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _commented(
+    path: Path, comments: Sequence[str], separator: str | None, row: Sequence[str]
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """Names of the columns by the last comment that has as many, x, y and z among them.
+
+    Returns:
+        The names, and a note on a comment that names x, y and z, but not as many columns as there
+        are; None for each if there is none.
+
+    Raises:
+        InputError: it names a coordinate twice, or longitude and latitude.
+    """
+    for comment in reversed(comments):
+        for names in _fitting(comment, separator, row):
+            on_earth = all(named(names, spellings) for spellings in LON_LAT)
+            if on_earth or set("xyz") <= set(header_letters(names)):
+                _header(path, comment, names)
+                return tuple(names), None
+    for comment in reversed(comments):
+        if any(are_columns(header_letters(names)) for names in names_of(comment, separator)):
+            return None, (
+                f"the comment {comment[:60]!r} names other columns than the {len(row)} that its "
+                "rows have, so it is not used; name the columns with columns='xyz_rgb' (--columns)"
+            )
+    return None, None
