@@ -677,7 +677,77 @@ def test_points_behind_those_that_a_pcd_declares(tmp_path):
     path.write_text(head.format(n=15, kind="ascii") + rows("{} {} {}") + "\n")
     assert "is damaged: 20 points, and its header says 15" in refused(path)
     path.write_text(head.format(n=-5, kind="ascii") + rows("{} {} {}") + "\n")
-    assert "is damaged: POINTS -5" in refused(path)
+    assert "is damaged: WIDTH -5; expected one number" in refused(path)
+
+
+PCD_HEADER = {
+    "VERSION": "0.7",
+    "FIELDS": "x y z",
+    "SIZE": "4 4 4",
+    "TYPE": "F F F",
+    "COUNT": "1 1 1",
+    "WIDTH": "20",
+    "HEIGHT": "1",
+    "VIEWPOINT": "0 0 0 1 0 0 0",
+    "POINTS": "20",
+    "DATA": "ascii",
+}
+
+
+def save_pcd(folder, **changes):
+    head = "".join(f"{key} {value}\n" for key, value in (PCD_HEADER | changes).items())
+    (folder / "a.pcd").write_text(head + rows("{} {} {}") + "\n")
+    return folder / "a.pcd"
+
+
+@pytest.mark.parametrize("key", PCD_HEADER)
+def test_lines_of_a_pcd_with_nothing_behind_the_keyword(key, tmp_path):
+    path = save_pcd(tmp_path, **{key: ""})
+    if key in ("FIELDS", "SIZE", "TYPE", "WIDTH", "DATA"):
+        assert f"is damaged: its header lacks {key}" in refused(path)
+    else:
+        np.testing.assert_allclose(read(path).xyz, ROWS, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("POINTS", "1 1", "is damaged: POINTS 1 1; expected one number"),
+        ("POINTS", "1", "is damaged: 20 points, and its header says 1"),
+        ("WIDTH", "x", "is damaged: WIDTH x; expected one number"),
+        ("HEIGHT", "-1", "is damaged: HEIGHT -1; expected one number"),
+        ("COUNT", "1 1 x", "is damaged: COUNT 1 1 x; expected numbers"),
+        ("COUNT", "0 0 0", "is damaged: COUNT 0 0 0; expected numbers"),
+        ("DATA", "text", "has DATA text; ascii, binary, binary_compressed are understood"),
+    ],
+)
+def test_headers_of_pcd_that_are_refused(key, value, reason, tmp_path):
+    assert reason in refused(save_pcd(tmp_path, **{key: value}))
+
+
+def test_width_and_height_of_a_pcd_that_are_not_its_points(tmp_path):
+    for width, height in ((3, 2), (40, 1)):
+        cloud = read(save_pcd(tmp_path, WIDTH=width, HEIGHT=height))
+        np.testing.assert_allclose(cloud.xyz, ROWS, atol=1e-6)
+        assert cloud.assumed.notes == (
+            f"its header says POINTS 20, but WIDTH {width} and HEIGHT {height}",
+        )
+    assert not read(save_pcd(tmp_path, WIDTH=5, HEIGHT=4)).assumed.notes
+
+
+def test_compressed_pcd_with_another_number_of_points(tmp_path):
+    import pypcd4
+
+    path = tmp_path / "a.pcd"
+    xyz = np.tile(ROWS, (10, 1)).astype(np.float32)  # others are not packed
+    cloud = pypcd4.PointCloud.from_xyz_points(xyz)
+    cloud.save(path, encoding=pypcd4.Encoding.BINARY_COMPRESSED)
+    np.testing.assert_array_equal(read(path).xyz, xyz)
+    whole = path.read_bytes()
+    assert b"DATA binary_compressed" in whole
+    for n in (1, 199, 201):
+        path.write_bytes(whole.replace(b"POINTS 200", b"POINTS %d" % n))
+        assert f"its data are 200 points, and its header says {n}" in refused(path)
 
 
 def test_withheld_points_of_las_are_left_out(tmp_path):
