@@ -50,7 +50,7 @@ FORMATS = {
     ".xyz": Format("tables:read_text", names_columns=False),
     ".txt": Format("tables:read_text", names_columns=False),
     ".csv": Format("tables:read_text", names_columns=False),
-    ".off": Format("meshes:read_mesh"),
+    ".off": Format("meshes:read_off"),
     ".obj": Format("meshes:read_mesh"),
     ".stl": Format("meshes:read_mesh"),
     ".glb": Format("meshes:read_mesh", "y", "m"),

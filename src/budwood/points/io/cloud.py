@@ -164,6 +164,19 @@ def not_finite(n_bad: int, n_points: int, source: str) -> InputError:
     )
 
 
+def some_colored(n_colored: int, n_all: int, what: str) -> str | None:
+    """A note that colours are lost, since only some parts of a file have them.
+
+    Args:
+        n_colored: how many have colours.
+        n_all: how many there are.
+        what: they are.
+    """
+    if n_colored in (0, n_all):
+        return None
+    return f"{n_colored} of {n_all} {what} have colours, so none are used"
+
+
 def _in_degrees(xyz: Array) -> bool:
     """Whether x and y look like degrees and z like metres, by their ranges and extents."""
     low, high = xyz.min(axis=0), xyz.max(axis=0)

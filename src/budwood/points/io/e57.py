@@ -9,12 +9,22 @@ import numpy as np
 
 from budwood.errors import InputError
 from budwood.optional import need
-from budwood.points.io.cloud import NO_RETURN, Cloud, ReadOptions, damaged, make_cloud
-from budwood.points.io.fields import from_fields
+from budwood.points.io.cloud import (
+    NO_RETURN,
+    Cloud,
+    ReadOptions,
+    damaged,
+    make_cloud,
+    some_colored,
+)
+from budwood.points.io.fields import colors_of, from_fields
 
 
 def read_e57(path: Path, options: ReadOptions) -> Cloud:
-    """Read all scans of a file, each at its pose, without the points that are marked invalid."""
+    """Read all scans of a file, each at its pose, without the points that are marked invalid.
+
+    Colours are used if all scans have them.
+    """
     pye57 = need("pye57", "reading .e57")
     try:
         with pye57.E57(str(path)) as file:
@@ -28,6 +38,8 @@ def read_e57(path: Path, options: ReadOptions) -> Cloud:
     fields = {name: np.concatenate([scan[name] for scan in scans]) for name in shared}
     xyz, rgb = from_fields(fields, str(path))
     cloud = make_cloud(xyz, rgb, source=str(path), invalid=options.invalid)
+    n_colored = sum(colors_of(scan, str(path)) is not None for scan in scans)
+    cloud = cloud.noting(some_colored(n_colored, len(scans), "scans") if rgb is None else None)
     n_invalid = n_declared - len(xyz)
     if not n_invalid:
         return cloud

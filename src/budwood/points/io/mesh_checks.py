@@ -61,22 +61,6 @@ def check_obj(path: Path) -> None:
         raise InputError(f"{path} is truncated: its last line is {' '.join(fields)!r}")
 
 
-def check_off(path: Path) -> None:
-    """Check the number of rows. The counts may be on the line of ``OFF``, as in ModelNet40."""
-    with path.open("rb") as file:
-        rows = [row for line in file if (row := line.split(b"#")[0].strip())]
-    _, keyword, rest = rows[0].partition(b"OFF") if rows else (b"", b"", b"")
-    if not keyword:
-        raise InputError(f"{path} is not an OFF file: it does not begin with OFF")
-    body = ([rest] if rest else []) + rows[1:]
-    counts = body[0].split() if body else []
-    if len(counts) < 2 or not all(count.isdigit() for count in counts):
-        raise InputError(f"{path} is truncated or no OFF file: it declares no counts")
-    n_rows, wanted = len(body) - 1, int(counts[0]) + int(counts[1])
-    if n_rows < wanted:
-        raise InputError(f"{path} is truncated: {n_rows} of {wanted} rows")
-
-
 def check_ply(path: Path) -> None:
     """Check the properties, and the rows of an ASCII file or the least size of a binary one."""
     with path.open("rb") as file:
@@ -151,7 +135,6 @@ def check_3mf(path: Path) -> None:
 
 CHECKS: dict[str, Callable[[Path], None]] = {
     ".stl": check_stl,
-    ".off": check_off,
     ".glb": check_glb,
     ".gltf": check_gltf,
     ".3mf": check_3mf,

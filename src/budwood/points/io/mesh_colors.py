@@ -23,8 +23,7 @@ def paint_of(mesh: Any) -> Paint | None:
     if visual is None or not getattr(visual, "defined", False):
         return None
     if visual.kind == "face":
-        colors = _unit(visual.face_colors)
-        return lambda faces, weights: colors[faces]
+        return face_paint(_unit(visual.face_colors))
     if visual.kind == "vertex":
         return vertex_paint(_unit(visual.vertex_colors), np.asarray(mesh.faces))
     return _material_paint(visual, np.asarray(mesh.faces))
@@ -38,6 +37,15 @@ def vertex_paint(colors: Array, faces: Array) -> Paint:
         faces: vertices of each, shape (n_faces, 3).
     """
     return lambda chosen, weights: _between(colors, faces[chosen], weights).clip(0, 1)
+
+
+def face_paint(colors: Array) -> Paint:
+    """Colour each face alike.
+
+    Args:
+        colors: in [0, 1], shape (n_faces, 3).
+    """
+    return lambda chosen, weights: colors[chosen]
 
 
 def vertex_colors(geometry: Any, n_vertices: int) -> Array | None:

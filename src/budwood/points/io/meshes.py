@@ -1,4 +1,4 @@
-"""Meshes by trimesh: .ply, .off, .obj, .stl, .glb, .gltf, .3mf. Their surface is sampled.
+"""Meshes: .ply, .obj, .stl, .glb, .gltf and .3mf by trimesh, and .off. Their surface is sampled.
 
 A file without faces, as many .ply are, is a cloud, and its vertices are the points.
 """
@@ -23,12 +23,21 @@ from budwood.points.io.cloud import (
     damaged,
     make_cloud,
     not_finite,
+    some_colored,
     unit_colors,
 )
 from budwood.points.io.fields import colors_of
 from budwood.points.io.mesh_checks import CHECKS
-from budwood.points.io.mesh_colors import GREY, Paint, paint_of, vertex_colors, vertex_paint
+from budwood.points.io.mesh_colors import (
+    GREY,
+    Paint,
+    face_paint,
+    paint_of,
+    vertex_colors,
+    vertex_paint,
+)
 from budwood.points.io.mesh_files import missing_files
+from budwood.points.io.off_files import off_mesh
 from budwood.points.io.ply_header import plain_names, uncommon_colors
 from budwood.points.io.units import SPELLINGS
 
@@ -61,6 +70,22 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
         names = ", ".join(missing[:3])
         cloud = cloud.noting(f"{names} cannot be found, so its colours are not used")
     return cloud
+
+
+def read_off(path: Path, options: ReadOptions) -> Cloud:
+    """Read OFF with the colours of its vertices, or else of its faces."""
+    try:
+        vertices, faces, of_vertices, of_faces = off_mesh(path)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise damaged(path, error) from None
+    if not len(faces):
+        return make_cloud(vertices, of_vertices, source=str(path), invalid=options.invalid)
+    paint = None if of_faces is None else face_paint(of_faces)
+    if of_vertices is not None:
+        paint = vertex_paint(of_vertices, faces)
+    return _cloud(path, [_Part(vertices, faces, paint=paint)], options)
 
 
 class Draw(NamedTuple):
@@ -131,9 +156,10 @@ def _cloud(path: Path, parts: list[_Part], options: ReadOptions) -> Cloud:
     vertices = np.concatenate([part.vertices for part in parts])
     surfaces = [part for part in parts if len(part.faces)]
     if not surfaces:
-        colored = all(part.colors is not None for part in parts)
-        colors = np.concatenate([part.colors for part in parts]) if colored else None  # type: ignore[misc]
-        return make_cloud(vertices, colors, source=str(path), invalid=options.invalid)
+        found = [part.colors for part in parts if part.colors is not None]
+        colors = np.concatenate(found) if len(found) == len(parts) else None
+        cloud = make_cloud(vertices, colors, source=str(path), invalid=options.invalid)
+        return cloud.noting(some_colored(len(found), len(parts), "parts"))
     starts = itertools.accumulate((len(part.vertices) for part in surfaces[:-1]), initial=0)
     vertices = as_points(np.concatenate([part.vertices for part in surfaces]), str(path))
     faces = np.concatenate([part.faces + start for part, start in zip(surfaces, starts)])
