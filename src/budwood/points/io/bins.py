@@ -32,6 +32,12 @@ columns up to the second fits as well."""
 BY_CHANCE = 1e-6
 CLEAR = 0.9
 """Another number is a rival from this fraction on."""
+HALVES = 20
+"""With fewer values, float16 cannot be told from float32."""
+SMALL_HALF, LARGE_HALF = 1e-3, 1e4
+"""Range of nearly all values of a table in float16; of random bits, a quarter is outside."""
+WIDE = 6
+"""Standard deviation in powers of 2 above which values are no usual float32."""
 _NAME_THEM = "name the columns, such as columns='xyz_' for KITTI's or 'xyz__' for nuScenes' five"
 
 
@@ -46,6 +52,10 @@ def read_bin(path: Path, options: ReadOptions) -> Cloud:
             f"{path} has {size} bytes, not a multiple of {what}: truncated, or of other columns"
         )
     values = np.fromfile(path, dtype="<f4")
+    _check_halves(values, path)
+    if options.columns is not None and width is not None:
+        coordinates = [options.columns.index(letter) for letter in "xyz"]
+        _check_values(values.reshape(-1, width)[:, coordinates].ravel(), path)
     if width is None:
         width = count_columns(values, path)
     table = values.reshape(-1, width)
@@ -151,6 +161,26 @@ def _check_values(values: NDArray[np.float32], path: Path) -> None:
             f"{path} holds no float32 coordinates: many of its values are NaN, above {LARGEST:g} "
             f"or below {SMALLEST:g}; save float32, or a format with a header"
         )
+
+
+def _check_halves(values: NDArray[np.float32], path: Path) -> None:
+    """Refuse a table of float16, two of which were read as one number.
+
+    Read as float16, its values are like each other, while the lower halves of float32 are of any
+    size, or few. Read as float32, its values spread over eight times as many powers of 2.
+    """
+    sample = values[:MOST_VALUES]
+    halves = sample.view("<f2").astype(np.float64)
+    if not len(halves) or not np.isfinite(halves[np.isfinite(sample).repeat(2)]).all():
+        return
+    lower = np.abs(halves[::2])
+    sizes = lower[lower > 0]
+    if len(sizes) < max(HALVES, len(lower) / 4) or len(np.unique(sizes)) < HALVES / 2:
+        return
+    usual = (sizes > SMALL_HALF) & (sizes < LARGE_HALF)
+    powers = np.log2(np.abs(sample[np.isfinite(sample) & (sample != 0)]).astype(np.float64))
+    if usual.mean() > 0.95 and powers.std() > WIDE:
+        raise InputError(f"{path} seems to hold float16, not float32; save float32")
 
 
 def _may_be(table: NDArray[np.float32]) -> bool:

@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from budwood.errors import InputError
 
 MOST_COLUMNS = 16
+ALIKE = 0.25
+"""Each channel has this fraction of the peak of another, and of its number of values."""
+BRIGHT, TOGETHER = 128, 0.7
+"""Least peak of bright channels of 8 bits, and least correlation of others."""
+MOST_ROWS = 100_000
+"""Rows that are looked at, about."""
+LATEST = 1e8
+"""First values above are times since 1970 in seconds or less; coordinates on earth are below."""
 _NAME_THEM = "name the columns with columns='xyz_rgb' (--columns)"
+_NAME_TIME = "name the columns, such as columns='_xyz' (--columns)"
 
 
 def split_columns(
@@ -51,8 +60,8 @@ def guess_columns(table: NDArray[Any], source: str) -> tuple[str, str | None]:
     """Letters of the columns of a table, by their values.
 
     The first three are x, y and z, as in all layouts that we know. Three neighbours among the
-    others are colours where exactly one such triple has the range of colours, and normals,
-    intensities and the like are left out.
+    others are colours where exactly one such triple looks like colours; normals, intensities,
+    labels and the like are left out.
 
     Args:
         table: numbers, shape (n_points, n_columns).
@@ -63,7 +72,7 @@ def guess_columns(table: NDArray[Any], source: str) -> tuple[str, str | None]:
 
     Raises:
         InputError: fewer than 3 columns or many, a table on its side, or a first column that counts
-            the rows.
+            the rows or is a time.
     """
     n_rows, width = table.shape
     if not 3 <= width <= MOST_COLUMNS:
@@ -72,17 +81,16 @@ def guess_columns(table: NDArray[Any], source: str) -> tuple[str, str | None]:
         raise InputError(
             f"{source} has {width} columns, expected 3 to {MOST_COLUMNS}{aside}; {_NAME_THEM}"
         )
-    if width > 3 and n_rows > 2 and _counts(table[:, 0]):
-        raise InputError(f"{source}: its first column counts the rows; {_NAME_THEM}")
+    note = _first_column(table, source) if width > 3 and n_rows > 2 else None
     starts = [at for at in range(3, width - 2) if are_colors(table[:, at : at + 3])]
-    if len(starts) == 1:
-        at = starts[0]
-        return "xyz" + "_" * (at - 3) + "rgb" + "_" * (width - at - 3), None
-    letters = "xyz" + "_" * (width - 3)
-    if not starts:
-        return letters, None
-    places = " or ".join(f"{at + 1} to {at + 3}" for at in starts)
-    return letters, f"colours could be in columns {places}, so none are used; {_NAME_THEM}"
+    sure = [at for at in starts if look_like_colors(table[:, at : at + 3])]
+    if len(sure) == 1:
+        at = sure[0]
+        return "xyz" + "_" * (at - 3) + "rgb" + "_" * (width - at - 3), note
+    if starts and note is None:
+        places = " or ".join(f"{at + 1} to {at + 3}" for at in sure or starts)
+        note = f"colours could be in columns {places}, so none are used; {_NAME_THEM}"
+    return "xyz" + "_" * (width - 3), note
 
 
 def are_colors(values: NDArray[Any]) -> bool:
@@ -91,21 +99,76 @@ def are_colors(values: NDArray[Any]) -> bool:
     That is 0…1, whole numbers up to 65,535, or others up to 255 of like range. Colours vary
     together: one column that never changes beside others that do is no colour.
     """
-    if not np.isfinite(values).all():
-        values = values[np.isfinite(values).all(axis=1)]
+    values = _finite(values)
     if not len(values) or values.min() < 0 or values.max() > 65535 or not values.any():
         return False
     still = (values == values[0]).all(axis=0)
     if len(values) > 9 and still.any() and not still.all():
         return False
-    if values.max() <= 1 or (values == np.round(values)).all():
+    if values.max() <= 1 or _whole(values):
         return True
     peaks = values.max(axis=0)
     return bool(peaks.max() <= 255 and peaks.min() > 0.1 * peaks.max())
 
 
-def _counts(column: NDArray[Any]) -> bool:
-    return bool(column[0] in (0, 1) and (np.diff(column) == 1).all())
+def look_like_colors(values: NDArray[Any]) -> bool:
+    """Whether three columns in the range of colours are hardly anything else.
+
+    Whole numbers can be an intensity, a ring and a label as well. Colours get bright together, or
+    are bright, with peaks and numbers of different values that are alike.
+
+    Args:
+        values: for which :func:`are_colors` holds, shape (n_points, 3).
+    """
+    values = _finite(values)[:: 1 + len(values) // MOST_ROWS].astype(np.float64)
+    if not _whole(values):
+        return True
+    peaks = values.max(axis=0)
+    kinds = np.array([len(np.unique(column)) for column in values.T])
+    if kinds.min() > 1 and np.corrcoef(values.T).min() > TOGETHER:
+        return True
+    alike = peaks.min() >= ALIKE * peaks.max() and kinds.min() >= ALIKE * kinds.max()
+    return bool(alike and peaks.min() >= BRIGHT and peaks.max() <= 255)
+
+
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    """The rows without NaN and infinities."""
+    finite = np.isfinite(values).all(axis=1)
+    return values if finite.all() else values[finite]
+
+
+def _whole(values: NDArray[Any]) -> bool:
+    return bool((values == np.round(values)).all())
+
+
+def _first_column(table: NDArray[Any], source: str) -> str | None:
+    """A note if the first column seems to be no coordinate, but a time, an index or a label.
+
+    The columns behind must be able to be coordinates then: the fourth has fractions, or none has.
+
+    Raises:
+        InputError: it counts the rows, rises evenly, or rises above all coordinates, as times do.
+    """
+    column, *others = _finite(table[:, :4].astype(np.float64)).T
+    if len(column) < 3:
+        return None
+    steps = np.diff(column)
+    if column[0] in (0, 1) and (steps == 1).all():
+        raise InputError(f"{source}: its first column counts the rows; {_NAME_THEM}")
+    if _whole(others[2]) and not _whole(np.stack(others)):
+        return None
+    rises = bool((steps >= 0).all())
+    eps = np.finfo(table.dtype).eps if table.dtype.kind == "f" else 0.0
+    rounded = 4 * eps * np.abs(column).max()
+    even = steps.min() > 0 and np.ptp(steps) <= rounded + 0.01 * steps.max()
+    if rises and len(column) > 9 and (even or column[0] > LATEST):
+        raise InputError(f"{source}: its first column looks like a time or an index; {_NAME_TIME}")
+    if rises and len(column) > 9:
+        how = "only rises" if column[-1] > column[0] else f"is {column[0]:g} in all rows"
+        return f"the first column {how}; if it is a time or an index, {_NAME_TIME}"
+    if _whole(column) and not any(_whole(other) for other in others):
+        return f"the first column is of whole numbers; if it is an index or the like, {_NAME_TIME}"
+    return None
 
 
 def no_effect(columns: str | None, what: str) -> str | None:
