@@ -394,7 +394,7 @@ def test_boxes_are_metres_in_all_units(by_shape, tmp_path, units):
         for box, right in zip(one.boxes, metres.boxes, strict=True):
             np.testing.assert_allclose(box.center, right.center, atol=1e-6)
             np.testing.assert_allclose(box.size, right.size, atol=1e-6)
-    with pytest.raises(InputError, match="units='furlong' is unknown; give one of auto, m, cm"):
+    with pytest.raises(InputError, match="units='furlong' is unknown; give one of auto, m, km, cm"):
         scan(xyz, texts(by_shape), encoder=by_shape, units="furlong")
     file = write(tmp_path / "a.bin", other)
     how = {"encoder": by_shape, "output": tmp_path / "out"}

@@ -133,7 +133,7 @@ def scan(
         str,
         typer.Option(
             metavar="UNIT",
-            help="Of the frames: m, cm, mm, micron, in, ft, us-ft; auto: as the file says, or "
+            help="Of the frames: m, km, cm, mm, micron, in, ft, us-ft; auto: as the file says, or "
             "metres. Boxes are in metres.",
         ),
     ] = "auto",

@@ -1,22 +1,42 @@
-"""Name clusters: batches of clusters, whatever frame they are of, through an encoder."""
+"""Name clusters: batches of clusters, whatever frame they are of, through an encoder.
+
+:func:`make_namer` loads what that takes.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from budwood.errors import InputError, UnsupportedModelError
+from budwood.notices import warn_user
 from budwood.points.adapters import Adapter
 from budwood.points.batches import encode
-from budwood.points.classification import score
+from budwood.points.classification import load_adapted, score
 from budwood.points.encoders import PointEncoder
 from budwood.points.encoders.base import PreparedCloud
+from budwood.points.familiar import warn_unfamiliar
 from budwood.points.io.cloud import Cloud
 from budwood.points.sampling import random_points
 from budwood.points.scanning.boxes import UNKNOWN
-from budwood.points.scanning.rejection import Labels
+from budwood.points.scanning.config import ScanConfig
+from budwood.points.scanning.rejection import (
+    BACKGROUND,
+    Labels,
+    threshold_for,
+    with_background,
+)
+from budwood.points.text import TextEmbeddings, embed_labels_for, read_embeddings
+from budwood.points.towers import TextTower
 
+NO_BACKGROUND = (
+    f"no object can be {UNKNOWN!r}, since no label of the background is left; give labels, and "
+    "embeddings of others too, such as wall, tree and pole"
+)
 STEPS_AN_OCTAVE = 4
 """Clusters are thinned to one of this many numbers of points from n to 2n, so that batches form."""
 
@@ -87,3 +107,72 @@ def batched_count(n_points: int) -> int:
     octave = 1 << (n_points.bit_length() - 1)
     step = max(1, octave // STEPS_AN_OCTAVE)
     return n_points // step * step
+
+
+def make_namer(
+    labels: Sequence[str] | TextEmbeddings | None,
+    config: ScanConfig,
+    *,
+    encoder: str | PointEncoder | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | os.PathLike[str] | Adapter | None = None,
+    text: str | TextTower | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
+    templates: str | Sequence[str] = "short",
+    synonyms: bool = True,
+    background: Sequence[str] | TextEmbeddings | None = None,
+    batch_size: int = 64,
+) -> Namer:
+    """Load what names clusters, and calibrate its threshold; arguments as of :func:`scan`."""
+    model, adapter = load_adapted(encoder, checkpoint, device, adapter)
+    if adapter is not None and adapter.sees != "one":
+        raise UnsupportedModelError(
+            f"adapter {adapter.name!r} names an object by the others of a call, and these differ "
+            "from batch to batch of a scan; give one that sees each cloud alone, such as "
+            "'sparse-lora'"
+        )
+    given = embed_labels_for(
+        model, labels, embeddings=embeddings, text=text, templates=templates, synonyms=synonyms
+    )
+    if any(label.casefold() == UNKNOWN for label in given.labels):
+        raise InputError(f"the label {UNKNOWN!r} is that of objects without a label; rename it")
+    if text is None:
+        warn_unfamiliar(model, given)
+    stored = None if embeddings is None else read_embeddings(embeddings)
+    around = _background(model, labels, background, stored, text, templates)
+    known = with_background(given, around)
+    expects_unknown = config.threshold or (
+        config.threshold is None and not isinstance(labels, TextEmbeddings)
+    )
+    if expects_unknown and background is None and len(known.texts) == known.n_given:
+        warn_user(NO_BACKGROUND)
+    threshold = config.threshold
+    if threshold is None:
+        threshold = 0.0
+        if around is not None and len(around) > 0:
+            threshold = threshold_for(
+                model, adapter, around, text=text, templates=templates, embeddings=stored
+            )
+    return Namer(model, adapter, known, threshold, config.points, config.seed, batch_size)
+
+
+def _background(
+    model: PointEncoder,
+    labels: Sequence[str] | TextEmbeddings | None,
+    background: Sequence[str] | TextEmbeddings | None,
+    stored: TextEmbeddings | None,
+    text: str | TextTower | None,
+    templates: str | Sequence[str],
+) -> TextEmbeddings | None:
+    """Embeddings of the background, by default `BACKGROUND`, or what a file has of it.
+
+    None beside embeddings of labels, which no text tower may fit.
+    """
+    if background is None and isinstance(labels, TextEmbeddings):
+        return None
+    if stored is None or isinstance(background, TextEmbeddings):
+        wanted = BACKGROUND if background is None else background
+        return embed_labels_for(model, wanted, text=text, templates=templates)
+    known = [label for label in BACKGROUND if label in stored.labels]
+    return stored.only(known if background is None else background)

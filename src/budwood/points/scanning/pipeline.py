@@ -13,40 +13,29 @@ from typing import Any
 import torch
 
 from budwood.checks import need_at_least, need_kind
-from budwood.errors import InputError, MissingPackageError, UnsupportedModelError
+from budwood.errors import InputError, MissingPackageError
 from budwood.notices import warn_user
 from budwood.points.adapters import Adapter, fingerprint
 from budwood.points.axes import from_turned, to_up
-from budwood.points.classification import load_adapted
 from budwood.points.encoders import PointEncoder
-from budwood.points.familiar import warn_unfamiliar
 from budwood.points.inputs import CloudLike, InputOptions, OnError, is_one_cloud, named
 from budwood.points.io import find_files
 from budwood.points.io.cloud import Array, Cloud
 from budwood.points.io.units import AUTO, METRES, check_units
-from budwood.points.scanning.boxes import UNKNOWN, Box, fit_box
+from budwood.points.scanning.boxes import Box, fit_box
 from budwood.points.scanning.config import ScanConfig
 from budwood.points.scanning.folder import ScanFolder, check_formats
 from budwood.points.scanning.formats import ScannedFrame, detection_name, nuscenes_notes
-from budwood.points.scanning.naming import Name, Namer
+from budwood.points.scanning.naming import Name, Namer, make_namer
 from budwood.points.scanning.poses import Poses, check_poses, read_poses
-from budwood.points.scanning.rejection import (
-    BACKGROUND,
-    digest_of,
-    threshold_for,
-    with_background,
-)
+from budwood.points.scanning.rejection import digest_of
 from budwood.points.scanning.segments import Segments, segment
 from budwood.points.scanning.tracks import Tracker
-from budwood.points.text import TextEmbeddings, embed_labels_for, read_embeddings
+from budwood.points.text import TextEmbeddings
 from budwood.points.towers import TextTower
 
 FOLLOWED = 0.2
 """Poses that let fewer objects than this fraction be followed from frame to frame are doubted."""
-NO_BACKGROUND = (
-    f"no object can be {UNKNOWN!r}, since no label of the background is left; give labels, and "
-    "embeddings of others too, such as wall, tree and pole"
-)
 
 
 def scan(
@@ -225,74 +214,6 @@ def _check_names(labels: Sequence[str], formats: Sequence[str]) -> None:
                 f"labels {other!r} and {label!r} have the same name in KITTI's and nuScenes' "
                 "formats; give one of them"
             )
-
-
-def make_namer(
-    labels: Sequence[str] | TextEmbeddings | None,
-    config: ScanConfig,
-    *,
-    encoder: str | PointEncoder | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    device: str | torch.device | None = None,
-    adapter: str | os.PathLike[str] | Adapter | None = None,
-    text: str | TextTower | None = None,
-    embeddings: str | os.PathLike[str] | None = None,
-    templates: str | Sequence[str] = "short",
-    synonyms: bool = True,
-    background: Sequence[str] | TextEmbeddings | None = None,
-    batch_size: int = 64,
-) -> Namer:
-    """Load what names clusters, and calibrate its threshold; arguments as of :func:`scan`."""
-    model, adapter = load_adapted(encoder, checkpoint, device, adapter)
-    if adapter is not None and adapter.sees != "one":
-        raise UnsupportedModelError(
-            f"adapter {adapter.name!r} names an object by the others of a call, and these differ "
-            "from batch to batch of a scan; give one that sees each cloud alone, such as "
-            "'sparse-lora'"
-        )
-    given = embed_labels_for(
-        model, labels, embeddings=embeddings, text=text, templates=templates, synonyms=synonyms
-    )
-    if any(label.casefold() == UNKNOWN for label in given.labels):
-        raise InputError(f"the label {UNKNOWN!r} is that of objects without a label; rename it")
-    if text is None:
-        warn_unfamiliar(model, given)
-    stored = None if embeddings is None else read_embeddings(embeddings)
-    if background is None:
-        around = _usual_background(model, labels, stored, text, templates)
-    elif stored is not None and not isinstance(background, TextEmbeddings):
-        around = stored.only(background)
-    else:
-        around = embed_labels_for(model, background, text=text, templates=templates)
-    known = with_background(given, around)
-    expects_unknown = config.threshold or (
-        config.threshold is None and not isinstance(labels, TextEmbeddings)
-    )
-    if expects_unknown and background is None and len(known.texts) == known.n_given:
-        warn_user(NO_BACKGROUND)
-    threshold = config.threshold
-    if threshold is None:
-        threshold = 0.0
-        if around is not None and len(around) > 0:
-            threshold = threshold_for(
-                model, adapter, around, text=text, templates=templates, embeddings=stored
-            )
-    return Namer(model, adapter, known, threshold, config.points, config.seed, batch_size)
-
-
-def _usual_background(
-    model: PointEncoder,
-    labels: Sequence[str] | TextEmbeddings | None,
-    stored: TextEmbeddings | None,
-    text: str | TextTower | None,
-    templates: str | Sequence[str],
-) -> TextEmbeddings | None:
-    """Embeddings of `BACKGROUND`: from a file those it has, none beside embeddings of labels."""
-    if stored is not None:
-        return stored.only([label for label in BACKGROUND if label in stored.labels])
-    if isinstance(labels, TextEmbeddings):
-        return None
-    return embed_labels_for(model, BACKGROUND, text=text, templates=templates)
 
 
 def about(namer: Namer, config: ScanConfig, options: InputOptions) -> dict[str, Any]:
