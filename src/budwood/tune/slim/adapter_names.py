@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +27,10 @@ _ROUTED = re.compile(r"(^|\.)\w*experts\.\w*\d+\.")
 def rows_by_adapter(model: nn.Module, names: Any) -> Iterator[None]:
     """Let each row of the batches inside use an adapter of its own.
 
+    Passes of other threads are left alone.
+
     Args:
-        model: with SLIM layers, in evaluation mode.
+        model: with SLIM layers, in evaluation mode. Calls of it have as many rows as names.
         names: of the adapters, one per row; ``"__base__"`` for none.
 
     Raises:
@@ -35,7 +39,10 @@ def rows_by_adapter(model: nn.Module, names: Any) -> Iterator[None]:
     _check_names(model, names)
     kinds = (SlimLayer, AuxiliaryTrainingWrapper)
     layers = [one for one in model.modules() if isinstance(one, kinds)]
-    hooks = [one.register_forward_pre_hook(_Tells(names), with_kwargs=True) for one in layers]
+    tells = _InThisThread(functools.partial(_tell, list(names)))
+    checks = _InThisThread(lambda _, args, kwargs: check_rows(names, args, kwargs))
+    hooks = [one.register_forward_pre_hook(tells, with_kwargs=True) for one in layers]
+    hooks.append(model.register_forward_pre_hook(checks, with_kwargs=True))
     try:
         yield
     finally:
@@ -122,14 +129,31 @@ def _check_names(model: nn.Module, names: Any) -> None:
         )
 
 
-class _Tells:
-    """A forward pre-hook that hands the names to a layer; PEFT's own want one for each row."""
+def _tell(
+    names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Hand the names to a layer; PEFT's own want one for each row."""
+    if args and isinstance(module, AuxiliaryTrainingWrapper):
+        names = [names[i] for i in owners(args[0], names, "modules_to_save").tolist()]
+    return args, {**kwargs, "adapter_names": names}
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = self.names
-        if args and isinstance(module, AuxiliaryTrainingWrapper):
-            names = [names[i] for i in owners(args[0], names, "modules_to_save").tolist()]
-        return args, {**kwargs, "adapter_names": names}
+class _InThisThread:
+    """A forward pre-hook that leaves the passes of all threads but its maker's alone.
+
+    Args:
+        hook: called with the module, its arguments and its keyword arguments.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook, self._thread = hook, threading.get_ident()
+
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,  # None if the maker removes it at this moment
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
+        return self._hook(module, args, kwargs)

@@ -122,12 +122,12 @@ def _distance(
         flat[: len(values)] = values
     if distance is None:
         distance = x.new_zeros(len(x), dtype=torch.float32)
-    statistics.in_graph = distance.clone()  # the graph may use the memory again
+    statistics.in_graph.set(distance.clone())  # the graph may use the memory again
     return distance, flat
 
 
 def _last_distance(x: Tensor, handle: Tensor) -> Tensor:
-    last = _OBJECTS[int(handle)].in_graph
+    last = _OBJECTS[int(handle)].in_graph.get()
     if last is None or len(last) != len(x):
         return x.new_zeros(len(x), dtype=torch.float32)
     return last.clone()

@@ -41,7 +41,6 @@ class SlimModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SlimLayer
-    _row_names: Any = None  # of the adapters of a batch's rows, in a call with adapter_names
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -120,17 +119,8 @@ class SlimModel(BaseTuner):
             yield
             return
         check_rows(names, args, kwargs)
-        self._row_names = names
-        try:
-            with rows_by_adapter(self, names):
-                yield
-        finally:
-            self._row_names = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._row_names is not None:  # of a plain call; generate() goes past this, with beams
-            check_rows(self._row_names, args, kwargs)
-        return super().forward(*args, **kwargs)
+        with rows_by_adapter(self, names):
+            yield
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,7 +121,8 @@ def observe(model: nn.Module, *, supervised: bool = False) -> Iterator[Recorder]
 class TokenRecorder:
     """Adds up, for each token of one sequence, the weight on identity experts.
 
-    Layers that see other tokens, such as fused experts, are left out.
+    Layers that see other tokens, such as fused experts, are left out, and so are passes of threads
+    other than its maker's.
 
     Args:
         n_tokens: of the sequence.
@@ -133,13 +135,13 @@ class TokenRecorder:
     supervised = False
 
     def __init__(self, n_tokens: int) -> None:
-        self.n_layers = 0
+        self.n_layers, self._thread = 0, threading.get_ident()
         self.identity = torch.zeros(n_tokens, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, routing: Routing) -> None:
         """Add one forward pass of a layer."""
-        if routing.n_tokens == len(self.identity):
+        if routing.n_tokens == len(self.identity) and threading.get_ident() == self._thread:
             weights = _of_all_tokens(routing)[:, routing.config.n_experts :]
             self.identity += weights.double().sum(-1).cpu()
             self.n_layers += 1

@@ -36,6 +36,11 @@ from budwood.tune.slim.distance import (
     random_directions,
     whitener,
 )
+from budwood.tune.slim.latest import Latest
+
+
+_Measured = tuple[Callable[[], Tensor | None], tuple[Any, ...], Tensor | float | None]
+"""The input, if it still lives; what its distances depend on; the distances."""
 
 
 class _Kept(nn.Module):
@@ -96,9 +101,9 @@ class InputStatistics(_Kept):
         self.register_buffer("distance_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("distance_var", torch.ones((), dtype=torch.float32))
         self._gathered: Tensor | None = None
-        self._last: tuple[Any, ...] | None = None
+        self._last: Latest[_Measured] = Latest()
         self.handle = new_handle(self)
-        self.in_graph: Tensor | None = None  # distances of the latest pass in a compiled graph
+        self.in_graph: Latest[Tensor] = Latest()  # distances of a pass in a compiled graph
 
     @property
     def is_fixed(self) -> bool:
@@ -132,7 +137,7 @@ class InputStatistics(_Kept):
         flat = x.detach().reshape(-1, x.shape[-1])
         kept = keep() if gather else None
         distance, moments = self.measured(flat, kept, gather=gather, training=training)
-        self._last = weakref.ref(x), place, distance
+        self._last.set((weakref.ref(x), place, distance))
         return distance, moments
 
     def distance_of_one(self, x: Tensor) -> float | None:
@@ -147,7 +152,7 @@ class InputStatistics(_Kept):
         place = (_version(x), False, False, self.steps)
         if not self._has_measured(x, place):
             # A single token may be kept, which takes less time than a weak reference.
-            self._last = lambda: x, place, self._measured_one(x)
+            self._last.set((lambda: x, place, self._measured_one(x)))
         return self.last_of_one()
 
     def _measured_one(self, x: Tensor) -> Tensor | float | None:
@@ -157,7 +162,7 @@ class InputStatistics(_Kept):
 
     def _has_measured(self, x: Tensor, place: tuple[Any, ...]) -> bool:
         """Whether the latest distances are those of an input."""
-        last = self._last
+        last = self._last.get()
         if last is None or last[0]() is not x or last[1] != place:
             return False
         # In inference mode a tensor counts no changes: the same x may hold other tokens by now.
@@ -194,21 +199,22 @@ class InputStatistics(_Kept):
         Returns:
             Shape (n_tokens,); None where there are none for as many tokens.
         """
-        if self._last is None or self._last[1][-1] != self.steps:
-            return None
-        distance = self._last[2]
+        distance = self._latest()
         if isinstance(distance, float):
             distance = self.distance_mean.new_full((1,), distance)
         return distance if distance is not None and len(distance) == n_tokens else None
 
     def last_of_one(self) -> float | None:
         """Return the distance that the first layer has just measured for a single token."""
-        if self._last is None or self._last[1][-1] != self.steps:
-            return None
-        distance = self._last[2]
+        distance = self._latest()
         if isinstance(distance, Tensor):
             return distance.item() if len(distance) == 1 else None
         return distance
+
+    def _latest(self) -> Tensor | float | None:
+        """The latest distances of this thread, unless they are those of an earlier step."""
+        last = self._last.get()
+        return None if last is None or last[1][-1] != self.steps else last[2]
 
     @property
     def most_moments(self) -> int:
@@ -285,8 +291,7 @@ class InputStatistics(_Kept):
         """Move them by the moments of a later step."""
 
     def __getstate__(self) -> dict[str, Any]:
-        without = {"_last": None, "in_graph": None, "handle": None}
-        return {**super().__getstate__(), **without}  # type: ignore[dict-item]
+        return {**super().__getstate__(), "handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
