@@ -11,7 +11,7 @@ from threading import Barrier, Event
 import pytest
 import torch
 
-from budwood.tune import SlimLinear
+from budwood.tune import SlimLinear, observe
 from budwood.tune.slim.adapter_names import BASE
 from budwood.tune.slim.compiled import distance_in_graph, last_in_graph
 from budwood.tune.slim.latest import Latest
@@ -191,3 +191,12 @@ def test_identity_experts_of_one_sequence_beside_another_call():
 
     found, _ = while_another_waits(model, lambda: identity_by_token(model, one), generate)
     torch.testing.assert_close(found, expected)
+
+
+def test_each_call_is_recorded_with_its_own_mask():
+    model = ready()
+    calls = [tiny.batch(padding=side) for side in ("right", None)]
+    with observe(model) as seen:
+        while_another_waits(model, *(lambda one=one: logits(model, one) for one in calls))
+    n_tokens = sum(int(one["attention_mask"].sum()) for one in calls)
+    assert {row["n_tokens"] for row in seen.rows()} == {n_tokens}

@@ -57,6 +57,10 @@ class LayerRouting:
         }
 
 
+_ADDING = threading.Lock()
+"""Threads add one after the other. Not held by a recorder, so that this can be copied."""
+
+
 class Recorder:
     """Adds up routing by layer and adapter.
 
@@ -88,18 +92,21 @@ class Recorder:
         if routing.keep is not None:
             weights = weights[routing.keep]
             distance = None if distance is None else distance[routing.keep]
-        place = (routing.layer, routing.adapter)
-        sums = self.layers.setdefault(place, LayerRouting(*place, n_experts))
-        sums.n_tokens += len(weights)
         total = weights.double().sum(0).cpu()
-        sums.weights = total if not len(sums.weights) else sums.weights + total
-        sums.bypassed += int((weights[:, :n_experts] == 0).all(-1).sum())
-        sums.distance += 0.0 if distance is None else float(distance.double().sum())
+        bypassed = int((weights[:, :n_experts] == 0).all(-1).sum())
+        far = 0.0 if distance is None else float(distance.double().sum())
+        place = (routing.layer, routing.adapter)
+        with _ADDING:
+            sums = self.layers.setdefault(place, LayerRouting(*place, n_experts))
+            sums.n_tokens += len(weights)
+            sums.weights = total if not len(sums.weights) else sums.weights + total
+            sums.bypassed += bypassed
+            sums.distance += far
 
 
 @contextmanager
 def observe(model: nn.Module, *, supervised: bool = False) -> Iterator[Recorder]:
-    """Record the routing of every forward pass inside the block.
+    """Record the routing of every forward pass inside the block, in whatever thread.
 
     >>> with observe(model) as seen:
     ...     model(**batch)

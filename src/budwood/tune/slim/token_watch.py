@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from budwood.tune.data.encoding import IGNORED
+from budwood.tune.slim.latest import Latest
 from budwood.tune.slim.trainer_labels import trained_labels, trainer_with_masks
 
 
 class TokenWatch:
     """A forward pre-hook that notes the attention mask and labels of the model that it is on.
 
-    Both hold until the next forward pass, since gradient checkpointing repeats parts of a pass in
+    Both hold until the thread's next forward pass, since gradient checkpointing repeats parts of a pass in
     backward. So with ``use_reentrant=True``, two forward passes before one backward share the
     mask and labels of the second.
 
@@ -39,8 +40,8 @@ class TokenWatch:
         self.outermost: nn.Module = model if parent is None else parent.outermost
         self.is_decoder = _is_decoder_of(self.outermost, model)
         self.predicts_next = _predicts_next(model) if parent is None else parent.predicts_next
-        self.mask: Tensor | None = None
-        self.labels: Tensor | None = None
+        self._mask_given: Latest[Tensor | None] = Latest()
+        self._labels_given: Latest[Tensor | None] = Latest()
         self.of_trainer: tuple[Tensor | None, bool] = (None, False)
         self._warned = self._graph_checked = self._in_graph = False
 
@@ -50,21 +51,31 @@ class TokenWatch:
             self._in_graph = torch.compiler.is_compiling()
             self.of_trainer = trained_labels()
 
+    @property
+    def mask(self) -> Tensor | None:
+        """The attention mask of this thread's pass, shape (batch, length); None for none."""
+        return self._mask_given.get()
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels of this thread's pass, shape (batch, length); None for none."""
+        return self._labels_given.get()
+
     def note_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model is called with; pruning calls this again with fewer tokens."""
         mask = self._argument("attention_mask", args, kwargs)
-        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-            self.mask = mask
-        else:
-            self.mask = self._from_parents("mask")
-        self.labels = self._argument("labels", args, kwargs)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = self._from_parents("mask")
+        labels = self._argument("labels", args, kwargs)
         shifted = kwargs.get("shift_labels")
-        if self.labels is None and isinstance(shifted, Tensor):  # each at the token before
-            self.labels = F.pad(shifted, (1, 0), value=IGNORED)[:, :-1]
-        if self.labels is None:
-            self.labels = self._from_parents("labels")
-        if self.is_decoder and self.mask is None and self.labels is not None:
-            self.mask = self.labels != IGNORED  # a decoder's token i predicts label i
+        if labels is None and isinstance(shifted, Tensor):  # each at the token before
+            labels = F.pad(shifted, (1, 0), value=IGNORED)[:, :-1]
+        if labels is None:
+            labels = self._from_parents("labels")
+        if self.is_decoder and mask is None and labels is not None:
+            mask = labels != IGNORED  # a decoder's token i predicts label i
+        self._mask_given.set(mask)
+        self._labels_given.set(labels)
 
     def not_padding(self, x: Tensor) -> Tensor | None:
         """Find the tokens of a layer's input that are not padding.
@@ -77,9 +88,9 @@ class TokenWatch:
             layer that sees other tokens (routed, pooled) than the model.
         """
         n_tokens = x.shape[:-1].numel()
-        if self.mask is None:
-            return None
         mask = self.mask
+        if mask is None:
+            return None
         if x.ndim == 3 and mask.shape[0] == x.shape[0] and mask.shape[1] > x.shape[1]:
             mask = mask[:, -x.shape[1] :]  # a cache holds the earlier tokens
         if mask.numel() != n_tokens:
