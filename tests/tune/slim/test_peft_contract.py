@@ -384,8 +384,41 @@ def test_dropout_leaves_the_router_alone():
     for seed in (1, 2):
         torch.manual_seed(seed)
         a, _ = layer.weights("default")
-        seen.append(layer._route(x, a, now.config, None, None, lambda x, w, side: x @ w.T))
+        seen.append(layer._route(x, a, now, None, None, lambda x, w, side: x @ w.T))
     assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][0], seen[1][0])
+
+
+@every_kind
+def test_dropout_is_a_module_that_trainers_find(kind):
+    """TRL's DPO switches dropout off for the policy and its reference, by the modules' class."""
+    model = tiny.trained(model=make(kind), dropout=0.5).train()
+    assert not any("dropout" in key for key in tiny.states(model))
+    found = [one for layer in layers(model) for one in layer.slim_dropout.values()]
+    assert all(type(one) is torch.nn.Dropout for one in found)
+    assert len(found) == len(layers(model))
+    for one in found:
+        one.p = 0
+    one, other = (model(**tiny.batch()).logits for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_dropout_of_a_second_adapter():
+    model = tiny.trained(dropout=0.5)
+    model.add_adapter("second", tiny.config())
+    model.add_adapter("third", tiny.config(dropout=0.3, yielding=False))
+    for layer in layers(model):
+        assert {name: getattr(one, "p", 0) for name, one in layer.slim_dropout.items()} == {
+            "default": 0.5,
+            "second": 0,
+            "third": 0.3,
+        }
+    model.set_adapter("third")
+    for layer in layers(model):
+        torch.nn.init.ones_(layer.weights("third")[1])
+    assert torch.equal(logits(model), logits(model))  # the model is in evaluation
+    model.set_adapter("default")
+    model.delete_adapter("third")
+    assert all(set(layer.slim_dropout) == {"default", "second"} for layer in layers(model))
 
 
 def test_ranks_of_their_own(tmp_path):

@@ -75,3 +75,13 @@ def test_sft_trainer(options, given, tmp_path, monkeypatch):
     n_rows = len(LENGTHS) if not options["packing"] else -(-sum(LENGTHS) // 13)
     assert sum(first) == sum(LENGTHS) - n_rows  # all but the last of a row, and no padding, once
     assert any(v.abs().max() > 0 for k, v in states(trainer.model).items() if "slim_out" in k)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("off", [True, False])
+def test_dpo_switches_dropout_off(off, tmp_path):
+    model = tiny.trained(dropout=0.5)
+    trainer = tiny_trl.trainer("dpo", model, tmp_path, disable_dropout=off)
+    trainer.model.train()
+    passes = [trainer.model(**tiny.batch()).logits for _ in range(2)]
+    assert torch.equal(*passes) is off

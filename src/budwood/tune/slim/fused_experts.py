@@ -196,7 +196,7 @@ class SlimExperts(SlimLinear):
         a, b, side_in, side_out = self._used(now, mixture.moments)
         times = functools.partial(_times, ends=pairs.ends)
         near = None if distance is None else distance[pairs.token]
-        h, weights = self._route(hidden, a, now.config, side_in, near, times)
+        h, weights = self._route(hidden, a, now, side_in, near, times)
         if self.keeper.recorder is not None:
             keep = self._recorded_tokens(now, x)
             keep = None if keep is None else keep[pairs.token]

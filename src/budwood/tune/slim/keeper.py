@@ -43,18 +43,21 @@ class SlimLayer(nn.Module, BaseTunerLayer):
         slim_clusters: :class:`InputStatistics`, in the first layer that reads an input. The name is
             that of the tensors in saved adapters.
         slim_mask: :class:`budwood.tune.slim.state.Mask` of dynamic merging.
+        slim_dropout: ``nn.Dropout`` on the input of A, which trainers find by its class to switch
+            it off; ``nn.Identity`` for none.
         slim_config: configs.
         slim_key: name of the layer in the model.
         keeper: shared by the layers of the model.
     """
 
     adapter_layer_names = WEIGHTS
-    other_param_names = (*STATES, "shared_statistics", "slim_config")
+    other_param_names = (*STATES, "slim_dropout", "shared_statistics", "slim_config")
 
     slim_in: nn.ModuleDict
     slim_out: nn.ModuleDict
     slim_clusters: nn.ModuleDict
     slim_mask: nn.ModuleDict
+    slim_dropout: nn.ModuleDict
     slim_config: dict[str, SlimConfig]
     slim_key: str
     keeper: StepKeeper

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -70,6 +69,7 @@ class SlimLinear(SlimLayer):
         self.slim_out = nn.ModuleDict()
         self.slim_clusters = nn.ModuleDict()
         self.slim_mask = nn.ModuleDict()
+        self.slim_dropout = nn.ModuleDict()
         self.shared_statistics: dict[str, SharedStatistics] = {}
         self.slim_config = {}
         self.handle = new_handle(self)
@@ -97,6 +97,8 @@ class SlimLinear(SlimLayer):
         self.slim_in[name] = Weight(slim_in)
         n_columns = config.rank + config.expert_bias
         self.slim_out[name] = Weight(torch.zeros(*self.stack, d_out, n_columns))
+        dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.slim_dropout[name] = dropout.train(self.training)
         if config.merging and config.merge_p > 0:
             self.slim_mask[name] = Mask(config, d_in, d_out, self.slim_key)
         if config.yielding and shared is not None:
@@ -203,7 +205,7 @@ class SlimLinear(SlimLayer):
         if rows is not None:
             flat = take_rows(flat, rows)
         near = distance if rows is None or distance is None else distance[rows]
-        h, weights = self._route(flat, a, now.config, side_in, near, product)
+        h, weights = self._route(flat, a, now, side_in, near, product)
         self._record(now, x, weights, rows, distance)
         lora = weights.narrow(-1, 0, config.n_experts)
         if lean:
@@ -351,14 +353,15 @@ class SlimLinear(SlimLayer):
         self,
         x: Tensor,
         a: Tensor,
-        config: SlimConfig,
+        now: Pass,
         side: Side | None,
         distance: Tensor | None,
         times: Times,
     ) -> tuple[Tensor, Tensor]:
         """Hidden values of all experts, shape (n_tokens, rank), and routing weights, float32."""
+        config = now.config
         x = x if _autocast(x) else x.to(a.dtype)
-        dropped = F.dropout(x, config.dropout, self.training) if config.dropout else x
+        dropped = self.slim_dropout[now.name](x)
         hidden = times(dropped, a, side)
         if config.router:
             hidden, logits = hidden.split_with_sizes((config.rank, config.n_total), -1)
