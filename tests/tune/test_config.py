@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -13,6 +14,7 @@ from torch import nn
 from budwood.errors import InputError, OptionError, UnknownNameError, UnsupportedModelError
 from budwood.tune import SlimConfig
 from budwood.tune.slim.architectures import MLP_TARGETS, default_targets, siblings
+from tests import tiny_llm as tiny
 
 BAD = [
     ({"n_experts": 0}, "identity experts alone add nothing"),
@@ -69,14 +71,16 @@ def test_unknown_names(changes):
 def test_defaults():
     config = SlimConfig()
     assert (config.n_experts, config.n_identity, config.top_k) == (8, 2, 2)  # the paper's
-    assert (config.r, config.alpha, config.scale) == (4, 8.0, 2.0)
+    assert (config.r, config.alpha, config.scale) == (4, None, 2.0)
     assert (config.n_clusters, config.momentum, config.merge_p) == (8, 0.05, 0.5)
     assert config.peft_type == "SLIM" and config.peft_type.value == config.peft_type.name == "SLIM"
 
 
-@pytest.mark.parametrize("alpha", [None, 0.5, 3])
-def test_alpha_is_a_number_once_the_config_is_made(alpha):
-    assert SlimConfig(r=6, alpha=alpha).alpha == (12.0 if alpha is None else alpha)
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (0.5, 0.125), (3, 0.75)])
+def test_alpha_over_r_scales(alpha, scale):
+    config = SlimConfig(r=4, alpha=alpha)
+    assert (config.alpha, config.scale) == (alpha, scale)
+    assert dataclasses.replace(config, r=8).scale == (2.0 if alpha is None else scale / 2)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +255,36 @@ def test_patterns_give_layers_ranks_of_their_own():
         alpha_pattern={"up_proj": 1.0},
     )
     found = {
-        key: (config.for_layer(key).r, config.for_layer(key).alpha)
+        key: (config.for_layer(key).r, config.for_layer(key).scale)
         for key in ("m.layers.0.gate_proj", "m.layers.0.down_proj", "m.layers.1.mlp.up_proj")
     }
-    assert list(found.values()) == [(4, 8.0), (2, 4.0), (6, 1.0)]
+    assert list(found.values()) == [(4, 2.0), (2, 2.0), (6, 1 / 6)]
     assert config.for_layer("m.layers.0.gate_proj") is config
-    assert SlimConfig(r=4, alpha=3.0, rank_pattern={"x": 2}).for_layer("x").alpha == 3.0
+
+
+@pytest.mark.parametrize("alpha", [3.0, 16, 16.0])
+def test_alpha_is_that_of_every_rank_as_in_lora(alpha):
+    options = {"r": 8, "rank_pattern": {"down_proj": 2}}
+    config = SlimConfig(alpha=alpha, **options)
+    lora = peft.LoraConfig(lora_alpha=alpha, target_modules=["up_proj", "down_proj"], **options)
+    model = peft.get_peft_model(tiny.llama(), lora).base_model.model.model.layers[0].mlp
+    for name in ("up_proj", "down_proj"):
+        scale = getattr(model, name).scaling["default"]
+        assert config.for_layer(f"layers.0.mlp.{name}").scale == scale
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0, 5.0])
+def test_alpha_is_saved_as_it_was_given(alpha, tmp_path):
+    config = SlimConfig(r=3, alpha=alpha, rank_pattern={"down_proj": 2})
+    config.save_pretrained(str(tmp_path))
+    found = SlimConfig.from_pretrained(str(tmp_path))
+    assert found == config and found.alpha == alpha
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(6.0, 2.0), (5.0, 2.5)])
+@pytest.mark.parametrize("version", [1, 2])
+def test_alpha_of_older_formats_follows_the_rank_where_it_is_twice_r(version, alpha, scale):
+    config = SlimConfig(r=3, alpha=alpha, rank_pattern={"x": 2}, slim_version=version)
+    assert config.for_layer("x").scale == scale and config.scale == alpha / 3
+    assert config.slim_version == SlimConfig().slim_version
+    assert dataclasses.replace(config, alpha=6.0).for_layer("x").scale == 3.0

@@ -27,10 +27,11 @@ from budwood.errors import InputError, OptionError, UnknownNameError
 from budwood.tune.saved.card import say_how_to_load
 from budwood.tune.saved.files import register_old_names
 
-FORMAT = 2
+FORMAT = 3
 """Version of the saved format. It rises when an older reader would misread an adapter.
 
 1: weights are ``slim_in`` and ``slim_out``. 2: they are ``slim_in.weight`` and ``slim_out.weight``.
+3: alpha is null where it follows ``rank_pattern``; before, it followed where it was 2 · r.
 """
 CHOICES = {
     "distance": ("max", "rms", "whitened", "discriminant"),
@@ -151,8 +152,9 @@ class SlimConfig(PeftConfig):
 
     Attributes: Most important options
         r: rank of one LoRA expert.
-        alpha: the experts' output is scaled by alpha / r; None for 2 · r. Open.
-            :meth:`recommended` has 16, with which the experts learn faster.
+        alpha: the experts' output is scaled by alpha / r; None for 2 · r, with the r of each layer
+            (``rank_pattern``). Open. :meth:`recommended` has 16, with which the experts learn
+            faster.
         n_experts: LoRA experts, ≥ 1.
         n_identity: identity experts. They add nothing and take routing weight from the others, so
             that tokens unlike the training data bypass the adapter.
@@ -221,11 +223,11 @@ class SlimConfig(PeftConfig):
         dropout: fraction of the input of A that is zeroed in training, in [0, 1). The router and
             the distance see the whole input.
         use_rslora: scale by alpha / √r in place of alpha / r.
-        rank_pattern: module name or regular expression → r of these layers.
+        rank_pattern: module name or regular expression → r of these layers. alpha stays as it is.
         alpha_pattern: the same for alpha.
 
     Attributes: Set by budwood
-        slim_version: format of a saved adapter.
+        slim_version: format of a saved adapter; configs of older ones are brought up to date.
         base: the base model of a saved adapter.
 
     Raises:
@@ -295,11 +297,10 @@ class SlimConfig(PeftConfig):
         self._check_version()
         self._check_switches()
         self._check_counts()
-        if self.alpha is None:
-            self.alpha = 2.0 * self.r
         self._check_ranges()
         self._check_patterns()
         self._check_choices()
+        self._bring_up_to_date()
 
     @classmethod
     def recommended(cls, n_supervised_tokens: int, *, r: int = 4, **options: Any) -> SlimConfig:
@@ -344,8 +345,8 @@ class SlimConfig(PeftConfig):
     @property
     def scale(self) -> float:
         """Factor on the experts' output: alpha / r, or alpha / √r with ``use_rslora``."""
-        assert self.alpha is not None  # __post_init__ sets it
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        alpha = 2.0 * self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def n_total(self) -> int:
@@ -376,8 +377,7 @@ class SlimConfig(PeftConfig):
         changes: dict[str, Any] = {}
         r = _matching(self.rank_pattern, key)
         if r is not None:
-            # Where alpha is the default, 2 · r, it follows the rank.
-            changes = {"r": r, "alpha": None if self.alpha == 2.0 * self.r else self.alpha}
+            changes["r"] = r
         alpha = _matching(self.alpha_pattern, key)
         if alpha is not None:
             changes["alpha"] = alpha
@@ -419,6 +419,12 @@ class SlimConfig(PeftConfig):
                 f"{FORMAT}; upgrade budwood"
             )
 
+    def _bring_up_to_date(self) -> None:
+        """Turn a config of an older format into one of the present, with the same scales."""
+        if self.slim_version < 3 and self.alpha == 2.0 * self.r:
+            self.alpha = None
+        self.slim_version = FORMAT
+
     def _check_switches(self) -> None:
         need_bool(**{name: getattr(self, name) for name in SWITCHES})
 
@@ -441,8 +447,9 @@ class SlimConfig(PeftConfig):
 
     def _check_ranges(self) -> None:
         for name in ("alpha", "beta", "l1"):
-            value = {name: getattr(self, name)}
-            need_number(lambda v: 0 <= v < math.inf, "number of at least 0", **value)
+            value = getattr(self, name)
+            if name != "alpha" or value is not None:
+                need_number(lambda v: 0 <= v < math.inf, "number of at least 0", **{name: value})
         need_number(math.isfinite, "finite number", margin=self.margin)
         if self.margin_inference is not None:
             need_number(math.isfinite, "finite number", margin_inference=self.margin_inference)

@@ -101,4 +101,20 @@ def test_an_old_adapter_is_saved_with_the_present_names(name, tmp_path):
     assert all(torch.equal(value, new[key]) for key, value in renamed.items())
     config = SlimConfig.from_pretrained(str(tmp_path))
     assert (config.distance, config.fit_on, config.alpha) == (name, "supervised", 32.0)
-    assert config.slim_version == 2
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["slim_version"] == 3
+
+
+def test_the_scale_of_format_2(tmp_path):
+    """With ranks of their own, layers had alpha = 2 · r of their own, even where it was given."""
+    model = tiny.trained(rank_pattern={"down_proj": 1})
+    expected = tiny.logits(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["alpha"] is None
+    path.write_text(json.dumps({**saved, "alpha": 6.0, "slim_version": 2}))
+    loaded = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path).eval()
+    assert torch.equal(tiny.logits(loaded), expected)
+    path.write_text(json.dumps({**saved, "alpha": 6.0}))
+    loaded = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path).eval()
+    assert not torch.allclose(tiny.logits(loaded), expected)

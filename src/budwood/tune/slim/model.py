@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from budwood.errors import InputError, MergeError, UnsupportedModelError
 from budwood.tune.base_model import check_base, describe_base
-from budwood.tune.config import FORMAT, PREFIX, SLIM, SlimConfig
+from budwood.tune.config import PREFIX, SLIM, SlimConfig
 from budwood.tune.saved.files import check_state, present_names
 from budwood.tune.slim.adapter_names import check_rows, rows_by_adapter
 from budwood.tune.slim.architectures import (
@@ -301,7 +301,6 @@ def _for_this_model(given: Any) -> Any:
     if config.modules_to_save is not None or heads:
         saved = list(config.modules_to_save or ())
         config.modules_to_save = saved + [head for head in heads if head not in saved]
-    config.slim_version = FORMAT
     return config
 
 

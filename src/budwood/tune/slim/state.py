@@ -38,7 +38,6 @@ from budwood.tune.slim.distance import (
 )
 from budwood.tune.slim.latest import Latest
 
-
 _Measured = tuple[Callable[[], Tensor | None], tuple[Any, ...], Tensor | float | None]
 """The input, if it still lives; what its distances depend on; the distances."""
 

@@ -19,9 +19,9 @@ from budwood.tune.slim.trainer_labels import trained_labels, trainer_with_masks
 class TokenWatch:
     """A forward pre-hook that notes the attention mask and labels of the model that it is on.
 
-    Both hold until the thread's next forward pass, since gradient checkpointing repeats parts of a pass in
-    backward. So with ``use_reentrant=True``, two forward passes before one backward share the
-    mask and labels of the second.
+    Both hold until the thread's next forward pass, since gradient checkpointing repeats parts of a
+    pass in backward. So with ``use_reentrant=True``, two forward passes before one backward share
+    the mask and labels of the second.
 
     Args:
         model: the model to hook.
