@@ -1,4 +1,7 @@
-"""Every causal language model of transformers, with few layers and without memory for weights."""
+"""Every causal language model of transformers, with few layers and without memory for weights.
+
+Some are also there with weights, 64 channels and two layers.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,34 @@ NOT_BUILT = {
     "musicgen_melody": "AutoModelForCausalLM does not build it from its config",
     "qwen4_exp": "transformers does not build it from its defaults; qwen4_exp_text is its decoder",
 }
+
+
+SIZES = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    "head_dim": 16,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Of the models with weights, as far as their configs have them."""
+
+
+def small(kind: str) -> PreTrainedModel:
+    """A model of a kind that can be small, with weights, in evaluation."""
+    options: dict = {"is_decoder": True, **MORE.get(kind, {})}
+    plain = AutoConfig.for_model(kind, **options)
+    options |= {name: 2 for name in _LAYERS if isinstance(getattr(plain, name, None), int)}
+    options |= {n: v for n, v in SIZES.items() if isinstance(getattr(plain, n, None), int)}
+    options |= {name: SIZES[name] for name in ("hidden_size", "vocab_size")}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).eval()
 
 
 def model(kind: str) -> PreTrainedModel:

@@ -1,13 +1,17 @@
-"""SLIM finds the MLPs of every causal language model of transformers, or refuses it by name."""
+"""SLIM adapts the MLPs of every causal language model of transformers, or refuses it by name."""
 
 from __future__ import annotations
 
 import re
 
+import peft
 import pytest
+import torch
 
 from budwood.errors import UnsupportedModelError
+from budwood.tune import SlimConfig, observe
 from budwood.tune.slim.fused_experts import is_fused, why_not
+from budwood.tune.slim.keeper import layers_of
 from budwood.tune.slim.targets import is_linear, mlp_modules
 from tests import tiny_decoders
 
@@ -88,6 +92,12 @@ def expanded(names: str) -> set[str]:
     return found
 
 
+def adapted(model, **options) -> peft.PeftModel:
+    """The model with an adapter on its default targets, in all layers."""
+    config = SlimConfig(r=2, n_experts=2, n_identity=1, yielding=False, skip_first=0.0)
+    return peft.get_peft_model(model, config, **options).eval()
+
+
 @pytest.mark.parametrize(
     "kind", [k for k in tiny_decoders.KINDS if k not in tiny_decoders.NOT_BUILT]
 )
@@ -102,7 +112,7 @@ def test_the_mlps_of_every_decoder_are_found(kind):
         pytest.skip(f"{kind} is new and is not built from its defaults: {error}")
     if kind in REFUSED:
         with pytest.raises(UnsupportedModelError, match=REFUSED[kind]) as refusal:
-            mlp_modules(model, model.config.to_dict())
+            adapted(model)
         assert "target_modules" in str(refusal.value)
         return
     pattern = mlp_modules(model, model.config.to_dict())
@@ -114,3 +124,30 @@ def test_the_mlps_of_every_decoder_are_found(kind):
     if known:
         below = {re.sub(r"^(?:(?!\d+\.)[^.]+\.)*\d+\.", "", name) for name in modules}
         assert below == expanded(BY_KIND[kind])
+    places = [model.get_submodule(name) for name in modules]  # before they are replaced
+    found = [layer.get_base_layer() for layer in layers_of(adapted(model, low_cpu_mem_usage=True))]
+    assert {id(one) for one in found} == {id(one) for one in places}
+
+
+SMALL = (
+    "afmoe aria_text arcee bart bert bloom ctrl flint glm gpt2 gpt_neox granitemoe hunyuan_v1_moe "
+    "lfm2 llama mamba mixtral modernbert-decoder moshi mpt opt phi qwen2_moe rwkv xlm"
+)
+"""Architectures with as many ways to name and to call an MLP as can be small."""
+
+
+@pytest.mark.parametrize("kind", SMALL.split())
+@pytest.mark.filterwarnings("ignore")
+def test_every_layer_that_is_adapted_is_called(kind):
+    base = tiny_decoders.small(kind).requires_grad_(False)  # as an adapter leaves it
+    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        model = adapted(base)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)
+        for layer in layers_of(model):
+            torch.nn.init.normal_(layer.weights("default")[1])
+        with observe(model) as seen:
+            found = model(input_ids=ids).logits
+    assert not torch.equal(found, expected)
+    assert {row["layer"] for row in seen.rows()} == {one.slim_key for one in layers_of(model)}

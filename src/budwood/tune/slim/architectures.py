@@ -6,10 +6,8 @@ architecture for which PEFT has default targets, and a few more.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from budwood.errors import UnsupportedModelError
@@ -187,39 +185,6 @@ def with_attention(pattern: str, linear: Iterable[str]) -> str:
         raise UnsupportedModelError("no attention layers were found beside the MLPs of this model")
     stack, names = ("|".join(sorted({re.escape(part[i]) for part in beside})) for i in (1, 2))
     return rf"({pattern}|({stack})\d+\.({names}))"
-
-
-def reads_weight(parent: object, name: str) -> bool:
-    """Whether a module reads the weight of one of its layers instead of calling the layer.
-
-    Mamba's fused kernels do, with ``out_proj`` and others: what is put in the layer's place is
-    then passed by. The source of the module's class tells.
-
-    Args:
-        parent: the module.
-        name: of the layer in it.
-    """
-    own = rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b"
-    read = re.compile(rf"{own}(?!\.(dtype|device|shape))")
-    return any(read.search(_source(method)) for method in _methods(type(parent)))
-
-
-def _methods(kind: type) -> Iterator[Any]:
-    """The methods that a class and those above it run in a forward pass."""
-    for one in kind.__mro__:
-        if one.__module__.startswith("torch."):
-            return
-        for name, method in vars(one).items():
-            if inspect.isfunction(method) and not re.match(r"_*(init|reset|extra_repr)", name):
-                yield method
-
-
-@functools.cache
-def _source(method: Any) -> str:
-    try:
-        return inspect.getsource(inspect.unwrap(method))
-    except (OSError, TypeError):  # made in a console, or compiled
-        return ""
 
 
 SHARED_INPUT = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))

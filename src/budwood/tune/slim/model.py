@@ -18,17 +18,12 @@ from budwood.tune.base_model import check_base, describe_base
 from budwood.tune.config import PREFIX, SLIM, SlimConfig
 from budwood.tune.saved.files import check_state, present_names
 from budwood.tune.slim.adapter_names import check_rows, rows_by_adapter
-from budwood.tune.slim.architectures import (
-    LEADERS,
-    in_layers,
-    later_layers,
-    reads_weight,
-    siblings,
-)
+from budwood.tune.slim.architectures import LEADERS, in_layers, later_layers, siblings
 from budwood.tune.slim.fused_experts import SlimExperts, around, check_fused, is_fused
 from budwood.tune.slim.keeper import TENSORS, SlimLayer, StepKeeper, forget, layers_of
 from budwood.tune.slim.layer import REFUSAL, SlimLinear
 from budwood.tune.slim.passes import SharedStatistics
+from budwood.tune.slim.sources import reads_weight
 from budwood.tune.slim.targets import is_linear, mlp_modules, no_match, warn_of_experts_left_out
 from budwood.tune.slim.token_watch import unwatch_tokens, watch_tokens
 
@@ -159,9 +154,9 @@ class SlimModel(BaseTuner):
             )
         if reads_weight(parent, target_name):
             raise UnsupportedModelError(
-                f"target module {current_key!r}: {type(parent).__name__} reads its weight and "
-                "does not call it, so that an adapter there would do nothing; leave it out "
-                f"(exclude_modules=[{target_name!r}])"
+                f"target module {current_key!r}: {type(parent).__name__} reads its weight instead "
+                "of calling it, in all passes or in some, and an adapter there would do nothing "
+                f"in these; leave it out (exclude_modules=[{target_name!r}])"
             )
         layer = SlimLinear(target, self._keeper(), current_key)
         layer._active_adapter = adapter_name
