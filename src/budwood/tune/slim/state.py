@@ -199,9 +199,11 @@ class InputStatistics(_Kept):
             Shape (n_tokens,); None where there are none for as many tokens.
         """
         distance = self._latest()
-        if isinstance(distance, float):
+        if distance is None:
+            return None
+        if not isinstance(distance, Tensor):
             distance = self.distance_mean.new_full((1,), distance)
-        return distance if distance is not None and len(distance) == n_tokens else None
+        return distance if len(distance) == n_tokens else None
 
     def last_of_one(self) -> float | None:
         """Return the distance that the first layer has just measured for a single token."""
