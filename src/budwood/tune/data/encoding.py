@@ -12,10 +12,9 @@ from budwood.tune.data.template import (
     end_of_turn,
     n_behind_turn,
     need_place,
-    places_of,
     render,
-    text_tokens,
 )
+from budwood.tune.data.tokens import Part, tokens_behind
 
 _WRITTEN = ("user", "tool")
 """Who writes what is asked."""
@@ -46,7 +45,8 @@ def encode(
 ) -> Encoded:
     """Tokenise examples; the loss is on the assistant's turns, or on completions, only.
 
-    Prompt and answer are tokenised apart, since that is what generation sees.
+    The tokens are those of the whole text. Each prompt has the tokens that it has by itself, which
+    is what generation sees: a token that would reach from the prompt into the answer is cut there.
 
     Args:
         examples: what to train on.
@@ -144,11 +144,12 @@ def turn_end_of(tokenizer: Any) -> tuple[str, int]:
 def _plain(example: Example, tokenizer: Any) -> EncodedExample:
     """A prompt and its completion, or a text, as they are, with the end of the text."""
     *before, last = (message["content"] for message in example.messages)
-    prompt = tokenizer("".join(before), add_special_tokens=True)["input_ids"]
+    asked = "".join(before)
+    prompt = tokenizer(asked, add_special_tokens=True)["input_ids"]
     end = tokenizer.eos_token_id
     if prompt and prompt[-1] == end and end != tokenizer.bos_token_id:
         prompt = prompt[:-1]  # some tokenizers end every text
-    completion = text_tokens(tokenizer, last)
+    completion = tokens_behind(tokenizer, asked, last)
     if end is not None and completion[-1:] != [end]:
         completion = [*completion, end]
     return {
@@ -181,15 +182,14 @@ def _chat(example: Example, tokenizer: Any, turn_end: tuple[str, int] | None) ->
                 "the chat template changes earlier turns when one is added, so the assistant's "
                 "turns cannot be found; train on single turns"
             )
-        asked = text_tokens(tokenizer, prompt[len(done) :])
-        turn = text_tokens(tokenizer, whole[len(prompt) :])
+        asked = Part(tokenizer, done, prompt[len(done) :])
+        turn = tokens_behind(tokenizer, prompt, whole[len(prompt) :])
         n_said = len(turn) - (n_behind if whole.endswith(end) else 0)
         said, tail = turn[:n_said], turn[n_said:]
-        input_ids += asked + said + tail
-        labels += [IGNORED] * len(asked) + said + [IGNORED] * len(tail)
+        input_ids += asked.tokens + said + tail
+        labels += [IGNORED] * len(asked.tokens) + said + [IGNORED] * len(tail)
         by_user = [one["content"] for one in messages[first:i] if one["role"] in _WRITTEN]
-        written += places_of(tokenizer, prompt[len(done) :], by_user, len(asked))
-        written += [0] * len(said + tail)
+        written += asked.places_of(by_user) + [0] * len(said + tail)
         done, first = whole, i + 1
     need_place(tokenizer, example, done)
     n_used = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1

@@ -24,9 +24,9 @@ from budwood.tune.data.encoding import IGNORED, EncodedExample, token_rows
 from budwood.tune.data.template import (
     around_request,
     prompt_tokens,
-    text_tokens,
     tokens_before_request,
 )
+from budwood.tune.data.tokens import n_common, tokens_behind
 from budwood.unwrap import innermost
 
 REQUEST_TOKENS, REPLY_TOKENS = 32, 24
@@ -214,7 +214,7 @@ def in_forms_of(
     if all(_ends_as(_prompt(row), behind) for row in rows):
         return texts
     begin = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
-    line = text_tokens(tokenizer, "\n")
+    line = tokens_behind(tokenizer, "a", "\n")
     special = set(tokenizer.all_special_ids)
     plain = []
     for row in with_asked(texts, tokenizer):
@@ -257,8 +257,8 @@ def _ends_as(prompt: list[int], behind: list[int]) -> bool:
 
 def _with_asked(row: EncodedExample, before: list[int], behind: list[int]) -> EncodedExample:
     prompt = _prompt(row)
-    first, last = len(before), len(prompt) - len(behind)
-    if prompt[: first - 1] != before[:-1] or not _ends_as(prompt, behind) or first > last:
+    first, last = n_common(before, prompt), len(prompt) - len(behind)
+    if first < len(before) - 1 or not _ends_as(prompt, behind) or first > last:
         return row
     asked = [0] * first + [1] * (last - first)
     return {**row, "asked": asked + [0] * (len(row["labels"]) - last)}

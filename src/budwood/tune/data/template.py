@@ -10,8 +10,11 @@ from jinja2 import TemplateError
 
 from budwood.errors import InputError, UnsupportedModelError
 from budwood.tune.data.examples import Example
+from budwood.tune.data.tokens import Part, text_tokens, tokens_behind
 
 _MARK, _REPLY = "@@request@@", "@@reply@@"
+_WORD = "a"
+"""What a request may begin with; tokenizers join it with a space before it."""
 DAY = date(2025, 1, 1)
 """The date that chat templates get as today's."""
 
@@ -146,6 +149,8 @@ def tokens_before_request(tokenizer: Any) -> list[int]:
 def around_request(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that a chat template puts before a user's message, and those up to the reply.
 
+    A token that reaches into the message, such as that of a space and a word, is the message's.
+
     Raises:
         UnsupportedModelError: the template shows no such place.
     """
@@ -156,13 +161,14 @@ def around_request(tokenizer: Any) -> tuple[list[int], list[int]]:
         )
     turns = [{"role": "user", "content": _MARK}]
     before, found, behind = render(tokenizer, turns, True).partition(_MARK)
-    tokens = text_tokens(tokenizer, before)
+    prompt = Part(tokenizer, "", before + _WORD + behind)
+    tokens = prompt.tokens[: prompt.n_up_to(len(before))]
     if not found or not tokens:
         raise UnsupportedModelError(
             "the chat template does not show where a user's turn begins, which self-generated text "
             "needs; train with slim:texts=0"
         )
-    return tokens, text_tokens(tokenizer, behind)
+    return tokens, tokens_behind(tokenizer, before + _MARK, behind)
 
 
 def n_behind_turn(tokenizer: Any, end: str) -> int:
@@ -176,22 +182,3 @@ def n_behind_turn(tokenizer: Any, end: str) -> int:
     special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     place = next((i for i, token in enumerate(behind) if token in special), None)
     return 0 if place is None else len(behind) - place - 1
-
-
-def places_of(tokenizer: Any, text: str, parts: Sequence[str], n_tokens: int) -> list[int]:
-    """Which tokens of a rendered text are those of some parts of it: 1 or 0 for each."""
-    places = [0] * n_tokens
-    end = 0
-    for part in parts:
-        begin = text.find(part.strip(), end)
-        if begin < 0:  # the template rewrites it
-            continue
-        end = begin + len(part.strip())
-        first, last = (len(text_tokens(tokenizer, text[:at])) for at in (begin, end))
-        places[first:last] = [1] * (last - first)
-    return places[:n_tokens]
-
-
-def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text by itself, without those that a tokenizer adds around texts."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -17,7 +17,7 @@ from budwood.files import cache_folder, digest, read_json, write_text
 _HERE = Path(__file__).parent
 _PACKAGES = ("budwood", "torch", "transformers", "lm_eval")
 """Whose version may change a result."""
-_DATA = ("examples", "encoding", "template", "batches", "self_generated")
+_DATA = ("examples", "encoding", "template", "tokens", "batches", "self_generated")
 _CODE = ("harness", "scores", "tasks", *(f"../data/{name}" for name in _DATA))
 """Modules that results come from."""
 _OF_ADAPTERS = (".modules_to_save.", ".token_adapter.", ".trainable_tokens_")

@@ -23,6 +23,7 @@ from budwood.progress import Progress, silent
 from budwood.tune.data.batches import is_stateful, positions, takes
 from budwood.tune.data.examples import Example, styled
 from budwood.tune.data.template import dated_template, end_of_turn, lead_of, need_place, render
+from budwood.tune.data.tokens import n_common, tokens_behind
 from budwood.tune.evaluate.scores import Score
 from budwood.tune.evaluate.tasks import Task, expanded, quiet_harness, task_manager
 
@@ -88,7 +89,7 @@ def run_tasks(
                 lm.lead = "" if asked == "text" else lead_of(tokenizer)
                 samples = _evaluate(lm, mine, files, style, limit, asked == "chat")
                 for task in mine:
-                    found[task.name] = _scores(task, samples[task.name], tokenizer)
+                    found[task.name] = _scores(task, samples[task.name], lm)
     return [score for task in tasks for score in found[task.name]]
 
 
@@ -157,7 +158,7 @@ def _conversation(example: Example, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _scores(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:
+def _scores(task: Task, samples: list[dict[str, Any]], lm: Any) -> list[Score]:
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     found = []
     for name in filters:
@@ -165,11 +166,11 @@ def _scores(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[S
             (sample for sample in samples if sample["filter"] == name), key=lambda s: s["doc_id"]
         )
         label = task.name if len(filters) == 1 else f"{task.name}/{name}"
-        found += _scores_of(Task(label, task.group, None, None), mine, tokenizer)
+        found += _scores_of(Task(label, task.group, None, None), mine, lm)
     return found
 
 
-def _scores_of(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> list[Score]:
+def _scores_of(task: Task, samples: list[dict[str, Any]], lm: Any) -> list[Score]:
     metric = next((m for m in _ACCURACIES if m in samples[0]), None)
     found = []
     if metric:
@@ -178,7 +179,7 @@ def _scores_of(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> lis
     pairs = [_right_answer(sample) for sample in samples]
     if all(pairs):
         losses = tuple(-pair[0] for pair in pairs if pair)
-        counts = tuple(float(_n_tokens(tokenizer, pair[1])) for pair in pairs if pair)
+        counts = tuple(float(_n_tokens(lm, *pair[1])) for pair in pairs if pair)
         found.append(Score(task.name, "loss", task.group, losses, counts))
     if not found:
         raise InputError(f"task {task.name!r} has neither accuracy nor likelihoods")
@@ -188,12 +189,13 @@ def _scores_of(task: Task, samples: list[dict[str, Any]], tokenizer: Any) -> lis
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
-def _right_answer(sample: dict[str, Any]) -> tuple[float, str] | None:
-    """Log-likelihood and text of the right answer; None where it is not known."""
+def _right_answer(sample: dict[str, Any]) -> tuple[float, tuple[str, str]] | None:
+    """Log-likelihood of the right answer, and prompt and answer; None where it is not known."""
     gold = sample["gold"]
     if gold is None:
         return None
-    return float(sample["filtered_resps"][gold][0]), str(sample["arguments"][gold][1])
+    prompt, answer = map(str, sample["arguments"][gold])
+    return float(sample["filtered_resps"][gold][0]), (prompt, answer)
 
 
 def _gold(task: Any, doc: dict[str, Any]) -> int | None:
@@ -216,8 +218,9 @@ def _gold(task: Any, doc: dict[str, Any]) -> int | None:
     return int(found) if isinstance(found, int) and 0 <= found < len(choices) else None
 
 
-def _n_tokens(tokenizer: Any, text: str) -> int:
-    return max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+def _n_tokens(lm: Any, prompt: str, answer: str) -> int:
+    """Number of tokens that are scored."""
+    return max(1, len(lm._encode_pair(prompt, answer)[1]))
 
 
 class SharedPromptLM(_Base):
@@ -225,9 +228,9 @@ class SharedPromptLM(_Base):
 
     The answers are read from the prompt's key-value cache, and logits are computed for answers
     alone. Prompts are sorted by length. The numbers are HFLM's but for rounding, and for two things
-    that are as in training here: the line break that ends a chat prompt is part of the prompt,
-    where HFLM scores it as the beginning of each answer, and so is what the chat template writes
-    before an answer, which HFLM leaves out. Models that keep a state are read as HFLM reads them.
+    that are as in training here: white space that ends a prompt is part of the prompt, where HFLM
+    scores it as the beginning of each answer, and so is what the chat template writes before an
+    answer, which HFLM leaves out. Models that keep a state are read as HFLM reads them.
 
     Args:
         pretrained: a causal language model of transformers or PEFT.
@@ -263,11 +266,11 @@ class SharedPromptLM(_Base):
         self._is_stateful = is_stateful(pretrained)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        context += self.lead
-        if not context.endswith("\n"):
-            return super()._encode_pair(context, continuation)
-        answer = self.tokenizer.encode(continuation, add_special_tokens=False)
-        return self.tok_encode(context), answer
+        # A space that the template writes before an answer is mostly the first word's.
+        lead = self.lead.rstrip(" ")
+        turn = tokens_behind(self.tokenizer, context, self.lead + continuation)
+        n_lead = n_common(tokens_behind(self.tokenizer, context, lead), turn) if lead else 0
+        return self.tok_encode(context) + turn[:n_lead], turn[n_lead:]
 
     def _loglikelihood_tokens(
         self,
