@@ -70,6 +70,15 @@ def test_what_belongs_to_a_question():
         ({"text": ["no", "yes"], "label": ["1", "2"]}, "2", 1),
         (["x", "y", "z"], "C.", 2),
         (["1", "2"], "2", 1),
+        # A number is a label where labels are numbers, and else an index.
+        ({"text": ["ice", "fire", "sun"], "label": [1, 2, 3]}, 1, 0),
+        ({"text": ["ice", "fire", "sun"], "label": ["1", "2", "3"]}, 1, 0),
+        ({"text": ["ice", "fire", "sun"], "label": [1, 2, 3]}, "3.", 2),
+        ({"text": ["2", "1"], "label": ["1", "2"]}, 1, 0),
+        ({"text": ["2", "1"], "label": ["1", "2"]}, "1", 0),
+        ({"text": ["ice", "fire"], "label": [0, 1]}, 1, 1),
+        ({"text": ["ice", "fire"], "label": ["A", "B"]}, 1, 1),
+        ({"text": ["8", "6"], "label": [1, 2]}, 8, 0),
     ],
 )
 def test_the_right_choice(choices, answer, index):
@@ -88,8 +97,26 @@ def test_choices_in_columns_of_their_own():
     ("row", "message"),
     [
         ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "index from 0 to 1, the letter"),
+        (
+            {"question": "q", "A": "x", "B": "y", "answer": "C"},
+            "0 to 1, one of the labels A, B, or",
+        ),
         ({"question": "q", "choices": ["B", "A"], "answer": "A"}, "more than one choice"),
+        (
+            {"question": "q", "choices": {"text": ["a", "b"], "label": [1, 2]}, "answer": 0},
+            "^answer 0 must be one of the labels 1, 2, or the text of a choice$",
+        ),
+        (
+            {"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "1"]}, "answer": 1},
+            "give each choice a label of its own",
+        ),
+        ({"question": "q", "answr": "y"}, "are question, answr; did you mean 'answr'"),
+        ({"question": "q", "correct_answer": "y"}, "did you mean 'correct_answer'"),
+        ({"question": "q", "choices": ["a", "b"], "answers": [0]}, "did you mean 'answers'"),
+        ({"question": "q", "reply": "y", "answer": None}, "are question, reply; give it in"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "TRL's DPOTrainer"),
+        ({"prompt": "p", "completion": "a", "rejected": "b"}, "TRL's DPOTrainer"),
+        ({"question": "p", "completions": ["a"], "labels": [True]}, "train a reward model"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "the whole conversation"),
         ({"instruction": "a"}, "has the keys instruction; give"),
         ({"instruction": ["a"], "output": "b"}, "instruction must be a text"),
@@ -104,6 +131,33 @@ def test_refuses(row, message):
     with pytest.raises(InputError, match=message) as error:
         example_of(row)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", [False, True, 0, 1.0, "false", "True", "0"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Is ice cold?", "completion": " No."},
+        {"prompt": list(ASKED[:1]), "completion": list(ASKED[1:])},
+        {"question": "Is ice cold?", "answer": "No."},
+        {"instruction": "Is ice cold?", "output": "No."},
+        {"messages": list(ASKED)},
+    ],
+)
+def test_answers_with_a_verdict_are_refused(row, label):
+    with pytest.raises(InputError, match=f"label={label!r}, which says .* TRL's KTOTrainer"):
+        example_of({**row, "label": label})
+    assert example_of({**row, "label": None}) == example_of(row)
+
+
+def test_labels_that_are_no_verdict():
+    row = {"question": "Is ice cold?", "answer": "Yes."}
+    assert example_of({**row, "label": "physics", "score": 0.1}) == example_of(row)
+    choice = {"question": "Is ice cold?", "choices": ["no", "yes"], "answer": 1}
+    assert example_of({**choice, "label": 1}) == example_of(choice)
+    assert example_of({"text": "Ice.", "label": 0}) == example_of({"text": "Ice."})
+    judged = {"question": "Is ice cold?", "answer": True, "label": 1}
+    assert example_of(judged).messages[-1]["content"] == "true"
 
 
 # --- calls of tools -------------------------------------------------------------------------------
@@ -359,3 +413,9 @@ def test_rows_of_arrays_and_tuples(form):
 def test_of_two_equal_choices_the_first_counts():
     """As accuracy does, which asks which choice is most probable."""
     assert example_of({"question": "q", "choices": ["b", "a", "a"], "answer": 2}).answer == 1
+
+
+def test_a_table_without_answers_names_its_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answr\nIs it wet?,yes\n")
+    with pytest.raises(InputError, match="line 2: has no answer, .* did you mean 'answr'"):
+        read_examples(str(tmp_path / "a.csv"))

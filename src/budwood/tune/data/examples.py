@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from budwood.tune.data.other_formats import (
     asked_of,
     calls_of,
     canonical,
+    has_numbers,
     index_of,
     plain,
     system_of,
@@ -314,6 +316,8 @@ def _refuse_filled(row: Mapping[str, Any], keys: Sequence[str], what: str) -> No
 def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
     """Choices and the index of the right one; no choices and a text for free answers."""
     choices, answer = row.get("choices"), row.get("answer", row.get("answerKey"))
+    if answer is None:
+        raise InputError(_without_answer(row))
     labels = None
     if choices is None and isinstance(answer, bool):
         return ["false", "true"], int(answer)
@@ -325,13 +329,23 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], Any]:
         raise InputError("choices must be a list of two or more")
     for choice in choices:
         _need_text(choice, "a choice")
-    answer = index_of(answer, choices, labels)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(
-            f"answer {answer!r} must be an index from 0 to {len(choices) - 1}, the letter of a "
-            "choice, or its text"
-        )
-    return choices, choices.index(choices[answer])  # the first of two that are the same
+    index = index_of(answer, choices, labels)
+    if index is None:
+        index = "" if has_numbers(labels) else f"an index from 0 to {len(choices) - 1}, "
+        named = f"one of the labels {', '.join(map(str, labels))}" if labels else "the letter"
+        raise InputError(f"answer {answer!r} must be {index}{named}, or the text of a choice")
+    return choices, choices.index(choices[index])  # the first of two that are the same
+
+
+def _without_answer(row: Mapping[str, Any]) -> str:
+    """What to say of a question whose answer is missing, or called something else."""
+    near = [name for name in map(str, row) if "answer" in name.lower()]
+    near = near or difflib.get_close_matches("answer", map(str, row), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"has no answer, or an empty one; the columns with values are {', '.join(map(str, row))}; "
+        f"{hint}give it in a column called answer"
+    )
 
 
 def _need_text(value: Any, what: str) -> None:

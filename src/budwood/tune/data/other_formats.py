@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -33,7 +33,10 @@ _ROLES = {
 }
 """Who speaks in ShareGPT's conversations."""
 
-_PREFERENCES = ("chosen", "rejected")
+_ANSWERED = ("answer", "completion", "output", "response", "messages", "conversations")
+"""Columns with what is trained on, apart from the choices of a question."""
+_VERDICTS = ("true", "false", "0", "1")
+"""Texts of a label that says whether an answer is good."""
 
 
 def canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -47,12 +50,9 @@ def canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
         row: without entries that are None.
 
     Raises:
-        InputError: a preference, or a history beside a question.
+        InputError: answers that are not all to be learnt, or a history beside a question.
     """
-    if all(key in row for key in _PREFERENCES):
-        raise InputError(
-            "is a preference, chosen and rejected; train on it with TRL's DPOTrainer and SlimConfig"
-        )
+    _refuse_judged(row)
     talk = row.get("messages", row.get("conversations"))
     if isinstance(talk, list):
         return {**row, "messages": [_message(turn) for turn in talk]}
@@ -66,13 +66,37 @@ def canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return row
 
 
+def _refuse_judged(row: Mapping[str, Any]) -> None:
+    """Refuse rows that say how good an answer is: training would teach the bad ones as well."""
+    if isinstance(row.get("rejected"), (str, list)):
+        raise InputError(
+            "is a preference, with a rejected answer; train on it with TRL's DPOTrainer and "
+            "SlimConfig"
+        )
+    if "completions" in row and "labels" in row:
+        raise InputError(
+            "has completions and labels, the steps of an answer and whether each is right, which "
+            "train a reward model; give the right answer as completion"
+        )
+    label = row.get("label")
+    is_verdict = label in (0, 1) or str(label).strip().lower() in _VERDICTS
+    answered = any(isinstance(row.get(key), (str, list)) for key in _ANSWERED)
+    if is_verdict and answered and not has_choices(row):
+        raise InputError(
+            f"has an answer with label={label!r}, which says whether it is desirable; train on it "
+            "with TRL's KTOTrainer and SlimConfig, or keep the desirable rows and leave label out"
+        )
+
+
 def has_choices(row: Mapping[str, Any]) -> bool:
     """Whether a row, with or without entries that are None, has choices to answer with."""
     return row.get("choices") is not None or bool(_letters(row))
 
 
-def index_of(answer: Any, choices: list[str], labels: list[str] | None = None) -> Any:
+def index_of(answer: Any, choices: list[str], labels: list[Any] | None = None) -> int | None:
     """The index of the right choice, given as such, as a letter or label, or in its own words.
+
+    A number is a label where labels are numbers, and else an index from 0.
 
     Args:
         answer: as the row has it.
@@ -80,23 +104,39 @@ def index_of(answer: Any, choices: list[str], labels: list[str] | None = None) -
         labels: of the choices; None for A, B, ….
 
     Returns:
-        An index, or the answer as it is if it names no choice.
+        An index, or None if the answer is none of the choices.
 
     Raises:
-        InputError: the answer is one choice's letter and another choice's text.
+        InputError: the answer is several choices, such as one's letter and another's text.
     """
-    if not isinstance(answer, str):
-        return answer
-    labels = labels or list(ascii_uppercase[: len(choices)])
-    named = answer.strip().rstrip(".)").upper()
-    by_label = [i for i, label in enumerate(labels) if str(label).upper() == named]
-    by_text = [i for i, choice in enumerate(choices) if choice == answer]
-    found = sorted({*by_label, *by_text})
+    if isinstance(answer, bool) or not isinstance(answer, (int, str)):
+        return None
+    text, numbered = str(answer), has_numbers(labels)
+    found = _named(text, choices, labels) if numbered or isinstance(answer, str) else []
     if len(found) > 1:
-        raise InputError(f"answer {answer!r} names more than one choice; give its index, from 0")
-    if not found and answer.strip().isdecimal():  # tables without types have texts alone
-        return int(answer)
-    return found[0] if found else answer
+        way = "give each choice a label of its own" if numbered else "give its index, from 0"
+        raise InputError(f"answer {answer!r} names more than one choice; {way}")
+    if found:
+        return found[0]
+    # Tables without types have numbers as texts.
+    is_index = not numbered and text.strip().isdecimal() and int(text) < len(choices)
+    return int(text) if is_index else None
+
+
+def _named(text: str, choices: list[str], labels: Sequence[Any] | None) -> list[int]:
+    """The choices with a label or a text; labels go before texts where they are numbers."""
+    named = text.strip().rstrip(".)").upper()
+    letters = labels or ascii_uppercase[: len(choices)]
+    by_label = [i for i, label in enumerate(letters) if str(label).strip().upper() == named]
+    if by_label and has_numbers(labels):
+        return by_label
+    by_text = [i for i, choice in enumerate(choices) if choice == text]
+    return sorted({*by_label, *by_text})
+
+
+def has_numbers(labels: Sequence[Any] | None) -> bool:
+    """Whether some labels of choices are numbers, so that a number is a label and no index."""
+    return any(str(label).strip().isdecimal() for label in labels or ())
 
 
 def tools_of(tools: Any) -> tuple[dict[str, Any], ...]:
