@@ -535,7 +535,7 @@ def test_bad_input(budwood, tmp_path, data):
     for options, reason in (
         ("n_experts=0", "identity experts alone"),
         ("top_k=11", "above the number of experts"),
-        ("experts=3", "unexpected keyword argument 'experts'"),
+        ("experts=3", "SLIM has no option 'experts'; did you mean 'n_experts'"),
         ("distance=l2", "unknown distance"),
         ("yielding=no", "yielding='no'; give True or False"),
         ("router=off", "router='off'; give True or False"),

@@ -222,7 +222,7 @@ HINTS = [
     ("init_lora_weights", "pissa", "B at zero"),
     ("target_module", ["up_proj"], "did you mean 'target_modules'"),
     ("n_expert", 4, "did you mean 'n_experts'"),
-    ("zzz", 1, "SlimConfig has no such option"),
+    ("zzz", 1, "'zzz'; known: r, alpha, n_experts"),
 ]
 
 

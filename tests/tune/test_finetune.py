@@ -38,6 +38,7 @@ from budwood.tune.methods.slim import Slim
 from budwood.tune.saved.loading import load_adapter
 from budwood.tune.training import run as train
 from budwood.tune.training import trainer
+from budwood.tune.training.settings import settings_from
 from tests import tiny_chat
 from tests.killed import killed_at
 
@@ -440,6 +441,26 @@ def test_fields_at_their_default_keep_the_recommended_values(tmp_path):
             tiny_chat.model(), [FORMATS["messages"]] * 8, args=args, tokenizer=TOKENS, seed=7
         )
     assert result.settings == Settings(lr=3e-3, steps=2, max_length=100, seed=7)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_defaults_of_the_trainer_are_had_by_the_call_in_the_warning():
+    args = SFTConfig(output_dir="out", use_cpu=True, gradient_checkpointing=False, seed=42)
+    with pytest.warns(UserWarning, match="budwood's are used") as told:
+        settings_from(args)
+    (call,) = (found for one in told if (found := str(one.message).partition("finetune(…, ")[2]))
+    asked = eval(f"dict({call}")
+    assert asked == {
+        "lr": args.learning_rate,
+        "epochs": 3.0,
+        "batch": 8,
+        "schedule": "linear",
+        "seed": 42,
+        "max_length": 1024,
+        "warmup": 0.0,
+    }
+    settings, _ = settings_from(args, asked)  # without a warning
+    assert settings == Settings(**asked)
 
 
 @pytest.mark.filterwarnings("ignore:where TrainingArguments has its defaults")

@@ -127,8 +127,10 @@ def _hint(name: str, names: list[str]) -> str:
     if name in LORA_NAMES:
         return f"{name!r}: {LORA_NAMES[name]}"
     near = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {near[0]!r}?" if near else "SlimConfig has no such option"
-    return f"{name!r}; {meant}"
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    saved = {"slim_version", "base", *(part.name for part in dataclasses.fields(PeftConfig))}
+    known = ", ".join(one for one in names if one not in saved)
+    return f"{name!r}; {hint}known: {known}"
 
 
 @_with_hints

@@ -139,7 +139,8 @@ def finetune(
             training ends early.
         tokenizer: of the model; None to load it by the model's ``name_or_path``.
         args: how to train: :class:`Settings`, or a ``TrainingArguments`` (such as TRL's
-            ``SFTConfig``), whose fields count where they differ from their defaults.
+            ``SFTConfig``), whose fields count where they differ from their defaults. For a default
+            of theirs give it by name, such as ``lr=5e-5, seed=42``.
         style: how questions with choices are asked, ``"cloze"`` or ``"listed"``.
         device: for a model that is loaded by name: a torch device, or ``"auto"``.
         dtype: for a model that is loaded by name: a name, or ``"auto"`` for the checkpoint's.

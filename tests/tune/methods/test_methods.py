@@ -151,7 +151,13 @@ def test_parse_tuner_refuses():
         ("use_rslora=1", "use_rslora=1; "),
         ("task_type=SEQ_CLS", "task_type is set by budwood; leave it out"),
         ("inference_mode=true", "inference_mode is set by budwood"),
-        ("foo=1", "unexpected keyword argument 'foo'"),
+        ("rank=8", "rank=8 is not an option of a method; give --rank"),
+        ("lr=0.1", "lr=0.1 is not an option of a method; give --lr"),
+        (
+            "foo=1",
+            "(LoRA|SLIM) has no option 'foo'; known: weight_decay, .*target_modules",
+        ),
+        ("strenght=1", "did you mean 'strength'"),
     ],
 )
 def test_options_are_refused_before_a_model_is_loaded(method, option, reason):

@@ -6,7 +6,6 @@ summary in ``budwood.catalogue``.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,8 +107,7 @@ def parse_tuner(text: str) -> Tuner:
     """
     chosen = method_of(text)
     given = {**chosen.options, **parse_spec(text)[1]}
-    names = {one.name for one in dataclasses.fields(chosen.kind)}
-    names -= {"extra", "n_supervised_tokens"}
+    names = chosen.kind.own_options()
     own = {key: value for key, value in given.items() if key in names}
     return chosen.kind(**own, extra={key: given[key] for key in given if key not in names})
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,13 +20,19 @@ from budwood.tune.slim.targets import decoder_modules, is_linear
 
 _GIVEN_ELSEWHERE = {
     "r": "--rank",
+    "rank": "--rank",
+    "lora_rank": "--rank",
     "oft_block_size": "--rank",
     "effective_rank": "--rank",
     "seed": "--seed",
+    "lr": "--lr",
+    "learning_rate": "--lr",
     "lora_alpha": "alpha, which is multiplied by the rank",
     "lora_dropout": "dropout",
 }
-"""Fields of PEFT's configs that have another name here, and which."""
+"""Options that have another name or place here, and which."""
+_NO_OPTIONS = ("extra", "n_supervised_tokens", "base", "slim_version")
+"""Fields of tuners and of SLIM's config that budwood sets itself."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,11 @@ class Tuner:
         need_number(lambda value: 0 <= value < math.inf, "number of at least 0", **weights)
         allowed = "number above 0 and up to 1"
         need_number(lambda value: 0 < value <= 1, allowed, strength=self.strength)
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """Names of the options that are not those of the adapter's config."""
+        return [one.name for one in dataclasses.fields(cls) if one.name not in _NO_OPTIONS]
 
     def config(self, rank: int, model: Any, seed: int) -> Any:
         """The PEFT config.
@@ -153,23 +165,54 @@ def linear_mlps(model: Any) -> str:
     return default_targets(model.config.to_dict(), linear)
 
 
-def peft_config(kind: Any, name: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+def peft_config(tuner: Tuner, kind: Any, name: str, options: Mapping[str, Any]) -> Any:
     """Make a config of PEFT for a causal language model.
 
     Args:
-        kind: its class.
+        tuner: whose ``extra`` is what the user sets, which takes precedence.
+        kind: the class of the config.
         name: of the method, for messages.
         options: what the method sets.
-        extra: what the user sets, which takes precedence.
 
     Raises:
         InputError: there is no such option, or it does not take the value.
     """
-    check_options(kind, name, extra)
+    refuse_unknown(tuner, kind, name, tuner.extra)
+    check_options(kind, name, tuner.extra)
     try:
-        return kind(**{**options, "task_type": "CAUSAL_LM", **extra})
-    except (TypeError, ValueError) as error:  # an unknown option
+        return kind(**{**options, "task_type": "CAUSAL_LM", **tuner.extra})
+    except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from error
+
+
+def refuse_unknown(tuner: Tuner, kind: Any, name: str, options: Iterable[str]) -> None:
+    """Refuse options that neither a tuner nor its config has.
+
+    Args:
+        tuner: of the method.
+        kind: the class of the config.
+        name: of the method, for messages.
+        options: names.
+
+    Raises:
+        InputError: there is no such option; the message has those that there are.
+    """
+    fields = [one.name for one in dataclasses.fields(kind)]
+    elsewhere = {*_GIVEN_ELSEWHERE, *_NO_OPTIONS, *_not_chosen()}
+    known = [*tuner.own_options(), *(one for one in fields if one not in elsewhere)]
+    for key in options:
+        if key not in known and key not in fields:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            options_of = ", ".join(dict.fromkeys(known))
+            raise InputError(f"{name} has no option {key!r}; {hint}known: {options_of}")
+
+
+def _not_chosen() -> set[str]:
+    """Fields of every config, which describe a saved adapter."""
+    from peft import PeftConfig
+
+    return {one.name for one in dataclasses.fields(PeftConfig)}
 
 
 def check_options(kind: Any, name: str, options: Mapping[str, Any]) -> None:
@@ -178,15 +221,13 @@ def check_options(kind: Any, name: str, options: Mapping[str, Any]) -> None:
     Args:
         kind: the class of the config.
         name: of the method, for messages.
-        options: what the user sets; unknown ones are left to the class.
+        options: what the user sets.
 
     Raises:
         InputError: a value is of another type, or the option describes a saved adapter.
     """
-    from peft import PeftConfig
-
     hints = get_type_hints(kind)
-    not_chosen = {one.name for one in dataclasses.fields(PeftConfig)}
+    not_chosen = _not_chosen()
     for key, value in options.items():
         if key in not_chosen:
             raise InputError(f"{name}: {key} is set by budwood; leave it out")

@@ -66,7 +66,7 @@ class Lora(Tuner):
             "target_modules": targets,
             "use_dora": self.use_dora,
         }
-        return peft_config(LoraConfig, "LoRA", {"r": rank, **options}, self.extra)
+        return peft_config(self, LoraConfig, "LoRA", {"r": rank, **options})
 
     def targets(self, model: Any) -> str:
         """A regular expression of the modules to adapt."""

@@ -48,7 +48,7 @@ class Oft(_Orthogonal):
         from peft import OFTConfig
 
         options = {"oft_block_size": rank, "target_modules": targets}
-        return peft_config(OFTConfig, "OFT", options, self.extra)
+        return peft_config(self, OFTConfig, "OFT", options)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Osf(_Orthogonal):
                 f"rank {rank} leaves nothing of {smallest} singular directions to keep"
             )
         options = {"effective_rank": smallest - rank, "target_modules": targets}
-        return peft_config(OSFConfig, "OSF", options, self.extra)
+        return peft_config(self, OSFConfig, "OSF", options)
 
 
 def _targeted(model: Any) -> list[Any]:

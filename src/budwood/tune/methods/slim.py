@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.tune.config import SlimConfig
+from budwood.tune.config import LORA_NAMES, SlimConfig
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.data.self_generated import in_forms_of, start_of_text
-from budwood.tune.methods.base import Tuner, check_options
+from budwood.tune.methods.base import Tuner, check_options, refuse_unknown
 from budwood.tune.slim.fitting import N_TEXTS, fit_discriminant
 
 PLENTY = 1_280
@@ -59,9 +59,10 @@ class Slim(Tuner):
         options = dict(self.extra)
         if self.texts is not None:
             options.setdefault("distance", "discriminant" if self.texts else "whitened")
+        refuse_unknown(self, SlimConfig, "SLIM", [one for one in options if one not in LORA_NAMES])
         try:
             config = SlimConfig.recommended(self.n_supervised_tokens, r=rank, seed=seed, **options)
-        except TypeError as error:  # an unknown option
+        except TypeError as error:  # an option of LoRA's
             raise InputError(f"SLIM: {error}") from error
         check_options(SlimConfig, "SLIM", options)
         return config

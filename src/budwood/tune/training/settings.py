@@ -190,6 +190,9 @@ _TAKEN_OVER = {
 }
 """Fields of ``TrainingArguments`` → fields of :class:`Settings`."""
 
+_TOLD = ("lr", "epochs", "batch", "accumulate", "schedule", "seed", "max_length")
+"""Settings whose defaults change what is learnt."""
+
 _PASSED_ON = frozenset(
     (
         *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
@@ -231,7 +234,8 @@ def settings_from(
 
     A field that differs from the default of its class counts as set by the user. It is honoured or
     refused. A field at its default keeps budwood's value, since the Trainer's defaults (a learning
-    rate of 5e-5, three epochs) are not for adapters; a warning names budwood's values.
+    rate of 5e-5, three epochs) are not for adapters. A warning names budwood's values, and the call
+    that trains with the Trainer's.
 
     Args:
         arguments: what the user would give to a Trainer.
@@ -297,17 +301,27 @@ def _tell_defaults(
     arguments: Any, settings: Settings, given: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> None:
     """Say which of budwood's defaults are used in place of the Trainer's."""
-    rest = {"lr": settings.lr or "by the model's width", "epochs": settings.epochs}
-    rest |= {"batch": settings.batch, "schedule": settings.schedule, "warmup": settings.warmup}
-    rest |= {"seed": settings.seed}
-    if "steps" in given:
-        del rest["epochs"]
-    if "warmup_steps" in extra:
-        del rest["warmup"]
-    left = {name: value for name, value in rest.items() if name not in given}
+    theirs = {
+        ours: getattr(arguments, name)
+        for name, ours in _TAKEN_OVER.items()
+        if ours in _TOLD and hasattr(arguments, name)
+    }
+    theirs |= {"schedule": str(theirs["schedule"].value), "warmup": 0.0}
+    known = {*given, *(("epochs",) if "steps" in given else ())}
+    known |= {"warmup"} if "warmup_steps" in extra else set()
+    left = [
+        name
+        for name, value in theirs.items()
+        if name not in known and value != getattr(settings, name)
+    ]
     if left:
-        told = ", ".join(f"{name}={value}" for name, value in left.items())
+        kind = type(arguments).__name__
+        own = {name: getattr(settings, name) for name in left}
+        own |= {"lr": "by the model's width"} if own.get("lr", 0) is None else {}
+        told = ", ".join(f"{name}={value}" for name, value in own.items())
+        call = ", ".join(f"{name}={theirs[name]!r}" for name in left)
         warnings.warn(
-            f"where {type(arguments).__name__} has its defaults, budwood's are used: {told}",
+            f"where {kind} has its defaults, budwood's are used: {told}; to train with those of "
+            f"{kind}, call finetune(…, {call})",
             stacklevel=5,
         )
