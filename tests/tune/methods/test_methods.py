@@ -179,7 +179,7 @@ CHANGING = ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "3")
         ("lora:alpha=0", "alpha=0; give a number above 0"),
         ("lora:dropout=1", r"dropout=1; give a fraction in \[0, 1\)"),
         ("lora:strength=none", "strength=None; give a number above 0"),
-        ("lora:lora_alpha=8", "lora_alpha=8 is not an option of a method; give alpha, which is"),
+        ("lora:lora_alpha=8", "lora_alpha=8 is not an option of a method; give alpha \\(for LoRA"),
         ("oft:oft_block_size=4", "give --rank"),
         ("osf:effective_rank=4", "give --rank"),
         ("oft:eps=true", "eps=True; it takes float"),

@@ -27,7 +27,7 @@ _GIVEN_ELSEWHERE = {
     "seed": "--seed",
     "lr": "--lr",
     "learning_rate": "--lr",
-    "lora_alpha": "alpha, which is multiplied by the rank",
+    "lora_alpha": "alpha (for LoRA and its kin a multiple of the rank)",
     "lora_dropout": "dropout",
 }
 """Options that have another name or place here, and which."""
