@@ -214,7 +214,7 @@ def _without_times(rows):
         ({"rows": [{"method": "full"}]}, [], "is older than answers in records"),
         ({"rows": [{"method": "full", "keep": 1.0, "right": "AA=="}]}, [], "has 8 answers to"),
         ({"rows": [{"method": "full", "keep": 1.0, "right": "?"}]}, [], "has damaged answers"),
-        ({}, ["--out", "same", "--force"], "--out and --reuse are both"),
+        ({}, ["--out", "same", "--force"], "is one of the files that are read"),
     ],
 )
 def test_records_that_cannot_be_reused(

@@ -121,6 +121,24 @@ def test_what_is_assumed_of_a_frame_is_said(budwood, frames):
     refused(budwood(*command, "--units", "miles"), "units='miles' is unknown; give one of auto, m")
 
 
+def test_all_units_have_names():
+    from budwood.cli.assumed import UNITS
+    from budwood.points.io.units import METRES
+
+    assert {*METRES} < {*UNITS}
+
+
+def test_another_file_called_calib_is_noted(budwood, frames, tmp_path):
+    (tmp_path / "calib.txt").write_text("fx: 700.5\n")
+    command = ["scan", frames / "000000.bin", *LABELS, "--threshold", 0]
+    command += ["--output", tmp_path / "found", "--format", "json,kitti"]
+    done = budwood(*command)
+    assert done.exit_code == 0, done.output
+    assert "the camera is assumed at the place of the LiDAR" in done.stderr
+    assert "calib.txt is not a KITTI calibration" in done.stderr
+    refused(budwood(*command, "--calib", tmp_path / "calib.txt"), "is not a KITTI calibration")
+
+
 def test_embeddings_without_a_background_are_noted(budwood, frames, tmp_path):
     from budwood.points import save_embeddings
     from budwood.points.encoders import load_encoder

@@ -154,6 +154,9 @@ def test_a_base_model_without_a_chat_template(budwood, tmp_path):
     assert "no divergence on replies is measured" in result.stderr
     rows = records.read(tmp_path / "record.json").rows
     assert {row["task"] for row in rows} == {"train", "text"}
+    for read in (file, text):
+        again = budwood(*line, "--out", read, "--force")
+        refused(again, "is one of the files that are read; give another name")
     refused_with_bars(budwood(*line[:3]), "nothing to evaluate: the tokenizer has no chat template")
 
 

@@ -1,8 +1,13 @@
-"""Progress where there is no terminal."""
+"""Progress where there is no terminal, and warnings as notes."""
 
 from __future__ import annotations
 
+import warnings
+
+import pytest
+
 from budwood.cli import console
+from budwood.errors import InputWarning
 
 
 def test_a_line_of_progress_every_half_minute(monkeypatch, capsys):
@@ -28,3 +33,14 @@ def test_what_is_left_is_told_by_what_was_done_since(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "tune 101/104, about 3 min left"
     assert lines[2:] == ["tune 0/104", "tune 1/104, about 103 min left"]
+
+
+def test_only_some_warnings_become_notes(capsys):
+    def warn():
+        with console.warnings_said("", category=InputWarning):
+            warnings.warn("a label is strange", InputWarning, stacklevel=1)
+            warnings.warn("divide by zero", RuntimeWarning, stacklevel=1)
+
+    with pytest.warns(RuntimeWarning, match="divide"):
+        warn()
+    assert capsys.readouterr().err == "a label is strange\n"

@@ -115,6 +115,18 @@ def test_a_first_column_that_may_be_no_coordinate(first, says, tmp_path):
     assert not read(tmp_path / "a.bin", columns="_xyz_").assumed.notes
 
 
+def test_profiles_and_clouds_in_order():
+    """What rises evenly may be x, if it begins below 0, or if intensities stand behind it."""
+    x, height = np.linspace(-30, 30, 640), RNG.normal(size=640)
+    assert "only rises" in guessed(x, height, height, RNG.random(640) * 9 - 3)[1]
+    assert guessed(x + 30, height, height, RNG.random(640)) == ("xyz_", None)
+    assert guessed(np.zeros(640), height, height, RNG.random(640)) == ("xyz_", None)
+    with pytest.raises(InputError, match="looks like a time or an index.*columns='xyz_' if it is"):
+        guessed(x + 30, height, height, height)
+    millimetres = np.sort(RNG.uniform(4.5e8, 4.6e8, 640))  # UTM
+    assert "only rises" in guessed(millimetres, height, height, height)[1]
+
+
 def test_coordinates_that_rise_or_are_whole():
     by_x = XYZ[np.argsort(XYZ[:, 0])]
     assert guessed(by_x, RGB) == ("xyzrgb", None)

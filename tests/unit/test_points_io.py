@@ -219,7 +219,7 @@ def test_dropped_points_may_have_any_colour(tmp_path):
     np.testing.assert_allclose(cloud.rgb, table[[0, 1, 3, 4], 3:], atol=1e-6)
     table[2, :3] = 0
     np.save(tmp_path / "a.npy", table)
-    with pytest.raises(InputError, match="colours must be"):
+    with pytest.raises(InputError, match="colours of 1 of 5 points are empty or NaN"):
         read(tmp_path / "a.npy", invalid="drop")
 
 

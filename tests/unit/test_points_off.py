@@ -79,8 +79,24 @@ def test_off_without_colours(tmp_path):
     for kind, row in [("OFF", "{} {} {}"), ("NOFF", "{} {} {} 0 0 1"), ("OFF", "{} {} {} 0 0 -1")]:
         assert read(save_off(tmp_path, row, kind=kind)).rgb is None
         assert read(save_off(tmp_path, row, ["3 0 1 2", "3 0 2 3 5"], kind), n_points=9).rgb is None
-    with pytest.raises(InputError, match="colours must be"):
-        read(save_off(tmp_path, "{} {} {} 255 0 70000", kind="COFF"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("OFF", "{} {} {} 0 0 1"),
+        ("OFF", "{} {} {} 0.1 0.2 0.3"),
+        ("OFF", "{} {} {} 1000 2000 70000"),
+        ("COFF", "{} {} {} 255 0 70000"),
+        ("OFF", "{} {} {} a b c"),
+    ],
+)
+def test_values_that_are_no_colours(kind, row, tmp_path):
+    cloud = read(save_off(tmp_path, row, kind=kind))
+    np.testing.assert_array_equal(cloud.xyz, SQUARE)
+    assert cloud.rgb is None and "no colours, and these are not used" in cloud.assumed.notes[0]
+    mesh = read(save_off(tmp_path, row, ["4 0 1 2 3"], kind), n_points=50)
+    assert mesh.rgb is None and mesh.assumed.notes == cloud.assumed.notes
 
 
 def test_colours_that_only_some_clouds_have(tmp_path):
@@ -115,6 +131,7 @@ def test_colours_that_only_some_scans_have(tmp_path):
         (["3 0 1"], "a face has 2 of 3 corners"),
         (["-1 0 1"], "a face has 0 of -1 corners"),
         (["3 0 1 x"], "is truncated or damaged"),
+        (["3 0 1 99999999999999999999"], "is truncated or damaged"),
         (["3 0 1 4"], "a face names a vertex that is not there"),
         (["3 0 1 -1"], "a face names a vertex that is not there"),
     ],

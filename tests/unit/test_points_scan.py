@@ -97,7 +97,7 @@ def test_ground_on_hills():
     assert found.is_ground[:40_000].mean() > 0.95 and found.is_ground[40_000:].mean() < 0.1
 
 
-@pytest.mark.parametrize("n_ghosts", [1, 60, 240])
+@pytest.mark.parametrize("n_ghosts", [1, 60, 120])
 def test_points_below_the_road_do_not_pull_the_ground_down(n_ghosts):
     xyz, hit = frame(street(), shots=1500)
     rng = np.random.default_rng(0)
@@ -110,6 +110,20 @@ def test_points_below_the_road_do_not_pull_the_ground_down(n_ghosts):
     alone = segment(make_cloud(xyz), ScanConfig(max_range=None))
     is_found, was_found = cut.cluster[: len(xyz)] >= 0, alone.cluster >= 0
     assert (is_found != was_found).mean() < 0.001
+
+
+@pytest.mark.parametrize("across", [0, 1])
+@pytest.mark.parametrize("depth", [0.6, 1.0, 2.0])
+def test_a_person_in_a_ditch_stays(depth, across):
+    rng = np.random.default_rng(0)
+    xyz = np.column_stack([rng.uniform(-20, 20, (60_000, 2)), np.zeros(60_000)])
+    xyz[np.abs(xyz[:, across] - 5) < 0.5, 2] = -depth
+    person = rng.uniform((-0.25, -0.25, 0), (0.25, 0.25, 1.7), (400, 3))
+    person[:, 2] -= depth
+    person[:, across] += 5
+    found = find_ground(np.vstack([xyz, person]))
+    assert found.is_ground[:60_000].mean() > 0.97
+    assert found.is_ground[60_000:].mean() < 0.2  # the feet
 
 
 def test_a_line_of_points_gives_no_warning_of_scikit_learn():

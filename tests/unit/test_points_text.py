@@ -88,6 +88,16 @@ def test_units_that_are_unknown_or_no_lengths(tmp_path):
     cloud = read(written(tmp_path, "X (px),Y (px),Z (px)\n" + rows("{},{},{}")))
     np.testing.assert_allclose(cloud.xyz, ROWS)
     assert cloud.assumed.units is None
+    assert cloud.assumed.notes == ("the unit of its coordinates, 'px', is not known and not used",)
+    for unit, known in (("m a.s.l.", "m"), ("m NHN", "m"), ("US ft", "m"), ("height", "m")):
+        path = written(tmp_path, f"X (m),Y (m),Z ({unit})\n" + rows("{},{},{}"))
+        if unit == "US ft":
+            assert "several units" in refused(path)
+        else:
+            assert read(path).assumed.units == known
+    for unit, known in (("µm", "micron"), ("US ft", "us-ft"), ("ftUS", "us-ft"), ("Meters", "m")):
+        path = written(tmp_path, f"X ({unit}),Y ({unit}),Z ({unit})\n" + rows("{},{},{}"))
+        assert read(path).assumed.units == known
     path = written(tmp_path, "X (deg),Y (deg),Z (m)\n" + rows("{},{},{}"))
     assert "coordinates in degrees, which are no lengths" in refused(path)
     path = written(tmp_path, "X (mm),Y (mm),Z (m)\n" + rows("{},{},{}"))
@@ -136,6 +146,19 @@ def test_empty_cells_are_nan(header, empty, tmp_path):
     assert "could not convert string 'two'" in refused(path)
 
 
+@pytest.mark.parametrize("columns", [None, "xyz_"])
+def test_a_quote_that_is_not_closed_joins_no_rows(columns, tmp_path):
+    names = ["oak"] * 20
+    names[3] = '"oak'
+    header = "x,y,z,name\n" if columns is None else ""
+    body = "".join(f"{x},{y},{z},{name}\n" for (x, y, z), name in zip(ROWS, names))
+    cloud = read(written(tmp_path, header + body), columns=columns)
+    np.testing.assert_allclose(cloud.xyz, ROWS)
+    quoted = body.replace(f"{ROWS[0][0]},", f'"{ROWS[0][0]}",', 1)
+    message = refused(written(tmp_path, header + quoted), columns=columns)
+    assert "has 20 rows, and 4 if read with quotes: one is not closed" in message
+
+
 def test_empty_last_cells(tmp_path):
     for header in ("x,y,z,i\n", "# x,y,z,i\n", ""):
         text = header + rows("{},{},{},") + "1,2,3,4\n"
@@ -147,6 +170,11 @@ def test_empty_last_cells(tmp_path):
     np.testing.assert_allclose(
         read(written(tmp_path, "x,y,z,\n" + rows("{},{},{},")), columns="xyz").xyz, ROWS
     )
+
+
+def test_colours_that_are_empty(tmp_path):
+    text = "x,y,z,r,g,b\n" + rows("{},{},{},9,9,200").replace("9,9,200", ",,", 1)
+    assert "colours of 1 of 20 points are empty or NaN" in refused(written(tmp_path, text))
 
 
 def test_an_index_above_which_pandas_writes_nothing(tmp_path):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 UNITS = {
     "m": "metres",
+    "km": "kilometres",
     "cm": "centimetres",
     "mm": "millimetres",
     "micron": "micrometres",

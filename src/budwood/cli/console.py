@@ -60,9 +60,12 @@ def warnings_said(
         lead: what each remark begins with.
     """
     said: set[str] = set()
+    others = warnings.showwarning
 
-    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-        if str(message) not in said:
+    def show(message: Warning | str, kind: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(kind, category):
+            others(message, kind, *rest, **more)
+        elif str(message) not in said:
             said.add(str(message))
             say(f"{lead}{message}")
 

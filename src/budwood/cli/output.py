@@ -12,8 +12,8 @@ from budwood.files import need_parent, target_of
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-MODELS_FILES = (".bin", ".json", ".model", ".safetensors", ".txt")
-"""Suffixes of files that models, adapters and tables of poses consist of."""
+FOLDER_INPUTS = (".bin", ".json", ".model", ".safetensors", ".txt")
+"""Suffixes of files in folders that are read: models, adapters, calibrations, tables of poses."""
 
 
 def reserve(path: Path, force: bool = False, reads: Iterable[Path | str | None] = ()) -> Path:
@@ -49,7 +49,7 @@ def reserve(path: Path, force: bool = False, reads: Iterable[Path | str | None] 
 def _belongs(file: Path, read: Path) -> bool:
     """Whether a file is one that is read, or belongs to a folder that is read."""
     if read.is_dir():
-        return file.suffix in MODELS_FILES and file.resolve().parent == read.resolve()
+        return file.suffix in FOLDER_INPUTS and file.resolve().parent == read.resolve()
     return file.resolve() == read.resolve()
 
 

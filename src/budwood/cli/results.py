@@ -27,8 +27,10 @@ class Results:
         json: print the record and nothing else.
         plot: file of the plot.
         resumes: continue an interrupted run from its partial record.
+        reads: files that the command reads, which it never overwrites.
 
     Raises:
+        InputError: a file is one of those that are read.
         OutputError: a file exists and ``force`` is off, or cannot be written.
         MissingPackageError: a plot is wanted and matplotlib is missing.
     """
@@ -38,14 +40,15 @@ class Results:
     json: bool
     plot: Path | None = None
     resumes: bool = False
+    reads: Sequence[Path | str | None] = ()
 
     def __post_init__(self) -> None:
         if self.out:
-            reserve(self.out, self.force or self._partial() is not None)
+            reserve(self.out, self.force or self._partial() is not None, self.reads)
         if self.plot:
             if self.out and self.out.absolute() == self.plot.absolute():
                 raise InputError(f"--out and --plot are both {self.out}; give two names")
-            reserve_picture(self.plot, self.force)
+            reserve_picture(self.plot, self.force, self.reads)
             need_matplotlib()
 
     def begun(self, record: records.Record, free: str | None = None) -> list[records.Row]:

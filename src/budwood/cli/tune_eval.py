@@ -108,7 +108,8 @@ def tune_eval(
     need_at_least(0, limit=limit, windows=windows, prompts=prompts, seed=seed)
     need_at_least(1, batch=batch)
     chat_prompts(prompts)  # refuses more than there are, before a model is loaded
-    results = Results(out, force, json, plot)
+    sources = [*options.listed(target or ""), *options.listed(general or ""), text]
+    results = Results(out, force, json, plot, reads=sources)
     tasks = _tasks(target, general, data, limit, seed)
     text = _text(text, data)
     if not tasks and text is None and not prompts:

@@ -18,9 +18,9 @@ from budwood.optional import need
 from budwood.points.axes import to_up
 from budwood.points.io.cloud import Array, Cloud
 from budwood.points.io.units import METRES
-from budwood.points.sampling import random_points, repeated_points
+from budwood.points.sampling import random_points
 
-STRAY, GROUND, REPEATED = "stray", "ground", "repeated"
+STRAY, GROUND = "stray", "ground"
 """Reasons in ``Assumed.dropped``."""
 
 BULK = 0.9
@@ -54,19 +54,6 @@ LEAST_GROUND = 0.05
 """Fraction of the points that the ground has at least."""
 LEAST_ABOVE = 0.01
 """Fraction of the points that stand on the ground at least; the rest is noise."""
-
-
-def without_repeats(cloud: Cloud) -> Cloud:
-    """Leave out points at the place of an earlier one.
-
-    A sensor may write the same row for each shot without a return. So many copies would count as
-    a part of the object.
-
-    Args:
-        cloud: one object, or a scene.
-    """
-    need_kind(Cloud, "Cloud, such as read() gives", cloud=cloud)
-    return cloud.without(repeated_points(cloud.xyz), REPEATED)
 
 
 def without_strays(cloud: Cloud, seed: int = 0) -> Cloud:

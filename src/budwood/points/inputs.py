@@ -15,7 +15,7 @@ from budwood.checks import need_bool
 from budwood.errors import InputError, MissingPackageError, first_line
 from budwood.notices import warn_user
 from budwood.points.axes import AUTO, check_up
-from budwood.points.cleaning import without_ground, without_repeats, without_strays
+from budwood.points.cleaning import without_ground, without_strays
 from budwood.points.io import (
     Assumed,
     Cloud,
@@ -28,7 +28,7 @@ from budwood.points.io import (
     unknown_files,
 )
 from budwood.points.io.cloud import corners
-from budwood.points.sampling import SAMPLERS, check_draw
+from budwood.points.sampling import SAMPLERS, check_draw, without_duplicates
 
 if TYPE_CHECKING:
     from budwood.points.encoders.base import PointEncoder, PreparedCloud
@@ -90,7 +90,8 @@ class InputOptions:
     def read(self, item: CloudLike, name: str = "cloud") -> Cloud:
         """Read one file, array or cloud; then crop it, and leave out the ground and strays.
 
-        Points at the same place count once, unless strays and ground are kept.
+        Points at the same place count once: a sensor may write the same row for each beam without a
+        return, and so many copies would count as a part of the object.
 
         Args:
             item: what to read.
@@ -109,8 +110,7 @@ class InputOptions:
         cloud = cloud.assuming(up=up)
         if self.box is not None:
             cloud = crop(cloud, self.box)
-        if self.remove_ground or self.strays == "drop":
-            cloud = without_repeats(cloud)
+        cloud = without_duplicates(cloud)
         if self.remove_ground:
             cloud = without_ground(cloud, up, self.seed)
         return cloud if self.strays == "keep" else without_strays(cloud, self.seed)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from budwood.checks import need_at_least, need_kind, need_seed
 from budwood.errors import InputError
 from budwood.points.axes import to_up
-from budwood.points.io.cloud import Array, Cloud
+from budwood.points.io.cloud import REPEATED, Array, Cloud
 from budwood.registry import Registry
 
 Indices = NDArray[np.int64]
@@ -166,9 +166,8 @@ def sample(cloud: Cloud, n_points: int, method: str = "random", seed: int = 0) -
 
 
 def without_duplicates(cloud: Cloud) -> Cloud:
-    """Keep the first of all points at the same place."""
-    repeats = repeated_points(cloud.xyz)
-    return cloud.take(np.flatnonzero(~repeats)) if repeats.any() else cloud
+    """Keep the first of all points at the same place; ``assumed.dropped`` counts the others."""
+    return cloud.without(repeated_points(cloud.xyz), REPEATED)
 
 
 def repeated_points(xyz: Array) -> NDArray[np.bool_]:

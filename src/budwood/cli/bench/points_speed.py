@@ -70,7 +70,7 @@ def bench_points_speed(
     names = options.listed(encoders)
     if checkpoint is not None and (untrained or len(names) > 1):
         raise InputError("--checkpoint is for one --encoder, without --untrained")
-    results = Results(out, force, json)
+    results = Results(out, force, json, reads=[checkpoint])
     rows: list[records.Row] = []
     with working("measuring"):
         for name in names:

@@ -143,9 +143,7 @@ def bench_prune(
         reference=reference,
     )
     need_at_least(1, workers=workers)
-    if out and any(out.absolute() == path.absolute() for path in reuse or []):
-        raise InputError(f"--out and --reuse are both {out}; give two names")
-    results = Results(out, force, json, plot, resumes=True)
+    results = Results(out, force, json, plot, resumes=True, reads=reuse or ())
     record = _measure(config, (model, device, dtype), results, workers, reuse or [])
     shown = [_shown(row, record.rows) for row in record.rows]
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)

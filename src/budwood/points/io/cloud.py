@@ -16,8 +16,9 @@ from budwood.errors import InputError, first_line
 Array = NDArray[np.float64]
 
 
-NO_RETURN, INVALID = "no return", "invalid"
-"""Reasons to leave a point out: a beam without a return, and damaged coordinates."""
+NO_RETURN, INVALID, REPEATED = "no return", "invalid", "repeated"
+"""Reasons to leave a point out: a beam without a return, damaged coordinates, and a point at the
+same place."""
 HIGHEST = 1e30
 """Coordinates above have squares that overflow."""
 _ROUNDED = 1e-3
@@ -206,7 +207,12 @@ def unit_colors(rgb: object, keep: NDArray[np.bool_], source: str) -> NDArray[np
         raise InputError(f"{source}: colours have shape {values.shape}, expected ({len(keep)}, 3)")
     values = values[keep]
     top = float(values.max(initial=0.0))
-    if not np.isfinite(values).all() or float(values.min(initial=0.0)) < 0 or top > 65535:
+    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        raise InputError(
+            f"{source}: colours of {n_bad} of {len(values)} points are empty or NaN; fill them in, "
+            "or leave these columns out"
+        )
+    if float(values.min(initial=0.0)) < 0 or top > 65535:
         raise InputError(f"{source}: colours must be 0…1, 0…255 or 0…65535")
     if raw.dtype.kind in "iu" or top > 1 + _ROUNDED:
         values = values / (255.0 if top <= 255 else 65535.0)

@@ -16,8 +16,10 @@ BRIGHT, TOGETHER = 128, 0.7
 """Least peak of bright channels of 8 bits, and least correlation of others."""
 MOST_ROWS = 100_000
 """Rows that are looked at, about."""
-LATEST = 1e8
+LATEST = 1e9
 """First values above are times since 1970 in seconds or less; coordinates on earth are below."""
+FEW = 9
+"""So many rows or fewer may rise by chance."""
 _NAME_THEM = "name the columns with columns='xyz_rgb' (--columns)"
 _NAME_TIME = "name the columns, such as columns='_xyz' (--columns)"
 
@@ -72,7 +74,7 @@ def guess_columns(table: NDArray[Any], source: str) -> tuple[str, str | None]:
 
     Raises:
         InputError: fewer than 3 columns or many, a table on its side, or a first column that counts
-            the rows or is a time.
+            the rows or looks like a time.
     """
     n_rows, width = table.shape
     if not 3 <= width <= MOST_COLUMNS:
@@ -103,7 +105,7 @@ def are_colors(values: NDArray[Any]) -> bool:
     if not len(values) or values.min() < 0 or values.max() > 65535 or not values.any():
         return False
     still = (values == values[0]).all(axis=0)
-    if len(values) > 9 and still.any() and not still.all():
+    if len(values) > FEW and still.any() and not still.all():
         return False
     if values.max() <= 1 or _whole(values):
         return True
@@ -142,33 +144,48 @@ def _whole(values: NDArray[Any]) -> bool:
 
 
 def _first_column(table: NDArray[Any], source: str) -> str | None:
-    """A note if the first column seems to be no coordinate, but a time, an index or a label.
-
-    The columns behind must be able to be coordinates then: the fourth has fractions, or none has.
+    """A note if the first column may be no coordinate, but a time, an index or a label.
 
     Raises:
-        InputError: it counts the rows, rises evenly, or rises above all coordinates, as times do.
+        InputError: it counts the rows, or is a time.
     """
-    column, *others = _finite(table[:, :4].astype(np.float64)).T
+    column, *others = _finite(table[:MOST_ROWS, :4].astype(np.float64)).T
     if len(column) < 3:
         return None
     steps = np.diff(column)
     if column[0] in (0, 1) and (steps == 1).all():
         raise InputError(f"{source}: its first column counts the rows; {_NAME_THEM}")
-    if _whole(others[2]) and not _whole(np.stack(others)):
+    if not _are_coordinates(others):
         return None
-    rises = bool((steps >= 0).all())
-    eps = np.finfo(table.dtype).eps if table.dtype.kind == "f" else 0.0
-    rounded = 4 * eps * np.abs(column).max()
-    even = steps.min() > 0 and np.ptp(steps) <= rounded + 0.01 * steps.max()
-    if rises and len(column) > 9 and (even or column[0] > LATEST):
-        raise InputError(f"{source}: its first column looks like a time or an index; {_NAME_TIME}")
-    if rises and len(column) > 9:
+    if len(column) > FEW and (steps >= 0).all():
+        if column[0] > LATEST or (column[0] >= 0 and _is_even(steps, column, table.dtype)):
+            raise InputError(
+                f"{source}: its first column looks like a time or an index; {_NAME_TIME}, or "
+                "columns='xyz_' if it is x"
+            )
         how = "only rises" if column[-1] > column[0] else f"is {column[0]:g} in all rows"
         return f"the first column {how}; if it is a time or an index, {_NAME_TIME}"
     if _whole(column) and not any(_whole(other) for other in others):
         return f"the first column is of whole numbers; if it is an index or the like, {_NAME_TIME}"
     return None
+
+
+def _are_coordinates(others: list[NDArray[np.float64]]) -> bool:
+    """Whether the columns behind the first can be coordinates.
+
+    The third of them has fractions, or none has, and it is not within 0…1, as intensities are.
+    """
+    third = others[2]
+    if third.min() >= 0 and third.max() <= 1:
+        return False
+    return not _whole(third) or _whole(np.stack(others))
+
+
+def _is_even(steps: NDArray[np.float64], column: NDArray[np.float64], dtype: np.dtype) -> bool:
+    """Whether a column rises by the same step from row to row, up to rounding."""
+    eps = np.finfo(dtype).eps if dtype.kind == "f" else 0.0
+    rounded = 4 * eps * np.abs(column).max()
+    return bool(steps.min() > 0 and np.ptp(steps) <= rounded + 0.01 * steps.max())
 
 
 def no_effect(columns: str | None, what: str) -> str | None:

@@ -75,17 +75,18 @@ def read_mesh(path: Path, options: ReadOptions) -> Cloud:
 def read_off(path: Path, options: ReadOptions) -> Cloud:
     """Read OFF with the colours of its vertices, or else of its faces."""
     try:
-        vertices, faces, of_vertices, of_faces = off_mesh(path)
+        vertices, faces, of_vertices, of_faces, note = off_mesh(path)
     except InputError:
         raise
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise damaged(path, error) from None
     if not len(faces):
-        return make_cloud(vertices, of_vertices, source=str(path), invalid=options.invalid)
+        cloud = make_cloud(vertices, of_vertices, source=str(path), invalid=options.invalid)
+        return cloud.noting(note)
     paint = None if of_faces is None else face_paint(of_faces)
     if of_vertices is not None:
         paint = vertex_paint(of_vertices, faces)
-    return _cloud(path, [_Part(vertices, faces, paint=paint)], options)
+    return _cloud(path, [_Part(vertices, faces, paint=paint)], options).noting(note)
 
 
 class Draw(NamedTuple):

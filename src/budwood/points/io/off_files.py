@@ -15,6 +15,7 @@ from budwood.points.io.cloud import unit_colors
 from budwood.points.io.mesh_colors import GREY
 
 Array = NDArray[Any]
+UNUSED = "its rows have further values that are no colours, and these are not used"
 
 
 class OffMesh(NamedTuple):
@@ -25,34 +26,42 @@ class OffMesh(NamedTuple):
         faces: triangles, into which faces with more corners are cut, shape (n_faces, 3).
         vertex_colors: in [0, 1], shape (n_vertices, 3); None without colours.
         face_colors: of the triangles, shape (n_faces, 3); likewise.
+        note: of values that are not used; None if there are none.
     """
 
     vertices: Array
     faces: NDArray[np.int64]
     vertex_colors: Array | None
     face_colors: Array | None
+    note: str | None = None
 
 
 def off_mesh(path: Path) -> OffMesh:
     """Read an OFF file: a row for each vertex and each face, with colours at the end.
 
-    Colours are whole numbers up to 255, or numbers up to 1. A number of a colour map is no colour.
+    Colours are whole numbers up to 255 or 65,535, or numbers up to 1. A number of a colour map is
+    no colour. Vertices of a plain ``OFF`` (colours make it ``COFF``) have them if they are whole
+    numbers above 1: others may be normals.
 
     Raises:
-        InputError: it is no OFF file, has fewer rows than it declares, or colours outside their
-            range.
-        ValueError: a row is damaged.
+        InputError: it is no OFF file, or has fewer rows than it declares.
+        OverflowError: a row is damaged.
+        ValueError: likewise.
     """
     kind, vertices, faces = _rows(path)
     start = 6 if "N" in kind else 3
+    of_vertices, rest = _colors([row[start:] for row in vertices])
+    if of_vertices is not None and "C" not in kind and not _are_bytes(vertices, start):
+        of_vertices, rest = None, True
     corners = [_corners(path, row) for row in faces]
     fans = [[(face[0], *edge) for edge in itertools.pairwise(face[1:])] for face in corners]
-    of_faces = _colors(path, [row[len(face) + 1 :] for row, face in zip(faces, corners)])
+    of_faces, more = _colors([row[len(face) + 1 :] for row, face in zip(faces, corners)])
     return OffMesh(
         np.array([row[:3] for row in vertices]).astype(np.float64).reshape(len(vertices), 3),
         np.array(list(itertools.chain.from_iterable(fans)), dtype=np.int64).reshape(-1, 3),
-        _colors(path, [row[start:] for row in vertices]),
+        of_vertices,
         None if of_faces is None else of_faces.repeat([len(fan) for fan in fans], axis=0),
+        UNUSED if rest or more else None,
     )
 
 
@@ -88,14 +97,25 @@ def _corners(path: Path, row: list[bytes]) -> list[int]:
     return corners
 
 
-def _colors(path: Path, words: Sequence[Sequence[bytes]]) -> Array | None:
-    """Colours by their words, grey where a row has fewer than three; None if all have."""
+def _colors(words: Sequence[Sequence[bytes]]) -> tuple[Array | None, bool]:
+    """Colours by their words, grey where a row has fewer than three; None if there are none.
+
+    Returns:
+        In [0, 1], shape (n_rows, 3), or None; and whether there are words that are no colours.
+    """
     has_color = np.array([len(color) >= 3 for color in words], dtype=bool)
     if not has_color.any():
-        return None
-    values = np.array([color[:3] for color in words if len(color) >= 3]).astype(np.float64)
-    if (values < 0).any():  # normals
-        return None
+        return None, False
     colors = np.full((len(words), 3), GREY)
-    colors[has_color] = unit_colors(values, np.ones(len(values), dtype=bool), str(path))
-    return colors
+    try:
+        values = np.array([color[:3] for color in words if len(color) >= 3]).astype(np.float64)
+        colors[has_color] = unit_colors(values, np.ones(len(values), dtype=bool), "")
+    except ValueError:  # words, normals, or values of something else
+        return None, True
+    return colors, False
+
+
+def _are_bytes(rows: Sequence[Sequence[bytes]], start: int) -> bool:
+    """Whether the values of rows from a place on are whole numbers, some of them above 1."""
+    values = [word for row in rows for word in row[start : start + 3]]
+    return all(word.isdigit() for word in values) and any(int(word) > 1 for word in values)

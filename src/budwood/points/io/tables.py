@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -129,6 +130,12 @@ def read_pts(path: Path, options: ReadOptions) -> Cloud:
 def _table(
     path: Path, rows: Path | Iterator[str], layout: Layout, skip: int = 0
 ) -> NDArray[np.float64]:
+    """The used columns, as they are, or else with quotes and empty cells, which is slower."""
+    ways: list[dict[str, Any]] = [{}]
+    if isinstance(rows, Path):
+        ways.append({"quotechar": '"'})
+        if layout.separator is not None:
+            ways.append({"quotechar": '"', "converters": number_of})
     load = functools.partial(
         np.loadtxt,
         rows,
@@ -138,23 +145,34 @@ def _table(
         ndmin=2,
         encoding=TEXT,
         comments=None if layout.has_header else "#",
-        quotechar='"',
     )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy warns of a file without data: checked below
-            try:
-                table = load()
-            except ValueError:
-                if layout.separator is None:
-                    raise
-                table = load(converters=number_of)  # slower: cells may be empty
-    except ValueError as error:  # UnicodeDecodeError is one
-        reason = first_line(error).partition("; use `usecols`")[0]
-        raise InputError(f"{path} is not a table of numbers: {reason}") from None
-    if table.size == 0:
-        raise InputError(f"{path} has no points")
-    return table
+    for way in ways:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # numpy warns of a file without data: checked below
+                table = load(**way)
+        except ValueError as error:  # UnicodeDecodeError is one
+            reason = first_line(error).partition("; use `usecols`")[0]
+            continue
+        if way:
+            _check_quotes(path, layout, skip, table)
+        if table.size == 0:
+            raise InputError(f"{path} has no points")
+        return table
+    raise InputError(f"{path} is not a table of numbers: {reason}")
+
+
+def _check_quotes(path: Path, layout: Layout, skip: int, table: NDArray[Any]) -> None:
+    """Refuse a table in which a quote that is not closed has joined rows."""
+    with path.open(encoding=TEXT) as file:
+        lines = itertools.islice(file, skip, None)
+        if not layout.has_header:
+            lines = (line.partition("#")[0] for line in lines)
+        n_rows = sum(1 for line in lines if line.strip())
+    if len(table) != n_rows:
+        raise InputError(
+            f"{path} has {n_rows} rows, and {len(table)} if read with quotes: one is not closed"
+        )
 
 
 def _check_count(path: Path, declared: int | None, table: NDArray[Any]) -> None:

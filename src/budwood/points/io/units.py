@@ -32,6 +32,9 @@ SPELLINGS = {
         ("microns", "micrometre", "micrometres", "micrometer", "micrometers"), "micron"
     ),
     **dict.fromkeys(("inch", "inches"), "in"),
+    **dict.fromkeys(("µm", "μm", "um"), "micron"),
+    **dict.fromkeys(("us ft", "us-foot", "us foot", "us survey foot", "us survey feet"), "us-ft"),
+    **dict.fromkeys(("usft", "ftus", "ft us", "survey feet"), "us-ft"),
     **dict.fromkeys(("foot", "feet"), "ft"),
 }
 """How units are written → their names in ``METRES``."""
@@ -65,6 +68,9 @@ def unit_of(name: str) -> str | None:
 def with_named_units(cloud: Cloud, names: Sequence[str]) -> Cloud:
     """The same points, with the unit of length that the names of their columns state, if any.
 
+    Words behind a unit, such as those of "m a.s.l.", do not count. A note says if a unit is not
+    known.
+
     Args:
         cloud: in the units of its file.
         names: of the columns of the file.
@@ -79,10 +85,19 @@ def with_named_units(cloud: Cloud, names: Sequence[str]) -> Cloud:
             f"{cloud.source} has coordinates in degrees, which are no lengths; project them to "
             "metres (x, y, z) first"
         )
-    lengths = {SPELLINGS.get(unit or "") for unit in units}
+    named = sorted(filter(None, units))
+    lengths = {_length_of(unit) for unit in named} - {None}
     if len(lengths) > 1:
-        found = ", ".join(sorted(filter(None, units)))
         raise InputError(
-            f"{cloud.source} names several units of its coordinates ({found}); use one"
+            f"{cloud.source} names several units of its coordinates ({', '.join(named)}); use one"
         )
-    return cloud.assuming(units=next(iter(lengths), cloud.assumed.units))
+    if lengths:
+        return cloud.assuming(units=lengths.pop())
+    if named:
+        return cloud.noting(f"the unit of its coordinates, {named[0]!r}, is not known and not used")
+    return cloud
+
+
+def _length_of(unit: str) -> str | None:
+    """The unit of length of a text, or of its first word; None if there is none."""
+    return SPELLINGS.get(unit) or SPELLINGS.get(unit.split()[0] if unit else "")

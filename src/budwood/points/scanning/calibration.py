@@ -32,12 +32,14 @@ class Camera:
         projection: of the left colour camera, shape (3, 4); None if it is not known.
         size: width and height of its picture, pixels; None if they are not known.
         is_assumed: whether the size is that of most pictures of KITTI.
+        unusable: why the ``calib.txt`` beside the frames is not used; None if it is, or is missing.
     """
 
     to_camera: Array | None = None
     projection: Array | None = None
     size: tuple[int, int] | None = None
     is_assumed: bool = False
+    unusable: str | None = None
 
     @property
     def mark(self) -> str:
@@ -51,15 +53,16 @@ class Camera:
         if self.to_camera is None:
             if up == "-y":  # the axes of a camera
                 return None
+            found = f" ({self.unusable})" if self.unusable else ""
             return (
                 "KITTI's labels: the camera is assumed at the place of the LiDAR, and 2D boxes are "
-                "left out; give a calibration (--calib)"
+                f"left out; give a calibration (--calib){found}"
             )
         if self.projection is None or (self.size and not self.is_assumed):
             return None
         width, height = PICTURE
         about = (
-            f"pictures of {width} × {height} pixels are assumed, at whose edges 2D boxes end"
+            f"pictures of {width} × {height} pixels are assumed, and 2D boxes end at their edges"
             if self.size
             else "2D boxes may go beyond the edges of the picture, whose size is not known"
         )
@@ -97,7 +100,12 @@ class Cameras:
         file = calibration_of(frame, self.calibration)
         if file is None:
             return Camera()
-        values = self._values(file)
+        try:
+            values = self._values(file)
+        except InputError as error:
+            if self.calibration is not None:
+                raise
+            return Camera(unusable=str(error))  # another file that is called calib.txt
         projection = values.get("P")
         if projection is None:
             return Camera(values["Tr"])

@@ -19,9 +19,9 @@ CELL = 0.5
 """Side of the squares in which the lowest point is looked for, metres."""
 WINDOW = 10.0
 """Side of the opening, metres: what is narrower stands on the ground, what is wider is ground."""
-AROUND, LOW = 7, 30
-"""Points below the road, of reflections for example, are lower than the second percentage of the
-squares around, over so many squares along one axis and then the other."""
+AROUND, ALONG, LOW = 7, 3, 30
+"""Points below the road, of reflections for example, lie deeper than 30 percent of the squares
+around, over 7 squares along each axis, and over 7 by 3 of them either way: a ditch does not."""
 STEEPEST = math.tan(math.radians(30))
 """Slope of the steepest plane that counts as ground."""
 LEAST_FLAT, LEAST_POINTS = 0.15, 3
@@ -48,9 +48,9 @@ def find_ground(xyz: Array, height: float = 0.2, seed: int = 0) -> Ground | None
     """Find the ground, level, tilted or hilly.
 
     The lowest points in squares of the map are what may be ground. scikit-learn's RANSAC puts a
-    plane through them, which takes out a tilt of the sensor. Squares that lie deeper than those
-    around are passed over: a few points below the road would pull the ground down. An opening of
-    the remaining heights by scipy follows hills and passes below objects.
+    plane through them, which takes out a tilt of the sensor. Single squares that lie deeper than
+    those around are passed over: a few points below the road would pull the ground down. An
+    opening of the remaining heights by scipy follows hills and passes below objects.
 
     Source: the opening is that of Zhang et al., *A progressive morphological filter*, IEEE TGRS
     2003, with one window.
@@ -99,10 +99,20 @@ def _without_holes(relief: Array, depth: float) -> Array:
     nearest = ndimage.distance_transform_edt(
         np.isinf(relief), return_distances=False, return_indices=True
     )
-    around = relief[tuple(nearest)]
+    known = relief[tuple(nearest)]
+    around = known
     for size in ((AROUND, 1), (1, AROUND)):  # much faster than both at once
         around = ndimage.percentile_filter(around, LOW, size)
-    return np.where(relief < around - depth, np.inf, relief)
+    row, column = np.nonzero(relief < around - depth)
+    is_hole = np.ones(len(row), dtype=bool)
+    for size in ((AROUND, ALONG), (ALONG, AROUND)):
+        padded = np.pad(known, [(side // 2, side // 2) for side in size], mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, size)[row, column]
+        low = np.percentile(windows.reshape(len(row), -1), LOW, axis=1) if len(row) else 0.0
+        is_hole &= relief[row, column] < low - depth
+    filled = relief.copy()
+    filled[row[is_hole], column[is_hole]] = np.inf
+    return filled
 
 
 def _opened(relief: Array, side: float) -> Array:

@@ -102,7 +102,7 @@ def scan(
         up: the axis of the frames that points up, in ``AXES``; ``"auto"``: by the format of the
             file. Boxes are in the frame turned so that it is z.
         units: of the frames, a name in ``budwood.points.io.units.METRES``; ``"auto"``: as the file
-            or its format says, or metres. Boxes are in metres.
+            or its format says, or metres. Boxes and the translations of poses are in metres.
         columns: letters of the columns of tables and arrays, such as ``"xyz_"``.
         box: x0, y0, z0, x1, y1, z1 in the axes and units of the file: keep the points inside.
         invalid: ``"error"``, or ``"drop"`` to leave out points of which one or two coordinates are
