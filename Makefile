@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv environments demo test test-versions test-oldest test-newest test-vllm test-lmms \
-	test-app docs plots lint format clean
+	test-app test-ray docs plots lint format clean
 
 # Compiled files are kept, whatever a container's settings say.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,6 +21,7 @@ help:
 	@echo "make test-vllm  the tests with vLLM on a CPU, in $(VLLM) (2.4 GB)"
 	@echo "make test-lmms  the tests with lmms-eval, which it downloads into build/ (5 MB)"
 	@echo "make test-app  the tests of the page in Chromium, with gradio in .venvs/app (300 MB)"
+	@echo "make test-ray  the test of the example with Ray Data, in .venvs/ray (270 MB)"
 	@echo "make environments  what test-versions and test-vllm need, without running them"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make plots   draw the plots of the documentation from the benchmark records"
@@ -115,19 +116,25 @@ $(LMMS)/.installed: $(STAMP)
 test-lmms: $(LMMS)/.installed
 	PYTHONPATH=$(LMMS) $(BIN)/python -m pytest tests/ecosystem/test_lmms_eval.py
 
-# Gradio wants an older Pillow than the one that everything else is tested with, so it goes into an
-# environment of its own, on top of the other one. Chromium is the system's.
-.venvs/app/.installed: $(STAMP)
-	test -x .venvs/app/bin/python || $(BIN)/python -m venv .venvs/app
+# Environments on top of the first one. Gradio wants an older Pillow than the one that everything else
+# is tested with. Chromium is the system's.
+ON_TOP_app := 'gradio>=6,<7' playwright
+ON_TOP_ray := 'ray[data]'
+
+.venvs/app/.installed .venvs/ray/.installed: .venvs/%/.installed: $(STAMP)
+	test -x .venvs/$*/bin/python || $(BIN)/python -m venv .venvs/$*
 	$(BIN)/python -c 'import sysconfig; \
 		print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$(.venvs/app/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	grep -vi '^pillow==' constraints.txt > .venvs/app/constraints.txt
-	.venvs/app/bin/python -m pip install -c .venvs/app/constraints.txt 'gradio>=6,<7' playwright
+		> $$(.venvs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	grep -vi '^pillow==' constraints.txt > .venvs/$*/constraints.txt
+	.venvs/$*/bin/python -m pip install -c .venvs/$*/constraints.txt $(ON_TOP_$*)
 	@touch $@
 
 test-app: .venvs/app/.installed
 	.venvs/app/bin/python -m pytest tests/app
+
+test-ray: .venvs/ray/.installed
+	.venvs/ray/bin/python -m pytest tests/ecosystem/test_ray.py
 
 # The environments that are large, and need nothing of the first one.
 environments: $(VLLM)/.installed .venvs/oldest/.installed .venvs/newest/.installed

