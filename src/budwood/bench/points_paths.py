@@ -39,18 +39,18 @@ def path_rows(encoder: PointEncoder, n_points: int, n_clouds: int, repeats: int)
 
     Args:
         encoder: frozen; its weights do not matter.
-        n_points: of each cloud.
+        n_points: of each cloud. The encoder gets at most as many as it was made for.
         n_clouds: files.
         repeats: rounds, after one warm-up.
 
     Returns:
         Rows with ``what, points, clouds_per_s, over_loop``.
     """
-    texts = random_texts(encoder)
+    texts, used = random_texts(encoder), min(n_points, encoder.preparation.n_points)
     with tempfile.TemporaryDirectory(prefix="budwood-") as folder:
         files = write_clouds(Path(folder), n_points, n_clouds)
-        ours = functools.partial(classify, files, texts, encoder=encoder, points=n_points)
-        runs = {"classify": ours, "classify, loop": lambda: looped(files, texts, encoder, n_points)}
+        ours = functools.partial(classify, files, texts, encoder=encoder, points=used)
+        runs = {"classify": ours, "classify, loop": lambda: looped(files, texts, encoder, used)}
         times = side_by_side({name: clock(run) for name, run in runs.items()}, repeats)
     ratio = {name: median_ratio(times["classify, loop"], mine) for name, mine in times.items()}
     return rate_rows(times, n_points, n_clouds, over_loop=ratio)
