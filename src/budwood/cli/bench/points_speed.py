@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from budwood.cli import clouds, options
 from budwood.cli.columns import Column, Columns
 from budwood.cli.console import working
 from budwood.cli.results import Results
-from budwood.errors import InputError
+from budwood.errors import InputError, InputWarning
 
 if TYPE_CHECKING:
     from budwood.points import PointEncoder
@@ -72,7 +73,8 @@ def bench_points_speed(
         raise InputError("--checkpoint is for one --encoder, without --untrained")
     results = Results(out, force, json, reads=[checkpoint])
     rows: list[records.Row] = []
-    with working("measuring"):
+    with working("measuring"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # of labels that are random
         for name in names:
             model = untrained_encoder(name) if untrained else clouds.load(name, checkpoint, "cpu")
             measured: list[records.Row] = []
