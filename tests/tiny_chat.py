@@ -37,11 +37,12 @@ FILES = {
 THINGS = ["moon", "river", "stone", "oak tree", "iron", "cloud", "bird"]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, so that any text has tokens."""
+def tokenizer(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """Bytes, so that any text has tokens, and joined pairs of them."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *letters])}
-    inner = Tokenizer(models.BPE(vocabulary, []))
+    pairs = ["".join(pair) for pair in merges]
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *letters, *pairs])}
+    inner = Tokenizer(models.BPE(vocabulary, list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+
+from budwood.errors import InputError
+from budwood.points.io import read
 
 XYZ = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
 RGB = np.random.default_rng(1).integers(0, 256, size=(200, 3)).astype(np.uint8)
@@ -11,6 +15,16 @@ TABLES = ("npy", "npz", "bin", "xyz", "txt", "csv", "pts")
 SCANS = ("las", "laz", "pcd")
 MESHES = ("ply", "off", "obj", "stl", "glb", "gltf", "3mf")
 FORMATS = TABLES + SCANS + MESHES
+
+
+def refused(path, **kwargs):
+    """The one line that says why a file is not read."""
+    with pytest.raises(InputError) as caught:
+        read(path, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
 
 
 def write_table(path):

@@ -18,19 +18,11 @@ from budwood.points.io import READERS, crop, find_files, make_cloud, read
 from budwood.points.io.mesh_colors import vertex_paint
 from budwood.points.io.meshes import sample_surface
 from tests.points import files
+from tests.points.files import refused
 
 pytest.importorskip("trimesh")
 pytest.importorskip("laspy")
 pytest.importorskip("pypcd4")
-
-
-def refused(path, **kwargs):
-    with pytest.raises(InputError) as caught:
-        read(path, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert path.name in message
-    return message
 
 
 def test_files_cover_the_registry():

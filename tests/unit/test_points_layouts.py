@@ -13,20 +13,13 @@ from budwood.errors import InputError
 from budwood.points.io import FORMATS, cloud_of, find_files, make_cloud, read, unknown_files
 from budwood.points.io.fields import letter_of
 from tests.points import files, layouts
+from tests.points.files import refused
 
 trimesh = pytest.importorskip("trimesh")
 laspy = pytest.importorskip("laspy")
 pytest.importorskip("pypcd4")
 
 XYZ, RGB = files.XYZ, files.RGB
-
-
-def refused(path, **kwargs):
-    with pytest.raises(InputError) as caught:
-        read(path, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- bare tables ----------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from budwood.errors import InputError
 from budwood.points.io import cloud_of, read
 from budwood.points.io.fields import header_letters
 from budwood.points.io.units import unit_of
+from tests.points.files import refused
 
 ROWS = np.random.default_rng(3).normal(size=(20, 3)).round(3)
 
@@ -21,14 +21,6 @@ def written(folder, text):
     path = folder / "a.csv"
     path.write_text(text)
     return path
-
-
-def refused(path, **kwargs):
-    with pytest.raises(InputError) as caught:
-        read(path, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from budwood.errors import InputError, OutputError
 from budwood.files import need_parent, target_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
-
 FOLDER_INPUTS = (".bin", ".json", ".model", ".safetensors", ".txt")
 """Suffixes of files in folders that are read: models, adapters, calibrations, tables of poses."""
 

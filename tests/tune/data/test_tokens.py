@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from budwood.tune.data.encoding import IGNORED, encode_one
 from budwood.tune.data.examples import example_of
@@ -31,22 +29,6 @@ def words(tokens, row, key):
     none = IGNORED if key == "labels" else 0
     marked = [token for token, mark in zip(row["input_ids"], row[key]) if mark != none]
     return tokens.convert_ids_to_tokens(marked)
-
-
-def byte_pairs(*merges):
-    """Bytes with a few joined pairs, cut into words as GPT-2 does."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = ["".join(pair) for pair in merges]
-    vocabulary = {word: i for i, word in enumerate([*tiny_chat.SPECIAL, *letters, *pairs])}
-    inner = Tokenizer(models.BPE(vocabulary, list(merges)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        chat_template=tiny_chat.TEMPLATE,
-    )
 
 
 @pytest.mark.parametrize(("kind", "template"), ALL)
@@ -101,7 +83,7 @@ def test_a_token_across_the_seam_is_cut(kind):
 
 
 def test_line_breaks_across_the_seam_are_cut():
-    tokens = byte_pairs(("Ċ", "Ċ"), ("Ġ", "Ġ"))
+    tokens = tiny_chat.tokenizer(("Ċ", "Ċ"), ("Ġ", "Ġ"))
     for prompt, completion in (("Q\n", "\nyes"), ("Q\n\n", "yes"), ("Q ", " yes"), ("Q", "  yes")):
         before, behind = (
             tokens(one, add_special_tokens=False)["input_ids"] for one in (prompt, completion)
@@ -128,7 +110,7 @@ def test_tokenizers_without_offsets_give_the_same(kind, template):
 
 
 def test_places_in_a_text_whose_tokens_reach_across():
-    tokens = byte_pairs(("Ċ", "Ċ"), ("Ġ", "a"))
+    tokens = tiny_chat.tokenizer(("Ċ", "Ċ"), ("Ġ", "a"))
     part = Part(tokens, "", "Q\n\na b\n")  # GPT-2 keeps the last line break before a word apart
     assert tokens.convert_ids_to_tokens(part.tokens) == ["Q", "Ċ", "Ċ", "a", "Ġ", "b", "Ċ"]
     assert part.places_of(["a b"]) == [0, 0, 0, 1, 1, 1, 0]

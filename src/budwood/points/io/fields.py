@@ -24,10 +24,12 @@ EASTING, NORTHING = ("easting", "east", "e"), ("northing", "north", "n")
 HEIGHT = ("height", "elevation", "altitude", "alt", "up", "h", "u")
 """Names of coordinates in surveys; they count where x and y have no names."""
 
+UNIT_BEHIND = r"[mck]?m|ft"
+"""A unit that follows the name of a coordinate, as in ``x_mm``."""
 _UNIT = re.compile(r"\s*[(\[].*[)\]]$")  # "X (m)"
 _NUMBERED = re.compile(r"(?:points?|xyz)(?:_m_xyz)?[ _.:]?([012])")  # ParaView, VeloView
 _OF_POINTS = r"(?:cartesian|position|pos|points?|coords?|vertex|field)?[ _.:]?"
-_COORDINATE = re.compile(_OF_POINTS + r"([xyz])(?:[ _](?:coord|coordinate|[mck]?m|ft))?")
+_COORDINATE = re.compile(_OF_POINTS + rf"([xyz])(?:[ _](?:coord|coordinate|{UNIT_BEHIND}))?")
 _OF_COLORS = r"(?:diffuse|vertex|points?|colou?rs?|rgb)?[ _.:]?"
 _COLOR = re.compile(_OF_COLORS + r"([rgb]|red|green|blue)(?:[ _]?(?:8|16|channel))?")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from budwood.errors import InputError
 from budwood.points.io.cloud import Cloud
-from budwood.points.io.fields import header_letters
+from budwood.points.io.fields import UNIT_BEHIND, header_letters
 
 METRES = {
     "m": 1.0,
@@ -39,7 +39,7 @@ SPELLINGS = {
 }
 """How units are written → their names in ``METRES``."""
 DEGREES = ("deg", "degree", "degrees", "°")
-_UNIT = re.compile(r"[(\[]\s*([^)\]]*?)\s*[)\]]$|[ _]([mck]?m|ft)$")
+_UNIT = re.compile(rf"[(\[]\s*([^)\]]*?)\s*[)\]]$|[ _]({UNIT_BEHIND})$")
 
 
 def check_units(units: str) -> None:
