@@ -39,7 +39,7 @@ def test_a_record_says_how_it_came_about(monkeypatch):
     assert record.versions["python"] == platform.python_version()
     assert record.versions["budwood"] == budwood.__version__
     assert set(record.versions) == {"python", "torch", "transformers", "budwood"}
-    assert set(record.hardware) == {"cpu", "cores", "threads", "gpu"}
+    assert set(record.hardware) == {"cpu", "cores", "threads", "bfloat16", "gpu"}
     made = datetime.fromisoformat(record.created)
     assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 60
     text = json.dumps(dataclasses.asdict(record))

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from budwood.bfloat16 import has_bfloat16
 from budwood.errors import InputError, OutputError
 from budwood.files import cache_folder, write_whole
 from budwood.sprout.gguf import load_llama
@@ -281,7 +282,7 @@ def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = True) -> 
         InputError: shipped weights are missing.
     """
     if dtype is None:
-        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     folder = vlm_directory(high_resolution)
     if high_resolution:
         model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from budwood.bench.prune.accuracy import Row, Task
+from budwood.bfloat16 import round_products
 from budwood.checks import need_at_least
 from budwood.loading import Loaded
 
@@ -62,6 +63,7 @@ def _begin(load: Callable[[], Loaded], threads: int) -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     _model = load()
+    round_products(_model.model)
 
 
 def _end_with_parent() -> None:

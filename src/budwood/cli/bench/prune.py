@@ -177,10 +177,12 @@ def _measure(
     reuse: Sequence[Path],
 ) -> records.Record:
     from budwood.bench.prune import Workers, counts, rows_of, run
+    from budwood.bfloat16 import round_products
     from budwood.cli.models import load
 
     earlier = {path: records.read(path) for path in reuse}
     loaded = load(*source)
+    round_products(loaded.model)
     described = _described(config, loaded)
     known = _known(earlier, described, config)
     if earlier:
