@@ -27,7 +27,7 @@ ablations=slim-no-identity,slim-no-router,slim-whitened,slim-no-clustering,slim-
 ablations+=,slim-merging,slim-answers,slim-no-l1,slim-paper
 settings=(
     --steps 200 --batch 8 --max-length 160 --per-task 1100 --n-validation 150
-    --windows 32 --prompts 32
+    --windows 32 --prompts 32 --dtype bfloat16
     --targets openbookqa,boolq,arc_easy --general winogrande,social_iqa,gsm8k
 )
 

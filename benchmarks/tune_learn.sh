@@ -27,6 +27,7 @@ general=winogrande,social_iqa,gsm8k,arc_challenge
 settings=(
     --batch 8 --max-length 192 --per-task 600 --windows 16 --prompts 32 --n-validation 60
     --limit 120 --general-limit 100 --general "$general" --probe-every 0 --strengths 0.7,0.5
+    --dtype bfloat16
 )
 # Rotations and singular directions take higher and lower rates than low-rank differences do.
 usual=lora,lora-r10,lora-wd:weight_decay=30,dora,lora-kl,lora-own,lora-mask,moe,corda,slim

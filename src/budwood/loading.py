@@ -15,6 +15,7 @@ from budwood.checks import need_kind
 from budwood.errors import BudwoodError, InputError, first_line
 from budwood.files import cache_folder
 from budwood.hub import check_repo, hub_or_cache, is_available
+from budwood.notices import warn_user
 
 SPROUT, SPROUT_256 = EMBEDDED_VLMS = ("sprout", "sprout-256")
 """The embedded vision-language model in its high-resolution layout, and in one of 256 tokens."""
@@ -75,7 +76,9 @@ def load(
             embedded language model; or the directory or hub id of any vision-language model that
             budwood knows, or of any causal language model.
         device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: that of the checkpoint,
+            and for embedded models bfloat16, or float32 on a CPU without bfloat16 products. Warns
+            (:class:`budwood.errors.InputWarning`) of a checkpoint in a dtype that is slow there.
 
     Returns:
         The model in evaluation mode; the processor of a vision-language model, or the tokenizer of
@@ -106,7 +109,7 @@ def load_vlm_model(
         source: hub id or directory; ``"sprout"`` (or None) and ``"sprout-256"`` for the embedded
             model.
         device: a torch device, or ``"auto"``.
-        dtype: a name, or ``"auto"`` for the checkpoint's.
+        dtype: a name, or ``"auto"``, as in :func:`load`.
         device_map: as in ``from_pretrained``, in place of ``device``; not for the embedded model.
 
     Raises:
@@ -119,13 +122,17 @@ def load_vlm_model(
         if device_map is not None:
             raise InputError(f"{source}, the embedded model, takes no device_map; give a device")
         where, kind = device_of(device), dtype_of(dtype)
+        kind = kind or _embedded_dtype(where)
         model, processor = _sprout(kind, high_resolution=source == SPROUT)
         return Loaded(source, model.to(where).eval(), processor)
     with _opened(source) as folder:
         where, kind = device_of(device), dtype_of(dtype)
         model, processor = _vlm(source, folder, kind, device_map)
         model = model.to(where) if device_map is None else model
-        return Loaded(bare_name(source), model.eval(), processor)
+        loaded = Loaded(bare_name(source), model.eval(), processor)
+    if kind is None:
+        _warn_if_slow(loaded)
+    return loaded
 
 
 def load_language_model(
@@ -136,7 +143,7 @@ def load_language_model(
     Args:
         source: hub id or directory; None or ``"smollm2"`` for the embedded SmolLM2-135M-Instruct.
         device: a torch device, or ``"auto"``.
-        dtype: a name, or ``"auto"`` for the checkpoint's, which is bfloat16 for SmolLM2.
+        dtype: a name, or ``"auto"``, as in :func:`load`.
 
     Raises:
         InputError: there is no such model, device or dtype, the hub does not answer, the model is
@@ -145,7 +152,7 @@ def load_language_model(
     """
     if source in (None, SMOLLM2):
         where, kind = device_of(device), dtype_of(dtype)
-        model, tokenizer = _smollm2(kind)
+        model, tokenizer = _smollm2(kind or _embedded_dtype(where))
         loaded = Loaded(SMOLLM2_ID, model.to(where).eval(), tokenizer)
     else:
         source = os.fspath(source)
@@ -153,6 +160,8 @@ def load_language_model(
             where, kind = device_of(device), dtype_of(dtype)
             model, tokenizer = _language_model(source, folder, kind)
             loaded = Loaded(bare_name(source), model.to(where).eval(), tokenizer)
+        if kind is None:
+            _warn_if_slow(loaded)
     _check_finite(loaded)
     return loaded
 
@@ -352,6 +361,29 @@ def _has_vision(source: str) -> bool:
     return hasattr(config_of(source), "vision_config")
 
 
+def _embedded_dtype(device: Any) -> Any:
+    """In which dtype an embedded model is, unless the user says so."""
+    from budwood.halves import fast_half
+
+    return fast_half(device)
+
+
+def _warn_if_slow(loaded: Loaded) -> None:
+    """Warn of a model in half precision on a CPU that does not multiply it."""
+    from budwood.halves import fast_half, multiplies
+
+    weight = next(loaded.model.parameters())
+    if multiplies(weight.dtype, weight.device):
+        return
+    better = fast_half(weight.device)
+    gigabytes = loaded.model.num_parameters() * better.itemsize / 1e9
+    warn_user(
+        f"this CPU takes several times as long in {loaded.dtype}, the dtype of {loaded.name}, as "
+        f"in {str(better).removeprefix('torch.')}: give that (dtype, --dtype) if {gigabytes:.1f} "
+        "GB of memory are free"
+    )
+
+
 def _sprout(dtype: Any, high_resolution: bool) -> tuple[Any, Any]:
     with _embedded_parts("sprout, the embedded model,"):
         from budwood.sprout.model import load_vlm
@@ -361,11 +393,9 @@ def _sprout(dtype: Any, high_resolution: bool) -> tuple[Any, Any]:
 
 def _smollm2(dtype: Any) -> tuple[Any, Any]:
     with _embedded_parts("SmolLM2, the embedded language model,"), third_party_warnings_off():
-        import torch
-
         from budwood.sprout.model import load_llm, load_llm_tokenizer
 
-        model, tokenizer = load_llm(dtype or torch.bfloat16), load_llm_tokenizer()
+        model, tokenizer = load_llm(dtype), load_llm_tokenizer()
     # Adapters note this name as that of their base model; a local folder would be of no use there.
     model.name_or_path = SMOLLM2_ID
     return model, tokenizer

@@ -298,13 +298,13 @@ def _versions() -> dict[str, str | None]:
 def _hardware() -> dict[str, Any]:
     import torch
 
-    from budwood.bfloat16 import has_bfloat16
+    from budwood.halves import multiplies
 
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bfloat16": has_bfloat16(),
+        "bfloat16": multiplies(torch.bfloat16),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

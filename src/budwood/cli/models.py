@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from budwood import loading
-from budwood.cli.console import working
+from budwood.cli.console import warnings_said, working
+from budwood.errors import InputWarning
 from budwood.loading import Loaded, device_of
+
+SLOW = "this CPU takes several times as long "
+"""How the warning of a slow dtype begins."""
 
 
 def load(source: str | None, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Load a vision-language model; see :func:`budwood.loading.load_vlm_model`."""
-    with working(f"loading {source or loading.SPROUT}"):
-        be_quiet()
+    with _loading(source or loading.SPROUT):
         return loading.load_vlm_model(source, device, dtype)
 
 
 def load_language_model(source: str | None, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Load a causal language model; see :func:`budwood.loading.load_language_model`."""
-    with working(f"loading {source or loading.SMOLLM2_ID}"):
-        be_quiet()
+    with _loading(source or loading.SMOLLM2_ID):
         return loading.load_language_model(source, device, dtype)
 
 
@@ -30,11 +34,17 @@ def load_adapted(
     adapter: str, model: str | None, device: str = "auto", dtype: str = "auto"
 ) -> Loaded:
     """Load an adapter on its base model; see :func:`budwood.tune.saved.loading.load_adapted`."""
-    with working(f"loading {adapter}"):
-        be_quiet()
+    with _loading(adapter):
         from budwood.tune.saved import loading as adapters
 
         return adapters.load_adapted(adapter, model, device, dtype)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    with working(f"loading {name}"), warnings_said(SLOW, category=InputWarning):
+        be_quiet()
+        yield
 
 
 def place(device: str, dtype: str) -> tuple[Any, Any]:

@@ -237,7 +237,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         callback=known_dtype,
-        help="float32, bfloat16 or float16; auto takes the checkpoint's own.",
+        help="float32, bfloat16 or float16; auto takes the checkpoint's own, and float32 for "
+        "embedded models on a CPU without bfloat16.",
     ),
 ]
 Seed = Annotated[

@@ -159,7 +159,7 @@ def run(
       budwood tune train.jsonl --output tuned
       budwood tune eval tuned --target test.jsonl
     """
-    from budwood.cli.models import be_quiet
+    from budwood.cli.models import SLOW, be_quiet
     from budwood.loading import check_data_source, check_source, third_party_warnings_off
     from budwood.tune.data.examples import check_first_row
 
@@ -193,7 +193,7 @@ def run(
     )
     be_quiet()
     with (
-        warnings_said("left out ", r"\d+ examples make "),
+        warnings_said("left out ", r"\d+ examples make ", SLOW),
         third_party_warnings_off(),
         progress("tune") as bar,
     ):

@@ -26,7 +26,8 @@ TrainingDtype = Annotated[
     str,
     typer.Option(
         callback=known_dtype,
-        help="float32 or bfloat16; auto takes the checkpoint's own.",
+        help="float32 or bfloat16; auto takes the checkpoint's own, and float32 for the embedded "
+        "model on a CPU without bfloat16.",
     ),
 ]
 Data = Annotated[

@@ -50,7 +50,8 @@ def load_pruned(
     Args:
         pretrained: ``"sprout"``, ``"sprout-256"``, a directory or a hub id.
         device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, as in
+            :func:`budwood.load`.
         device_map: as in ``from_pretrained``, in place of ``device``; needs accelerate.
         attn_implementation: one of ``ATTENTION``; None for transformers' choice.
         pruning: options of ``budwood.prune.attach``: ``method``, ``keep``, ``question``, ….

@@ -32,9 +32,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from budwood.bfloat16 import has_bfloat16
 from budwood.errors import InputError, OutputError
 from budwood.files import cache_folder, write_whole
+from budwood.halves import fast_half
 from budwood.sprout.gguf import load_llama
 from budwood.sprout.scenes import SIZE
 
@@ -272,7 +272,7 @@ def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = True) -> 
     290 MB under `$BUDWOOD_CACHE` (default `~/.cache/budwood`). Later calls load it from there.
 
     Args:
-        dtype: default bfloat16 where the processor computes in it, else float32.
+        dtype: default bfloat16 where the CPU multiplies it itself, else float32.
         high_resolution: see :func:`build_vlm`.
 
     Returns:
@@ -281,8 +281,7 @@ def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = True) -> 
     Raises:
         InputError: shipped weights are missing.
     """
-    if dtype is None:
-        dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    dtype = dtype or fast_half()
     folder = vlm_directory(high_resolution)
     if high_resolution:
         model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)

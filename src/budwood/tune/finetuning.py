@@ -143,7 +143,7 @@ def finetune(
             of theirs give it by name, such as ``lr=5e-5, seed=42``.
         style: how questions with choices are asked, ``"cloze"`` or ``"listed"``.
         device: for a model that is loaded by name: a torch device, or ``"auto"``.
-        dtype: for a model that is loaded by name: a name, or ``"auto"`` for the checkpoint's.
+        dtype: for a model that is loaded by name: as in :func:`budwood.load`.
         progress: called during the slow parts.
         texts_file: JSON file of self-generated text, which runs on the same model can share; None
             for one in the folder.

@@ -10,8 +10,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from budwood.bench.prune.accuracy import Row, Task
-from budwood.bfloat16 import round_products
 from budwood.checks import need_at_least
+from budwood.halves import round_products
 from budwood.loading import Loaded
 
 _model: Loaded | None = None

@@ -177,8 +177,8 @@ def _measure(
     reuse: Sequence[Path],
 ) -> records.Record:
     from budwood.bench.prune import Workers, counts, rows_of, run
-    from budwood.bfloat16 import round_products
     from budwood.cli.models import load
+    from budwood.halves import round_products
 
     earlier = {path: records.read(path) for path in reuse}
     loaded = load(*source)
