@@ -377,10 +377,10 @@ def _warn_if_slow(loaded: Loaded) -> None:
         return
     better = fast_half(weight.device)
     gigabytes = loaded.model.num_parameters() * better.itemsize / 1e9
+    name = str(better).removeprefix("torch.")
     warn_user(
         f"this CPU takes several times as long in {loaded.dtype}, the dtype of {loaded.name}, as "
-        f"in {str(better).removeprefix('torch.')}: give that (dtype, --dtype) if {gigabytes:.1f} "
-        "GB of memory are free"
+        f"in {name}: give dtype {name} (--dtype) if {gigabytes:.1f} GB of memory are free"
     )
 
 
