@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 
 def multiplies(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
@@ -31,28 +35,32 @@ def fast_half(device: torch.device | str = "cpu") -> torch.dtype:
     return torch.bfloat16 if multiplies(torch.bfloat16, device) else torch.float32
 
 
-class RoundedLinear(nn.Linear):
-    """A linear layer in bfloat16 that multiplies in float32 and rounds the result.
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Multiply bfloat16 matrices on the CPU in float32 and round, where that saves time.
 
-    Processors with bfloat16 products do the same, so values agree up to the order of summation.
+    Processors with bfloat16 products do the same, so values agree up to the order of summation. A
+    comparison in bfloat16 can then go on on a CPU without them. On others nothing changes.
+    The products of the whole process are replaced, forward and backward, so this is for commands.
     """
+    if multiplies(torch.bfloat16):
+        yield
+        return
+    library = torch.library.Library("aten", "IMPL", "CPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for name in ("mm", "addmm", "bmm", "baddbmm"):
+            library.impl(name, partial(_rounded, getattr(torch.ops.aten, name).out))
+    try:
+        yield
+    finally:
+        library._destroy()
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as in nn.Linear
-        if input.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.float()
-        return functional.linear(input.float(), self.weight.float(), bias).to(input.dtype)
 
-
-def round_products(model: nn.Module) -> None:
-    """Let the linear layers of a model be :class:`RoundedLinear`, where that saves time.
-
-    A comparison in bfloat16 can then go on on a CPU without bfloat16 products. On other devices
-    nothing changes.
-
-    Args:
-        model: changed in place; layers of subclasses of ``nn.Linear`` stay.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear and not multiplies(torch.bfloat16, module.weight.device):
-            module.__class__ = RoundedLinear
+def _rounded(product: Callable[..., Tensor], *matrices: Tensor, **factors: float) -> Tensor:
+    """A product of matrices, of bfloat16 ones in float32 and rounded; others as they are."""
+    half = matrices[-1].dtype == torch.bfloat16
+    if half:
+        matrices = tuple(matrix.float() for matrix in matrices)
+    result = product(*matrices, **factors, out=matrices[-1].new_empty(0))
+    return result.bfloat16() if half else result

@@ -11,7 +11,7 @@ import budwood
 from budwood import halves, loading
 from budwood.cli.models import SLOW
 from budwood.errors import InputWarning
-from budwood.halves import RoundedLinear, fast_half, multiplies, round_products
+from budwood.halves import fast_half, multiplies, rounded_products
 from tests import tiny_chat, tiny_vlm
 
 
@@ -21,54 +21,88 @@ def lacking(monkeypatch):
     monkeypatch.setattr(halves, "multiplies", lambda dtype, device="cpu": False)
 
 
-def block(dtype=torch.bfloat16):
+def matrices(dtype=torch.bfloat16):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.Linear(160, 96, bias=False)).to(dtype)
+    shapes = (40, 90), (90, 70), (40, 70), (3, 40, 90), (3, 90, 70), (3, 40, 70)
+    return [torch.randn(*shape).to(dtype) for shape in shapes]
 
 
-def test_rounded_products_are_those_of_float32_rounded(lacking):
-    model, x = block(), torch.randn(7, 96).bfloat16()
-    layer = model[0]
-    wanted = (x.double() @ layer.weight.double().T + layer.bias.double()).bfloat16()
-    round_products(model)
-    ulp = 2.0**-8
-    torch.testing.assert_close(layer(x), wanted, rtol=ulp, atol=ulp / 16)
+def products(dtype=torch.bfloat16):
+    a, b, c, *batches = matrices(dtype)
+    d, e, f = batches
+    return {
+        "mm": a @ b,
+        "addmm": torch.addmm(c, a, b, beta=0.5, alpha=2),
+        "bmm": d @ e,
+        "baddbmm": torch.baddbmm(f, d, e, beta=0.5, alpha=2),
+        "linear": nn.functional.linear(d, b.T.contiguous(), c[0]),
+    }
 
 
-def test_rounded_layers_agree_with_plain_ones_forward_and_backward(lacking):
-    plain, rounded = block(), block()
-    round_products(rounded)
-    assert [type(module) for module in rounded[::2]] == [RoundedLinear, RoundedLinear]
-    inputs = [torch.randn(7, 96).bfloat16() for _ in range(2)]
-    inputs[1] = inputs[0].clone()
-    for model, x in zip((plain, rounded), inputs):
-        x.requires_grad_()
-        model(x).float().square().sum().backward()
-    torch.testing.assert_close(rounded(inputs[1]), plain(inputs[0]), rtol=0.02, atol=0.01)
-    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=0.05, atol=0.05)
-    assert rounded[0].weight.grad.dtype == torch.bfloat16
-    assert rounded.state_dict().keys() == plain.state_dict().keys()
+def test_rounded_products_are_those_of_float64_rounded(lacking):
+    a, b, c, d, e, f = (one.double() for one in matrices())
+    wanted = {
+        "mm": a @ b,
+        "addmm": 0.5 * c + 2 * (a @ b),
+        "bmm": d @ e,
+        "baddbmm": 0.5 * f + 2 * (d @ e),
+        "linear": d @ b + c[0],
+    }
+    with rounded_products():
+        found = products()
+    assert found.keys() == wanted.keys()
+    for name, product in found.items():
+        assert product.dtype == torch.bfloat16, name
+        torch.testing.assert_close(product, wanted[name].bfloat16(), rtol=2**-7, atol=1e-4)
 
 
-def test_float32_layers_are_untouched(lacking):
-    plain, rounded = block(torch.float32), block(torch.float32)
-    round_products(rounded)
-    x = torch.randn(7, 96)
-    assert torch.equal(rounded(x), plain(x))
+def test_products_are_put_back(lacking, monkeypatch):
+    seen, plain = [], halves._rounded
+    monkeypatch.setattr(
+        halves, "_rounded", lambda *args, **kwargs: seen.append(1) or plain(*args, **kwargs)
+    )
+    with rounded_products():
+        before = len(seen)
+        products()
+        assert len(seen) == before + 5
+    products()
+    assert len(seen) == before + 5
 
 
-def test_autocast_chooses_the_dtype_as_for_plain_layers(lacking):
-    rounded = block(torch.float32)
-    round_products(rounded)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert rounded(torch.randn(7, 96)).dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64])
+def test_other_dtypes_are_as_they_were(lacking, kind):
+    a, b, c, *_ = (10 * one for one in matrices(torch.float32))
+    a, b, c = a.to(kind), b.to(kind), c.to(kind)
+    wanted = [a @ b, torch.addmm(c, a, b)]
+    with rounded_products():
+        assert all(torch.equal(*pair) for pair in zip(wanted, [a @ b, torch.addmm(c, a, b)]))
 
 
-def test_nothing_changes_where_the_device_has_them(monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_is_the_same_up_to_rounding(lacking, autocast):
+    def gradients():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.Linear(160, 96, bias=False))
+        model = model if autocast else model.bfloat16()
+        x = torch.randn(7, 96, dtype=next(model.parameters()).dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+        y.float().square().sum().backward()
+        return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+
+    plain = gradients()
+    with rounded_products():
+        rounded = gradients()
+    for one, other in zip(plain, rounded):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= 0.01 * one.norm()
+
+
+def test_nothing_changes_where_the_cpu_has_them(monkeypatch):
     monkeypatch.setattr(halves, "multiplies", lambda dtype, device="cpu": True)
-    model = block()
-    round_products(model)
-    assert type(model[0]) is nn.Linear
+    monkeypatch.setattr(halves, "_rounded", None)  # would fail
+    with rounded_products():
+        products()
 
 
 def operators(monkeypatch, *, available=True, bfloat16=False, float16=False):

@@ -7,15 +7,18 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from typing import Any
 
 from budwood.bench.prune.accuracy import Row, Task
 from budwood.checks import need_at_least
-from budwood.halves import round_products
+from budwood.halves import rounded_products
 from budwood.loading import Loaded
 
 _model: Loaded | None = None
 """Of this process, if it is a worker."""
+_rounded = ExitStack()
+"""Kept until this process ends."""
 
 
 class Workers:
@@ -62,8 +65,8 @@ def _begin(load: Callable[[], Loaded], threads: int) -> None:
     torch.set_num_threads(threads)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    _rounded.enter_context(rounded_products())
     _model = load()
-    round_products(_model.model)
 
 
 def _end_with_parent() -> None:

@@ -178,11 +178,10 @@ def _measure(
 ) -> records.Record:
     from budwood.bench.prune import Workers, counts, rows_of, run
     from budwood.cli.models import load
-    from budwood.halves import round_products
+    from budwood.halves import rounded_products
 
     earlier = {path: records.read(path) for path in reuse}
     loaded = load(*source)
-    round_products(loaded.model)
     described = _described(config, loaded)
     known = _known(earlier, described, config)
     if earlier:
@@ -190,6 +189,7 @@ def _measure(
     empty = records.new_record("bench prune", [], seed=config.seed, config=described)
     begun = results.begun(empty)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(rounded_products())
         workers = None
         if n_workers != 1:
             workers = stack.enter_context(Workers(n_workers, partial(load_vlm_model, *source)))

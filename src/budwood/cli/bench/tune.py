@@ -217,12 +217,13 @@ def _compare(
     from budwood.bench.tune.comparison import Comparison
     from budwood.bench.tune.rows import method_rows
     from budwood.cli.models import load_language_model
+    from budwood.halves import rounded_products
     from budwood.loading import third_party_warnings_off
     from budwood.tune.training.run import check_trainable
 
     loaded = load_language_model(model, device, dtype)
     check_trainable(loaded.model)
-    with third_party_warnings_off():
+    with third_party_warnings_off(), rounded_products():
         comparison = Comparison(
             plan, loaded.name, loaded.model, loaded.tokenizer, data, output, progress, say
         )
