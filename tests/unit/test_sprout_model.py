@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from budwood.errors import InputError
+from budwood.halves import fast_half
 from budwood.sprout import balanced, load_vlm, make_scene, vlm_directory
 from budwood.sprout.gguf import load_llama
 from budwood.sprout.model import (
@@ -118,7 +119,7 @@ def test_a_large_picture_has_an_overview_four_crops_and_newlines() -> None:
 @pytest.mark.parametrize("high_resolution", [True, False])
 def test_plain_transformers_loads_it_and_it_sees(high_resolution: bool) -> None:
     folder = vlm_directory(high_resolution)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=fast_half()).eval()
     processor = AutoProcessor.from_pretrained(folder)
     chosen = balanced(9, 16, "validation", high_resolution)
     hits = 0
