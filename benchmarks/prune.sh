@@ -71,7 +71,7 @@ for stage in "${stages[@]}"; do
             --positions compact --keep 0.1,0.05,0.025 --timed 2
         ;;
     inside)
-        measure inside --seed 1 --scenes $((scenes / 5)) --methods fastv,pyramiddrop,adav \
+        measure inside --seed 1 --scenes $((scenes / 5)) --methods fastv,pyramiddrop,adav+,adav,random \
             --positions original --keep 0.1,0.05 --timed 8
         ;;
     small)
