@@ -1,4 +1,4 @@
-"""Half precision on CPUs: which of them multiply it, and how to do without."""
+"""Half precision on CPUs: which of them have instructions for it, and how to do without."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def multiplies(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
-    """Whether a device multiplies matrices of a dtype itself.
+    """Whether a device has instructions for products of matrices of a dtype.
 
-    A CPU without AVX-512 has no products in bfloat16, and few CPUs have them in float16. PyTorch
-    then takes eight to nine times as long as in float32. Other devices are taken to have both.
+    PyTorch uses those for bfloat16 on CPUs with AVX-512, and few CPUs have any for float16. Without
+    them a product takes eight to nine times as long as in float32. Other devices are taken to have
+    both.
 
     Args:
         dtype: of the matrices.
@@ -31,17 +32,18 @@ def multiplies(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
 
 
 def fast_half(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 if a device multiplies it itself, else float32."""
+    """bfloat16 if a device has instructions for it, else float32."""
     return torch.bfloat16 if multiplies(torch.bfloat16, device) else torch.float32
 
 
 @contextmanager
 def rounded_products() -> Iterator[None]:
-    """Multiply bfloat16 matrices on the CPU in float32 and round, where that saves time.
+    """Multiply bfloat16 matrices in float32 and round the result, on CPUs without bfloat16.
 
-    Processors with bfloat16 products do the same, so values agree up to the order of summation. A
-    comparison in bfloat16 can then go on on a CPU without them. On others nothing changes.
-    The products of the whole process are replaced, forward and backward, so this is for commands.
+    The instructions for bfloat16 do the same, so values agree up to the order of summation. This
+    lets a comparison in bfloat16 go on on a CPU without them, at the speed of float32. On other
+    CPUs nothing changes. It replaces the products of the whole process, forward and backward, so
+    only commands should use it.
     """
     if multiplies(torch.bfloat16):
         yield

@@ -77,7 +77,7 @@ def load(
             budwood knows, or of any causal language model.
         device: a torch device, or ``"auto"`` for the first GPU, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: that of the checkpoint,
-            and for embedded models bfloat16, or float32 on a CPU without bfloat16 products. Warns
+            and for embedded models bfloat16, or float32 on a CPU without instructions for it. Warns
             (:class:`budwood.errors.InputWarning`) of a checkpoint in a dtype that is slow there.
 
     Returns:
@@ -369,7 +369,7 @@ def _embedded_dtype(device: Any) -> Any:
 
 
 def _warn_if_slow(loaded: Loaded) -> None:
-    """Warn of a model in half precision on a CPU that does not multiply it."""
+    """Warn of a model in half precision on a CPU without instructions for it."""
     from budwood.halves import fast_half, multiplies
 
     weight = next(loaded.model.parameters())

@@ -17,7 +17,7 @@ from tests import tiny_chat, tiny_vlm
 
 @pytest.fixture
 def lacking(monkeypatch):
-    """A CPU without bfloat16 products."""
+    """A CPU without instructions for bfloat16."""
     monkeypatch.setattr(halves, "multiplies", lambda dtype, device="cpu": False)
 
 
@@ -27,9 +27,8 @@ def matrices(dtype=torch.bfloat16):
     return [torch.randn(*shape).to(dtype) for shape in shapes]
 
 
-def products(dtype=torch.bfloat16):
-    a, b, c, *batches = matrices(dtype)
-    d, e, f = batches
+def products():
+    a, b, c, d, e, f = matrices()
     return {
         "mm": a @ b,
         "addmm": torch.addmm(c, a, b, beta=0.5, alpha=2),
@@ -106,16 +105,11 @@ def test_nothing_changes_where_the_cpu_has_them(monkeypatch):
 
 
 def operators(monkeypatch, *, available=True, bfloat16=False, float16=False):
-    """Pretend that the CPU has some products."""
+    """Pretend that the CPU has instructions, and that PyTorch has the operators that tell."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
-    ops = (
-        SimpleNamespace()
-        if not available
-        else SimpleNamespace(
-            _is_mkldnn_bf16_supported=lambda: bfloat16, _is_mkldnn_fp16_supported=lambda: float16
-        )
-    )
-    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    answers = {"_is_mkldnn_bf16_supported": bfloat16, "_is_mkldnn_fp16_supported": float16}
+    told = {name: lambda answer=answer: answer for name, answer in answers.items() if available}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**told))
 
 
 def test_what_a_cpu_multiplies(monkeypatch):

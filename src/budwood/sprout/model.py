@@ -272,7 +272,7 @@ def load_vlm(dtype: torch.dtype | None = None, high_resolution: bool = True) -> 
     290 MB under `$BUDWOOD_CACHE` (default `~/.cache/budwood`). Later calls load it from there.
 
     Args:
-        dtype: default bfloat16 where the CPU multiplies it itself, else float32.
+        dtype: default bfloat16 where the CPU has instructions for it, else float32.
         high_resolution: see :func:`build_vlm`.
 
     Returns:
