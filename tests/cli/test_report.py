@@ -52,6 +52,24 @@ def test_a_page_has_tables_curves_and_origins_and_needs_nothing(budwood, tmp_pat
     assert page.tags.count("section") == 3 and page.tags.count("img") >= 3
 
 
+def test_tables_say_once_what_all_rows_have_and_tell_rows_apart(budwood, tmp_path):
+    """The positions are the same in all rows of the record, and the question is not."""
+    out, file = tmp_path / "report.html", RESULTS / "prune-question.json"
+    assert budwood("report", file, "--out", out).exit_code == 0
+    words = [word for word in Page(out.read_text(encoding="utf-8")).words if word]
+    assert words.count("original") == 1 and "question" in words
+    kinds = words[words.index("Accuracy by kind of question") :]
+    for question in ("turn", "all"):
+        row = next(
+            row
+            for row in records.read(file).rows
+            if (row["method"], row["question"]) == ("adav", question)
+        )
+        name = f"adav ({question})"
+        assert words[words.index(name) + 1] == f"{row['accuracy']:.1%}"
+        assert kinds[kinds.index(name) + 2] == f"{row['accuracy_presence']:.1%}"
+
+
 def test_what_a_record_says_is_text_and_not_markup(budwood, tmp_path):
     record = records.new_record(
         "other",

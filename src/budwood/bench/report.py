@@ -88,19 +88,34 @@ def _section(name: str, record: Record, columns: Mapping[str, Sequence[Column]])
                 raise InputError(
                     f"record {name} is malformed: {key!r} of a row is {row.get(key)!r}"
                 )
-    table = columns.get(record.name) or [Column(key, "", key) for key in record.rows[0]]
-    tables = [_table("", record.rows, table)]
-    if kinds := _kinds(record.rows):
-        methods = [Column("method", "", "method"), Column("keep", "", "keep")]
-        tables.append(_table("Accuracy by kind of question", record.rows, [*methods, *kinds]))
+    known = columns.get(record.name) or [Column(key, "", key) for key in record.rows[0]]
+    shared, differing = _apart(record.rows, known)
+    tables = [_table("", record.rows, differing)]
+    if record.name == "bench prune":
+        tables = _prune_tables(record.rows, differing)
     return {
         "name": name,
         "kind": record.name,
         "partial": record.status != "complete",
-        "facts": _facts(record),
+        "facts": [*_facts(record), *shared],
         "charts": [_chart(*chart) for chart in _charts(record)],
         "tables": tables,
     }
+
+
+def _apart(
+    rows: Sequence[Row], columns: Sequence[Column]
+) -> tuple[list[tuple[str, str]], list[Column]]:
+    """Terms that are the same in all rows that have them, with their values; the other columns."""
+    shared, differing = [], list(columns[:1])
+    for column in columns[1:]:
+        values = {row.get(column.key) for row in rows} - {None}
+        word = values.pop() if len(values) == 1 else None
+        if len(rows) > 1 and isinstance(word, str):
+            shared.append((column.heading, word))
+        else:
+            differing.append(column)
+    return shared, differing
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
@@ -109,6 +124,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     state = " with changes" if record.git.get("dirty") else ""
     named = [
         ("command", record.command),
+        ("reference", record.config.get("reference")),
         ("model", record.config.get("model") or record.config.get("encoder")),
         ("seed", record.seed),
         ("commit", f"{str(commit)[:12]}{state}" if commit else None),
@@ -138,6 +154,22 @@ def _cell(row: Row, column: Column, has_interval: bool) -> str:
     keys = [column.key, *(f"{column.key}{end}" for end in ("_low", "_high") if has_interval)]
     value, *ends = records.cells_of([row], dict.fromkeys(keys, column.spec))[0]
     return f"{value} [{', '.join(ends)}]" if all(ends) and ends else value
+
+
+def _prune_tables(rows: Sequence[Row], columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """The accuracy at each budget side by side, all rows, and the accuracy by kind of question."""
+    rows = [row | {"curve": label(row, rows)} for row in rows]
+    method = Column("curve", "", "method")
+    beside, specs = records.spread(rows, {"curve": "", "accuracy": ".1%"}, "keep")
+    budgets = [Column(key, spec, key) for key, spec in specs.items() if key != "curve"]
+    tables = [
+        _table("Accuracy by fraction or number of tokens kept", beside, [method, *budgets]),
+        _table("Every row", rows, columns),
+    ]
+    if kinds := _kinds(rows):
+        heads = [method, Column("keep", "", "keep")]
+        tables.append(_table("Accuracy by kind of question", rows, [*heads, *kinds]))
+    return tables
 
 
 def _kinds(rows: Sequence[Row]) -> list[Column]:

@@ -44,6 +44,10 @@ class Columns:
         """Key → format of those of `budwood bench show`, as for :func:`budwood.records.table`."""
         return {column.key: column.spec for column in self._columns if column.only != "terminal"}
 
+    def headings(self) -> dict[str, str]:
+        """Key → heading of all columns."""
+        return {column.key: column.heading or column.key for column in self._columns}
+
     def present_in(self, row: dict[str, object]) -> Columns:
         """The columns whose keys a row has."""
         return Columns(*(column for column in self._columns if column.key in row))

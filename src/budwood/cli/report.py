@@ -76,9 +76,9 @@ def _names(files: list[Path]) -> list[str]:
 def _columns(name: str) -> list[Column]:
     from budwood.bench.report import Column
 
-    headings = {column.key: column.heading for column in bench.COLUMNS[name]}
+    headings = bench.COLUMNS[name].headings()
     specs = bench.COLUMNS[name].of_record()
-    return [Column(key, spec, headings.get(key) or key) for key, spec in specs.items()]
+    return [Column(key, spec, headings[key]) for key, spec in specs.items()]
 
 
 def _examples(read: list[records.Record], number: int) -> Iterator[Example]:
