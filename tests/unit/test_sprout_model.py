@@ -121,7 +121,7 @@ def test_plain_transformers_loads_it_and_it_sees(high_resolution: bool) -> None:
     folder = vlm_directory(high_resolution)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=fast_half()).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    chosen = balanced(9, 16, "validation", high_resolution)
+    chosen = balanced(9, 6, "validation", high_resolution)
     hits = 0
     for scene, questions in chosen:
         text = [
