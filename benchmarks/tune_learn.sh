@@ -30,7 +30,8 @@ settings=(
     --dtype bfloat16
 )
 # Rotations and singular directions take higher and lower rates than low-rank differences do.
-usual=lora,lora-r10,lora-wd:weight_decay=30,dora,lora-kl,lora-own,lora-mask,moe,corda,slim
+usual=lora,lora-r10,lora-wd:weight_decay=30,lora-wd:weight_decay=10,lora-wd:weight_decay=3,dora
+usual+=,lora-kl,lora-own,lora-mask,moe,corda,slim
 
 compare() {
     "$budwood" bench tune --data "$data" --output "$output" "${settings[@]}" --steps 400 "$@"
