@@ -70,6 +70,16 @@ def test_tables_say_once_what_all_rows_have_and_tell_rows_apart(budwood, tmp_pat
         assert kinds[kinds.index(name) + 2] == f"{row['accuracy_presence']:.1%}"
 
 
+def test_records_of_other_kinds_show_what_they_have(budwood, tmp_path):
+    rows = [{"method": "a", "values": [1, 2], "how": "x"}, {"method": "b", "how": "x"}]
+    record = records.new_record("other", rows, seed=0, config={})
+    out = tmp_path / "report.html"
+    result = budwood("report", records.write(record, tmp_path / "r.json"), "--out", out)
+    assert result.exit_code == 0, result.stderr
+    words = Page(out.read_text(encoding="utf-8")).words
+    assert "[1, 2]" in words and words.count("x") == 1
+
+
 def test_what_a_record_says_is_text_and_not_markup(budwood, tmp_path):
     record = records.new_record(
         "other",

@@ -109,10 +109,10 @@ def _apart(
     """Terms that are the same in all rows that have them, with their values; the other columns."""
     shared, differing = [], list(columns[:1])
     for column in columns[1:]:
-        values = {row.get(column.key) for row in rows} - {None}
-        word = values.pop() if len(values) == 1 else None
-        if len(rows) > 1 and isinstance(word, str):
-            shared.append((column.heading, word))
+        values = [row[column.key] for row in rows if row.get(column.key) is not None]
+        first = values[0] if values else None
+        if len(rows) > 1 and isinstance(first, str) and all(value == first for value in values):
+            shared.append((column.heading, first))
         else:
             differing.append(column)
     return shared, differing

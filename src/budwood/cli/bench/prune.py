@@ -43,7 +43,7 @@ COLUMNS = Columns(
     Column("difference_high", "+.1%", only="record"),
     Column("difference_interval", heading="difference", only="terminal"),
     Column("best", heading="best other", only="record"),
-    Column("best_difference", "+.1%", "difference to it", only="record"),
+    Column("best_difference", "+.1%", "difference to best other", only="record"),
     Column("best_difference_low", "+.1%", only="record"),
     Column("best_difference_high", "+.1%", only="record"),
     Column("question_difference", "+.1%", "difference to first question", only="record"),
