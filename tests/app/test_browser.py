@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
