@@ -90,16 +90,13 @@ def _section(name: str, record: Record, columns: Mapping[str, Sequence[Column]])
                 )
     known = columns.get(record.name) or [Column(key, "", key) for key in record.rows[0]]
     shared, differing = _apart(record.rows, known)
-    tables = [_table("", record.rows, differing)]
-    if record.name == "bench prune":
-        tables = _prune_tables(record.rows, differing)
     return {
         "name": name,
         "kind": record.name,
         "partial": record.status != "complete",
         "facts": [*_facts(record), *shared],
         "charts": [_chart(*chart) for chart in _charts(record)],
-        "tables": tables,
+        "tables": _tables(record, differing),
     }
 
 
@@ -156,9 +153,16 @@ def _cell(row: Row, column: Column, has_interval: bool) -> str:
     return f"{value} [{', '.join(ends)}]" if all(ends) and ends else value
 
 
+def _tables(record: Record, columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """The tables of a record; columns are those of the table of all rows."""
+    if record.name == "bench prune":
+        return _prune_tables(record.rows, columns)
+    return [_table("", record.rows, columns)]
+
+
 def _prune_tables(rows: Sequence[Row], columns: Sequence[Column]) -> list[dict[str, Any]]:
     """The accuracy at each budget side by side, all rows, and the accuracy by kind of question."""
-    rows = [row | {"curve": label(row, rows)} for row in rows]
+    rows = labelled(rows)
     method = Column("curve", "", "method")
     beside, specs = records.spread(rows, {"curve": "", "accuracy": ".1%"}, "keep")
     budgets = [Column(key, spec, key) for key, spec in specs.items() if key != "curve"]
@@ -206,18 +210,24 @@ def _tune_charts(runs: Any) -> list[Chart]:
 
 
 def _prune_charts(rows: Sequence[Row]) -> list[Chart]:
-    curves = [row for row in rows if row["method"] not in ("full", "blind")]
+    curves = [row for row in labelled(rows) if row["method"] not in ("full", "blind")]
     full = next((row for row in rows if row["method"] == "full"), None)
     baseline = (
         {} if full is None else {"baseline": full["accuracy"], "baseline_label": "all tokens"}
     )
-
-    labelled = [row | {"curve": label(row, rows)} for row in curves]
-    draw = partial(plot_lines, labelled, x="n_kept", y="accuracy", by="curve", log=True, **baseline)
+    draw = partial(plot_lines, curves, x="n_kept", y="accuracy", by="curve", log=True, **baseline)
     return [("Accuracy of each method over the visual tokens kept", draw)] if curves else []
 
 
-def label(row: Row, rows: Sequence[Row]) -> str:
+def labelled(rows: Sequence[Row]) -> list[Row]:
+    """Name the curve of each row of ``budwood bench prune`` in the key ``curve``.
+
+    The name is the method, with its choices of question and positions if there are several.
+    """
+    return [row | {"curve": _label(row, rows)} for row in rows]
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
     """The method of a row, with its choices of question and positions if there are several."""
     same = [other for other in rows if other["method"] == row["method"]]
     several = [

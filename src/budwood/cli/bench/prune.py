@@ -145,7 +145,9 @@ def bench_prune(
     need_at_least(1, workers=workers)
     results = Results(out, force, json, plot, resumes=True, reads=reuse or ())
     record = _measure(config, (model, device, dtype), results, workers, reuse or [])
-    shown = [_shown(row, record.rows) for row in record.rows]
+    from budwood.bench.report import labelled
+
+    shown = [_shown(row) for row in labelled(record.rows)]
     results.publish(record, COLUMNS, rows=shown, notes=[_legend(record.config)], draw=_draw)
 
 
@@ -247,10 +249,9 @@ def _described(config: Config, loaded: Loaded) -> dict[str, Any]:
 
 def _draw(rows: list[records.Row], path: Path) -> None:
     from budwood.bench.plots import plot_lines
-    from budwood.bench.report import label
+    from budwood.bench.report import labelled
 
-    baselines = ("full", "blind")
-    curves = [row | {"curve": label(row, rows)} for row in rows if row["method"] not in baselines]
+    curves = [row for row in labelled(rows) if row["method"] not in ("full", "blind")]
     full = next(row["accuracy"] for row in rows if row["method"] == "full")
     plot_lines(
         curves,
@@ -266,12 +267,9 @@ def _draw(rows: list[records.Row], path: Path) -> None:
     )
 
 
-def _shown(row: records.Row, rows: list[records.Row]) -> records.Row:
+def _shown(row: records.Row) -> records.Row:
     """Put each interval of a row into one cell."""
-    from budwood.bench.report import label
-
     return row | {
-        "curve": label(row, rows),
         "accuracy_interval": _interval(row, "accuracy", ".1%"),
         "difference_interval": _interval(row, "difference", "+.1%"),
     }
