@@ -57,16 +57,28 @@ def test_every_way_of_decoding_keeps_the_answer(case, batch, way):
     assert torch.equal(before, after)
 
 
+def test_pruned_equals_oracle(case, batch, method):
+    in_place = resolve_method(method).positions == "original"
+    compare_with_oracle(case, batch, {"method": method}, "greedy", in_place)
+
+
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "way", ["greedy", "no cache", "static cache", "chunked prefill"], indirect=True
 )
-def test_pruned_equals_oracle(case, batch, method, way):
-    """Each padded row agrees, logits included, with a hand-gathered row on its own, uncached."""
+@pytest.mark.parametrize("options", [{}, {"positions": "original"}], ids=["own", "original"])
+def test_pruned_equals_oracle_in_every_way_of_decoding(case, batch, options, way):
+    """A method has chosen before a way begins, so one method stands for all."""
     if way == "chunked prefill" and case.bidirectional:
         pytest.skip("chunks of transformers do not see each other, so they cut such masks")
-    options = {"output_logits": True, "return_dict_in_generate": True}
-    with attach(case.model, keep=6, method=method) as session:
-        output = case.model.generate(**batch, **GREEDY, **WAYS[way], **options)
+    compare_with_oracle(case, batch, {"method": "adav", **options}, way, bool(options))
+
+
+def compare_with_oracle(case, batch, options, way, in_place):
+    """Each padded row agrees, logits included, with a hand-gathered row on its own, uncached."""
+    scored = {"output_logits": True, "return_dict_in_generate": True}
+    with attach(case.model, keep=6, **options) as session:
+        output = case.model.generate(**batch, **GREEDY, **WAYS[way], **scored)
     logits = torch.stack(output.logits, dim=1)
     n_prompt = batch["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :n_prompt], batch["input_ids"])
@@ -76,7 +88,6 @@ def test_pruned_equals_oracle(case, batch, method, way):
         n_pad = n_prompt - single["input_ids"].shape[1]
         origin = session.origin[row]
         assert torch.equal(origin[origin >= 0] - n_pad, kept)
-        in_place = resolve_method(method).positions == "original"
         answer, expected = oracle.greedy(case, single, kept, GREEDY["max_new_tokens"], in_place)
         assert torch.equal(output.sequences[row, n_prompt:], answer)
         torch.testing.assert_close(logits[row], expected, rtol=1e-3, atol=1e-3)

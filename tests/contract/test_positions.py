@@ -1,4 +1,7 @@
-"""positions="original": what is kept stays at its position in the whole prompt."""
+"""positions="original": what is kept stays at its position in the whole prompt.
+
+test_generate.py compares every way of decoding with rows by hand, at these positions as well.
+"""
 
 from __future__ import annotations
 
@@ -16,35 +19,15 @@ from tests.contract.test_later_images import asked, pictures, turn
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 KEPT = {**GREEDY, "return_dict_in_generate": True}
 SCORED = {**KEPT, "output_logits": True}
-WAYS = {
-    "greedy": {},
-    "no cache": {"use_cache": False},
-    "static cache": {"cache_implementation": "static"},
-}
 IN_PLACE = {"method": "fastervlm", "positions": "original"}
 
 
-@pytest.mark.versions
-@pytest.mark.parametrize("way", WAYS)
-def test_pruned_equals_oracle(case, batch, way):
-    """Padded rows agree with rows by hand, whose kept tokens have their old positions."""
-    with attach(case.model, keep=6, **IN_PLACE) as attached:
-        output = case.model.generate(**batch, **SCORED, **WAYS[way])
-    logits, n_prompt = torch.stack(output.logits, dim=1), batch["input_ids"].shape[1]
-    for row, images in enumerate(ROW_IMAGES):
-        single = oracle.row_of(batch, case, row, images)
-        kept = oracle.kept_positions(case, single, attached.report[images])
-        answer, expected = oracle.greedy(case, single, kept, 4, in_place=True)
-        assert torch.equal(output.sequences[row, n_prompt:], answer)
-        torch.testing.assert_close(logits[row], expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("way", ["greedy", "no cache"])
-def test_a_row_without_padding_is_one_sequence(case, way):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_without_padding_is_one_sequence(case, use_cache):
     """Without a masked token transformers drops the mask and would take gaps for several."""
     batch = case.batch([words(3, 1), 0, words(5, 2), 1, words(4, 3)])
     with attach(case.model, keep=6, **IN_PLACE) as attached:
-        output = case.model.generate(**batch, **GREEDY, **WAYS[way])
+        output = case.model.generate(**batch, **GREEDY, use_cache=use_cache)
     kept = oracle.kept_positions(case, batch, attached.report)
     answer, _ = oracle.greedy(case, batch, kept, 4, in_place=True)
     assert torch.equal(output[0, batch["input_ids"].shape[1] :], answer)
