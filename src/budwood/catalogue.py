@@ -274,9 +274,7 @@ TUNERS = {
     "dora": _tuner("LoRA with a separate magnitude for each column (DoRA, arXiv 2402.09353)."),
     "oft": _tuner("Orthogonal fine-tuning of PEFT: rotations of blocks of the input."),
     "osf": _tuner("OSF of PEFT: the smallest singular directions of each weight are trained."),
-    "corda": _tuner(
-        "LoRA that starts away from the model's own text (CorDA, knowledge-preserved)."
-    ),
+    "corda": _tuner("LoRA that starts away from self-generated text (CorDA, knowledge-preserved)."),
     "moe": _tuner("Top-2 mixture of LoRA experts without SLIM's other parts, as MixLoRA."),
     "slim": _tuner("Soft LoRA and identity mixture (SLIM, NAACL 2025), our reconstruction."),
     "slim-no-identity": _ablation("SLIM without identity experts, and so without yielding."),

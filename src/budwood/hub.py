@@ -92,9 +92,9 @@ def check_repo(
     return False
 
 
-def is_available(repo: str, file: str, kind: str = "model") -> bool:
-    """Whether a file is in the cache, or the hub answers."""
-    return is_cached(repo, file, kind) or why_offline() is None
+def is_available(repo: str, file: str) -> bool:
+    """Whether a file of a model is in the cache, or the hub answers."""
+    return is_cached(repo, file) or why_offline() is None
 
 
 def why_offline() -> str | None:

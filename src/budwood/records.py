@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import budwood
 from budwood.errors import InputError, OutputError
@@ -326,5 +326,10 @@ def _cell(value: Any, spec: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _is_number(value: Any) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether a value is a number that can be drawn: no truth value, NaN or infinity."""
+    return _is_number(value) and math.isfinite(value)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from budwood import records
-from budwood.bench import prune_shape_pictures as pictures
+from budwood.bench.prune import shape_pictures as pictures
 from budwood.bench.prune.accuracy import _Exam
-from budwood.bench.prune_shapes import SHAPES, Shape, random_model
-from budwood.bench.prune_speed import SpeedConfig, largest_allocation, measure_speed
+from budwood.bench.prune.shapes import SHAPES, Shape, random_model
+from budwood.bench.prune.speed import SpeedConfig, largest_allocation, measure_speed
 from budwood.cli.columns import Column, Columns
 from budwood.cli.results import Results
 from budwood.errors import InputError

@@ -24,7 +24,7 @@ from budwood.bench.prune import (
 from budwood.bench.prune.accuracy import Asked, Times, normalise
 from budwood.bench.prune.answering import Sheet, answer, answer_full
 from budwood.bench.prune.plan import FULL, Run
-from budwood.bench.prune_speed import _Largest
+from budwood.bench.prune.speed import _Largest
 from budwood.bootstrap import PairedBootstrap, interval
 from budwood.errors import InputError, UnknownNameError
 from budwood.loading import load_vlm_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -172,16 +171,12 @@ def _span(word: str, share: float, low: float, high: float) -> str:
 def _key(file: str, rows: Sequence[records.Row], known: dict[str, str]) -> str:
     """The first of the keys that all rows have a number for."""
     for key in known:
-        if rows and all(_is_number(row.get(key)) for row in rows):
+        if rows and all(records.is_finite(row.get(key)) for row in rows):
             return key
     raise InputError(
         f"{Path(file).name} has no numbers under {' or '.join(known)}; give a record of `budwood "
         "bench tune`"
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _by_method(rows: Sequence[records.Row]) -> dict[str, list[records.Row]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from budwood.errors import InputError
 from budwood.figures import new_figure, save_figure
+from budwood.records import is_finite
 
 Row = Mapping[str, Any]
 
@@ -159,7 +160,7 @@ def has_front(rows: Sequence[Row]) -> bool:
         return False
     runs = [row for group in _sweep(rows).values() for row in group]
     return bool(
-        runs and _forgetting(runs) and all(_is_number(row.get("validation")) for row in runs)
+        runs and _forgetting(runs) and all(is_finite(row.get("validation")) for row in runs)
     )
 
 
@@ -356,17 +357,13 @@ def _sweep(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _forgetting(runs: Sequence[Row]) -> list[str]:
     """Keys of the measures of forgetting that all runs have."""
-    has_perplexity = all(_is_number(row.get("perplexity")) for row in runs)
+    has_perplexity = all(is_finite(row.get("perplexity")) for row in runs)
     return _kl_of(runs) + (["perplexity"] if has_perplexity else [])
 
 
 def _kl_of(rows: Sequence[Row]) -> list[str]:
     """The first divergence that all rows have, in a list; an empty list if there is none."""
-    return [key for key in KL if all(_is_number(row.get(key)) for row in rows)][:1]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return [key for key in KL if all(is_finite(row.get(key)) for row in rows)][:1]
 
 
 def _with_numbers(rows: Iterable[Row], x: str, y: str, *others: str) -> list[Row]:
@@ -384,7 +381,7 @@ def _with_numbers(rows: Iterable[Row], x: str, y: str, *others: str) -> list[Row
             continue
         for key in (x, y, *others):
             value = row[key]
-            if not _is_number(value):
+            if not is_finite(value):
                 raise InputError(f"cannot plot {key!r}: it is {value!r} in a row, not a number")
         kept.append(row)
     if not kept:

@@ -44,7 +44,7 @@ COLUMNS = Columns(
 def demo(
     scenes: Annotated[int, typer.Option(min=1, max=100, help="Number of scenes.")] = 3,
     keep: options.Keep = "0.05",
-    method: options.Method = "adav+",
+    method: options.Method = options.BEST_METHOD,
     overlay_dir: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Folder for the pictures; replaces those of a demo."),

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from budwood.bench.tune_speed import METHODS, TARGETS, SpeedConfig, measure_speed
+from budwood.bench.tune.speed import METHODS, TARGETS, SpeedConfig, measure_speed
 from budwood.errors import InputError, OutputError
 from budwood.tune import export_lora
 from budwood.tune.slim.export import reduce_rank

@@ -1,1 +1,1 @@
-"""The comparison of fine-tuning methods: learning and forgetting."""
+"""Fine-tuning methods compared (learning and forgetting), and their speed."""

@@ -51,7 +51,7 @@ def method_rows(rows: Sequence[Row], baseline: str = "lora") -> list[Row]:
     for row in rows:
         if row.get("final") and row.get("status") == "complete":
             finals.setdefault(row["method"], []).append(row)
-    found = [_mean_row(method, group) for method, group in finals.items()]
+    found = [_mean_row(group) for group in finals.values()]
     base, against = (
         next((row for row in found if row["method"] == name), {}) for name in ("base", baseline)
     )
@@ -67,7 +67,7 @@ def method_rows(rows: Sequence[Row], baseline: str = "lora") -> list[Row]:
     return found
 
 
-def _mean_row(method: str, group: Sequence[Row]) -> Row:
+def _mean_row(group: Sequence[Row]) -> Row:
     first = group[0]
     row: Row = {key: first[key] for key in ("method", "lr", "rank", "params")}
     row["n_seeds"] = len(group)

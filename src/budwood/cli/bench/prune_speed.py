@@ -15,8 +15,8 @@ from budwood.cli.results import Results
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
-    from budwood.bench.prune_shapes import Shape
-    from budwood.bench.prune_speed import SpeedConfig
+    from budwood.bench.prune.shapes import Shape
+    from budwood.bench.prune.speed import SpeedConfig
 
 COLUMNS = Columns(
     Column("model"),
@@ -91,13 +91,13 @@ def bench_speed(
 
 
 def _config(keeps: list[str], method: str, repeats: int, n_new: int, seed: int) -> SpeedConfig:
-    from budwood.bench.prune_speed import SpeedConfig
+    from budwood.bench.prune.speed import SpeedConfig
 
     return SpeedConfig(tuple(map(options.keep_of, keeps)), method, repeats, n_new, seed)
 
 
 def _shapes(names: str | None, *size: int) -> list[Shape]:
-    from budwood.bench.prune_shapes import SHAPES, Shape
+    from budwood.bench.prune.shapes import SHAPES, Shape
 
     if names is None:
         return []
@@ -124,7 +124,7 @@ def _measure(
     source: tuple[str | None, str, str],
     threads: list[int],
 ) -> records.Record:
-    from budwood.bench.prune_speed import measure
+    from budwood.bench.prune.speed import measure
 
     rows, described = [], {}
     for shape in shapes or [None]:
@@ -147,7 +147,7 @@ def _subject(
     from budwood.cli.models import load, place
 
     if shape is not None:
-        from budwood.bench.prune_shapes import random_model
+        from budwood.bench.prune.shapes import random_model
 
         device, dtype = place(*source[1:])
         with working(f"building {shape.name} with random weights"):
@@ -175,7 +175,7 @@ def _loads(record: records.Record) -> list[str]:
 
 
 def _targets(record: records.Record) -> list[str]:
-    from budwood.bench.prune_speed import ATTACH_TARGET_MS, PREFILL_TARGET, SELECT_TARGET
+    from budwood.bench.prune.speed import ATTACH_TARGET_MS, PREFILL_TARGET, SELECT_TARGET
 
     pruned = [row for row in record.rows if row.get("prefill_over_plain")]
     prefill = max(row["prefill_over_plain"] for row in pruned)

@@ -15,7 +15,7 @@ from budwood.cli.console import progress
 from budwood.cli.results import Results
 
 if TYPE_CHECKING:
-    from budwood.bench.tune_speed import SpeedConfig
+    from budwood.bench.tune.speed import SpeedConfig
 
 COLUMNS = Columns(
     Column("method"),
@@ -67,7 +67,7 @@ def bench_tune_speed(
       budwood bench tune-speed --widths 576,2048 --tokens 1024 --out speed.json
     """
     _quieten_profiler()
-    from budwood.bench.tune_speed import SpeedConfig
+    from budwood.bench.tune.speed import SpeedConfig
     from budwood.cli.models import place
 
     config = SpeedConfig(
@@ -94,7 +94,7 @@ def _quieten_profiler() -> None:
 
 
 def _measure(config: SpeedConfig) -> records.Record:
-    from budwood.bench.tune_speed import measure_speed
+    from budwood.bench.tune.speed import measure_speed
 
     with progress("timing") as bar:
         rows = measure_speed(config, bar)
@@ -106,7 +106,7 @@ def _measure(config: SpeedConfig) -> records.Record:
 
 
 def _targets(rows: list[records.Row]) -> list[str]:
-    from budwood.bench.tune_speed import TARGETS, ratios_with_targets
+    from budwood.bench.tune.speed import TARGETS, ratios_with_targets
 
     found: dict[str, list[float]] = {}
     for row in rows:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from budwood.errors import AttachError
-from budwood.prune.families.base import Family, Layout, raster_boxes
+from budwood.prune.families.base import Family, Layout, one_by_one, raster_boxes
 from budwood.prune.families.towers import Tower, refuse_tower
 from budwood.prune.saliency import Recorder
 
@@ -47,8 +45,8 @@ class PaliGemma(Family):
 
     def outputs(self, features: Sequence[Tensor]) -> Any:
         # The models take one tensor, (n_images, n_tokens, d_model), and images may differ in what
-        # they keep: so every token passes for an image of one token.
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(features))[:, None])
+        # they keep.
+        return one_by_one(features)
 
     def layouts(self, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         side = self.tower.side // self.pool

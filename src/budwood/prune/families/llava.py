@@ -40,17 +40,26 @@ class Llava(Family):
         return [one_crop_layout(len(image), self.tower.side, with_cls) for image in features]
 
     def saliency(self, recorder: Any, layouts: Sequence[Layout]) -> list[Tensor]:
-        # A tower without [CLS] under "default" loses its first patch, so count from the end.
-        scores = recorder.saliency()
-        return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
+        return candidates_of(recorder.saliency(), layouts)
 
     def keys(self, recorder: Any, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
-        keys = recorder.keys()
-        return [row[-layout.n_candidates :] for row, layout in zip(keys, layouts, strict=True)]
+        return candidates_of(recorder.keys(), layouts)
 
     def placing(self, layout: Layout) -> Placing:
         """In the centre that is cropped or the square that is padded, if the processor is known."""
         return partial(in_view, layout.boxes, getattr(self.processor, "image_processor", None))
+
+
+def candidates_of(patches: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+    """Scores or keys of the patches that are candidates.
+
+    A tower without [CLS] under "default" loses its first patch, so they are counted from the end.
+
+    Args:
+        patches: what the tower gives for all patches, shape (n_images, n_patches, …).
+        layouts: one per image.
+    """
+    return [row[-layout.n_candidates :] for row, layout in zip(patches, layouts, strict=True)]
 
 
 @lru_cache(maxsize=16)

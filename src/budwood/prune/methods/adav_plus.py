@@ -57,7 +57,7 @@ class AdaVPlus(Contrast):
         blur: in tokens, from 0.01 on.
         reach: likewise.
         focus: tokens in which the question has a say; 0 for all.
-        merge: share of a kept token's features that comes from dropped ones, in [0, 1]; 0 merges
+        merge: fraction of a kept token's features that comes from dropped ones, in [0, 1]; 0 merges
             nothing.
         alike: from which c on a dropped token is merged, in [0, 1].
         temperature: as in ``adav-contrast``.

@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from budwood.prune.families.base import Layout
+from budwood.prune.families.llava import candidates_of
 from budwood.serve.vllm.encoders import FusedRecorder, last_layer
 from budwood.serve.vllm.layouts import (
     has_cls,
@@ -104,9 +105,7 @@ class BudwoodLlava(_PrunesCrops, LlavaForConditionalGeneration):
     def saliency(
         self, recorder: FusedRecorder, inputs: Mapping[str, Any], layouts: Sequence[Layout]
     ) -> list[Tensor]:
-        # A tower without [CLS] under "default" loses its first patch, so count from the end.
-        scores = recorder.saliency()
-        return [row[-layout.n_candidates :] for row, layout in zip(scores, layouts, strict=True)]
+        return candidates_of(recorder.saliency(), layouts)
 
 
 class _PrunesRasters(_PrunesCrops):

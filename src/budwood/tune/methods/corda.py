@@ -23,12 +23,12 @@ from budwood.tune.methods.lora import TextTuner
 
 @dataclass(frozen=True)
 class Corda(TextTuner):
-    """LoRA that starts where the base model's own text has least weight: CorDA, keeping knowledge.
+    """LoRA that starts where self-generated text has least weight: CorDA, keeping knowledge.
 
     Source: arXiv 2406.05223, knowledge-preserved mode. B·A starts as the smallest components of
     W·C in the metric of C, the covariance of the layer's inputs on self-generated text. Deviation:
     the base weight keeps them and the adapter adds B·A − B₀·A₀, which is the same function; half
-    of an adapter of twice the rank is therefore frozen. The knowledge is the model's own text.
+    of an adapter of twice the rank is therefore frozen. The knowledge is what that text needs.
     """
 
     bends: ClassVar[bool] = True

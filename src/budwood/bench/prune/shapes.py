@@ -1,6 +1,6 @@
 """Published shapes of every family, with random weights, for timing alone.
 
-``prune_shape_models`` builds the models, ``prune_shape_pictures`` makes the pictures.
+``shape_models`` builds the models, ``shape_pictures`` makes the pictures.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from budwood.bench import prune_shape_models as models
-from budwood.bench import prune_shape_pictures as pictures
+from budwood.bench.prune import shape_models as models
+from budwood.bench.prune import shape_pictures as pictures
 from budwood.checks import need_at_least
 from budwood.errors import InputError, UnknownNameError
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.bench.tune_decoding import Decoding, measure_decoding
-from budwood.bench.tune_speed_models import METHODS, PROJECTIONS, GatedMLP, adapted, start
+from budwood.bench.tune.decoding import Decoding, measure_decoding
+from budwood.bench.tune.speed_models import METHODS, PROJECTIONS, GatedMLP, adapted, start
 from budwood.errors import InputError
 from budwood.progress import Progress, silent
 from budwood.records import Row

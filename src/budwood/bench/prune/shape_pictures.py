@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from budwood.bench.prune_shape_models import BREAK, END, FAKE, IMAGE, START, TILE
+from budwood.bench.prune.shape_models import BREAK, END, FAKE, IMAGE, START, TILE
 
 Picture: TypeAlias = tuple[dict[str, Tensor], list[int]]
 """Inputs by name, and token ids."""

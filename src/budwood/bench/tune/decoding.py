@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.bench.tune_speed_models import (
+from budwood.bench.tune.speed_models import (
     N_WORDS,
     adapted,
     small_llama,
@@ -54,7 +54,7 @@ def measure_decoding(
     One sequence, one token after the other. The models have the frozen weights in common.
 
     Args:
-        methods: of ``tune_speed_models.METHODS``.
+        methods: of ``speed_models.METHODS``.
         width: of the model.
         slim: config of SLIM.
         repeats: timed rounds, after a warm-up.

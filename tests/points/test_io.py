@@ -26,7 +26,7 @@ pytest.importorskip("pypcd4")
 
 
 def test_files_cover_the_registry():
-    without_e57 = set(READERS) - {".e57"}  # which its own library writes: test_points_layouts
+    without_e57 = set(READERS) - {".e57"}  # which its own library writes: test_layouts
     assert {f".{name}" for name in files.FORMATS} == without_e57
 
 
