@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ from budwood.cli.models import be_quiet
 from budwood.cli.output import reserve
 from budwood.errors import InputError, InputWarning
 from budwood.files import need_parent
+
+if TYPE_CHECKING:
+    from budwood.points import AdaptConfig
+    from budwood.points.adapters.base import Adapter, Usage
 
 app = App()
 app.command("demo")(demo_points.demo)
@@ -127,19 +131,29 @@ def adapt(
         raise
     for row in skipped.rows:
         say(f"left out: {row['reason']}")
-    usage = adapter.usage
-    assert usage is not None  # adapt() sets it
-    say_assumed(usage.assumed, reading)
+    assert adapter.usage is not None  # adapt() sets it
+    say_assumed(adapter.usage.assumed, reading)
+    _print_adapted(adapter, adapter.usage, config, output, skipped if json else None)
+
+
+def _print_adapted(
+    adapter: Adapter,
+    usage: Usage,
+    config: AdaptConfig,
+    output: Path,
+    skipped: clouds.Skipped | None,
+) -> None:
+    """Say what was adapted to how many clouds; as JSON, where ``skipped`` is given."""
     if usage.n_used < usage.n_clouds:
         counts = ", ".join(f"{n:,} points: {n_clouds}" for n, n_clouds in usage.by_count.items())
         say(f"clouds with enough points for steps on {counts}")
-    name = adapter.encoder.name
+    name, method = adapter.encoder.name, config.method
     n_params = sum(p.numel() for p in adapter.parameters())
-    if json:
+    if skipped is not None:
         about = {"encoder": name, "method": method, "clouds": usage.n_used}
         about |= {"given": usage.n_clouds, "clouds_by_points": usage.by_count, "params": n_params}
         about |= {"assumed": {cloud: json_of(one) for cloud, one in usage.assumed.items()}}
-        print_json(about | {"steps": steps, "output": str(output), "skipped": skipped.rows})
+        print_json(about | {"steps": config.steps, "output": str(output), "skipped": skipped.rows})
     else:
         of = "" if usage.n_used == usage.n_clouds else f" of {usage.n_clouds}"
         out().print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -229,10 +229,7 @@ def scan(
     about = reading | {"units": units, "up": "auto" if is_assumed else up}
     say_assumed({frame.source: _noted(frame) for frame in frames}, about)
     if table:
-        from budwood.points.scanning.formats import csv_text
-
-        write_text(table, csv_text(frames))
-        say(f"wrote {table}")
+        _write_table(table, frames)
     if json:
         rows = [frame.as_json() for frame in frames]
         named = {"encoder": model.name, "unfamiliar": strange}
@@ -240,6 +237,13 @@ def scan(
     else:
         _print(frames, output)
     skipped.refuse(len(files), "frames have no boxes")
+
+
+def _write_table(path: Path, frames: Sequence[ScannedFrame]) -> None:
+    from budwood.points.scanning.formats import csv_text
+
+    write_text(path, csv_text(frames))
+    say(f"wrote {path}")
 
 
 @contextmanager

@@ -87,28 +87,7 @@ def export_lora(
         InputError: the adapter is not the active one, rank out of range, or no batch with labels.
         OutputError: the directory holds something already, or cannot be written.
     """
-    layers = [one for one in layers_of(model) if adapter in one.slim_in]
-    if not layers:
-        there = sorted({name for one in layers_of(model) for name in one.slim_in})
-        raise InputError(
-            f"there is no SLIM adapter {adapter!r}; there is {', '.join(there) or 'none'}"
-        )
-    if layers[0].disable_adapters:
-        raise InputError("the adapters are off; leave the block with disable_adapter() first")
-    active = list(layers[0].active_adapters)
-    if active != [adapter]:
-        raise InputError(
-            f"active SLIM adapters are {active or 'none'}, and {adapter!r} is to be exported by "
-            f"itself; call model.set_adapter({adapter!r}) first"
-        )
-    fused = next((layer for layer in layers if isinstance(layer, SlimExperts)), None)
-    if fused is not None:
-        raise InputError(
-            f"{fused.slim_key!r} is a weight of fused experts, which the export does not cover; "
-            "keep the adapter as it is"
-        )
-    if any(layer.slim_config[adapter].expert_bias for layer in layers):
-        raise InputError("the experts have biases, which a plain LoRA has no place for")
+    layers = _exportable(model, adapter)
     full = max(layer.slim_config[adapter].rank for layer in layers)
     rank = full if rank is None else rank
     if not 1 <= rank <= full:
@@ -144,6 +123,33 @@ def export_lora(
     )
     _write(folder, model, adapter, found, report)
     return report
+
+
+def _exportable(model: Any, adapter: str) -> list[SlimLayer]:
+    """The adapter's layers, checked."""
+    layers = [one for one in layers_of(model) if adapter in one.slim_in]
+    if not layers:
+        there = sorted({name for one in layers_of(model) for name in one.slim_in})
+        raise InputError(
+            f"there is no SLIM adapter {adapter!r}; there is {', '.join(there) or 'none'}"
+        )
+    if layers[0].disable_adapters:
+        raise InputError("the adapters are off; leave the block with disable_adapter() first")
+    active = list(layers[0].active_adapters)
+    if active != [adapter]:
+        raise InputError(
+            f"active SLIM adapters are {active or 'none'}, and {adapter!r} is to be exported by "
+            f"itself; call model.set_adapter({adapter!r}) first"
+        )
+    fused = next((layer for layer in layers if isinstance(layer, SlimExperts)), None)
+    if fused is not None:
+        raise InputError(
+            f"{fused.slim_key!r} is a weight of fused experts, which the export does not cover; "
+            "keep the adapter as it is"
+        )
+    if any(layer.slim_config[adapter].expert_bias for layer in layers):
+        raise InputError("the experts have biases, which a plain LoRA has no place for")
+    return layers
 
 
 def reduce_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
