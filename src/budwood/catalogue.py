@@ -171,6 +171,12 @@ INSIDE_METHODS = {
 """Of :func:`budwood.prune.inside.attach_inside`, and for comparison in `budwood bench prune`."""
 
 
+INSIDE_HINTS = dict.fromkeys(
+    INSIDE_METHODS, "prunes inside the LLM; use attach_inside() or `budwood bench prune`"
+)
+"""What is said where only methods before the LLM are taken."""
+
+
 QUESTIONS = ("current", "all", "turn")
 """Which text a pruning method may choose by; see :class:`budwood.prune.question.Question`."""
 

@@ -42,10 +42,17 @@ class Registry:
         kind: what the names stand for, in the singular; used in error messages.
         targets: name to ``"module:attribute"``, to an entry that has it, or to the class or other
             object itself. A name whose entry has no target can be checked and not got.
+        elsewhere: names that are known, but not here, to what their error says.
     """
 
-    def __init__(self, kind: str, targets: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        targets: Mapping[str, Any] | None = None,
+        elsewhere: Mapping[str, str] | None = None,
+    ) -> None:
         self.kind = kind
+        self._elsewhere = dict(elsewhere or {})
         self._targets: dict[str, Any] = {}
         for name, target in (targets or {}).items():
             self.register(name, target.target if isinstance(target, Entry) else target)
@@ -97,6 +104,8 @@ class Registry:
         return tuple(self._targets)
 
     def _unknown(self, name: object) -> str:
+        if name in self._elsewhere:
+            return f"{self.kind} {name!r} {self._elsewhere[str(name)]}"
         near = difflib.get_close_matches(str(name).lower(), self._targets, n=1, cutoff=_ALIKE)
         hint = f", did you mean {near[0]!r}?" if near else ";"
         return f"unknown {self.kind} {name!r}{hint} known: {', '.join(self._targets)}"

@@ -48,6 +48,16 @@ def built_once():
 
 
 @pytest.fixture
+def not_loaded(monkeypatch):
+    from budwood.cli import models
+
+    def load(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(models, "load", load)
+
+
+@pytest.fixture
 def budwood() -> Callable[..., Result]:
     """Runs a command and returns what it printed, and its exit code."""
     from budwood.cli import app

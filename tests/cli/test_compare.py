@@ -28,6 +28,31 @@ def test_each_method_answers_as_by_itself(budwood, picture, next_dir):
         assert found["answer_full"] == alone["answer_full"]
 
 
+def test_a_method_may_have_a_seed_of_its_own(budwood, picture, model_dir):
+    asked = ["compare", picture, "What ?", "--model", model_dir, "--keep", 5, "--json"]
+    found = json.loads(budwood(*asked, "--methods", "random,random:seed=1").stdout)
+    other = json.loads(budwood(*asked, "--methods", "random", "--seed", 1).stdout)
+    draws = [row["kept"] for row in found["methods"]]
+    assert draws[0] != draws[1] == other["methods"][0]["kept"]
+
+
+def test_all_tokens_are_those_that_the_model_sees(budwood, next_dir, tmp_path):
+    """adav-official counts whole crops, padding included."""
+    narrow = tmp_path / "narrow.png"
+    Image.new("RGB", (90, 30)).save(narrow)
+    asked = ["compare", narrow, "What ?", "--model", next_dir, "--keep", 12]
+    first = []
+    for methods in ("adav-official,adav", "adav,adav-official"):
+        table = budwood(*asked, "--methods", methods).stdout.splitlines()
+        first.append(next(line.split() for line in table if "all tokens" in line))
+    assert first[0] == first[1]
+
+
+def test_everything_kept_is_said(budwood, picture, model_dir):
+    asked = ["compare", picture, "What ?", "--model", model_dir, "--keep", 5000]
+    assert "so all were kept" in budwood(*asked, "--methods", "adav,uniform").stderr
+
+
 def test_table_and_picture(budwood, picture, model_dir, tmp_path):
     file = tmp_path / "compared.png"
     command = ["compare", picture, "What ?", "--model", model_dir, "--keep", 5, "--out", file]
@@ -53,22 +78,13 @@ def test_table_and_picture(budwood, picture, model_dir, tmp_path):
         ("adav:rserve=0.1", "has no parameter 'rserve'"),
         (",", "give at least one"),
         ("adav,none", "unknown method 'none'"),
+        ("adav,fastv", "method 'fastv' prunes inside the LLM"),
     ],
 )
 def test_bad_methods(budwood, picture, model_dir, methods, said):
     result = budwood("compare", picture, "What ?", "--model", model_dir, "--methods", methods)
     assert result.exit_code == 2 and said in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-@pytest.fixture
-def not_loaded(monkeypatch):
-    from budwood.cli import models
-
-    def load(*args):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(models, "load", load)
 
 
 def test_bad_parameters_are_refused_before_the_model_is_loaded(budwood, picture, not_loaded):

@@ -88,6 +88,24 @@ def test_the_published_form_is_a_method_and_compat_its_alias(budwood, picture, m
     assert by_name["kept"] == by_alias["kept"] and by_name["n_kept"] == 6
 
 
+def test_the_published_form_has_the_same_parameters(budwood, picture, model_dir):
+    asked = ["prune", picture, "What ?", "--model", model_dir, "--keep", 6, "--json"]
+    alias = budwood(*asked, "--method", "adav:reserve=0.5+temperature=5", "--compat", "official")
+    named = budwood(*asked, "--method", "adav-official:reserve=0.5+temperature=5")
+    assert json.loads(alias.stdout)["method"] == "adav-official:reserve=0.5+temperature=5"
+    assert json.loads(alias.stdout)["kept"] == json.loads(named.stdout)["kept"]
+
+
+def test_bad_parameters_are_refused_before_the_model_is_loaded(budwood, picture, not_loaded):
+    result = budwood("prune", picture, "What ?", "--method", "adav:reserve=0.9")
+    assert result.exit_code == 2 and "reserve" in result.stderr
+
+
+def test_a_method_without_a_split_has_none(budwood, picture, model_dir):
+    asked = ["prune", picture, "What ?", "--model", model_dir, "--keep", 6, "--json"]
+    assert json.loads(budwood(*asked, "--method", "uniform").stdout)["split"] is None
+
+
 def test_question_span_changes_the_choice(budwood, picture, model_dir):
     command = ["prune", picture, "Is there any owl ?", "--model", model_dir, "--keep", 5, "--json"]
     kept = [

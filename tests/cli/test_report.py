@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -120,6 +121,32 @@ def test_bad_input(budwood, tmp_path):
     out.write_text("mine")
     assert budwood("report", record, "--out", out).exit_code == 2
     assert out.read_text() == "mine"
+
+
+def test_records_that_examples_cannot_be_made_of(budwood, tmp_path):
+    out = tmp_path / "report.html"
+    for key, value, said in (
+        ("n_scenes", None, "malformed: 'n_scenes' of its config is None"),
+        ("n_scenes", "many", "malformed: 'n_scenes' of its config is 'many'"),
+        ("variants", None, "malformed: 'variants' of its config is None"),
+        ("variants", ["adav"], "one of its variants is 'adav'"),
+        ("weights", "0000", "the record is of others"),
+    ):
+        record = records.read(RESULTS / "prune-high.json")
+        record.config[key] = value
+        records.write(record, tmp_path / "bad.json", overwrite=True)
+        result = budwood("report", tmp_path / "bad.json", "--out", out, "--examples", 1)
+        assert result.exit_code == 2 and said in result.stderr, result.stderr
+        assert not out.exists()
+
+
+def test_an_unfinished_comparison_says_so(budwood, tmp_path):
+    record = records.read(RESULTS / "prune-high.json")
+    chunk = {"chunk": 0, "run": 1, "n_kept": [64.0], "right": [True]}
+    records.write(replace(record, status="partial", rows=[chunk]), tmp_path / "part.json")
+    out = tmp_path / "report.html"
+    result = budwood("report", tmp_path / "part.json", "--out", out)
+    assert result.exit_code == 2 and "is unfinished" in result.stderr and not out.exists()
 
 
 def test_examples_have_the_budget_of_the_fewest_tokens(monkeypatch):

@@ -203,6 +203,7 @@ def test_bad_arguments_are_found_when_attaching(case):
         ({"method": "adv"}, UnknownNameError, "did you mean 'adav'"),
         ({"question": "trun"}, UnknownNameError, "'all' or 'turn'"),
         ({"compat": "oficial"}, BudwoodError, "compat"),
+        ({"method": "adav-official:n_crops=3"}, BudwoodError, "n_crops|cannot run"),
         ({"compat": "official", "method": "uniform"}, BudwoodError, "compat"),
     ):
         with pytest.raises(error, match=message):

@@ -101,7 +101,7 @@ def dpp(vectors: Vectors, quality: list[float], keep: int) -> list[int]:
             if base:
                 inside = np.linalg.inv(kernel[np.ix_(base, base)])
                 residual -= kernel[i, base] @ inside @ kernel[base, i]
-            scores.append(residual if residual > floor else 0.0)
+            scores.append(residual if residual > floor else quality[i] - 2)
         index = best_of(scores, taken)
         taken.append(index)
         if scores[index] > 0:

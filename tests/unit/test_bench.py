@@ -23,6 +23,7 @@ from budwood.bench.prune import (
 )
 from budwood.bench.prune.accuracy import Asked, Times, normalise
 from budwood.bench.prune.answering import Sheet, answer, answer_full
+from budwood.bench.prune.earlier import SAME, earlier_answers, identity, pack
 from budwood.bench.prune.plan import FULL, Run
 from budwood.bench.prune.speed import _Largest
 from budwood.bootstrap import PairedBootstrap, interval
@@ -32,6 +33,7 @@ from budwood.prune import attach
 from budwood.prune.chat import answers, prepare, render
 from budwood.prune.inside import FastV, PyramidDrop, attach_inside
 from budwood.prune.latency import FirstToken
+from budwood.records import Record
 from budwood.sprout.questions import Question, ask, balanced, chats
 from tests import tiny_vlm
 
@@ -374,6 +376,32 @@ def test_variants():
         variants_of(["adav"], positions=["old"])
     with pytest.raises(InputError):
         variants_of([])
+
+
+def test_published_forms_keep_their_parameters():
+    names = [variant.method for variant in variants_of(["adav:reserve=0.5", "t2i"], "official")]
+    assert names == ["adav:reserve=0.5", "adav-official:reserve=0.5", "t2i"]
+
+
+def test_a_token_is_not_all_tokens():
+    """1 and 1.0 are equal as numbers."""
+    variants = tuple(variants_of(["adav"]))
+    record = Record(
+        name="bench prune",
+        command="",
+        seed=0,
+        config={**dict.fromkeys(SAME), "n_scenes": 2, "n_questions": 2},
+        rows=[
+            identity(run) | {"right": pack([True, False]), "n_kept": 9.0}
+            for run in Config(variants, (1.0,), n_scenes=2).runs
+        ],
+    )
+    described = dict.fromkeys(SAME)
+    for keep, n_known in ((1.0, 3), (1, 2)):
+        config = Config(variants, (keep,), n_scenes=2)
+        assert len(earlier_answers(record, described, config)) == n_known
+    with pytest.raises(InputError, match="leave one out"):
+        Config(variants, (1, 1.0))
 
 
 def test_reference_is_the_method_at_the_same_budget():

@@ -26,6 +26,7 @@ def report(boxes, kept, saliency=None, relevance=None, view=(0.0, 0.0, 1.0, 1.0)
         n_before=len(boxes),
         n_after=len(kept),
         n_fixed=0,
+        n_unpruned=len(boxes),
         split=Split(),
         saliency=saliency,
         relevance=relevance,

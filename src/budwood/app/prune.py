@@ -137,7 +137,7 @@ def side_by_side(
     if not methods:
         raise InputError("nothing to compare: choose at least one method")
     with models.vlm.held() as loaded:
-        from budwood.prune.compare import compare_methods
+        from budwood.prune.compare import compare_methods, n_unpruned
 
         options = _options(None, percent)
         full, compared = compare_methods(
@@ -152,8 +152,7 @@ def side_by_side(
     figures = [
         _kept(shown, one.report, one.method, f"{one.method}: {one.answer}") for one in compared
     ]
-    n_all = compared[0].report.n_before
-    first = markup.paragraph(f"All {n_all} visual tokens: {full}")
+    first = markup.paragraph(f"All {n_unpruned(compared)} visual tokens: {full}")
     return markup.status(first + markup.grid(figures))
 
 
@@ -172,7 +171,7 @@ def _options(method: str | None, percent: float) -> dict[str, Any]:
 def _summary(compared: Comparison, method: str) -> str:
     report = compared.report
     rows = [
-        ("all tokens", compared.answer_full, report.n_before, compared.first_full),
+        ("all tokens", compared.answer_full, report.n_unpruned, compared.first_full),
         (method, compared.answer, report.n_after, compared.first),
     ]
     heads = ("from", "answer", "visual tokens", "first token, ms", "encoder", "selection", "LLM")

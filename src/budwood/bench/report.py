@@ -84,6 +84,11 @@ def _section(name: str, record: Record, columns: Mapping[str, Sequence[Column]])
         raise InputError(f"record {name} has no rows, so there is nothing to report")
     for key, kind in _NEEDED.get(record.name, {}).items():
         for row in record.rows:
+            if record.status != "complete" and key not in row:
+                raise InputError(
+                    f"record {name} is unfinished, and its rows are no results yet; repeat its "
+                    "command to complete it"
+                )
             if not isinstance(row.get(key), kind):
                 raise InputError(
                     f"record {name} is malformed: {key!r} of a row is {row.get(key)!r}"

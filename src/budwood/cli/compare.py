@@ -68,6 +68,8 @@ def compare(
         "seed": seed,
         "positions": positions,
     }
+    from budwood.prune.compare import n_unpruned
+
     full, compared, name = _compared(
         shown, question, names, attached, (model, device, dtype), max_new_tokens
     )
@@ -76,6 +78,8 @@ def compare(
         write_whole(picture, lambda part: sheet.save(part))
         say(f"wrote {picture}")
     rows = [_row(one) for one in compared]
+    if all(one.report.kept_all for one in compared):
+        say(f"the picture has {n_unpruned(compared)} candidates, so all were kept")
     if json:
         described = {"model": name, "image": str(image), "question": question}
         settings = {name: value for name, value in attached.items() if name != "question"}
@@ -83,7 +87,7 @@ def compare(
         results = {"answer_full": full, "methods": rows}
         print_json(described | settings | results | {"out": str(picture) if picture else None})
     else:
-        everything = {"method": "all tokens", "n_kept": compared[0].report.n_before, "answer": full}
+        everything = {"method": "all tokens", "n_kept": n_unpruned(compared), "answer": full}
         print_table([everything, *rows], COLUMNS)
 
 

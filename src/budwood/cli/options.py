@@ -31,7 +31,7 @@ def each(check: Callable[[str], object]) -> Callable[[str], str]:
     return _checked(lambda text: [check(item) for item in listed(text)])
 
 
-_METHODS = Registry("method", catalogue.PRUNING_METHODS)
+_METHODS = Registry("method", catalogue.PRUNING_METHODS, catalogue.INSIDE_HINTS)
 _TUNERS = Registry("tuning method", catalogue.TUNERS)
 _ADAPTATIONS = Registry("method", catalogue.ADAPTATIONS)
 

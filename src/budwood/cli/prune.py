@@ -104,11 +104,12 @@ def drawn(picture: Image.Image, question: str, comparison: Comparison) -> Image.
 def _attach_options(
     keep: str, method: str | None, compat: str | None, span: str, seed: int, positions: str | None
 ) -> dict[str, Any]:
-    from budwood.prune.selection import resolve_method
+    from budwood.prune.selection import published_form
 
-    name = resolve_method(method or "adav", compat).name if compat else method
+    if compat:
+        method = published_form(method or "adav")
     return {
-        "method": name or options.BEST_METHOD,
+        "method": method or options.BEST_METHOD,
         "question": span,
         "keep": options.keep_of(keep),
         "seed": seed,
@@ -126,9 +127,10 @@ def _compare(
 ) -> tuple[Comparison, str]:
     from budwood.cli.models import load
     from budwood.prune.chat import check_question
-    from budwood.prune.compare import compare
+    from budwood.prune.compare import check_methods, compare
 
     check_question(question)
+    check_methods([attached["method"]])
     loaded = load(*source)
     with working("answering"):
         comparison = compare(
@@ -146,7 +148,7 @@ def _compare(
 def _as_dict(
     comparison: Comparison, attached: dict[str, Any], overlay: Path | None
 ) -> dict[str, Any]:
-    report, split = comparison.report, comparison.report.split
+    report = comparison.report
     return {
         "answer": comparison.answer,
         "answer_full": comparison.answer_full,
@@ -156,11 +158,7 @@ def _as_dict(
         "n_visual": report.n_before,
         "n_kept": report.n_after,
         "n_fixed": report.n_fixed,
-        "split": {
-            "reserved": split.reserved,
-            "by_text": split.by_text,
-            "by_saliency": split.by_saliency,
-        },
+        "split": _split(comparison),
         "kept": report.kept.tolist(),
         "ttft": comparison.first.as_dict(),
         "ttft_full": comparison.first_full.as_dict(),
@@ -170,7 +168,7 @@ def _as_dict(
 
 def _print(comparison: Comparison) -> None:
     report = comparison.report
-    full = {"": "all tokens", "answer": comparison.answer_full, "n_visual": report.n_before}
+    full = {"": "all tokens", "answer": comparison.answer_full, "n_visual": report.n_unpruned}
     kept = {"": "kept tokens", "answer": comparison.answer, "n_visual": report.n_after}
     fixed = {"n_fixed": report.n_fixed}
     rows = [
@@ -182,11 +180,18 @@ def _print(comparison: Comparison) -> None:
 
 
 def _split_line(comparison: Comparison) -> str:
-    report, split = comparison.report, comparison.report.split
+    report, split = comparison.report, _split(comparison)
     line = f"kept {report.n_after} of {report.n_before} candidates, {report.n_fixed} fixed"
-    if not split.reserved + split.by_text + split.by_saliency:
+    if split is None:
         return line
     return (
-        f"{line}: {split.reserved} reserved, {split.by_text} by text, "
-        f"{split.by_saliency} by saliency"
+        f"{line}: {split['reserved']} reserved, {split['by_text']} by text, "
+        f"{split['by_saliency']} by saliency"
     )
+
+
+def _split(comparison: Comparison) -> dict[str, int] | None:
+    """How the budget was divided; None for a method that does not divide it."""
+    split = comparison.report.split
+    counts = {name: getattr(split, name) for name in ("reserved", "by_text", "by_saliency")}
+    return counts if any(counts.values()) else None

@@ -90,9 +90,15 @@ def _examples(read: list[records.Record], number: int) -> Iterator[Example]:
         )
     from budwood.bench.prune.examples import examples_of
     from budwood.cli.models import load
+    from budwood.fingerprint import fingerprint_of
 
     # Records from before the high-resolution layout call the small one sprout.
     small = not pruning.config.get("high_resolution", False)
     loaded = load(SPROUT_256 if small else SPROUT)
+    if pruning.config.get("weights") not in (None, fingerprint_of(loaded.model)):
+        raise InputError(
+            f"--examples {number} asks the weights that ship today, and the record is of others; "
+            "leave --examples out"
+        )
     with working("answering"):
         yield from examples_of(loaded.model, loaded.processor, pruning, number, METHODS_SHOWN)

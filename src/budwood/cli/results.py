@@ -66,7 +66,10 @@ class Results:
         if partial is None:
             return []
         here, there = _settings(record), _settings(partial)
-        differing = [key for key in here if key != free and here[key] != there.get(key)]
+        # As text, since a budget of 1 and one of 1.0 are equal as numbers.
+        differing = [
+            key for key in here if key != free and _text(here[key]) != _text(there.get(key))
+        ]
         if differing:
             what = ", ".join(f"{key} {there.get(key)}, not {here[key]}" for key in differing)
             raise InputError(
@@ -119,6 +122,10 @@ class Results:
         if self.plot and draw:
             write_whole(self.plot, lambda part: draw(record.rows, part))
             say(f"wrote {self.plot}")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _settings(record: records.Record) -> dict[str, Any]:

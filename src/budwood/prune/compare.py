@@ -142,6 +142,14 @@ def compare_methods(
     return compare_ways(model, processor, image, question, ways, max_new_tokens=max_new_tokens)
 
 
+def n_unpruned(compared: Sequence[MethodAnswer]) -> int:
+    """Visual tokens that the LLM sees without pruning, beside fixed ones such as newlines.
+
+    The reports of most methods agree; that of ``adav-official`` counts newlines as well.
+    """
+    return min(one.report.n_unpruned for one in compared)
+
+
 def check_methods(methods: Sequence[str]) -> None:
     """Refuse a string, and methods that are unknown or given twice.
 

@@ -122,7 +122,7 @@ def draw_methods(
     Args:
         image: the picture as the processor was given it.
         reports: what each method kept of it.
-        titles: a second line below each panel, such as the answer.
+        titles: a third line below each panel, such as the answer.
         caption: a line above the panels, or several.
 
     Returns:
@@ -145,8 +145,8 @@ def draw_methods(
     for method, report in reports.items():
         boxes = _pixels(report.boxes_on((image.height, image.width)), picture.size)
         panel = _kept_panel(picture, boxes, [boxes[i] for i in report.kept.tolist()])
-        first = f"{method}: {report.n_after} of {report.n_before} visual tokens"
-        panels.append(Panel(panel, (first, titles[method])))
+        counted = f"{report.n_after} of {report.n_before} visual tokens"
+        panels.append(Panel(panel, (method, counted, titles[method])))
     return _sheet(panels, caption, min(3, len(panels)))
 
 

@@ -20,7 +20,7 @@ from budwood.prune.methods.base import Extras, Method
 from budwood.prune.prompt import Placed, Pruned, locate_images, prune_rows
 from budwood.prune.question import Question
 from budwood.prune.report import ImageReport, Timing
-from budwood.prune.selection import Selection, select, usable
+from budwood.prune.selection import Selection, generator_for, select, usable
 from budwood.prune.turns import (
     CachedPrompt,
     Counts,
@@ -318,8 +318,7 @@ class Pruner:
             method=self.method,
             n_crops=layout.n_crops,
             extras=Extras(layout.boxes, None if keys is None else keys.to(visual.device)),
-            # On the CPU, so that every device draws the same.
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number),
+            generator=generator_for(self.method, self.seed, number),
             validate=visual.device.type == "cpu",
         )
 
@@ -387,6 +386,7 @@ class Pruner:
             n_before=layout.n_candidates,
             n_after=len(selection.indices),
             n_fixed=len(layout.fixed),
+            n_unpruned=layout.n_placeholders - len(layout.fixed),
             split=selection.split,
             saliency=selection.saliency,
             relevance=selection.relevance,

@@ -39,6 +39,8 @@ class ImageReport:
         n_before: candidates.
         n_after: kept candidates; all of them where there are no more than were asked for.
         n_fixed: fixed tokens, beside the candidates.
+        n_unpruned: tokens that the LLM sees without pruning, beside the fixed ones: the candidates,
+            but for ``adav-official``, whose candidates are whole crops, padding included.
         split: how the budget was divided.
         saliency: score per token, float32, shape (n_before,); None if the method uses none.
         relevance: text-to-image score per token, likewise.
@@ -57,6 +59,7 @@ class ImageReport:
     n_before: int
     n_after: int
     n_fixed: int
+    n_unpruned: int
     split: Split
     saliency: Tensor | None
     relevance: Tensor | None

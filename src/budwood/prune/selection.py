@@ -85,6 +85,19 @@ def select(
     return dataclasses.replace(selection, indices=indices, features=features)
 
 
+def generator_for(method: Method, seed: int, number: int = 0) -> torch.Generator:
+    """Source of a method's draws for one image of a call.
+
+    It is on the CPU, so that every device draws the same.
+
+    Args:
+        method: its own seed is added to ``seed``.
+        seed: of ``attach``.
+        number: of the image in the call.
+    """
+    return torch.Generator().manual_seed((seed + method.own_seed) * 1_000_003 + number)
+
+
 def resolve_method(method: str | Method, compat: str | None = None) -> Method:
     """Turn what a user gives as a method into an instance.
 
@@ -108,6 +121,22 @@ def resolve_method(method: str | Method, compat: str | None = None) -> Method:
             f"compat='official' is not known for method {chosen.name!r}; leave compat out"
         )
     return METHODS.get(name)(**vars(chosen))  # the fields of a dataclass
+
+
+def published_form(spec: str) -> str:
+    """The name of the published form of a method, with the same parameters.
+
+    >>> published_form("adav:reserve=0.1")
+    'adav-official:reserve=0.1'
+
+    Raises:
+        UnknownNameError: unknown name, or there is no ``NAME-official``.
+        InputError: an unknown parameter, or a value that it does not take.
+    """
+    _, colon, options = spec.partition(":")
+    form = f"{resolve_method(spec, 'official').name}{colon}{options}"
+    resolve_method(form)
+    return form
 
 
 def method_of(spec: str) -> Method:

@@ -122,7 +122,8 @@ def attach(
             ``positions`` is not for this model.
         UnknownNameError: unknown method, ``compat``, ``question`` or ``positions``.
         BudgetError: ``keep`` is neither a count nor a fraction.
-        InputError: ``seed`` is out of range, or ``processor`` or ``encoded`` is something else.
+        InputError: ``seed`` is out of range, ``method`` says how many crops images have, or
+            ``processor`` or ``encoded`` is something else.
     """
     need_seed(seed)
     _check_given(processor, encoded)
@@ -130,6 +131,10 @@ def attach(
     _refuse_attached(model)
     check_positions(positions)
     chosen = resolve_method(method, compat)
+    if chosen != chosen.for_crops(1):
+        raise InputError(
+            f"{chosen} says how many crops images have; leave n_crops out, it differs by image"
+        )
     family = family_of(model, processor, chosen.whole_crops, patches)
     if positions == "compact" and family.has_coordinates:
         raise AttachError(

@@ -65,13 +65,18 @@ def earlier_answers(
         differing.append(f"{record.config['n_scenes']} scenes, more than {config.n_scenes}")
     if differing:
         raise InputError(f"has other answers ({', '.join(differing)}); give the same settings")
-    rows = {tuple(row.get(key) for key in _IDENTITY): row for row in record.rows}
+    rows = {_key({name: row.get(name) for name in _IDENTITY}): row for row in record.rows}
     n_questions = record.config["n_questions"]
     return {
         run: Earlier(unpack(row["right"], n_questions), row["n_kept"])
         for run in config.runs
-        if (row := rows.get(tuple(identity(run).values())))
+        if (row := rows.get(_key(identity(run))))
     }
+
+
+def _key(identity: Row) -> str:
+    """As text, since 1 (a token) and 1.0 (all of them) are equal as numbers."""
+    return repr(identity)
 
 
 _IDENTITY = ("method", "keep", "question", "positions", "resolved")

@@ -26,9 +26,9 @@ def examples_of(
         n_methods: methods in each, the first of the record that prune before the LLM.
 
     Raises:
-        InputError: the record has fewer scenes, no such method, or is of chats.
+        InputError: the record has fewer scenes, no such method, is of chats or malformed.
     """
-    config = record.config
+    config = _checked(record.config)
     if config.get("turns", 1) > 1:
         raise InputError(
             f"the record is of chats of {config['turns']} turns, and examples are single "
@@ -63,10 +63,32 @@ def examples_of(
     return made
 
 
+_NEEDED = {
+    "n_scenes": int,
+    "seed": int,
+    "max_new_tokens": int,
+    "split": str,
+    "variants": list,
+}
+"""What the config of a record has that examples are made from."""
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    for key, kind in _NEEDED.items():
+        if not isinstance(config.get(key), kind):
+            raise InputError(
+                f"the record is malformed: {key!r} of its config is {config.get(key)!r}; leave "
+                "--examples out, or give another record"
+            )
+    return config
+
+
 def _ways(record: Record, n_methods: int) -> list[dict[str, Any]]:
     """Options of ``attach`` for the first methods of a record, at the smallest of its budgets."""
     first: dict[str, Variant] = {}
     for given in record.config["variants"]:
+        if not isinstance(given, dict) or not isinstance(given.get("method"), str):
+            raise InputError(f"the record is malformed: one of its variants is {given!r}")
         # Older records lack some fields.
         variant = Variant(given["method"], given.get("question"), given.get("positions"))
         if not variant.inside:
@@ -75,5 +97,7 @@ def _ways(record: Record, n_methods: int) -> list[dict[str, Any]]:
         raise InputError("the record has no method that prunes before the LLM to show")
     # Budgets may be counts and fractions; rows have both as counts.
     fewest = min(record.rows, key=lambda row: row["n_kept"])
+    if "keep" not in fewest:
+        raise InputError("the record is malformed: 'keep' of a row is missing")
     shared = {"keep": fewest["keep"], "seed": record.config["seed"]}
     return [{**variant.options, **shared} for variant in [*first.values()][:n_methods]]

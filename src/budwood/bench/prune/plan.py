@@ -13,7 +13,7 @@ from budwood.prune.budget import Budget
 from budwood.prune.inside import SCHEDULES, Schedule
 from budwood.prune.methods import METHODS
 from budwood.prune.question import PUBLISHED, QUESTIONS
-from budwood.prune.selection import resolve_method
+from budwood.prune.selection import published_form, resolve_method
 from budwood.spec import build, parse_spec
 
 OWN = "own"
@@ -139,7 +139,10 @@ class Config:
         for keep in self.keeps:
             Budget.parse(keep)
         if len(set(self.runs)) < len(self.runs):
-            raise InputError(f"keep has the same budget twice: {', '.join(map(str, self.keeps))}")
+            raise InputError(
+                f"keep={','.join(map(str, self.keeps))} has a budget twice, or 1 (a token) beside "
+                "1.0 (all of them); leave one out"
+            )
         methods = list(dict.fromkeys(variant.method for variant in self.variants))
         if self.reference is None and _REFERENCE in methods:
             object.__setattr__(self, "reference", _REFERENCE)
@@ -227,11 +230,12 @@ def _forms(method: str, compat: str | None) -> list[str]:
     if _is_inside(method):
         build(method, SCHEDULES)
         return [method]
-    METHODS.check(parse_spec(method)[0])
-    has_published = f"{method}-official" in METHODS
-    if compat is None or (compat == "official" and not has_published):
+    name = parse_spec(method)[0]
+    METHODS.check(name)
+    if compat is None or (compat == "official" and f"{name}-official" not in METHODS):
         return [method]
-    return [method, resolve_method(method, compat).name]
+    resolve_method(method, compat)
+    return [method, published_form(method)]
 
 
 def _reads_text(method: str) -> bool:

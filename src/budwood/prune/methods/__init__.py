@@ -6,6 +6,6 @@ from budwood import catalogue
 from budwood.prune.methods.base import Extras, Method, Selection, Split
 from budwood.registry import Registry
 
-METHODS = Registry("method", catalogue.PRUNING_METHODS)
+METHODS = Registry("method", catalogue.PRUNING_METHODS, catalogue.INSIDE_HINTS)
 
 __all__ = ["METHODS", "Extras", "Method", "Selection", "Split"]

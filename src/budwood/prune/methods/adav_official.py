@@ -40,7 +40,7 @@ class AdaVOfficial(AdaV):
     Args:
         reserve: fraction of the budget that each list keeps outright, in [0, 0.5].
         temperature: factor on the cosine of text and visual tokens.
-        n_crops: crops of the image; ``attach`` sets it for each image.
+        n_crops: crops of the image; ``attach`` sets it for each image, so it is refused there.
 
     Raises:
         InputError: a parameter is outside its range.

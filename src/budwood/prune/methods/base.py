@@ -168,6 +168,11 @@ class Method(ABC):
     exact: ClassVar[bool] = True
     source: ClassVar[str]
 
+    @property
+    def own_seed(self) -> int:
+        """Added to the seed of ``attach`` where the method draws."""
+        return 0
+
     @abstractmethod
     def choose(
         self,

@@ -20,9 +20,10 @@ class Random(Method):
 
     Without a ``generator`` each call draws anew from ``seed``, so equal calls agree. With one the
     draws follow its stream; a CPU generator gives the same tokens whatever the model's device.
+    ``attach`` adds ``seed`` to its own, so that ``random:seed=1`` is another draw than ``random``.
 
     Args:
-        seed: seed of the draw where no generator is given.
+        seed: seed of the draw.
 
     Raises:
         InputError: ``seed`` is out of range.
@@ -38,6 +39,10 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         need_seed(self.seed)
+
+    @property
+    def own_seed(self) -> int:
+        return self.seed
 
     def choose(
         self,

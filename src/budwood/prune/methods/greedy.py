@@ -256,7 +256,9 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
     variance given those taken. Residuals below 1e-5 of the largest entry count as 0. Memory: the
     factor, ``keep · n`` floats.
 
-    Source: Chen, Zhang and Zhou, NeurIPS 2018, algorithm 1.
+    Source: Chen, Zhang and Zhou, NeurIPS 2018, algorithm 1. Deviation: where no residual is left
+    (there are never more than d), the algorithm stops; here the tokens of the highest quality
+    follow, since exactly ``keep`` are asked for.
 
     Args:
         units: unit rows, shape (n, d).
@@ -272,7 +274,7 @@ def greedy_map(units: Tensor, quality: Tensor, keep: int) -> Tensor:
     n_taken = 0
 
     def score() -> Tensor:
-        return residual.masked_fill(residual <= floor, 0.0)
+        return torch.where(residual > floor, residual, quality - 2)  # those left come first
 
     def add(index: Tensor) -> None:
         nonlocal residual, n_taken

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
@@ -20,14 +19,11 @@ from budwood.prune.merging import kept_features
 from budwood.prune.methods.base import Extras, Method, Selection
 from budwood.prune.methods.scores import Common
 from budwood.prune.saliency import Recorder
-from budwood.prune.selection import select
+from budwood.prune.selection import generator_for, select
 from budwood.serve.settings import Settings
 from budwood.serve.vllm.encoders import mean_over_ranks
 from budwood.serve.vllm.layouts import check_config
 from budwood.serve.vllm.processing import PLACEHOLDERS, QUESTION
-
-_FIRST_SEED = 1_000_003
-"""As of the first image of a call in ``prune.attach``, for methods that draw."""
 
 
 class PrunesImages:
@@ -165,7 +161,7 @@ class PrunesImages:
             keep=count - len(layout.fixed),
             method=self._method,
             extras=Extras(layout.boxes),
-            generator=torch.Generator().manual_seed(self.pruning.seed * _FIRST_SEED),
+            generator=generator_for(self._method, self.pruning.seed),
             validate=False,  # a bad picture must not end the server
         )
 
