@@ -30,7 +30,7 @@ from budwood.errors import InputError, OutputError, UnknownNameError, Unsupporte
 from budwood.files import read_json
 from budwood.loading import load_language_model
 from budwood.tune import Settings, SlimConfig, finetune, load_adapted, observe
-from budwood.tune.data.encoding import IGNORED, encode, encode_one, n_supervised
+from budwood.tune.data.encoding import IGNORED, encode, encode_rows, n_supervised
 from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import cached_texts
 from budwood.tune.methods import attach, parse_tuner
@@ -78,7 +78,7 @@ def same(one, other):
 
 
 def supervised(row):
-    tokens = encode_one(example_of(row), TOKENS)
+    tokens = encode_rows(example_of(row), TOKENS)[0]
     pairs = zip(tokens["input_ids"], tokens["labels"])
     return TOKENS.decode([token for token, label in pairs if label != IGNORED])
 
@@ -111,7 +111,7 @@ def test_what_is_supervised(name, text):
 
 
 def test_plain_text_has_no_chat_template():
-    row = encode_one(example_of(FORMATS["prompt and completion"]), TOKENS)
+    row = encode_rows(example_of(FORMATS["prompt and completion"]), TOKENS)[0]
     assert TOKENS.decode(row["input_ids"]) == "The sky is blue.<|im_end|>"
 
 
@@ -760,7 +760,7 @@ def test_what_the_user_wrote_is_adapted_as_well(tmp_path):
         method = f"{SLIM}+boundary=fixed+distance=discriminant+skip_first=0+fit_on={fit_on}"
         result = run(tmp_path / fit_on, data, method=method)
         assert result.model.peft_config["default"].fit_on == fit_on
-        row = encode_one(example_of(data[0]), TOKENS)
+        row = encode_rows(example_of(data[0]), TOKENS)[0]
         with observe(result.model) as seen, torch.no_grad():
             result.model(input_ids=torch.tensor([row["input_ids"]]))
         shares.append(np.mean([layer.bypassed / layer.n_tokens for layer in seen.layers.values()]))

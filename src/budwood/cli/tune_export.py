@@ -116,6 +116,8 @@ def _export(
     batches = {}
     for name, some in examples.items():
         encoded = encode(some, loaded.tokenizer, longest)
+        if encoded.note:
+            say(encoded.note)
         if encoded.n_too_long:
             n_out = encoded.n_too_long
             say(f"left out {n_out} of {len(some)} examples of more than {longest} tokens")

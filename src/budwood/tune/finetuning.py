@@ -283,6 +283,8 @@ def _encoded(
     if isinstance(examples[0], Example):
         encoded = encode(examples, tokenizer, longest, what)
         rows, n_left_out = encoded.rows, encoded.n_too_long
+        if encoded.note:
+            warnings.warn(encoded.note, stacklevel=3)
     else:
         rows = [row for row in examples if len(row["input_ids"]) <= longest]
         n_left_out = len(examples) - len(rows)

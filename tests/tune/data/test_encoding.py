@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from budwood.errors import InputError, UnknownNameError, UnsupportedModelError
 from budwood.loading import is_file_name
 from budwood.tune.data.batches import Padded
-from budwood.tune.data.encoding import IGNORED, encode, encode_one, token_rows, told_labels
-from budwood.tune.data.examples import example_of, read_examples, styled
+from budwood.tune.data.encoding import IGNORED, encode, encode_rows, token_rows, told_labels
+from budwood.tune.data.examples import Example, example_of, read_examples, styled
 from budwood.tune.data.self_generated import with_asked
 from budwood.tune.data.template import prompt_tokens
 from budwood.tune.training.losses import answer_kl, answer_loss, prompt_kl, token_kl
@@ -27,7 +27,7 @@ def text(ids):
 
 
 def test_loss_is_on_the_answer_and_the_end_of_its_turn():
-    row = encode_one(example_of(QUESTION), TOKENS)
+    row = encode_rows(example_of(QUESTION), TOKENS)[0]
     learnt = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORED]
     assert text(learnt) == "yes<|im_end|>"
     assert text(row["input_ids"]) == (
@@ -40,7 +40,7 @@ def test_loss_is_on_the_answer_and_the_end_of_its_turn():
 def test_every_turn_of_the_assistant_is_learnt():
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     example = example_of({"messages": [{"role": r, "content": c} for r, c in turns]})
-    row = encode_one(example, TOKENS)
+    row = encode_rows(example, TOKENS)[0]
     learnt = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORED]
     assert text(learnt) == "b<|im_end|>d<|im_end|>"
     whole = TOKENS.apply_chat_template(list(example.messages), tokenize=False)
@@ -119,10 +119,13 @@ def test_rows_without_a_supervised_token_are_refused():
         "message['content'] + '<|im_end|>\n'",
         "(message['content'] if message.role == 'user' else '')",
     )
-    examples = [example_of(QUESTION), example_of(QUESTION)]
+    with pytest.raises(InputError, match="template leaves out what the assistant says"):
+        encode([example_of(QUESTION)], mute, 100)
+    asked, said = example_of(QUESTION).messages
+    silent = Example((asked, {**said, "content": ""}))
     with pytest.raises(InputError, match="^row 0 of the data: no token is supervised"):
-        encode(examples, mute, 100)
-    known = dataclasses.replace(examples[0], where="a.jsonl, line 3")
+        encode([silent, silent], mute, 100)
+    known = dataclasses.replace(silent, where="a.jsonl, line 3")
     with pytest.raises(InputError, match="^a.jsonl, line 3: no token is supervised"):
         encode([known], mute, 100)
 
@@ -179,7 +182,7 @@ def test_what_a_template_refuses_is_told_with_its_line(tmp_path):
         encode(examples, strict, 300)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"^the model's chat template refuses turns of sys"):
-        encode_one(example_of(chat("system", "user", "assistant")), strict)
+        encode_rows(example_of(chat("system", "user", "assistant")), strict)[0]
 
 
 def rows_of(*lengths):
@@ -320,7 +323,7 @@ def asked(row):
 
 
 def test_what_the_user_wrote_is_marked():
-    row = encode_one(example_of(QUESTION), TOKENS)
+    row = encode_rows(example_of(QUESTION), TOKENS)[0]
     assert asked(row) == "Is it wet?" and len(row["asked"]) == len(row["labels"])
     turns = [
         ("system", "Be brief."),
@@ -330,15 +333,15 @@ def test_what_the_user_wrote_is_marked():
         ("assistant", "d"),
     ]
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    row = encode_one(example_of(chat), TOKENS)
+    row = encode_rows(example_of(chat), TOKENS)[0]
     assert asked(row) == "A?A?" and len(row["asked"]) == len(row["labels"])
-    row = encode_one(example_of({"prompt": "The sky is", "completion": " blue."}), TOKENS)
+    row = encode_rows(example_of({"prompt": "The sky is", "completion": " blue."}), TOKENS)[0]
     assert asked(row) == "The sky is"
-    assert asked(encode_one(example_of({"text": "All of it."}), TOKENS)) == ""
+    assert asked(encode_rows(example_of({"text": "All of it."}), TOKENS)[0]) == ""
 
 
 def test_told_labels_have_a_label_behind_what_was_written():
-    row = encode_one(example_of(QUESTION), TOKENS)
+    row = encode_rows(example_of(QUESTION), TOKENS)[0]
     counted = [i for i, label in zip(row["input_ids"], told_labels(row)[1:]) if label != IGNORED]
     assert TOKENS.decode(counted) == "Is it wet?\nyes"  # the line break is before the answer
     bare = {key: row[key] for key in ("input_ids", "labels")}
@@ -346,7 +349,7 @@ def test_told_labels_have_a_label_behind_what_was_written():
 
 
 def test_marks_of_self_generated_text_are_those_of_chats():
-    row = encode_one(example_of({"question": "Is it wet?", "answer": "yes"}), TOKENS)
+    row = encode_rows(example_of({"question": "Is it wet?", "answer": "yes"}), TOKENS)[0]
     bare = {key: row[key] for key in ("input_ids", "labels")}
     assert with_asked([bare], TOKENS) == [row]
 
@@ -355,7 +358,7 @@ def test_marks_that_a_row_has_stay():
     """Such as those of a chat whose system message is another one than the template's."""
     turns = [("system", "Be brief, and kind."), ("user", "Is it wet?"), ("assistant", "yes")]
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    row = encode_one(example_of(chat), TOKENS)
+    row = encode_rows(example_of(chat), TOKENS)[0]
     assert asked(row) == "Is it wet?" and with_asked([row], TOKENS) == [row]
     bare = {key: row[key] for key in ("input_ids", "labels")}
     assert with_asked([bare], TOKENS) == [bare]  # the template does not begin it

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from budwood.errors import InputError
-from budwood.tune.data.encoding import IGNORED, encode, encode_one
+from budwood.tune.data.encoding import IGNORED, encode, encode_rows
 from budwood.tune.data.examples import example_of, examples_of, read_examples
 from tests import tiny_chat
 
@@ -155,9 +155,36 @@ def test_labels_that_are_no_verdict():
     assert example_of({**row, "label": "physics", "score": 0.1}) == example_of(row)
     choice = {"question": "Is ice cold?", "choices": ["no", "yes"], "answer": 1}
     assert example_of({**choice, "label": 1}) == example_of(choice)
-    assert example_of({"text": "Ice.", "label": 0}) == example_of({"text": "Ice."})
     judged = {"question": "Is ice cold?", "answer": True, "label": 1}
     assert example_of(judged).messages[-1]["content"] == "true"
+
+
+@pytest.mark.parametrize("column", ["label", "summary", "target", "prompt"])
+def test_texts_with_answers_beside_them_are_refused(column):
+    with pytest.raises(InputError, match=f"is a text beside {column}"):
+        example_of({"text": "Ice.", column: "cold"})
+    assert example_of({"text": "Ice.", "source": "a book"}) == example_of({"text": "Ice."})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"options": ["fire", "ice"]},  # MMLU-Pro
+        {"options": {"A": "fire", "B": "ice"}},  # MedQA
+        {"option_a": "fire", "option_b": "ice"},
+        {"A": "fire", "B": "ice"},
+    ],
+)
+@pytest.mark.parametrize("answer", ["B", "ice"])
+def test_choices_under_other_names(options, answer):
+    example = example_of({"question": "What is cold?", "answer": answer, **options})
+    assert example.choices == ("fire", "ice") and example.answer == 1
+    assert example.messages[-1]["content"] == "ice"
+
+
+def test_an_article_stands_above_its_question():
+    race = {"article": "Ice is cold.", "question": "Is it?", "options": ["no", "yes"]}
+    assert example_of({**race, "answer": "B"}).question == "Ice is cold.\n\nIs it?"
 
 
 # --- calls of tools -------------------------------------------------------------------------------
@@ -183,7 +210,7 @@ def with_tools():
 @pytest.mark.parametrize("arguments", [CALL["arguments"], '{"city": "Oslo"}'])
 def test_calls_of_tools_are_learnt(tools, arguments):
     tokens = with_tools()
-    row = encode_one(example_of({"messages": called(arguments), "tools": tools}), tokens)
+    row = encode_rows(example_of({"messages": called(arguments), "tools": tools}), tokens)[0]
     learnt = tokens.decode([x for x, y in zip(row["input_ids"], row["labels"]) if y != IGNORED])
     call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
     assert learnt == f"<call>{call}</call><|im_end|>Yes, -3 degrees.<|im_end|>"
@@ -197,7 +224,7 @@ def test_calls_of_tools_are_learnt(tools, arguments):
 def test_a_prompt_with_tools_and_its_completion():
     messages = called()
     row = {"prompt": messages[:3], "completion": messages[3:], "tools": [TOOL]}
-    encoded = encode_one(example_of(row), with_tools())
+    encoded = encode_rows(example_of(row), with_tools())[0]
     learnt = [x for x, y in zip(encoded["input_ids"], encoded["labels"]) if y != IGNORED]
     assert with_tools().decode(learnt) == "Yes, -3 degrees.<|im_end|>"
 

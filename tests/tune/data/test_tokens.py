@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from budwood.tune.data.encoding import IGNORED, encode_one
+from budwood.tune.data.encoding import IGNORED, encode_rows
 from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import in_forms_of, with_asked
 from budwood.tune.data.template import around_request, prompt_tokens, tokens_before_request
@@ -34,7 +34,7 @@ def words(tokens, row, key):
 @pytest.mark.parametrize(("kind", "template"), ALL)
 def test_a_chat_has_the_tokens_of_its_whole_text(kind, template):
     tokens = sentencepiece.tokenizer(kind, template)
-    row = encode_one(example_of(CHAT), tokens)
+    row = encode_rows(example_of(CHAT), tokens)[0]
     whole = tokens.apply_chat_template(CHAT["messages"], tokenize=True)["input_ids"]
     assert row["input_ids"] == whole[: len(row["input_ids"])]
     # What follows the end of the last turn is left out.
@@ -51,7 +51,7 @@ def test_a_chat_has_the_tokens_of_its_whole_text(kind, template):
 @pytest.mark.parametrize(("kind", "template"), ALL)
 def test_generation_sees_the_prompt_that_was_trained(kind, template):
     tokens = sentencepiece.tokenizer(kind, template)
-    row = encode_one(example_of({"question": SAID[0], "answer": SAID[1]}), tokens)
+    row = encode_rows(example_of({"question": SAID[0], "answer": SAID[1]}), tokens)[0]
     n_prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
     assert row["input_ids"][:n_prompt] == prompt_tokens(tokens, SAID[0])
 
@@ -64,7 +64,7 @@ def test_generation_sees_the_prompt_that_was_trained(kind, template):
 def test_a_completion_is_tokenised_behind_its_prompt_as_trl_does(kind, prompt, completion):
     data_utils = pytest.importorskip("trl.data_utils")
     tokens = sentencepiece.tokenizer(kind)
-    row = encode_one(example_of({"prompt": prompt, "completion": completion}), tokens)
+    row = encode_rows(example_of({"prompt": prompt, "completion": completion}), tokens)[0]
     whole = tokens(prompt + completion + tokens.eos_token)["input_ids"]
     assert row["input_ids"] == whole
     n_prompt = data_utils.common_prefix_length(tokens(prompt)["input_ids"], whole)
@@ -75,7 +75,7 @@ def test_a_completion_is_tokenised_behind_its_prompt_as_trl_does(kind, prompt, c
 def test_a_token_across_the_seam_is_cut(kind):
     """The whole text has the token ▁the; generation goes on from the space."""
     tokens = sentencepiece.tokenizer(kind)
-    row = encode_one(example_of({"prompt": "is it ", "completion": "the sun"}), tokens)
+    row = encode_rows(example_of({"prompt": "is it ", "completion": "the sun"}), tokens)[0]
     assert words(tokens, row, "labels") == ["the", "▁", "s", "u", "n", "</s>"]
     prompt = tokens("is it ")["input_ids"]
     assert row["input_ids"][: len(prompt)] == prompt
@@ -89,7 +89,7 @@ def test_line_breaks_across_the_seam_are_cut():
             tokens(one, add_special_tokens=False)["input_ids"] for one in (prompt, completion)
         )
         assert tokens_behind(tokens, prompt, completion) == behind
-        row = encode_one(example_of({"prompt": prompt, "completion": completion}), tokens)
+        row = encode_rows(example_of({"prompt": prompt, "completion": completion}), tokens)[0]
         assert row["input_ids"] == [*before, *behind, tokens.eos_token_id]
 
 
@@ -105,7 +105,7 @@ def test_tokenizers_without_offsets_give_the_same(kind, template):
     slow = sentencepiece.Slow(tokens)
     rows = (CHAT, {"prompt": "is it", "completion": " the sun"}, {"text": "the sun is a stone"})
     for row in rows:
-        assert encode_one(example_of(row), slow) == encode_one(example_of(row), tokens)
+        assert encode_rows(example_of(row), slow)[0] == encode_rows(example_of(row), tokens)[0]
     assert around_request(slow) == around_request(tokens)
 
 
@@ -121,10 +121,10 @@ def test_places_in_a_text_whose_tokens_reach_across():
 @pytest.mark.parametrize(("kind", "template"), ALL)
 def test_marks_of_self_generated_text_are_those_of_chats(kind, template):
     tokens = sentencepiece.tokenizer(kind, template)
-    row = encode_one(example_of({"question": SAID[0], "answer": SAID[1]}), tokens)
+    row = encode_rows(example_of({"question": SAID[0], "answer": SAID[1]}), tokens)[0]
     bare = {key: row[key] for key in ("input_ids", "labels")}
     assert with_asked([bare], tokens) == [row]
-    plain = encode_one(example_of({"text": "the sun"}), tokens)
+    plain = encode_rows(example_of({"text": "the sun"}), tokens)[0]
     *_, text = in_forms_of([plain], [bare], tokens)
     written = tokens.decode(text["input_ids"], skip_special_tokens=True).strip()
     lead = " " if template == "llama-2" else ""
@@ -154,7 +154,7 @@ def test_answers_are_scored_where_training_puts_them(tmp_path, kind, template):
         file = tiny_chat.write_lines(tmp_path / f"{name}.jsonl", [row])
         scores = run_tasks(model, tokens, [find_task(str(file), None)])
         (found,) = (one for one in scores if one.metric == "loss")
-        trained = encode_one(example_of(row), tokens)
+        trained = encode_rows(example_of(row), tokens)[0]
         first = max(i for i, label in enumerate(trained["labels"]) if label == IGNORED) + 1
         last = len(trained["input_ids"]) - 1  # the end of the turn is not scored
         if template == "llama-2" and not example_of(row).is_plain:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from budwood.errors import InputError, UnsupportedModelError
-from budwood.tune.data.encoding import encode_one
+from budwood.tune.data.encoding import encode_rows
 from budwood.tune.data.examples import example_of, styled
 from budwood.tune.data.self_generated import replies, self_generate
 from budwood.tune.data.template import lead_of, render
@@ -229,7 +229,7 @@ def test_answers_are_scored_where_training_puts_them(adapted, tmp_path, lead):
             for one in run_tasks(adapted, tokens, [find_task(str(file), None)])
             if one.metric == "loss"
         )
-        trained = encode_one(example_of(given), tokens)["input_ids"]
+        trained = encode_rows(example_of(given), tokens)[0]["input_ids"]
         answer = tokens(said + tokens.eos_token, add_special_tokens=False)["input_ids"]
         assert trained[-len(answer) :] == answer
         with torch.no_grad():
@@ -311,9 +311,9 @@ def test_a_task_whose_data_cannot_be_had(adapted, data, monkeypatch):
 def test_routed_targets_are_asked_as_the_tasks_are(data):
     task = find_task("arc_easy", data, "target", limit=2)
     rows = Suite((task,), style="listed").routed(tiny_chat.model(), TOKENS)["target"]
-    assert rows == [encode_one(styled(one, "listed"), TOKENS) for one in task.examples]
-    assert rows != [encode_one(one, TOKENS) for one in task.examples]
-    lengths = [len(encode_one(one, TOKENS)["input_ids"]) for one in task.examples]
+    assert rows == [encode_rows(styled(one, "listed"), TOKENS)[0] for one in task.examples]
+    assert rows != [encode_rows(one, TOKENS)[0] for one in task.examples]
+    lengths = [len(encode_rows(one, TOKENS)[0]["input_ids"]) for one in task.examples]
     short = tiny_chat.model(max_position_embeddings=min(lengths))
     (left,) = Suite((task,)).routed(short, TOKENS)["target"]
     assert len(left["input_ids"]) == min(lengths) < max(lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from budwood.errors import InputError, UnsupportedModelError
@@ -11,10 +11,11 @@ from budwood.tune.data.examples import Example
 from budwood.tune.data.template import (
     end_of_turn,
     n_behind_turn,
+    need_calls,
     need_place,
     render,
 )
-from budwood.tune.data.tokens import Part, tokens_behind
+from budwood.tune.data.tokens import Part, n_common, tokens_behind
 
 _WRITTEN = ("user", "tool")
 """Who writes what is asked."""
@@ -33,11 +34,23 @@ class Encoded:
     Attributes:
         rows: dicts of ``input_ids`` and ``labels``, lists of equal length; label i belongs to token
             i and is ``IGNORED`` but for the assistant's tokens and the end of its turn.
-        n_too_long: examples that were left out since they are longer than allowed.
+        n_too_long: rows that were left out since they are longer than allowed.
+        n_split: chats of which each answer has a row of its own; see :func:`encode_rows`.
     """
 
     rows: list[EncodedExample]
     n_too_long: int
+    n_split: int = 0
+
+    @property
+    def note(self) -> str:
+        """What to say of chats that were split; empty if there are none."""
+        if not self.n_split:
+            return ""
+        return (
+            "the chat template writes earlier turns otherwise when one is added, so each answer of "
+            f"{self.n_split} chats is trained by itself, behind the chat that the model sees then"
+        )
 
 
 def encode(
@@ -61,11 +74,12 @@ def encode(
     """
     has_chats = any(not example.is_plain for example in examples)
     turn_end = turn_end_of(tokenizer) if has_chats else None
-    encoded = [encode_one(example, tokenizer, turn_end) for example in examples]
-    for i, row in enumerate(encoded):
-        if not n_supervised([row]):
+    each = [encode_rows(example, tokenizer, turn_end) for example in examples]
+    for i, rows in enumerate(each):
+        if not all(n_supervised([row]) for row in rows):
             where = examples[i].where or f"row {i} of the data"
             raise InputError(f"{where}: no token is supervised; give an answer with some text")
+    encoded = [row for rows in each for row in rows]
     fitting = [row for row in encoded if len(row["input_ids"]) <= max_length]
     if not fitting:
         shortest = min(len(row["input_ids"]) for row in encoded)
@@ -73,7 +87,7 @@ def encode(
             f"all {len(encoded)} {what} are longer than max_length={max_length} tokens; "
             f"the shortest has {shortest}"
         )
-    return Encoded(fitting, len(encoded) - len(fitting))
+    return Encoded(fitting, len(encoded) - len(fitting), sum(len(rows) > 1 for rows in each))
 
 
 def token_rows(data: Iterable[Any], what: str = "the data") -> list[EncodedExample]:
@@ -122,17 +136,43 @@ def _ints(values: Any, what: str) -> list[int]:
     return plain
 
 
-def encode_one(
+def encode_rows(
     example: Example, tokenizer: Any, turn_end: tuple[str, int] | None = None
-) -> EncodedExample:
+) -> list[EncodedExample]:
     """One example as ``input_ids`` and ``labels``.
+
+    Some templates write earlier turns otherwise when one is added: Qwen3 drops the thoughts, and
+    Phi-3 the end of the text. Then each answer of a chat has a row of its own, behind what the
+    model sees before it. In all other cases there is one row.
 
     Args:
         example: what to train on.
         tokenizer: as of :func:`encode`, with its errors.
         turn_end: of :func:`turn_end_of`, where it is known.
     """
-    return _plain(example, tokenizer) if example.is_plain else _chat(example, tokenizer, turn_end)
+    if example.is_plain:
+        return [_plain(example, tokenizer)]
+    try:
+        return [_chat(example, tokenizer, turn_end)]
+    except _EarlierTurnsError:
+        parts = [
+            replace(example, messages=example.messages[: i + 1], n_context=i)
+            for i in _answers(example)
+        ]
+        return [_chat(part, tokenizer, turn_end) for part in parts]
+
+
+class _EarlierTurnsError(Exception):
+    """The chat template writes earlier turns otherwise when one is added."""
+
+
+def _answers(example: Example) -> list[int]:
+    """Which messages are supervised."""
+    return [
+        i
+        for i, message in enumerate(example.messages)
+        if message["role"] == "assistant" and i >= example.n_context
+    ]
 
 
 def turn_end_of(tokenizer: Any) -> tuple[str, int]:
@@ -172,16 +212,14 @@ def _chat(example: Example, tokenizer: Any, turn_end: tuple[str, int] | None) ->
     labels: list[int] = []
     written: list[int] = []
     done, first = "", 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < example.n_context:
-            continue
+    for i in _answers(example):
         prompt = render(tokenizer, messages[:i], True, example.where, example.tools)
         whole = render(tokenizer, messages[: i + 1], False, example.where, example.tools)
-        if not prompt.startswith(done) or not whole.startswith(prompt):
-            raise UnsupportedModelError(
-                "the chat template changes earlier turns when one is added, so the assistant's "
-                "turns cannot be found; train on single turns"
-            )
+        if not prompt.startswith(done):
+            raise _EarlierTurnsError
+        if not whole.startswith(prompt):
+            raise UnsupportedModelError(_no_beginning(prompt, whole, example.where))
+        need_calls(messages[i], whole[len(prompt) :], example.where)
         asked = Part(tokenizer, done, prompt[len(done) :])
         turn = tokens_behind(tokenizer, prompt, whole[len(prompt) :])
         n_said = len(turn) - (n_behind if whole.endswith(end) else 0)
@@ -198,6 +236,16 @@ def _chat(example: Example, tokenizer: Any, turn_end: tuple[str, int] | None) ->
         "labels": labels[:n_used],
         "asked": written[:n_used],
     }
+
+
+def _no_beginning(prompt: str, whole: str, where: str) -> str:
+    """Why the beginning of a reply cannot be found in the finished turn."""
+    added = prompt[n_common(prompt, whole) :]
+    return (
+        f"{where + ': ' if where else ''}the model's chat template begins a reply with {added!r}, "
+        "which it leaves out of the finished turn, so training would not fit generation; give "
+        "`prompt` and `completion` as the model sees them, or the tokenizer another chat template"
+    )
 
 
 def told_labels(row: EncodedExample) -> list[int]:

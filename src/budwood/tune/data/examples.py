@@ -36,6 +36,11 @@ FORMATS = (
 
 _ROLES = ("system", "user", "assistant", "tool")
 _ASKED = ("question", "question_stem")
+_ANSWERS_OF_TEXT = (
+    *("label", "labels", "label_text", "summary", "target", "answer"),
+    *("prompt", "completion", "output", "response"),
+)
+"""Columns that make a text the input of a task, as in data for classification and summaries."""
 _FOR_TEMPLATES = ("functions", "documents", "chat_template_kwargs")
 """Columns that chat templates can use and that are not passed on."""
 _OF_MESSAGES = {
@@ -210,6 +215,7 @@ def example_of(row: Any, style: str = "cloze") -> Example:
             return _question(row, asked_of(row, asked), style)
     if "text" in row:
         _need_text(row["text"], "text")
+        _refuse_answers_of_text(row)
         return Example((_said(row["text"]),), is_plain=True)
     raise InputError(f"has the keys {', '.join(map(str, row)) or '(none)'}; give {FORMATS}")
 
@@ -310,6 +316,16 @@ def _refuse_filled(row: Mapping[str, Any], keys: Sequence[str], what: str) -> No
         raise InputError(
             f"{what} has {', '.join(filled)}, which is not understood, so write into the content "
             "what the model should see, and leave the rest out"
+        )
+
+
+def _refuse_answers_of_text(row: Mapping[str, Any]) -> None:
+    """Refuse a text with something else to learn: only the text would be."""
+    beside = [key for key in _ANSWERS_OF_TEXT if row.get(key) not in (None, "", [], {})]
+    if beside:
+        raise InputError(
+            f"is a text beside {', '.join(beside)}, and only the text would be learnt; give prompt "
+            "and completion, or question and answer, or leave out all columns but text"
         )
 
 

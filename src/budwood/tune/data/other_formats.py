@@ -21,6 +21,9 @@ _ASKED_AND_ANSWERED = (
 BELOW_THE_QUESTION = ("input", "context")
 """Columns that continue the question: Alpaca's and Dolly's."""
 
+ABOVE_THE_QUESTION = ("article",)
+"""Columns that the question is about: RACE's."""
+
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -44,7 +47,8 @@ def canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Understood are ShareGPT's ``conversations`` with ``from`` and ``value``, also under
     ``messages``; single questions and answers such as Alpaca's ``instruction``, ``input`` and
-    ``output``; and choices in columns of their own, ``A``, ``B``, ….
+    ``output``; and choices under ``options``, or in columns of their own: ``A``, ``B``, … or
+    ``option_a``, ``option_b``, ….
 
     Args:
         row: without entries that are None.
@@ -59,9 +63,7 @@ def canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
     for asked, answered in _ASKED_AND_ANSWERED:
         if asked in row and answered in row:
             return _single(row, asked, answered)
-    letters = _letters(row)
-    if "question" in row and "choices" not in row and letters:
-        choices = {"text": [row[letter] for letter in letters], "label": letters}
+    if "question" in row and "choices" not in row and (choices := _choices(row)):
         return {**row, "choices": choices}
     return row
 
@@ -90,7 +92,7 @@ def _refuse_judged(row: Mapping[str, Any]) -> None:
 
 def has_choices(row: Mapping[str, Any]) -> bool:
     """Whether a row, with or without entries that are None, has choices to answer with."""
-    return row.get("choices") is not None or bool(_letters(row))
+    return row.get("choices") is not None or bool(_choices(row))
 
 
 def index_of(answer: Any, choices: list[str], labels: list[Any] | None = None) -> int | None:
@@ -222,7 +224,7 @@ def _single(row: Mapping[str, Any], asked: str, answered: str) -> Mapping[str, A
 
 
 def asked_of(row: Mapping[str, Any], asked: str) -> str:
-    """A question with what stands below it.
+    """A question with what stands above and below it.
 
     Args:
         row: without entries that are None.
@@ -231,7 +233,8 @@ def asked_of(row: Mapping[str, Any], asked: str) -> str:
     Raises:
         InputError: one of them is no text.
     """
-    parts = [row[asked], *(row[key] for key in BELOW_THE_QUESTION if row.get(key))]
+    columns = (*ABOVE_THE_QUESTION, asked, *BELOW_THE_QUESTION)
+    parts = [row[key] for key in columns if row.get(key) or key == asked]
     for part in parts:
         if not isinstance(part, str):
             raise InputError(f"{asked} must be a text and is {part!r}")
@@ -243,6 +246,20 @@ def system_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
-def _letters(row: Mapping[str, Any]) -> list[str]:
-    """The columns A, B, … that a row has."""
-    return [letter for letter in ascii_uppercase if row.get(letter) is not None]
+def _choices(row: Mapping[str, Any]) -> Any:
+    """Choices under other names, as ``choices`` has them: a list, or texts and labels."""
+    options = row.get("options")
+    if isinstance(options, list):  # MMLU-Pro and RACE
+        return options
+    if not isinstance(options, Mapping):  # of MedQA they are by letter
+        options = row
+    for form in ("{}", "option_{}"):
+        found = {
+            letter: options[key]
+            for letter in ascii_uppercase
+            if options.get(key := form.format(letter if form == "{}" else letter.lower()))
+            is not None
+        }
+        if found:
+            return {"text": list(found.values()), "label": list(found)}
+    return None

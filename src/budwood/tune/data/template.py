@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any
 
@@ -38,21 +39,75 @@ def render(
     Raises:
         InputError: the chat template refuses the conversation, such as one with a system prompt.
     """
+    template = dated_template(tokenizer)
+    shaped = list(map(_in_parts, messages)) if _takes_parts(tokenizer, template) else messages
     try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) or None,
-            chat_template=dated_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    except (TemplateError, ValueError) as error:
+        try:
+            return _applied(tokenizer, template, shaped, prompt, tools)
+        except TypeError:  # some templates take the arguments of calls as text alone
+            return _applied(tokenizer, template, map(_as_text, shaped), prompt, tools)
+    except (TemplateError, ValueError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split())
         raise InputError(
             f"{where + ': ' if where else ''}the model's chat template refuses turns of {roles} "
             f"({reason}); leave out or rewrite what it refuses"
         ) from error
+
+
+def _applied(
+    tokenizer: Any,
+    template: str,
+    messages: Iterable[dict[str, Any]],
+    prompt: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages),
+        tools=list(tools) or None,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=prompt,
+    )
+
+
+def _takes_parts(tokenizer: Any, template: str) -> bool:
+    """Whether a template reads contents as lists of parts alone, as those of some VLMs do."""
+    if template not in _KNOWN_TO_TAKE_PARTS:
+        asked = {"role": "user", "content": _MARK}
+        shown = []
+        for one in (asked, _in_parts(asked)):
+            try:
+                shown.append(_MARK in _applied(tokenizer, template, [one]))
+            except (TemplateError, ValueError, TypeError):
+                shown.append(False)
+        if len(_KNOWN_TO_TAKE_PARTS) >= _MOST_KNOWN:
+            _KNOWN_TO_TAKE_PARTS.clear()
+        _KNOWN_TO_TAKE_PARTS[template] = shown == [False, True]
+    return _KNOWN_TO_TAKE_PARTS[template]
+
+
+_KNOWN_TO_TAKE_PARTS: dict[str, bool] = {}
+_MOST_KNOWN = 64
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list with one text."""
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        given = call["function"]["arguments"]
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
 
 
 def dated_template(tokenizer: Any) -> str:
@@ -85,6 +140,12 @@ def need_place(tokenizer: Any, example: Example, rendered: str) -> None:
     last = example.messages[-1]
     orders = [one["content"].strip() for one in example.messages if one["role"] == "system"]
     calls = [call for message in example.messages for call in message.get("tool_calls", ())]
+    for one in example.messages:
+        if one["role"] in ("user", "assistant") and _said(one) not in rendered:
+            raise InputError(
+                f"{example.where + ': ' if example.where else ''}the model's chat template leaves "
+                f"out what the {one['role']} says; give the tokenizer another chat template"
+            )
     missing = [
         *("a system message" for order in orders if order not in rendered),
         *(key for key in ("reasoning_content", "thinking") if last.get(key, "") not in rendered),
@@ -93,11 +154,35 @@ def need_place(tokenizer: Any, example: Example, rendered: str) -> None:
     if example.tools and rendered == render(tokenizer, example.messages, False, example.where):
         missing.append("tools")
     if missing:
-        where = f"{example.where}: " if example.where else ""
-        raise InputError(
-            f"{where}the model's chat template has no place for {missing[0]}; write into the "
-            "content what the model should see"
-        )
+        raise InputError(_no_place(missing[0], example.where))
+
+
+def _said(message: dict[str, Any]) -> str:
+    """What a message says behind its thoughts, which templates drop from earlier turns."""
+    return message["content"].rpartition("</think>")[2].strip()
+
+
+def need_calls(message: dict[str, Any], turn: str, where: str = "") -> None:
+    """Refuse an answer if the chat template leaves its calls of tools out of its turn.
+
+    Args:
+        message: of the assistant.
+        turn: what the template made of it.
+        where: file and line, for the error message.
+
+    Raises:
+        InputError: the name of a call is not in the turn.
+    """
+    for call in message.get("tool_calls", ()):
+        if call["function"]["name"] not in turn:
+            raise InputError(_no_place("tool_calls", where))
+
+
+def _no_place(part: str, where: str) -> str:
+    return (
+        f"{where + ': ' if where else ''}the model's chat template has no place for {part}; write "
+        "into the content what the model should see"
+    )
 
 
 def prompt_tokens(tokenizer: Any, question: str) -> list[int]:

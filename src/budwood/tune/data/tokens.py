@@ -20,8 +20,8 @@ def tokens_behind(tokenizer: Any, before: str, text: str) -> list[int]:
     return Part(tokenizer, before, text).tokens
 
 
-def n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two rows have in common at their beginnings."""
+def n_common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens, or characters, two rows have in common at their beginnings."""
     differ = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
     return next(differ, min(len(first), len(second)))
 

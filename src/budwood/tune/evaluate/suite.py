@@ -14,7 +14,7 @@ from budwood.checks import need_at_least
 from budwood.progress import Progress, silent
 from budwood.tune.base_model import adapter_off
 from budwood.tune.data.batches import Padded, on_device
-from budwood.tune.data.encoding import EncodedExample, encode_one, longest_for
+from budwood.tune.data.encoding import EncodedExample, encode_rows, longest_for
 from budwood.tune.data.examples import styled
 from budwood.tune.evaluate.base_results import Kept
 from budwood.tune.evaluate.divergence import measure_drift
@@ -98,7 +98,8 @@ class Suite:
         each, longest = max(1, ROUTED // max(1, len(targets))), longest_for(model, LONGEST)
         asked: list[EncodedExample] = []
         for task in targets:
-            rows = (encode_one(styled(one, self.style), tokenizer) for one in task.examples or ())
+            styles = (styled(one, self.style) for one in task.examples or ())
+            rows = itertools.chain.from_iterable(encode_rows(one, tokenizer) for one in styles)
             asked += itertools.islice((r for r in rows if len(r["input_ids"]) <= longest), each)
         found = {"target": asked} if asked else {}
         return found | {name: rows[:ROUTED] for name, rows in self.texts.items()}
