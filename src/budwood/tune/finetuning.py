@@ -192,7 +192,7 @@ def finetune(
         file = Path(texts_file).expanduser() if texts_file else folder / TEXTS_FILE
         texts = _texts(run, tuner, adapted, tokenizer, file, progress)
         if not was_complete and run.last_checkpoint() is None:
-            tuner.prepare(adapted, tokenizer, rows, texts)
+            tuner.prepare(adapted, tokenizer, rows, texts, progress)
         options = {**tuner.training(texts), "arguments": arguments, "probe": probe}
         options["eval_rows"] = eval_rows
         history = train(adapted, tokenizer, rows, chosen, run, **options, progress=progress)

@@ -110,7 +110,7 @@ def test_hub_datasets_are_linked(hub, trained):
     before = file.read_text()
     try:
         record = json.loads(before)
-        record["config"]["data"] = ["org/questions", "more.jsonl"]
+        record["config"]["data"] = ["org/questions:main", "org/questions:other", "more.jsonl"]
         file.write_text(json.dumps(record))
         push_to_hub(trained, "me/tuned", base_model=BASE)
     finally:

@@ -43,6 +43,30 @@ def test_export_is_a_plain_lora_with_its_measured_loss(model, tmp_path):
     assert torch.allclose(logits(merged), logits(loaded), atol=1e-5)
 
 
+def test_trained_tokens_are_exported(tmp_path):
+    words = sorted(set(tiny.batch()["input_ids"].flatten().tolist()) - {0})
+    model = tiny.slim(trainable_token_indices=words)
+    tiny.train(model, 8, same=True, lr=5e-2)
+    report = export_lora(model.eval(), [tiny.batch()], tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "lora").eval()
+    assert loaded(**tiny.batch()).loss.item() == pytest.approx(report.loss_lora, abs=1e-5)
+    with loaded.disable_adapter():
+        assert loaded(**tiny.batch()).loss.item() != pytest.approx(report.loss_lora, abs=1e-2)
+
+
+def test_resized_embeddings_are_exported(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    base = tiny.llama().from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(tiny.N_WORDS + 6)
+    report = export_lora(tiny.trained(model=base), [tiny.batch()], tmp_path / "lora")
+    other = tiny.llama().from_pretrained(tmp_path / "base")
+    torch.manual_seed(7)  # the new rows are drawn
+    other.resize_token_embeddings(tiny.N_WORDS + 6)
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path / "lora").eval()
+    assert torch.equal(loaded.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert loaded(**tiny.batch()).loss.item() == pytest.approx(report.loss_lora, abs=1e-5)
+
+
 def test_what_cannot_be_exported_is_said(tmp_path):
     model = tiny.trained()
     with pytest.raises(InputError, match="there is no SLIM adapter 'zz'; there is default"):

@@ -12,8 +12,9 @@ from budwood.tune.data.examples import example_of
 from budwood.tune.data.self_generated import in_forms_of, replies, self_generate
 from budwood.tune.data.template import prompt_tokens, tokens_before_request
 from budwood.tune.methods import attach, parse_tuner
+from budwood.tune.slim.architectures import layer_number
 from budwood.tune.slim.distance import discriminant, gap_to_other
-from budwood.tune.slim.fitting import Survey, most_tokens
+from budwood.tune.slim.fitting import Survey, _reading_content, most_tokens
 from tests import tiny_chat
 from tests import tiny_llm as tiny
 
@@ -111,6 +112,31 @@ def test_what_the_user_wrote_counts_as_well():
         assert int(statistics.n_fitted) == len(own) + len(rest)
         direction, _ = discriminant(own, rest)
         assert torch.allclose(statistics.direction, direction, rtol=1e-3, atol=1e-4)
+
+
+def test_the_layers_that_read_content_are_counted_over_the_model():
+    """Seven tenths of ten layers, however few of them are adapted."""
+    base = tiny.llama(num_hidden_layers=10)
+    options = {"distance": "discriminant", "boundary": "fixed", "fit_on": "content"}
+    model = tiny.slim(base, layers_to_transform=[0, 5, 6, 7], **options)
+    layers = [statistics for _, statistics in owned(model)]
+    reading = {layer_number(one.key) for one in _reading_content(model, layers)}
+    assert reading == {0, 5, 6}
+
+
+def test_reading_is_reported():
+    seen = []
+    rows = rows_of(10)
+    fit_discriminant(
+        fresh(),
+        TOKENS,
+        rows,
+        rows_of(5, seed=1),
+        batch=4,
+        progress=lambda *call: seen.append(call[:2]),
+    )
+    assert [done for done, _ in seen] == [4, 8, 10, 14, 15]
+    assert {total for _, total in seen} == {15}
 
 
 def test_the_first_token_is_no_training_data():

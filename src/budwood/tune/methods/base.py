@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from budwood.checks import need_number
 from budwood.errors import InputError, UnsupportedModelError, first_line
+from budwood.progress import Progress, silent
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.slim.architectures import default_targets
 from budwood.tune.slim.fused_experts import is_fused
@@ -119,6 +120,7 @@ class Tuner:
         tokenizer: Any,
         rows: Sequence[EncodedExample],
         texts: Sequence[EncodedExample],
+        progress: Progress = silent,
     ) -> None:
         """Prepare a fresh adapter for its first step.
 
@@ -127,6 +129,7 @@ class Tuner:
             tokenizer: of the model.
             rows: training data.
             texts: :attr:`n_texts` self-generated texts.
+            progress: called after each batch that is read.
         """
 
     def training(self, texts: Sequence[EncodedExample]) -> dict[str, Any]:

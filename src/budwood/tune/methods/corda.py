@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from budwood.progress import Progress, silent
 from budwood.tune.base_model import evaluating
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.methods.base import n_trainable
@@ -51,6 +52,7 @@ class Corda(TextTuner):
         tokenizer: Any,
         rows: Sequence[EncodedExample],
         texts: Sequence[EncodedExample],
+        progress: Progress = silent,
     ) -> None:
         from peft.tuners.lora.corda import collect_eigens_for_layer
 

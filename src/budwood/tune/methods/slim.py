@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from budwood.checks import need_int
 from budwood.errors import InputError, UnsupportedModelError
+from budwood.progress import Progress, silent
 from budwood.tune.config import LORA_NAMES, SlimConfig
 from budwood.tune.data.encoding import EncodedExample
 from budwood.tune.data.self_generated import in_forms_of, start_of_text
@@ -102,9 +103,11 @@ class Slim(Tuner):
         tokenizer: Any,
         rows: Sequence[EncodedExample],
         texts: Sequence[EncodedExample],
+        progress: Progress = silent,
     ) -> None:
         if texts:
-            fit_discriminant(adapted, tokenizer, rows, in_forms_of(rows, texts, tokenizer))
+            other = in_forms_of(rows, texts, tokenizer)
+            fit_discriminant(adapted, tokenizer, rows, other, progress=progress)
 
 
 def _needs_texts(config: SlimConfig) -> bool:

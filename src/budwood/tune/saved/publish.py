@@ -189,7 +189,9 @@ def _card(
         base_model=base,
         library_name="peft",
         tags=["budwood", kind.lower()],
-        datasets=[name for name in data if "/" in name] or None,
+        # Without the configuration behind the colon.
+        datasets=list(dict.fromkeys(name.partition(":")[0] for name in data if "/" in name))
+        or None,
     )
     title = f"# {repo_id.rpartition('/')[2]}"
     about = (

@@ -147,6 +147,22 @@ def layer_number(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def n_blocks(names: Iterable[str], adapted: Iterable[str]) -> int:
+    """How many numbered blocks a model has where some of its modules are adapted.
+
+    >>> n_blocks(["tower.9.mlp", "layers.0.mlp", "layers.5.mlp"], ["layers.0.mlp"])
+    6
+
+    Args:
+        names: full names of all modules of the model.
+        adapted: those of the adapted ones. Blocks under other names, such as those of a vision
+            tower, do not count.
+    """
+    lists = {found[1] for name in adapted if (found := re.match(rf"({_PLAIN})\d+\.", name))}
+    found = (re.match(rf"({_PLAIN})(\d+)\.", name) for name in names)
+    return 1 + max((int(one[2]) for one in found if one and one[1] in lists), default=0)
+
+
 def in_layers(pattern: str, layers: Iterable[int]) -> str:
     """Restrict a regular expression of full module names to some layers."""
     numbers = "|".join(str(layer) for layer in sorted(set(layers)))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.errors import InputError, OutputError
-from budwood.tune.base_model import evaluating
+from budwood.tune.base_model import evaluating, is_resized
 from budwood.tune.data.encoding import IGNORED
 from budwood.tune.equations import merged_scale
 from budwood.tune.saved.files import WEIGHTS_FILE
@@ -267,6 +267,7 @@ def _write(
         lora_alpha=report.rank,
         target_modules=sorted(found),
         modules_to_save=slim.modules_to_save,
+        trainable_token_indices=slim.trainable_token_indices,
         task_type=slim.task_type,
         base_model_name_or_path=slim.base_model_name_or_path,
         inference_mode=True,
@@ -274,7 +275,9 @@ def _write(
     tensors = {
         key: value.contiguous().cpu()
         for key, value in get_peft_model_state_dict(
-            model, adapter_name=adapter, save_embedding_layers=False
+            model,
+            adapter_name=adapter,
+            save_embedding_layers=is_resized(model.get_base_model()),
         ).items()
         if ".slim_" not in key
     }

@@ -22,7 +22,7 @@ from budwood.tune.base_model import evaluating
 from budwood.tune.data.batches import Padded, on_device
 from budwood.tune.data.encoding import IGNORED, EncodedExample, n_supervised, told_labels
 from budwood.tune.data.self_generated import in_forms_of, self_generate, with_asked
-from budwood.tune.slim.architectures import layer_number
+from budwood.tune.slim.architectures import layer_number, n_blocks
 from budwood.tune.slim.distance import discriminant, gap_to_other
 from budwood.tune.slim.keeper import keeper_of, layers_of
 from budwood.tune.slim.state import DiscriminantStatistics, InputStatistics
@@ -70,7 +70,7 @@ def fit_discriminant(
             it.
         batch: rows at a time.
         seed: of the draws.
-        progress: called after each batch of text that is generated.
+        progress: called after each batch of text that is generated, and each that is read.
 
     Returns:
         The number of supervised tokens of both.
@@ -88,12 +88,12 @@ def fit_discriminant(
         own = self_generate(model, tokenizer, N_TEXTS, batch=batch, seed=seed, progress=progress)
         other = in_forms_of(rows, own, tokenizer)
     _check_rows("other text", other)
-    early = _reading_content(fresh)
+    early = _reading_content(model, fresh)
     if early:
         rows, other = (_marked(text, tokenizer) for text in (rows, other))
     most = max(most_tokens(layer.d_in) for layer in fresh)
     rows = [_without_first(row) for row in _draw(rows, most, seed)]
-    inputs = _inputs(model, tokenizer, fresh, early, (rows, other), batch)
+    inputs = _inputs(model, tokenizer, fresh, early, (rows, other), batch, progress)
     fitted = {layer: _fit(layer, *texts) for layer, texts in inputs.items()}  # before any is set
     for layer, direction in fitted.items():
         texts = inputs[layer]
@@ -110,26 +110,32 @@ def _inputs(
     early: Sequence[DiscriminantStatistics],
     texts: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
     batch: int,
+    progress: Progress,
 ) -> dict[DiscriminantStatistics, tuple[Tensor, Tensor]]:
     """What layers read at the tokens that count, of training data and of other text."""
     surveys = []
     for text in texts:
         survey = Survey(early, 1 + len(text) // batch)
-        _read(model, tokenizer, text, batch, survey)
+        n_before, n_all = (sum(len(one) for one in some) for some in (texts[: len(surveys)], texts))
+        for n_read in _read(model, tokenizer, text, batch, survey):
+            progress(n_before + n_read, n_all, "reading training data and other text")
         surveys.append(survey)
     _check_reached(layers, surveys)
     training, other = surveys
     return {layer: (training.inputs_of(layer), other.inputs_of(layer)) for layer in layers}
 
 
-def _reading_content(layers: Sequence[DiscriminantStatistics]) -> list[DiscriminantStatistics]:
+def _reading_content(
+    model: nn.Module, layers: Sequence[DiscriminantStatistics]
+) -> list[DiscriminantStatistics]:
     """The layers for which what the user wrote counts: with ``fit_on="content"`` the earlier ones.
 
     Ours. What a later layer adds there hardly reaches the answer any more, and its inputs tell
     training data from other text less well (benchmarks/LOG.md).
     """
     numbers = {layer: layer_number(layer.key) or 0 for layer in layers}
-    end = CONTENT_UNTIL * (max(numbers.values()) + 1)
+    names = {module: name for name, module in model.named_modules()}
+    end = CONTENT_UNTIL * n_blocks(names.values(), [names[layer] for layer in layers_of(model)])
     return [layer for layer in layers if layer.config.fit_on == "content" and numbers[layer] < end]
 
 
@@ -258,8 +264,12 @@ def _told(row: EncodedExample) -> EncodedExample:
 
 def _read(
     model: nn.Module, tokenizer: Any, rows: Sequence[EncodedExample], batch: int, survey: Survey
-) -> None:
-    """Pass rows through the model, whose layers show their inputs to the survey."""
+) -> Iterator[int]:
+    """Pass rows through the model, whose layers show their inputs to the survey.
+
+    Yields:
+        How many rows were read.
+    """
     device = next(model.parameters()).device
     collate = Padded.of(model, tokenizer)
     with _surveyed(model, survey), evaluating(model):
@@ -269,6 +279,7 @@ def _read(
             survey.labels = inputs.pop("labels")
             survey.told = on_device(collate([_told(row) for row in some]), device)["labels"]
             model(**inputs)
+            yield start + len(some)
 
 
 @contextmanager
