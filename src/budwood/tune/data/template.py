@@ -18,6 +18,9 @@ _WORD = "a"
 """What a request may begin with; tokenizers join it with a space before it."""
 DAY = date(2025, 1, 1)
 """The date that chat templates get as today's."""
+_KNOWN_TO_TAKE_PARTS: dict[str, bool] = {}
+"""Template → whether it reads contents as lists of parts alone."""
+_MOST_KNOWN = 64
 
 
 def render(
@@ -85,10 +88,6 @@ def _takes_parts(tokenizer: Any, template: str) -> bool:
             _KNOWN_TO_TAKE_PARTS.clear()
         _KNOWN_TO_TAKE_PARTS[template] = shown == [False, True]
     return _KNOWN_TO_TAKE_PARTS[template]
-
-
-_KNOWN_TO_TAKE_PARTS: dict[str, bool] = {}
-_MOST_KNOWN = 64
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
